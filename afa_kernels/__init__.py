@@ -1,0 +1,26 @@
+"""Fused CUDA, Triton and CPU kernels for AFA-LoRA, the LoRA whose activation anneals away.
+
+Import is silent: nothing is compiled, no device is touched, no other library is patched.
+"""
+
+from afa_kernels.activation import activations
+from afa_kernels.autograd import AFALoRAFunction
+from afa_kernels.backend import builtin as _builtin
+from afa_kernels.backend.registry import BackendStatus, BackendUnavailable, backends, use_backend
+from afa_kernels.dispatch import Plan, plan
+from afa_kernels.functional import afa_linear, afa_lora
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AFALoRAFunction",
+    "BackendStatus",
+    "BackendUnavailable",
+    "Plan",
+    "activations",
+    "afa_linear",
+    "afa_lora",
+    "backends",
+    "plan",
+    "use_backend",
+]

@@ -1,0 +1,85 @@
+"""AFALoRAFunction: what is saved, which gradients are needed, and double backward. It does no arithmetic of its own.
+
+Saved for the backward: x, A, B and z (``save="z"``) or x, A and B only (``save="nothing"``; z is recomputed), plus
+references to the frozen weight and to the two scalars alpha_t and seed. Never h, act'(z), a mask or a copy of x or y.
+"""
+
+import torch
+from torch import Tensor
+
+from afa_kernels import _ops, reference
+from afa_kernels.backend.registry import Spec
+
+
+class AFALoRAFunction(torch.autograd.Function):
+    """``apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, activation, scaling, dropout, save_z, inplace,
+    backend)`` on checked operands: ``x (M, K)``, ``weight (N, K)`` or None, ``bias (N,)`` or None, ``lora_a (r, K)``,
+    ``lora_b (N, r)``, ``base`` None or ``(M, N)`` (any shape with M * N elements and rows of N where ``inplace``).
+
+    Returns the layer's output: ``x @ weight.T + bias + branch`` with a weight, ``base + branch`` without.
+    :func:`afa_kernels.afa_lora` and :func:`afa_kernels.afa_linear` are the checked ways to call it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x, weight, bias, lora_a, lora_b, base, alpha_t, seed, activation, scaling, dropout, save_z, inplace, backend
+    ):  # fmt: skip
+        need_x, need_weight, _, need_a, need_b, _ = ctx.needs_input_grad[:6]
+        save_z = save_z and (need_x or need_a or need_b)
+        branch = (x, lora_a, lora_b, alpha_t, seed, activation, scaling, dropout, backend, save_z)
+        if weight is not None:
+            y, z = _ops.linear_forward(*branch, weight, bias)
+        elif inplace:
+            z = _ops.lora_forward_(*branch, base.view(-1, lora_b.shape[0]))
+            ctx.mark_dirty(base)
+            y = base
+        else:
+            y, z = _ops.lora_forward(*branch, base)
+        ctx.save_for_backward(
+            x if need_x or need_a or need_b or need_weight else None,
+            weight if need_x else None,
+            lora_a,
+            lora_b,
+            z if save_z else None,
+            alpha_t,
+            seed,
+        )
+        ctx.spec = (activation, scaling, dropout)
+        ctx.backend = backend
+        ctx.rows = x.shape[0]
+        ctx.dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
+        ctx.has_weight = weight is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, weight, lora_a, lora_b, z, alpha_t, seed = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_a, need_b, need_base = ctx.needs_input_grad[:6]
+        dx = dweight = dbias = da = db = None
+        dy = grad_output.reshape(ctx.rows, lora_b.shape[0])
+        if need_x or need_a or need_b:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                dx, da, db = reference.backward(dy, x, lora_a, lora_b, alpha_t, seed, Spec(*ctx.spec))
+                if ctx.has_weight and need_x:
+                    dx = dx + dy @ weight
+            elif ctx.has_weight and need_x:
+                dx, da, db = _ops.linear_backward(
+                    dy, x, lora_a, lora_b, z, alpha_t, seed, *ctx.spec, ctx.backend, weight, need_a, need_b
+                )
+            else:
+                dx, da, db = _ops.lora_backward(
+                    dy, x, lora_a, lora_b, z, alpha_t, seed, *ctx.spec, ctx.backend, need_x, need_a, need_b
+                )
+        if need_weight:
+            dweight = (dy.T @ x).to(ctx.dtypes[0])
+        if need_bias:
+            dbias = dy.sum(0).to(ctx.dtypes[1])
+        return (
+            dx if need_x else None,
+            dweight,
+            dbias,
+            da if need_a else None,
+            db if need_b else None,
+            grad_output if need_base else None,
+            *(None,) * 8,
+        )

@@ -1,0 +1,248 @@
+"""What a backend is, which ones exist, and which one takes a call.
+
+A backend computes on flat, checked operands: ``x (M, K)``, ``a (r, K)``, ``b (N, r)``, ``dy (M, N)``, of any strides.
+``alpha_t`` is a 0-dim float32 and ``seed`` a 0-dim int64 tensor (None without dropout), both on the device of ``x``.
+Products accumulate in float32 (float64 for float64) from operands rounded to ``x.dtype``; ``z`` is stored in ``x.dtype``,
+rounded before phi, so that forward and backward see the same one. Nothing that a caller owns is written, except ``out``.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from afa_kernels.dropout import inverse_keep
+
+IDENTITY = "identity"  # the activation of a call whose alpha_t is known to be 0: phi(z) = z, and alpha_t is not read
+MAX_RANK = 256
+ENVIRONMENT_VARIABLE = "AFA_KERNELS_BACKEND"
+
+
+class BackendUnavailable(ValueError):
+    """A backend was asked for by name and cannot take the call; the message says why."""
+
+
+class Spec(NamedTuple):
+    """The compile-time part of a call."""
+
+    activation: str
+    scaling: float
+    dropout: int = 0  # dropped values out of 256
+
+    @property
+    def inverse_keep(self) -> float:
+        return inverse_keep(self.dropout)
+
+
+class Call(NamedTuple):
+    """All that the choice of a backend may depend on."""
+
+    device: str  # torch's device type
+    dtype: torch.dtype
+    m: int
+    k: int
+    n: int
+    r: int
+    activation: str
+    dropout: bool = False
+    device_index: int | None = None
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run on this machine, why not if it cannot, and what it found (versions, instruction sets)."""
+
+    available: bool
+    reason: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return self.available
+
+
+class Forward(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        alpha_t: Tensor,
+        seed: Tensor | None,
+        spec: Spec,
+        *,
+        base: Tensor | None,
+        out: Tensor,
+        save_z: bool,
+    ) -> Tensor | None:
+        """Write ``base + scaling * phi(dropout(x) @ a.T) @ b.T`` into ``out`` and return ``z (M, r)`` if asked for.
+
+        ``base`` is None (zero), ``out`` itself (accumulate), or another ``(M, N)`` tensor of any strides, which is only
+        read; a bias comes as a base whose row stride is 0. ``out`` may hold anything, NaN included, when it is not base.
+        """
+
+
+class Backward(Protocol):
+    def __call__(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        z: Tensor | None,
+        alpha_t: Tensor,
+        seed: Tensor | None,
+        spec: Spec,
+        *,
+        need_dx: bool,
+        need_da: bool,
+        need_db: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return ``dx (M, K)`` in ``x.dtype``, ``da`` in ``a.dtype`` and ``db`` in ``b.dtype``; None where not needed.
+
+        ``z`` is what forward returned, or None: then it is recomputed, bit for bit. ``dx`` is a fresh tensor.
+        """
+
+
+class LinearForward(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        alpha_t: Tensor,
+        seed: Tensor | None,
+        spec: Spec,
+        *,
+        save_z: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ``y = x @ weight.T + bias + branch`` and ``z`` if asked for."""
+
+
+class LinearBackward(Protocol):
+    def __call__(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        z: Tensor | None,
+        alpha_t: Tensor,
+        seed: Tensor | None,
+        spec: Spec,
+        *,
+        need_da: bool,
+        need_db: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return ``dx = dy @ weight + branch``, ``da`` and ``db``."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    devices: frozenset[str]  # empty: every device
+    status: Callable[[], BackendStatus]
+    refuses: Callable[[Call], str | None]  # why this backend cannot take a call that its device allows; None if it can
+    forward: Forward
+    backward: Backward
+    # A backend with a better order of passes than backend/linear.py brings its own.
+    linear_forward: LinearForward | None = None
+    linear_backward: LinearBackward | None = None
+    automatic: bool = True  # False: only on request
+
+    def why_not(self, call: Call) -> str | None:
+        """Return why this backend cannot take ``call``, or None if it can."""
+        status = self.status()
+        if not status.available:
+            return status.reason
+        if self.devices and call.device not in self.devices:
+            return f"runs on {', '.join(sorted(self.devices))} tensors, got {call.device}"
+        return self.refuses(call)
+
+
+class Selection(NamedTuple):
+    backend: Backend
+    reason: str
+
+
+_BACKENDS: dict[str, Backend] = {}
+_requested: ContextVar[str | None] = ContextVar("afa_kernels_backend", default=None)
+
+
+def register(backend: Backend) -> None:
+    """Add a backend. The order of registration is the order of choice."""
+    _BACKENDS[backend.name] = backend
+    select.cache_clear()
+
+
+def names() -> tuple[str, ...]:
+    return tuple(_BACKENDS)
+
+
+def get(name: str) -> Backend:
+    return _BACKENDS[name]
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Return the status of every backend by name, in the order in which they are chosen."""
+    return {name: backend.status() for name, backend in _BACKENDS.items()}
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Request a backend for the calls inside the ``with`` block, as ``backend=`` does for one call."""
+    check_name(name)
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def check_name(name: str | None) -> None:
+    if name is not None and name not in _BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)} or None, got {name!r}")
+
+
+def requested(explicit: str | None) -> str | None:
+    """Return the backend that was asked for: by the call, else by ``use_backend``, else by the environment."""
+    return explicit or _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+@lru_cache(maxsize=4096)
+def select(call: Call, name: str | None) -> Selection:
+    """Return the backend that takes ``call``: the named one, or the first in order that can.
+
+    Raises:
+        BackendUnavailable: ``name`` cannot take the call.
+        ValueError: no backend is called ``name``.
+    """
+    check_name(name)
+    if name is not None:
+        why_not = _BACKENDS[name].why_not(call)
+        if why_not is not None:
+            raise BackendUnavailable(f"backend {name!r} cannot take this call: {why_not} (call: {_describe(call)})")
+        return Selection(_BACKENDS[name], "requested")
+    passed_over = []
+    for backend in _BACKENDS.values():
+        if not backend.automatic:
+            continue
+        why_not = backend.why_not(call)
+        if why_not is None:
+            reason = "; ".join(passed_over) or "first choice for this device"
+            return Selection(backend, reason)
+        passed_over.append(f"{backend.name}: {why_not}")
+    raise BackendUnavailable(f"no backend can take this call: {'; '.join(passed_over)} (call: {_describe(call)})")
+
+
+def _describe(call: Call) -> str:
+    dtype = str(call.dtype).removeprefix("torch.")
+    return f"M={call.m}, K={call.k}, N={call.n}, r={call.r}, {dtype}, {call.activation}, {call.device}"

@@ -1,0 +1,153 @@
+"""Every check of what a caller passes, once: each error names the argument, what came and what is wanted."""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from afa_kernels.activation import ACTIVATIONS
+from afa_kernels.backend.registry import MAX_RANK, check_name
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FLOATING_NAMES = "float64, float32, bfloat16 or float16"
+SAVE = ("z", "nothing")
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected {_FLOATING_NAMES}, got {_dtype(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+
+
+def branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
+    """Check the operands of the branch: types, dtypes, shapes and devices."""
+    tensor("x", x)
+    tensor("lora_a", lora_a)
+    tensor("lora_b", lora_b)
+    if x.dim() == 0:
+        raise ValueError("x: expected shape (..., in_features), got a 0-dim tensor")
+    k = x.shape[-1]
+    if lora_a.dim() != 2 or lora_a.shape[1] != k:
+        raise ValueError(f"lora_a: expected shape (r, {k}) to match x {tuple(x.shape)}, got {tuple(lora_a.shape)}")
+    r = lora_a.shape[0]
+    if not 1 <= r <= MAX_RANK:
+        raise ValueError(f"lora_a: expected a rank from 1 to {MAX_RANK}, got shape {tuple(lora_a.shape)}")
+    if lora_b.dim() != 2 or lora_b.shape[1] != r:
+        raise ValueError(
+            f"lora_b: expected shape (out_features, {r}) to match lora_a {tuple(lora_a.shape)}, "
+            f"got {tuple(lora_b.shape)}"
+        )
+    if k == 0 or lora_b.shape[0] == 0:
+        raise ValueError(f"x, lora_b: expected at least one feature, got K={k} and N={lora_b.shape[0]}")
+    same_device(x, lora_a=lora_a, lora_b=lora_b)
+
+
+def same_device(x: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name}: expected on {x.device}, the device of x, got {other.device}")
+
+
+def base(value: Tensor, x: Tensor, n: int, *, inplace: bool) -> None:
+    tensor("base", value)
+    wanted = (*x.shape[:-1], n)
+    if tuple(value.shape) != wanted:
+        raise ValueError(f"base: expected shape {wanted}, got {tuple(value.shape)}")
+    same_device(x, base=value)
+    if not inplace:
+        return
+    if value.requires_grad and value.is_leaf and torch.is_grad_enabled():
+        raise ValueError(
+            "base: a leaf that requires grad cannot be accumulated into; pass inplace=False, or a result of an operation"
+        )
+    if _overlaps_itself(value):
+        raise ValueError(
+            f"base: an expanded view cannot be accumulated into (shape {tuple(value.shape)}, strides "
+            f"{value.stride()}); pass inplace=False, or base.contiguous()"
+        )
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    """Whether two elements may share memory: conservative, exact for expanded and for ordinary strided views."""
+    if t.is_contiguous():
+        return False
+    reach = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return True
+            reach = stride * (size - 1) + reach
+    return False
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> None:
+    tensor("weight", weight)
+    k = x.shape[-1]
+    if tuple(weight.shape) != (n, k):
+        raise ValueError(f"weight: expected shape ({n}, {k}) to match lora_b and x, got {tuple(weight.shape)}")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight: expected {_dtype(x)}, the dtype of x, got {_dtype(weight)}")
+    if bias is not None:
+        tensor("bias", bias)
+        if tuple(bias.shape) != (n,):
+            raise ValueError(f"bias: expected shape ({n},), got {tuple(bias.shape)}")
+    same_device(x, weight=weight, bias=bias)
+
+
+def alpha_value(value: object, name: str = "alpha_t") -> float:
+    """Return a blend coefficient given as a number, checked."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a float in [0, 1] or a 0-dim float32 tensor, got {type(value).__name__}")
+    value = float(value)
+    if not 0.0 <= value <= 1.0:  # NaN fails both comparisons
+        raise ValueError(f"{name}: expected a value in [0, 1], got {value}")
+    return value
+
+
+def alpha_tensor(value: Tensor) -> None:
+    if value.dtype != torch.float32 or value.dim() != 0:
+        raise TypeError(
+            f"alpha_t: expected a float in [0, 1] or a 0-dim float32 tensor, "
+            f"got a {value.dim()}-dim {_dtype(value)} tensor"
+        )
+    if value.requires_grad:
+        raise ValueError("alpha_t: the operator is not differentiable in alpha_t, got a tensor that requires grad")
+    # Reading a tensor of another device would wait for that device, and a traced one has no value.
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) is Tensor:
+        alpha_value(value.item())
+
+
+def options(activation: str, scaling: float, dropout_p: float, save: str, backend: str | None) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if isinstance(scaling, bool) or not isinstance(scaling, Real):
+        raise TypeError(f"scaling: expected a float, got {type(scaling).__name__}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling: expected a finite value, got {scaling}")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
+        raise TypeError(f"dropout_p: expected a float in [0, 1), got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    if save not in SAVE:
+        raise ValueError(f"save: expected 'z' or 'nothing', got {save!r}")
+    check_name(backend)
+
+
+def seed(value: object) -> None:
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.dim() != 0:
+            raise TypeError(
+                f"dropout_seed: expected an int or a 0-dim int64 tensor, got a {value.dim()}-dim {_dtype(value)} tensor"
+            )
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"dropout_seed: expected an int or a 0-dim int64 tensor, got {type(value).__name__}")
+    elif not -(2**63) <= value < 2**63:
+        raise ValueError(f"dropout_seed: expected a 64-bit signed integer, got {value}")

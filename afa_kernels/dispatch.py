@@ -1,0 +1,61 @@
+"""``plan``: what a call would do, without doing it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from afa_kernels import _ops, checks, dropout
+from afa_kernels.backend.registry import IDENTITY
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call does.
+
+    Attributes:
+        backend: name of the backend that runs the branch; ``"torch"`` where the frozen GEMM is all there is.
+        path: ``"fused"`` (branch with its activation), ``"gemm"`` (alpha_t is 0: plain GEMMs) or ``"merged"`` (the
+            branch is part of the frozen weight: that one GEMM).
+        reason: why this backend and path, with what stood against the ones before it.
+    """
+
+    backend: str
+    path: str
+    reason: str
+
+
+def plan(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    alpha_t: float | Tensor,
+    *,
+    activation: str = "silu",
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    save: str = "z",
+    backend: str | None = None,
+    **_shared: object,
+) -> Plan:
+    """Return what :func:`afa_lora` (or :func:`afa_linear`) would do with these arguments.
+
+    Args: as in :func:`afa_lora`; ``base``, ``inplace`` and ``dropout_seed`` are accepted and change nothing.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as the call itself would.
+    """
+    unknown = _shared.keys() - {"base", "inplace", "dropout_seed"}
+    if unknown:
+        raise TypeError(f"plan: unexpected arguments {', '.join(sorted(unknown))}")
+    checks.branch(x, lora_a, lora_b)
+    checks.options(activation, scaling, dropout_p, save, backend)
+    if isinstance(alpha_t, Tensor):
+        checks.alpha_tensor(alpha_t)
+    elif checks.alpha_value(alpha_t) == 0.0:
+        activation = IDENTITY
+    rows = x.reshape(-1, x.shape[-1])
+    chosen, reason = _ops.choose(
+        _ops.call_of(rows, lora_a, lora_b, activation, dropout.threshold_of(dropout_p)), backend
+    )
+    gemm = activation == IDENTITY and chosen.name in ("torch", "reference")
+    return Plan(chosen.name, "gemm" if gemm else "fused", reason)

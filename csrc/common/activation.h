@@ -1,0 +1,56 @@
+// The activation maths of every compiled backend: value and slope, float in, float out.
+//
+//   phi(z) = (1 - alpha_t) * z + alpha_t * act(z)        phi'(z) = (1 - alpha_t) + alpha_t * act'(z)
+//
+// The ids are those of afa_kernels/activation.py. Conventions at kinks are torch's: relu'(0) = 0.
+#pragma once
+
+#include <cmath>
+
+#include "common/macros.h"
+
+namespace afa {
+
+enum class Activation : int { relu = 0, silu = 1, gelu = 2, gelu_tanh = 3, leaky_relu = 4, tanh = 5, sin = 6 };
+constexpr int kActivationCount = 7;
+
+struct ValueSlope {
+    float value;
+    float slope;
+};
+
+// act(z) and act'(z) together, since they share their expensive part; an unused half is removed by the compiler.
+template <Activation kAct>
+AFA_HOST_DEVICE ValueSlope activate(float z) {
+    if constexpr (kAct == Activation::relu) {
+        return {z > 0.0f ? z : 0.0f, z > 0.0f ? 1.0f : 0.0f};
+    } else if constexpr (kAct == Activation::silu) {
+        const float sigmoid = 1.0f / (1.0f + expf(-z));
+        return {z * sigmoid, sigmoid * (1.0f + z * (1.0f - sigmoid))};
+    } else if constexpr (kAct == Activation::gelu) {
+        const float cdf = 0.5f * (1.0f + erff(z * 0.70710678118654752440f));
+        return {z * cdf, cdf + z * 0.39894228040143267794f * expf(-0.5f * z * z)};
+    } else if constexpr (kAct == Activation::gelu_tanh) {
+        constexpr float kSqrt2OverPi = 0.79788456080286535588f, kCubic = 0.044715f;
+        const float t = tanhf(kSqrt2OverPi * (z + kCubic * z * z * z));
+        return {0.5f * z * (1.0f + t),
+                0.5f * (1.0f + t) + 0.5f * z * (1.0f - t * t) * kSqrt2OverPi * (1.0f + 3.0f * kCubic * z * z)};
+    } else if constexpr (kAct == Activation::leaky_relu) {
+        return {z > 0.0f ? z : 0.01f * z, z > 0.0f ? 1.0f : 0.01f};
+    } else if constexpr (kAct == Activation::tanh) {
+        const float t = tanhf(z);
+        return {t, 1.0f - t * t};
+    } else {
+        static_assert(kAct == Activation::sin);
+        return {sinf(z), cosf(z)};
+    }
+}
+
+// phi(z) and phi'(z).
+template <Activation kAct>
+AFA_HOST_DEVICE ValueSlope anneal(float z, float alpha_t) {
+    const ValueSlope act = activate<kAct>(z);
+    return {(1.0f - alpha_t) * z + alpha_t * act.value, (1.0f - alpha_t) + alpha_t * act.slope};
+}
+
+}  // namespace afa
