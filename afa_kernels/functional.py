@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from afa_kernels import _ops, checks, dropout
 from afa_kernels.autograd import AFALoRAFunction
@@ -134,9 +135,11 @@ def afa_linear(
 def _apply(
     x, weight, bias, lora_a, lora_b, base, alpha_t, seed, activation, scaling, threshold, save_z, inplace, backend
 ):
-    if torch.is_grad_enabled() and any(
+    differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, lora_a, lora_b, base)
-    ):
+    )
+    # Under forward-mode differentiation the Function refuses; the operators alone would drop the tangents in silence.
+    if differentiated or forward_ad._current_level >= 0:
         return AFALoRAFunction.apply(
             x, weight, bias, lora_a, lora_b, base, alpha_t, seed, activation, scaling, threshold, save_z, inplace,
             backend,
