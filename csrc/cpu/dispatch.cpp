@@ -1,0 +1,129 @@
+// Chooses the instruction set, once per process.
+#include "cpu/cpu.h"
+
+#include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(AFA_X86_64)
+#include <cpuid.h>
+#endif
+
+namespace afa::cpu {
+namespace {
+
+#if defined(AFA_X86_64)
+struct Features {
+    bool avx2 = false, avx512 = false, avx512_bf16 = false, amx_tile = false, amx_bf16 = false;
+};
+
+// XCR0: the register files that the operating system saves on a context switch.
+uint64_t enabled_state() {
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+Features detect() {
+    Features found;
+    uint32_t a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d))
+        return found;
+    constexpr uint32_t kFma = 1u << 12, kOsxsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;
+    constexpr uint32_t kLeaf1 = kFma | kOsxsave | kAvx | kF16c;
+    if ((c & kLeaf1) != kLeaf1)
+        return found;
+    const uint64_t state = enabled_state();
+    constexpr uint64_t kYmm = 0x6, kZmm = 0xE6, kTiles = 0x60000;
+    if ((state & kYmm) != kYmm || !__get_cpuid_count(7, 0, &a, &b, &c, &d))
+        return found;
+    const uint32_t max_subleaf = a;
+    constexpr uint32_t kAvx2 = 1u << 5, kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30,
+                       kVl = 1u << 31;
+    found.avx2 = b & kAvx2;
+    constexpr uint32_t kAvx512 = kF | kDq | kBw | kVl;
+    found.avx512 = found.avx2 && (b & kAvx512) == kAvx512 && (state & kZmm) == kZmm;
+    found.amx_tile = (d & (1u << 24)) && (state & kTiles) == kTiles;
+    found.amx_bf16 = found.amx_tile && (d & (1u << 22));
+    if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d))
+        found.avx512_bf16 = found.avx512 && (a & (1u << 5));
+    return found;
+}
+
+const Features& features() {
+    static const Features found = detect();
+    return found;
+}
+#endif
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+    switch (isa) {
+    case Isa::avx2:
+        return "avx2";
+    case Isa::avx512:
+        return "avx512";
+    case Isa::avx512bf16:
+        return "avx512bf16";
+    default:
+        return "generic";
+    }
+}
+
+std::vector<Isa> available_isas() {
+    std::vector<Isa> isas{Isa::generic};
+#if defined(AFA_X86_64)
+    if (features().avx2)
+        isas.push_back(Isa::avx2);
+    if (features().avx512)
+        isas.push_back(Isa::avx512);
+    if (features().avx512_bf16)
+        isas.push_back(Isa::avx512bf16);
+#endif
+    return isas;
+}
+
+namespace {
+
+Isa select_isa() {
+    const std::vector<Isa> isas = available_isas();
+    const char* forced = std::getenv("AFA_CPU_ISA");
+    if (forced == nullptr || *forced == '\0')
+        return isas.back();
+    std::string names;
+    for (const Isa isa : isas) {
+        if (std::string(forced) == isa_name(isa))
+            return isa;
+        names += names.empty() ? isa_name(isa) : std::string(", ") + isa_name(isa);
+    }
+    throw std::invalid_argument("AFA_CPU_ISA: expected one that this machine and build have (" +
+                                names + "), got '" + forced + "'");
+}
+
+}  // namespace
+
+Isa selected_isa() {
+    static const Isa isa = select_isa();
+    return isa;
+}
+
+std::vector<std::string> machine_features() {
+    std::vector<std::string> names;
+#if defined(AFA_X86_64)
+    const Features& f = features();
+    if (f.avx2)
+        names.push_back("avx2");
+    if (f.avx512)
+        names.push_back("avx512");
+    if (f.avx512_bf16)
+        names.push_back("avx512_bf16");
+    if (f.amx_tile)
+        names.push_back("amx_tile");
+    if (f.amx_bf16)
+        names.push_back("amx_bf16");
+#endif
+    return names;
+}
+
+}  // namespace afa::cpu
