@@ -5,7 +5,7 @@ Import is silent: nothing is compiled, no device is touched, no other library is
 
 from afa_kernels.activation import activations
 from afa_kernels.autograd import AFALoRAFunction
-from afa_kernels.backend import builtin as _builtin
+from afa_kernels.backend import builtin as _builtin  # noqa: F401 - registers the backends
 from afa_kernels.backend.registry import BackendStatus, BackendUnavailable, backends, use_backend
 from afa_kernels.dispatch import Plan, plan
 from afa_kernels.functional import afa_linear, afa_lora

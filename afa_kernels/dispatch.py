@@ -13,9 +13,10 @@ class Plan:
     """What a call does.
 
     Attributes:
-        backend: name of the backend that runs the branch; ``"torch"`` where the frozen GEMM is all there is.
-        path: ``"fused"`` (branch with its activation), ``"gemm"`` (alpha_t is 0: plain GEMMs) or ``"merged"`` (the
-            branch is part of the frozen weight: that one GEMM).
+        backend: name of the backend that runs the branch; ``"torch"`` where the frozen GEMM is all
+            there is.
+        path: ``"fused"`` (branch with its activation), ``"gemm"`` (alpha_t is 0: plain GEMMs) or
+            ``"merged"`` (the branch is part of the frozen weight: that one GEMM).
         reason: why this backend and path, with what stood against the ones before it.
     """
 
@@ -39,7 +40,9 @@ def plan(
 ) -> Plan:
     """Return what :func:`afa_lora` (or :func:`afa_linear`) would do with these arguments.
 
-    Args: as in :func:`afa_lora`; ``base``, ``inplace`` and ``dropout_seed`` are accepted and change nothing.
+    Args:
+        As in :func:`afa_lora`; ``base``, ``inplace`` and ``dropout_seed`` are accepted and change
+        nothing.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as the call itself would.

@@ -1,4 +1,5 @@
-"""Fixtures shared by all tests: one ``backend`` runs every numeric test on every backend of this machine."""
+"""Fixtures shared by all tests: one ``backend`` runs every numeric test on every backend of this
+machine."""
 
 import os
 
@@ -6,14 +7,16 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Before triton is imported: its kernels then run in the interpreter, on CPU tensors, and only where asked for by name.
+    # Before triton is imported: its kernels then run in the interpreter, on CPU tensors, and only
+    # where asked for by name.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import afa_kernels
 from afa_kernels.backend import registry
 
 REQUIRED = {name for name in os.environ.get("AFA_KERNELS_REQUIRE", "").split(",") if name}
-# Executed one element or one instruction at a time: right, but thousands of times slower than a kernel.
+# Executed one element or one instruction at a time: right, but thousands of times slower than a
+# kernel.
 SIMULATED = {"cuda_emulated"} | ({"triton"} if os.environ.get("TRITON_INTERPRET") == "1" else set())
 ALL_BACKENDS = ("reference", "torch", "cpu", "triton", "cuda_emulated", "cuda")
 
@@ -57,8 +60,12 @@ def _fresh_random_numbers(request):
 
 @pytest.fixture
 def poisoned_memory():
-    """Fill every uninitialised torch allocation with NaN, so that an element that is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    """Fill every uninitialised torch allocation with NaN, so that an element that is not written
+    shows."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -1,4 +1,5 @@
-"""torch.library and torch.compile: schemas hold, whole graphs, one compilation for every alpha_t."""
+"""torch.library and torch.compile: schemas hold, whole graphs, one compilation for every
+alpha_t."""
 
 import pytest
 import torch
@@ -42,8 +43,16 @@ def test_opcheck_backward(dtype, needed):
 
 def test_every_operator_is_opchecked():
     """A new operator must come with its own opcheck above."""
-    schemas = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("afa_kernels::")}
-    checked = {"lora_forward", "lora_forward_", "linear_forward", "lora_backward", "linear_backward"}
+    schemas = {
+        s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("afa_kernels::")
+    }
+    checked = {
+        "lora_forward",
+        "lora_forward_",
+        "linear_forward",
+        "lora_backward",
+        "linear_backward",
+    }
     assert schemas == {f"afa_kernels::{name}" for name in checked}
 
 

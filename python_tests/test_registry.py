@@ -42,14 +42,18 @@ def test_first_that_can_take_the_call_wins_and_says_why_the_others_did_not(table
     chosen, reason = registry.select(call(), None)
     assert chosen.name == "plain"
     assert reason == (
-        "missing: missing is not installed; gpu_only: runs on cuda tensors, got cpu; picky: r=8 is too small"
+        "missing: missing is not installed; gpu_only: runs on cuda tensors, got cpu; "
+        "picky: r=8 is too small"
     )
 
 
 def test_request_is_strict(table):
     table(fake("picky", refuses="r=8 is too small"))
     table(fake("plain"))
-    message = r"backend 'picky' cannot take this call: r=8 is too small \(call: M=4, K=16, N=8, r=8, float32, silu, cpu\)"
+    message = (
+        r"backend 'picky' cannot take this call: r=8 is too small "
+        r"\(call: M=4, K=16, N=8, r=8, float32, silu, cpu\)"
+    )
     with pytest.raises(afa.BackendUnavailable, match=message):
         registry.select(call(), "picky")
 
