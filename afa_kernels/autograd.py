@@ -29,15 +29,15 @@ class AFALoRAFunction(torch.autograd.Function):
         need_x, need_weight, _, need_a, need_b, _ = ctx.needs_input_grad[:6]
         save_z = save_z and (need_x or need_a or need_b)
         spec = (activation, scaling, dropout)
-        branch = (x, lora_a, lora_b, alpha_t, seed, *spec, backend, save_z)
+        branch = (x, lora_a, lora_b, alpha_t, seed, *spec, save_z, backend)
         if weight is not None:
-            y, z = _ops.linear_forward(*branch, weight, bias)
+            y, z = _ops.linear_forward(weight, bias, *branch)
         elif inplace:
-            z = _ops.lora_forward_(*branch, base.view(-1, lora_b.shape[0]))
+            z = _ops.lora_forward_(base.view(-1, lora_b.shape[0]), *branch)
             ctx.mark_dirty(base)
             y = base
         else:
-            y, z = _ops.lora_forward(*branch, base)
+            y, z = _ops.lora_forward(base, *branch)
         ctx.save_for_backward(
             x if need_x or need_a or need_b or need_weight else None,
             weight if need_x else None,
@@ -61,42 +61,13 @@ class AFALoRAFunction(torch.autograd.Function):
         dx = dweight = dbias = da = db = None
         dy = grad_output.reshape(ctx.rows, lora_b.shape[0])
         if need_x or need_a or need_b:
+            saved = (dy, x, lora_a, lora_b, z, alpha_t, seed, *ctx.spec, ctx.backend)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                dx, da, db = reference.backward(
-                    dy, x, lora_a, lora_b, alpha_t, seed, Spec(*ctx.spec)
-                )
-                if weight is not None:
-                    dx = dx + dy @ weight
+                dx, da, db = _differentiable(dy, x, weight, lora_a, lora_b, alpha_t, seed, ctx.spec)
             elif weight is not None:
-                dx, da, db = _ops.linear_backward(
-                    dy,
-                    x,
-                    lora_a,
-                    lora_b,
-                    z,
-                    alpha_t,
-                    seed,
-                    *ctx.spec,
-                    ctx.backend,
-                    weight,
-                    need_a,
-                    need_b,
-                )
+                dx, da, db = _ops.linear_backward(weight, *saved, need_a, need_b)
             else:
-                dx, da, db = _ops.lora_backward(
-                    dy,
-                    x,
-                    lora_a,
-                    lora_b,
-                    z,
-                    alpha_t,
-                    seed,
-                    *ctx.spec,
-                    ctx.backend,
-                    need_x,
-                    need_a,
-                    need_b,
-                )
+                dx, da, db = _ops.lora_backward(*saved, need_x, need_a, need_b)
         if need_weight:
             dweight = (dy.T @ x).to(ctx.weight_dtype)
         if need_bias:
@@ -110,3 +81,10 @@ class AFALoRAFunction(torch.autograd.Function):
             grad_output if need_base else None,
             *(None,) * 8,
         )
+
+
+def _differentiable(dy, x, weight, lora_a, lora_b, alpha_t, seed, spec):
+    """Return the gradients as plain torch ops, for whoever differentiates them once more."""
+    with _ops.plain_precision(x):
+        dx, da, db = reference.backward(dy, x, lora_a, lora_b, alpha_t, seed, Spec(*spec))
+        return (dx if weight is None else dx + dy @ weight), da, db

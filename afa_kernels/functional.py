@@ -138,13 +138,13 @@ def _apply(x, weight, bias, lora_a, lora_b, base, options, backend, inplace=Fals
         return AFALoRAFunction.apply(
             x, weight, bias, lora_a, lora_b, base, *options, inplace, backend
         )
-    branch = (x, lora_a, lora_b, *options[:-1], backend, False)
+    branch = (x, lora_a, lora_b, *options[:-1], False, backend)
     if weight is not None:
-        return _ops.linear_forward(*branch, weight, bias)[0]
+        return _ops.linear_forward(weight, bias, *branch)[0]
     if inplace:
-        _ops.lora_forward_(*branch, base.view(-1, lora_b.shape[0]))
+        _ops.lora_forward_(base.view(-1, lora_b.shape[0]), *branch)
         return base
-    return _ops.lora_forward(*branch, base)[0]
+    return _ops.lora_forward(base, *branch)[0]
 
 
 def _as_rows(t: Tensor) -> Tensor:

@@ -15,19 +15,19 @@ OPTIONS = ("gelu", 1.5)
 
 def operands(dtype=torch.float32, dropout=64):
     problem = Problem.random(6, 16, 8, 4, dtype)
-    return problem, (torch.tensor(0.3), torch.tensor(5), *OPTIONS, dropout, None)
+    return problem, (torch.tensor(0.3), torch.tensor(5), *OPTIONS, dropout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("save_z", [True, False])
 def test_opcheck_forward(dtype, save_z):
     p, options = operands(dtype)
-    branch = (p.x, p.lora_a, p.lora_b, *options, save_z)
-    opcheck(_ops.lora_forward, (*branch, p.base))
-    opcheck(_ops.lora_forward, (*branch, None))
-    opcheck(_ops.lora_forward_, (*branch, p.base))
-    opcheck(_ops.linear_forward, (*branch, p.weight, p.bias))
-    opcheck(_ops.linear_forward, (*branch, p.weight, None))
+    branch = (p.x, p.lora_a, p.lora_b, *options, save_z, None)
+    opcheck(_ops.lora_forward, (p.base, *branch))
+    opcheck(_ops.lora_forward, (None, *branch))
+    opcheck(_ops.lora_forward_, (p.base, *branch))
+    opcheck(_ops.linear_forward, (p.weight, p.bias, *branch))
+    opcheck(_ops.linear_forward, (p.weight, None, *branch))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -36,9 +36,9 @@ def test_opcheck_backward(dtype, needed):
     p, options = operands(dtype)
     z = p.x @ p.lora_a.T
     for kept in (z, None):
-        saved = (p.dy, p.x, p.lora_a, p.lora_b, kept, *options)
+        saved = (p.dy, p.x, p.lora_a, p.lora_b, kept, *options, None)
         opcheck(_ops.lora_backward, (*saved, *needed))
-        opcheck(_ops.linear_backward, (*saved, p.weight, *needed[1:]))
+        opcheck(_ops.linear_backward, (p.weight, *saved, *needed[1:]))
 
 
 def test_every_operator_is_opchecked():
