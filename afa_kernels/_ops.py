@@ -38,7 +38,7 @@ def call_of(x: Tensor, a: Tensor, b: Tensor, activation: str, dropout: int) -> C
 
 
 def choose(call: Call, backend: str | None) -> Selection:
-    """Return the backend for ``call``: plain GEMMs at identity, unless asked for another by name."""
+    """Return the backend for ``call``: plain GEMMs at identity, unless another was asked for."""
     name = registry.requested(backend)
     if name is None and call.activation == IDENTITY:
         return Selection(registry.get("torch"), "alpha_t is 0: plain GEMMs")
