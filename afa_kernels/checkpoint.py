@@ -102,7 +102,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     folder = Path(path)
     checkpoint = _Checkpoint(
         folder,
-        *fmt.read_config(folder / fmt.CONFIG_FILE),
+        fmt.read_config(folder / fmt.CONFIG_FILE),
         *fmt.read_weights(folder / fmt.WEIGHTS_FILE),
     )
     layers = dict(named_layers(model))
@@ -245,7 +245,7 @@ class _Checkpoint:
 
     def trained_modules(self, model: nn.Module) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """Return the modules saved in full: name -> pairs (tensor of the model, its new value)."""
-        wanted = tuple(self._config["modules_to_save"] or ())
+        wanted = tuple(self._config.get("modules_to_save") or ())
         modules = dict(model.named_modules())
         names = [n for n in modules if any(n == w or n.endswith(f".{w}") for w in wanted)]
         names = [n for n in names if not _is_inside(n, names)]

@@ -256,8 +256,8 @@ class AFALinear(nn.Module):
         """
         if not self._identity:
             raise ValueError(
-                f"merge: alpha_t is {self._alpha_t}, so the branch is not linear in x and no weight "
-                "equals it; anneal to alpha_t = 0 first"
+                f"merge: alpha_t is {self._alpha_t}, so the branch is not linear in x and no "
+                "weight equals it; anneal to alpha_t = 0 first"
             )
         if "weight" not in self.base_layer._parameters:
             raise ValueError(

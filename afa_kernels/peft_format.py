@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -30,6 +31,37 @@ _UNSUPPORTED = (
 # Initialisations that leave the base weights alone. The others (PiSSA, say) pair the adapter with
 # changed ones.
 _PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_pattern(value: Any) -> bool:
+    """Whether ``value`` maps regular expressions to numbers, as rank_pattern and alpha_pattern do."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not all(_is_number(v) for v in value.values()):
+        return False
+    try:
+        return all(re.compile(key) for key in value)
+    except re.error:
+        return False
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list) and all(isinstance(v, str) and v for v in value)
+    )
+
+
+_REQUIRED = {
+    "r": _is_number,
+    "lora_alpha": _is_number,
+    "rank_pattern": _is_pattern,
+    "alpha_pattern": _is_pattern,
+    "modules_to_save": _is_list_of_names,
+}
 
 
 def peft_config(
@@ -81,7 +113,7 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
     return sorted(names)
 
 
-def read_config(file: Path) -> tuple[dict[str, Any]]:
+def read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -93,17 +125,9 @@ def read_config(file: Path) -> tuple[dict[str, Any]]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{file}: expected peft_type 'LORA', got {kind!r}")
-    for key, kinds in (
-        ("r", int), ("lora_alpha", (int, float)), ("rank_pattern", (dict, type(None))),
-        ("alpha_pattern", (dict, type(None))), ("modules_to_save", (list, type(None))),
-    ):  # fmt: skip
-        value = (
-            config.setdefault(key, None)
-            if "pattern" in key or key == "modules_to_save"
-            else config.get(key)
-        )
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise ValueError(f"{file}: {key} is missing or of the wrong type, got {value!r}")
+    for key, fits in _REQUIRED.items():
+        if not fits(config.get(key)):
+            raise ValueError(f"{file}: {key} is missing or not usable: {config.get(key)!r}")
     for key in _UNSUPPORTED:
         if config.get(key):
             raise ValueError(f"{file}: {key}={config[key]!r} is not supported by AFA layers")
@@ -113,7 +137,7 @@ def read_config(file: Path) -> tuple[dict[str, Any]]:
         raise ValueError(
             f"{file}: init_lora_weights={config['init_lora_weights']!r} changes the base weights"
         )
-    return (config,)
+    return config
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], Any]:

@@ -105,8 +105,8 @@ def _nothing_matches(model: nn.Module, target_modules: object) -> str:
         return f"target_modules: {type(model).__name__}: {hint}"
     last = dict.fromkeys(name.rpartition(".")[2] for name in supported)
     return (
-        f"target_modules: {target_modules!r} matches no layer of {type(model).__name__} "
-        f"that may be adapted; it has linear layers called {', '.join(list(last)[:8])}, such as {supported[0]}"
+        f"target_modules: {target_modules!r} matches no layer of {type(model).__name__} that may "
+        f"be adapted; it has linear layers called {', '.join(list(last)[:8])}, such as {supported[0]}"
     )
 
 
