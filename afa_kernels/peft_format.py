@@ -50,9 +50,8 @@ def _is_pattern(value: Any) -> bool:
 
 
 def _is_list_of_names(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, list) and all(isinstance(v, str) and v for v in value)
-    )
+    names = [] if value is None else value
+    return isinstance(names, list) and all(isinstance(name, str) and name for name in names)
 
 
 _REQUIRED = {

@@ -106,7 +106,7 @@ def _nothing_matches(model: nn.Module, target_modules: object) -> str:
     last = dict.fromkeys(name.rpartition(".")[2] for name in supported)
     return (
         f"target_modules: {target_modules!r} matches no layer of {type(model).__name__} that may "
-        f"be adapted; it has linear layers called {', '.join(list(last)[:8])}, such as {supported[0]}"
+        f"be adapted; it has linear layers called {', '.join(list(last)[:8])}: {supported[0]}, say"
     )
 
 

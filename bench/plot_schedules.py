@@ -31,7 +31,7 @@ def draw(folder: Path) -> list[Path]:
     axes.text(
         (END_FRAC + 1) / 2 * TOTAL_STEPS,
         0.5,
-        "identity:\nordinary LoRA,\nplain GEMMs",
+        "identity:\nplain LoRA",
         ha="center",
         va="center",
     )
