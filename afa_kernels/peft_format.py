@@ -34,7 +34,9 @@ _PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)
 
 
 def _is_pattern(value: Any) -> bool:

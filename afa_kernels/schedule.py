@@ -88,7 +88,7 @@ class AnnealSchedule:
         self.end_frac = _fraction("end_frac", end_frac)
         if self.begin_frac > self.end_frac:
             raise ValueError(f"begin_frac: expected at most end_frac={end_frac}, got {begin_frac}")
-        self.kind, self._blend, self.options = _resolve(kind, options)
+        self.kind, self._function, self.options = _resolve(kind, options)
         self._begin = _boundary(self.begin_frac, self.total_steps)
         self._end = _boundary(self.end_frac, self.total_steps)
         self._step = 0
@@ -177,6 +177,19 @@ class AnnealSchedule:
         self._step = int(step)
         self._write()
 
+    def _blend(self, progress: float) -> float:
+        if self._function is not None:
+            return self._function(progress)
+        blend, option, _ = KINDS[self.kind]
+        return blend(progress, self.options.get(option))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layers": None}  # a copy drives no layers until it is attached
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._layers = weakref.WeakSet()
+
     def _definition(self) -> dict[str, Any]:
         names = ("total_steps", "kind", "start", "end", "begin_frac", "end_frac")
         return {**{name: getattr(self, name) for name in names}, "options": dict(self.options)}
@@ -195,8 +208,10 @@ class AnnealSchedule:
         return f"AnnealSchedule({arguments}{options})"
 
 
-def _resolve(kind: str | Blend, options: dict[str, float]) -> tuple[str, Blend, dict[str, float]]:
-    """Return the name of a kind, its blend with the option filled in, and the options in full."""
+def _resolve(
+    kind: str | Blend, options: dict[str, float]
+) -> tuple[str, Blend | None, dict[str, float]]:
+    """Return the name of a kind, the function if it is one, and the options in full."""
     if not isinstance(kind, str):
         if not callable(kind):
             raise TypeError(f"kind: expected a name or a function, got {type(kind).__name__}")
@@ -205,13 +220,13 @@ def _resolve(kind: str | Blend, options: dict[str, float]) -> tuple[str, Blend, 
         return _CALLABLE, kind, {}
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)} or a function, got {kind!r}")
-    blend, option, default = KINDS[kind]
+    _, option, default = KINDS[kind]
     unknown = options.keys() - {option}
     if unknown:
         takes = f"takes {option}" if option else "takes no options"
         raise TypeError(f"AnnealSchedule: kind {kind!r} {takes}, got {', '.join(sorted(unknown))}")
     if option is None:
-        return kind, lambda progress: blend(progress, None), {}
+        return kind, None, {}
     value = options.get(option, default)
     if isinstance(value, bool) or not isinstance(value, Integral if option == "steps" else Real):
         raise TypeError(
@@ -220,7 +235,7 @@ def _resolve(kind: str | Blend, options: dict[str, float]) -> tuple[str, Blend, 
     if not 0.0 < value < math.inf or (option == "sharpness" and value > _MAX_SHARPNESS):
         limit = f" up to {_MAX_SHARPNESS:g}" if option == "sharpness" else ""
         raise ValueError(f"{option}: expected a positive number{limit}, got {value}")
-    return kind, lambda progress: blend(progress, value), {option: value}
+    return kind, None, {option: value}
 
 
 def _fraction(name: str, value: float) -> float:
