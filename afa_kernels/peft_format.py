@@ -59,6 +59,7 @@ def _is_list_of_names(value: Any) -> bool:
 _REQUIRED = {
     "r": _is_number,
     "lora_alpha": _is_number,
+    "lora_dropout": lambda value: value is None or (_is_number(value) and 0 <= value < 1),
     "rank_pattern": _is_pattern,
     "alpha_pattern": _is_pattern,
     "modules_to_save": _is_list_of_names,
