@@ -40,7 +40,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_pattern(value: Any) -> bool:
-    """Whether ``value`` maps regular expressions to numbers, as rank_pattern and alpha_pattern do."""
+    """Whether ``value`` maps regular expressions to numbers (rank_pattern, alpha_pattern)."""
     if value is None:
         return True
     if not isinstance(value, dict) or not all(_is_number(v) for v in value.values()):
