@@ -26,8 +26,7 @@ from afa_kernels.targets import Candidate, find_targets
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the adapters of ``model`` to the folder ``path`` as a stock PEFT LoRA checkpoint plus
-    alpha_t, activation.
+    """Write the adapters of ``model`` to the folder ``path``: PEFT's LoRA checkpoint and alpha_t.
 
     Modules that train in full (``inject(..., trainable=)``) are saved as PEFT's
     ``modules_to_save``. Each file is written beside its place and moved there, so an interrupted
@@ -87,8 +86,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Load a checkpoint of :func:`save_adapter`, or of stock PEFT's LoRA, into ``model`` and return
-    it.
+    """Load a checkpoint of :func:`save_adapter` or of stock PEFT's LoRA into ``model``; return it.
 
     A model without AFA layers is injected as the checkpoint describes. Layers take their alpha_t
     from the checkpoint; one that PEFT wrote is an ordinary LoRA: its alpha_t is 0. Everything is
@@ -96,8 +94,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         ValueError: a file is missing, truncated or foreign, or it does not fit the model: other
-        layers, shapes, ranks,
-            scaling or activation. The message names the file and the key; the model is unchanged.
+            layers, shapes, ranks, scaling or activation. The message names the file and the key;
+            the model is unchanged.
     """
     folder = Path(path)
     checkpoint = _Checkpoint(
@@ -149,18 +147,18 @@ class _Checkpoint:
                 raise ValueError(
                     f"{self._config_file}: r is {r} for {name}, the tensors have rank {a.shape[0]}"
                 )
-        unknown = self._state.keys() - self.branches.keys()
-        if unknown:
-            raise ValueError(
-                f"{self._weights_file}: metadata names {min(unknown)}, which has no tensors"
-            )
+        for names, what in (
+            (self._state.keys() - self.branches.keys(), "is in the metadata and has no tensors"),
+            (self.branches.keys() - self._state.keys(), "is missing in the metadata"),
+        ):
+            if self._state and names:
+                raise self._misfit(fmt.PREFIX + min(names), what)
 
     def alpha_t(self, name: str) -> float:
         return self._state.get(name, {}).get("alpha_t", 0.0)
 
     def _of(self, name: str, pattern: str, default: str) -> Any:
-        """Return an entry of the configuration that may differ from layer to layer, matched as PEFT
-        does."""
+        """Return an entry that may differ from layer to layer, matched as PEFT does."""
         for key, value in (self._config.get(pattern) or {}).items():
             if re.match(rf"(.*\.)?({key})$", name):
                 return value

@@ -20,8 +20,7 @@ _MERGED_KEY = "merged"
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' Conv1D, a linear layer with a transposed weight (K,
-    N)."""
+    """Whether ``module`` is transformers' Conv1D, a linear layer with its weight as (K, N)."""
     weight = getattr(module, "weight", None)
     return (
         type(module).__name__ == "Conv1D"
@@ -46,10 +45,10 @@ def why_unsupported(module: nn.Module) -> str | None:
 
 
 class AFALinear(nn.Module):
-    """A frozen linear layer plus ``scaling * phi(dropout(x) @ lora_a.T) @ lora_b.T``, with
-    ``phi(z) = (1 - alpha_t) * z + alpha_t * act(z)``.
+    """A frozen linear layer with a trainable AFA-LoRA branch.
 
-    It starts at ``alpha_t = 1`` with ``lora_b = 0``, so its output is first that of ``base_layer``.
+    ``y = base_layer(x) + scaling * phi(dropout(x) @ lora_a.T) @ lora_b.T`` with
+    ``phi(z) = (1 - alpha_t) * z + alpha_t * act(z)``. It starts at ``alpha_t = 1`` with ``lora_b = 0``, so its output is first that of ``base_layer``.
     At ``alpha_t = 0`` the branch is an ordinary LoRA: it runs as plain GEMMs and can be merged.
 
     Args:

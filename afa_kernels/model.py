@@ -83,8 +83,7 @@ def replace(
     trained: list[str],
     make: Callable[[str, nn.Module], AFALinear],
 ) -> None:
-    """Freeze ``model`` but for the modules called ``trained``, and put ``make(name, module)`` in
-    place of each target."""
+    """Freeze ``model`` but for ``trained``, and put ``make(name, module)`` at each target."""
     model.requires_grad_(False)
     for name in trained:
         module = model.get_submodule(name)
@@ -180,8 +179,7 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, AFALinear]]:
 
 
 def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what trains beside the branches: modules marked by :func:`inject`, others with
-    parameters that train.
+    """Yield the modules that train beside the branches, marked by :func:`inject` or unfrozen.
 
     Raises:
         ValueError: a parameter trains that belongs to a module around AFA layers, or to the base of

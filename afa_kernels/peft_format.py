@@ -69,8 +69,7 @@ _REQUIRED = {
 def peft_config(
     model: nn.Module, layers: dict[str, AFALinear], trained: list[str]
 ) -> dict[str, Any]:
-    """Return PEFT's LoraConfig: the keys that every PEFT from 0.17 on knows, so that none of them
-    warns."""
+    """Return PEFT's LoraConfig, with keys that every PEFT from 0.17 on knows: none of them warns."""
     first = next(iter(layers.values()))
     rslora = all(layer.use_rslora for layer in layers.values())
 
@@ -107,8 +106,7 @@ def _exactly(name: str) -> str:
 
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
-    """Return the full names, or a regular expression where PEFT's suffix match would take in
-    another module too."""
+    """Return full names, or a regular expression where PEFT would match another suffix too."""
     others = [name for name, _ in model.named_modules() if name not in names]
     if any(other.endswith(f".{name}") for other in others for name in names):
         return "|".join(re.escape(name) for name in names)
@@ -208,8 +206,7 @@ def split(
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Yield a temporary file beside ``file`` that takes its place once it is complete and on
-    disk."""
+    """Yield a temporary file that takes the place of ``file`` once it is complete and on disk."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -421,7 +421,11 @@ def test_tensors_that_do_not_fit_are_refused(saved, edit, match):
         ),
         (
             '{"format_version": 1, "layers": {"gone": {"alpha_t": 0.5, "activation": "silu"}}}',
-            "gone, which has no tensors",
+            "gone is in the metadata and has no tensors",
+        ),
+        (
+            '{"format_version": 1, "layers": {"body.up": {"alpha_t": 0.5, "activation": "silu"}}}',
+            "body.down is missing in the metadata",
         ),
     ],
 )
