@@ -44,9 +44,9 @@ struct BackwardParams : CommonParams {
     Matrix a;   // (r, K), any dtype
     Matrix b;   // (N, r), any dtype
     Matrix z;   // (M, r); absent: recomputed
-    Matrix dx;  // (M, K), written if present
-    Matrix da;  // (r, K), any dtype, written if present
-    Matrix db;  // (N, r), any dtype, written if present
+    Matrix dx;  // (M, K), dense, written if present
+    Matrix da;  // (r, K), dense, any dtype, written if present
+    Matrix db;  // (N, r), dense, any dtype, written if present
 };
 
 // The kernels of one instruction set. They allocate their scratch and throw std::bad_alloc if they

@@ -54,6 +54,8 @@ class Backward {
     }
 
     void run() {
+        if (p.dx.data != nullptr)
+            advise_huge_pages(p.dx.data, p.m * p.k * static_cast<int64_t>(sizeof(T)));
         const int64_t blocks = ceil_div(p.m, kSuperRows);
         run_team(threads, 1 + 4 * blocks, [&](Team team) {
             pack(team);
@@ -150,7 +152,7 @@ class Backward {
                 add_outer(coefficients(h, h_packed, i, rows), rows, dy, cols, sums);
         }
         if (need_db && row + count == p.m)
-            write_db(slab, cols, sums);
+            write_db(team, slab, cols, sums);
     }
 
     void finish_dz(int64_t i, int64_t count) {
@@ -214,13 +216,20 @@ class Backward {
         });
     }
 
-    void write_db(int64_t slab, int64_t cols, const float* sums) {
+    void write_db(Team& team, int64_t slab, int64_t cols, const float* sums) {
+        float* rows = scratch.get<float>(tile) + team.id() * r4 * E::kTile;
         with_dtype(p.db.dtype, [&](auto* type) {
             using Dst = std::remove_pointer_t<decltype(type)>;
-            for (int64_t c = 0; c < cols; ++c)
-                for (int64_t j = 0; j < p.r; ++j)
-                    from_float(p.scaling * sums[j * E::kSlab + c],
-                               element<Dst>(p.db, slab * E::kSlab + c, j));
+            for (int64_t c = 0; c < cols; c += E::kTile) {
+                for (int64_t j = 0; j < r4; j += kGroup)
+                    transpose4(sums + j * E::kSlab + c, E::kSlab, E::kTile, rows + j, r4);
+                const int64_t count = min_of<int64_t>(E::kTile, cols - c);
+                for (int64_t i = 0; i < count; ++i) {
+                    Dst* out = element<Dst>(p.db, slab * E::kSlab + c + i, 0);
+                    for (int64_t j = 0; j < p.r; ++j)
+                        from_float(p.scaling * rows[i * r4 + j], out + j);
+                }
+            }
         });
     }
 

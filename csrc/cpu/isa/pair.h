@@ -94,6 +94,7 @@ struct Pair {
     static void expand_rows(const Coefficients<Pair>& h, int64_t row, int64_t ld, int64_t r,
                             const Elem* panel, const Target<T>& target, int64_t out_row,
                             int64_t out_col, int cols) {
+        prefetch_next_tile(target, out_row, out_col, kRows);
         const bf16* coefficients = h.rows + row * ld;
         Vec acc[kRows][kVectors];
         for (int m = 0; m < kRows; ++m)

@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -46,6 +50,21 @@ class Scratch {
     char* memory_ = nullptr;
     int64_t size_ = 0;
 };
+
+// Asks for huge pages under a large result before its first touch: faulting 16 MB in by 4 KB pages
+// took longer (7 ms) than the whole backward of a 2048 x 2048 layer at r = 16 (5 ms).
+static inline void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr int64_t kHugePage = int64_t{2} << 20;
+    const int64_t address = reinterpret_cast<int64_t>(data);
+    const int64_t begin = round_up(address, kHugePage),
+                  end = (address + bytes) / kHugePage * kHugePage;
+    if (end - begin >= 2 * kHugePage)
+        madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
 
 // The threads of one parallel region. They share out tasks in index order; what a task computes
 // depends on its index alone, so results do not depend on which thread takes it or on how many

@@ -9,6 +9,10 @@
 
 namespace afa::cpu::AFA_ISA {
 
+constexpr int kVectors = 4;                            // per tile
+constexpr int kGroup = 4;                              // rows of P at a time
+constexpr int kRowGroup = AFA_ISA_LEVEL >= 2 ? 6 : 3;  // rows of x or h at a time
+
 // Where a product H P is written: out = base + scale * (H P), T at the top left corner of the
 // block.
 template <class T>
@@ -45,6 +49,24 @@ static inline void write_vector(const Target<T>& t, int64_t row, int64_t col, Ve
     }
 }
 
+// Asks for the next tile of the rows that are about to be written: rows lie pages apart, so no
+// hardware prefetcher follows, and by the time the other rows of this tile are done the lines have
+// come.
+template <class T>
+static inline void prefetch_next_tile(const Target<T>& t, int64_t row, int64_t col, int rows) {
+    constexpr int kStep = 64 / sizeof(T);
+    const T* out = t.out + row * t.out_row + (col + kVectors * kLanes) * t.out_col;
+    for (int m = 0; m < rows; ++m)
+        for (int c = 0; c < kVectors * kLanes; c += kStep)
+            __builtin_prefetch(out + m * t.out_row + c, 1);
+    if (t.base == nullptr || t.base == t.out)
+        return;
+    const T* base = t.base + row * t.base_row + (col + kVectors * kLanes) * t.base_col;
+    for (int m = 0; m < rows; ++m)
+        for (int c = 0; c < kVectors * kLanes; c += kStep)
+            __builtin_prefetch(base + m * t.base_row + c);
+}
+
 // The rows of h or dz in the formats that the products read.
 template <class E>
 struct Coefficients {
@@ -52,10 +74,6 @@ struct Coefficients {
     const typename E::Elem* rows;       // [rows][ld], as the factor of P
     const typename E::Elem* row_pairs;  // [rows / 2][ld][2], as the factor of dY or x
 };
-
-constexpr int kVectors = 4;                            // per tile
-constexpr int kGroup = 4;                              // rows of P at a time
-constexpr int kRowGroup = AFA_ISA_LEVEL >= 2 ? 6 : 3;  // rows of x or h at a time
 
 struct Wide {
     using Elem = float;
@@ -113,6 +131,7 @@ struct Wide {
     static void expand_rows(const Coefficients<Wide>& h, int64_t row, int64_t ld, int64_t r,
                             const Elem* panel, const Target<T>& target, int64_t out_row,
                             int64_t out_col, int cols) {
+        prefetch_next_tile(target, out_row, out_col, kRows);
         const float* coefficients = h.wide + row * ld;
         Vec acc[kRows][kVectors];
         for (int m = 0; m < kRows; ++m)
