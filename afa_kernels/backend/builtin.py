@@ -2,6 +2,7 @@
 
 from afa_kernels import reference
 from afa_kernels.backend import registry, torch_ops
+from afa_kernels.backend.triton import backend as triton_backend
 
-for _backend in (torch_ops.BACKEND, reference.BACKEND):
+for _backend in (triton_backend.BACKEND, torch_ops.BACKEND, reference.BACKEND):
     registry.register(_backend)
