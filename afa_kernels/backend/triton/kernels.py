@@ -103,24 +103,24 @@ def xa_phi_hb_forward_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "span", "threshold", "seed_ptr"])
+@triton.jit(do_not_specialize=["M", "tiles", "threshold", "seed_ptr"])
 def project_partial_kernel(
-    left_ptr, small_ptr, partial_ptr, seed_ptr, M, length, span,
+    left_ptr, small_ptr, partial_ptr, seed_ptr, M, length, tiles,
     stride_row, stride_rank, stride_small, threshold, calls_per_row,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """F1, and D1 of few rows: one span of the sum ``left small^T`` as a float32 partial (splits, M, R).
+    """F1, and D1 of few rows: one split of the sum ``left small^T`` as a float32 partial (splits, M, R).
 
-    Grid: (M / BLOCK_M, splits); ``span`` columns of ``left`` each, a multiple of BLOCK_L.
+    Grid: (M / BLOCK_M, splits), ``tiles`` tiles of columns in each split.
     """
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
     split = tl.program_id(1)
     rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
-    first = split * span
+    first = split * tiles * BLOCK_L  # in tiles, so that the compiler sees its alignment
     seed = tl.load(seed_ptr) if DROPOUT else 0
     partial = project(
-        left_ptr, small_ptr, first_row, rows_left, first, tl.minimum(first + span, length), length,
+        left_ptr, small_ptr, first_row, rows_left, first, tl.minimum(first + tiles * BLOCK_L, length), length,
         stride_row, stride_rank, stride_small,
         seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
     )  # fmt: skip

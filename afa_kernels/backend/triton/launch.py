@@ -39,8 +39,13 @@ class Launch(NamedTuple):
     def name(self) -> str:
         return self.kernel.__name__
 
+    @property
+    def options(self) -> dict[str, Any]:
+        # Fused multiply-adds are Triton's default up to 3.9, which warns where they are not asked for.
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps, num_stages=self.stages)
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 class _Recording(NamedTuple):
@@ -111,15 +116,15 @@ class Context:
         return triton.cdiv(row_tiles, tiles_per_chunk), tiles_per_chunk * rows_per_tile
 
     def splits(self, length: int) -> tuple[int, int]:
-        """Return (splits, columns per split) for a product of rows; 1 split where the rows alone fill the device."""
+        """Return (splits, tiles per split) for a product of rows; 1 split where the rows alone fill the device."""
         tile = self.tiles.project
         programs = triton.cdiv(self.rows, tile.rows)
         steps = triton.cdiv(length, tile.cols)
         if programs >= _FULL_WAVE * self.device.multiprocessors:
-            return 1, steps * tile.cols
+            return 1, steps
         wanted = min(steps, triton.cdiv(2 * self.device.multiprocessors, programs))
-        span = triton.cdiv(steps, wanted) * tile.cols
-        return triton.cdiv(length, span), span
+        tiles_per_split = triton.cdiv(steps, wanted)
+        return triton.cdiv(steps, tiles_per_split), tiles_per_split
 
     def _pack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         ready = self.r == self.padded and all(t.dtype == self.dtype and addressable(t) is t for t in (a, b))
@@ -170,7 +175,7 @@ def _base_arguments(base: Tensor | None, out: Tensor | None) -> dict[str, Any]:
 def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool) -> Tensor | None:
     """Write y into ``out`` (None: only z is wanted) and return z if asked for: F, or F1 and F2 where rows are few."""
     z = ctx.empty(ctx.rows, ctx.r, dtype=ctx.dtype) if save_z else None
-    tile, splits, span = ctx.tiles.project, *ctx.splits(ctx.k)
+    tile, splits, tiles = ctx.tiles.project, *ctx.splits(ctx.k)
     row_programs = triton.cdiv(ctx.rows, tile.rows)
     shared = {
         "b_ptr": ctx.b, "z_ptr": z, "alpha_ptr": ctx.alpha_t, "M": ctx.rows, "N": ctx.n, "r": ctx.r,
@@ -186,7 +191,7 @@ def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool)
         constants |= {"BLOCK_L": tile.cols, "DROPOUT": ctx.spec.dropout > 0}
         _run(Launch(kernels.xa_phi_hb_forward_kernel, (row_programs,), arguments, constants, tile.warps, tile.stages))
         return z
-    partial = _project_partials(ctx, ctx.x, ctx.a, ctx.a.stride(), splits, span, dropout=ctx.spec.dropout > 0)
+    partial = _project_partials(ctx, ctx.x, ctx.a, ctx.a.stride(), splits, tiles, dropout=ctx.spec.dropout > 0)
     constants["DTYPE"] = _triton_dtype(ctx.dtype)
     arguments = {"partial_ptr": partial, "splits": splits, **shared}
     grid = (row_programs, 1 if out is None else triton.cdiv(ctx.n, ctx.tiles.out_cols))
@@ -199,14 +204,14 @@ def _triton_dtype(dtype: torch.dtype) -> triton.language.dtype:
 
 
 def _project_partials(
-    ctx: Context, left: Tensor, small: Tensor, strides: tuple[int, int], splits: int, span: int, *, dropout: bool
+    ctx: Context, left: Tensor, small: Tensor, strides: tuple[int, int], splits: int, tiles: int, *, dropout: bool
 ) -> Tensor:
     """Return float32 partials (splits, M, R) of ``left @ small.T``; ``strides`` are those of (rank, column) of small."""
     tile = ctx.tiles.project
     partial = ctx.empty(splits, ctx.rows, ctx.padded)
     arguments = {
         "left_ptr": left, "small_ptr": small, "partial_ptr": partial, "M": ctx.rows, "length": left.shape[1],
-        "span": span, "stride_row": left.stride(0), "stride_rank": strides[0], "stride_small": strides[1], **ctx.mask(),
+        "tiles": tiles, "stride_row": left.stride(0), "stride_rank": strides[0], "stride_small": strides[1], **ctx.mask(),
     }  # fmt: skip
     constants = {"BLOCK_M": tile.rows, "BLOCK_L": tile.cols, "DROPOUT": dropout, **ctx.dots()}
     grid = (triton.cdiv(ctx.rows, tile.rows), splits)
@@ -276,10 +281,10 @@ def _dz_from_partials(ctx: Context, dh_partial: Tensor, z: Tensor) -> Tensor:
 
 def _dz(ctx: Context, dy: Tensor, z: Tensor) -> Tensor:
     """D1, split over the columns of dy where rows are few."""
-    tile, (splits, span) = ctx.tiles.project, ctx.splits(ctx.n)
+    tile, (splits, tiles) = ctx.tiles.project, ctx.splits(ctx.n)
     rank_and_column = (ctx.b.stride(1), ctx.b.stride(0))
     if splits > 1:
-        partial = _project_partials(ctx, dy, ctx.b, rank_and_column, splits, span, dropout=False)
+        partial = _project_partials(ctx, dy, ctx.b, rank_and_column, splits, tiles, dropout=False)
         return _dz_from_partials(ctx, partial, z)
     dz, arguments = _dz_arguments(ctx, z)
     arguments |= {
