@@ -58,10 +58,10 @@ def padded_rank(r: int) -> int:
 
 
 _LARGE_16BIT = {  # 163 KB of shared memory and more: sm_80, sm_90, sm_100
-    16: Tiles(Tile(64, 128, 4, 4), 128, Tile(32, 512, 8, 3), Tile(64, 256, 8, 3), Tile(64, 128, 4, 3)),
-    32: Tiles(Tile(64, 128, 4, 4), 128, Tile(64, 256, 8, 2), Tile(64, 256, 8, 3), Tile(64, 128, 4, 3)),
-    64: Tiles(Tile(64, 128, 4, 3), 128, Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
-    128: Tiles(Tile(128, 128, 8, 3), 64, Tile(32, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 128, 8, 3)),
+    16: Tiles(Tile(64, 128, 4, 4), 128, Tile(32, 512, 8, 3), Tile(64, 256, 8, 3), Tile(32, 128, 4, 3)),
+    32: Tiles(Tile(64, 128, 4, 4), 128, Tile(64, 256, 8, 2), Tile(64, 128, 4, 3), Tile(32, 128, 4, 3)),
+    64: Tiles(Tile(64, 128, 4, 3), 128, Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(32, 128, 8, 3)),
+    128: Tiles(Tile(128, 128, 8, 3), 64, Tile(32, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 3)),
 }
 _LARGE_32BIT = {
     16: Tiles(Tile(64, 64, 4, 3), 64, Tile(32, 128, 8, 3), Tile(32, 128, 8, 3), Tile(32, 64, 4, 3)),
@@ -91,12 +91,19 @@ _INTERPRETER_TILE = Tile(32, 64, 4, 2)  # small, so that tiny test shapes have s
 
 TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
     "sm_80": _rows(
-        # The last stage of x does not fit beside a in the 163 KB of sm_80 at rank 128.
-        _LARGE_16BIT | {128: replace(_LARGE_16BIT[128], project=Tile(128, 128, 8, 2))},
+        # Without warp-group products these passes keep more in registers: other tiles spill, or pass 163 KB.
+        _LARGE_16BIT
+        | {
+            32: replace(_LARGE_16BIT[32], x_pass=Tile(64, 256, 8, 3)),
+            128: replace(_LARGE_16BIT[128], project=Tile(128, 64, 8, 3), x_pass=Tile(32, 128, 8, 3)),
+        },
         _LARGE_32BIT,
     ),
     "sm_90": _rows(_LARGE_16BIT, _LARGE_32BIT),
-    "sm_100": _rows(_LARGE_16BIT, _LARGE_32BIT),
+    # With 4 warps D1 spills here at rank 64.
+    "sm_100": _rows(
+        _LARGE_16BIT | {64: replace(_LARGE_16BIT[64], project=Tile(64, 128, 8, 3))}, _LARGE_32BIT
+    ),
     DEFAULT: _rows(_SMALL_16BIT, _SMALL_32BIT),
     INTERPRETER: {
         (itemsize, rank): Tiles(*(_INTERPRETER_TILE, 64, *(_INTERPRETER_TILE,) * 3), chunks=2)

@@ -19,8 +19,9 @@ from afa_kernels.dropout import COLUMNS_PER_CALL
 
 INTERPRETED = not isinstance(kernels.pack_kernel, triton.runtime.JITFunction)
 _PACK_BLOCK = 1024
-_REDUCE_ROWS = 32  # rows of dz, and
-_REDUCE_RANKS, _REDUCE_COLS = 16, 64  # ranks and columns of dA and dB, that one program of a reduction sums
+# What one program of a reduction sums: elements of dz in whole rows (16 rows at least); ranks and columns of dA and dB.
+_REDUCE_ELEMENTS, _REDUCE_MIN_ROWS = 1024, 16
+_REDUCE_RANKS, _REDUCE_COLS = 16, 64
 _SMALL_WARPS = 4
 _FULL_WAVE = 0.75  # share of the multiprocessors that one program per tile of rows has to occupy
 
@@ -273,8 +274,9 @@ def _dz_arguments(ctx: Context, z: Tensor) -> tuple[Tensor, dict[str, Any]]:
 def _dz_from_partials(ctx: Context, dh_partial: Tensor, z: Tensor) -> Tensor:
     dz, arguments = _dz_arguments(ctx, z)
     arguments |= {"partial_ptr": dh_partial, "count": dh_partial.shape[0]}
-    constants = {"ACT": ctx.act, "R": ctx.padded, "BLOCK_M": _REDUCE_ROWS, "EMULATE_BF16": ctx.emulate}
-    grid = (triton.cdiv(ctx.rows, _REDUCE_ROWS),)
+    rows = max(_REDUCE_ELEMENTS // ctx.padded, _REDUCE_MIN_ROWS)
+    constants = {"ACT": ctx.act, "R": ctx.padded, "BLOCK_M": rows, "EMULATE_BF16": ctx.emulate}
+    grid = (triton.cdiv(ctx.rows, rows),)
     _run(Launch(kernels.dphi_backward_kernel, grid, arguments, constants, _SMALL_WARPS, 1))
     return dz
 
