@@ -60,8 +60,8 @@ def padded_rank(r: int) -> int:
 _LARGE_16BIT = {  # 163 KB of shared memory and more: sm_80, sm_90, sm_100
     16: Tiles(Tile(64, 128, 4, 4), 128, Tile(32, 512, 8, 3), Tile(64, 256, 8, 3), Tile(32, 128, 4, 3)),
     32: Tiles(Tile(64, 128, 4, 4), 128, Tile(64, 256, 8, 2), Tile(64, 128, 4, 3), Tile(32, 128, 4, 3)),
-    64: Tiles(Tile(64, 128, 4, 3), 128, Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(32, 128, 8, 3)),
-    128: Tiles(Tile(128, 128, 8, 3), 64, Tile(32, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 3)),
+    64: Tiles(Tile(64, 128, 4, 3), 128, Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(32, 128, 8, 3), 8),
+    128: Tiles(Tile(128, 128, 8, 3), 64, Tile(32, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 3), 8),
 }
 _LARGE_32BIT = {
     16: Tiles(Tile(64, 64, 4, 3), 64, Tile(32, 128, 8, 3), Tile(32, 128, 8, 3), Tile(32, 64, 4, 3)),
@@ -124,7 +124,7 @@ def table_tiles(arch: str, itemsize: int, r: int) -> Tiles:
 def device_of(device: torch.device) -> Device:
     """Return what is known of a torch device; a CPU tensor belongs to Triton's interpreter."""
     if device.type == "cpu":
-        return Device(INTERPRETER, 2, INTERPRETER)
+        return Device(INTERPRETER, 1, INTERPRETER)
     if device.type == "xpu":
         properties = torch.xpu.get_device_properties(device)
         return Device("xpu", properties.gpu_subslice_count, properties.name)

@@ -140,14 +140,17 @@ def _sum_partials(partial_ptr, first_row, rows_left, M, count, BLOCK_M: tl.const
     return total
 
 
-@triton.jit(do_not_specialize=["M", "splits", "alpha_ptr"])
+@triton.jit(do_not_specialize=["M", "splits", "tiles", "alpha_ptr"])
 def phi_hb_forward_kernel(
-    partial_ptr, b_ptr, base_ptr, y_ptr, z_ptr, alpha_ptr, M, N, r, splits,
+    partial_ptr, b_ptr, base_ptr, y_ptr, z_ptr, alpha_ptr, M, N, r, splits, tiles,
     stride_bn, stride_br, stride_base_m, stride_base_n, stride_ym, stride_yn, scaling, inverse_keep,
     ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """F2: z from its partials, stored by the first column of programs, then y. Grid: (M / BLOCK_M, N / BLOCK_N)."""
+    """F2: z from its partials, stored by the first column of programs, then y.
+
+    Grid: (M / BLOCK_M, columns of programs), ``tiles`` tiles of y in each.
+    """
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
     column = tl.program_id(1)
     rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
@@ -158,10 +161,13 @@ def phi_hb_forward_kernel(
     if y_ptr is not None:
         alpha_t = tl.load(alpha_ptr)
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), DTYPE, EMULATE_BF16)
-        _store_y(
-            h, b_ptr, base_ptr, y_ptr, first_row, rows_left, column * BLOCK_N, N, stride_bn, stride_br,
-            stride_base_m, stride_base_n, stride_ym, stride_yn, scaling, BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
-        )  # fmt: skip
+        first = column * tiles * BLOCK_N
+        for start in range(first, tl.minimum(first + tiles * BLOCK_N, N), BLOCK_N):
+            _store_y(
+                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br,
+                stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
+                BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -23,7 +23,9 @@ _PACK_BLOCK = 1024
 _REDUCE_ELEMENTS, _REDUCE_MIN_ROWS = 1024, 16
 _REDUCE_RANKS, _REDUCE_COLS = 16, 64
 _SMALL_WARPS = 4
-_FULL_WAVE = 0.75  # share of the multiprocessors that one program per tile of rows has to occupy
+# Rows per multiprocessor from which one pass over x has enough bytes in flight: a tile of 64 on three of four. A tile
+# of 128 rows occupies half as many, with twice the bytes.
+_FULL_DEVICE_ROWS = 48
 
 
 class Launch(NamedTuple):
@@ -116,16 +118,21 @@ class Context:
         tiles_per_chunk = triton.cdiv(row_tiles, min(row_tiles, self.tiles.chunks))
         return triton.cdiv(row_tiles, tiles_per_chunk), tiles_per_chunk * rows_per_tile
 
+    def row_programs(self) -> int:
+        return triton.cdiv(self.rows, self.tiles.project.rows)
+
+    def spread(self, steps: int) -> tuple[int, int]:
+        """Return (programs, steps per program): enough programs for each tile of rows to give the device two waves."""
+        wanted = min(steps, triton.cdiv(2 * self.device.multiprocessors, self.row_programs()))
+        per_program = triton.cdiv(steps, wanted)
+        return triton.cdiv(steps, per_program), per_program
+
     def splits(self, length: int) -> tuple[int, int]:
         """Return (splits, tiles per split) for a product of rows; 1 split where the rows alone fill the device."""
-        tile = self.tiles.project
-        programs = triton.cdiv(self.rows, tile.rows)
-        steps = triton.cdiv(length, tile.cols)
-        if programs >= _FULL_WAVE * self.device.multiprocessors:
+        steps = triton.cdiv(length, self.tiles.project.cols)
+        if self.rows >= _FULL_DEVICE_ROWS * self.device.multiprocessors:
             return 1, steps
-        wanted = min(steps, triton.cdiv(2 * self.device.multiprocessors, programs))
-        tiles_per_split = triton.cdiv(steps, wanted)
-        return triton.cdiv(steps, tiles_per_split), tiles_per_split
+        return self.spread(steps)
 
     def _pack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         ready = self.r == self.padded and all(t.dtype == self.dtype and addressable(t) is t for t in (a, b))
@@ -177,7 +184,6 @@ def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool)
     """Write y into ``out`` (None: only z is wanted) and return z if asked for: F, or F1 and F2 where rows are few."""
     z = ctx.empty(ctx.rows, ctx.r, dtype=ctx.dtype) if save_z else None
     tile, splits, tiles = ctx.tiles.project, *ctx.splits(ctx.k)
-    row_programs = triton.cdiv(ctx.rows, tile.rows)
     shared = {
         "b_ptr": ctx.b, "z_ptr": z, "alpha_ptr": ctx.alpha_t, "M": ctx.rows, "N": ctx.n, "r": ctx.r,
         "stride_bn": ctx.b.stride(0), "stride_br": ctx.b.stride(1), **_base_arguments(base, out),
@@ -190,12 +196,13 @@ def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool)
             "stride_ar": ctx.a.stride(0), "stride_ak": ctx.a.stride(1), **ctx.mask(), **shared,
         }  # fmt: skip
         constants |= {"BLOCK_L": tile.cols, "DROPOUT": ctx.spec.dropout > 0}
-        _run(Launch(kernels.xa_phi_hb_forward_kernel, (row_programs,), arguments, constants, tile.warps, tile.stages))
+        _run(Launch(kernels.xa_phi_hb_forward_kernel, (ctx.row_programs(),), arguments, constants, tile.warps, tile.stages))
         return z
     partial = _project_partials(ctx, ctx.x, ctx.a, ctx.a.stride(), splits, tiles, dropout=ctx.spec.dropout > 0)
     constants["DTYPE"] = _triton_dtype(ctx.dtype)
-    arguments = {"partial_ptr": partial, "splits": splits, **shared}
-    grid = (row_programs, 1 if out is None else triton.cdiv(ctx.n, ctx.tiles.out_cols))
+    columns, tiles = (1, 0) if out is None else ctx.spread(triton.cdiv(ctx.n, ctx.tiles.out_cols))
+    arguments = {"partial_ptr": partial, "splits": splits, "tiles": tiles, **shared}
+    grid = (ctx.row_programs(), columns)
     _run(Launch(kernels.phi_hb_forward_kernel, grid, arguments, constants, tile.warps, tile.stages))
     return z
 
@@ -215,7 +222,7 @@ def _project_partials(
         "tiles": tiles, "stride_row": left.stride(0), "stride_rank": strides[0], "stride_small": strides[1], **ctx.mask(),
     }  # fmt: skip
     constants = {"BLOCK_M": tile.rows, "BLOCK_L": tile.cols, "DROPOUT": dropout, **ctx.dots()}
-    grid = (triton.cdiv(ctx.rows, tile.rows), splits)
+    grid = (ctx.row_programs(), splits)
     _run(Launch(kernels.project_partial_kernel, grid, arguments, constants, tile.warps, tile.stages))
     return partial
 
@@ -294,7 +301,7 @@ def _dz(ctx: Context, dy: Tensor, z: Tensor) -> Tensor:
         "stride_dym": dy.stride(0), "stride_br": rank_and_column[0], "stride_bn": rank_and_column[1],
     }  # fmt: skip
     constants = {"ACT": ctx.act, "BLOCK_M": tile.rows, "BLOCK_L": tile.cols, **ctx.dots()}
-    grid = (triton.cdiv(ctx.rows, tile.rows),)
+    grid = (ctx.row_programs(),)
     _run(Launch(kernels.dyb_dphi_backward_kernel, grid, arguments, constants, tile.warps, tile.stages))
     return dz
 
