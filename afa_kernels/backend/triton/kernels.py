@@ -42,9 +42,9 @@ def pack_kernel(
 
 
 @triton.jit
-def _store_z(z_ptr, z, first_row, rows_left, r, first_only, BLOCK_M: tl.constexpr, R: tl.constexpr):
+def _store_z(z_ptr, z, first_row, rows_left, r, BLOCK_M: tl.constexpr, R: tl.constexpr):
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
-    mask = (row < rows_left)[:, None] & (rank < r)[None, :] & first_only
+    mask = (row < rows_left)[:, None] & (rank < r)[None, :]
     tl.store(z_ptr + first_row * r + row[:, None] * r + rank[None, :], z, mask=mask)
 
 
@@ -91,7 +91,7 @@ def xa_phi_hb_forward_kernel(
     # The backward recomputes h from the stored z, so it is rounded first: otherwise y and dB would use two different h.
     z = round_to(z * inverse_keep, x_ptr.dtype.element_ty, EMULATE_BF16)
     if z_ptr is not None:
-        _store_z(z_ptr, z, first_row, rows_left, r, True, BLOCK_M, R)
+        _store_z(z_ptr, z, first_row, rows_left, r, BLOCK_M, R)
     if y_ptr is not None:
         alpha_t = tl.load(alpha_ptr)
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), x_ptr.dtype.element_ty, EMULATE_BF16)
@@ -157,7 +157,8 @@ def phi_hb_forward_kernel(
     z = _sum_partials(partial_ptr, first_row, rows_left, M, splits, BLOCK_M, R)
     z = round_to(z * inverse_keep, DTYPE, EMULATE_BF16)
     if z_ptr is not None:
-        _store_z(z_ptr, z, first_row, rows_left, r, column == 0, BLOCK_M, R)
+        z_rows = tl.where(column == 0, rows_left, 0)
+        _store_z(z_ptr, z, first_row, z_rows, r, BLOCK_M, R)
     if y_ptr is not None:
         alpha_t = tl.load(alpha_ptr)
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), DTYPE, EMULATE_BF16)

@@ -138,8 +138,6 @@ class Context:
         ready = self.r == self.padded and all(t.dtype == self.dtype and addressable(t) is t for t in (a, b))
         if ready:
             return a, b
-        # float64 is rounded by torch: through the kernel's float32 it would be rounded twice.
-        a, b = (t.to(self.dtype) if t.dtype == torch.float64 else t for t in (a, b))
         a, b = (t if _int32_offsets(t) else t.contiguous() for t in (a, b))
         a_padded = self.empty(self.padded, self.k, dtype=self.dtype)
         b_padded = self.empty(self.n, self.padded, dtype=self.dtype)
