@@ -41,7 +41,9 @@ def test_importing_the_package_does_not_import_triton():
 def test_without_a_gpu_the_reason_says_so():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    status = python("import afa_kernels; s = afa_kernels.backends()['triton']; print(bool(s), s.reason)")
+    status = python(
+        "import afa_kernels; s = afa_kernels.backends()['triton']; print(bool(s), s.reason)"
+    )
     assert status.startswith("False no GPU")
 
 
@@ -89,7 +91,9 @@ def test_every_architecture_has_a_row_for_every_rank_and_size():
         assert rows.keys() == {(size, rank) for size in (2, 4) for rank in configs.RANKS}, arch
 
 
-@pytest.mark.parametrize("r, padded", [(1, 16), (16, 16), (17, 32), (33, 64), (100, 128), (128, 128)])
+@pytest.mark.parametrize(
+    "r, padded", [(1, 16), (16, 16), (17, 32), (33, 64), (100, 128), (128, 128)]
+)
 def test_ranks_are_padded_to_what_a_tensor_core_takes(r, padded):
     assert configs.padded_rank(r) == padded
 

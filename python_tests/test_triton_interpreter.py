@@ -80,14 +80,15 @@ def test_nothing_beside_the_operands_is_read_or_written(shape, p, dtype):
 # (M, K, N, r), and the kernels that one forward and one backward launch there.
 PATHS = {
     "one pass": ((70, 72, 48, 16), ("xa_phi_hb", "dy_pass", "dphi", "x_pass", "weight_grad")),
-    "split": ((20, 140, 130, 16), ("project", "phi_hb", "dy_pass", "dphi", "x_pass", "weight_grad")),
-    "padded rank": ((20, 40, 24, 3), ("pack", "xa_phi_hb", "pack", "dy_pass", "dphi", "x_pass", "weight_grad")),
-    "two passes": ((70, 72, 48, 64), ("xa_phi_hb", "dyb_dphi", "dy_pass", "x_pass", "weight_grad")),
-    "two passes, split": (
+    "split": ((20, 140, 130, 16), ("project", "phi_hb", "dy_pass", "dphi", "x_pass",
+    "weight_grad")), "padded rank": ((20, 40, 24, 3), ("pack", "xa_phi_hb", "pack", "dy_pass",
+    "dphi", "x_pass", "weight_grad")), "two passes": ((70, 72, 48, 64), ("xa_phi_hb", "dyb_dphi",
+    "dy_pass", "x_pass", "weight_grad")), "two passes, split": (
         (20, 140, 130, 128),
         ("project", "phi_hb", "project", "dphi", "dy_pass", "x_pass", "weight_grad"),
     ),
-    "chunks of several tiles": ((150, 40, 24, 16), ("xa_phi_hb", "dy_pass", "dphi", "x_pass", "weight_grad")),
+    "chunks of several tiles": ((150, 40, 24, 16), ("xa_phi_hb", "dy_pass", "dphi", "x_pass",
+    "weight_grad")),
 }  # fmt: skip
 
 
@@ -170,7 +171,10 @@ def test_a_call_without_backward_needs_compiles_no_gradient():
         with launch.recording(configs.device_of(given["x"].device)) as launches:
             got = backend.backward(*operand, alpha_t, None, spec, **flags)
         assert [t is not None for t in got] == list(needs)
-        assert tuple(e.name.removesuffix("_kernel").removesuffix("_backward") for e in launches) == names
+        assert (
+            tuple(e.name.removesuffix("_kernel").removesuffix("_backward") for e in launches)
+            == names
+        )
 
 
 def test_identity_asked_for_by_name_is_the_linear_branch():
