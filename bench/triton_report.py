@@ -8,14 +8,17 @@ machine code; nothing here says how fast it runs.
 """
 
 import argparse
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 
+from afa_kernels.backend.registry import Call
 from afa_kernels.backend.triton import autotune, configs
+from afa_kernels.backend.triton.backend import BACKEND
 from afa_kernels.backend.triton.launch import Launch
 from bench.triton_aot import (
     SHARED_MEMORY,
@@ -38,6 +41,7 @@ _DTYPES = {
 }
 _DEFAULT_SHARED = 64 * 1024  # what the default rows have to fit into, on any GPU
 _DROPPED = 26  # of 256
+_TOKENS = (16384, 512)  # one pass over x, and the split kernels
 _PRODUCTS = (
     "project",
     "xa_phi",
@@ -58,6 +62,10 @@ class Variant(NamedTuple):
     rank: int
     dropout: int
     rows: int  # M: few rows take the split kernels
+
+    def is_taken(self) -> bool:
+        problem = Call("meta", _DTYPES[self.dtype], 1, 1, 1, self.rank, "silu", self.dropout > 0)
+        return BACKEND.refuses(problem) is None
 
     def record(self) -> list[Launch]:
         tiles = configs.TABLE[self.row][_DTYPES[self.dtype].itemsize, self.rank]
@@ -86,24 +94,23 @@ class Row(NamedTuple):
     faults: list[str]
 
 
-def variants(archs: tuple[str, ...], quick: bool) -> Iterator[Variant]:
-    """Yield every use of every row, or with ``quick`` bfloat16 on sm_90 at two ranks, and rank 16
-    elsewhere."""
+def variants(
+    archs: Collection[str], dtypes: Collection[str] = tuple(_DTYPES), quick: bool = False
+) -> Iterator[Variant]:
+    """Yield every use of every row that the backend takes; with ``quick`` bfloat16 alone, at ranks
+    16 and 64 on sm_90 and 16 elsewhere."""
     for arch in archs:
-        rows = (arch, configs.DEFAULT) if arch in configs.TABLE else (configs.DEFAULT,)
-        for row in rows:
-            for dtype in _DTYPES:
-                for rank in configs.RANKS:
-                    for dropout in (0, _DROPPED):
-                        for tokens in (16384, 512):
-                            variant = Variant(arch, row, dtype, rank, dropout, tokens)
-                            if not quick or _is_quick(variant):
-                                yield variant
+        rows = (arch,) if arch in AMD else (arch, configs.DEFAULT)
+        for row, dtype, rank, dropout, tokens in itertools.product(
+            rows, dtypes, configs.RANKS, (0, _DROPPED), _TOKENS
+        ):
+            variant = Variant(arch, row, dtype, rank, dropout, tokens)
+            if variant.is_taken() and not (quick and not _is_quick(variant)):
+                yield variant
 
 
 def _is_quick(variant: Variant) -> bool:
-    is_default = variant.row == configs.DEFAULT and variant.arch in configs.TABLE
-    if variant.dtype != "bf16" or is_default:
+    if variant.dtype != "bf16" or variant.row == configs.DEFAULT:
         return False
     ranks = (16, 64) if variant.arch == "sm_90" else (16,)
     return variant.rank in ranks and (variant.dropout == 0 or variant.rows > 512)
@@ -126,10 +133,10 @@ def faults(variant: Variant, launch: Launch, code: MachineCode) -> list[str]:
     return found
 
 
-def report(archs: tuple[str, ...], quick: bool) -> Iterator[Row]:
+def report(archs: Collection[str], dtypes: Collection[str], quick: bool) -> Iterator[Row]:
     """Compile the variants, each kernel once, and yield what their machine code holds."""
     seen = set()
-    for variant in variants(archs, quick):
+    for variant in variants(archs, dtypes, quick):
         amd = variant.arch in AMD
         for launch in variant.record():
             given = tuple(name for name, value in launch.arguments.items() if value is None)
@@ -189,6 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--arch", action="append", choices=(*NVIDIA, *AMD), help="only this one (may be repeated)"
     )
+    parser.add_argument(
+        "--dtype", action="append", choices=tuple(_DTYPES), help="only this one (may be repeated)"
+    )
     options = parser.parse_args(arguments)
     print(
         f"triton {triton.__version__}, torch {torch.__version__}; "
@@ -196,7 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print(_HEADER)
     kernels = faulty = 0
-    for row in report(tuple(options.arch or (*NVIDIA, *AMD)), options.quick):
+    for row in report(
+        options.arch or (*NVIDIA, *AMD), options.dtype or tuple(_DTYPES), options.quick
+    ):
         print(_line(row), flush=True)
         kernels += 1
         faulty += bool(row.faults)

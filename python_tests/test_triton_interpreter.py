@@ -115,6 +115,22 @@ def test_accumulating_into_the_base_itself(m):
     assert got is base and torch.equal(got, want)
 
 
+@pytest.mark.parametrize("inplace", [False, True], ids=["base", "inplace"])
+def test_rows_too_far_apart_for_int32_are_packed(monkeypatch, inplace):
+    from afa_kernels.backend.triton import launch, passes
+
+    given, spec = operands(20, 40, 24, 16, torch.float32), Spec("silu", 0.5)
+    far = {name: guarded(t)[0] for name, t in given.items()}
+    want = run(backend, spec, **given)
+    near = launch.int32_offsets
+    for module in (launch, passes):
+        monkeypatch.setattr(module, "int32_offsets", lambda t, *rows: t.is_contiguous() and near(t))
+    out = far["base"] if inplace else guarded(torch.full_like(given["base"], torch.nan))[0]
+    got = run(backend, spec, **far, out=out)
+    for what in RESULTS:
+        torch.testing.assert_close(got[what], want[what])
+
+
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63), 123456789012345])
 def test_the_mask_is_the_one_of_the_contract(seed):
     """With x = 1 and one 1 in each row of a, z shows the mask element by element."""

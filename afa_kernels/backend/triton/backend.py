@@ -19,6 +19,7 @@ from afa_kernels.backend.registry import Backend, BackendStatus, Call
 OLDEST_TRITON = (3, 2)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 _MAX_RANK = 128
+_MAX_RANK_FLOAT32_DROPOUT = 64
 _OLDEST_CAPABILITY = (8, 0)
 
 
@@ -72,6 +73,10 @@ def _refuses(call: Call) -> str | None:
         return "float64 has no tensor-core path here: float32, bfloat16 and float16 only"
     if call.r > _MAX_RANK:
         return f"rank {call.r} is above {_MAX_RANK}: compute-bound, which torch's GEMMs do faster"
+    if call.dtype == torch.float32 and call.dropout and call.r > _MAX_RANK_FLOAT32_DROPOUT:
+        return (
+            f"float32 with dropout above rank {_MAX_RANK_FLOAT32_DROPOUT} overflows the registers"
+        )
     if call.device == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(call.device_index)
         if capability < _OLDEST_CAPABILITY:

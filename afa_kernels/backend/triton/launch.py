@@ -150,11 +150,11 @@ class Context:
 
     def _pack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         ready = self.r == self.padded and all(
-            t.dtype == self.dtype and addressable(t) is t for t in (a, b)
+            t.dtype == self.dtype and t.stride(1) == 1 and int32_offsets(t) for t in (a, b)
         )
         if ready:
             return a, b
-        a, b = (t if _int32_offsets(t) else t.contiguous() for t in (a, b))
+        a, b = (t if int32_offsets(t) else t.contiguous() for t in (a, b))
         a_padded = self.empty(self.padded, self.k, dtype=self.dtype)
         b_padded = self.empty(self.n, self.padded, dtype=self.dtype)
         blocks_a = triton.cdiv(a_padded.numel(), _PACK_BLOCK)
@@ -170,15 +170,17 @@ class Context:
         return a_padded, b_padded
 
 
-def _int32_offsets(t: Tensor) -> bool:
-    """Whether the offsets inside a tile of rows fit in int32; the offset of the tile itself is
-    int64."""
-    return configs.MAX_TILE_ROWS * t.stride(0) + t.shape[1] * t.stride(1) < 2**31
+def int32_offsets(t: Tensor, rows: int | None = None) -> bool:
+    """Whether the offsets inside ``rows`` rows of ``t`` (all, by default) fit in int32."""
+    rows = t.shape[0] if rows is None else rows
+    return rows * t.stride(0) + t.shape[1] * t.stride(1) < 2**31
 
 
 def addressable(t: Tensor) -> Tensor:
-    """Return ``t``, copied if its columns are not side by side: the kernels stream rows."""
-    return t if t.stride(1) == 1 and _int32_offsets(t) else t.contiguous()
+    """Return ``t``, copied where its columns are not side by side: the kernels stream rows. The
+    offset of a tile of rows is int64, offsets inside the tile are int32."""
+    fits = t.stride(1) == 1 and int32_offsets(t, configs.MAX_TILE_ROWS)
+    return t if fits else t.contiguous()
 
 
 def _allow_tf32() -> bool:

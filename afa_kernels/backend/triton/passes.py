@@ -12,6 +12,7 @@ from afa_kernels.backend.triton.launch import (
     INTERPRETED,
     Context,
     addressable,
+    int32_offsets,
     submit,
 )
 
@@ -30,9 +31,20 @@ def _base_arguments(base: Tensor | None, out: Tensor | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _tile_fits(t: Tensor) -> bool:
+    return int32_offsets(t, configs.MAX_TILE_ROWS)
+
+
 def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool) -> Tensor | None:
     """Write y into ``out`` (None: only z is wanted) and return z if asked for: F, or F1 and F2
     where rows are few."""
+    if base is not None and base is not out and not _tile_fits(base):
+        base = base.contiguous()
+    if out is not None and not _tile_fits(out):
+        y = torch.empty_like(out, memory_format=torch.contiguous_format)
+        z = forward(ctx, base.contiguous() if base is out else base, y, save_z)
+        out.copy_(y)
+        return z
     z = ctx.empty(ctx.rows, ctx.r, dtype=ctx.dtype) if save_z else None
     tile, splits, tiles = ctx.tiles.project, *ctx.splits(ctx.k)
     shared = {
