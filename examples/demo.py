@@ -216,8 +216,9 @@ def check_adapter(
         f"\nPEFT {peft['peft_version']} loads the adapter: largest logit difference "
         f"{peft['largest_logit_difference']:.1e} (largest logit {merge['largest_logit']:.1f})\n"
         f"merged: largest logit difference {merge['largest_logit_difference']:.1e}; its forward "
-        f"runs {merge['operators_merged']} operators, {plain} the pretrained model's "
-        f"(unmerged: {merge['operators_unmerged']})\n"
+        f"runs {merge['operators_merged']} operators, {plain} the pretrained model's, and "
+        f"{merge['afa_operators_merged']} of afa_kernels (unmerged: "
+        f"{merge['afa_operators_unmerged']})\n"
         f"checks {'passed' if passed else 'FAILED'}"
     )
     return passed

@@ -53,7 +53,8 @@ def merge_check(model: Classifier, batches: list[Batch], pretrained: Classifier)
     return {
         "largest_logit_difference": largest_difference(before, after),
         "largest_logit": before.abs().max().item(),
-        "operators_unmerged": len(unmerged_operators),
+        "afa_operators_unmerged": sum(map(_is_ours, unmerged_operators)),
+        "afa_operators_merged": sum(map(_is_ours, merged_operators)),
         "operators_merged": len(merged_operators),
         "runs_the_plain_layers": merged_operators == operators(pretrained, batches[0]),
         "layers_left": sum(isinstance(m, afa.AFALinear) for m in model.modules()),
@@ -68,6 +69,10 @@ def operators(model, batch: Batch) -> list[str]:
     with _Recorder() as recorder:
         logits(model, batch)
     return recorder.names
+
+
+def _is_ours(operator: str) -> bool:
+    return operator.startswith("afa_kernels")
 
 
 class _Recorder(TorchDispatchMode):
