@@ -6,6 +6,7 @@ from torch import Tensor
 
 from afa_kernels import _ops, checks, dropout
 from afa_kernels.backend.registry import IDENTITY
+from afa_kernels.functional import autocast
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,8 @@ def plan(
         checks.alpha_tensor(alpha_t)
     elif checks.alpha_value(alpha_t) == 0.0:
         activation = IDENTITY
-    rows = x.reshape(-1, x.shape[-1])
-    chosen, reason = _ops.choose(
-        _ops.call_of(rows, lora_a, lora_b, activation, dropout.threshold_of(dropout_p)), backend
-    )
+    rows = autocast(x.detach()).reshape(-1, x.shape[-1])
+    call = _ops.call_of(rows, lora_a, lora_b, activation, dropout.threshold_of(dropout_p))
+    chosen, reason = _ops.choose(call, backend)
     gemm = activation == IDENTITY and chosen.name in ("torch", "reference")
     return Plan(chosen.name, "gemm" if gemm else "fused", reason)

@@ -69,7 +69,7 @@ def afa_lora(
         checks.base(base, x, n, inplace=inplace)
     elif inplace:
         raise ValueError("inplace: expected a base to accumulate into, got base=None")
-    x = _autocast(x)
+    x = autocast(x)
     options = _options(x, alpha_t, activation, scaling, dropout_p, dropout_seed, save)
     rows = _as_rows(x)
     if base is None or (base.dtype == x.dtype and not inplace):
@@ -121,7 +121,7 @@ def afa_linear(
     checks.branch(x, lora_a, lora_b)
     checks.options(activation, scaling, dropout_p, save, backend)
     checks.tensor("weight", weight)
-    x, weight = _autocast(x), _autocast(weight)
+    x, weight = autocast(x), autocast(weight)
     n = lora_b.shape[0]
     checks.linear(x, weight, bias, n)
     options = _options(x, alpha_t, activation, scaling, dropout_p, dropout_seed, save)
@@ -165,7 +165,7 @@ def _options(x, alpha_t, activation, scaling, dropout_p, dropout_seed, save) -> 
     return alpha_t, seed, activation, float(scaling), threshold, save_z
 
 
-def _autocast(t: Tensor) -> Tensor:
+def autocast(t: Tensor) -> Tensor:
     """Round to the autocast dtype where autocast is on; float64 stays, as in torch's own linear."""
     device_type = t.device.type
     if torch.is_autocast_enabled(device_type) and t.dtype != torch.float64:

@@ -48,8 +48,9 @@ class AFALinear(nn.Module):
     """A frozen linear layer with a trainable AFA-LoRA branch.
 
     ``y = base_layer(x) + scaling * phi(dropout(x) @ lora_a.T) @ lora_b.T`` with
-    ``phi(z) = (1 - alpha_t) * z + alpha_t * act(z)``. It starts at ``alpha_t = 1`` with ``lora_b = 0``, so its output is first that of ``base_layer``.
-    At ``alpha_t = 0`` the branch is an ordinary LoRA: it runs as plain GEMMs and can be merged.
+    ``phi(z) = (1 - alpha_t) * z + alpha_t * act(z)``. It starts at ``alpha_t = 1`` with
+    ``lora_b = 0``, so its output is first that of ``base_layer``. At ``alpha_t = 0`` the branch is
+    an ordinary LoRA: it runs as plain GEMMs and can be merged.
 
     Args:
         base_layer: ``torch.nn.Linear`` or transformers' ``Conv1D``. Its parameters are frozen; the
@@ -66,7 +67,7 @@ class AFALinear(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what came and what is
-        wanted.
+            wanted.
 
     ``alpha_t_buffer`` (0-dim, float32 on every device and in every dtype of the model, part of the
     state dict) holds what kernels read. It is written in place, so a new value neither recompiles a

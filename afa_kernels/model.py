@@ -99,8 +99,7 @@ def set_alpha_t(model: nn.Module, value: float) -> None:
 
     Raises:
         TypeError, ValueError: ``value`` is no number in [0, 1], is not 0 while a layer is merged,
-        or the model has no
-            AFA layer. No layer is changed then.
+            or the model has no AFA layer. No layer is changed then.
     """
     layers = _layers(model)
     value = checks.alpha_value(value)
@@ -150,7 +149,7 @@ def unload(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model has no AFA layer, or only some of them are merged. The model is
-        unchanged then.
+            unchanged then.
     """
     layers = _layers(model)
     if len({layer.merged for _, layer in layers}) > 1:
@@ -183,7 +182,7 @@ def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]
 
     Raises:
         ValueError: a parameter trains that belongs to a module around AFA layers, or to the base of
-        one.
+            one.
     """
     covered: list[str] = []
     for name, module in model.named_modules():

@@ -69,7 +69,7 @@ _REQUIRED = {
 def peft_config(
     model: nn.Module, layers: dict[str, AFALinear], trained: list[str]
 ) -> dict[str, Any]:
-    """Return PEFT's LoraConfig, with keys that every PEFT from 0.17 on knows: none of them warns."""
+    """Return PEFT's LoraConfig, with keys that PEFT has known since 0.17, so that none warns."""
     first = next(iter(layers.values()))
     rslora = all(layer.use_rslora for layer in layers.values())
 

@@ -61,7 +61,7 @@ class AnnealSchedule:
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what came and what is
-        wanted.
+            wanted.
 
     Example: ``sched = AnnealSchedule(1000); sched.attach(model)``, then ``sched.step()`` after each
     optimizer step.

@@ -28,7 +28,7 @@ from afa_examples.training import Curve, Recipe, correct, train, trainable_param
 # Largest difference of logits, as a part of the largest logit, that float32 rounding may make.
 TOLERANCE = 1e-4
 FULL = Recipe(steps=160, batch_size=16, evaluate_every=32, curve_examples=192)
-QUICK = Recipe(steps=30, batch_size=16, evaluate_every=15, curve_examples=96)
+QUICK = Recipe(steps=24, batch_size=16, evaluate_every=12, curve_examples=96)
 QUICK_TEST_EXAMPLES = 256
 CHECKED_BATCHES = 2
 
@@ -60,7 +60,7 @@ class Run:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a fifth of the steps")
+    parser.add_argument("--quick", action="store_true", help="a seventh of the steps")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each method (1)")
     parser.add_argument("--model", help="folder or cached name of another encoder")
     parser.add_argument("--rank", type=int, default=4, help="of both adapters (4)")

@@ -489,6 +489,19 @@ def test_an_interrupted_save_leaves_the_checkpoint_that_was_there(saved, monkeyp
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
 
 
+def test_a_reader_of_the_old_files_keeps_the_old_files(saved):
+    folder, model = saved
+    for name in (CONFIG, WEIGHTS):
+        os.link(folder / name, folder / f"old-{name}")
+    before = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    model.body["up"].lora_a.data.fill_(7.0)
+    with pytest.warns(UserWarning):
+        afa.save_adapter(wake(model, alpha_t=0.5), folder)
+    for name in (CONFIG, WEIGHTS):
+        assert (folder / name).read_bytes() != before[name]
+        assert (folder / f"old-{name}").read_bytes() == before[name]
+
+
 def test_saving_twice_replaces_and_leaves_no_other_file(saved):
     folder, model = saved
     model.body["up"].lora_a.data.fill_(7.0)

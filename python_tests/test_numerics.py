@@ -21,7 +21,7 @@ SHAPES = [
     (33, 40, 264, 64),  # N beyond one column tile
     (19, 264, 72, 128),  # the widest rank of the GPU kernels
     (18, 48, 56, 256),  # the widest rank of all
-    (3, 1, 1, 4),  # one feature in, one out
+    (203, 1, 1, 4),  # one feature in, one out
 ]
 # Blocking over M, several chunks of the reductions: too slow where instructions are simulated.
 LARGE_SHAPES = [(1031, 515, 259, 16), (4099, 64, 96, 8), (260, 1536, 1040, 64)]

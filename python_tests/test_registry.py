@@ -1,5 +1,7 @@
 """Choice of a backend: a pure function of the call, the request and what the machine has."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -100,6 +102,18 @@ def test_plan_names_path_and_reason():
     assert afa.plan(x, a, b, torch.tensor(0.0)).path == "fused"
     with pytest.raises(TypeError, match="unexpected arguments nonsense"):
         afa.plan(x, a, b, 0.5, nonsense=1)
+
+
+def test_plan_sees_autocast(table):
+    table(dataclasses.replace(fake("plain"), refuses=lambda call: str(call.dtype)))
+    x, a, b = torch.randn(2, 4), torch.randn(1, 4), torch.randn(3, 1)
+    with pytest.raises(afa.BackendUnavailable, match="torch.float32"):
+        afa.plan(x, a, b, 0.5)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(afa.BackendUnavailable, match="torch.bfloat16"),
+    ):
+        afa.plan(x, a, b, 0.5)
 
 
 def test_float64_is_taken_by_a_backend_that_can():

@@ -18,7 +18,8 @@ def linear_layers(count=2):
 
 @pytest.mark.parametrize("kind", [*KINDS, lambda p: 1 - p**3], ids=[*KINDS, "callable"])
 @pytest.mark.parametrize(
-    ("begin_frac", "end_frac"), [(0.0, 0.8), (0.1, 0.7), (0.0, 1.0), (0.35, 0.95), (0.5, 0.5)]
+    ("begin_frac", "end_frac"),
+    [(0.0, 0.8), (0.1, 0.7), (0.0, 1.0), (0.35, 0.95), (0.5, 0.5), (0.0, 0.55)],
 )
 def test_every_kind_reaches_both_ends_exactly_and_never_rises(kind, begin_frac, end_frac):
     for total_steps in (1, 2, 7, 10, 100):
@@ -28,7 +29,7 @@ def test_every_kind_reaches_both_ends_exactly_and_never_rises(kind, begin_frac, 
             )
             values = [sched(step) for step in range(total_steps + 3)]
             for step, value in enumerate(values):
-                # Compared without division, so that 0.7 * 10 counts as 7.
+                # 0.55 * 100 is 55.00000000000001, and step 55 must be the end.
                 if step >= end_frac * total_steps - 1e-9:
                     assert value == end
                 elif step <= begin_frac * total_steps:
