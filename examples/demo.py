@@ -207,6 +207,7 @@ def check_adapter(
     passed = (
         peft["largest_logit_difference"] <= allowed
         and merge["largest_logit_difference"] <= allowed
+        and merge["path"] == "merged"
         and merge["runs_the_plain_layers"]
         and merge["unloaded_equals_merged"]
         and merge["layers_left"] == 0
@@ -215,10 +216,10 @@ def check_adapter(
     print(
         f"\nPEFT {peft['peft_version']} loads the adapter: largest logit difference "
         f"{peft['largest_logit_difference']:.1e} (largest logit {merge['largest_logit']:.1f})\n"
-        f"merged: largest logit difference {merge['largest_logit_difference']:.1e}; its forward "
-        f"runs {merge['operators_merged']} operators, {plain} the pretrained model's, and "
-        f"{merge['afa_operators_merged']} of afa_kernels (unmerged: "
-        f"{merge['afa_operators_unmerged']})\n"
+        f"merged (path {merge['path']}): largest logit difference "
+        f"{merge['largest_logit_difference']:.1e}; its forward runs {merge['operators_merged']} "
+        f"operators, {plain} the pretrained model's, and {merge['afa_operators_merged']} of "
+        f"afa_kernels (unmerged: {merge['afa_operators_unmerged']})\n"
         f"checks {'passed' if passed else 'FAILED'}"
     )
     return passed

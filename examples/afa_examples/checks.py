@@ -49,9 +49,12 @@ def merge_check(model: Classifier, batches: list[Batch], pretrained: Classifier)
     afa.merge(model)
     after = logits_of(model, batches)
     merged_operators = operators(model, batches[0])
+    layer = next(m for m in model.modules() if isinstance(m, afa.AFALinear))
+    path = layer.plan(torch.zeros(1, layer.in_features)).path
     afa.unload(model)
     return {
         "largest_logit_difference": largest_difference(before, after),
+        "path": path,
         "largest_logit": before.abs().max().item(),
         "afa_operators_unmerged": sum(map(_is_ours, unmerged_operators)),
         "afa_operators_merged": sum(map(_is_ours, merged_operators)),
