@@ -28,9 +28,9 @@ HEAD = "head"
 HEAD_METHOD = Method("frozen encoder, head only", 1e-2, (3e-3, 1e-2, 3e-2))
 METHODS = {
     HEAD: HEAD_METHOD,
-    "lora": Method("LoRA", 1e-3, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "afa": Method("AFA-LoRA", 1e-3, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "full": Method("full fine-tuning", 3e-4, (1e-4, 3e-4, 1e-3)),
+    "lora": Method("LoRA", 1e-3, (3e-4, 1e-3, 3e-3)),
+    "afa": Method("AFA-LoRA", 1e-3, (3e-4, 1e-3, 3e-3)),
+    "full": Method("full fine-tuning", 1e-4, (3e-5, 1e-4, 3e-4)),
 }
 
 
