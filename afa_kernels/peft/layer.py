@@ -17,6 +17,7 @@ from afa_kernels import checks
 from afa_kernels.activation import phi
 from afa_kernels.backend.registry import MAX_RANK
 from afa_kernels.functional import afa_lora
+from afa_kernels.layer import is_conv1d
 
 # PEFT's layers whose forward goes through variants. The others (AWQ, AQLM, EETQ, Transformer
 # Engine, Megatron) compute the branch themselves and would ignore one.
@@ -122,9 +123,12 @@ class AFALoraVariant(LoraVariant):
             "save": state.save,
         }
         branch = (lora_a.weight, lora_b.weight, state.coefficient())
-        if torch.compiler.is_compiling() or module.get_base_layer()._forward_hooks:
+        base_layer = module.get_base_layer()
+        if torch.compiler.is_compiling() or base_layer._forward_hooks:
             return afa_lora(x, *branch, base=result, **options)
-        return _accumulate(x, branch, result, options)
+        if result._is_view():
+            return _accumulate_into_view(x, branch, result, _is_dense(base_layer), options)
+        return afa_lora(x, *branch, base=result, inplace=True, **options)
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -141,18 +145,32 @@ class AFALoraVariant(LoraVariant):
         return (orig_weight - delta).to(orig_weight.dtype)
 
 
-def _accumulate(x: Tensor, branch: tuple, result: Tensor, options: dict[str, Any]) -> Tensor:
-    """Add the branch into ``result``, which nothing else holds."""
-    if not result._is_view():
-        return afa_lora(x, *branch, base=result, inplace=True, **options)
-    # A linear layer with a bias returns a 3-D view of its 2-D product. Writing into the product
-    # itself spares autograd the copies that it makes for a write through a view.
+def _accumulate_into_view(
+    x: Tensor, branch: tuple, result: Tensor, dense: bool, options: dict[str, Any]
+) -> Tensor:
+    """Add the branch to the output of a base layer that is a view of another tensor.
+
+    A dense layer with a bias returns a 3-D view of its 2-D product. Writing into the product itself
+    spares autograd the copies that it makes for a write through a view. A view that is made inside
+    an autograd Function must not be written at all: that would cut off the Function.
+    """
     whole = result._base
     rows = (result.numel() // result.shape[-1], result.shape[-1])
-    if tuple(whole.shape) != rows or not (whole.is_contiguous() and result.is_contiguous()):
+    shares_rows = tuple(whole.shape) == rows and whole.is_contiguous() and result.is_contiguous()
+    if not dense or not shares_rows or whole.requires_grad != result.requires_grad:
         return afa_lora(x, *branch, base=result, **options)
     flat_x = x.reshape(-1, x.shape[-1])
     return afa_lora(flat_x, *branch, base=whole, inplace=True, **options).view(result.shape)
+
+
+def _is_dense(base_layer: nn.Module) -> bool:
+    """Whether torch's own product is all that the base layer computes with."""
+    known = type(base_layer) is nn.Linear or is_conv1d(base_layer)
+    return (
+        known
+        and type(base_layer.weight) in (nn.Parameter, Tensor)
+        and "forward" not in base_layer.__dict__
+    )
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -258,6 +276,8 @@ class AFALoraLayer:
         if not self._ours(adapter_names):
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         result = self.base_layer(x, *args, **{k: v for k, v in kwargs.items() if v is not None})
+        if result._is_view():  # of a quantized layer's own tensor: not to be written
+            result = result.clone()
         for name in dict.fromkeys(adapter_names):
             if name == _BASE_MODEL or name not in self.lora_A:
                 continue

@@ -28,7 +28,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     taken = 0
     reasons: set[str] = set()
     for layer, configs in _lora_layers(model):
-        for name in layer.lora_A:
+        for name in layer.r:
             if name in layer.lora_variant:
                 taken += isinstance(layer.lora_variant[name], AFALoraVariant)
                 continue
