@@ -110,6 +110,7 @@ def test_the_branch_beside_a_quantized_layer(model, alpha_t):
 
 
 @pytest.mark.filterwarnings("ignore")
+@torch.no_grad()  # bitsandbytes has another kernel for inputs that need a gradient
 def test_a_mixed_batch(model):
     model.eval()
     x = torch.randn(2, 3, WIDTHS[0])
