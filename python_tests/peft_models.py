@@ -53,7 +53,5 @@ def gradients(model: nn.Module, x: Tensor, dy: Tensor | None = None) -> dict[str
     model.zero_grad()
     y = model(x)
     y.backward(torch.ones_like(y) if dy is None else dy)
-    named = {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }
+    named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"y": y.detach(), "dx": x.grad} | named

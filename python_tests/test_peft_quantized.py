@@ -14,7 +14,6 @@ from test_peft_adapter import PASSES_CONFIG, Branch, config
 from afa_kernels.peft import AFALoraConfig, AFALoraLayer
 from afa_kernels.peft.layer import install
 
-
 WIDTHS = (64, 128, 64)  # bitsandbytes multiplies in blocks of 64 on a CPU
 
 
@@ -140,9 +139,7 @@ def test_gptq_layers_go_through_the_seam():
     from peft.tuners.lora.gptq import GPTQLoraLinear
 
     base = nn.Linear(*WIDTHS[:2]).requires_grad_(False)
-    layer = GPTQLoraLinear(
-        base, "default", config=LoraConfig(r=4, lora_alpha=6), r=4, lora_alpha=6
-    )
+    layer = GPTQLoraLinear(base, "default", config=LoraConfig(r=4, lora_alpha=6), r=4, lora_alpha=6)
     install(layer, "default", AFALoraConfig(r=4, lora_alpha=6, activation="gelu"))
     fill_adapters(layer)
     layer.set_alpha_t(0.5)
@@ -152,5 +149,3 @@ def test_gptq_layers_go_through_the_seam():
     for name, value in got.items():
         other = wanted[name if name in ("y", "dx") else f"layer.{name}"]
         torch.testing.assert_close(value, other, msg=name)
-
-

@@ -122,7 +122,9 @@ def test_a_stock_adapter_loads_as_a_plain_lora(tmp_path):
     net, x = Net(), torch.randn(3, 16)
     stock = adapted(net, config(LoraConfig))
     stock.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(net, tmp_path, config=AFALoraConfig.from_pretrained(tmp_path))
+    loaded = PeftModel.from_pretrained(
+        net, tmp_path, config=AFALoraConfig.from_pretrained(tmp_path)
+    )
     assert loaded.q_proj.alpha_t == 0.0
     torch.testing.assert_close(loaded(x), stock(x))
 
@@ -159,7 +161,9 @@ def test_an_unfinished_checkpoint_of_save_adapter_loads_into_peft(tmp_path):
         nn.init.normal_(layer.lora_b)
     afa.set_alpha_t(injected, 0.4)
     afa.save_adapter(injected, tmp_path)
-    loaded = PeftModel.from_pretrained(net, tmp_path, config=AFALoraConfig.from_pretrained(tmp_path))
+    loaded = PeftModel.from_pretrained(
+        net, tmp_path, config=AFALoraConfig.from_pretrained(tmp_path)
+    )
     assert loaded.q_proj.alpha_t == 0.4
     torch.testing.assert_close(loaded(x), injected(x))
 

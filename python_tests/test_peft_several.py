@@ -212,7 +212,7 @@ def test_accelerate_leaves_other_branches_alone():
 
 
 def test_accelerate_says_why_it_cannot():
-    with pytest.raises(ValueError, match="it has no LoRA layers"):
+    with pytest.raises(ValueError, match="it has no plain LoRA layers"):
         accelerate(Net())
     net = nn.Sequential()
     net.table = nn.Embedding(7, 16)

@@ -7,6 +7,18 @@ require_peft()
 
 from afa_kernels.peft.config import AFALoraConfig  # noqa: E402 - needs the PEFT that was checked
 from afa_kernels.peft.layer import AFALoraLayer  # noqa: E402
-from afa_kernels.peft.model import accelerate, load_adapter, restore  # noqa: E402
+from afa_kernels.peft.model import (  # noqa: E402
+    accelerate,
+    install_annealed,
+    load_adapter,
+    restore,
+)
 
-__all__ = ["AFALoraConfig", "AFALoraLayer", "accelerate", "load_adapter", "restore"]
+__all__ = [
+    "AFALoraConfig",
+    "AFALoraLayer",
+    "accelerate",
+    "install_annealed",
+    "load_adapter",
+    "restore",
+]

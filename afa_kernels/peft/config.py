@@ -1,4 +1,4 @@
-"""AFALoraConfig: PEFT's LoraConfig with an activation, its annealing, and the way they are saved."""
+"""AFALoraConfig: PEFT's LoraConfig with an activation and its annealing, and how they are saved."""
 
 import copy
 import dataclasses

@@ -5,7 +5,7 @@ of the base layer. ``AFALoraLayer`` answers for :class:`AFALoraConfig`; it is mi
 layer classes, so quantization, dispatch and merging stay PEFT's.
 """
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -319,7 +319,7 @@ def stock_class(cls: type) -> type:
     return next(c for c in cls.__mro__ if not issubclass(c, AFALoraLayer))
 
 
-@lru_cache(maxsize=None)
+@cache
 def afa_class(stock: type[LoraLayer]) -> type:
     """Return PEFT's layer class with :class:`AFALoraLayer` mixed in."""
     body = {

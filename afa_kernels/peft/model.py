@@ -1,13 +1,11 @@
 """PEFT models as a whole: plain LoRA on the kernels of this package and back, and loading."""
 
-from collections.abc import Iterator
-
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from afa_kernels.peft.config import AFALoraConfig
-from afa_kernels.peft.layer import AFALoraLayer, AFALoraVariant, install, release, why_not
+from afa_kernels.peft.layer import AFALoraLayer, install, release, why_not
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -25,27 +23,40 @@ def accelerate(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there is nothing in ``model`` to take over.
     """
-    taken = 0
+    install_annealed(model)
     reasons: set[str] = set()
-    for layer, configs in _lora_layers(model):
-        for name in layer.r:
-            if name in layer.lora_variant:
-                taken += isinstance(layer.lora_variant[name], AFALoraVariant)
-                continue
-            config = configs.get(name)
-            annealed = config if isinstance(config, AFALoraConfig) else None
-            reason = why_not(layer, name)
-            if reason is None:
-                install(layer, name, annealed)
-                taken += 1
-            elif annealed is not None:
-                raise ValueError(f"adapter {name!r}: {reason}")
-            else:
-                reasons.add(reason)
-    if not taken:
-        found = "; ".join(sorted(reasons)) or "it has no LoRA layers"
+    for layer, name in _plain_adapters(model):
+        reason = why_not(layer, name)
+        if reason is None:
+            install(layer, name, None)
+        else:
+            reasons.add(reason)
+    if not any(isinstance(module, AFALoraLayer) for module in model.modules()):
+        found = "; ".join(sorted(reasons)) or "it has no plain LoRA layers"
         raise ValueError(f"model: nothing to run on the kernels in {type(model).__name__}: {found}")
     return model
+
+
+def install_annealed(model: nn.Module) -> None:
+    """Give adapters their activation whose :class:`AFALoraConfig` never reached their layer.
+
+    PEFT before 0.19 does not pass the configuration of another adapter to a layer that exists, so
+    that layer would run it as a plain LoRA.
+
+    Raises:
+        ValueError: a layer cannot run such an adapter.
+    """
+    configs = next(
+        (
+            m.peft_config
+            for m in model.modules()
+            if isinstance(getattr(m, "peft_config", None), dict)
+        ),
+        {},
+    )
+    for layer, name in _plain_adapters(model):
+        if isinstance(configs.get(name), AFALoraConfig):
+            install(layer, name, configs[name])
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -54,7 +65,7 @@ def restore(model: nn.Module) -> nn.Module:
     Returns:
         ``model``, changed in place.
     """
-    for layer, _ in _lora_layers(model):
+    for layer in _lora_layers(model):
         if not isinstance(layer, AFALoraLayer):
             continue
         for name in [name for name, state in layer.lora_afa.items() if not state.annealed]:
@@ -78,17 +89,20 @@ def load_adapter(
     config = AFALoraConfig.from_pretrained(path)
     config.inference_mode = not is_trainable
     model.add_adapter(adapter_name, config)
-    accelerate(model)
+    install_annealed(model)
     model.load_adapter(path, adapter_name, is_trainable=is_trainable)
     return model
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[LoraLayer, dict]]:
-    """Yield the LoRA layers of ``model``, each with the configurations of the model around it."""
-    configs = next(
-        (m.peft_config for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict)),
-        {},
-    )
-    for module in list(model.modules()):
-        if isinstance(module, LoraLayer):
-            yield module, configs
+def _lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def _plain_adapters(model: nn.Module) -> list[tuple[LoraLayer, str]]:
+    """Return the adapters that PEFT runs without a variant, with their layers."""
+    return [
+        (layer, name)
+        for layer in _lora_layers(model)
+        for name in layer.r
+        if name not in layer.lora_variant
+    ]
