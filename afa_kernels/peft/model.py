@@ -60,7 +60,9 @@ def install_annealed(model: nn.Module) -> None:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo :func:`accelerate`: plain LoRA adapters run on PEFT's own code again, annealed ones stay.
+    """Undo :func:`accelerate`: plain LoRA adapters run on PEFT's own code again.
+
+    Annealed adapters stay as they are.
 
     Returns:
         ``model``, changed in place.
