@@ -70,7 +70,7 @@ class Annealer:
                 f"model: expected layers with set_alpha_t, found none in {type(model).__name__}; "
                 "adapt it with afa_kernels.inject or an AFALoraConfig before training"
             )
-        self._schedule = self._given or self._made_for(model, total_steps)
+        self._schedule = self._given or self._made_for(total_steps)
         planned = getattr(self._schedule, "total_steps", total_steps)
         if planned > total_steps:
             warnings.warn(
@@ -114,17 +114,11 @@ class Annealer:
             for layer in self._layers:
                 layer.merge()
 
-    def _made_for(self, model: nn.Module, total_steps: int) -> AnnealSchedule:
+    def _made_for(self, total_steps: int) -> AnnealSchedule:
         if self._options:
             return AnnealSchedule(total_steps, **self._options)
-        for module in model.modules():
-            configs = getattr(module, "peft_config", None)
-            if not isinstance(configs, dict):
-                continue
-            active = getattr(module, "active_adapters", None)
-            active = active() if callable(active) else active  # a method in transformers' models
-            for name in active or configs:
-                make = getattr(configs.get(name), "schedule", None)
-                if make is not None:
-                    return make(total_steps)
-        return AnnealSchedule(total_steps)
+        # Layers of a PEFT model have the one of their adapter's configuration.
+        own = (getattr(layer, "schedule", None) for layer in self._layers)
+        made = (make(total_steps) for make in own if make is not None)
+        configured = next((each for each in made if each is not None), None)
+        return configured or AnnealSchedule(total_steps)

@@ -18,6 +18,7 @@ from afa_kernels.activation import phi
 from afa_kernels.backend.registry import MAX_RANK
 from afa_kernels.functional import afa_lora
 from afa_kernels.layer import is_conv1d
+from afa_kernels.schedule import AnnealSchedule
 
 # PEFT's layers whose forward goes through variants. The others (AWQ, AQLM, EETQ, Transformer
 # Engine, Megatron) compute the branch themselves and would ignore one.
@@ -212,6 +213,11 @@ class AFALoraLayer:
     def alpha_t(self) -> float:
         """The blend coefficient of the active adapters; 0 if none of them is annealed."""
         return max((state.number for state in self._annealed()), default=0.0)
+
+    def schedule(self, total_steps: int) -> AnnealSchedule | None:
+        """Return the schedule that the configuration of the active adapter describes, if one is
+        annealed."""
+        return next((s.config.schedule(total_steps) for s in self._annealed()), None)
 
     def set_alpha_t(self, value: float) -> None:
         """Set the blend coefficient of the active adapters, in [0, 1]. Plain LoRA adapters have

@@ -46,14 +46,8 @@ def install_annealed(model: nn.Module) -> None:
     Raises:
         ValueError: a layer cannot run such an adapter.
     """
-    configs = next(
-        (
-            m.peft_config
-            for m in model.modules()
-            if isinstance(getattr(m, "peft_config", None), dict)
-        ),
-        {},
-    )
+    found = (getattr(module, "peft_config", None) for module in model.modules())
+    configs = next((each for each in found if isinstance(each, dict)), {})
     for layer, name in _plain_adapters(model):
         if isinstance(configs.get(name), AFALoraConfig):
             install(layer, name, configs[name])
