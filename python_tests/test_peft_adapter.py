@@ -20,7 +20,9 @@ import afa_kernels as afa
 from afa_kernels.activation import ACTIVATIONS
 from afa_kernels.peft import AFALoraConfig, AFALoraLayer
 
-PASSES_CONFIG = tuple(int(part) for part in peft.__version__.split(".")[:2]) >= (0, 19)
+RELEASE = tuple(int(part) for part in peft.__version__.split(".")[:2])
+PASSES_CONFIG = RELEASE >= (0, 19)  # to a layer that exists, for another adapter
+MARKS_VARIANTS = RELEASE >= (0, 20)
 
 
 def config(cls=AFALoraConfig, **options):

@@ -10,7 +10,7 @@ pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
 from peft_models import TARGETS, Net, adapted, fill_adapters, gradients, set_alpha_t
-from test_peft_adapter import PASSES_CONFIG, config
+from test_peft_adapter import MARKS_VARIANTS, PASSES_CONFIG, config
 
 from afa_kernels.peft import AFALoraConfig, AFALoraLayer, accelerate, restore
 
@@ -105,13 +105,25 @@ def test_delete_adapter():
     model(torch.randn(2, 16))
 
 
-@pytest.mark.skipif(not PASSES_CONFIG, reason="this PEFT does not tell a layer its configuration")
-def test_a_plain_layer_does_not_swallow_an_annealed_adapter():
-    """PEFT hands another adapter to the layer that is there. A plain one would run it as a plain
-    LoRA; from 0.20 on PEFT refuses, and accelerate makes it possible on all versions."""
+@pytest.mark.skipif(not MARKS_VARIANTS, reason="this PEFT does not know marked fields")
+def test_a_plain_layer_refuses_an_annealed_adapter():
+    """PEFT hands another adapter to the layer that is there, which would run it as a plain LoRA."""
     model = get_peft_model(Net(), config(LoraConfig))
-    accelerate(model)
-    model.add_adapter("annealed", config())
+    with pytest.raises(ValueError, match="unsupported variant combination.*activation"):
+        model.add_adapter("annealed", config())
+
+
+@pytest.mark.parametrize("first", ["accelerate", "add"])
+def test_accelerate_makes_room_for_an_annealed_adapter(first):
+    model = get_peft_model(Net(), config(LoraConfig))
+    if first == "accelerate" and PASSES_CONFIG:
+        accelerate(model)
+        model.add_adapter("annealed", config())
+    elif first == "add" and not MARKS_VARIANTS:
+        model.add_adapter("annealed", config())
+        accelerate(model)
+    else:
+        pytest.skip("not in this order with this PEFT")
     fill_adapters(model)
     model.set_adapter("annealed")
     assert model.q_proj.alpha_t == 1.0
@@ -218,6 +230,25 @@ def test_accelerate_says_why_it_cannot():
     net.table = nn.Embedding(7, 16)
     with pytest.raises(ValueError, match="Embedding layer of PEFT has no seam"):
         accelerate(get_peft_model(net, config(LoraConfig, target_modules=["table"])))
+
+
+def test_a_scaling_that_is_a_tensor():
+    """As PEFT makes it where adapters are to be swapped in a compiled model."""
+    model = accelerate(adapted(Net(), config(LoraConfig)))
+    x = torch.randn(2, 5, 16)
+    y = model(x)
+    for name in TARGETS:
+        scaling = getattr(model, name).scaling
+        scaling["default"] = torch.tensor(scaling["default"])
+    torch.testing.assert_close(model(x), y)
+
+
+def test_restore_refuses_layers_that_were_wrapped_since():
+    model = accelerate(adapted(Net(), config(LoraConfig)))
+    kind = type(model.q_proj)
+    model.q_proj.__class__ = type("Sharded", (kind,), {})
+    with pytest.raises(ValueError, match="the layer is a Sharded by now"):
+        restore(model)
 
 
 def test_restore_keeps_annealed_adapters():

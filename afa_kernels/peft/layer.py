@@ -113,7 +113,8 @@ class AFALoraVariant(LoraVariant):
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
         # PEFT widens x to the dtype of the adapter, typically float32 beside a 16-bit layer.
         x = x.to(result.dtype)
-        if not (_is_plain(lora_a) and _is_plain(lora_b)):
+        # PEFT makes the scaling a tensor where adapters are to be swapped in a compiled model.
+        if isinstance(scaling, Tensor) or not (_is_plain(lora_a) and _is_plain(lora_b)):
             return _composed(x, lora_a, lora_b, dropout, scaling, state, result)
         if lora_b.bias is not None:
             result = result + scaling * lora_b.bias.to(result.dtype)
@@ -322,7 +323,8 @@ def why_not(layer: nn.Module, adapter_name: str) -> str | None:
 
 def stock_class(cls: type) -> type:
     """Return PEFT's own class of a layer."""
-    return next(c for c in cls.__mro__ if not issubclass(c, AFALoraLayer))
+    own = (c for c in cls.__mro__ if issubclass(c, LoraLayer) and not issubclass(c, AFALoraLayer))
+    return next(own)
 
 
 @cache
@@ -345,9 +347,19 @@ def adopt(layer: LoraLayer) -> None:
 
 
 def release(layer: LoraLayer) -> None:
-    """Undo :func:`adopt`."""
+    """Undo :func:`adopt`.
+
+    Raises:
+        ValueError: something else (sharding, say) has changed the class of the layer since.
+    """
+    stock = stock_class(type(layer))
+    if type(layer) is not afa_class(stock):
+        raise ValueError(
+            f"restore: the layer is a {type(layer).__name__} by now; restore a model before it is "
+            "sharded or wrapped"
+        )
     del layer.lora_afa
-    layer.__class__ = stock_class(type(layer))
+    layer.__class__ = stock
 
 
 def install(layer: LoraLayer, adapter_name: str, config) -> None:
