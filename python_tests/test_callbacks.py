@@ -117,7 +117,7 @@ def test_a_run_resumed_from_a_checkpoint_goes_on_as_if_it_had_not_stopped(tmp_pa
 
 def test_an_early_stop_is_forced_to_identity_with_a_warning(tmp_path):
     run = trainer(adapted(), tmp_path, AnnealCallback(end_frac=1.0, merge=True), StopAt(2))
-    with pytest.warns(UserWarning, match="ended after 2 optimizer steps at alpha_t = 0.5; it was"):
+    with pytest.warns(UserWarning, match="ended after 2 optimizer steps, at alpha_t = 0.5; it was"):
         run.train()
     layers = [m for m in run.model.modules() if isinstance(m, AFALoraLayer)]
     assert all(layer.merged and layer.alpha_t == 0.0 for layer in layers)
@@ -138,7 +138,7 @@ def test_the_best_model_comes_back_with_its_own_alpha(tmp_path):
         load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
         eval_strategy="steps", save_strategy="steps", eval_steps=1, save_steps=1,
     )  # fmt: skip
-    with pytest.warns(UserWarning, match="optimizer steps at alpha_t = 0.75"):
+    with pytest.warns(UserWarning, match="the one after 1 optimizer steps, at alpha_t = 0.75"):
         run.train()  # greater is better: the best loss is the first
     assert run.state.best_model_checkpoint.endswith("checkpoint-1")
     layer = next(m for m in run.model.modules() if isinstance(m, AFALoraLayer))

@@ -91,7 +91,7 @@ def test_an_early_stop_is_forced_to_identity_with_a_warning(tmp_path):
         def on_train_batch_end(self, trainer, *_):
             trainer.should_stop = trainer.global_step >= 2
 
-    with pytest.warns(UserWarning, match="ended after 2 optimizer steps at alpha_t = 0.5"):
+    with pytest.warns(UserWarning, match="ended after 2 optimizer steps, at alpha_t = 0.5"):
         _, module = fit(
             tmp_path, LightningAnnealCallback(end_frac=1.0), StopAt(), max_epochs=2,
             limit_train_batches=2,

@@ -168,6 +168,22 @@ def test_the_base_output_is_accumulated_into(monkeypatch):
     assert type(y.grad_fn.next_functions[0][0]).__name__ != "CopySlices"
 
 
+def test_no_widened_copy_of_the_input_is_made_or_kept():
+    ours = adapted(Net(torch.bfloat16), config())
+    x = torch.randn(50, 16, dtype=torch.bfloat16, requires_grad=True)
+    kept = []
+
+    def note(t):
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        ours.q_proj(x).sum().backward()
+    of_inputs = [t for t in kept if t.dim() == 2 and t.shape[0] == 50 and t.shape[1] > 4]
+    assert of_inputs and all(t.data_ptr() == x.data_ptr() for t in of_inputs)
+    assert ours.q_proj._cast_input_dtype(x, torch.float32) is x
+
+
 def test_a_hook_sees_the_output_of_the_base_layer_unchanged():
     ours = adapted(Net(), config())
     layer, seen = ours.q_proj, []

@@ -95,6 +95,16 @@ def test_training_continues_from_a_saved_adapter(tmp_path):
     assert loaded.q_proj.lora_A["default"].weight.grad is not None
 
 
+def test_weights_are_loaded_onto_the_meta_device_first(tmp_path):
+    net, x = Net(), torch.randn(3, 16)
+    model = adapted(net, config())
+    set_alpha_t(model, 0.4)
+    model.save_pretrained(tmp_path)
+    saved = AFALoraConfig.from_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(net, tmp_path, config=saved, low_cpu_mem_usage=True)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
 def test_load_adapter_adds_a_second_one(tmp_path):
     net, x = Net(), torch.randn(3, 16)
     saved = adapted(net, config(activation="tanh"), seed=5)

@@ -91,10 +91,11 @@ class Annealer:
             layer.set_alpha_t(self.alpha_t)
         return self.alpha_t
 
-    def end(self, step: int) -> None:
-        """Bring alpha_t to 0 or warn, and merge, after ``step`` optimizer steps."""
+    def end(self, what: str) -> None:
+        """Bring alpha_t to 0 or warn, and merge; ``what`` says in a warning where training
+        ended."""
         if self.alpha_t != 0.0:
-            reached = f"training ended after {step} optimizer steps at alpha_t = {self.alpha_t:g}"
+            reached = f"{what}, at alpha_t = {self.alpha_t:g}"
             if self.finish == "warn":
                 rest = ", so nothing was merged" if self.merge else ""
                 warnings.warn(

@@ -65,4 +65,4 @@ class LightningAnnealCallback(Callback):
         pl_module.log("alpha_t", self.alpha_t)
 
     def on_train_end(self, trainer, pl_module):
-        self._annealer.end(self._step)
+        self._annealer.end(f"training ended after {self._step} optimizer steps")

@@ -72,8 +72,19 @@ class AnnealCallback(TrainerCallback):
             state.log_history[-1]["alpha_t"] = self.alpha_t
 
     def on_train_end(self, args, state, control, **kwargs):
-        step = state.global_step
-        if args.load_best_model_at_end and state.best_model_checkpoint:
-            step = int(state.best_model_checkpoint.rpartition("-")[2])
-            self._annealer.set_step(step)
-        self._annealer.end(step)
+        best = _best_step(state) if args.load_best_model_at_end else None
+        if best is None:
+            self._annealer.end(f"training ended after {state.global_step} optimizer steps")
+        else:
+            self._annealer.set_step(best)
+            self._annealer.end(f"the best checkpoint is the one after {best} optimizer steps")
+
+
+def _best_step(state) -> int | None:
+    """Return the optimizer step of the best checkpoint; transformers before 4.51 has it in the name
+    of the folder only."""
+    step = getattr(state, "best_global_step", None)
+    if step is None and state.best_model_checkpoint:
+        number = state.best_model_checkpoint.rpartition("-")[2]
+        step = int(number) if number.isdecimal() else None
+    return step

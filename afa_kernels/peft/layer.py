@@ -91,6 +91,14 @@ class AdapterState(nn.Module):
         return f"activation={self.activation}, alpha_t={self.number:g}"
 
 
+def _device_of(layer: LoraLayer, adapter_name: str) -> torch.device:
+    """Return where alpha_t belongs: beside the adapter, or where that will be loaded to."""
+    base = layer.get_base_layer()
+    candidates = (layer.lora_B[adapter_name].weight, *base.parameters(), *base.buffers())
+    devices = (t.device for t in candidates if t.device.type != "meta")
+    return next(devices, candidates[0].device)
+
+
 class AFALoraVariant(LoraVariant):
     """``result + scaling * phi(dropout(x) @ A.T) @ B.T`` on the kernels of this package."""
 
@@ -99,10 +107,7 @@ class AFALoraVariant(LoraVariant):
         reason = why_not(module, adapter_name)
         if reason is not None:
             raise ValueError(f"AFALoraConfig: {reason}")
-        weight = module.lora_B[adapter_name].weight
-        base = next(module.get_base_layer().parameters(), weight)
-        device = base.device if weight.device.type == "meta" else weight.device
-        module.lora_afa[adapter_name] = AdapterState(config, device)
+        module.lora_afa[adapter_name] = AdapterState(config, _device_of(module, adapter_name))
 
     @staticmethod
     def forward(
