@@ -7,7 +7,7 @@ from afa_kernels.callbacks.annealer import Annealer
 
 try:
     from transformers import TrainerCallback
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise ImportError("AnnealCallback needs transformers: pip install 'afa-kernels[hf]'") from error
 
 

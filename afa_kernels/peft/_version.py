@@ -9,7 +9,9 @@ def require_peft() -> None:
     wanted = f"afa_kernels.peft needs PEFT {MINIMUM[0]}.{MINIMUM[1]} or later"
     try:
         from peft import __version__ as found
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise  # it is there, and something that it needs is not
         raise ImportError(f"{wanted}: pip install 'afa-kernels[peft]'") from error
     if _release(found) < MINIMUM:
         raise ImportError(
