@@ -7,7 +7,7 @@ from bench.providers import Provider, providers
 from bench.shapes import Case
 from bench.suite import FROZEN
 from bench.timing import Work, clock_of, measure, ratio
-from bench.transformer import Step, check
+from bench.transformer import Checker, Step
 
 
 def run_case(
@@ -18,11 +18,11 @@ def run_case(
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[dict[str, object]]:
     """Yield a row per provider, and why a provider is absent or wrong."""
-    eager = providers()["eager"]
+    checker = Checker(providers()["eager"], case)
     entrants = {}
     for name, provider in chosen.items():
         say(f"checking {name}")
-        outcome = _enter(provider, eager, case)
+        outcome = _enter(provider, checker, case)
         if isinstance(outcome, dict):
             yield {**outcome, "provider": name, "ours": provider.ours, **case._asdict()}
         else:
@@ -40,14 +40,14 @@ def run_case(
         yield row
 
 
-def _enter(provider: Provider, eager: Provider, case: Case):
+def _enter(provider: Provider, checker: Checker, case: Case):
     """Return the step, its check and its memory, or the record that says why it stays out."""
     reason = provider.absent(case)
     if reason is not None:
         return rows.absent(reason)
     try:
         step = Step(provider, case)
-        checked = check(step, provider, eager, case)
+        checked = checker.check(step, provider.function)
     except Exception as error:
         if provider.ours:
             raise

@@ -47,12 +47,12 @@ class Transformer(nn.Module):
     """Embedding, blocks and head, all frozen but the norms: with those trained, the frozen model's
     backward passes through every layer too, and the adapters' cost is all that differs."""
 
-    def __init__(self, layers: int = _LAYERS, hidden: int = HIDDEN, heads: int = _HEADS):
+    def __init__(self, layers: int):
         super().__init__()
-        self.embedding = nn.Embedding(_VOCABULARY, hidden)
-        self.blocks = nn.ModuleList(Block(hidden, INTERMEDIATE, heads) for _ in range(layers))
-        self.norm = nn.RMSNorm(hidden)
-        self.head = nn.Linear(hidden, _VOCABULARY, bias=False)
+        self.embedding = nn.Embedding(_VOCABULARY, HIDDEN)
+        self.blocks = nn.ModuleList(Block(HIDDEN, INTERMEDIATE, _HEADS) for _ in range(layers))
+        self.norm = nn.RMSNorm(HIDDEN)
+        self.head = nn.Linear(HIDDEN, _VOCABULARY, bias=False)
         for module in self.modules():
             module.requires_grad_(isinstance(module, nn.RMSNorm))
 
@@ -136,19 +136,34 @@ class Step:
         return sum((self._cost(case, "both") for case in self.linear_cases), cost.Cost(0, 0))
 
 
-def check(step: Step, provider: Provider, eager: Provider, case: Case) -> Check:
-    """Compare a model's logits and adapter gradients with float64, beside plain torch in the same
+class Checker:
+    """Compares a model's logits and adapter gradients with float64, beside plain torch in the same
     dtype."""
-    if provider.function == "frozen":
-        return Check(0.0, 1.0, True)  # no adapter: this is torch itself
-    plain = case._replace(alpha_t=case.alpha_t if provider.function == "afa" else 0.0)
-    expected, same = Step(eager, plain, wide=True).results(), Step(eager, plain).results()
-    got = step.results()
-    rounding = torch.finfo(DTYPES[case.dtype]).eps * (64.0 if case.dtype == "f64" else 0.5)
-    errors = {name: relative_error(got[name], expected[name]) for name in expected}
-    allowed = {name: relative_error(same[name], expected[name]) for name in expected}
-    return Check(
-        max(errors.values()),
-        max(error / max(allowed[name], rounding) for name, error in errors.items()),
-        all(error <= 2 * allowed[name] + rounding for name, error in errors.items()),
-    )
+
+    def __init__(self, eager: Provider, case: Case):
+        self._eager, self._case = eager, case
+        self._references: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+
+    def _reference(self, function: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if function not in self._references:
+            case = self._case._replace(alpha_t=self._case.alpha_t if function == "afa" else 0.0)
+            self._references[function] = (
+                Step(self._eager, case, wide=True).results(),
+                Step(self._eager, case).results(),
+            )
+        return self._references[function]
+
+    def check(self, step: Step, function: str) -> Check:
+        if function == "frozen":
+            return Check(0.0, 1.0, True)  # no adapter: this is torch itself
+        expected, same = self._reference(function)
+        got = step.results()
+        dtype = self._case.dtype
+        rounding = torch.finfo(DTYPES[dtype]).eps * (64.0 if dtype == "f64" else 0.5)
+        errors = {name: relative_error(got[name], expected[name]) for name in expected}
+        allowed = {name: relative_error(same[name], expected[name]) for name in expected}
+        return Check(
+            max(errors.values()),
+            max(error / max(allowed[name], rounding) for name, error in errors.items()),
+            all(error <= 2 * allowed[name] + rounding for name, error in errors.items()),
+        )

@@ -48,6 +48,12 @@ def small_roofs(monkeypatch):
     monkeypatch.setattr("bench.environment._COPY_BYTES", 1 << 16)
 
 
+@pytest.fixture
+def small_transformer(monkeypatch):
+    monkeypatch.setattr("bench.transformer.HIDDEN", 48)
+    monkeypatch.setattr("bench.transformer.INTERMEDIATE", 64)
+
+
 # Truth
 
 
@@ -105,7 +111,9 @@ def test_a_wrong_result_of_ours_is_not_timed_and_fails_the_run(tmp_path, monkeyp
 # The command and its records
 
 
-def test_the_command_writes_valid_rows_of_every_scope(tmp_path, small_roofs, capsys):
+def test_the_command_writes_valid_rows_of_every_scope(
+    tmp_path, small_roofs, small_transformer, capsys
+):
     scopes = ["--scopes", "layer,branch,model", "--out", str(tmp_path)]
     assert command.main([*TINY_FLAGS, *FEW, *scopes]) == 0
     records = read(tmp_path / "custom.jsonl")
