@@ -215,8 +215,11 @@ def _print_environment(record: dict[str, object]) -> None:
 
 
 def _print_roof(roof: dict[str, object]) -> None:
-    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in roof["gemm_gflop_s"].items())
-    print(f"copy {roof['copy_gb_s']:.1f} GB/s; GEMM of {roof['gemm_size']} cubed, GFLOP/s: {rates}")
+    rates = ", ".join(
+        f"{name} {rate:.0f} (n = {roof['gemm_size'][name]})"
+        for name, rate in roof["gemm_gflop_s"].items()
+    )
+    print(f"copy {roof['copy_gb_s']:.1f} GB/s; square GEMM, GFLOP/s: {rates}")
 
 
 def _list(chosen: dict[str, Provider]) -> None:

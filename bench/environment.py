@@ -15,8 +15,9 @@ from bench.timing import clock_of, quantile
 
 _PACKAGES = ("torch", "triton", "peft", "torchtune", "torchao", "unsloth", "lorafusion", "numpy")
 _COPY_BYTES = 1 << 27  # beyond the last-level cache of one socket
-_GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+_GEMM_SIZES = {"cpu": (256, 2048), "cuda": (1024, 8192)}
 _ROOF_ROUNDS = 7
+_ROOF_CALL_MS = 100.0  # a GEMM that takes longer is large enough
 
 
 def environment(device: str) -> dict[str, object]:
@@ -96,7 +97,6 @@ def _isa() -> str:
 def roofs(device: str, dtypes: list[str]) -> dict[str, object]:
     """Measure what this machine reaches: GB/s (read plus written) of a copy and GFLOP/s of a square
     GEMM in each dtype. The best of a few rounds: a roof is what is possible."""
-    n = _GEMM_SIZE[torch.device(device).type]
     source = torch.ones(_COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     copy_ms = _best(lambda: target.copy_(source), device)
@@ -105,15 +105,26 @@ def roofs(device: str, dtypes: list[str]) -> dict[str, object]:
         "device": device,
         "copy_bytes": 2 * _COPY_BYTES,
         "copy_gb_s": 2 * _COPY_BYTES / copy_ms * 1e-6,
-        "gemm_size": n,
+        "gemm_size": {},
         "gemm_gflop_s": {},
     }
     for name in dtypes:
-        left = torch.randn(n, n, device=device).to(DTYPES[name])
+        n, gflop_s = _square_gemm(device, DTYPES[name])
+        record["gemm_size"][name], record["gemm_gflop_s"][name] = n, gflop_s
+    return record
+
+
+def _square_gemm(device: str, dtype: torch.dtype) -> tuple[int, float]:
+    """Return the size and the GFLOP/s of the largest GEMM that is not slow: float16 may run at a
+    hundredth of the rate of float32 on a CPU without instructions for it."""
+    n, largest = _GEMM_SIZES[torch.device(device).type]
+    while True:
+        left = torch.randn(n, n, device=device).to(dtype)
         out = torch.empty_like(left)
         ms = _best(lambda left=left, out=out: torch.mm(left, left, out=out), device)
-        record["gemm_gflop_s"][name] = 2 * n**3 / ms * 1e-6
-    return record
+        if n >= largest or 8 * ms > _ROOF_CALL_MS:
+            return n, 2 * n**3 / ms * 1e-6
+        n *= 2
 
 
 def _best(function, device: str) -> float:

@@ -45,7 +45,7 @@ FIELDS: dict[str, dict[str, object]] = {
         "device": str,
         "copy_bytes": int,
         "copy_gb_s": _NUMBER,
-        "gemm_size": int,
+        "gemm_size": dict,
         "gemm_gflop_s": dict,
     },
     "row": {

@@ -3,7 +3,7 @@
 _COLUMNS = (
     f"{'pass':9} {'layer':19} {'M':>6} {'r':>4} {'dtype':>9} {'alpha':>5} | {'provider':12} "
     f"{'p50 ms':>9} {'[p20 - p80]':>19} {'/eager':>7} {'/peft':>7} {'tax %':>7} {'floor%':>7} "
-    f"{'x floor':>8} {'GFLOP/s':>9} {'GB/s':>6} {'peak MB':>8} {'err':>5}"
+    f"{'x floor':>8} {'GFLOP/s':>10} {'GB/s':>6} {'peak MB':>8} {'err':>5}"
 )
 HEADER = f"{_COLUMNS}\n{'-' * len(_COLUMNS)}"
 
@@ -22,7 +22,7 @@ def line(row: dict[str, object]) -> str:
         f"{_number(ratio.get('eager')):>7} {_number(ratio.get('peft')):>7} "
         f"{_number(row.get('tax'), 100, 1):>7} {_number(row.get('floor_tax'), 100, 1):>7} "
         f"{_number(row.get('over_floor')):>8} "
-        f"{row['gflop_s']:>5.0f}{_share(row['gflop_share']):>4} "
+        f"{row['gflop_s']:>5.0f} {_share(row['gflop_share']):>4} "
         f"{row['gb_s']:>6.1f} {row['peak_bytes'] / 1e6:>8.2f} {row['error_ratio']:>5.2f}"
     )
 

@@ -44,7 +44,7 @@ FEW = ["--providers", "frozen,eager,afa", "--device", "cpu", "--no-pictures"]
 @pytest.fixture
 def small_roofs(monkeypatch):
     """Measuring the machine's roofs takes seconds; a test of the command needs only their shape."""
-    monkeypatch.setattr("bench.environment._GEMM_SIZE", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr("bench.environment._GEMM_SIZES", {"cpu": (32, 64), "cuda": (32, 64)})
     monkeypatch.setattr("bench.environment._COPY_BYTES", 1 << 16)
 
 
@@ -413,7 +413,7 @@ def test_pictures_are_drawn_from_rows(tmp_path):
     from bench import plot
 
     writer = Writer(tmp_path / "rows.jsonl")
-    writer.write({"kind": "roof", "device": "cpu", "copy_bytes": 1, "gemm_size": 1} | ROOF)
+    writer.write({"kind": "roof", "device": "cpu", "copy_bytes": 1, "gemm_size": {}} | ROOF)
     base = _row() | TINY._asdict() | {"pass": "both", "tax": 0.1, "floor_tax": 0.05}
     for provider in ("eager", "afa"):
         for m in (1, 2, 4):
