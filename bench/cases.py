@@ -48,7 +48,7 @@ PRESETS: dict[str, list[dict[str, list]]] = {
             "dtypes": ["f32", "bf16"],
         },
         {"shapes": ["minilm", "gpt2"], "tokens": [2048], "ranks": [8], "dtypes": ["f32"]},
-        {"shapes": ["gpt2.up"], "dtypes": ["f16"]},
+        {"shapes": ["gpt2.up"], "tokens": [256], "dtypes": ["f16"]},
         {"shapes": ["gpt2.up"], "alphas": [1.0, 0.0], "dtypes": ["f32"]},
         {"scopes": ["model"], "tokens": [1024], "ranks": [8], "dtypes": ["f32", "bf16"]},
     ],

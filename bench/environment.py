@@ -38,6 +38,11 @@ def environment(device: str) -> dict[str, object]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "variables": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_", "AFA_"))
+        },
         "isa": {"torch": torch.backends.cpu.get_cpu_capability(), "afa_kernels": _isa()},
         "load": round(os.getloadavg()[0], 2),  # of the machine when the run began
     }

@@ -38,6 +38,7 @@ FIELDS: dict[str, dict[str, object]] = {
         "cpu": str,
         "cores": int,
         "threads": int,
+        "variables": dict,
         "isa": dict,
         "load": _NUMBER,
     },
