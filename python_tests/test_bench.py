@@ -325,6 +325,59 @@ def test_the_exponent_of_a_power_law_is_found(exponent):
     assert scaling.fit(values, [1.0, 2.0, 8.0, 32.0])[1] > 0.1
 
 
+def test_the_scaling_command_sweeps_every_variable(tmp_path, monkeypatch, small_transformer):
+    sweeps = {name: [8, 16] for name in "mrkn"} | {"layers": [1, 2]}
+    monkeypatch.setattr(scaling, "SWEEPS", sweeps)
+    monkeypatch.setattr(scaling, "CENTER", {"m": 8, "k": 8, "n": 8, "r": 8})
+    flags = ["--providers", "frozen,afa", "--seconds", "0.01", "--out", str(tmp_path)]
+    assert scaling.main(flags) == 0
+    records = read(tmp_path / "scaling_layer_f32.jsonl")
+    for record in records:
+        validate(record)
+    exponents = [r for r in records if r["kind"] == "exponent"]
+    assert [(r["variable"], r["provider"]) for r in exponents] == [
+        (variable, provider) for variable in sweeps for provider in ("frozen", "afa")
+    ]
+    assert all(r["variable"] not in r["at"] and len(r["p50_ms"]) == 2 for r in exponents)
+
+
+# Modelled cases
+
+
+def test_modelled_cases_are_labelled_and_add_communication(tmp_path, capsys):
+    pytest.importorskip("triton")
+    from bench import modelled
+
+    assert modelled.main(["--ranks", "16", "--out", str(tmp_path)]) == 0
+    assert "MODELLED, not measured" in capsys.readouterr().out
+    records = read(tmp_path / "modelled.jsonl")
+    for record in records:
+        validate(record)
+    times = {(r["case"], r["implementation"]): r for r in records if r["kind"] == "modelled"}
+    implementations = {name for _, name in times}
+    for name in implementations:
+        single = times["llama-3-8b, single, r=16", name]
+        parallel = times["llama-3-8b, data parallel, r=16", name]
+        # 7 linear layers in 32 blocks; float32 gradients pass each of 8 GPUs' links 1.75 times.
+        parameters = (
+            32 * 16 * sum(count * (k + n) for count, k, n, _ in modelled.LLAMA_8B.linears())
+        )
+        sent = 1.75 * 4 * parameters / 450e9 * 1e3
+        assert parallel["assumptions"]["adapter_parameters_per_gpu"] == parameters
+        assert parallel["milliseconds"] - single["milliseconds"] == pytest.approx(sent, rel=0.1)
+        assert times["llama-3-70b, tensor parallel, r=16", name]["gpus"] == 8
+    assert len(implementations) > 3
+
+
+def test_tensor_parallelism_splits_every_layer_of_the_model_once():
+    from bench.modelled import LLAMA_70B
+
+    linears = LLAMA_70B.linears()
+    weights = sum(count * k * n for count, k, n, _ in linears) * LLAMA_70B.blocks
+    assert sum(count for count, *_ in linears) == 7
+    assert 68e9 < weights + 2 * 128256 * LLAMA_70B.hidden < 71e9  # with embedding and head: 70B
+
+
 # Memory and counts
 
 
