@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "cuda/launch.h"
+#include "cuda/reduce.cuh"
 
 namespace afa {
 namespace {
@@ -39,6 +40,14 @@ DeviceLimits device_limits(int device) {
     return {attribute(cudaDevAttrMultiProcessorCount, device),
             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
             attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
+}
+
+bool has_kernel_image(int device) {
+    const DeviceScope scope(device);
+    cudaFuncAttributes attributes;
+    const bool found = cudaFuncGetAttributes(&attributes, pack_kernel<Bf16>) == cudaSuccess;
+    cudaGetLastError();
+    return found;
 }
 
 }  // namespace afa

@@ -55,4 +55,7 @@ class DeviceScope {
 
 DeviceLimits device_limits(int device);
 
+// Whether this build has code that the device can run.
+bool has_kernel_image(int device);
+
 }  // namespace afa

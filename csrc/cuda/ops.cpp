@@ -106,33 +106,25 @@ Packed pack_operands(const BranchCall& call, int rank, Element* a_copy, Element*
     };
     Packed packed{call.a.data, call.b.data, call.a.row_stride, call.b.row_stride};
     PackParams p{};
-    int64_t blocks = 0;
-    const auto add = [&](int job, const WeightOperand& w, void* target, int64_t rows, int cols, int64_t padded_rows,
-                         int padded_cols) {
-        p.source[job] = w.data;
-        p.row_stride[job] = w.row_stride;
-        p.col_stride[job] = w.col_stride;
-        p.source_is_float[job] = w.is_float;
-        p.target[job] = target;
-        p.rows[job] = rows;
-        p.cols[job] = cols;
-        p.padded_rows[job] = padded_rows;
-        p.padded_cols[job] = padded_cols;
-        blocks += small_blocks(padded_rows * padded_cols / 2);
+    int b_blocks = 0;
+    const auto job = [](const WeightOperand& w, void* target, int64_t rows, int cols, int64_t padded_rows,
+                        int padded_cols) {
+        return PackJob{w.data, w.row_stride, w.col_stride, w.is_float, target, rows, padded_rows, cols, padded_cols};
     };
     if (!fits(call.a)) {
-        add(0, call.a, a_copy, s.r, s.k, rank, s.k);
+        p.a = job(call.a, a_copy, s.r, s.k, rank, s.k);
+        p.a_blocks = small_blocks(static_cast<int64_t>(rank) * s.k / 2);
         packed.a = a_copy;
         packed.a_stride = s.k;
     }
-    p.blocks = static_cast<int>(blocks);
     if (!fits(call.b)) {
-        add(1, call.b, b_copy, s.n, s.r, s.n, rank);
+        p.b = job(call.b, b_copy, s.n, s.r, s.n, rank);
+        b_blocks = small_blocks(static_cast<int64_t>(s.n) * rank / 2);
         packed.b = b_copy;
         packed.b_stride = rank;
     }
-    if (blocks > 0)
-        launch_pack(call.dtype, small_config("pack", blocks, call), p);
+    if (p.a_blocks + b_blocks > 0)
+        launch_pack(call.dtype, small_config("pack", p.a_blocks + b_blocks, call), p);
     return packed;
 }
 
@@ -154,15 +146,10 @@ ProjectParams project_x(const BranchCall& call, const Packed& packed, const Forw
 }
 
 void launch_reduce_jobs(const BranchCall& call, ReduceParams& p) {
-    p.blocks[0] = small_blocks(p.rows.m * p.rows.rank_class / 2);
-    int64_t blocks = p.blocks[0];
-    for (int i = 0; i < 2; ++i)
-        if (p.weight[i].partial) {
-            const int count = small_blocks(p.weight[i].rows * p.weight[i].cols);
-            blocks += count;
-            if (i == 0)
-                p.blocks[1] = count;
-        }
+    p.rows_blocks = small_blocks(p.rows.m * p.rows.rank_class / 2);
+    p.db_blocks = p.db.partial ? small_blocks(p.db.rows * p.db.cols) : 0;
+    const int da_blocks = p.da.partial ? small_blocks(p.da.rows * p.da.cols) : 0;
+    const int64_t blocks = static_cast<int64_t>(p.rows_blocks) + p.db_blocks + da_blocks;
     if (blocks > 0)
         launch_reduce(call.dtype, small_config("reduce", blocks, call), p);
 }
@@ -364,18 +351,18 @@ void backward(const BackwardCall& call) {
         rows.scale = call.scaling * inverse_keep(call.threshold);
     }
     if (call.db && !two_passes)
-        first.weight[0] = db_job(call, plan, scratch);
+        first.db = db_job(call, plan, scratch);
     launch_reduce_jobs(call, first);
 
     ReduceParams second{};
     if (call.db && two_passes) {
         launch_db(call, plan, scratch);
-        second.weight[0] = db_job(call, plan, scratch);
+        second.db = db_job(call, plan, scratch);
     }
     if (need_dz)
         launch_x(call, plan, packed, scratch);
     if (call.da)
-        second.weight[1] = da_job(call, plan, scratch);
+        second.da = da_job(call, plan, scratch);
     launch_reduce_jobs(call, second);
 }
 

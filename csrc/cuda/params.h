@@ -104,19 +104,23 @@ struct SumRowsJob {
 
 struct ReduceParams {
     SumRowsJob rows;
-    SumWeightJob weight[2];
-    int blocks[2];  // of the rows job and of the first weight job; the others do the second
+    SumWeightJob db, da;
+    int rows_blocks, db_blocks;  // the other blocks do dA
 };
 
-// A and B in the dtype of x, rank padded with zeros.
+// target = source in the dtype of x, padded with zeros.
+struct PackJob {
+    const void* source;  // float or T [rows, cols], any strides; null: no job
+    int64_t row_stride, col_stride;
+    bool source_is_float;
+    void* target;  // T [padded_rows, padded_cols]
+    int64_t rows, padded_rows;
+    int cols, padded_cols;
+};
+
 struct PackParams {
-    const void* source[2];  // [rows, cols] of any strides: A, then B; null: no job
-    int64_t row_stride[2], col_stride[2];
-    bool source_is_float[2];  // else T
-    void* target[2];     // T [padded_rows, padded_cols]
-    int64_t rows[2], padded_rows[2];
-    int cols[2], padded_cols[2];
-    int blocks;  // of the first job; the others do the second
+    PackJob a, b;
+    int a_blocks;  // the other blocks do B
 };
 
 }  // namespace afa

@@ -61,44 +61,51 @@ AFA_DEVICE void sum_weight(const SumWeightJob& job, int64_t element) {
         store_global(static_cast<uint16_t*>(job.out) + element, static_cast<uint16_t>(pack<T>(sum, 0.0f)));
 }
 
-// Grid: the blocks of the rows job, then those of the two weight jobs.
+// Grid: the blocks of the rows job, then those of dB and dA. A job is never chosen by index: that would copy the parameters
+// to local memory.
 template <typename T>
 AFA_KERNEL(kReduceThreads)
 reduce_kernel(const ReduceParams p) {
-    int block = block_x();
-    if (block < p.blocks[0])
-        return sum_rows<T>(p.rows, static_cast<int64_t>(block) * kReduceThreads + thread_index());
-    block -= p.blocks[0];
-    const bool second = block >= p.blocks[1];
-    if (second)
-        block -= p.blocks[1];
-    sum_weight<T>(p.weight[second], static_cast<int64_t>(block) * kReduceThreads + thread_index());
+    const int64_t thread = static_cast<int64_t>(block_x()) * kReduceThreads + thread_index();
+    const int64_t rows_threads = static_cast<int64_t>(p.rows_blocks) * kReduceThreads;
+    const int64_t db_threads = static_cast<int64_t>(p.db_blocks) * kReduceThreads;
+    if (block_x() < p.rows_blocks)
+        sum_rows<T>(p.rows, thread);
+    else if (block_x() < p.rows_blocks + p.db_blocks)
+        sum_weight<T>(p.db, thread - rows_threads);
+    else
+        sum_weight<T>(p.da, thread - rows_threads - db_threads);
 }
 
 template <typename T>
-AFA_DEVICE float operand(const PackParams& p, int job, int64_t row, int col) {
-    if (row >= p.rows[job] || col >= p.cols[job])
+AFA_DEVICE float operand(const PackJob& job, int64_t row, int col) {
+    if (row >= job.rows || col >= job.cols)
         return 0.0f;
-    const int64_t index = row * p.row_stride[job] + col * p.col_stride[job];
-    if (p.source_is_float[job])
-        return load_global(static_cast<const float*>(p.source[job]) + index);
-    return unpack<T>(load_global(static_cast<const uint16_t*>(p.source[job]) + index)).x;
+    const int64_t index = row * job.row_stride + col * job.col_stride;
+    if (job.source_is_float)
+        return load_global(static_cast<const float*>(job.source) + index);
+    return unpack<T>(load_global(static_cast<const uint16_t*>(job.source) + index)).x;
+}
+
+template <typename T>
+AFA_DEVICE void pack_pair(const PackJob& job, int64_t pair) {
+    const int half = job.padded_cols / 2;
+    const int64_t row = pair / half;
+    const int col = static_cast<int>(pair % half) * 2;
+    if (row < job.padded_rows)
+        store_global(static_cast<uint32_t*>(job.target) + pair,
+                     pack<T>(operand<T>(job, row, col), operand<T>(job, row, col + 1)));
 }
 
 // Grid: the blocks of A, then those of B. One thread makes two neighbouring elements.
 template <typename T>
 AFA_KERNEL(kReduceThreads)
 pack_kernel(const PackParams p) {
-    const int job = block_x() >= p.blocks;
-    const int64_t block = job ? block_x() - p.blocks : block_x();
-    const int64_t pair = block * kReduceThreads + thread_index();
-    const int half = p.padded_cols[job] / 2;
-    const int64_t row = pair / half;
-    const int col = static_cast<int>(pair % half) * 2;
-    if (row >= p.padded_rows[job])
-        return;
-    store_global(static_cast<uint32_t*>(p.target[job]) + pair,
-                 pack<T>(operand<T>(p, job, row, col), operand<T>(p, job, row, col + 1)));
+    const int64_t thread = static_cast<int64_t>(block_x()) * kReduceThreads + thread_index();
+    if (block_x() < p.a_blocks)
+        pack_pair<T>(p.a, thread);
+    else
+        pack_pair<T>(p.b, thread - static_cast<int64_t>(p.a_blocks) * kReduceThreads);
 }
 
 }  // namespace afa

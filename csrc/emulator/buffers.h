@@ -97,7 +97,7 @@ std::vector<simt::Buffer> emulated_buffers(const ReduceParams& p) {
         b.matrix("h", rows.h, rows.m, rows.rank_class, rows.rank_class, true);
         b.floats("alpha_t", rows.alpha_t, 1);
     }
-    for (const SumWeightJob& job : p.weight) {
+    for (const SumWeightJob& job : {p.db, p.da}) {
         if (!job.partial)
             continue;
         b.floats("weight.partial", job.partial, job.count * job.rows_stride);
@@ -110,13 +110,13 @@ std::vector<simt::Buffer> emulated_buffers(const ReduceParams& p) {
 template <int R>
 std::vector<simt::Buffer> emulated_buffers(const PackParams& p) {
     BufferList b;
-    for (int job = 0; job < 2; ++job) {
-        if (!p.source[job])
+    for (const PackJob& job : {p.a, p.b}) {
+        if (!job.source)
             continue;
-        const int64_t last = (p.rows[job] - 1) * p.row_stride[job] + (p.cols[job] - 1) * p.col_stride[job];
-        const size_t size = p.source_is_float[job] ? sizeof(float) : kElement;
-        b.add("source", p.source[job], static_cast<size_t>(last + 1) * size, false);
-        b.matrix("target", p.target[job], p.padded_rows[job], p.padded_cols[job], p.padded_cols[job], true);
+        const int64_t last = (job.rows - 1) * job.row_stride + (job.cols - 1) * job.col_stride;
+        const size_t size = job.source_is_float ? sizeof(float) : kElement;
+        b.add("source", job.source, static_cast<size_t>(last + 1) * size, false);
+        b.matrix("target", job.target, job.padded_rows, job.padded_cols, job.padded_cols, true);
     }
     return b.list;
 }
