@@ -67,7 +67,7 @@ struct Block {
     std::vector<Warp> warps;
     std::vector<int> warp_order;  // Schedule::warp_priority
     int alive = 0, at_barrier = 0, barrier_generation = 0;
-    char barrier_token[2], end_token;
+    char barrier_token[2], launch_token, end_token;
     std::vector<SharedArray> shared;
     unsigned char* shared_memory = nullptr;
     size_t shared_capacity = 0;

@@ -53,13 +53,10 @@ simt_first_entry:
 extern "C" void simt_first_entry();
 #endif
 
-Fiber::~Fiber() { release(); }
-
-void Fiber::release() {
+Fiber::~Fiber() {
 #if defined(SIMT_TSAN)
-    if (owns_sanitizer_fiber_)
-        __tsan_destroy_fiber(sanitizer_fiber);
-    owns_sanitizer_fiber_ = false;
+    if (mapping_)
+        __tsan_destroy_fiber(sanitizer_fiber_);
 #endif
     if (mapping_) {
 #if defined(SIMT_ASAN)
@@ -67,15 +64,9 @@ void Fiber::release() {
 #endif
         munmap(mapping_, kStackBytes + kGuardBytes);
     }
-    mapping_ = nullptr;
 }
 
 void Fiber::start(void (*entry)(void*), void* argument) {
-#if defined(SIMT_TSAN)
-    release();  // a stack that is mapped afresh carries no history of an earlier block
-    sanitizer_fiber = __tsan_create_fiber(0);
-    owns_sanitizer_fiber_ = true;
-#endif
     if (!mapping_) {
         void* mapping = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -85,6 +76,9 @@ void Fiber::start(void (*entry)(void*), void* argument) {
         mprotect(mapping_, kGuardBytes, PROT_NONE);
         stack_bottom_ = mapping_ + kGuardBytes;
         stack_size_ = kStackBytes;
+#if defined(SIMT_TSAN)
+        sanitizer_fiber_ = __tsan_create_fiber(0);
+#endif
     }
 #if defined(SIMT_ASAN)
     __asan_unpoison_memory_region(stack_bottom_, stack_size_);
@@ -124,7 +118,7 @@ void Fiber::start(void (*entry)(void*), void* argument) {
 
 void Fiber::adopt() {
 #if defined(SIMT_TSAN)
-    sanitizer_fiber = __tsan_get_current_fiber();
+    sanitizer_fiber_ = __tsan_get_current_fiber();
 #endif
 }
 
@@ -137,7 +131,7 @@ void Fiber::switch_to(Fiber& current, Fiber& next, bool final) {
 #endif
 #if defined(SIMT_TSAN)
     // The flag: a switch is no synchronization, or no race between fibers would ever be seen.
-    __tsan_switch_to_fiber(next.sanitizer_fiber, __tsan_switch_to_fiber_no_sync);
+    __tsan_switch_to_fiber(next.sanitizer_fiber_, __tsan_switch_to_fiber_no_sync);
 #endif
 #if defined(__x86_64__)
     simt_swap_stack(&current.stack_pointer_, next.stack_pointer_);

@@ -28,10 +28,7 @@ class Fiber {
     // Adopts the calling thread's stack (its sanitizer state) as this fiber.
     void adopt();
 
-    void* sanitizer_fiber = nullptr;
-
   private:
-    void release();
 
 #if defined(__x86_64__)
     void* stack_pointer_ = nullptr;
@@ -42,7 +39,7 @@ class Fiber {
     const void* stack_bottom_ = nullptr;
     size_t stack_size_ = 0;
     void* fake_stack_ = nullptr;
-    bool owns_sanitizer_fiber_ = false;
+    void* sanitizer_fiber_ = nullptr;
 };
 
 }  // namespace simt

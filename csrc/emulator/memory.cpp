@@ -94,6 +94,9 @@ void sanitizer_release(void* token) {
 }
 
 void begin_shared_memory() {
+    block.shared.clear();
+    if (block.launch->shared_bytes == 0)
+        return;
     const size_t size =
         static_cast<size_t>(block.launch->shared_bytes) + kRedZone * (kMaxArrays + 1);
     if (size > block.shared_capacity) {
@@ -105,7 +108,6 @@ void begin_shared_memory() {
         block.shared_memory = static_cast<unsigned char*>(memory);
         block.shared_capacity = size;
     }
-    block.shared.clear();
     unpoison(block.shared_memory, size);
     std::memset(block.shared_memory, kPoison, size);
     poison(block.shared_memory, size);
@@ -114,11 +116,13 @@ void begin_shared_memory() {
 void end_shared_memory() {
 #if defined(SIMT_TSAN)
     // The next block gets fresh pages: shared ones would carry this block's accesses and look like races between blocks.
-    munmap(block.shared_memory, block.shared_capacity);
+    if (block.shared_memory)
+        munmap(block.shared_memory, block.shared_capacity);
     block.shared_memory = nullptr;
     block.shared_capacity = 0;
 #else
-    unpoison(block.shared_memory, block.shared_capacity);
+    if (block.shared_memory)
+        unpoison(block.shared_memory, block.shared_capacity);
 #endif
 }
 

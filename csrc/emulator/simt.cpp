@@ -100,6 +100,7 @@ void run_thread(void* argument) {
     Thread& thread = *static_cast<Thread*>(argument);
     Fiber::entered(thread.fiber, *entered_from);
     entered_from = &thread.fiber;
+    sanitizer_acquire(&block.launch_token);
     block.kernel(block.params);
     if (!thread.copies.empty())
         fail(thread.site, "the thread ends with asynchronous copies that were not waited for");
@@ -119,6 +120,10 @@ void run_block() {
     const int count = block.launch->threads;
     while (static_cast<int>(block.threads.size()) < count)
         block.threads.push_back(std::make_unique<Thread>());
+    // For ThreadSanitizer a thread is ordered after the one of an earlier block that had its fiber. Shuffled, that hides no
+    // race between blocks for long, and spares the making of fresh fibers.
+    for (size_t i = block.threads.size() - 1; i > 0; --i)
+        std::swap(block.threads[i], block.threads[random_below(static_cast<uint32_t>(i) + 1)]);
     block.warps.assign(count / kWarp, Warp{});
     block.warp_order.resize(block.warps.size());
     for (size_t w = 0; w < block.warps.size(); ++w) {
@@ -128,6 +133,7 @@ void run_block() {
     block.alive = count;
     block.at_barrier = 0;
     begin_shared_memory();
+    sanitizer_release(&block.launch_token);
     for (int i = 0; i < count; ++i) {
         Thread& thread = *block.threads[i];
         thread.index = i;
