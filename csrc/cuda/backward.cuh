@@ -113,10 +113,8 @@ dy_kernel(const DyParams p) {
             AFA_UNROLL
             for (int i = 0; i < kPairs; ++i) {
                 const int pair = thread_index() + i * Tile::kThreads;
-                const Float2 value = unpack<T>(z_next[i]);
                 store_shared(h + pair / (R / 2) * kNarrowPitch + pair % (R / 2) * 2,
-                             pack<T>(anneal_by_id(p.activation, value.x, alpha_t).value,
-                                     anneal_by_id(p.activation, value.y, alpha_t).value));
+                             phi_pair<T>(p.activation, z_next[i], alpha_t));
             }
         }
         wait_oldest(p.stages);

@@ -86,6 +86,7 @@ py::dict described(const KernelPlan& plan, const DeviceLimits& device) {
     row["threads"] = plan.threads;
     row["stages"] = plan.stages;
     row["shared_bytes"] = plan.shared_bytes;
+    row["registers"] = plan.registers;
     row["blocks_per_sm"] = plan.blocks_per_sm;
     row["waves"] = waves(plan, device);
     return row;

@@ -92,9 +92,7 @@ AFA_DEVICE void finish_rows(T* tile, const ForwardParams& p, int64_t row0, bool 
         if (store_z && row0 + row < p.project.m)
             store_pair(static_cast<T*>(p.z), row0 + row, p.r, col, pair);
         // h comes from the rounded z: the backward has only that one.
-        const Float2 z = unpack<T>(pair);
-        store_shared(tile + row * pitch(R) + col, pack<T>(anneal_by_id(p.activation, z.x, alpha_t).value,
-                                                          anneal_by_id(p.activation, z.y, alpha_t).value));
+        store_shared(tile + row * pitch(R) + col, phi_pair<T>(p.activation, pair, alpha_t));
     }
     warp_sync();
 }
@@ -219,7 +217,7 @@ project_kernel(const ProjectParams p) {
 
 // Grid: (tiles of rows, column blocks). Sums the splits in order; the first column block stores z.
 template <typename T, int R>
-AFA_KERNEL(RowTile<R>::kThreads)
+AFA_KERNEL(RowTile<R>::kThreads, 2)
 expand_kernel(const ForwardParams p) {
     using Tile = RowTile<R>;
     const int stages = p.project.stages;

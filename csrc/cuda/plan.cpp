@@ -12,31 +12,39 @@ namespace {
 constexpr int64_t kTargetBlocks = 256;
 constexpr int64_t kOnePassRowBlocks = 96;  // with fewer, one block per tile of rows leaves too much of a GPU idle
 constexpr int64_t kMaxChunks = 64;
+constexpr int64_t kMinChunkTiles = 2;  // what a block keeps and what it leaves behind must pay
+// Twice what bandwidth times latency asks of an SM of the largest GPUs.
+constexpr int kBytesUnderWay = 64 * 1024;
 constexpr int kReservedPerBlock = 1024;     // shared memory that CUDA keeps per block
 constexpr int kRegistersPerSm = 65536;
-constexpr int kRegistersPerThread = 168;  // what the largest kernels take, rounded up
 constexpr int kMaxFeatures = 1 << 30;     // column indices are 32-bit, with room for a tile beyond the end
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t clamp(int64_t value, int64_t low, int64_t high) { return std::max(low, std::min(value, high)); }
 
-// The ring that keeps most bytes under way per SM; the shallower one at a tie.
+// Among the rings that keep enough bytes under way, the one that leaves room for most blocks, and of those the deepest;
+// without one that is enough, the one that keeps most.
 template <typename Bytes>
-KernelPlan ring(const char* kernel, int threads, const DeviceLimits& device, const Bytes& bytes) {
+KernelPlan ring(const char* kernel, int threads, int registers, const DeviceLimits& device, const Bytes& bytes) {
     KernelPlan best;
-    int most = 0;
+    int most_blocks = 0, most_bytes = 0;
     for (int stages = 2; stages <= kMaxStages; ++stages) {
         const int shared = bytes(stages);
         if (shared > device.shared_per_block)
             break;
         const int blocks = std::min(device.shared_per_sm / (shared + kReservedPerBlock),
-                                    std::max(1, kRegistersPerSm / (kRegistersPerThread * threads)));
-        if (blocks * (stages - 1) > most) {
-            most = blocks * (stages - 1);
-            best = {kernel, 1, 1, threads, stages, shared, blocks};
+                                    kRegistersPerSm / (registers * threads));
+        const int under_way = blocks * (stages - 1) * (bytes(3) - bytes(2));
+        const bool enough = under_way >= kBytesUnderWay, had_enough = most_bytes >= kBytesUnderWay;
+        const bool better = enough && had_enough ? blocks > most_blocks || (blocks == most_blocks && under_way > most_bytes)
+                                                 : under_way > most_bytes;
+        if (better) {
+            most_blocks = blocks;
+            most_bytes = under_way;
+            best = {kernel, 1, 1, threads, stages, shared, registers, blocks};
         }
     }
-    if (most == 0)
+    if (most_bytes == 0)
         throw std::invalid_argument(std::string(kernel) + " kernel: needs " + std::to_string(bytes(2)) +
                                     " bytes of shared memory, the device gives " +
                                     std::to_string(device.shared_per_block));
@@ -55,9 +63,10 @@ int splits_of(int64_t row_blocks, int64_t tiles) {
 }
 
 // Chunks of rows beside `slabs` blocks of columns, and the rows of each.
-int chunks_of(int64_t m, int64_t slabs, int tile_rows, int64_t& rows) {
+int chunks_of(int64_t m, int64_t slabs, int tile_rows, const DeviceLimits& device, int64_t& rows) {
     const int64_t tiles = ceil_div(m, tile_rows);
-    const int64_t chunks = clamp(ceil_div(kTargetBlocks, slabs), 1, std::min(tiles, kMaxChunks));
+    const int64_t most = device.chunk_limit > 0 ? device.chunk_limit : kMaxChunks;
+    const int64_t chunks = clamp(ceil_div(kTargetBlocks, slabs), 1, std::min(ceil_div(tiles, kMinChunkTiles), most));
     rows = ceil_div(tiles, chunks) * tile_rows;
     return static_cast<int>(ceil_div(m, rows));
 }
@@ -71,12 +80,12 @@ ForwardPlan forward_of(const Shape& shape, const DeviceLimits& device) {
     plan.rank = R;
     plan.one_pass = row_blocks >= kOnePassRowBlocks || (depth_tiles < 4 && column_tiles < 4);
     plan.splits = plan.one_pass ? 1 : splits_of(row_blocks, depth_tiles);
-    plan.forward = ring("forward", Tile::kThreads, device, Tile::forward_bytes);
+    plan.forward = ring("forward", Tile::kThreads, Tile::kRegisters, device, Tile::forward_bytes);
     plan.forward.grid_x = row_blocks;
     plan.project = plan.forward;
     plan.project.kernel = "project";
     plan.project.grid_y = plan.splits;
-    plan.expand = ring("expand", Tile::kThreads, device, Tile::expand_bytes);
+    plan.expand = ring("expand", Tile::kThreads, Tile::kRegisters, device, Tile::expand_bytes);
     plan.expand.grid_x = row_blocks;
     plan.expand.grid_y = static_cast<int>(clamp(ceil_div(kTargetBlocks, row_blocks), 1, column_tiles));
     return plan;
@@ -90,26 +99,26 @@ BackwardPlan backward_of(const Shape& shape, const DeviceLimits& device) {
     plan.rank = R;
     plan.one_pass_dy = R <= 32;
     const int64_t x_slabs = ceil_div(shape.k, Outer::kColumns);
-    plan.da_chunks = chunks_of(shape.m, x_slabs, Outer::kRows, plan.da_rows);
-    plan.x = ring("x", Outer::kThreads, device, Outer::x_bytes);
+    plan.da_chunks = chunks_of(shape.m, x_slabs, Outer::kRows, device, plan.da_rows);
+    plan.x = ring("x", Outer::kThreads, Outer::kXRegisters, device, Outer::x_bytes);
     plan.x.grid_x = x_slabs;
     plan.x.grid_y = plan.da_chunks;
     if constexpr (R <= 32) {
         using Dy = DyTile<R>;
         const int64_t slabs = ceil_div(shape.n, Dy::kColumns);
         plan.dh_parts = static_cast<int>(slabs);
-        plan.db_chunks = chunks_of(shape.m, slabs, Dy::kRows, plan.db_rows);
-        plan.dy = ring("dy", Dy::kThreads, device, Dy::bytes);
+        plan.db_chunks = chunks_of(shape.m, slabs, Dy::kRows, device, plan.db_rows);
+        plan.dy = ring("dy", Dy::kThreads, Dy::kRegisters, device, Dy::bytes);
         plan.dy.grid_x = slabs;
         plan.dy.grid_y = plan.db_chunks;
     } else {
         const int64_t row_blocks = ceil_div(shape.m, Row::kRows), slabs = ceil_div(shape.n, Outer::kColumns);
         plan.dh_parts = splits_of(row_blocks, ceil_div(shape.n, Row::kDepth));
-        plan.project_dy = ring("project_dy", Row::kThreads, device, Row::dy_project_bytes);
+        plan.project_dy = ring("project_dy", Row::kThreads, Row::kRegisters, device, Row::dy_project_bytes);
         plan.project_dy.grid_x = row_blocks;
         plan.project_dy.grid_y = plan.dh_parts;
-        plan.db_chunks = chunks_of(shape.m, slabs, Outer::kRows, plan.db_rows);
-        plan.db = ring("db", Outer::kThreads, device, Outer::db_bytes);
+        plan.db_chunks = chunks_of(shape.m, slabs, Outer::kRows, device, plan.db_rows);
+        plan.db = ring("db", Outer::kThreads, Outer::kDbRegisters, device, Outer::db_bytes);
         plan.db.grid_x = slabs;
         plan.db.grid_y = plan.db_chunks;
     }

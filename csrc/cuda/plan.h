@@ -19,6 +19,7 @@ struct DeviceLimits {
     int sm_count;
     int shared_per_block;  // bytes that one block may ask for
     int shared_per_sm;
+    int chunk_limit = 0;  // most chunks of rows, 0: no limit; tests set it to reach long chunks with few rows
 };
 
 struct KernelPlan {
@@ -28,7 +29,8 @@ struct KernelPlan {
     int threads = 0;
     int stages = 0;  // tiles in the ring
     int shared_bytes = 0;
-    int blocks_per_sm = 0;  // by shared memory and an estimate of the registers
+    int registers = 0;      // budget per thread
+    int blocks_per_sm = 0;  // by shared memory and registers
 };
 
 struct ForwardPlan {

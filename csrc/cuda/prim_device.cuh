@@ -2,6 +2,7 @@
 #pragma once
 
 #define AFA_DEVICE __device__ __forceinline__
+// Threads per block and, where ptxas would otherwise spill to make room for more, blocks per SM.
 #define AFA_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define AFA_UNROLL _Pragma("unroll")
 #define AFA_ROLLED _Pragma("unroll 1")

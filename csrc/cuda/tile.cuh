@@ -125,6 +125,20 @@ AFA_DEVICE ValueSlope anneal_by_id(int activation, float z, float alpha_t) {
     return anneal<Activation::sin>(z, alpha_t);
 }
 
+// phi of two elements, rounded to T.
+template <typename T>
+AFA_DEVICE uint32_t phi_pair(int activation, uint32_t pair, float alpha_t) {
+    const Float2 z = unpack<T>(pair);
+    float h[2] = {z.x, z.y};
+    AFA_ROLLED
+    for (int i = 0; i < 2; ++i) {
+        const float low = anneal_by_id(activation, h[0], alpha_t).value;
+        h[0] = h[1];
+        h[1] = low;
+    }
+    return pack<T>(h[0], h[1]);
+}
+
 // Two elements of a row-major (rows, r) matrix, columns col and col + 1; 0 beyond r. `row` must exist.
 template <typename T>
 AFA_DEVICE uint32_t load_pair(const T* matrix, int64_t row, int r, int col) {

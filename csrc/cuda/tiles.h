@@ -24,6 +24,7 @@ struct RowTile {
     static constexpr int kDepth = R <= 32 ? 128 : 64;     // columns of x (or dy) per step
     static constexpr int kColumns = R <= 32 ? 128 : 64;  // columns of y per step
     static constexpr int kThreads = kRows / 16 * kWarpSize;
+    static constexpr int kRegisters = 128;  // budget per thread, on every architecture
     static constexpr int kWide = tile_elements(kRows, kDepth);
     static constexpr int kNarrow = tile_elements(R, kDepth);
     static constexpr int kNarrowTransposed = tile_elements(kDepth, R);
@@ -46,6 +47,7 @@ struct DyTile {
     static constexpr int kColumns = 256;
     static constexpr int kWarps = kRows / 16;
     static constexpr int kThreads = kWarps * kWarpSize;
+    static constexpr int kRegisters = 160;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);
     static constexpr int kB = tile_elements(kColumns, R);
@@ -62,6 +64,7 @@ struct OuterTile {
     static constexpr int kColumns = R <= 32 ? 256 : 128;
     static constexpr int kWarps = R == 128 ? 8 : 4;
     static constexpr int kThreads = kWarps * kWarpSize;
+    static constexpr int kXRegisters = 240, kDbRegisters = 128;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);
     static constexpr int kNarrow = tile_elements(kRows, R);

@@ -51,6 +51,9 @@ std::vector<Case> fixed_cases() {
     add({90, 136, 136, 13}, [](Options& o) { o.need_da = false, o.threshold = 60; });
     add({90, 136, 136, 8}, [](Options& o) { o.need_db = false; });
     add({90, 136, 136, 70}, [](Options& o) { o.need_dx = o.need_da = false; });
+    // More tiles of rows in a chunk than there are stages in any ring.
+    for (const int rank : {16, 32, 64, 128})
+        add({330, 72, 72, rank}, [&](Options& o) { o.chunk_limit = 1, o.threshold = rank == 32 ? 0 : 90; });
     return cases;
 }
 
@@ -63,6 +66,7 @@ Case random_case(std::mt19937_64& random) {
     c.options.in_place = !c.options.bias && below(2);
     c.options.strided = below(2);
     c.options.recompute_z = below(2);
+    c.options.chunk_limit = below(2);
     c.options.threshold = below(2) ? 1 + below(200) : 0;
     return c;
 }

@@ -128,7 +128,7 @@ std::string Problem::name() const {
            (options_.float_weights ? ", float32 weights" : "") + (options_.bias ? ", bias" : "") +
            (options_.in_place ? ", in place" : "") + (options_.strided ? ", strided" : "") +
            (options_.recompute_z ? ", z recomputed" : "") + (options_.need_dx ? "" : ", no dx") +
-           (options_.need_da ? "" : ", no dA") + (options_.need_db ? "" : ", no dB");
+           (options_.chunk_limit ? ", one chunk" : "") + (options_.need_da ? "" : ", no dA") + (options_.need_db ? "" : ", no dB");
 }
 
 std::string Problem::compare(const char* what, const Bytes& got, bool is_float, const std::vector<double>& truth,
@@ -163,6 +163,7 @@ void Problem::fill(BranchCall& call) const {
     call.threshold = options_.threshold;
     call.scaling = scaling_;
     call.device = device_limits(0);
+    call.device.chunk_limit = options_.chunk_limit;
 }
 
 std::string Problem::run() {
