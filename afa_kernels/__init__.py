@@ -5,15 +5,21 @@ Import is silent: nothing is compiled, no device is touched, no other library is
 
 from afa_kernels.activation import activations
 from afa_kernels.autograd import AFALoRAFunction
-from afa_kernels.backend import builtin as _builtin
+from afa_kernels.backend import builtin as _builtin  # noqa: F401 - registers the backends
 from afa_kernels.backend.registry import BackendStatus, BackendUnavailable, backends, use_backend
+from afa_kernels.checkpoint import load_adapter, save_adapter
 from afa_kernels.dispatch import Plan, plan
 from afa_kernels.functional import afa_linear, afa_lora
+from afa_kernels.layer import AFALinear
+from afa_kernels.model import inject, merge, set_alpha_t, unload, unmerge
+from afa_kernels.schedule import AnnealSchedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AFALinear",
     "AFALoRAFunction",
+    "AnnealSchedule",
     "BackendStatus",
     "BackendUnavailable",
     "Plan",
@@ -21,6 +27,13 @@ __all__ = [
     "afa_linear",
     "afa_lora",
     "backends",
+    "inject",
+    "load_adapter",
+    "merge",
     "plan",
+    "save_adapter",
+    "set_alpha_t",
+    "unload",
+    "unmerge",
     "use_backend",
 ]

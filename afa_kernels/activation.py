@@ -1,8 +1,10 @@
-"""The activation table in torch ops: act(z) and its slope act'(z), the truth that every kernel is compared with.
+"""The activation table in torch ops: act(z) and its slope act'(z), the truth that every kernel is
+compared with.
 
-One row here, one case in ``csrc/common/activation.h`` and one branch in the Triton kernels make a new activation;
-the shared tests pick it up from the table. The ids are the ones in ``activation.h`` (a test compares them).
-Slopes are made of differentiable torch ops, so that double backward can go through them.
+One row here, one case in ``csrc/common/activation.h`` and one branch in the Triton kernels make a
+new activation; the shared tests pick it up from the table. The ids are the ones in ``activation.h``
+(a test compares them). Slopes are made of differentiable torch ops, so that double backward can go
+through them.
 """
 
 import math
@@ -36,7 +38,9 @@ def _gelu_slope(z: Tensor) -> Tensor:
 
 def _gelu_tanh_slope(z: Tensor) -> Tensor:
     t = torch.tanh(_SQRT_2_OVER_PI * (z + _GELU_TANH_CUBIC * z * z * z))
-    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _SQRT_2_OVER_PI * (1 + 3 * _GELU_TANH_CUBIC * z * z)
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _SQRT_2_OVER_PI * (
+        1 + 3 * _GELU_TANH_CUBIC * z * z
+    )
 
 
 def _leaky_relu_slope(z: Tensor) -> Tensor:

@@ -1,40 +1,43 @@
-"""AFALoRAFunction: what is saved, which gradients are needed, and double backward. It does no arithmetic of its own.
+"""AFALoRAFunction: what is saved, which gradients are needed, and double backward. It does no
+arithmetic of its own.
 
-Saved for the backward: x, A, B and z (``save="z"``) or x, A and B only (``save="nothing"``; z is recomputed), plus
-references to the frozen weight and to the two scalars alpha_t and seed. Never h, act'(z), a mask or a copy of x or y.
+Saved for the backward: x, A, B and z (``save="z"``) or x, A and B only (``save="nothing"``; z is
+recomputed), plus references to the frozen weight and to the two scalars alpha_t and seed. Never h,
+act'(z), a mask or a copy of x or y.
 """
 
 import torch
-from torch import Tensor
 
 from afa_kernels import _ops, reference
 from afa_kernels.backend.registry import Spec
 
 
 class AFALoRAFunction(torch.autograd.Function):
-    """``apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, activation, scaling, dropout, save_z, inplace,
-    backend)`` on checked operands: ``x (M, K)``, ``weight (N, K)`` or None, ``bias (N,)`` or None, ``lora_a (r, K)``,
-    ``lora_b (N, r)``, ``base`` None or ``(M, N)`` (any shape with M * N elements and rows of N where ``inplace``).
+    """``apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, activation, scaling, dropout,
+    save_z, inplace, backend)`` on checked operands: ``x (M, K)``, ``weight (N, K)`` or None, ``bias
+    (N,)`` or None, ``lora_a (r, K)``, ``lora_b (N, r)``, ``base`` None or ``(M, N)`` (any shape
+    with M * N elements and rows of N where ``inplace``).
 
-    Returns the layer's output: ``x @ weight.T + bias + branch`` with a weight, ``base + branch`` without.
-    :func:`afa_kernels.afa_lora` and :func:`afa_kernels.afa_linear` are the checked ways to call it.
+    Returns the layer's output: ``x @ weight.T + bias + branch`` with a weight, ``base + branch``
+    without. :func:`afa_kernels.afa_lora` and :func:`afa_kernels.afa_linear` are the checked ways to
+    call it.
     """
 
     @staticmethod
-    def forward(
-        ctx, x, weight, bias, lora_a, lora_b, base, alpha_t, seed, activation, scaling, dropout, save_z, inplace, backend
-    ):  # fmt: skip
+    def forward(ctx, x, weight, bias, lora_a, lora_b, base, alpha_t, seed, *options):
+        activation, scaling, dropout, save_z, inplace, backend = options
         need_x, need_weight, _, need_a, need_b, _ = ctx.needs_input_grad[:6]
         save_z = save_z and (need_x or need_a or need_b)
-        branch = (x, lora_a, lora_b, alpha_t, seed, activation, scaling, dropout, backend, save_z)
+        spec = (activation, scaling, dropout)
+        branch = (x, lora_a, lora_b, alpha_t, seed, *spec, save_z, backend)
         if weight is not None:
-            y, z = _ops.linear_forward(*branch, weight, bias)
+            y, z = _ops.linear_forward(weight, bias, *branch)
         elif inplace:
-            z = _ops.lora_forward_(*branch, base.view(-1, lora_b.shape[0]))
+            z = _ops.lora_forward_(base.view(-1, lora_b.shape[0]), *branch)
             ctx.mark_dirty(base)
             y = base
         else:
-            y, z = _ops.lora_forward(*branch, base)
+            y, z = _ops.lora_forward(base, *branch)
         ctx.save_for_backward(
             x if need_x or need_a or need_b or need_weight else None,
             weight if need_x else None,
@@ -44,11 +47,11 @@ class AFALoRAFunction(torch.autograd.Function):
             alpha_t,
             seed,
         )
-        ctx.spec = (activation, scaling, dropout)
+        ctx.spec = spec
         ctx.backend = backend
         ctx.rows = x.shape[0]
-        ctx.dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
-        ctx.has_weight = weight is not None
+        ctx.weight_dtype = None if weight is None else weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
@@ -58,22 +61,17 @@ class AFALoRAFunction(torch.autograd.Function):
         dx = dweight = dbias = da = db = None
         dy = grad_output.reshape(ctx.rows, lora_b.shape[0])
         if need_x or need_a or need_b:
+            saved = (dy, x, lora_a, lora_b, z, alpha_t, seed, *ctx.spec, ctx.backend)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                dx, da, db = reference.backward(dy, x, lora_a, lora_b, alpha_t, seed, Spec(*ctx.spec))
-                if ctx.has_weight and need_x:
-                    dx = dx + dy @ weight
-            elif ctx.has_weight and need_x:
-                dx, da, db = _ops.linear_backward(
-                    dy, x, lora_a, lora_b, z, alpha_t, seed, *ctx.spec, ctx.backend, weight, need_a, need_b
-                )
+                dx, da, db = _differentiable(dy, x, weight, lora_a, lora_b, alpha_t, seed, ctx.spec)
+            elif weight is not None:
+                dx, da, db = _ops.linear_backward(weight, *saved, need_a, need_b)
             else:
-                dx, da, db = _ops.lora_backward(
-                    dy, x, lora_a, lora_b, z, alpha_t, seed, *ctx.spec, ctx.backend, need_x, need_a, need_b
-                )
+                dx, da, db = _ops.lora_backward(*saved, need_x, need_a, need_b)
         if need_weight:
-            dweight = (dy.T @ x).to(ctx.dtypes[0])
+            dweight = (dy.T @ x).to(ctx.weight_dtype)
         if need_bias:
-            dbias = dy.sum(0).to(ctx.dtypes[1])
+            dbias = dy.sum(0).to(ctx.bias_dtype)
         return (
             dx if need_x else None,
             dweight,
@@ -83,3 +81,10 @@ class AFALoRAFunction(torch.autograd.Function):
             grad_output if need_base else None,
             *(None,) * 8,
         )
+
+
+def _differentiable(dy, x, weight, lora_a, lora_b, alpha_t, seed, spec):
+    """Return the gradients as plain torch ops, for whoever differentiates them once more."""
+    with _ops.plain_precision(x):
+        dx, da, db = reference.backward(dy, x, lora_a, lora_b, alpha_t, seed, Spec(*spec))
+        return (dx if weight is None else dx + dy @ weight), da, db

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from afa_kernels import _ops, checks, dropout
 from afa_kernels.backend.registry import IDENTITY
+from afa_kernels.functional import autocast
 
 
 @dataclass(frozen=True)
@@ -14,11 +15,13 @@ class Plan:
     """What a call does.
 
     Attributes:
-        backend: name of the backend that runs the branch; ``"torch"`` where the frozen GEMM is all there is.
-        path: ``"fused"`` (branch with its activation), ``"gemm"`` (alpha_t is 0: plain GEMMs) or ``"merged"`` (the
-            branch is part of the frozen weight: that one GEMM).
+        backend: name of the backend that runs the branch; ``"torch"`` where the frozen GEMM is all
+            there is.
+        path: ``"fused"`` (branch with its activation), ``"gemm"`` (alpha_t is 0: plain GEMMs) or
+            ``"merged"`` (the branch is part of the frozen weight: that one GEMM).
         reason: why this backend and path, with what stood against the ones before it.
-        launches: the kernels of a forward and a backward with their launch parameters, where the backend tells them.
+        launches: the kernels of a forward and a backward with their launch parameters, where the
+        backend tells them.
     """
 
     backend: str
@@ -42,7 +45,9 @@ def plan(
 ) -> Plan:
     """Return what :func:`afa_lora` (or :func:`afa_linear`) would do with these arguments.
 
-    Args: as in :func:`afa_lora`; ``base``, ``inplace`` and ``dropout_seed`` are accepted and change nothing.
+    Args:
+        As in :func:`afa_lora`; ``base``, ``inplace`` and ``dropout_seed`` are accepted and change
+        nothing.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as the call itself would.
@@ -56,7 +61,7 @@ def plan(
         checks.alpha_tensor(alpha_t)
     elif checks.alpha_value(alpha_t) == 0.0:
         activation = IDENTITY
-    rows = x.reshape(-1, x.shape[-1])
+    rows = autocast(x.detach()).reshape(-1, x.shape[-1])
     call = _ops.call_of(rows, lora_a, lora_b, activation, dropout.threshold_of(dropout_p))
     chosen, reason = _ops.choose(call, backend)
     gemm = activation == IDENTITY and chosen.name in ("torch", "reference")

@@ -1,8 +1,9 @@
 """LoRA dropout without a stored mask: every backend regenerates the same bits from a seed.
 
-The mask of an ``(M, K)`` input is Philox4x32-10 keyed by the 64-bit seed. Counter ``row * ceil(K / 16) + col // 16``
-yields 16 bytes, one for each of 16 neighbouring columns (little endian); an element is kept where its byte is at least
-``threshold``, so the dropout probability is a multiple of 1/256.
+The mask of an ``(M, K)`` input is Philox4x32-10 keyed by the 64-bit seed. Counter ``row * ceil(K /
+16) + col // 16`` yields 16 bytes, one for each of 16 neighbouring columns (little endian); an
+element is kept where its byte is at least ``threshold``, so the dropout probability is a multiple
+of 1/256.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -20,14 +21,16 @@ _LOW32 = 0xFFFFFFFF
 
 
 def threshold_of(p: float) -> int:
-    """Return the byte threshold for probability ``p``: ``p`` rounded to 1/256, but never to 0 or 1 unless it is 0."""
+    """Return the byte threshold for probability ``p``: ``p`` rounded to 1/256, but never to 0 or 1
+    unless it is 0."""
     if p == 0.0:
         return 0
     return min(max(round(p * LEVELS), 1), LEVELS - 1)
 
 
 def inverse_keep(threshold: int) -> float:
-    """Return the factor ``1 / (1 - p)`` of inverted dropout for the rounded ``p = threshold / 256``."""
+    """Return the factor ``1 / (1 - p)`` of inverted dropout for the rounded ``p = threshold /
+    256``."""
     return LEVELS / (LEVELS - threshold)
 
 
@@ -40,7 +43,8 @@ def keep_mask(seed: Tensor, rows: int, cols: int, threshold: int) -> Tensor:
     """
     calls = -(-cols // COLUMNS_PER_CALL)
     counter = torch.arange(rows * calls, dtype=torch.int64, device=seed.device)
-    # int64 lanes hold uint32 words; a product of two words wraps modulo 2^64, which is what the bit operations need.
+    # int64 lanes hold uint32 words; a product of two words wraps modulo 2^64, which is what the bit
+    # operations need.
     c = [counter & _LOW32, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]
     key = [seed & _LOW32, (seed >> 32) & _LOW32]
     for _ in range(_ROUNDS):

@@ -1,7 +1,9 @@
-"""The two functions of the package: a LoRA branch with an annealed activation, alone and with its frozen layer."""
+"""The two functions of the package: a LoRA branch with an annealed activation, alone and with its
+frozen layer."""
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from afa_kernels import _ops, checks, dropout
 from afa_kernels.autograd import AFALoRAFunction
@@ -23,65 +25,61 @@ def afa_lora(
     save: str = "z",
     backend: str | None = None,
 ) -> Tensor:
-    """Return ``base + scaling * phi(x @ lora_a.T) @ lora_b.T``: a frozen layer's output with its AFA-LoRA update.
+    """Return ``base + scaling * phi(x @ lora_a.T) @ lora_b.T``: a frozen layer's output with its
+    AFA-LoRA update.
 
-    ``phi(z) = (1 - alpha_t) * z + alpha_t * act(z)``. At ``alpha_t == 0`` this is ordinary LoRA, runs as plain GEMMs
-    and can be merged. Source: Li et al., arXiv 2512.22455.
+    ``phi(z) = (1 - alpha_t) * z + alpha_t * act(z)``. At ``alpha_t == 0`` this is ordinary LoRA,
+    runs as plain GEMMs and can be merged. Source: Li et al., arXiv 2512.22455.
 
     Args:
-        x: ``(..., K)``, float64, float32, bfloat16 or float16; any strides. Under autocast it is rounded to the
-            autocast dtype first.
-        lora_a: ``(r, K)`` with r from 1 to 256, of any floating dtype: it is rounded to the dtype of x, products
-            accumulate in float32 (float64 for float64), and its gradient comes back in its own dtype.
+        x: ``(..., K)``, float64, float32, bfloat16 or float16; any strides. Under autocast it is
+            rounded to the autocast dtype first.
+        lora_a: ``(r, K)`` with r from 1 to 256, of any floating dtype. It is rounded to the dtype
+            of x, products accumulate in float32 (float64 for float64), and its gradient comes back
+            in its own dtype.
         lora_b: ``(N, r)``, likewise.
-        alpha_t: float in [0, 1], or a 0-dim float32 tensor that the kernel reads, so that a new value neither
-            recompiles nor waits for the device. The float 0.0 takes the GEMM path; a tensor never does.
+        alpha_t: float in [0, 1], or a 0-dim float32 tensor that the kernel reads, so that a new
+            value neither recompiles nor waits for the device. The float 0.0 takes the GEMM path; a
+            tensor never does.
         activation: a name from :func:`afa_kernels.activations`.
         scaling: the factor ``s = lora_alpha / r``.
         base: ``(..., N)``, the output of the frozen layer, or None for 0.
         inplace: accumulate into ``base`` and return it; otherwise ``base`` is only read.
-        dropout_p: probability of dropping an element of x in the branch, rounded to a multiple of 1/256 (never to 0);
-            the rest is scaled by ``1 / (1 - p)`` with the rounded p.
-        dropout_seed: int or 0-dim int64 tensor that determines the mask; by default drawn from torch's generator.
+        dropout_p: probability of dropping an element of x in the branch, rounded to a multiple of
+            1/256 (never to 0); the rest is scaled by ``1 / (1 - p)`` with the rounded p.
+        dropout_seed: int or 0-dim int64 tensor that determines the mask; by default drawn from
+            torch's generator.
         save: ``"z"`` saves ``z = x @ lora_a.T`` for the backward, ``"nothing"`` recomputes it.
-        backend: run this backend or raise; by default the first that can take the call (:func:`afa_kernels.plan`).
+        backend: run this backend or raise; by default the first that can take the call
+            (:func:`afa_kernels.plan`).
 
     Returns:
-        ``(..., N)`` in the dtype of ``base`` if given, else of x. Without rows the result is empty, not an error.
+        ``(..., N)`` in the dtype of ``base`` if given, else of x. Without rows the result is empty,
+        not an error.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it, what came and what is wanted.
+        TypeError, ValueError: an argument does not fit; the message names it, what came and what is
+            wanted.
         BackendUnavailable: ``backend`` was named and cannot take this call; the message says why.
     """
     checks.branch(x, lora_a, lora_b)
     checks.options(activation, scaling, dropout_p, save, backend)
+    n = lora_b.shape[0]
     if base is not None:
-        checks.base(base, x, lora_b.shape[0], inplace=inplace)
+        checks.base(base, x, n, inplace=inplace)
     elif inplace:
         raise ValueError("inplace: expected a base to accumulate into, got base=None")
-    x = _autocast(x)
-    alpha_t, activation = _alpha(alpha_t, activation, x)
-    seed, threshold = _dropout(dropout_p, dropout_seed, x)
-    rows = x.reshape(-1, x.shape[-1])
-    save_z = save == "z" and activation != IDENTITY
-    shape = (*x.shape[:-1], lora_b.shape[0])
-    scaling = float(scaling)
-
+    x = autocast(x)
+    options = _options(x, alpha_t, activation, scaling, dropout_p, dropout_seed, save)
+    rows = _as_rows(x)
     if base is None or (base.dtype == x.dtype and not inplace):
-        flat_base = None if base is None else base.reshape(-1, shape[-1])
-        y = _apply(
-            rows, None, None, lora_a, lora_b, flat_base, alpha_t, seed, activation, scaling, threshold, save_z, False,
-            backend,
-        )  # fmt: skip
-        return y.view(shape)
+        flat_base = None if base is None else _as_rows(base)
+        return _like(_apply(rows, None, None, lora_a, lora_b, flat_base, options, backend), x, n)
     if inplace and base.dtype == x.dtype and _can_accumulate(base, x, lora_a, lora_b):
-        return _apply(
-            rows, None, None, lora_a, lora_b, base, alpha_t, seed, activation, scaling, threshold, save_z, True, backend
-        )
-    # The base has another dtype, cannot be viewed as rows, overlaps an operand, or is traced: one more pass over it.
-    y = _apply(
-        rows, None, None, lora_a, lora_b, None, alpha_t, seed, activation, scaling, threshold, save_z, False, backend
-    ).view(shape)
+        return _apply(rows, None, None, lora_a, lora_b, base, options, backend, inplace=True)
+    # The base has another dtype, cannot be viewed as rows, overlaps an operand, or is being
+    # traced: one more pass over it.
+    y = _like(_apply(rows, None, None, lora_a, lora_b, None, options, backend), x, n)
     return base.add_(y) if inplace else base + y.to(base.dtype)
 
 
@@ -100,15 +98,19 @@ def afa_linear(
     save: str = "z",
     backend: str | None = None,
 ) -> Tensor:
-    """Return ``x @ weight.T + bias + scaling * phi(x @ lora_a.T) @ lora_b.T``: a linear layer with its AFA-LoRA branch.
+    """Return ``x @ weight.T + bias + scaling * phi(x @ lora_a.T) @ lora_b.T``: a linear layer with
+    its AFA-LoRA branch.
 
-    The sum is accumulated in place, which saves a pass over the output against ``afa_lora`` with a separate base.
+    The sum is accumulated in place, which saves a pass over the output against ``afa_lora`` with a
+    separate base.
 
     Args:
         x: ``(..., K)``; any strides.
-        weight: ``(N, K)`` in the dtype of x (any floating dtype under autocast); any strides. Differentiable.
+        weight: ``(N, K)`` in the dtype of x (any floating dtype under autocast); any strides.
+            Differentiable.
         bias: ``(N,)`` or None. Differentiable. Dropout does not act on the frozen layer.
-        lora_a, lora_b, alpha_t, activation, scaling, dropout_p, dropout_seed, save, backend: as in :func:`afa_lora`.
+        lora_a, lora_b, alpha_t, activation, scaling, dropout_p, dropout_seed, save, backend: as in
+            :func:`afa_lora`.
 
     Returns:
         ``(..., N)`` in the dtype of x (of autocast, where it is on).
@@ -119,38 +121,51 @@ def afa_linear(
     checks.branch(x, lora_a, lora_b)
     checks.options(activation, scaling, dropout_p, save, backend)
     checks.tensor("weight", weight)
-    x, weight = _autocast(x), _autocast(weight)
-    checks.linear(x, weight, bias, lora_b.shape[0])
-    alpha_t, activation = _alpha(alpha_t, activation, x)
-    seed, threshold = _dropout(dropout_p, dropout_seed, x)
-    save_z = save == "z" and activation != IDENTITY
-    y = _apply(
-        x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, None, alpha_t, seed, activation, float(scaling),
-        threshold, save_z, False, backend,
-    )  # fmt: skip
-    return y.view(*x.shape[:-1], lora_b.shape[0])
+    x, weight = autocast(x), autocast(weight)
+    n = lora_b.shape[0]
+    checks.linear(x, weight, bias, n)
+    options = _options(x, alpha_t, activation, scaling, dropout_p, dropout_seed, save)
+    return _like(_apply(_as_rows(x), weight, bias, lora_a, lora_b, None, options, backend), x, n)
 
 
-def _apply(
-    x, weight, bias, lora_a, lora_b, base, alpha_t, seed, activation, scaling, threshold, save_z, inplace, backend
-):
-    if torch.is_grad_enabled() and any(
+def _apply(x, weight, bias, lora_a, lora_b, base, options, backend, inplace=False) -> Tensor:
+    differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, lora_a, lora_b, base)
-    ):
+    )
+    # Under forward-mode differentiation the Function refuses; the operators alone would drop the
+    # tangents in silence.
+    if differentiated or forward_ad._current_level >= 0:
         return AFALoRAFunction.apply(
-            x, weight, bias, lora_a, lora_b, base, alpha_t, seed, activation, scaling, threshold, save_z, inplace,
-            backend,
-        )  # fmt: skip
-    branch = (x, lora_a, lora_b, alpha_t, seed, activation, scaling, threshold, backend, False)
+            x, weight, bias, lora_a, lora_b, base, *options, inplace, backend
+        )
+    branch = (x, lora_a, lora_b, *options[:-1], False, backend)
     if weight is not None:
-        return _ops.linear_forward(*branch, weight, bias)[0]
+        return _ops.linear_forward(weight, bias, *branch)[0]
     if inplace:
-        _ops.lora_forward_(*branch, base.view(-1, lora_b.shape[0]))
+        _ops.lora_forward_(base.view(-1, lora_b.shape[0]), *branch)
         return base
-    return _ops.lora_forward(*branch, base)[0]
+    return _ops.lora_forward(base, *branch)[0]
 
 
-def _autocast(t: Tensor) -> Tensor:
+def _as_rows(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def _like(rows: Tensor, x: Tensor, n: int) -> Tensor:
+    return rows if x.dim() == 2 else rows.view(*x.shape[:-1], n)
+
+
+def _options(x, alpha_t, activation, scaling, dropout_p, dropout_seed, save) -> tuple:
+    """Return alpha_t, seed, activation, scaling, dropout threshold and save_z for the operators."""
+    alpha_t, activation = _alpha(alpha_t, activation, x)
+    if dropout_seed is not None:
+        checks.seed(dropout_seed)
+    seed, threshold = (None, 0) if dropout_p == 0.0 else _dropout(dropout_p, dropout_seed, x)
+    save_z = save == "z" and activation != IDENTITY
+    return alpha_t, seed, activation, float(scaling), threshold, save_z
+
+
+def autocast(t: Tensor) -> Tensor:
     """Round to the autocast dtype where autocast is on; float64 stays, as in torch's own linear."""
     device_type = t.device.type
     if torch.is_autocast_enabled(device_type) and t.dtype != torch.float64:
@@ -159,21 +174,21 @@ def _autocast(t: Tensor) -> Tensor:
 
 
 def _alpha(alpha_t: float | Tensor, activation: str, x: Tensor) -> tuple[Tensor, str]:
-    """Return alpha_t as a tensor on the device of x, and the activation: identity where alpha_t is the number 0."""
+    """Return alpha_t as a tensor on the device of x, and the activation: identity where alpha_t is
+    the number 0."""
     if isinstance(alpha_t, Tensor):
         checks.alpha_tensor(alpha_t)
         return alpha_t.to(x.device, non_blocking=True), activation
     value = checks.alpha_value(alpha_t)
-    return torch.full((), value, dtype=torch.float32, device=x.device), IDENTITY if value == 0.0 else activation
+    return torch.full(
+        (), value, dtype=torch.float32, device=x.device
+    ), IDENTITY if value == 0.0 else activation
 
 
-def _dropout(p: float, seed: int | Tensor | None, x: Tensor) -> tuple[Tensor | None, int]:
-    if seed is not None:
-        checks.seed(seed)
-    if p == 0.0:
-        return None, 0
+def _dropout(p: float, seed: int | Tensor | None, x: Tensor) -> tuple[Tensor, int]:
     if seed is None:
-        # From the generator of x's device, so that manual_seed, checkpointing and CUDA graphs see it.
+        # From the generator of x's device, so that manual_seed, checkpointing and CUDA graphs
+        # see it.
         seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
     elif isinstance(seed, Tensor):
         seed = seed.to(x.device, non_blocking=True)

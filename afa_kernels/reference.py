@@ -1,7 +1,9 @@
-"""The operator in its plainest form: the truth that every kernel is compared with, and the double backward of all.
+"""The operator in its plainest form: the truth that every kernel is compared with, and the double
+backward of all.
 
-``forward`` and ``backward`` consist of differentiable torch ops alone, on any device, in any dtype and differentiable
-any number of times. float16 and bfloat16 operands are computed in float32. Shapes are those of backend/registry.py.
+``forward`` and ``backward`` consist of differentiable torch ops alone, on any device, in any dtype
+and differentiable any number of times. float16 and bfloat16 operands are computed in float32.
+Shapes are those of backend/registry.py.
 """
 
 import torch
@@ -33,9 +35,16 @@ def _phi(z: Tensor, alpha_t: Tensor, spec: Spec) -> Tensor:
 
 
 def forward(
-    x: Tensor, a: Tensor, b: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec, base: Tensor | None
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    alpha_t: Tensor,
+    seed: Tensor | None,
+    spec: Spec,
+    base: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``base + scaling * phi(dropout(x) @ a.T) @ b.T`` in ``x.dtype``, and ``z`` in ``x.dtype``."""
+    """Return ``base + scaling * phi(dropout(x) @ a.T) @ b.T`` in ``x.dtype``, and ``z`` in
+    ``x.dtype``."""
     dtype = x.dtype
     z = (_drop(_operand(x, dtype), seed, spec) @ _operand(a, dtype).T).to(dtype)
     y = spec.scaling * (_phi(_operand(z, dtype), alpha_t, spec) @ _operand(b, dtype).T)
@@ -55,11 +64,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(dx, da, db)``, each in the dtype of its input, by the closed formulas.
 
-    With ``u = scaling * dy @ b`` and ``h = phi(z)``: ``db = scaling * dy.T @ h``, ``dz = u * phi'(z)``,
-    ``da = dz.T @ dropout(x)`` and ``dx = dropout(dz @ a)`` under the same mask.
+    With ``u = scaling * dy @ b`` and ``h = phi(z)``: ``db = scaling * dy.T @ h``, ``dz = u *
+    phi'(z)``, ``da = dz.T @ dropout(x)`` and ``dx = dropout(dz @ a)`` under the same mask.
     """
     dtype = x.dtype
-    x_dropped, wide_a, wide_b = _drop(_operand(x, dtype), seed, spec), _operand(a, dtype), _operand(b, dtype)
+    x_dropped, wide_a, wide_b = (
+        _drop(_operand(x, dtype), seed, spec),
+        _operand(a, dtype),
+        _operand(b, dtype),
+    )
     wide_dy = _operand(dy, dtype)
     z = _operand((x_dropped @ wide_a.T).to(dtype), dtype)
     dz = spec.scaling * (wide_dy @ wide_b)

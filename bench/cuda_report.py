@@ -3,8 +3,9 @@
     python bench/cuda_report.py [--quick] [--arch 80,90,100,120] [--json FILE]
 
 Compiles every kernel for every architecture and checks: no spills, registers and shared memory within the budget below,
-tensor-core instructions (HMMA), asynchronous copies (LDGSTS) and ldmatrix (LDSM) in the SASS. Prints one table with the
-occupancy; exit status 1 if a check fails. cuobjdump comes from PATH, from the CUDA toolkit or from the triton package.
+tensor-core instructions (HMMA), asynchronous copies (LDGSTS) and ldmatrix (LDSM) in the SASS.
+Prints one table with the occupancy; exit status 1 if a check fails. cuobjdump comes from PATH, from
+the CUDA toolkit or from the triton package.
 """
 
 import argparse
@@ -89,7 +90,9 @@ def find_tool(name: str) -> str:
     for place in places:
         if place and os.access(place, os.X_OK):
             return place
-    raise SystemExit(f"cuda-report: {name} was not found on PATH, beside nvcc, or in the triton package")
+    raise SystemExit(
+        f"cuda-report: {name} was not found on PATH, beside nvcc, or in the triton package"
+    )
 
 
 def planner():
@@ -101,7 +104,9 @@ def planner():
             continue
         if attribute is None or hasattr(module, attribute):
             return module if attribute is None else getattr(module, attribute)
-    raise SystemExit("cuda-report: build the package with AFA_BUILD_EMULATOR=1 (or with nvcc) first")
+    raise SystemExit(
+        "cuda-report: build the package with AFA_BUILD_EMULATOR=1 (or with nvcc) first"
+    )
 
 
 def identify(mangled: str) -> tuple[str, int, str] | None:
@@ -123,7 +128,9 @@ def parse_ptxas(text: str, arch: str) -> dict[str, Row]:
             current = None if identity is None else rows.setdefault(match[1], Row(arch, *identity))
         elif current is None:
             continue
-        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+        elif match := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
             current.stack, current.spill_bytes = int(match[1]), int(match[2]) + int(match[3])
         elif match := re.search(r"Used (\d+) registers", line):
             current.registers = int(match[1])
@@ -147,12 +154,16 @@ def compile_one(source: str, arch: str, folder: Path, tool: str) -> list[Row]:
     cubin = folder / f"{source}.{arch}.cubin"
     command = ["nvcc", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", f"-I{CSRC}"]
     done = subprocess.run(
-        [*command, str(CSRC / "cuda" / f"{source}.cu"), "-o", str(cubin)], capture_output=True, text=True
+        [*command, str(CSRC / "cuda" / f"{source}.cu"), "-o", str(cubin)],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise SystemExit(f"cuda-report: nvcc failed for {source}.cu, sm_{arch}\n{done.stderr}")
     rows = parse_ptxas(done.stderr, arch)
-    sass = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    sass = subprocess.run(
+        [tool, "-sass", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
     for name, counts in count_opcodes(sass).items():
         if name in rows:
             rows[name].opcodes = counts
@@ -166,7 +177,11 @@ def add_launch(row: Row, plans: dict[tuple[str, str, int], dict]) -> None:
         row.threads, row.register_budget = SMALL_THREADS, SMALL_KERNELS[row.kernel]
     else:
         plan = plans[row.arch, row.kernel, row.rank]
-        row.threads, row.stages, row.shared_bytes = plan["threads"], plan["stages"], plan["shared_bytes"]
+        row.threads, row.stages, row.shared_bytes = (
+            plan["threads"],
+            plan["stages"],
+            plan["shared_bytes"],
+        )
         row.register_budget = plan["registers"]
     registers = -(-row.registers // 8) * 8 * row.threads
     row.blocks_per_sm = min(
@@ -186,7 +201,9 @@ def check(row: Row) -> None:
     if row.stack > STACK_BUDGET:
         row.faults.append(f"{row.stack} bytes of stack, budget {STACK_BUDGET}")
     if row.shared_bytes > gpu.shared_per_block:
-        row.faults.append(f"{row.shared_bytes} bytes of shared memory, the block gets {gpu.shared_per_block}")
+        row.faults.append(
+            f"{row.shared_bytes} bytes of shared memory, the block gets {gpu.shared_per_block}"
+        )
     if row.blocks_per_sm < 1:
         row.faults.append("no block fits an SM")
     for opcode in ("HMMA", "LDGSTS", "LDSM"):
@@ -195,7 +212,8 @@ def check(row: Row) -> None:
 
 
 def launch_plans(architectures: list[str]) -> dict[tuple[str, str, int], dict]:
-    """Return the launch of every kernel by architecture, kernel and rank: many rows, and few for the split forward."""
+    """Return the launch of every kernel by architecture, kernel and rank: many rows, and few for
+    the split forward."""
     native = planner()
     plans = {}
     for arch in architectures:
@@ -223,22 +241,32 @@ def print_table(rows: list[Row]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"architectures {', '.join(QUICK_ARCHITECTURES)} only")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"architectures {', '.join(QUICK_ARCHITECTURES)} only"
+    )
     parser.add_argument("--arch", help="comma-separated architectures")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     if shutil.which("nvcc") is None:
         print("cuda-report: nvcc is not on PATH; nothing was checked", file=sys.stderr)
         return 2
-    architectures = options.arch.split(",") if options.arch else list(QUICK_ARCHITECTURES if options.quick else GPUS)
+    architectures = (
+        options.arch.split(",")
+        if options.arch
+        else list(QUICK_ARCHITECTURES if options.quick else GPUS)
+    )
     if unknown := [arch for arch in architectures if arch not in GPUS]:
         parser.error(f"--arch: expected some of {', '.join(GPUS)}, got {', '.join(unknown)}")
     tool, plans = find_tool("cuobjdump"), launch_plans(architectures)
     os.environ["PATH"] += os.pathsep + str(Path(tool).parent)  # cuobjdump calls nvdisasm
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
-            pool.submit(compile_one, source, arch, Path(folder), tool) for arch in architectures for source in SOURCES
+            pool.submit(compile_one, source, arch, Path(folder), tool)
+            for arch in architectures
+            for source in SOURCES
         ]
         rows = [row for job in jobs for row in job.result()]
     for row in rows:
@@ -247,7 +275,9 @@ def main() -> int:
     rows.sort(key=lambda row: (int(row.arch), row.kernel, row.rank, row.dtype))
     print_table(rows)
     faulty = [row for row in rows if row.faults]
-    print(f"{len(rows)} kernels on {', '.join(f'sm_{a} ({GPUS[a].card})' for a in architectures)}: {len(faulty)} faulty")
+    print(
+        f"{len(rows)} kernels on {', '.join(f'sm_{a} ({GPUS[a].card})' for a in architectures)}: {len(faulty)} faulty"
+    )
     if options.json:
         options.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     return int(bool(faulty) or not rows)

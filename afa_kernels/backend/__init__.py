@@ -1,1 +1,2 @@
-"""The implementations of the operator, one module each, and the registry that chooses between them."""
+"""The implementations of the operator, one module each, and the registry that chooses between
+them."""

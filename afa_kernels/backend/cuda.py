@@ -1,8 +1,10 @@
-"""The ``cuda`` backend: compiled kernels for NVIDIA GPUs, and ``cuda_emulated``, the same source run on the CPU.
+"""The ``cuda`` backend: compiled kernels for NVIDIA GPUs, and ``cuda_emulated``, the same source
+run on the CPU.
 
-This file turns torch tensors into pointers, strides and scratch memory; csrc/cuda/ops.cpp decides what is launched. What
-the kernels cannot read in place (columns that are not adjacent, rows that do not start at 16 bytes) is copied first.
-``cuda_emulated`` takes CPU tensors, is slow, and exists for tests: it is only chosen by name.
+This file turns torch tensors into pointers, strides and scratch memory; csrc/cuda/ops.cpp decides
+what is launched. What the kernels cannot read in place (columns that are not adjacent, rows that do
+not start at 16 bytes) is copied first. ``cuda_emulated`` takes CPU tensors, is slow, and exists for
+tests: it is only chosen by name.
 """
 
 import importlib
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from afa_kernels.activation import ACTIVATIONS
+from afa_kernels.backend import native
 from afa_kernels.backend.registry import IDENTITY, Backend, BackendStatus, Call, Spec
 
 MAX_RANK = 128
@@ -41,7 +44,8 @@ def _pointer(t: Tensor | None) -> int:
 
 
 def _gradient(weight: Tensor, x: Tensor) -> Tensor:
-    """Return an empty gradient of ``weight`` in a dtype that the kernels write: its own, or float32 to be rounded."""
+    """Return an empty gradient of ``weight`` in a dtype that the kernels write: its own, or float32
+    to be rounded."""
     dtype = weight.dtype if weight.dtype == x.dtype else torch.float32
     return torch.empty(weight.shape, dtype=dtype, device=weight.device)
 
@@ -49,12 +53,14 @@ def _gradient(weight: Tensor, x: Tensor) -> Tensor:
 class _Kernels:
     """The forward and backward of a native module (``_C.cuda`` or ``_emulator``)."""
 
-    def __init__(self, native: ModuleType):
-        self._native = native
-        self._forward_workspace = lru_cache(maxsize=1024)(native.forward_workspace)
-        self._backward_workspace = lru_cache(maxsize=1024)(native.backward_workspace)
+    def __init__(self, module: ModuleType):
+        self._module = module
+        self._forward_workspace = lru_cache(maxsize=1024)(module.forward_workspace)
+        self._backward_workspace = lru_cache(maxsize=1024)(module.backward_workspace)
 
-    def _arguments(self, x: Tensor, a: Tensor, b: Tensor, sizes: tuple[int, ...]) -> tuple[Any, ...]:
+    def _arguments(
+        self, x: Tensor, a: Tensor, b: Tensor, sizes: tuple[int, ...]
+    ) -> tuple[Any, ...]:
         return (
             _DTYPES[x.dtype],
             sizes,
@@ -68,7 +74,9 @@ class _Kernels:
         return weight if weight.dtype in (x.dtype, torch.float32) else weight.to(x.dtype)
 
     @staticmethod
-    def _scalars(x: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec, workspace: Tensor) -> tuple[Any, ...]:
+    def _scalars(
+        x: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec, workspace: Tensor
+    ) -> tuple[Any, ...]:
         # alpha_t is 0 at identity, where (1 - alpha_t) * z + alpha_t * relu(z) is z.
         activation = ACTIVATIONS["relu" if spec.activation == IDENTITY else spec.activation]
         on_gpu = x.is_cuda
@@ -87,12 +95,16 @@ class _Kernels:
         x, a, b = _readable(x), self._weight(a, x), self._weight(b, x)
         sizes = (x.shape[0], x.shape[1], b.shape[0], a.shape[0])
         accumulates = base is out
-        y = out if _reads_in_place(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        y = (
+            out
+            if _reads_in_place(out)
+            else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        )
         if base is not None:
             base = y if accumulates and y is out else _readable(base)
         z = torch.empty(sizes[0], sizes[3], dtype=x.dtype, device=x.device) if save_z else None
         workspace = torch.empty(self._forward_workspace(sizes), dtype=torch.uint8, device=x.device)
-        self._native.forward(
+        self._module.forward(
             *self._arguments(x, a, b, sizes),
             _matrix(base),
             _matrix(y),
@@ -111,8 +123,10 @@ class _Kernels:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
         da = _gradient(a, x) if need_da else None
         db = _gradient(b, x) if need_db else None
-        workspace = torch.empty(self._backward_workspace(sizes, z is None), dtype=torch.uint8, device=x.device)
-        self._native.backward(
+        workspace = torch.empty(
+            self._backward_workspace(sizes, z is None), dtype=torch.uint8, device=x.device
+        )
+        self._module.backward(
             *self._arguments(x, wide_a, wide_b, sizes),
             _matrix(dy),
             _pointer(z),
@@ -124,9 +138,10 @@ class _Kernels:
         return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)
 
     def launches(self, call: Call) -> list[dict[str, Any]]:
-        """Return the kernels of a forward and a backward, with their launch parameters, for ``plan``."""
-        limits = self._native.device_limits(call.device_index or 0)
-        return self._native.launch_plan((call.m, call.k, call.n, call.r), *limits)
+        """Return the kernels of a forward and a backward, with their launch parameters, for
+        ``plan``."""
+        limits = self._module.device_limits(call.device_index or 0)
+        return self._module.launch_plan((call.m, call.k, call.n, call.r), *limits)
 
 
 def _refuses_shape(call: Call) -> str | None:
@@ -142,13 +157,11 @@ def _refuses_shape(call: Call) -> str | None:
 @lru_cache(maxsize=1)
 def _device_module() -> tuple[ModuleType | None, str]:
     """Return the module with the CUDA kernels, or None and the reason."""
-    try:
-        native = importlib.import_module("afa_kernels._C")
-    except ImportError as error:
-        return None, f"the compiled extension is not available: {error}"
-    if not hasattr(native, "cuda"):
+    if native._C is None:
+        return None, native.load_error
+    if not hasattr(native._C, "cuda"):
         return None, "this build has no CUDA kernels (no nvcc was found, or AFA_BUILD_CUDA=0)"
-    return native.cuda, ""
+    return native._C.cuda, ""
 
 
 @lru_cache(maxsize=1)
@@ -156,7 +169,10 @@ def _emulator_module() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("afa_kernels._emulator"), ""
     except ImportError:
-        return None, "the emulator is not part of this build (it is built with AFA_BUILD_EMULATOR=ON)"
+        return (
+            None,
+            "the emulator is not part of this build (it is built with AFA_BUILD_EMULATOR=ON)",
+        )
 
 
 @lru_cache(maxsize=1)
@@ -173,10 +189,16 @@ def _status() -> BackendStatus:
     module, reason = _device_module()
     if module is None:
         return BackendStatus(False, reason)
-    info = importlib.import_module("afa_kernels._C").build_info()
-    details = {"nvcc": info["cuda"], "architectures": info["cuda_architectures"], "max_rank": MAX_RANK}
+    info = native._C.build_info()
+    details = {
+        "nvcc": info["cuda"],
+        "architectures": info["cuda_architectures"],
+        "max_rank": MAX_RANK,
+    }
     if torch.version.hip is not None:
-        return BackendStatus(False, "the kernels are for NVIDIA GPUs, and this torch is built for AMD", details)
+        return BackendStatus(
+            False, "the kernels are for NVIDIA GPUs, and this torch is built for AMD", details
+        )
     if not torch.cuda.is_available():
         return BackendStatus(False, "torch sees no CUDA device", details)
     details["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -187,7 +209,9 @@ def _status() -> BackendStatus:
 def _refuses_device(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < MIN_CAPABILITY:
-        return f"takes GPUs of compute capability 8.0 and later, got {capability[0]}.{capability[1]}"
+        return (
+            f"takes GPUs of compute capability 8.0 and later, got {capability[0]}.{capability[1]}"
+        )
     if not _device_module()[0].has_kernel_image(index):
         return f"this build has no kernels for compute capability {capability[0]}.{capability[1]}"
     return None

@@ -1,8 +1,9 @@
-"""A frozen linear layer with its branch: the branch writes first, then torch's GEMM accumulates into it in place.
+"""A frozen linear layer with its branch: the branch writes first, then torch's GEMM accumulates
+into it in place.
 
-``y_init = branch + bias; y.addmm_(x, W.T)`` passes over y once more than the GEMM alone, where adding the branch
-afterwards would pass over it twice more; the GEMM reads its beta = 1 operand behind its products. The same in the
-backward: ``dx = dz @ a; dx.addmm_(dy, W)``.
+``y_init = branch + bias; y.addmm_(x, W.T)`` passes over y once more than the GEMM alone, where
+adding the branch afterwards would pass over it twice more; the GEMM reads its beta = 1 operand
+behind its products. The same in the backward: ``dx = dz @ a; dx.addmm_(dy, W)``.
 """
 
 import torch

@@ -1,9 +1,10 @@
 """What a backend is, which ones exist, and which one takes a call.
 
-A backend computes on flat, checked operands: ``x (M, K)``, ``a (r, K)``, ``b (N, r)``, ``dy (M, N)``, of any strides.
-``alpha_t`` is a 0-dim float32 and ``seed`` a 0-dim int64 tensor (None without dropout), both on the device of ``x``.
-Products accumulate in float32 (float64 for float64) from operands rounded to ``x.dtype``; ``z`` is stored in ``x.dtype``,
-rounded before phi, so that forward and backward see the same one. Nothing that a caller owns is written, except ``out``.
+A backend computes on flat, checked operands: ``x (M, K)``, ``a (r, K)``, ``b (N, r)``, ``dy (M,
+N)``, of any strides. ``alpha_t`` is a 0-dim float32 and ``seed`` a 0-dim int64 tensor (None without
+dropout), both on the device of ``x``. Products accumulate in float32 (float64 for float64) from
+operands rounded to ``x.dtype``; ``z`` is stored in ``x.dtype``, rounded before phi, so that forward
+and backward see the same one. Nothing that a caller owns is written, except ``out``.
 """
 
 import os
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from afa_kernels.dropout import inverse_keep
 
-IDENTITY = "identity"  # the activation of a call whose alpha_t is known to be 0: phi(z) = z, and alpha_t is not read
+# The activation of a call whose alpha_t is known to be 0: phi(z) = z.
+IDENTITY = "identity"
 MAX_RANK = 256
 ENVIRONMENT_VARIABLE = "AFA_KERNELS_BACKEND"
 
@@ -56,7 +58,8 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend can run on this machine, why not if it cannot, and what it found (versions, instruction sets)."""
+    """Whether a backend can run on this machine, why not if it cannot, and what it found (versions,
+    instruction sets)."""
 
     available: bool
     reason: str = ""
@@ -80,10 +83,12 @@ class Forward(Protocol):
         out: Tensor,
         save_z: bool,
     ) -> Tensor | None:
-        """Write ``base + scaling * phi(dropout(x) @ a.T) @ b.T`` into ``out`` and return ``z (M, r)`` if asked for.
+        """Write ``base + scaling * phi(dropout(x) @ a.T) @ b.T`` into ``out`` and return ``z (M,
+        r)`` if asked for.
 
-        ``base`` is None (zero), ``out`` itself (accumulate), or another ``(M, N)`` tensor of any strides, which is only
-        read; a bias comes as a base whose row stride is 0. ``out`` may hold anything, NaN included, when it is not base.
+        ``base`` is None (zero), ``out`` itself (accumulate), or another ``(M, N)`` tensor of any
+        strides, which is only read; a bias comes as a base whose row stride is 0. ``out`` may hold
+        anything, NaN included, when it is not base.
         """
 
 
@@ -103,9 +108,11 @@ class Backward(Protocol):
         need_da: bool,
         need_db: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return ``dx (M, K)`` in ``x.dtype``, ``da`` in ``a.dtype`` and ``db`` in ``b.dtype``; None where not needed.
+        """Return ``dx (M, K)`` in ``x.dtype``, ``da`` in ``a.dtype`` and ``db`` in ``b.dtype``;
+        None where not needed.
 
-        ``z`` is what forward returned, or None: then it is recomputed, bit for bit. ``dx`` is a fresh tensor.
+        ``z`` is what forward returned, or None: then it is recomputed, bit for bit. ``dx`` is a
+        fresh tensor.
         """
 
 
@@ -150,7 +157,9 @@ class Backend:
     name: str
     devices: frozenset[str]  # empty: every device
     status: Callable[[], BackendStatus]
-    refuses: Callable[[Call], str | None]  # why this backend cannot take a call that its device allows; None if it can
+    refuses: Callable[
+        [Call], str | None
+    ]  # why this backend cannot take a call that its device allows; None if it can
     forward: Forward
     backward: Backward
     # A backend with a better order of passes than backend/linear.py brings its own.
@@ -200,7 +209,8 @@ def backends() -> dict[str, BackendStatus]:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Request a backend for the calls inside the ``with`` block, as ``backend=`` does for one call."""
+    """Request a backend for the calls inside the ``with`` block, as ``backend=`` does for one
+    call."""
     check_name(name)
     token = _requested.set(name)
     try:
@@ -215,7 +225,8 @@ def check_name(name: str | None) -> None:
 
 
 def requested(explicit: str | None) -> str | None:
-    """Return the backend that was asked for: by the call, else by ``use_backend``, else by the environment."""
+    """Return the backend that was asked for: by the call, else by ``use_backend``, else by the
+    environment."""
     return explicit or _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
@@ -231,7 +242,9 @@ def select(call: Call, name: str | None) -> Selection:
     if name is not None:
         why_not = _BACKENDS[name].why_not(call)
         if why_not is not None:
-            raise BackendUnavailable(f"backend {name!r} cannot take this call: {why_not} (call: {_describe(call)})")
+            raise BackendUnavailable(
+                f"backend {name!r} cannot take this call: {why_not} (call: {_describe(call)})"
+            )
         return Selection(_BACKENDS[name], "requested")
     passed_over = []
     for backend in _BACKENDS.values():
@@ -242,9 +255,13 @@ def select(call: Call, name: str | None) -> Selection:
             reason = "; ".join(passed_over) or "first choice for this device"
             return Selection(backend, reason)
         passed_over.append(f"{backend.name}: {why_not}")
-    raise BackendUnavailable(f"no backend can take this call: {'; '.join(passed_over)} (call: {_describe(call)})")
+    raise BackendUnavailable(
+        f"no backend can take this call: {'; '.join(passed_over)} (call: {_describe(call)})"
+    )
 
 
 def _describe(call: Call) -> str:
     dtype = str(call.dtype).removeprefix("torch.")
-    return f"M={call.m}, K={call.k}, N={call.n}, r={call.r}, {dtype}, {call.activation}, {call.device}"
+    return (
+        f"M={call.m}, K={call.k}, N={call.n}, r={call.r}, {dtype}, {call.activation}, {call.device}"
+    )

@@ -1,11 +1,13 @@
 """The ``torch`` backend: the operator as few torch ops, in the order that moves the least memory.
 
-Every intermediate is ``(M, r)`` or smaller, and the two large results are accumulated in place by ``addmm_``, so that
-x and y are each passed over once in the forward. It is the fallback on every device, the path of calls at identity
-(``spec.activation == IDENTITY``: plain GEMMs), and the baseline that each kernel has to beat.
+Every intermediate is ``(M, r)`` or smaller, and the two large results are accumulated in place by
+``addmm_``, so that x and y are each passed over once in the forward. It is the fallback on every
+device, the path of calls at identity (``spec.activation == IDENTITY``: plain GEMMs), and the
+baseline that each kernel has to beat.
 
-With float32 ``a`` or ``b`` beside 16-bit ``x``, the two weight gradients leave the GEMM in float32 where torch can do
-so (CUDA, torch 2.8 and later) and are rounded to the 16-bit dtype elsewhere, as under autocast.
+With float32 ``a`` or ``b`` beside 16-bit ``x``, the two weight gradients leave the GEMM in float32
+where torch can do so (CUDA, torch 2.8 and later) and are rounded to the 16-bit dtype elsewhere, as
+under autocast.
 """
 
 import torch
@@ -35,7 +37,8 @@ def _h(z: Tensor, alpha_t: Tensor, spec: Spec) -> Tensor:
 
 
 def _mm_into(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``left @ right`` in ``dtype``, straight from the accumulators where torch offers that."""
+    """Return ``left @ right`` in ``dtype``, straight from the accumulators where torch offers
+    that."""
     if left.is_cuda and dtype == torch.float32 != left.dtype and _cuda_mm_has_out_dtype():
         return torch.mm(left, right, out_dtype=dtype)
     return torch.mm(left, right).to(dtype)

@@ -1,7 +1,9 @@
 #pragma once
 
+// Internal linkage on the host: the same header is compiled for several instruction sets, and the linker must not keep
+// one copy of a function for all of them.
 #if defined(__CUDACC__)
 #define AFA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define AFA_HOST_DEVICE inline
+#define AFA_HOST_DEVICE static inline
 #endif

@@ -10,6 +10,22 @@
 #endif
 
 namespace afa::cpu {
+
+namespace generic {
+extern const Kernels kernels;
+}
+#if defined(AFA_X86_64)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512bf16 {
+extern const Kernels kernels;
+}
+#endif
+
 namespace {
 
 #if defined(AFA_X86_64)
@@ -107,6 +123,29 @@ Isa selected_isa() {
     static const Isa isa = select_isa();
     return isa;
 }
+
+namespace {
+
+const Kernels& selected_kernels() {
+    switch (selected_isa()) {
+#if defined(AFA_X86_64)
+    case Isa::avx2:
+        return avx2::kernels;
+    case Isa::avx512:
+        return avx512::kernels;
+    case Isa::avx512bf16:
+        return avx512bf16::kernels;
+#endif
+    default:
+        return generic::kernels;
+    }
+}
+
+}  // namespace
+
+void forward(const ForwardParams& params) { selected_kernels().forward(params); }
+
+void backward(const BackwardParams& params) { selected_kernels().backward(params); }
 
 std::vector<std::string> machine_features() {
     std::vector<std::string> names;

@@ -4,8 +4,9 @@
 //   db_kernel (R >= 64): dB = dy^T h alone; dh comes from project_kernel.
 //   x_kernel: dx = dz A and dA = dz^T x from one pass over x.
 //
-// A block keeps one slab of columns and walks down one chunk of rows. What it sums over rows stays in registers and is
-// stored once, as a partial result of its chunk, so that sums have one order whatever the grid.
+// A block keeps one slab of columns and walks down one chunk of rows. What it sums over rows stays
+// in registers and is stored once, as a partial result of its chunk, so that sums have one order
+// whatever the grid.
 #pragma once
 
 #include "cuda/tile.cuh"
@@ -21,7 +22,8 @@ AFA_DEVICE void zero(float (&acc)[kCount][kOthers][4]) {
         acc[i][j][0] = acc[i][j][1] = acc[i][j][2] = acc[i][j][3] = 0.0f;
 }
 
-// acc[i][j] += (16 columns i of `left`)^T times (8 columns j of `right`), summed over kRows rows of both tiles.
+// acc[i][j] += (16 columns i of `left`)^T times (8 columns j of `right`), summed over kRows rows of
+// both tiles.
 template <typename T, int kRows, int kLeft, int kRight, int kLeftPitch, int kRightPitch>
 AFA_DEVICE void add_outer(float (&acc)[kLeft / 16][kRight / 8][4], const T* left, const T* right) {
     AFA_UNROLL
@@ -29,7 +31,8 @@ AFA_DEVICE void add_outer(float (&acc)[kLeft / 16][kRight / 8][4], const T* left
         uint32_t b[kRight / 16][4];
         AFA_UNROLL
         for (int j = 0; j < kRight / 16; ++j)
-            load_matrices_transposed(b[j], right + k * kRightPitch + j * 16 + down_first<kRightPitch>());
+            load_matrices_transposed(b[j],
+                                     right + k * kRightPitch + j * 16 + down_first<kRightPitch>());
         AFA_UNROLL
         for (int i = 0; i < kLeft / 16; ++i) {
             uint32_t a[4];
@@ -43,10 +46,11 @@ AFA_DEVICE void add_outer(float (&acc)[kLeft / 16][kRight / 8][4], const T* left
     }
 }
 
-// Stores the accumulators of add_outer into rows [row0, ...) and columns [col0, ...) of a float matrix.
+// Stores the accumulators of add_outer into rows [row0, ...) and columns [col0, ...) of a float
+// matrix.
 template <int kLeft, int kRight>
-AFA_DEVICE void store_outer(float* matrix, const float (&acc)[kLeft / 16][kRight / 8][4], int64_t row0,
-                            int64_t rows, int col0, int cols) {
+AFA_DEVICE void store_outer(float* matrix, const float (&acc)[kLeft / 16][kRight / 8][4],
+                            int64_t row0, int64_t rows, int col0, int cols) {
     const int col = col0 + lane_index() % 4 * 2;
     AFA_UNROLL
     for (int i = 0; i < kLeft / 16; ++i) {
@@ -84,8 +88,9 @@ dy_kernel(const DyParams p) {
 
     const auto load = [&](int t, int slot) {
         if (t < tiles)
-            load_tile<Tile::kRows, Tile::kColumns, Tile::kThreads>(ring + slot * Tile::kWide, dy, p.dy_stride,
-                                                                   row_begin + t * Tile::kRows, row_end, col0, p.n);
+            load_tile<Tile::kRows, Tile::kColumns, Tile::kThreads>(
+                ring + slot * Tile::kWide, dy, p.dy_stride, row_begin + t * Tile::kRows, row_end,
+                col0, p.n);
         copy_commit();
     };
     uint32_t z_next[kPairs];
@@ -98,7 +103,8 @@ dy_kernel(const DyParams p) {
         }
     };
 
-    load_tile<Tile::kColumns, R, Tile::kThreads>(b_slab, static_cast<const T*>(p.b), p.b_stride, col0, p.n, 0, R);
+    load_tile<Tile::kColumns, R, Tile::kThreads>(b_slab, static_cast<const T*>(p.b), p.b_stride,
+                                                 col0, p.n, 0, R);
     for (int s = 0; s < ahead; ++s)
         load(s, s);  // B belongs to the first group
     load_z(0);
@@ -131,7 +137,8 @@ dy_kernel(const DyParams p) {
                 AFA_UNROLL
                 for (int j = 0; j < R / 16; ++j) {
                     uint32_t b[4];
-                    load_matrices_transposed(b, b_slab + k * kNarrowPitch + j * 16 + down_first<kNarrowPitch>());
+                    load_matrices_transposed(b, b_slab + k * kNarrowPitch + j * 16 +
+                                                    down_first<kNarrowPitch>());
                     multiply_add<T>(dh[2 * j], a, b[0], b[1]);
                     multiply_add<T>(dh[2 * j + 1], a, b[2], b[3]);
                 }
@@ -177,9 +184,11 @@ db_kernel(const OuterParams p) {
         if (t < tiles) {
             const int64_t row0 = row_begin + t * Tile::kRows;
             load_tile<Tile::kRows, Tile::kColumns, Tile::kThreads>(
-                wide_ring + slot * Tile::kWide, static_cast<const T*>(p.wide), p.wide_stride, row0, row_end, col0, p.w);
+                wide_ring + slot * Tile::kWide, static_cast<const T*>(p.wide), p.wide_stride, row0,
+                row_end, col0, p.w);
             load_tile<Tile::kRows, R, Tile::kThreads>(narrow_ring + slot * Tile::kNarrow,
-                                                      static_cast<const T*>(p.narrow), R, row0, row_end, 0, R);
+                                                      static_cast<const T*>(p.narrow), R, row0,
+                                                      row_end, 0, R);
         }
         copy_commit();
     };
@@ -194,7 +203,8 @@ db_kernel(const OuterParams p) {
         block_sync();
         load(t + ahead, slot == 0 ? ahead : slot - 1);
         add_outer<T, Tile::kRows, Tile::kSlice, R, kWidePitch, kNarrowPitch>(
-            db, wide_ring + slot * Tile::kWide + warp_index() * Tile::kSlice, narrow_ring + slot * Tile::kNarrow);
+            db, wide_ring + slot * Tile::kWide + warp_index() * Tile::kSlice,
+            narrow_ring + slot * Tile::kNarrow);
         slot = slot == ahead ? 0 : slot + 1;
     }
     copy_wait<0>();
@@ -202,9 +212,11 @@ db_kernel(const OuterParams p) {
                                  col0 + warp_index() * Tile::kSlice, p.w, 0, R);
 }
 
-// dx = dz A for the columns of this warp: products into the place of x in shared memory, then 16-byte stores.
+// dx = dz A for the columns of this warp: products into the place of x in shared memory, then
+// 16-byte stores.
 template <typename T, int R>
-AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks, const uint32_t (&a)[R / 16][OuterTile<R>::kSlice / 16][4],
+AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
+                        const uint32_t (&a)[R / 16][OuterTile<R>::kSlice / 16][4],
                         const OuterParams& p, int64_t row0, int64_t row_end, int col0) {
     using Tile = OuterTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kSlice = Tile::kSlice;
@@ -232,23 +244,28 @@ AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks, const uint
     constexpr int kVectors = kSlice / kVector;
     AFA_UNROLL
     for (int i = 0; i < Tile::kRows * kVectors; i += kWarpSize) {
-        const int row = (i + lane_index()) / kVectors, col = (i + lane_index()) % kVectors * kVector;
+        const int row = (i + lane_index()) / kVectors,
+                  col = (i + lane_index()) % kVectors * kVector;
         Vec16 v = load_shared<Vec16>(slice + row * kWidePitch + col);
         if (p.dropout.threshold > 0)
-            v = keep(v, load_shared<uint16_t>(masks + row * Tile::kMaskPitch + col / kDropoutColumns) >>
-                            (col % kDropoutColumns));
+            v = keep(
+                v, load_shared<uint16_t>(masks + row * Tile::kMaskPitch + col / kDropoutColumns) >>
+                       (col % kDropoutColumns));
         if (row0 + row < row_end && col0 + col < p.w)
-            store_global(reinterpret_cast<Vec16*>(static_cast<T*>(p.dx) + (row0 + row) * p.w + col0 + col), v);
+            store_global(
+                reinterpret_cast<Vec16*>(static_cast<T*>(p.dx) + (row0 + row) * p.w + col0 + col),
+                v);
     }
 }
 
-// Grid: (slabs of kColumns columns of x, chunks of rows). Each warp works on its own slice of the slab, and reuses the
-// place of its x for dx.
+// Grid: (slabs of kColumns columns of x, chunks of rows). Each warp works on its own slice of the
+// slab, and reuses the place of its x for dx.
 template <typename T, int R>
 AFA_KERNEL(OuterTile<R>::kThreads)
 x_kernel(const OuterParams p) {
     using Tile = OuterTile<R>;
-    constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R), kSlice = Tile::kSlice;
+    constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R),
+                  kSlice = Tile::kSlice;
     const int ahead = p.stages - 1;
     SharedMemory shared;
     T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
@@ -264,16 +281,18 @@ x_kernel(const OuterParams p) {
         if (t < tiles) {
             const int64_t row0 = row_begin + t * Tile::kRows;
             if (p.partial)
-                load_tile<Tile::kRows, Tile::kColumns, Tile::kThreads>(wide_ring + slot * Tile::kWide,
-                                                                       static_cast<const T*>(p.wide), p.wide_stride,
-                                                                       row0, row_end, col0, p.w);
+                load_tile<Tile::kRows, Tile::kColumns, Tile::kThreads>(
+                    wide_ring + slot * Tile::kWide, static_cast<const T*>(p.wide), p.wide_stride,
+                    row0, row_end, col0, p.w);
             load_tile<Tile::kRows, R, Tile::kThreads>(narrow_ring + slot * Tile::kNarrow,
-                                                      static_cast<const T*>(p.narrow), R, row0, row_end, 0, R);
+                                                      static_cast<const T*>(p.narrow), R, row0,
+                                                      row_end, 0, R);
         }
         copy_commit();
     };
     if (p.dx)
-        load_tile<R, Tile::kColumns, Tile::kThreads>(a_slab, static_cast<const T*>(p.a), p.a_stride, 0, R, col0, p.w);
+        load_tile<R, Tile::kColumns, Tile::kThreads>(a_slab, static_cast<const T*>(p.a), p.a_stride,
+                                                     0, R, col0, p.w);
     for (int s = 0; s < ahead; ++s)
         load(s, s);  // A belongs to the first group
     wait_oldest(p.stages);
@@ -284,8 +303,8 @@ x_kernel(const OuterParams p) {
         for (int k = 0; k < R / 16; ++k)
             AFA_UNROLL
         for (int j = 0; j < kSlice / 16; ++j)
-            load_matrices_transposed(a[k][j],
-                                     a_slab + k * 16 * kWidePitch + slice0 + j * 16 + down_first<kWidePitch>());
+            load_matrices_transposed(a[k][j], a_slab + k * 16 * kWidePitch + slice0 + j * 16 +
+                                                  down_first<kWidePitch>());
     }
     float da[R / 16][kSlice / 8][4];
     zero(da);
@@ -300,8 +319,8 @@ x_kernel(const OuterParams p) {
         uint16_t* slice_masks = masks + slice0 / kDropoutColumns;
         const int64_t row0 = row_begin + t * Tile::kRows;
         if (p.dropout.threshold > 0) {
-            drop<Tile::kRows, kSlice, kWidePitch>(slice, slice_masks, Tile::kMaskPitch, p.dropout, row0, col0 + slice0,
-                                                  p.w, p.partial != nullptr);
+            drop<Tile::kRows, kSlice, kWidePitch>(slice, slice_masks, Tile::kMaskPitch, p.dropout,
+                                                  row0, col0 + slice0, p.w, p.partial != nullptr);
             warp_sync();
         }
         if (p.partial)
@@ -314,7 +333,8 @@ x_kernel(const OuterParams p) {
     }
     copy_wait<0>();
     if (p.partial)
-        store_outer<R, kSlice>(p.partial + static_cast<int64_t>(block_y()) * R * p.w, da, 0, R, col0 + slice0, p.w);
+        store_outer<R, kSlice>(p.partial + static_cast<int64_t>(block_y()) * R * p.w, da, 0, R,
+                               col0 + slice0, p.w);
 }
 
 }  // namespace afa

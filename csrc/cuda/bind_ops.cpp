@@ -1,4 +1,5 @@
-// The Python face of ops.h, for both modules that have one: afa_kernels._C (device) and afa_kernels._emulator.
+// The Python face of ops.h, for both modules that have one: afa_kernels._C (device) and
+// afa_kernels._emulator.
 #include "cuda/bind_ops.h"
 
 #include <pybind11/stl.h>
@@ -15,9 +16,10 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-using Weight = std::tuple<uintptr_t, int64_t, int64_t, bool>;  // data, row stride, column stride, is float32
-using Matrix = std::pair<uintptr_t, int64_t>;                  // data, row stride
-using Sizes = std::tuple<int64_t, int, int, int>;              // M, K, N, r
+using Weight =
+    std::tuple<uintptr_t, int64_t, int64_t, bool>;  // data, row stride, column stride, is float32
+using Matrix = std::pair<uintptr_t, int64_t>;       // data, row stride
+using Sizes = std::tuple<int64_t, int, int, int>;   // M, K, N, r
 
 Shape shape_of(const Sizes& sizes) {
     return {std::get<0>(sizes), std::get<1>(sizes), std::get<2>(sizes), std::get<3>(sizes)};
@@ -28,9 +30,9 @@ WeightOperand operand_of(const Weight& w) {
 }
 
 // The part of a call that forward and backward share, in the order of the Python arguments.
-void fill(BranchCall& call, int dtype, const Sizes& sizes, Matrix x, const Weight& a, const Weight& b,
-          uintptr_t alpha_t, uintptr_t seed, int activation, int threshold, float scaling, uintptr_t workspace,
-          int device, uintptr_t stream) {
+void fill(BranchCall& call, int dtype, const Sizes& sizes, Matrix x, const Weight& a,
+          const Weight& b, uintptr_t alpha_t, uintptr_t seed, int activation, int threshold,
+          float scaling, uintptr_t workspace, int device, uintptr_t stream) {
     call.dtype = static_cast<DType>(dtype);
     call.shape = shape_of(sizes);
     call.x = pointer(x.first);
@@ -47,12 +49,14 @@ void fill(BranchCall& call, int dtype, const Sizes& sizes, Matrix x, const Weigh
     call.device = device_limits(device);
 }
 
-void bound_forward(int dtype, const Sizes& sizes, Matrix x, const Weight& a, const Weight& b, Matrix base, Matrix y,
-                   uintptr_t z, uintptr_t alpha_t, uintptr_t seed, int activation, int threshold, float scaling,
-                   uintptr_t workspace, int device, uintptr_t stream) {
+void bound_forward(int dtype, const Sizes& sizes, Matrix x, const Weight& a, const Weight& b,
+                   Matrix base, Matrix y, uintptr_t z, uintptr_t alpha_t, uintptr_t seed,
+                   int activation, int threshold, float scaling, uintptr_t workspace, int device,
+                   uintptr_t stream) {
     ForwardCall call{};
     const DeviceScope scope(device);
-    fill(call, dtype, sizes, x, a, b, alpha_t, seed, activation, threshold, scaling, workspace, device, stream);
+    fill(call, dtype, sizes, x, a, b, alpha_t, seed, activation, threshold, scaling, workspace,
+         device, stream);
     call.base = pointer(base.first);
     call.base_stride = base.second;
     call.y = pointer(y.first);
@@ -61,13 +65,15 @@ void bound_forward(int dtype, const Sizes& sizes, Matrix x, const Weight& a, con
     forward(call);
 }
 
-void bound_backward(int dtype, const Sizes& sizes, Matrix x, const Weight& a, const Weight& b, Matrix dy, uintptr_t z,
-                    uintptr_t dx, std::pair<uintptr_t, bool> da, std::pair<uintptr_t, bool> db, uintptr_t alpha_t,
-                    uintptr_t seed, int activation, int threshold, float scaling, uintptr_t workspace, int device,
+void bound_backward(int dtype, const Sizes& sizes, Matrix x, const Weight& a, const Weight& b,
+                    Matrix dy, uintptr_t z, uintptr_t dx, std::pair<uintptr_t, bool> da,
+                    std::pair<uintptr_t, bool> db, uintptr_t alpha_t, uintptr_t seed,
+                    int activation, int threshold, float scaling, uintptr_t workspace, int device,
                     uintptr_t stream) {
     BackwardCall call{};
     const DeviceScope scope(device);
-    fill(call, dtype, sizes, x, a, b, alpha_t, seed, activation, threshold, scaling, workspace, device, stream);
+    fill(call, dtype, sizes, x, a, b, alpha_t, seed, activation, threshold, scaling, workspace,
+         device, stream);
     call.dy = pointer(dy.first);
     call.dy_stride = dy.second;
     call.z = pointer(z);
@@ -92,7 +98,8 @@ py::dict described(const KernelPlan& plan, const DeviceLimits& device) {
     return row;
 }
 
-std::vector<py::dict> launch_plan(const Sizes& sizes, int sm_count, int shared_per_block, int shared_per_sm) {
+std::vector<py::dict> launch_plan(const Sizes& sizes, int sm_count, int shared_per_block,
+                                  int shared_per_sm) {
     const DeviceLimits device{sm_count, shared_per_block, shared_per_sm};
     std::vector<py::dict> rows;
     for (const KernelPlan& plan : kernels_of(shape_of(sizes), device))
@@ -104,14 +111,24 @@ std::vector<py::dict> launch_plan(const Sizes& sizes, int sm_count, int shared_p
 
 void bind_ops(py::module_& module) {
     module.attr("MAX_RANK") = kMaxRank;
-    module.def("forward_workspace", [](const Sizes& sizes) { return forward_workspace(shape_of(sizes)); });
+    module.def("forward_workspace",
+               [](const Sizes& sizes) { return forward_workspace(shape_of(sizes)); });
     module.def("backward_workspace", [](const Sizes& sizes, bool recompute_z) {
         return backward_workspace(shape_of(sizes), recompute_z);
     });
     module.def("forward", &bound_forward, py::call_guard<py::gil_scoped_release>());
     module.def("backward", &bound_backward, py::call_guard<py::gil_scoped_release>());
-    module.def("launch_plan", &launch_plan, py::arg("sizes"), py::arg("sm_count"), py::arg("shared_per_block"),
-               py::arg("shared_per_sm"), "The kernels of a forward and a backward, in order.");
+    module.def("launch_plan", &launch_plan, py::arg("sizes"), py::arg("sm_count"),
+               py::arg("shared_per_block"), py::arg("shared_per_sm"),
+               "The kernels of a forward and a backward, in order.");
+    module.def(
+        "primitive_check",
+        [](int dtype, uintptr_t in, uintptr_t values, uintptr_t out, int device, uintptr_t stream) {
+            const DeviceScope scope(device);
+            launch_primitive_check(static_cast<DType>(dtype), pointer(in), pointer<float>(values),
+                                   pointer<uint32_t>(out), pointer(stream));
+        },
+        "One warp runs every primitive once (csrc/cuda/prim_check.cuh).");
     module.def("device_limits", [](int device) {
         const DeviceLimits limits = device_limits(device);
         return py::make_tuple(limits.sm_count, limits.shared_per_block, limits.shared_per_sm);

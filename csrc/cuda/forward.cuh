@@ -1,23 +1,26 @@
 // Forward kernels: z = x A^T, h = phi(z), y = base + scaling * h B^T.
 //
-// forward_kernel does it in one pass, with one block per tile of rows. For few rows project_kernel spreads the sum over K
-// over several blocks and expand_kernel finishes. project_kernel also makes dh = dy B for R >= 64.
+// forward_kernel does it in one pass, with one block per tile of rows. For few rows project_kernel
+// spreads the sum over K over several blocks and expand_kernel finishes. project_kernel also makes
+// dh = dy B for R >= 64.
 #pragma once
 
 #include "cuda/tile.cuh"
 
 namespace afa {
 
-// acc[j] += the 16 rows of this warp times 8-column tile j of the narrow matrix, over the columns of `split`.
+// acc[j] += the 16 rows of this warp times 8-column tile j of the narrow matrix, over the columns
+// of `split`.
 //
-// kTransposed: the narrow matrix is [W, R] (B, for dh = dy B), else [R, W] (A, for z = x A^T). On return no copy is under
-// way, but other warps may still read the rings.
+// kTransposed: the narrow matrix is [W, R] (B, for dh = dy B), else [R, W] (A, for z = x A^T). On
+// return no copy is under way, but other warps may still read the rings.
 template <typename T, int R, bool kTransposed>
-AFA_DEVICE void project(float (&acc)[R / 8][4], const ProjectParams& p, T* wide_ring, T* narrow_ring,
-                        int64_t row0, int split) {
+AFA_DEVICE void project(float (&acc)[R / 8][4], const ProjectParams& p, T* wide_ring,
+                        T* narrow_ring, int64_t row0, int split) {
     using Tile = RowTile<R>;
     constexpr int kNarrow = kTransposed ? Tile::kNarrowTransposed : Tile::kNarrow;
-    constexpr int kWidePitch = pitch(Tile::kDepth), kNarrowPitch = pitch(kTransposed ? R : Tile::kDepth);
+    constexpr int kWidePitch = pitch(Tile::kDepth),
+                  kNarrowPitch = pitch(kTransposed ? R : Tile::kDepth);
     const T* wide = static_cast<const T*>(p.wide);
     const T* narrow = static_cast<const T*>(p.narrow);
     const int64_t tiles = (p.w + Tile::kDepth - 1) / Tile::kDepth;
@@ -29,8 +32,8 @@ AFA_DEVICE void project(float (&acc)[R / 8][4], const ProjectParams& p, T* wide_
     const auto load = [&](int t, int slot) {
         if (t < last) {
             const int col0 = t * Tile::kDepth;
-            load_tile<Tile::kRows, Tile::kDepth, Tile::kThreads>(wide_ring + slot * Tile::kWide, wide,
-                                                                 p.wide_stride, row0, p.m, col0, p.w);
+            load_tile<Tile::kRows, Tile::kDepth, Tile::kThreads>(
+                wide_ring + slot * Tile::kWide, wide, p.wide_stride, row0, p.m, col0, p.w);
             if constexpr (kTransposed)
                 load_tile<Tile::kDepth, R, Tile::kThreads>(narrow_ring + slot * kNarrow, narrow,
                                                            p.narrow_stride, col0, p.w, 0, R);
@@ -50,7 +53,8 @@ AFA_DEVICE void project(float (&acc)[R / 8][4], const ProjectParams& p, T* wide_
     AFA_ROLLED
     for (int t = first; t < last; ++t) {
         wait_oldest(p.stages);
-        block_sync();  // the tile is complete, and the slot that is filled next has been read by all
+        block_sync();  // the tile is complete, and the slot that is filled next has been read by
+                       // all
         load(t + ahead, slot == 0 ? ahead : slot - 1);
         T* rows = wide_ring + slot * Tile::kWide + warp_row * kWidePitch;
         const T* other = narrow_ring + slot * kNarrow;
@@ -67,9 +71,11 @@ AFA_DEVICE void project(float (&acc)[R / 8][4], const ProjectParams& p, T* wide_
             for (int j = 0; j < R / 16; ++j) {
                 uint32_t b[4];
                 if constexpr (kTransposed)
-                    load_matrices_transposed(b, other + k * kNarrowPitch + j * 16 + down_first<kNarrowPitch>());
+                    load_matrices_transposed(b, other + k * kNarrowPitch + j * 16 +
+                                                    down_first<kNarrowPitch>());
                 else
-                    load_matrices(b, other + j * 16 * kNarrowPitch + k + right_first<kNarrowPitch>());
+                    load_matrices(b,
+                                  other + j * 16 * kNarrowPitch + k + right_first<kNarrowPitch>());
                 multiply_add<T>(acc[2 * j], a, b[0], b[1]);
                 multiply_add<T>(acc[2 * j + 1], a, b[2], b[3]);
             }
@@ -79,10 +85,11 @@ AFA_DEVICE void project(float (&acc)[R / 8][4], const ProjectParams& p, T* wide_
     copy_wait<0>();
 }
 
-// Turns the 16 rows of this warp in `tile` into h = phi(z) and stores z where asked for. `pair_of(row, col)` gives elements
-// col and col + 1 of z, rounded to T.
+// Turns the 16 rows of this warp in `tile` into h = phi(z) and stores z where asked for.
+// `pair_of(row, col)` gives elements col and col + 1 of z, rounded to T.
 template <typename T, int R, typename PairOf>
-AFA_DEVICE void finish_rows(T* tile, const ForwardParams& p, int64_t row0, bool store_z, const PairOf& pair_of) {
+AFA_DEVICE void finish_rows(T* tile, const ForwardParams& p, int64_t row0, bool store_z,
+                            const PairOf& pair_of) {
     const float alpha_t = load_global(p.alpha_t);
     const int warp_row = warp_index() * 16;
     AFA_ROLLED
@@ -99,17 +106,17 @@ AFA_DEVICE void finish_rows(T* tile, const ForwardParams& p, int64_t row0, bool 
 
 // y[rows of this block, column tiles first .. last) = base + scaling * h B^T, with h in `tile`.
 template <typename T, int R>
-AFA_DEVICE void emit_columns(const T* tile, T* b_ring, int stages, const ForwardParams& p, int64_t row0, int first,
-                             int last) {
+AFA_DEVICE void emit_columns(const T* tile, T* b_ring, int stages, const ForwardParams& p,
+                             int64_t row0, int first, int last) {
     using Tile = RowTile<R>;
     const int warp_row = warp_index() * 16, ahead = stages - 1;
     const T* base = static_cast<const T*>(p.base);
     T* y = static_cast<T*>(p.y);
     const auto load = [&](int t, int slot) {
         if (t < last)
-            load_tile<Tile::kColumns, R, Tile::kThreads, true>(b_ring + slot * Tile::kB,
-                                                               static_cast<const T*>(p.b), p.b_stride,
-                                                               static_cast<int64_t>(t) * Tile::kColumns, p.n, 0, R);
+            load_tile<Tile::kColumns, R, Tile::kThreads, true>(
+                b_ring + slot * Tile::kB, static_cast<const T*>(p.b), p.b_stride,
+                static_cast<int64_t>(t) * Tile::kColumns, p.n, 0, R);
         copy_commit();
     };
 
@@ -134,7 +141,8 @@ AFA_DEVICE void emit_columns(const T* tile, T* b_ring, int stages, const Forward
                 AFA_UNROLL
                 for (int half = 0; half < 2; ++half) {
                     uint32_t b[4];
-                    load_matrices(b, b_tile + (c + half * 16) * pitch(R) + k * 16 + right_first<pitch(R)>());
+                    load_matrices(b, b_tile + (c + half * 16) * pitch(R) + k * 16 +
+                                         right_first<pitch(R)>());
                     multiply_add<T>(acc[2 * half], h[k], b[0], b[1]);
                     multiply_add<T>(acc[2 * half + 1], h[k], b[2], b[3]);
                 }
@@ -146,7 +154,8 @@ AFA_DEVICE void emit_columns(const T* tile, T* b_ring, int stages, const Forward
                 if (row < p.project.m && col < p.n) {
                     Vec16 old{};
                     if (base)
-                        old = load_global(reinterpret_cast<const Vec16*>(base + row * p.base_stride + col));
+                        old = load_global(
+                            reinterpret_cast<const Vec16*>(base + row * p.base_stride + col));
                     Vec16 sum;
                     AFA_UNROLL
                     for (int j = 0; j < 4; ++j) {
@@ -183,12 +192,14 @@ forward_kernel(const ForwardParams p) {
     for (int j = 0; j < R / 8; ++j) {
         T* z = tile + row * pitch(R) + j * 8 + col;
         store_shared(z, pack<T>(p.inverse_keep * acc[j][0], p.inverse_keep * acc[j][1]));
-        store_shared(z + 8 * pitch(R), pack<T>(p.inverse_keep * acc[j][2], p.inverse_keep * acc[j][3]));
+        store_shared(z + 8 * pitch(R),
+                     pack<T>(p.inverse_keep * acc[j][2], p.inverse_keep * acc[j][3]));
     }
     warp_sync();
     finish_rows<T, R>(tile, p, row0, p.z != nullptr,
                       [&](int r, int c) { return load_shared<uint32_t>(tile + r * pitch(R) + c); });
-    emit_columns<T, R>(tile, wide_ring, stages, p, row0, 0, (p.n + Tile::kColumns - 1) / Tile::kColumns);
+    emit_columns<T, R>(tile, wide_ring, stages, p, row0, 0,
+                       (p.n + Tile::kColumns - 1) / Tile::kColumns);
 }
 
 // Grid: (tiles of rows, splits). Writes the partial product of one split, [splits, M, R].
@@ -198,7 +209,8 @@ project_kernel(const ProjectParams p) {
     using Tile = RowTile<R>;
     SharedMemory shared;
     T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
-    T* narrow_ring = shared.take<T>(p.stages * (kTransposed ? Tile::kNarrowTransposed : Tile::kNarrow));
+    T* narrow_ring =
+        shared.take<T>(p.stages * (kTransposed ? Tile::kNarrowTransposed : Tile::kNarrow));
     const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
 
     float acc[R / 8][4];
@@ -231,7 +243,8 @@ expand_kernel(const ForwardParams p) {
         if (row0 + row < p.project.m) {
             const float* partial = p.project.partial + (row0 + row) * R + col;
             for (int s = 0; s < p.project.splits; ++s) {
-                const Float2 part = load_global(reinterpret_cast<const Float2*>(partial + s * p.project.m * R));
+                const Float2 part =
+                    load_global(reinterpret_cast<const Float2*>(partial + s * p.project.m * R));
                 sum.x += part.x;
                 sum.y += part.y;
             }
@@ -239,7 +252,8 @@ expand_kernel(const ForwardParams p) {
         return pack<T>(p.inverse_keep * sum.x, p.inverse_keep * sum.y);
     });
     const int64_t tiles = (p.n + Tile::kColumns - 1) / Tile::kColumns;
-    emit_columns<T, R>(tile, b_ring, stages, p, row0, static_cast<int>(tiles * block_y() / p.column_blocks),
+    emit_columns<T, R>(tile, b_ring, stages, p, row0,
+                       static_cast<int>(tiles * block_y() / p.column_blocks),
                        static_cast<int>(tiles * (block_y() + 1) / p.column_blocks));
 }
 

@@ -30,24 +30,27 @@ void launch(const LaunchConfig& config, const Params& params) {
         error = cudaGetDevice(&device);
         std::atomic<int>& shared = granted[device % kDevices];
         if (error == cudaSuccess && (device >= kDevices || shared.load() < plan.shared_bytes)) {
-            error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+            error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         plan.shared_bytes);
             shared.store(plan.shared_bytes);
         }
     }
     if (error == cudaSuccess) {
         void* arguments[] = {const_cast<Params*>(&params)};
-        error = cudaLaunchKernel(reinterpret_cast<const void*>(kKernel),
-                                 dim3(static_cast<unsigned>(plan.grid_x), static_cast<unsigned>(plan.grid_y)),
-                                 dim3(static_cast<unsigned>(plan.threads)), arguments, plan.shared_bytes,
-                                 static_cast<cudaStream_t>(config.stream));
+        error = cudaLaunchKernel(
+            reinterpret_cast<const void*>(kKernel),
+            dim3(static_cast<unsigned>(plan.grid_x), static_cast<unsigned>(plan.grid_y)),
+            dim3(static_cast<unsigned>(plan.threads)), arguments, plan.shared_bytes,
+            static_cast<cudaStream_t>(config.stream));
     }
     if (error != cudaSuccess) {
         cudaGetLastError();  // the next launch must not report this one's error
         throw std::runtime_error(launch_error(config, cudaGetErrorString(error)));
     }
 #else
-    simt::Launch emulated{plan.kernel, static_cast<int>(plan.grid_x), plan.grid_y, plan.threads, plan.shared_bytes,
-                          emulated_buffers<R>(params)};
+    simt::Launch emulated{plan.kernel,       static_cast<int>(plan.grid_x),
+                          plan.grid_y,       plan.threads,
+                          plan.shared_bytes, emulated_buffers<R>(params)};
     const auto kernel = [](const void* p) { kKernel(*static_cast<const Params*>(p)); };
     try {
         simt::launch(emulated, kernel, &params);

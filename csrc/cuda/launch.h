@@ -1,4 +1,5 @@
-// What the host code (ops.cpp) sees of the kernels: launchers by dtype and rank, in place of templates.
+// What the host code (ops.cpp) sees of the kernels: launchers by dtype and rank, in place of
+// templates.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +38,11 @@ const RankKernels& rank_kernels(DType dtype, int rank);
 
 void launch_reduce(DType dtype, const LaunchConfig& config, const ReduceParams& params);
 void launch_pack(DType dtype, const LaunchConfig& config, const PackParams& params);
+
+// One warp runs every primitive once: T in[512], float values[128], uint32_t out[608]
+// (prim_check.cuh).
+void launch_primitive_check(DType dtype, const void* in, const float* values, uint32_t* out,
+                            void* stream);
 
 // "forward kernel failed: <what> (M=..., grid ..., shared memory ...)".
 std::string launch_error(const LaunchConfig& config, const char* what);

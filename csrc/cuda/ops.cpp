@@ -8,7 +8,7 @@
 namespace afa {
 namespace {
 
-constexpr int kSmallThreads = 128;    // threads of the reduce and pack kernels
+constexpr int kSmallThreads = 128;   // threads of the reduce and pack kernels
 constexpr int64_t kAlignment = 256;  // of each piece of scratch memory
 // Limits that any supported GPU meets: scratch memory must not depend on the device.
 constexpr DeviceLimits kAnyDevice{1, 99 * 1024, 100 * 1024};
@@ -20,7 +20,8 @@ class Workspace {
     template <typename T>
     T* take(int64_t count) {
         char* piece = base_ ? base_ + used_ : nullptr;
-        used_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+        used_ +=
+            (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
         return reinterpret_cast<T*>(piece);
     }
     int64_t used() const { return used_; }
@@ -48,8 +49,8 @@ struct BackwardScratch {
     Element *a, *b, *dz, *h, *z;
     float *dh, *db, *da;
 
-    BackwardScratch(const Shape& s, const ForwardPlan& forward, const BackwardPlan& plan, bool recompute_z,
-                    Workspace& w) {
+    BackwardScratch(const Shape& s, const ForwardPlan& forward, const BackwardPlan& plan,
+                    bool recompute_z, Workspace& w) {
         const int64_t rank = plan.rank;
         a = w.take<Element>(rank * s.k);
         b = w.take<Element>(rank * s.n);
@@ -68,13 +69,16 @@ bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 =
 
 void check_matrix(const char* name, const void* data, int64_t stride, const Shape& shape) {
     if (data && (!aligned(data) || stride % kVector))
-        throw std::invalid_argument(std::string(name) + ": expected 16-byte aligned rows, got row stride " +
+        throw std::invalid_argument(std::string(name) +
+                                    ": expected 16-byte aligned rows, got row stride " +
                                     std::to_string(stride) + " (" + describe(shape) + ")");
 }
 
 void check_call(const BranchCall& call) {
-    if (call.activation < 0 || call.threshold < 0 || call.threshold > 255 || (call.threshold && !call.seed))
-        throw std::invalid_argument("activation or dropout out of range (" + describe(call.shape) + ")");
+    if (call.activation < 0 || call.threshold < 0 || call.threshold > 255 ||
+        (call.threshold && !call.seed))
+        throw std::invalid_argument("activation or dropout out of range (" + describe(call.shape) +
+                                    ")");
     check_matrix("x", call.x, call.x_stride, call.shape);
 }
 
@@ -98,18 +102,21 @@ struct Packed {
     int64_t a_stride, b_stride;
 };
 
-// Uses A and B where they lie if they are what the kernels read, and copies them into scratch memory otherwise.
+// Uses A and B where they lie if they are what the kernels read, and copies them into scratch
+// memory otherwise.
 Packed pack_operands(const BranchCall& call, int rank, Element* a_copy, Element* b_copy) {
     const Shape& s = call.shape;
     const auto fits = [&](const WeightOperand& w) {
-        return !w.is_float && s.r == rank && w.col_stride == 1 && w.row_stride % kVector == 0 && aligned(w.data);
+        return !w.is_float && s.r == rank && w.col_stride == 1 && w.row_stride % kVector == 0 &&
+               aligned(w.data);
     };
     Packed packed{call.a.data, call.b.data, call.a.row_stride, call.b.row_stride};
     PackParams p{};
     int b_blocks = 0;
-    const auto job = [](const WeightOperand& w, void* target, int64_t rows, int cols, int64_t padded_rows,
-                        int padded_cols) {
-        return PackJob{w.data, w.row_stride, w.col_stride, w.is_float, target, rows, padded_rows, cols, padded_cols};
+    const auto job = [](const WeightOperand& w, void* target, int64_t rows, int cols,
+                        int64_t padded_rows, int padded_cols) {
+        return PackJob{w.data, w.row_stride, w.col_stride, w.is_float, target,
+                       rows,   padded_rows,  cols,         padded_cols};
     };
     if (!fits(call.a)) {
         p.a = job(call.a, a_copy, s.r, s.k, rank, s.k);
@@ -128,9 +135,12 @@ Packed pack_operands(const BranchCall& call, int rank, Element* a_copy, Element*
     return packed;
 }
 
-LaunchConfig config_of(const KernelPlan& plan, const BranchCall& call) { return {plan, call.shape, call.stream}; }
+LaunchConfig config_of(const KernelPlan& plan, const BranchCall& call) {
+    return {plan, call.shape, call.stream};
+}
 
-ProjectParams project_x(const BranchCall& call, const Packed& packed, const ForwardPlan& plan, float* partial) {
+ProjectParams project_x(const BranchCall& call, const Packed& packed, const ForwardPlan& plan,
+                        float* partial) {
     ProjectParams p{};
     p.wide = call.x;
     p.wide_stride = call.x_stride;
@@ -155,8 +165,10 @@ void launch_reduce_jobs(const BranchCall& call, ReduceParams& p) {
 }
 
 // z as the forward computed it, bit for bit: the same splits, summed in the same order.
-void recompute_z(const BranchCall& call, const Packed& packed, const ForwardPlan& plan, float* partial, void* z) {
-    rank_kernels(call.dtype, plan.rank).project(config_of(plan.project, call), project_x(call, packed, plan, partial));
+void recompute_z(const BranchCall& call, const Packed& packed, const ForwardPlan& plan,
+                 float* partial, void* z) {
+    rank_kernels(call.dtype, plan.rank)
+        .project(config_of(plan.project, call), project_x(call, packed, plan, partial));
     ReduceParams p{};
     p.rows.partial = partial;
     p.rows.count = plan.splits;
@@ -169,8 +181,8 @@ void recompute_z(const BranchCall& call, const Packed& packed, const ForwardPlan
 }
 
 // dh, and with it dB or (R >= 64) h.
-void launch_dy_passes(const BackwardCall& call, const BackwardPlan& plan, const Packed& packed, const void* z,
-                      const BackwardScratch& scratch, bool need_dz) {
+void launch_dy_passes(const BackwardCall& call, const BackwardPlan& plan, const Packed& packed,
+                      const void* z, const BackwardScratch& scratch, bool need_dz) {
     const RankKernels& kernels = rank_kernels(call.dtype, plan.rank);
     if (plan.one_pass_dy) {
         DyParams p{};
@@ -205,17 +217,23 @@ void launch_dy_passes(const BackwardCall& call, const BackwardPlan& plan, const 
     }
 }
 
-SumWeightJob db_job(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch) {
+SumWeightJob db_job(const BackwardCall& call, const BackwardPlan& plan,
+                    const BackwardScratch& scratch) {
     const Shape& s = call.shape;
     const Output type = call.db_is_float ? Output::fp32 : Output::t;
-    return {scratch.db, call.db, type, plan.db_chunks, s.n, static_cast<int64_t>(s.n) * plan.rank, s.r, plan.rank,
+    return {scratch.db,  call.db,
+            type,        plan.db_chunks,
+            s.n,         static_cast<int64_t>(s.n) * plan.rank,
+            s.r,         plan.rank,
             call.scaling};
 }
 
-SumWeightJob da_job(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch) {
+SumWeightJob da_job(const BackwardCall& call, const BackwardPlan& plan,
+                    const BackwardScratch& scratch) {
     const Shape& s = call.shape;
     const Output type = call.da_is_float ? Output::fp32 : Output::t;
-    return {scratch.da, call.da, type, plan.da_chunks, s.r, static_cast<int64_t>(s.k) * plan.rank, s.k, s.k, 1.0f};
+    return {scratch.da, call.da, type, plan.da_chunks, s.r, static_cast<int64_t>(s.k) * plan.rank,
+            s.k,        s.k,     1.0f};
 }
 
 void launch_db(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch) {
@@ -266,9 +284,10 @@ const RankKernels& rank_kernels(DType dtype, int rank) {
 
 std::string launch_error(const LaunchConfig& config, const char* what) {
     const KernelPlan& plan = config.plan;
-    return std::string(plan.kernel) + " kernel failed: " + what + " (" + describe(config.shape) + ", grid " +
-           std::to_string(plan.grid_x) + " x " + std::to_string(plan.grid_y) + ", " + std::to_string(plan.threads) +
-           " threads, " + std::to_string(plan.shared_bytes) + " bytes of shared memory)";
+    return std::string(plan.kernel) + " kernel failed: " + what + " (" + describe(config.shape) +
+           ", grid " + std::to_string(plan.grid_x) + " x " + std::to_string(plan.grid_y) + ", " +
+           std::to_string(plan.threads) + " threads, " + std::to_string(plan.shared_bytes) +
+           " bytes of shared memory)";
 }
 
 int64_t forward_workspace(const Shape& shape) {
@@ -279,8 +298,8 @@ int64_t forward_workspace(const Shape& shape) {
 
 int64_t backward_workspace(const Shape& shape, bool recompute_z) {
     Workspace count(nullptr);
-    BackwardScratch scratch(shape, plan_forward(shape, kAnyDevice), plan_backward(shape, kAnyDevice), recompute_z,
-                            count);
+    BackwardScratch scratch(shape, plan_forward(shape, kAnyDevice),
+                            plan_backward(shape, kAnyDevice), recompute_z, count);
     return count.used();
 }
 

@@ -1,4 +1,5 @@
-// The operator on the device: which kernels run, in which order, on which scratch memory. Plain C++ on top of launch.h.
+// The operator on the device: which kernels run, in which order, on which scratch memory. Plain C++
+// on top of launch.h.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +55,8 @@ struct BackwardCall : BranchCall {
 int64_t forward_workspace(const Shape& shape);
 int64_t backward_workspace(const Shape& shape, bool recompute_z);
 
-// Raise std::invalid_argument for what the kernels cannot take, std::runtime_error where a launch fails.
+// Raise std::invalid_argument for what the kernels cannot take, std::runtime_error where a launch
+// fails.
 void forward(const ForwardCall& call);
 void backward(const BackwardCall& call);
 

@@ -1,4 +1,5 @@
-// What the kernels are given: pointers, sizes and strides in elements. T is the dtype of x, R the padded rank.
+// What the kernels are given: pointers, sizes and strides in elements. T is the dtype of x, R the
+// padded rank.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,7 @@ struct DropoutParams {
 
 // A product (M, W) x (W, R), summed over a part of W by each of `splits` blocks.
 struct ProjectParams {
-    const void* wide;    // T [M, W], row stride wide_stride: x or dy
+    const void* wide;  // T [M, W], row stride wide_stride: x or dy
     int64_t wide_stride;
     const void* narrow;  // T [R, W] (x pass) or [W, R] (dy pass), row stride narrow_stride: A or B
     int64_t narrow_stride;
@@ -26,10 +27,12 @@ struct ProjectParams {
     DropoutParams dropout;
 };
 
-// y = base + scaling * phi(z) B^T and z, from x (forward kernel) or from partial sums of z (expand kernel).
+// y = base + scaling * phi(z) B^T and z, from x (forward kernel) or from partial sums of z (expand
+// kernel).
 struct ForwardParams {
-    ProjectParams project;  // x, A; `partial` is read by the expand kernel and unused in the forward kernel
-    const void* b;          // T [N, R], row stride b_stride
+    ProjectParams
+        project;    // x, A; `partial` is read by the expand kernel and unused in the forward kernel
+    const void* b;  // T [N, R], row stride b_stride
     int64_t b_stride;
     const void* base;  // T [M, N], row stride base_stride, may be y itself; null: 0
     int64_t base_stride;

@@ -1,7 +1,7 @@
 // Launch parameters as a pure function of shape and device: no CUDA, testable anywhere.
 //
-// What decides the order of a sum (splits, chunks) depends on the shape alone, so that results agree bit for bit on all
-// GPUs; the device decides only how many tiles are under way.
+// What decides the order of a sum (splits, chunks) depends on the shape alone, so that results
+// agree bit for bit on all GPUs; the device decides only how many tiles are under way.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,8 @@ struct DeviceLimits {
     int sm_count;
     int shared_per_block;  // bytes that one block may ask for
     int shared_per_sm;
-    int chunk_limit = 0;  // most chunks of rows, 0: no limit; tests set it to reach long chunks with few rows
+    int chunk_limit =
+        0;  // most chunks of rows, 0: no limit; tests set it to reach long chunks with few rows
 };
 
 struct KernelPlan {
@@ -43,7 +44,7 @@ struct ForwardPlan {
 struct BackwardPlan {
     int rank;
     bool one_pass_dy;  // dy kernel; else project and db kernel
-    int dh_parts;      // partial sums of dh: slabs of the dy kernel, or splits of the project kernel
+    int dh_parts;  // partial sums of dh: slabs of the dy kernel, or splits of the project kernel
     int db_chunks, da_chunks;
     int64_t db_rows, da_rows;  // rows of a chunk
     KernelPlan dy, project_dy, db, x;

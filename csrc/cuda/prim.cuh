@@ -1,8 +1,9 @@
 // Every primitive that the kernels use beyond plain C++: the only file with PTX or CUDA builtins.
 //
-// nvcc compiles the device bodies; any other compiler gets host bodies that run on the SIMT emulator
-// (csrc/emulator), so that the same kernel source executes on a CPU. A kernel includes this file alone, touches
-// memory through these functions alone, and reaches every barrier and warp collective with all of its threads.
+// nvcc compiles the device bodies; any other compiler gets host bodies that run on the SIMT
+// emulator (csrc/emulator), so that the same kernel source executes on a CPU. A kernel includes
+// this file alone, touches memory through these functions alone, and reaches every barrier and warp
+// collective with all of its threads.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// Host bodies of the primitives (see prim.cuh), on the SIMT emulator; prim_device.cuh has their twins.
+// Host bodies of the primitives (see prim.cuh), on the SIMT emulator; prim_device.cuh has their
+// twins.
 #pragma once
 
 #include "emulator/simt.h"

@@ -1,4 +1,5 @@
-// The small kernels: sums of partial results, in the order of their index, and operands padded to the rank class.
+// The small kernels: sums of partial results, in the order of their index, and operands padded to
+// the rank class.
 #pragma once
 
 #include "cuda/tile.cuh"
@@ -7,11 +8,13 @@ namespace afa {
 
 constexpr int kReduceThreads = 128;
 
-// Elements index and index + 1 of a row-major float matrix, summed over `count` matrices of `size` elements.
+// Elements index and index + 1 of a row-major float matrix, summed over `count` matrices of `size`
+// elements.
 AFA_DEVICE Float2 sum_pair(const float* partial, int count, int64_t size, int64_t index) {
     Float2 sum{0.0f, 0.0f};
     for (int i = 0; i < count; ++i) {
-        const Float2 part = load_global(reinterpret_cast<const Float2*>(partial + i * size + index));
+        const Float2 part =
+            load_global(reinterpret_cast<const Float2*>(partial + i * size + index));
         sum.x += part.x;
         sum.y += part.y;
     }
@@ -30,7 +33,8 @@ AFA_DEVICE void sum_rows(const SumRowsJob& job, int64_t pair) {
     if (job.partial)
         sum = sum_pair(job.partial, job.count, job.m * job.rank_class, index);
     if (job.z_out) {
-        store_pair(static_cast<T*>(job.z_out), row, job.r, col, pack<T>(job.scale * sum.x, job.scale * sum.y));
+        store_pair(static_cast<T*>(job.z_out), row, job.r, col,
+                   pack<T>(job.scale * sum.x, job.scale * sum.y));
         return;
     }
     const float alpha_t = load_global(job.alpha_t);
@@ -41,7 +45,8 @@ AFA_DEVICE void sum_rows(const SumRowsJob& job, int64_t pair) {
         store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.dz) + index),
                      pack<T>(job.scale * low.slope * sum.x, job.scale * high.slope * sum.y));
     if (job.h)
-        store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.h) + index), pack<T>(low.value, high.value));
+        store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.h) + index),
+                     pack<T>(low.value, high.value));
 }
 
 template <typename T>
@@ -58,11 +63,12 @@ AFA_DEVICE void sum_weight(const SumWeightJob& job, int64_t element) {
     if (job.type == Output::fp32)
         store_global(static_cast<float*>(job.out) + element, sum);
     else
-        store_global(static_cast<uint16_t*>(job.out) + element, static_cast<uint16_t>(pack<T>(sum, 0.0f)));
+        store_global(static_cast<uint16_t*>(job.out) + element,
+                     static_cast<uint16_t>(pack<T>(sum, 0.0f)));
 }
 
-// Grid: the blocks of the rows job, then those of dB and dA. A job is never chosen by index: that would copy the parameters
-// to local memory.
+// Grid: the blocks of the rows job, then those of dB and dA. A job is never chosen by index: that
+// would copy the parameters to local memory.
 template <typename T>
 AFA_KERNEL(kReduceThreads)
 reduce_kernel(const ReduceParams p) {

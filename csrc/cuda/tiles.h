@@ -1,7 +1,8 @@
-// Tile sizes by padded rank R, and the shared memory that a kernel needs: shared by the kernels and by plan.cpp.
+// Tile sizes by padded rank R, and the shared memory that a kernel needs: shared by the kernels and
+// by plan.cpp.
 //
-// Rows of streamed tiles are 256 bytes or more where shared memory allows, the rank decides the rest. All kernels hold a
-// ring of `stages` tiles, of which stages - 1 are under way.
+// Rows of streamed tiles are 256 bytes or more where shared memory allows, the rank decides the
+// rest. All kernels hold a ring of `stages` tiles, of which stages - 1 are under way.
 #pragma once
 
 #include "common/macros.h"
@@ -21,7 +22,7 @@ AFA_HOST_DEVICE constexpr int tile_elements(int rows, int cols) { return rows * 
 template <int R>
 struct RowTile {
     static constexpr int kRows = R == 128 ? 128 : 64;
-    static constexpr int kDepth = R <= 32 ? 128 : 64;     // columns of x (or dy) per step
+    static constexpr int kDepth = R <= 32 ? 128 : 64;    // columns of x (or dy) per step
     static constexpr int kColumns = R <= 32 ? 128 : 64;  // columns of y per step
     static constexpr int kThreads = kRows / 16 * kWarpSize;
     static constexpr int kRegisters = 128;  // budget per thread, on every architecture
@@ -33,7 +34,9 @@ struct RowTile {
     // The forward kernel reuses its rings: B in the one of x, z in the one of A.
     static_assert(kB <= kWide && kZ <= 2 * kNarrow);
 
-    static constexpr int forward_bytes(int stages) { return stages * (kWide + kNarrow) * kElementBytes; }
+    static constexpr int forward_bytes(int stages) {
+        return stages * (kWide + kNarrow) * kElementBytes;
+    }
     static constexpr int dy_project_bytes(int stages) {
         return stages * (kWide + kNarrowTransposed) * kElementBytes;
     }
@@ -54,7 +57,9 @@ struct DyTile {
     static constexpr int kH = tile_elements(kRows, R);
     static_assert(R <= 32);
 
-    static constexpr int bytes(int stages) { return (stages * kWide + kB + 2 * kH) * kElementBytes; }
+    static constexpr int bytes(int stages) {
+        return (stages * kWide + kB + 2 * kH) * kElementBytes;
+    }
 };
 
 // The x kernel, and the dB kernel of R >= 64: each warp owns a slice of columns.

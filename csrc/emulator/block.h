@@ -1,5 +1,5 @@
-// The state of the block that the emulator is running: shared by its scheduler (simt.cpp), its memory checks (memory.cpp)
-// and its warp collectives (collectives.cpp).
+// The state of the block that the emulator is running: shared by its scheduler (simt.cpp), its
+// memory checks (memory.cpp) and its warp collectives (collectives.cpp).
 #pragma once
 
 #include <cstdarg>
@@ -30,7 +30,13 @@ struct Thread {
     std::vector<PendingCopy> copies;
 };
 
-enum class Collective : int { none, warp_sync, load_matrices, load_matrices_transposed, multiply_add };
+enum class Collective : int {
+    none,
+    warp_sync,
+    load_matrices,
+    load_matrices_transposed,
+    multiply_add
+};
 
 // What a lane brings to a warp collective.
 struct LaneOperands {
@@ -49,7 +55,8 @@ struct Warp {
     Site site{};
     LaneOperands lane[kWarp];
     int generation = 0;
-    char sync_token[2];  // alternating: a late lane must not acquire what a fast one releases at its next warp_sync
+    char sync_token[2];  // alternating: a late lane must not acquire what a fast one releases at
+                         // its next warp_sync
 };
 
 struct SharedArray {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cuda/params.h"
+#include "cuda/prim_check.cuh"
 #include "emulator/simt.h"
 
 namespace afa {
@@ -61,7 +62,8 @@ std::vector<simt::Buffer> emulated_buffers(const ProjectParams& p) {
 
 template <int R>
 std::vector<simt::Buffer> emulated_buffers(const DyParams& p) {
-    const int64_t slabs = (p.n + 255) / 256, chunks = (p.m + p.rows_per_chunk - 1) / p.rows_per_chunk;
+    const int64_t slabs = (p.n + 255) / 256,
+                  chunks = (p.m + p.rows_per_chunk - 1) / p.rows_per_chunk;
     BufferList b;
     b.matrix("dy", p.dy, p.m, p.n, p.dy_stride);
     b.matrix("b", p.b, p.n, R, p.b_stride);
@@ -118,6 +120,15 @@ std::vector<simt::Buffer> emulated_buffers(const PackParams& p) {
         b.add("source", job.source, static_cast<size_t>(last + 1) * size, false);
         b.matrix("target", job.target, job.padded_rows, job.padded_cols, job.padded_cols, true);
     }
+    return b.list;
+}
+
+template <int R>
+std::vector<simt::Buffer> emulated_buffers(const PrimitiveCheckParams& p) {
+    BufferList b;
+    b.add("in", p.in, 512 * kElement, false);
+    b.floats("values", p.values, 128);
+    b.add("out", p.out, kPrimitiveCheckWords * sizeof(uint32_t), true);
     return b.list;
 }
 

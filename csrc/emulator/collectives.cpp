@@ -1,4 +1,5 @@
-// Warp collectives of the emulator: ldmatrix and mma, with the fragment layouts of the PTX ISA, and 16-bit conversions.
+// Warp collectives of the emulator: ldmatrix and mma, with the fragment layouts of the PTX ISA, and
+// 16-bit conversions.
 #include <cmath>
 #include <cstring>
 
@@ -53,7 +54,8 @@ uint16_t float_to_half(float value) {
     // The spacing of halves around the value; below 2^-14 it stays that of the subnormals.
     const int ulp = (exponent < -13 ? -13 : exponent) - 11;
     const int steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, -ulp)));
-    // `steps` units of `ulp`: a carry into the next exponent comes out right, since the encoding is monotonic.
+    // `steps` units of `ulp`: a carry into the next exponent comes out right, since the encoding is
+    // monotonic.
     return sign | static_cast<uint16_t>(steps + (ulp + 24) * 1024);
 }
 
@@ -92,8 +94,9 @@ void run_load_matrices(Warp& warp, bool transposed) {
     }
 }
 
-// Fragments: with g = lane / 4 and q = lane % 4, a[i] holds row g + 8 * (i % 2), columns 2q + 8 * (i / 2) and the next;
-// b[i] rows 2q + 8i and the next of column g; c[i] row g + 8 * (i / 2), column 2q + i % 2.
+// Fragments: with g = lane / 4 and q = lane % 4, a[i] holds row g + 8 * (i % 2), columns 2q + 8 *
+// (i / 2) and the next; b[i] rows 2q + 8i and the next of column g; c[i] row g + 8 * (i / 2),
+// column 2q + i % 2.
 void run_multiply_add(Warp& warp) {
     ++counts.multiply_adds;
     float a[16][16], b[16][8];
@@ -126,7 +129,8 @@ void run_multiply_add(Warp& warp) {
 
 float to_float(uint16_t bits, Format format) {
     static const HalfTable halves;
-    return format == Format::bf16 ? float_of(static_cast<uint32_t>(bits) << 16) : halves.value[bits];
+    return format == Format::bf16 ? float_of(static_cast<uint32_t>(bits) << 16)
+                                  : halves.value[bits];
 }
 
 uint16_t from_float(float value, Format format) {
@@ -154,7 +158,8 @@ void load_matrices(uint32_t (&m)[4], const void* row, bool transposed, Site site
     LaneOperands operands{};
     operands.matrices = m;
     operands.row = row;
-    collect(transposed ? Collective::load_matrices_transposed : Collective::load_matrices, operands, site);
+    collect(transposed ? Collective::load_matrices_transposed : Collective::load_matrices, operands,
+            site);
 }
 
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Format format,

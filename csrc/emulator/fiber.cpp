@@ -22,8 +22,8 @@ constexpr size_t kGuardBytes = 4096;
 }  // namespace
 
 #if defined(__x86_64__)
-// Saves the callee-saved registers on the current stack and resumes another one. glibc's swapcontext costs a system
-// call for the signal mask on top, 20 times the time.
+// Saves the callee-saved registers on the current stack and resumes another one. glibc's
+// swapcontext costs a system call for the signal mask on top, 20 times the time.
 extern "C" void simt_swap_stack(void** save, void* resume);
 asm(R"(
 .text
@@ -88,7 +88,7 @@ void Fiber::start(void (*entry)(void*), void* argument) {
     // Staggered tops keep the hot ends of many stacks out of the same cache sets.
     const size_t stagger = (reinterpret_cast<uintptr_t>(this) >> 6) % 64 * 64;
     auto* top = reinterpret_cast<void**>(mapping_ + kGuardBytes + kStackBytes - 256 - stagger);
-    void** frame = top - 9;  // leaves the stack 16-byte aligned for the call
+    void** frame = top - 9;         // leaves the stack 16-byte aligned for the call
     frame[0] = frame[1] = nullptr;  // r15, r14
     frame[2] = reinterpret_cast<void*>(entry);
     frame[3] = argument;
@@ -103,16 +103,17 @@ void Fiber::start(void (*entry)(void*), void* argument) {
     const auto target = reinterpret_cast<uintptr_t>(entry);
     const auto value = reinterpret_cast<uintptr_t>(argument);
     // makecontext passes ints, so that both pointers travel in halves.
-    void (*trampoline)(unsigned, unsigned, unsigned, unsigned) =
-        [](unsigned t0, unsigned t1, unsigned v0, unsigned v1) {
-            const auto join = [](unsigned low, unsigned high) {
-                return static_cast<uintptr_t>(static_cast<uint64_t>(high) << 32 | low);
-            };
-            reinterpret_cast<void (*)(void*)>(join(t0, t1))(reinterpret_cast<void*>(join(v0, v1)));
+    void (*trampoline)(unsigned, unsigned, unsigned, unsigned) = [](unsigned t0, unsigned t1,
+                                                                    unsigned v0, unsigned v1) {
+        const auto join = [](unsigned low, unsigned high) {
+            return static_cast<uintptr_t>(static_cast<uint64_t>(high) << 32 | low);
         };
-    makecontext(&context_, reinterpret_cast<void (*)()>(trampoline), 4, static_cast<unsigned>(target),
-                static_cast<unsigned>(static_cast<uint64_t>(target) >> 32), static_cast<unsigned>(value),
-                static_cast<unsigned>(static_cast<uint64_t>(value) >> 32));
+        reinterpret_cast<void (*)(void*)>(join(t0, t1))(reinterpret_cast<void*>(join(v0, v1)));
+    };
+    makecontext(
+        &context_, reinterpret_cast<void (*)()>(trampoline), 4, static_cast<unsigned>(target),
+        static_cast<unsigned>(static_cast<uint64_t>(target) >> 32), static_cast<unsigned>(value),
+        static_cast<unsigned>(static_cast<uint64_t>(value) >> 32));
 #endif
 }
 
@@ -127,7 +128,7 @@ void Fiber::switch_to(Fiber& current, Fiber& next, bool final) {
     __sanitizer_start_switch_fiber(final ? nullptr : &current.fake_stack_, next.stack_bottom_,
                                    next.stack_size_);
 #else
-    (void)final;
+    (void) final;
 #endif
 #if defined(SIMT_TSAN)
     // The flag: a switch is no synchronization, or no race between fibers would ever be seen.

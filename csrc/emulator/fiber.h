@@ -1,7 +1,7 @@
 // Cooperative fibers with their own stacks, announced to AddressSanitizer and ThreadSanitizer.
 //
-// The emulator's own files are compiled without -fsanitize and call the sanitizers' interfaces by hand: SIMT_ASAN or
-// SIMT_TSAN says which one the kernels were compiled with.
+// The emulator's own files are compiled without -fsanitize and call the sanitizers' interfaces by
+// hand: SIMT_ASAN or SIMT_TSAN says which one the kernels were compiled with.
 #pragma once
 
 #include <cstddef>
@@ -19,9 +19,11 @@ class Fiber {
     Fiber& operator=(const Fiber&) = delete;
     ~Fiber();
 
-    // Prepares a run of `entry(argument)` on a stack of its own. `entry` must not return: it ends in a switch away.
+    // Prepares a run of `entry(argument)` on a stack of its own. `entry` must not return: it ends
+    // in a switch away.
     void start(void (*entry)(void*), void* argument);
-    // Runs `next` until something switches back to `current`. `final`: `current` will never run again.
+    // Runs `next` until something switches back to `current`. `final`: `current` will never run
+    // again.
     static void switch_to(Fiber& current, Fiber& next, bool final = false);
     // Must be the first call on a new fiber's stack.
     static void entered(Fiber& self, Fiber& caller);
@@ -29,7 +31,6 @@ class Fiber {
     void adopt();
 
   private:
-
 #if defined(__x86_64__)
     void* stack_pointer_ = nullptr;
 #else

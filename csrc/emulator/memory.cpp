@@ -1,4 +1,5 @@
-// Memory of the emulated block: checks of every access, shared arrays with red zones, asynchronous copies.
+// Memory of the emulated block: checks of every access, shared arrays with red zones, asynchronous
+// copies.
 #include <sys/mman.h>
 
 #include <cstring>
@@ -102,7 +103,8 @@ void begin_shared_memory() {
     if (size > block.shared_capacity) {
         if (block.shared_memory)
             munmap(block.shared_memory, block.shared_capacity);
-        void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        void* memory =
+            mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED)
             throw std::bad_alloc();
         block.shared_memory = static_cast<unsigned char*>(memory);
@@ -115,7 +117,8 @@ void begin_shared_memory() {
 
 void end_shared_memory() {
 #if defined(SIMT_TSAN)
-    // The next block gets fresh pages: shared ones would carry this block's accesses and look like races between blocks.
+    // The next block gets fresh pages: shared ones would carry this block's accesses and look like
+    // races between blocks.
     if (block.shared_memory)
         munmap(block.shared_memory, block.shared_capacity);
     block.shared_memory = nullptr;
@@ -135,8 +138,8 @@ unsigned char* shared_array(int offset, int bytes, Site site) {
             return array.data;
         }
     if (offset + bytes > block.launch->shared_bytes)
-        fail(site, "shared memory: the kernel takes at least %d bytes, the launch gives %d", offset + bytes,
-             block.launch->shared_bytes);
+        fail(site, "shared memory: the kernel takes at least %d bytes, the launch gives %d",
+             offset + bytes, block.launch->shared_bytes);
     const int index = static_cast<int>(block.shared.size());
     if (index == kMaxArrays)
         fail(site, "more than %d shared arrays", kMaxArrays);
@@ -172,7 +175,8 @@ void check_global(const void* address, size_t bytes, bool write, Site site) {
     for (const Buffer& buffer : buffers)
         if (inside(address, bytes, buffer.data, buffer.bytes))
             fail(site, "write to '%s', which is read-only", buffer.name);
-    fail(site, "%s of %zu bytes outside the buffers of the launch", write ? "write" : "read", bytes);
+    fail(site, "%s of %zu bytes outside the buffers of the launch", write ? "write" : "read",
+         bytes);
 }
 
 void copy_async(void* target, const void* source, bool valid, Site site) {
@@ -182,8 +186,8 @@ void copy_async(void* target, const void* source, bool valid, Site site) {
         counts.global_read_bytes -= kCopyBytes;
         counts.async_copy_bytes += kCopyBytes;
     }
-    // Poison now and deliver at the wait: a copy into a tile that is still being read, and a read without its wait, both
-    // show as NaN.
+    // Poison now and deliver at the wait: a copy into a tile that is still being read, and a read
+    // without its wait, both show as NaN.
     sanitizer_write(target, kCopyBytes);
     std::memset(target, kPoison, kCopyBytes);
     Thread& self = *block.current;

@@ -15,7 +15,9 @@ void set_options(const std::string& schedule, uint64_t seed) {
     for (int i = 0; i < 4; ++i)
         if (schedule == names[i])
             return simt::set_options({static_cast<simt::Schedule>(i), seed});
-    throw py::value_error("schedule: expected random, warp_priority, ascending or descending, got '" + schedule + "'");
+    throw py::value_error(
+        "schedule: expected random, warp_priority, ascending or descending, got '" + schedule +
+        "'");
 }
 
 py::dict counters() {

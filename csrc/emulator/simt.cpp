@@ -77,10 +77,11 @@ const char* base_name(const char* path) {
                 sample = &thread;
         }
         const int written =
-            sample ? std::snprintf(lines + used, sizeof(lines) - used,
-                                   "; warp %zu: %d threads wait, one at %s:%d for %s", w, kWarp - done,
-                                   base_name(sample->site.file), sample->site.line, sample->waits_for)
-                   : std::snprintf(lines + used, sizeof(lines) - used, "; warp %zu: ended", w);
+            sample
+                ? std::snprintf(lines + used, sizeof(lines) - used,
+                                "; warp %zu: %d threads wait, one at %s:%d for %s", w, kWarp - done,
+                                base_name(sample->site.file), sample->site.line, sample->waits_for)
+                : std::snprintf(lines + used, sizeof(lines) - used, "; warp %zu: ended", w);
         used += static_cast<size_t>(written);
     }
     fail(block.current->site, "deadlock%s", lines);
@@ -120,15 +121,16 @@ void run_block() {
     const int count = block.launch->threads;
     while (static_cast<int>(block.threads.size()) < count)
         block.threads.push_back(std::make_unique<Thread>());
-    // For ThreadSanitizer a thread is ordered after the one of an earlier block that had its fiber. Shuffled, that hides no
-    // race between blocks for long, and spares the making of fresh fibers.
+    // For ThreadSanitizer a thread is ordered after the one of an earlier block that had its fiber.
+    // Shuffled, that hides no race between blocks for long, and spares the making of fresh fibers.
     for (size_t i = block.threads.size() - 1; i > 0; --i)
         std::swap(block.threads[i], block.threads[random_below(static_cast<uint32_t>(i) + 1)]);
     block.warps.assign(count / kWarp, Warp{});
     block.warp_order.resize(block.warps.size());
     for (size_t w = 0; w < block.warps.size(); ++w) {
         block.warp_order[w] = static_cast<int>(w);
-        std::swap(block.warp_order[w], block.warp_order[random_below(static_cast<uint32_t>(w) + 1)]);
+        std::swap(block.warp_order[w],
+                  block.warp_order[random_below(static_cast<uint32_t>(w) + 1)]);
     }
     block.alive = count;
     block.at_barrier = 0;

@@ -1,6 +1,8 @@
-"""Builds the emulator's C++ programs with the compiler alone: plain, under ASan + UBSan, or under ThreadSanitizer.
+"""Builds the emulator's C++ programs with the compiler alone: plain, under ASan + UBSan, or under
+ThreadSanitizer.
 
-The emulator's core is compiled without a sanitizer and announces fibers and accesses by hand (fiber.h says why).
+The emulator's core is compiled without a sanitizer and announces fibers and accesses by hand
+(fiber.h says why).
 """
 
 import os
@@ -11,14 +13,27 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parents[2]
 CORE = ("fiber", "simt", "memory", "collectives")
 KERNELS = "emulator/kernels.cpp"
-HOST = ("emulator/device.cpp", "cuda/ops.cpp", "cuda/plan.cpp", "emulator/tests/problem.cpp", "emulator/tests/driver.cpp")
+HOST = (
+    "emulator/device.cpp",
+    "cuda/ops.cpp",
+    "cuda/plan.cpp",
+    "emulator/tests/problem.cpp",
+    "emulator/tests/driver.cpp",
+)
 HAZARDS = "emulator/tests/hazards.cpp"
 
-# Uninitialised variables become a pattern that is wrong everywhere, so that a forgotten initialisation is seen.
+# Uninitialised variables become a pattern that is wrong everywhere, so that a forgotten
+# initialisation is seen.
 _COMMON = ("-std=c++17", "-Wall", "-Wextra", "-ftrivial-auto-var-init=pattern")
 FLAGS = {
     "plain": ("-O1",),
-    "asan": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DSIMT_ASAN"),
+    "asan": (
+        "-O1",
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=undefined",
+        "-DSIMT_ASAN",
+    ),
     "tsan": ("-O1", "-g", "-fsanitize=thread", "-DSIMT_TSAN"),
 }
 ENVIRONMENT = {
@@ -78,7 +93,9 @@ def run(kind: str, program: Path, *arguments: str, timeout: float = 600) -> tupl
     except subprocess.TimeoutExpired:
         return False, f"no end within {timeout:.0f} s"
     lines = (done.stdout + done.stderr).splitlines()
-    telling = [line for line in lines if line.startswith(("FAILED", "SUMMARY")) or "runtime error" in line]
+    telling = [
+        line for line in lines if line.startswith(("FAILED", "SUMMARY")) or "runtime error" in line
+    ]
     if done.returncode == 0:
         return True, lines[-1] if lines else ""
     return False, telling[0] if telling else f"ended with status {done.returncode}"

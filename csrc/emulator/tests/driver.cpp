@@ -1,9 +1,10 @@
-// Runs forward and backward on the emulator over fixed and random shapes and schedules, and compares with the truth.
+// Runs forward and backward on the emulator over fixed and random shapes and schedules, and
+// compares with the truth.
 //
 //   driver [--cases N] [--seed S]
 //
-// Every case runs under two schedules, whose outputs must agree bit for bit. Exit status: 0 all right, 1 otherwise. Built
-// plain and with sanitizers; a sanitizer ends the process itself.
+// Every case runs under two schedules, whose outputs must agree bit for bit. Exit status: 0 all
+// right, 1 otherwise. Built plain and with sanitizers; a sanitizer ends the process itself.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -38,13 +39,14 @@ std::vector<Case> fixed_cases() {
         cases.push_back(c);
     };
     const auto nothing = [](Options&) {};
-    add({1, 8, 8, 1}, nothing);             // one row, one vector, one rank
-    add({130, 264, 136, 16}, nothing);      // one pass, operands read in place, three tiles of rows
-    add({70, 712, 264, 16}, nothing);       // split forward, two slabs of dy, more tiles than stages
+    add({1, 8, 8, 1}, nothing);         // one row, one vector, one rank
+    add({130, 264, 136, 16}, nothing);  // one pass, operands read in place, three tiles of rows
+    add({70, 712, 264, 16}, nothing);   // split forward, two slabs of dy, more tiles than stages
     add({70, 712, 72, 24}, [](Options& o) { o.threshold = 77, o.recompute_z = true; });
     add({200, 264, 520, 32}, [](Options& o) { o.float_weights = o.bias = true; });
     add({100, 392, 200, 64}, [](Options& o) { o.threshold = 128, o.strided = true; });
-    add({70, 136, 456, 60}, [](Options& o) { o.in_place = o.float_weights = o.recompute_z = true; });
+    add({70, 136, 456, 60},
+        [](Options& o) { o.in_place = o.float_weights = o.recompute_z = true; });
     add({140, 200, 136, 128}, [](Options& o) { o.threshold = 30; });
     add({40, 264, 72, 100}, [](Options& o) { o.strided = o.in_place = true; });
     add({90, 136, 136, 7}, [](Options& o) { o.need_dx = false; });
@@ -53,7 +55,8 @@ std::vector<Case> fixed_cases() {
     add({90, 136, 136, 70}, [](Options& o) { o.need_dx = o.need_da = false; });
     // More tiles of rows in a chunk than there are stages in any ring.
     for (const int rank : {16, 32, 64, 128})
-        add({330, 72, 72, rank}, [&](Options& o) { o.chunk_limit = 1, o.threshold = rank == 32 ? 0 : 90; });
+        add({330, 72, 72, rank},
+            [&](Options& o) { o.chunk_limit = 1, o.threshold = rank == 32 ? 0 : 90; });
     return cases;
 }
 
@@ -92,8 +95,8 @@ bool run_case(const Case& c, uint64_t seed) {
         if (wrong.empty() && i == 1 && problem.outputs() != first)
             wrong = "two schedules and devices give different bits";
         if (!wrong.empty()) {
-            std::printf("FAILED %s, schedule %s, seed %llu: %s\n", problem.name().c_str(), kDrivers[i],
-                        static_cast<unsigned long long>(seed), wrong.c_str());
+            std::printf("FAILED %s, schedule %s, seed %llu: %s\n", problem.name().c_str(),
+                        kDrivers[i], static_cast<unsigned long long>(seed), wrong.c_str());
             return false;
         }
         first = problem.outputs();

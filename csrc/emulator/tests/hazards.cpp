@@ -1,9 +1,10 @@
-// Guards the emulator itself: small kernels, each with one fault, of which every build must notice what it claims to.
+// Guards the emulator itself: small kernels, each with one fault, of which every build must notice
+// what it claims to.
 //
 //   hazards
 //
-// Each kernel runs in a child process: a sanitizer ends it. The sound twin of each kernel must pass in every build. Exit
-// status: 0 all right, 1 otherwise.
+// Each kernel runs in a child process: a sanitizer ends it. The sound twin of each kernel must pass
+// in every build. Exit status: 0 all right, 1 otherwise.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -15,7 +16,9 @@
 #include "cuda/prim.cuh"
 
 #if defined(SIMT_ASAN)
-extern "C" const char* __asan_default_options() { return "detect_stack_use_after_return=0:detect_leaks=0"; }
+extern "C" const char* __asan_default_options() {
+    return "detect_stack_use_after_return=0:detect_leaks=0";
+}
 #endif
 
 namespace {
@@ -98,7 +101,9 @@ void reads_beyond_buffer(const Params& p) {
     store_global(p.out + thread_index(), load_global(p.in + thread_index() + (p.fault ? 1 : 0)));
 }
 
-void writes_beyond_buffer(const Params& p) { store_global(p.out + thread_index() + (p.fault ? 1 : 0), 1.0f); }
+void writes_beyond_buffer(const Params& p) {
+    store_global(p.out + thread_index() + (p.fault ? 1 : 0), 1.0f);
+}
 
 void writes_input(const Params& p) {
     store_global((p.fault ? const_cast<float*>(p.in) : p.out) + thread_index(), 1.0f);
@@ -144,7 +149,8 @@ void divergent_collectives(const Params& p) {
 
 // Two blocks: each adds to what the other one adds to.
 void blocks_share_output(const Params& p) {
-    float* out = p.out + (p.fault ? thread_index() / 2 : (block_x() * kThreads + thread_index()) / 2);
+    float* out =
+        p.out + (p.fault ? thread_index() / 2 : (block_x() * kThreads + thread_index()) / 2);
     if (thread_index() % 2 == 0)
         store_global(out, load_global(out) + 1.0f);
 }
@@ -167,13 +173,20 @@ struct Hazard {
 
 #define HAZARD(kernel, ...) {#kernel, kernel, __VA_ARGS__}
 const Hazard kHazards[] = {
-    HAZARD(exchange_in_block, any),    HAZARD(exchange_in_warp, any),
-    HAZARD(copy_without_wait, any),    HAZARD(refill_while_read, thread),
-    HAZARD(ends_with_copies, any),     HAZARD(reads_beyond_buffer, any),
-    HAZARD(writes_beyond_buffer, any), HAZARD(writes_input, any),
-    HAZARD(misaligned_vector, any),    HAZARD(beyond_shared_array, any),
-    HAZARD(takes_too_much, any),       HAZARD(barrier_of_some, any),
-    HAZARD(half_warp_collective, any), HAZARD(divergent_collectives, any),
+    HAZARD(exchange_in_block, any),
+    HAZARD(exchange_in_warp, any),
+    HAZARD(copy_without_wait, any),
+    HAZARD(refill_while_read, thread),
+    HAZARD(ends_with_copies, any),
+    HAZARD(reads_beyond_buffer, any),
+    HAZARD(writes_beyond_buffer, any),
+    HAZARD(writes_input, any),
+    HAZARD(misaligned_vector, any),
+    HAZARD(beyond_shared_array, any),
+    HAZARD(takes_too_much, any),
+    HAZARD(barrier_of_some, any),
+    HAZARD(half_warp_collective, any),
+    HAZARD(divergent_collectives, any),
     HAZARD(blocks_share_output, thread, 2),
 };
 
@@ -183,13 +196,18 @@ int run(const Hazard& hazard, bool fault) {
     for (int i = 0; i < kThreads + 4; ++i)
         in[i] = out[i] = static_cast<float>(i);
     const Params params{in, out, fault};
-    const simt::Launch launch{hazard.name,  hazard.blocks,
-                              1,            kThreads,
-                              kSharedBytes, {{"in", in, kThreads * 4, false}, {"out", out, kThreads * 4, true}}};
+    const simt::Launch launch{hazard.name,
+                              hazard.blocks,
+                              1,
+                              kThreads,
+                              kSharedBytes,
+                              {{"in", in, kThreads * 4, false}, {"out", out, kThreads * 4, true}}};
     static const Hazard* current;
     current = &hazard;
     try {
-        simt::launch(launch, [](const void* p) { current->kernel(*static_cast<const Params*>(p)); }, &params);
+        simt::launch(
+            launch, [](const void* p) { current->kernel(*static_cast<const Params*>(p)); },
+            &params);
     } catch (const simt::Error&) {
         return 1;
     }

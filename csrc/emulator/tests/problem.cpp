@@ -9,10 +9,13 @@
 namespace afa::test {
 namespace {
 
-simt::Format format(DType dtype) { return dtype == DType::bf16 ? simt::Format::bf16 : simt::Format::fp16; }
+simt::Format format(DType dtype) {
+    return dtype == DType::bf16 ? simt::Format::bf16 : simt::Format::fp16;
+}
 
 double round_to(double value, DType dtype) {
-    return simt::to_float(simt::from_float(static_cast<float>(value), format(dtype)), format(dtype));
+    return simt::to_float(simt::from_float(static_cast<float>(value), format(dtype)),
+                          format(dtype));
 }
 
 ValueSlope anneal_by_id(int activation, float z, float alpha_t) {
@@ -36,7 +39,8 @@ ValueSlope anneal_by_id(int activation, float z, float alpha_t) {
 
 }  // namespace
 
-Problem::Problem(const Shape& shape, DType dtype, int activation, const Options& options, uint64_t seed)
+Problem::Problem(const Shape& shape, DType dtype, int activation, const Options& options,
+                 uint64_t seed)
     : shape_(shape), dtype_(dtype), activation_(activation), options_(options), random_(seed) {
     const int64_t extra = options.strided ? 16 : 0;
     x_ = random_matrix(shape.m, shape.k, 1.0, shape.k + extra);
@@ -74,7 +78,8 @@ WeightOperand Problem::weight(const Matrix& m, Bytes& floats) {
     floats = Bytes(m.value.size() * sizeof(float));
     for (int64_t row = 0; row < m.rows; ++row)
         for (int64_t col = 0; col < m.cols; ++col)
-            floats.as<float>()[col * m.rows + row] = static_cast<float>(m.value[row * m.cols + col]);
+            floats.as<float>()[col * m.rows + row] =
+                static_cast<float>(m.value[row * m.cols + col]);
     return {floats.as(), 1, m.rows, true};
 }
 
@@ -84,7 +89,8 @@ void Problem::compute_truth() {
     const auto kept = [&](int64_t row, int64_t col) {
         if (options_.threshold == 0)
             return 1.0;
-        const Philox4 bytes = dropout_bytes(static_cast<uint64_t>(dropout_seed_), row, (k + 15) / 16, col / 16);
+        const Philox4 bytes =
+            dropout_bytes(static_cast<uint64_t>(dropout_seed_), row, (k + 15) / 16, col / 16);
         return dropout_keeps(bytes, static_cast<int>(col % 16), options_.threshold) ? 1.0 : 0.0;
     };
     std::vector<double> mask(m * k);
@@ -124,21 +130,23 @@ void Problem::compute_truth() {
 
 std::string Problem::name() const {
     return describe(shape_) + (dtype_ == DType::bf16 ? ", bf16" : ", fp16") + ", activation " +
-           std::to_string(activation_) + ", dropout " + std::to_string(options_.threshold) + "/256" +
-           (options_.float_weights ? ", float32 weights" : "") + (options_.bias ? ", bias" : "") +
-           (options_.in_place ? ", in place" : "") + (options_.strided ? ", strided" : "") +
-           (options_.recompute_z ? ", z recomputed" : "") + (options_.need_dx ? "" : ", no dx") +
-           (options_.chunk_limit ? ", one chunk" : "") + (options_.need_da ? "" : ", no dA") + (options_.need_db ? "" : ", no dB");
+           std::to_string(activation_) + ", dropout " + std::to_string(options_.threshold) +
+           "/256" + (options_.float_weights ? ", float32 weights" : "") +
+           (options_.bias ? ", bias" : "") + (options_.in_place ? ", in place" : "") +
+           (options_.strided ? ", strided" : "") + (options_.recompute_z ? ", z recomputed" : "") +
+           (options_.need_dx ? "" : ", no dx") + (options_.chunk_limit ? ", one chunk" : "") +
+           (options_.need_da ? "" : ", no dA") + (options_.need_db ? "" : ", no dB");
 }
 
-std::string Problem::compare(const char* what, const Bytes& got, bool is_float, const std::vector<double>& truth,
-                             int64_t cols, int64_t stride) const {
+std::string Problem::compare(const char* what, const Bytes& got, bool is_float,
+                             const std::vector<double>& truth, int64_t cols, int64_t stride) const {
     double largest = 0.0, worst = 0.0;
     for (const double value : truth)
         largest = std::max(largest, std::fabs(value));
     for (size_t i = 0; i < truth.size(); ++i) {
         const size_t at = i / cols * stride + i % cols;
-        const double value = is_float ? got.as<float>()[at] : simt::to_float(got.as<uint16_t>()[at], format(dtype_));
+        const double value =
+            is_float ? got.as<float>()[at] : simt::to_float(got.as<uint16_t>()[at], format(dtype_));
         const double error = std::fabs(value - truth[i]);
         if (!(error <= worst))  // a NaN is the worst
             worst = error;
@@ -147,7 +155,8 @@ std::string Problem::compare(const char* what, const Bytes& got, bool is_float, 
     const double tolerance = (dtype_ == DType::bf16 ? 1.0 / 128 : 1.0 / 1024) * largest;
     if (worst <= tolerance)
         return "";
-    return std::string(what) + ": error " + std::to_string(worst) + ", allowed " + std::to_string(tolerance);
+    return std::string(what) + ": error " + std::to_string(worst) + ", allowed " +
+           std::to_string(tolerance);
 }
 
 void Problem::fill(BranchCall& call) const {

@@ -1,4 +1,5 @@
-// A random call of the operator with exact-size, NaN-filled buffers, and the truth in double precision.
+// A random call of the operator with exact-size, NaN-filled buffers, and the truth in double
+// precision.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +14,13 @@
 
 namespace afa::test {
 
-// Memory of exactly the size that the kernels are told, so that the sanitizers see the first byte beyond it.
+// Memory of exactly the size that the kernels are told, so that the sanitizers see the first byte
+// beyond it.
 class Bytes {
   public:
     Bytes() = default;
-    explicit Bytes(size_t size) : size_(size), data_(std::aligned_alloc(256, (size + 255) / 256 * 256), &std::free) {
+    explicit Bytes(size_t size)
+        : size_(size), data_(std::aligned_alloc(256, (size + 255) / 256 * 256), &std::free) {
         std::memset(data_.get(), 0xFF, size_);  // NaN in all formats
     }
     template <typename T = void>
@@ -65,8 +68,8 @@ class Problem {
     WeightOperand weight(const Matrix& m, Bytes& floats);
     void compute_truth();
     void fill(BranchCall& call) const;
-    std::string compare(const char* what, const Bytes& got, bool is_float, const std::vector<double>& truth,
-                        int64_t cols, int64_t stride) const;
+    std::string compare(const char* what, const Bytes& got, bool is_float,
+                        const std::vector<double>& truth, int64_t cols, int64_t stride) const;
 
     Shape shape_;
     DType dtype_;

@@ -1,9 +1,10 @@
-"""Runs the CUDA kernels on the emulator: plain, under ASan + UBSan, and under ThreadSanitizer as a race checker.
+"""Runs the CUDA kernels on the emulator: plain, under ASan + UBSan, and under ThreadSanitizer as a
+race checker.
 
     python csrc/emulator/tests/sanitize.py [--quick] [--only plain,asan,tsan] [--seed S]
 
-The hazards program comes first: it proves that each build notices the faults that it is there for. Exit status 1 if
-anything is wrong.
+The hazards program comes first: it proves that each build notices the faults that it is there for.
+Exit status 1 if anything is wrong.
 """
 
 import argparse
@@ -18,7 +19,9 @@ QUICK_CASES = {"plain": 40, "asan": 20, "tsan": 17}  # 17: the fixed ones
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="fewer random shapes")
     parser.add_argument("--only", default="plain,asan,tsan", help="builds to run")
     parser.add_argument("--seed", default="1", help="of shapes, values and schedules")
@@ -29,7 +32,9 @@ def main() -> int:
         for kind in options.only.split(","):
             start = time.monotonic()
             objects = build.compile_all(
-                kind, [*build.core_sources(), build.KERNELS, *build.HOST, build.HAZARDS], Path(folder) / kind
+                kind,
+                [*build.core_sources(), build.KERNELS, *build.HOST, build.HAZARDS],
+                Path(folder) / kind,
             )
             core = [objects[source] for source in build.core_sources()]
             driver = [objects[source] for source in (build.KERNELS, *build.HOST)]
@@ -37,7 +42,9 @@ def main() -> int:
                 ("hazards", [objects[build.HAZARDS]], ()),
                 ("driver", driver, ("--cases", str(cases[kind]), "--seed", options.seed)),
             ):
-                content, line = build.run(kind, build.link(kind, core + parts, Path(folder) / kind / program), *arguments)
+                content, line = build.run(
+                    kind, build.link(kind, core + parts, Path(folder) / kind / program), *arguments
+                )
                 print(f"{kind:6} {program:8} {'ok' if content else 'WRONG':6} {line}", flush=True)
                 wrong += not content
             print(f"{kind:6} {time.monotonic() - start:.1f} s", flush=True)

@@ -1,0 +1,74 @@
+"""``python -m afa_kernels``: versions, devices, and each backend, available or why not."""
+
+import os
+import platform
+import sys
+from importlib import metadata
+
+import torch
+
+import afa_kernels
+from afa_kernels.backend.registry import ENVIRONMENT_VARIABLE
+
+_OPTIONAL_PACKAGES = ("triton", "transformers", "peft", "safetensors")
+
+
+def _versions() -> str:
+    found = [
+        f"afa_kernels {afa_kernels.__version__}",
+        f"python {platform.python_version()}",
+        f"torch {torch.__version__}",
+    ]
+    for package in _OPTIONAL_PACKAGES:
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"no {package}")
+    return ", ".join(found)
+
+
+def _devices() -> list[str]:
+    found = [f"cpu: {platform.machine()}, {torch.get_num_threads()} threads of torch"]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            found.append(
+                f"cuda:{index}: {properties.name}, compute capability "
+                f"{properties.major}.{properties.minor}, {properties.total_memory / 2**30:.1f} GiB"
+            )
+    else:
+        built = torch.version.cuda or torch.version.hip
+        found.append(f"cuda: none ({'no device found' if built else 'torch was built without it'})")
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        found += [
+            f"xpu:{i}: {torch.xpu.get_device_name(i)}" for i in range(torch.xpu.device_count())
+        ]
+    return found
+
+
+def _backends() -> list[str]:
+    lines = []
+    for name, status in afa_kernels.backends().items():
+        state = "available" if status else f"not available: {status.reason}"
+        details = ", ".join(f"{key}={value}" for key, value in status.details.items())
+        lines.append(f"{name:<10} {state}" + (f" ({details})" if details else ""))
+    return lines
+
+
+def main() -> int:
+    """Print the report and return the exit status."""
+    print(_versions())
+    print("devices:")
+    for line in _devices():
+        print(f"  {line}")
+    print("backends, in the order of choice:")
+    for line in _backends():
+        print(f"  {line}")
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced:
+        print(f"{ENVIRONMENT_VARIABLE}={forced} asks for one backend")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The ``cpu`` backend: the native kernels of csrc/cpu, called with addresses, sizes, strides and dtype numbers.
+
+The forward passes once over x and once over y, the backward once over dY and once over x. Threads follow
+``torch.get_num_threads()``, and no result depends on their number.
+"""
+
+import torch
+
+from afa_kernels.activation import ACTIVATIONS
+from afa_kernels.backend import native
+from afa_kernels.backend.registry import IDENTITY, Backend, BackendStatus, Call
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # enum Dtype of csrc/cpu/params.h
+# At identity alpha_t is 0, and then phi(z) = z whatever the activation.
+_ACTIVATION_IDS = {name: activation.id for name, activation in ACTIVATIONS.items()} | {IDENTITY: 0}
+
+
+def _status() -> BackendStatus:
+    if native._C is None:
+        return BackendStatus(False, native.load_error)
+    try:
+        isa = native._C.cpu_isa()
+    except ValueError as error:
+        return BackendStatus(False, str(error))
+    details = {"isa": isa, "isas": native._C.cpu_isas(), **native._C.build_info()}
+    return BackendStatus(True, details=details)
+
+
+def _refuses(call: Call) -> str | None:
+    if call.dtype not in DTYPES or call.dtype == torch.float64:
+        return f"takes float32, bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
+    return None
+
+
+def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
+    m, k = x.shape
+    n, r = b.shape
+    z = torch.empty((m, r), dtype=x.dtype) if save_z else None
+    if base is None:
+        base_args = (0, 0, 0)
+    else:
+        base_args = (base.data_ptr(), *base.stride())
+    activation, scaling, dropout = spec
+    native._C.cpu_forward(
+        m, k, n, r, DTYPES[x.dtype], alpha_t.data_ptr(), seed.data_ptr() if dropout else 0, _ACTIVATION_IDS[activation],
+        dropout, scaling, torch.get_num_threads(), x.data_ptr(), *x.stride(), a.data_ptr(), *a.stride(), DTYPES[a.dtype],
+        b.data_ptr(), *b.stride(), DTYPES[b.dtype], *base_args, out.data_ptr(), *out.stride(), 0 if z is None else z.data_ptr(),
+    )  # fmt: skip
+    return z
+
+
+def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
+    m, k = x.shape
+    n, r = b.shape
+    dx = torch.empty((m, k), dtype=x.dtype) if need_dx else None
+    da = torch.empty((r, k), dtype=a.dtype) if need_da else None
+    db = torch.empty((n, r), dtype=b.dtype) if need_db else None
+    if z is not None:
+        z = z.contiguous()
+    activation, scaling, dropout = spec
+    native._C.cpu_backward(
+        m, k, n, r, DTYPES[x.dtype], alpha_t.data_ptr(), seed.data_ptr() if dropout else 0, _ACTIVATION_IDS[activation],
+        dropout, scaling, torch.get_num_threads(), dy.data_ptr(), *dy.stride(), x.data_ptr(), *x.stride(),
+        a.data_ptr(), *a.stride(), DTYPES[a.dtype], b.data_ptr(), *b.stride(), DTYPES[b.dtype],
+        *(0 if t is None else t.data_ptr() for t in (z, dx, da, db)),
+    )  # fmt: skip
+    return dx, da, db
+
+
+BACKEND = Backend(
+    name="cpu",
+    devices=frozenset({"cpu"}),
+    status=_status,
+    refuses=_refuses,
+    forward=forward,
+    backward=backward,
+)

@@ -1,0 +1,284 @@
+"""Adapter checkpoints: a stock PEFT LoRA checkpoint that also knows alpha_t and the activation.
+
+``adapter_model.safetensors`` holds the tensors under PEFT's names; what PEFT has no word for
+(alpha_t, activation, per layer) is in the metadata of that file, so that a save is one atomic
+replacement and the two can never disagree. ``adapter_config.json`` is PEFT's and loads silently at
+``alpha_t == 0``. Saved before that, it carries the key ``afa_lora`` too: stock PEFT then warns
+about an unexpected argument, and it should, since it computes another function.
+"""
+
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afa_kernels import peft_format as fmt
+from afa_kernels.layer import AFALinear, check_options, is_conv1d, why_unsupported
+from afa_kernels.model import marked_modules, named_layers, named_trainable_modules, replace
+from afa_kernels.targets import Candidate, find_targets
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the adapters of ``model`` to the folder ``path``: PEFT's LoRA checkpoint and alpha_t.
+
+    Modules that train in full (``inject(..., trainable=)``) are saved as PEFT's
+    ``modules_to_save``. Each file is written beside its place and moved there, so an interrupted
+    save leaves the file that was there before.
+
+    Warns:
+        UserWarning: ``alpha_t`` is not 0, so stock PEFT would compute another function with this
+        checkpoint; its
+            ``adapter_config.json`` says so as well.
+
+    Raises:
+        ValueError: the model has no AFA layer, or something trains that such a checkpoint cannot
+        hold.
+    """
+    layers = dict(named_layers(model))
+    if not layers:
+        raise ValueError(f"model: expected AFA layers, found none in {type(model).__name__}")
+    if "" in layers:
+        raise ValueError(
+            "model: expected a model that contains AFA layers, got an AFALinear, which has no name"
+        )
+    trained = dict(named_trainable_modules(model))
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[fmt.PREFIX + name + fmt.LORA_A] = layer.lora_a
+        tensors[fmt.PREFIX + name + fmt.LORA_B] = layer.lora_b
+    for name, module in trained.items():
+        for key, value in _tensors_of(module).items():
+            tensors[f"{fmt.PREFIX}{name}.{key}"] = value
+    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+
+    state = {
+        "format_version": fmt.FORMAT_VERSION,
+        "layers": {
+            n: {"alpha_t": m.alpha_t, "activation": m.activation} for n, m in layers.items()
+        },
+    }
+    config = fmt.peft_config(model, layers, list(trained))
+    annealing = {n: m.alpha_t for n, m in layers.items() if m.alpha_t != 0.0}
+    if annealing:
+        largest = max(annealing.values())
+        message = (
+            f"saved at alpha_t = {largest:g}: the branches are not linear yet, so stock PEFT "
+            "computes another function with this checkpoint than afa_kernels; anneal to "
+            "alpha_t = 0 before shipping it"
+        )
+        config[fmt.METADATA_KEY] = {"note": message, **state}
+        warnings.warn(f"{path}: {message}", stacklevel=2)
+
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", fmt.METADATA_KEY: json.dumps(state, sort_keys=True)}
+    with fmt.replacing(folder / fmt.WEIGHTS_FILE) as temporary:
+        fmt.load_safetensors().torch.save_file(tensors, temporary, metadata=metadata)
+    with fmt.replacing(folder / fmt.CONFIG_FILE) as temporary:
+        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Load a checkpoint of :func:`save_adapter` or of stock PEFT's LoRA into ``model``; return it.
+
+    A model without AFA layers is injected as the checkpoint describes. Layers take their alpha_t
+    from the checkpoint; one that PEFT wrote is an ordinary LoRA: its alpha_t is 0. Everything is
+    checked before the first write.
+
+    Raises:
+        ValueError: a file is missing, truncated or foreign, or it does not fit the model: other
+            layers, shapes, ranks, scaling or activation. The message names the file and the key;
+            the model is unchanged.
+    """
+    folder = Path(path)
+    checkpoint = _Checkpoint(
+        folder,
+        fmt.read_config(folder / fmt.CONFIG_FILE),
+        *fmt.read_weights(folder / fmt.WEIGHTS_FILE),
+    )
+    layers = dict(named_layers(model))
+    if layers:
+        checkpoint.check_layers(layers)
+    else:
+        checkpoint.check_bases(model)
+    trained = checkpoint.trained_modules(model)
+    if not layers:
+        checkpoint.inject(model, list(trained))
+        layers = dict(named_layers(model))
+    with torch.no_grad():
+        for name, layer in layers.items():
+            a, b = checkpoint.branches[name]
+            layer.lora_a.copy_(a)
+            layer.lora_b.copy_(b)
+            layer.set_alpha_t(checkpoint.alpha_t(name))
+        for values in trained.values():
+            for parameter, value in values:
+                parameter.copy_(value)
+    return model
+
+
+class _Checkpoint:
+    """The content of a checkpoint, checked in itself, and the checks of a model against it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+    ):
+        self._config_file = folder / fmt.CONFIG_FILE
+        self._weights_file = folder / fmt.WEIGHTS_FILE
+        self._config = config
+        self._state = fmt.checked_state(
+            self._weights_file, state or config.get(fmt.METADATA_KEY, {})
+        )
+        self.branches, self._other = fmt.split(self._weights_file, tensors)
+        for name, (a, _) in self.branches.items():
+            r = self._of(name, "rank_pattern", "r")
+            if r != a.shape[0]:
+                raise ValueError(
+                    f"{self._config_file}: r is {r} for {name}, the tensors have rank {a.shape[0]}"
+                )
+        for names, what in (
+            (self._state.keys() - self.branches.keys(), "is in the metadata and has no tensors"),
+            (self.branches.keys() - self._state.keys(), "is missing in the metadata"),
+        ):
+            if self._state and names:
+                raise self._misfit(fmt.PREFIX + min(names), what)
+
+    def alpha_t(self, name: str) -> float:
+        return self._state.get(name, {}).get("alpha_t", 0.0)
+
+    def _of(self, name: str, pattern: str, default: str) -> Any:
+        """Return an entry that may differ from layer to layer, matched as PEFT does."""
+        for key, value in (self._config.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        return self._config[default]
+
+    def _arguments(self, name: str) -> dict[str, Any]:
+        return {
+            "r": self.branches[name][0].shape[0],
+            "lora_alpha": self._of(name, "alpha_pattern", "lora_alpha"),
+            "activation": self._state.get(name, {}).get("activation", "silu"),
+            "dropout": self._config.get("lora_dropout") or 0.0,
+            "use_rslora": bool(self._config.get("use_rslora")),
+        }
+
+    def _misfit(self, key: str, what: str) -> ValueError:
+        return ValueError(f"{self._weights_file}: {key} {what}")
+
+    def _check_shapes(self, name: str, in_features: int, out_features: int) -> None:
+        a, b = self.branches[name]
+        r = a.shape[0]
+        for suffix, tensor, wanted in (
+            (fmt.LORA_A, a, (r, in_features)),
+            (fmt.LORA_B, b, (out_features, r)),
+        ):
+            if tuple(tensor.shape) != wanted:
+                shapes = f"has shape {tuple(tensor.shape)}, the model needs {wanted}"
+                raise self._misfit(fmt.PREFIX + name + suffix, shapes)
+
+    def check_layers(self, layers: dict[str, AFALinear]) -> None:
+        """Check an injected model."""
+        for names, what in (
+            (layers.keys() - self.branches.keys(), "is missing, the model has that layer"),
+            (self.branches.keys() - layers.keys(), "belongs to no AFA layer of the model"),
+        ):
+            if names:
+                raise self._misfit(fmt.PREFIX + min(names) + fmt.LORA_A, what)
+        for name, layer in layers.items():
+            if layer.merged:
+                raise ValueError(f"model: {name} is merged; unmerge(model) before loading")
+            self._check_shapes(name, layer.in_features, layer.out_features)
+            arguments = self._arguments(name)
+            if not self._state:
+                arguments["activation"] = layer.activation  # PEFT knows none
+            arguments["scaling"] = _scaling(**arguments)
+            for argument in ("r", "scaling", "activation"):
+                saved, own = arguments[argument], getattr(layer, argument)
+                same = math.isclose(saved, own) if argument == "scaling" else saved == own
+                if not same:
+                    what = f"was saved with {argument}={saved!r}, the model's layer has {own!r}"
+                    raise self._misfit(fmt.PREFIX + name, what)
+
+    def check_bases(self, model: nn.Module) -> None:
+        """Check a model that is to be injected."""
+        modules = dict(model.named_modules())
+        for name in self.branches:
+            module = modules.get(name)
+            reason = "no such layer in the model" if module is None else why_unsupported(module)
+            if reason is not None:
+                raise self._misfit(fmt.PREFIX + name + fmt.LORA_A, f"cannot be loaded: {reason}")
+            k, n = module.weight.shape if is_conv1d(module) else reversed(module.weight.shape)
+            self._check_shapes(name, k, n)
+            arguments = self._arguments(name)
+            del arguments["use_rslora"]
+            try:
+                check_options(**arguments, save="z", backend=None)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{self._config_file}: {name}: {error}") from None
+        self._targets(model, ())
+
+    def _targets(self, model: nn.Module, trained: Iterable[str]) -> list[Candidate]:
+        names = "|".join(re.escape(name) for name in self.branches)
+        try:
+            return find_targets(model, names, (), list(trained))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self._config_file}: {error}") from None
+
+    def inject(self, model: nn.Module, trained: Iterable[str]) -> None:
+        def make(name: str, module: nn.Module) -> AFALinear:
+            return AFALinear(module, **self._arguments(name))
+
+        replace(model, self._targets(model, trained), list(trained), make)
+
+    def trained_modules(self, model: nn.Module) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Return the modules saved in full: name -> pairs (tensor of the model, its new value)."""
+        wanted = tuple(self._config.get("modules_to_save") or ())
+        modules = dict(model.named_modules())
+        names = [n for n in modules if any(n == w or n.endswith(f".{w}") for w in wanted)]
+        names = [n for n in names if not _is_inside(n, names)]
+        for name in marked_modules(model):
+            if name not in names and not _is_inside(name, names):
+                what = f"modules_to_save lacks {name}, which the model trains in full"
+                raise ValueError(f"{self._config_file}: {what}")
+        for name in self.branches:
+            if _is_inside(name, names):
+                raise ValueError(f"{self._config_file}: {name} is inside one of modules_to_save")
+        rest = dict(self._other)
+        found = {}
+        for name in names:
+            found[name] = []
+            for key, own in _tensors_of(modules[name]).items():
+                full = f"{fmt.PREFIX}{name}.{key}"
+                value = rest.pop(full, None)
+                if value is None:
+                    raise self._misfit(full, "is missing")
+                if value.shape != own.shape:
+                    shapes = f"has shape {tuple(value.shape)}, the model needs {tuple(own.shape)}"
+                    raise self._misfit(full, shapes)
+                found[name].append((own, value))
+        if rest:
+            raise self._misfit(min(rest), "belongs to nothing in the model or its configuration")
+        return found
+
+
+def _is_inside(name: str, others: Iterable[str]) -> bool:
+    return any(name.startswith(f"{other}.") for other in others)
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _scaling(r: int, lora_alpha: float, use_rslora: bool, **_others: Any) -> float:
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)

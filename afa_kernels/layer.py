@@ -1,0 +1,394 @@
+"""AFALinear: a frozen linear layer with a trainable branch whose activation anneals away."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afa_kernels import checks
+from afa_kernels.backend.registry import MAX_RANK
+from afa_kernels.dispatch import Plan, plan
+from afa_kernels.functional import afa_linear, afa_lora
+
+SUPPORTED = "torch.nn.Linear or transformers' Conv1D with a floating-point weight"
+_SMALLEST_ALPHA = torch.finfo(
+    torch.float32
+).tiny  # below it the float32 buffer would be subnormal or 0
+_MERGED_KEY = "merged"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' Conv1D, a linear layer with its weight as (K, N)."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__ == "Conv1D"
+        and hasattr(module, "nf")
+        and isinstance(weight, Tensor)
+        and weight.dim() == 2
+    )
+
+
+def why_unsupported(module: nn.Module) -> str | None:
+    """Return why ``module`` cannot be the base of an AFALinear, or None if it can."""
+    if isinstance(module, AFALinear):
+        return "it is an AFALinear already"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return f"{type(module).__name__} has no shape yet; run it once first"
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        return f"it is a {type(module).__name__}"
+    if module.weight.dtype not in checks.FLOATING:
+        dtype = str(module.weight.dtype).removeprefix("torch.")
+        return f"{type(module).__name__} has a weight of {dtype}"
+    return None
+
+
+class AFALinear(nn.Module):
+    """A frozen linear layer with a trainable AFA-LoRA branch.
+
+    ``y = base_layer(x) + scaling * phi(dropout(x) @ lora_a.T) @ lora_b.T`` with
+    ``phi(z) = (1 - alpha_t) * z + alpha_t * act(z)``. It starts at ``alpha_t = 1`` with
+    ``lora_b = 0``, so its output is first that of ``base_layer``. At ``alpha_t = 0`` the branch is
+    an ordinary LoRA: it runs as plain GEMMs and can be merged.
+
+    Args:
+        base_layer: ``torch.nn.Linear`` or transformers' ``Conv1D``. Its parameters are frozen; the
+            layer keeps it.
+        r: rank of the branch, from 1 to 256.
+        lora_alpha: numerator of ``scaling = lora_alpha / r``.
+        activation: a name from :func:`afa_kernels.activations`.
+        dropout: probability of LoRA dropout, in training only; rounded to 1/256 (see
+            :func:`afa_kernels.afa_lora`).
+        use_rslora: ``scaling = lora_alpha / sqrt(r)`` instead.
+        dtype: dtype of ``lora_a (r, K)`` and ``lora_b (N, r)``; by default float32 beside a 16-bit
+            base, as in PEFT, else the dtype of the base.
+        save, backend: as in :func:`afa_kernels.afa_lora`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what came and what is
+            wanted.
+
+    ``alpha_t_buffer`` (0-dim, float32 on every device and in every dtype of the model, part of the
+    state dict) holds what kernels read. It is written in place, so a new value neither recompiles a
+    compiled model nor waits for the device. Reaching or leaving identity flips a flag, which
+    recompiles once and switches to the GEMM path.
+
+    A merged layer runs its base layer and nothing else: lora_a and lora_b get no gradient and must
+    not be changed.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 16,
+        activation: str = "silu",
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        *,
+        dtype: torch.dtype | None = None,
+        save: str = "z",
+        backend: str | None = None,
+    ):
+        super().__init__()
+        reason = why_unsupported(base_layer)
+        if reason is not None:
+            raise TypeError(f"base_layer: expected {SUPPORTED}; {reason}")
+        check_options(r, lora_alpha, activation, dropout, save, backend)
+        weight = base_layer.weight
+        if dtype is None:
+            dtype = (
+                torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+            )
+        if dtype not in checks.FLOATING:
+            raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
+
+        self.base_layer = base_layer.requires_grad_(False)
+        self.transposed = is_conv1d(base_layer)
+        self.out_features, self.in_features = (
+            reversed(weight.shape) if self.transposed else weight.shape
+        )
+        self.r = int(r)
+        self.lora_alpha = lora_alpha
+        self.use_rslora = bool(use_rslora)
+        self.scaling = float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
+        self.activation = activation
+        self.dropout = float(dropout)
+        self.save = save
+        self.backend = backend
+        self.lora_a = nn.Parameter(
+            torch.empty(self.r, self.in_features, dtype=dtype, device=weight.device)
+        )
+        self.lora_b = nn.Parameter(
+            torch.empty(self.out_features, self.r, dtype=dtype, device=weight.device)
+        )
+        self.register_buffer(
+            "alpha_t_buffer", torch.ones((), dtype=torch.float32, device=weight.device)
+        )
+        self.register_buffer("_original_weight", None, persistent=False)
+        self._alpha_t = 1.0
+        self._identity = False
+        self._merged = False
+        self.reset_parameters()
+        self.train(base_layer.training)
+
+    def reset_parameters(self) -> None:
+        """Initialise the branch as PEFT does: ``lora_a`` Kaiming-uniform with a = sqrt(5),
+        ``lora_b`` zero."""
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_b)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the base layer: what code that inspects a linear layer expects to find."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def alpha_t(self) -> float:
+        """The blend coefficient as a Python number; reading it does not touch the device."""
+        return self._alpha_t
+
+    @property
+    def merged(self) -> bool:
+        """Whether the branch is part of the base layer's weight."""
+        return self._merged
+
+    def set_alpha_t(self, value: float) -> None:
+        """Set the blend coefficient, in [0, 1]. Values that float32 cannot hold as normal numbers
+        become 0.
+
+        Raises:
+            TypeError, ValueError: ``value`` is no number in [0, 1], or is not 0 while the layer is
+            merged.
+        """
+        value = checks.alpha_value(value)
+        if value < _SMALLEST_ALPHA:
+            value = 0.0
+        if self._merged and value != 0.0:
+            raise ValueError(
+                f"alpha_t: a merged layer is an ordinary linear layer, got {value}; unmerge() first"
+            )
+        with torch.no_grad():
+            self.alpha_t_buffer.fill_(value)
+        self._note_alpha(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``base_layer(x)`` plus the branch: ``(..., K) -> (..., N)``."""
+        if self._merged:
+            return self.base_layer(x)
+        base_layer = self.base_layer
+        alpha_t = 0.0 if self._identity else self.alpha_t_buffer
+        branch = (self.lora_a, self.lora_b, alpha_t)
+        if self._base_is_plain():
+            weight = base_layer.weight.T if self.transposed else base_layer.weight
+            return afa_linear(x, weight, base_layer.bias, *branch, **self._options())
+        base, inplace = base_layer(x), self._base_output_is_ours()
+        return afa_lora(x, *branch, base=base, inplace=inplace, **self._options())
+
+    def plan(self, x: Tensor) -> Plan:
+        """Return what ``self(x)`` would do."""
+        if self._merged:
+            return Plan("torch", "merged", "the branch is part of the frozen weight")
+        return plan(x, self.lora_a, self.lora_b, self._alpha_t, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "activation": self.activation,
+            "scaling": self.scaling,
+            "dropout_p": self.dropout if self.training else 0.0,
+            "save": self.save,
+            "backend": self.backend,
+        }
+
+    def merge(self, *, keep_original: bool = False) -> None:
+        """Add ``scaling * lora_b @ lora_a`` to the weight: afterwards the layer costs one GEMM.
+        Merging twice is once.
+
+        The sum is computed in float32 (float64 for float64) and rounded once to the dtype of the
+        weight.
+
+        Args:
+            keep_original: keep a copy of the weight (as much memory as the weight) for a bit-exact
+                :meth:`unmerge`; otherwise unmerge subtracts, which costs no memory and leaves about
+                one rounding of the weight's dtype.
+
+        Raises:
+            ValueError: ``alpha_t`` is not 0, the base layer computes its weight, or the merged
+            weight is not finite.
+        """
+        if self._merged:
+            if keep_original and self._original_weight is None:
+                raise ValueError(
+                    "keep_original: the layer is merged already and the original weight is gone"
+                )
+            return
+        merged = self.merged_weight()
+        if keep_original:
+            self._original_weight = self.base_layer.weight.detach().clone()
+        with torch.no_grad():
+            self.base_layer.weight.copy_(merged)
+        self._merged = True
+
+    def unmerge(self) -> None:
+        """Undo :meth:`merge`: bit for bit if it kept the original, by subtraction otherwise."""
+        if not self._merged:
+            return
+        weight = self.base_layer.weight
+        with torch.no_grad():
+            if self._original_weight is not None:
+                weight.copy_(self._original_weight)
+            else:
+                weight.copy_(self._weight_plus(-self.scaling))
+        self._original_weight = None
+        self._merged = False
+
+    def merged_weight(self) -> Tensor:
+        """Return the weight that :meth:`merge` would write, checked, in the layout of the base
+        layer's weight.
+
+        Raises:
+            ValueError: as in :meth:`merge`.
+        """
+        if not self._identity:
+            raise ValueError(
+                f"merge: alpha_t is {self._alpha_t}, so the branch is not linear in x and no "
+                "weight equals it; anneal to alpha_t = 0 first"
+            )
+        if "weight" not in self.base_layer._parameters:
+            raise ValueError(
+                "merge: the base layer computes its weight (a parametrization); remove that first"
+            )
+        merged = self._weight_plus(self.scaling)
+        if merged.device.type != "meta" and not bool(torch.isfinite(merged).all()):
+            raise ValueError(
+                "merge: the merged weight would not be finite; the weight is unchanged"
+            )
+        return merged
+
+    @torch.no_grad()
+    def _weight_plus(self, factor: float) -> Tensor:
+        weight = self.base_layer.weight
+        wide = (
+            torch.float64 if torch.float64 in (weight.dtype, self.lora_a.dtype) else torch.float32
+        )
+        with torch.autocast(weight.device.type, enabled=False):
+            product = self.lora_b.to(wide) @ self.lora_a.to(wide)
+        if self.transposed:
+            product = product.T
+        return torch.add(weight.to(wide), product, alpha=factor).to(weight.dtype)
+
+    def _base_is_plain(self) -> bool:
+        """Whether ``base_layer(x)`` is ``x @ W.T + bias`` and nothing else sees or changes it on
+        the way."""
+        base = self.base_layer
+        return (
+            (self.transposed or type(base) is nn.Linear)
+            and "forward" not in base.__dict__
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+            and not base._backward_hooks
+            and not base._backward_pre_hooks
+        )
+
+    def _base_output_is_ours(self) -> bool:
+        """Whether the base layer's output may be accumulated into: a hook may keep it, another
+        forward may save it."""
+        base = self.base_layer
+        return (
+            type(base).forward is nn.Linear.forward
+            and "forward" not in base.__dict__
+            and not base._forward_hooks
+        )
+
+    def _note_alpha(self, value: float) -> None:
+        self._alpha_t = value
+        # Written only on a change: a compiled forward is guarded on this flag alone.
+        if self._identity != (value == 0.0):
+            self._identity = value == 0.0
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        buffer = self.alpha_t_buffer
+        if buffer.dtype != torch.float32:
+            self.alpha_t_buffer = torch.full(
+                (), self._alpha_t, dtype=torch.float32, device=buffer.device
+            )
+        elif buffer.device.type != "meta":
+            with torch.no_grad():
+                buffer.fill_(self._alpha_t)  # to_empty() leaves it undefined
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._merged:
+            # The saved weight contains the branch: a layer that loads it must not add the branch
+            # again.
+            destination[prefix + _MERGED_KEY] = torch.ones((), dtype=torch.bool)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        alpha_key = prefix + "alpha_t_buffer"
+        alpha = state_dict.get(alpha_key)
+        merged = prefix + _MERGED_KEY in state_dict
+        brings_branch = any(
+            prefix + name in state_dict for name in ("lora_a", "lora_b", "alpha_t_buffer")
+        )
+        if (
+            (self._merged or merged)
+            and brings_branch
+            and prefix + "base_layer.weight" not in state_dict
+        ):
+            error_msgs.append(
+                f"{prefix}lora_a: a branch of a merged layer cannot be loaded without its weight"
+            )
+            return
+        value = self._alpha_t
+        if alpha is not None:
+            try:
+                value = checks.alpha_value(float(alpha), alpha_key)
+            except (TypeError, ValueError, RuntimeError) as error:
+                error_msgs.append(str(error))
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if prefix + _MERGED_KEY in unexpected_keys:
+            unexpected_keys.remove(prefix + _MERGED_KEY)
+        if (
+            self.alpha_t_buffer.dtype != torch.float32
+        ):  # load_state_dict(assign=True) takes the dtype that it finds
+            self.alpha_t_buffer = self.alpha_t_buffer.to(torch.float32)
+        self._note_alpha(value)
+        if brings_branch:
+            self._merged = merged
+            self._original_weight = None
+
+    def extra_repr(self) -> str:
+        state = "merged" if self._merged else f"alpha_t={self._alpha_t:g}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"scaling={self.scaling:g}, activation={self.activation}, dropout={self.dropout:g}, "
+            f"{state}"
+        )
+
+
+def check_options(r, lora_alpha, activation, dropout, save, backend) -> None:
+    if isinstance(r, bool) or not isinstance(r, Integral):
+        raise TypeError(f"r: expected an int from 1 to {MAX_RANK}, got {type(r).__name__}")
+    if not 1 <= r <= MAX_RANK:
+        raise ValueError(f"r: expected a rank from 1 to {MAX_RANK}, got {r}")
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, Real):
+        raise TypeError(f"lora_alpha: expected a number, got {type(lora_alpha).__name__}")
+    if not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha}")
+    if isinstance(dropout, bool) or not isinstance(dropout, Real):
+        raise TypeError(f"dropout: expected a float in [0, 1), got {type(dropout).__name__}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    checks.options(activation, 1.0, 0.0, save, backend)

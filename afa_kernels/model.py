@@ -1,0 +1,248 @@
+"""AFA-LoRA over a whole model: inject, anneal, merge, unmerge, unload."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import nn
+
+from afa_kernels import checks
+from afa_kernels.layer import AFALinear, check_options
+from afa_kernels.targets import ALL_LINEAR, Candidate, find_targets, trainable_modules
+
+_TRAINABLE_MARK = "_afa_trainable"
+_FAST_PATH_MARK = "_afa_fast_path"
+
+
+def inject(
+    model: nn.Module,
+    target_modules: str | Iterable[str] = ALL_LINEAR,
+    *,
+    r: int = 8,
+    lora_alpha: float = 16,
+    activation: str = "silu",
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    trainable: str | Iterable[str] = (),
+    exclude_modules: str | Iterable[str] = (),
+    dtype: torch.dtype | None = None,
+    save: str = "z",
+    backend: str | None = None,
+) -> nn.Module:
+    """Replace linear layers of ``model`` in place by :class:`AFALinear` and freeze everything else.
+
+    Args:
+        target_modules: names (a module matches that is called so or ends in ``"." + name``), a
+            regular expression (a string, matched against whole names), or ``"all-linear"``: every
+            supported layer except the output head (``get_output_embeddings()``, or modules called
+            lm_head, score or classifier) and layers that cannot be adapted (tied weights, inside
+            ``nn.MultiheadAttention``).
+        trainable: names or regular expression of modules to train in full, a classification head
+            for example. No layer inside them is adapted; :func:`save_adapter` saves them (PEFT's
+            ``modules_to_save``).
+        exclude_modules: names or regular expression of modules not to adapt.
+        r, lora_alpha, activation, dropout, use_rslora, dtype, save, backend: as in
+            :class:`AFALinear`.
+
+    Returns:
+        ``model``, at ``alpha_t = 1`` with ``lora_b = 0``: its outputs are unchanged.
+
+    Raises:
+        TypeError: a named module is of another kind.
+        ValueError: nothing matches, the model has AFA layers already, or a named module shares its
+            weight, is registered twice, or is read by its parent without being called. The model is
+            then unchanged.
+    """
+    check_options(r, lora_alpha, activation, dropout, save, backend)
+    if dtype is not None and dtype not in checks.FLOATING:
+        raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
+    if any(isinstance(m, AFALinear) for m in model.modules()):
+        raise ValueError("model: it has AFA layers already; unload(model) first")
+    trained = trainable_modules(model, trainable)
+    targets = find_targets(model, target_modules, exclude_modules, trained)
+
+    def make(_name: str, module: nn.Module) -> AFALinear:
+        return AFALinear(
+            module,
+            r,
+            lora_alpha,
+            activation,
+            dropout,
+            use_rslora,
+            dtype=dtype,
+            save=save,
+            backend=backend,
+        )
+
+    replace(model, targets, trained, make)
+    return model
+
+
+def replace(
+    model: nn.Module,
+    targets: list[Candidate],
+    trained: list[str],
+    make: Callable[[str, nn.Module], AFALinear],
+) -> None:
+    """Freeze ``model`` but for ``trained``, and put ``make(name, module)`` at each target."""
+    model.requires_grad_(False)
+    for name in trained:
+        module = model.get_submodule(name)
+        module.requires_grad_(True)
+        setattr(module, _TRAINABLE_MARK, True)
+    for target in targets:
+        setattr(target.parent, target.attribute, make(target.name, target.module))
+    _leave_fast_paths(model)
+
+
+def set_alpha_t(model: nn.Module, value: float) -> None:
+    """Set the blend coefficient of every AFA layer of ``model``.
+
+    Raises:
+        TypeError, ValueError: ``value`` is no number in [0, 1], is not 0 while a layer is merged,
+            or the model has no AFA layer. No layer is changed then.
+    """
+    layers = _layers(model)
+    value = checks.alpha_value(value)
+    merged = [name for name, layer in layers if layer.merged]
+    if merged and value != 0.0:
+        raise ValueError(f"alpha_t: {merged[0]} is merged, got {value}; unmerge(model) first")
+    for _, layer in layers:
+        layer.set_alpha_t(value)
+
+
+def merge(model: nn.Module, *, keep_original: bool = False) -> nn.Module:
+    """Merge every AFA layer of ``model``: it then costs what the frozen model costs.
+
+    Args:
+        keep_original: keep a copy of each weight for a bit-exact :func:`unmerge` (see
+            :meth:`AFALinear.merge`).
+
+    Raises:
+        ValueError: a layer cannot be merged (``alpha_t`` is not 0, say). No layer is changed then.
+    """
+    layers = _layers(model)
+    for name, layer in layers:
+        if not layer.merged:
+            # Computed here to be checked and again to be written, so that no copy of the whole
+            # model is held.
+            _named(name, layer.merged_weight)
+        elif keep_original:
+            _named(name, lambda layer=layer: layer.merge(keep_original=True))
+    for _, layer in layers:
+        layer.merge(keep_original=keep_original)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo :func:`merge`: bit for bit if it kept the originals, by subtraction otherwise."""
+    for _, layer in _layers(model):
+        layer.unmerge()
+    return model
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take the AFA layers out of ``model`` and put their base layers back.
+
+    After :func:`merge` the base layers hold the merged weights, so the model keeps what it learned;
+    without it the branches are dropped, and the model is the one that was injected. Parameters stay
+    frozen as they are.
+
+    Raises:
+        ValueError: the model has no AFA layer, or only some of them are merged. The model is
+            unchanged then.
+    """
+    layers = _layers(model)
+    if len({layer.merged for _, layer in layers}) > 1:
+        name = next(name for name, layer in layers if not layer.merged)
+        raise ValueError(
+            f"model: some layers are merged and {name} is not; merge(model) or unmerge(model) first"
+        )
+    if isinstance(model, AFALinear):
+        return model.base_layer
+    for parent in list(model.modules()):
+        for attribute, child in list(parent._modules.items()):
+            if isinstance(child, AFALinear):
+                child.base_layer.train(child.training)
+                setattr(parent, attribute, child.base_layer)
+        for attribute, value in parent.__dict__.pop(_FAST_PATH_MARK, {}).items():
+            setattr(parent, attribute, value)
+        parent.__dict__.pop(_TRAINABLE_MARK, None)
+    return model
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, AFALinear]]:
+    """Yield the AFA layers of ``model`` with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, AFALinear):
+            yield name, module
+
+
+def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that train beside the branches, marked by :func:`inject` or unfrozen.
+
+    Raises:
+        ValueError: a parameter trains that belongs to a module around AFA layers, or to the base of
+            one.
+    """
+    covered: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in covered):
+            continue
+        if isinstance(module, AFALinear):
+            covered.append(f"{name}.")
+            own = module.base_layer.named_parameters(f"{name}.base_layer")
+        elif getattr(module, _TRAINABLE_MARK, False):
+            covered.append(f"{name}.")
+            yield name, module
+            continue
+        else:
+            own = module.named_parameters(name, recurse=False)
+        trains = [parameter_name for parameter_name, p in own if p.requires_grad]
+        if not trains:
+            continue
+        if not name or any(isinstance(m, AFALinear) for m in module.modules()):
+            raise ValueError(
+                f"{trains[0]} trains, but a LoRA checkpoint holds, beside the branches, only whole "
+                "modules without AFA layers"
+            )
+        covered.append(f"{name}.")
+        yield name, module
+
+
+def marked_modules(model: nn.Module) -> list[str]:
+    """Return the names of the modules that :func:`inject` was told to train in full."""
+    return [
+        name for name, module in model.named_modules() if getattr(module, _TRAINABLE_MARK, False)
+    ]
+
+
+def _layers(model: nn.Module) -> list[tuple[str, AFALinear]]:
+    layers = list(named_layers(model))
+    if not layers:
+        raise ValueError(
+            f"model: expected AFA layers, found none in {type(model).__name__}; "
+            "inject(model) adds them"
+        )
+    return layers
+
+
+def _named(name: str, action) -> None:
+    try:
+        action()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Make torch's encoder call its linear layers in evaluation too: its fused path reads their
+    weights instead."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            attribute, off = "use_nested_tensor", False
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            attribute, off = "activation_relu_or_gelu", 0
+        else:
+            continue
+        if any(isinstance(m, AFALinear) for m in module.modules()):
+            setattr(module, _FAST_PATH_MARK, {attribute: getattr(module, attribute, off)})
+            setattr(module, attribute, off)

@@ -1,0 +1,228 @@
+"""PEFT's LoRA checkpoint as files: its configuration, its names, and what AFA-LoRA adds to it."""
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from afa_kernels import checks
+from afa_kernels.activation import ACTIVATIONS
+from afa_kernels.layer import AFALinear
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+METADATA_KEY = "afa_lora"
+FORMAT_VERSION = 1
+PREFIX = "base_model.model."
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+# What PEFT can put into a LoRA checkpoint and these layers cannot compute: each must be absent or
+# empty.
+_UNSUPPORTED = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
+    "megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices",
+    "use_bdlora", "use_dora", "use_qalora", "velora_config",
+)  # fmt: skip
+# Initialisations that leave the base weights alone. The others (PiSSA, say) pair the adapter with
+# changed ones.
+_PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)
+
+
+def _is_pattern(value: Any) -> bool:
+    """Whether ``value`` maps regular expressions to numbers (rank_pattern, alpha_pattern)."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not all(_is_number(v) for v in value.values()):
+        return False
+    try:
+        return all(re.compile(key) for key in value)
+    except re.error:
+        return False
+
+
+def _is_list_of_names(value: Any) -> bool:
+    names = [] if value is None else value
+    return isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+
+
+_REQUIRED = {
+    "r": _is_number,
+    "lora_alpha": _is_number,
+    "lora_dropout": lambda value: value is None or (_is_number(value) and 0 <= value < 1),
+    "rank_pattern": _is_pattern,
+    "alpha_pattern": _is_pattern,
+    "modules_to_save": _is_list_of_names,
+}
+
+
+def peft_config(
+    model: nn.Module, layers: dict[str, AFALinear], trained: list[str]
+) -> dict[str, Any]:
+    """Return PEFT's LoraConfig, with keys that PEFT has known since 0.17, so that none warns."""
+    first = next(iter(layers.values()))
+    rslora = all(layer.use_rslora for layer in layers.values())
+
+    def lora_alpha(layer: AFALinear) -> float:
+        # PEFT has one switch for all layers; where they differ, the numerator makes up for it.
+        return layer.lora_alpha if layer.use_rslora == rslora else layer.scaling * layer.r
+
+    name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": name_or_path or None,
+        "inference_mode": True,
+        "r": first.r,
+        "lora_alpha": lora_alpha(first),
+        "lora_dropout": first.dropout,
+        "use_rslora": rslora,
+        "bias": "none",
+        "fan_in_fan_out": sum(layer.transposed for layer in layers.values()) * 2 > len(layers),
+        "init_lora_weights": True,
+        "target_modules": _target_modules(model, list(layers)),
+        "modules_to_save": trained or None,
+        "rank_pattern": {_exactly(n): m.r for n, m in layers.items() if m.r != first.r},
+        "alpha_pattern": {
+            _exactly(n): lora_alpha(m)
+            for n, m in layers.items()
+            if lora_alpha(m) != lora_alpha(first)
+        },
+    }
+
+
+def _exactly(name: str) -> str:
+    return "^" + re.escape(name)
+
+
+def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
+    """Return full names, or a regular expression where PEFT would match another suffix too."""
+    others = [name for name, _ in model.named_modules() if name not in names]
+    if any(other.endswith(f".{name}") for other in others for name in names):
+        return "|".join(re.escape(name) for name in names)
+    return sorted(names)
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{file}: no such file; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: not a readable JSON file: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{file}: expected peft_type 'LORA', got {kind!r}")
+    for key, fits in _REQUIRED.items():
+        if not fits(config.get(key)):
+            raise ValueError(f"{file}: {key} is missing or not usable: {config.get(key)!r}")
+    for key in _UNSUPPORTED:
+        if config.get(key):
+            raise ValueError(f"{file}: {key}={config[key]!r} is not supported by AFA layers")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{file}: bias={config['bias']!r} is not supported, expected 'none'")
+    if config.get("init_lora_weights") not in _PLAIN_INITIALISATIONS:
+        raise ValueError(
+            f"{file}: init_lora_weights={config['init_lora_weights']!r} changes the base weights"
+        )
+    return config
+
+
+def read_weights(file: Path) -> tuple[dict[str, Tensor], Any]:
+    safetensors = load_safetensors()
+    try:
+        with safetensors.safe_open(os.fspath(file), framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+    try:
+        return tensors, json.loads(metadata.get(METADATA_KEY, "null"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: metadata {METADATA_KEY} is not readable: {error}") from None
+
+
+def checked_state(file: Path, state: Any) -> dict[str, dict[str, Any]]:
+    """Return alpha_t and activation by layer; empty for a checkpoint that PEFT wrote."""
+    if not state:
+        return {}
+    version = state.get("format_version") if isinstance(state, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{file}: {METADATA_KEY} has format_version {version!r}, expected {FORMAT_VERSION}"
+        )
+    layers = state.get("layers")
+    if not isinstance(layers, dict):
+        raise ValueError(f"{file}: {METADATA_KEY} has no layers")
+    for name, layer in layers.items():
+        if not isinstance(layer, dict) or layer.get("activation") not in ACTIVATIONS:
+            raise ValueError(
+                f"{file}: {METADATA_KEY} has no known activation for {name}: {layer!r}"
+            )
+        try:
+            checks.alpha_value(layer.get("alpha_t"))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {METADATA_KEY}, {name}: {error}") from None
+    return layers
+
+
+def split(
+    file: Path, tensors: dict[str, Tensor]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Return ``name -> (A, B)`` and the other tensors."""
+    branches, other = {}, {}
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            raise ValueError(f"{file}: {key} is no PEFT name, expected it to start with {PREFIX}")
+        if key.endswith((LORA_A, LORA_B)):
+            name = key.removeprefix(PREFIX).removesuffix(LORA_A).removesuffix(LORA_B)
+            pair = tuple(tensors.get(PREFIX + name + suffix) for suffix in (LORA_A, LORA_B))
+            for suffix, half in zip((LORA_A, LORA_B), pair, strict=True):
+                if half is None:
+                    raise ValueError(f"{file}: {PREFIX}{name}{suffix} is missing")
+                if half.dim() != 2 or half.dtype not in checks.FLOATING:
+                    raise ValueError(f"{file}: {PREFIX}{name}{suffix} is no floating-point matrix")
+            branches[name] = pair
+        else:
+            other[key] = tensor
+    if not branches:
+        raise ValueError(f"{file}: holds no LoRA tensors (names ending in {LORA_A})")
+    return branches, other
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yield a temporary file that takes the place of ``file`` once it is complete and on disk."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_safetensors():
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "checkpoints need the package safetensors: pip install safetensors"
+        ) from error
+    return safetensors

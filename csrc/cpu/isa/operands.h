@@ -1,0 +1,234 @@
+// Brings operands of any dtype and strides into the formats of the products: panels, and staged
+// rows with dropout.
+#pragma once
+
+#include <type_traits>
+
+#include "common/philox.h"
+#include "cpu/isa/wide.h"
+
+namespace afa::cpu::AFA_ISA {
+
+template <class T>
+static inline T* element(const Matrix& matrix, int64_t row, int64_t col) {
+    return static_cast<T*>(matrix.data) + row * matrix.row_stride + col * matrix.col_stride;
+}
+
+// Calls f with a null pointer of the element type.
+template <class F>
+static inline void with_dtype(Dtype dtype, F&& f) {
+    switch (dtype) {
+    case Dtype::f32:
+        return f(static_cast<float*>(nullptr));
+    case Dtype::bf16:
+        return f(static_cast<bf16*>(nullptr));
+    case Dtype::f16:
+        return f(static_cast<f16*>(nullptr));
+    case Dtype::f64:
+        return f(static_cast<double*>(nullptr));
+    }
+}
+
+// --- panels
+// ---------------------------------------------------------------------------------------------------------
+
+// `count` neighbouring elements, rounded to T, as floats.
+template <class T>
+static inline void read_run(const double* src, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i)
+        out[i] = round_to<T>(to_float(src[i]));
+}
+template <class T, class Src>
+static inline void read_run(const Src* src, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const int lanes = static_cast<int>(min_of<int64_t>(kLanes, count - i));
+        Vec v = lanes == kLanes ? load(src + i) : load_first(src + i, lanes);
+        if constexpr (sizeof(T) < sizeof(float)) {
+            T narrow[kLanes];
+            store(narrow, v);
+            v = load(narrow);
+        }
+        if (lanes == kLanes)
+            store(out + i, v);
+        else
+            store_first(out + i, v, lanes);
+    }
+}
+
+// out[c][i] = in[i][c] for 4 rows i and `count` (a multiple of 4) columns c.
+static inline void transpose4(const float* in, int64_t ld_in, int64_t count, float* out,
+                              int64_t ld_out) {
+    for (int64_t c = 0; c < count; c += 4) {
+#if defined(__SSE2__)
+        __m128 row0 = _mm_loadu_ps(in + c), row1 = _mm_loadu_ps(in + ld_in + c);
+        __m128 row2 = _mm_loadu_ps(in + 2 * ld_in + c), row3 = _mm_loadu_ps(in + 3 * ld_in + c);
+        _MM_TRANSPOSE4_PS(row0, row1, row2, row3);
+        _mm_storeu_ps(out + c * ld_out, row0);
+        _mm_storeu_ps(out + (c + 1) * ld_out, row1);
+        _mm_storeu_ps(out + (c + 2) * ld_out, row2);
+        _mm_storeu_ps(out + (c + 3) * ld_out, row3);
+#else
+        for (int i = 0; i < 4; ++i)
+            for (int e = 0; e < 4; ++e)
+                out[(c + e) * ld_out + i] = in[i * ld_in + c + e];
+#endif
+    }
+}
+
+constexpr int kMaxRank = 256;
+
+// tile[j][kTile] = P[j][col + 0..cols) rounded to T, zero elsewhere; P is (r, L) with strides
+// (stride_j, stride_l).
+template <class T, class Src>
+static void read_tile(const Src* p, int64_t stride_j, int64_t stride_l, int64_t r, int64_t r4,
+                      int cols, float* tile) {
+    constexpr int kTile = Wide::kTile;
+    if (stride_l == 1 || stride_j != 1) {
+        for (int64_t j = 0; j < r4; ++j) {
+            float* row = tile + j * kTile;
+            const int count = j < r ? cols : 0;
+            if (stride_l == 1 && count > 0)
+                read_run<T>(p + j * stride_j, count, row);
+            else
+                for (int c = 0; c < count; ++c)
+                    row[c] = round_to<T>(to_float(p[j * stride_j + c * stride_l]));
+            for (int c = count; c < kTile; ++c)
+                row[c] = 0.0f;
+        }
+        return;
+    }
+    float runs[4 * kMaxRank];
+    for (int c = 0; c < kTile; c += 4) {
+        for (int i = 0; i < 4; ++i) {
+            float* run = runs + i * r4;
+            const int64_t count = c + i < cols ? r : 0;
+            if (count > 0)
+                read_run<T>(p + (c + i) * stride_l, count, run);
+            for (int64_t j = count; j < r4; ++j)
+                run[j] = 0.0f;
+        }
+        transpose4(runs, r4, r4, tile + c, kTile);
+    }
+}
+
+// The slab of P that starts at `col`; `scratch` holds one tile of floats. Either panel may be null.
+template <class T, class E>
+static void pack_slab(const Matrix& p, bool transposed, int64_t col, int64_t cols, int64_t r,
+                      int64_t r4, float* scratch, typename E::Elem* dot_panel,
+                      typename E::Elem* expand_panel) {
+    const int64_t stride_j = transposed ? p.col_stride : p.row_stride;
+    const int64_t stride_l = transposed ? p.row_stride : p.col_stride;
+    with_dtype(p.dtype, [&](auto* type) {
+        using Src = std::remove_pointer_t<decltype(type)>;
+        const Src* data = static_cast<const Src*>(p.data) + col * stride_l;
+        for (int64_t c = 0; c < cols; c += E::kTile) {
+            const int count = static_cast<int>(min_of<int64_t>(E::kTile, cols - c));
+            read_tile<T>(data + c * stride_l, stride_j, stride_l, r, r4, count, scratch);
+            const int64_t offset = c * r4;
+            if (dot_panel != nullptr)
+                E::pack_dot(scratch, r4, dot_panel + offset);
+            if (expand_panel != nullptr && expand_panel != dot_panel)
+                E::pack_expand(scratch, r4, expand_panel + offset);
+        }
+    });
+}
+
+// --- dropout
+// --------------------------------------------------------------------------------------------------------
+
+struct Dropout {
+    int threshold = 0;  // of 256; 0: none
+    uint64_t seed = 0;
+    int64_t calls_per_row = 0;
+};
+
+constexpr int kMaxSlab = 512;
+
+// bytes[0 .. 16 * groups): the Philox bytes of a row, from column 16 * group on; up to kMaxSlab of
+// them.
+static void dropout_run(const Dropout& d, int64_t row, int64_t group, int64_t groups,
+                        uint8_t* bytes) {
+    constexpr int kCalls = kMaxSlab / kDropoutColumns;
+    uint32_t words[kCalls][4];
+    const uint64_t counter = static_cast<uint64_t>(row) * static_cast<uint64_t>(d.calls_per_row) +
+                             static_cast<uint64_t>(group);
+    for (int64_t i = 0; i < groups; ++i) {
+        const Philox4 call = philox4x32_10(d.seed, counter + static_cast<uint64_t>(i));
+        for (int w = 0; w < 4; ++w)
+            words[i][w] = call.word[w];
+    }
+    for (int64_t i = 0; i < groups; ++i)
+        for (int w = 0; w < 4; ++w)
+            for (int byte = 0; byte < 4; ++byte)
+                bytes[i * 16 + w * 4 + byte] = static_cast<uint8_t>(words[i][w] >> (8 * byte));
+}
+
+// Zeros the dropped elements of the slab of rows [row, row + rows) that starts at `col`, a multiple
+// of 16.
+template <class T>
+static void drop(const Dropout& d, int64_t row, int64_t rows, int64_t col, int64_t cols, T* block,
+                 int64_t ld) {
+    uint8_t bytes[kMaxSlab];
+    const T nothing{};
+    for (int64_t m = 0; m < rows; ++m) {
+        dropout_run(d, row + m, col / kDropoutColumns, ceil_div(cols, kDropoutColumns), bytes);
+        T* values = block + m * ld;
+        for (int64_t c = 0; c < cols; ++c)
+            values[c] = bytes[c] < d.threshold ? nothing : values[c];
+    }
+}
+
+// --- staged rows
+// ----------------------------------------------------------------------------------------------------
+
+// A block of rows as the products read it: the matrix itself, or a staged copy.
+template <class E>
+struct Block {
+    const typename E::Elem* data;
+    int64_t ld;
+};
+
+// Room for staged rows: one cache line more than a slab, so that rows do not fall into one set of
+// the cache.
+template <class E>
+static constexpr int64_t staged_ld() {
+    return E::kSlab + 64 / static_cast<int64_t>(sizeof(typename E::Elem));
+}
+
+template <class E, class T>
+static Block<E> stage(const Matrix& x, int64_t row, int64_t rows, int64_t col, int64_t cols,
+                      const Dropout& dropout, typename E::Elem* memory) {
+    using Elem = typename E::Elem;
+    const T* src = element<T>(x, row, col);
+    const int64_t padded = round_up(cols, E::kTile);
+    if constexpr (sizeof(T) == sizeof(Elem))
+        if (x.col_stride == 1 && padded == cols && dropout.threshold == 0)
+            return {reinterpret_cast<const Elem*>(src), x.row_stride};
+    const int64_t ld = staged_ld<E>();
+    for (int64_t m = 0; m < rows; ++m) {
+        const T* from = src + m * x.row_stride;
+        Elem* to = memory + m * ld;
+        int64_t c = 0;
+        if (x.col_stride == 1) {
+            if constexpr (sizeof(T) == sizeof(Elem)) {
+                memcpy(to, from, cols * sizeof(T));
+                c = cols;
+            } else {
+                for (; c + kLanes <= cols; c += kLanes)
+                    store(to + c, load(from + c));
+                for (; c < cols; ++c)
+                    from_float(to_float(from[c]), to + c);
+            }
+        } else {
+            for (; c < cols; ++c)
+                from_float(to_float(from[c * x.col_stride]), to + c);
+        }
+        for (; c < padded; ++c)
+            to[c] = Elem{};
+    }
+    if (dropout.threshold > 0)
+        drop(dropout, row, rows, col, cols, memory, ld);
+    return {memory, ld};
+}
+
+}  // namespace afa::cpu::AFA_ISA

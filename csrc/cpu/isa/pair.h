@@ -1,0 +1,181 @@
+// The three products on pairs of bfloat16 (vdpbf16ps): lane += a0 * b0 + a1 * b1, accumulated in
+// float32.
+//
+// Pairs run along the contracted dimension: two neighbouring columns in a dot product with P, two
+// rows of P in H P, two rows of dY or x in the gradients of P.
+#pragma once
+
+#include "cpu/isa/wide.h"
+
+#if AFA_ISA_LEVEL >= 3
+
+namespace afa::cpu::AFA_ISA {
+
+struct Pair {
+    using Elem = bf16;
+    static constexpr int kTile = kVectors * kLanes;
+    static constexpr int kSlab = 512;
+    static constexpr bool kOnePanel = false;
+    static constexpr int kPairLanes = 2 * kLanes;
+
+    static __m512bh pairs(const bf16* p) {
+        return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
+    }
+    static __m512bh broadcast_pair(const bf16* p) {
+        int32_t both;
+        memcpy(&both, p, sizeof(both));
+        return reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
+    }
+
+    // Dot panel: [row of P][kTile]; expand panel: [pair of rows of P][kTile][2].
+    static void pack_dot(const float* tile, int64_t r4, Elem* panel) {
+        for (int64_t i = 0; i < r4 * kTile; i += kLanes)
+            store(panel + i, load(tile + i));
+    }
+    static void pack_expand(const float* tile, int64_t r4, Elem* panel) {
+        for (int64_t j = 0; j < r4; j += 2)
+            pack_pairs(tile + j * kTile, tile + (j + 1) * kTile, kTile, panel + j * kTile);
+    }
+    static int64_t coefficient_bytes(int64_t rows, int64_t ld) {
+        return (rows + round_up(rows, 2)) * ld * static_cast<int64_t>(sizeof(bf16));
+    }
+    static Coefficients<Pair> view_coefficients(const float* h, int64_t rows, int64_t ld,
+                                                void* memory) {
+        const bf16* row_major = static_cast<const bf16*>(memory);
+        return {h, row_major, row_major + rows * ld};
+    }
+    static Coefficients<Pair> pack_coefficients(const float* h, int64_t rows, int64_t ld,
+                                                void* memory) {
+        bf16* row_major = static_cast<bf16*>(memory);
+        bf16* row_pairs = row_major + rows * ld;
+        for (int64_t i = 0; i < rows * ld; i += 4)
+            for (int64_t e = i; e < i + 4; ++e)
+                from_float(h[e], row_major + e);
+        for (int64_t m = 0; m < rows; m += 2)
+            for (int64_t j = 0; j < ld; ++j) {
+                row_pairs[m * ld + 2 * j] = row_major[m * ld + j];
+                row_pairs[m * ld + 2 * j + 1] =
+                    m + 1 < rows ? row_major[(m + 1) * ld + j] : bf16{0};
+            }
+        return view_coefficients(h, rows, ld, memory);
+    }
+
+    template <int kRows>
+    static void dot_rows(const bf16* x, int64_t ldx, const Elem* panel, int64_t r4, int64_t tiles,
+                         float* z, int64_t ldz) {
+        for (int64_t j = 0; j < r4; j += kGroup) {
+            Vec acc[kRows][kGroup];
+            for (int m = 0; m < kRows; ++m)
+                for (int g = 0; g < kGroup; ++g)
+                    acc[m][g] = zero();
+            for (int64_t t = 0; t < tiles; ++t) {
+                const bf16* p = panel + (t * r4 + j) * kTile;
+#pragma GCC unroll 2
+                for (int v = 0; v < kTile; v += kPairLanes) {
+                    __m512bh left[kRows];
+#pragma GCC unroll 8
+                    for (int m = 0; m < kRows; ++m)
+                        left[m] = pairs(x + m * ldx + t * kTile + v);
+#pragma GCC unroll 4
+                    for (int g = 0; g < kGroup; ++g) {
+                        const __m512bh right = pairs(p + g * kTile + v);
+#pragma GCC unroll 8
+                        for (int m = 0; m < kRows; ++m)
+                            acc[m][g] = _mm512_dpbf16_ps(acc[m][g], left[m], right);
+                    }
+                }
+            }
+            for (int m = 0; m < kRows; ++m)
+                add_sums(z + m * ldz + j, acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+        }
+    }
+
+    template <int kRows, class T>
+    static void expand_rows(const Coefficients<Pair>& h, int64_t row, int64_t ld, int64_t r,
+                            const Elem* panel, const Target<T>& target, int64_t out_row,
+                            int64_t out_col, int cols) {
+        prefetch_next_tile(target, out_row, out_col, kRows);
+        const bf16* coefficients = h.rows + row * ld;
+        Vec acc[kRows][kVectors];
+        for (int m = 0; m < kRows; ++m)
+            for (int v = 0; v < kVectors; ++v)
+                acc[m][v] = zero();
+        for (int64_t j = 0; j < r; j += 2) {
+            __m512bh right[kVectors];
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v)
+                right[v] = pairs(panel + j * kTile + v * kPairLanes);
+#pragma GCC unroll 8
+            for (int m = 0; m < kRows; ++m) {
+                const __m512bh left = broadcast_pair(coefficients + m * ld + j);
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v)
+                    acc[m][v] = _mm512_dpbf16_ps(acc[m][v], left, right[v]);
+            }
+        }
+        for (int m = 0; m < kRows; ++m)
+            for (int v = 0; v < kVectors; ++v) {
+                const int count = min_of(kLanes, cols - v * kLanes);
+                if (count > 0)
+                    write_vector(target, out_row + m, out_col + v * kLanes, acc[m][v], count);
+            }
+    }
+
+    static void outer(const Coefficients<Pair>& h, int64_t row, int64_t rows, int64_t ld,
+                      const Elem* x, int64_t ldx, int64_t r4, float* sums, int64_t ld_sums) {
+        const bf16* coefficients = h.row_pairs + row * ld;  // `row` is even
+        for (int64_t j = 0; j < r4; j += kGroup) {
+            Vec acc[kGroup][kVectors];
+            for (int g = 0; g < kGroup; ++g)
+                for (int v = 0; v < kVectors; ++v)
+                    acc[g][v] = zero();
+            for (int64_t m = 0; m < rows; m += 2) {
+                const bf16* even = x + m * ldx;
+                __m512bh right[kVectors];
+#pragma GCC unroll 2
+                for (int v = 0; v < kVectors; v += 2) {
+                    const __m512i row0 = _mm512_loadu_si512(even + v * kLanes);
+                    const __m512i row1 = m + 1 < rows ? _mm512_loadu_si512(even + ldx + v * kLanes)
+                                                      : _mm512_setzero_si512();
+                    right[v] = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(row0, row1));
+                    right[v + 1] = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(row0, row1));
+                }
+#pragma GCC unroll 4
+                for (int g = 0; g < kGroup; ++g) {
+                    const __m512bh left = broadcast_pair(coefficients + m * ld + 2 * (j + g));
+#pragma GCC unroll 4
+                    for (int v = 0; v < kVectors; ++v)
+                        acc[g][v] = _mm512_dpbf16_ps(acc[g][v], left, right[v]);
+                }
+            }
+            for (int g = 0; g < kGroup; ++g)
+                for (int v = 0; v < kVectors; v += 2)
+                    add_interleaved(sums + (j + g) * ld_sums + v * kLanes, acc[g][v],
+                                    acc[g][v + 1]);
+        }
+    }
+
+  private:
+    // Interleaves two rows of `count` floats into pairs.
+    static void pack_pairs(const float* even, const float* odd, int64_t count, bf16* out) {
+        for (int64_t i = 0; i < count; ++i) {
+            from_float(even[i], out + 2 * i);
+            from_float(odd[i], out + 2 * i + 1);
+        }
+    }
+
+    // Unpacking leaves each 128-bit quarter of `low` four columns before the same quarter of
+    // `high`.
+    static void add_interleaved(float* sums, Vec low, Vec high) {
+        const __m512i first_half =
+            _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const __m512i second_half =
+            _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+        store(sums, load(sums) + _mm512_permutex2var_ps(low, first_half, high));
+        store(sums + kLanes, load(sums + kLanes) + _mm512_permutex2var_ps(low, second_half, high));
+    }
+};
+
+}  // namespace afa::cpu::AFA_ISA
+
+#endif

@@ -1,0 +1,45 @@
+// phi and its slope over rows of z: the shared maths of common/activation.h, in loops that the
+// compiler vectorises.
+#pragma once
+
+#include "common/activation.h"
+#include "cpu/isa/vec.h"
+
+namespace afa::cpu::AFA_ISA {
+
+template <Activation kAct>
+static void phi_loop(const float* z, int64_t count, float alpha_t, float* value, float* slope) {
+    if (slope == nullptr) {
+        for (int64_t i = 0; i < count; ++i)
+            value[i] = anneal<kAct>(z[i], alpha_t).value;
+        return;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        const ValueSlope phi = anneal<kAct>(z[i], alpha_t);
+        value[i] = phi.value;
+        slope[i] = phi.slope;
+    }
+}
+
+// value[i] = phi(z[i]) and, where wanted, slope[i] = phi'(z[i]). The arrays do not overlap.
+static void phi(int activation, const float* z, int64_t count, float alpha_t, float* value,
+                float* slope) {
+    switch (static_cast<Activation>(activation)) {
+    case Activation::relu:
+        return phi_loop<Activation::relu>(z, count, alpha_t, value, slope);
+    case Activation::silu:
+        return phi_loop<Activation::silu>(z, count, alpha_t, value, slope);
+    case Activation::gelu:
+        return phi_loop<Activation::gelu>(z, count, alpha_t, value, slope);
+    case Activation::gelu_tanh:
+        return phi_loop<Activation::gelu_tanh>(z, count, alpha_t, value, slope);
+    case Activation::leaky_relu:
+        return phi_loop<Activation::leaky_relu>(z, count, alpha_t, value, slope);
+    case Activation::tanh:
+        return phi_loop<Activation::tanh>(z, count, alpha_t, value, slope);
+    case Activation::sin:
+        return phi_loop<Activation::sin>(z, count, alpha_t, value, slope);
+    }
+}
+
+}  // namespace afa::cpu::AFA_ISA

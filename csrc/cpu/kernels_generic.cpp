@@ -1,0 +1,3 @@
+#define AFA_ISA generic
+#define AFA_ISA_LEVEL 0
+#include "cpu/isa/table.h"

@@ -1,0 +1,59 @@
+// What a call of the CPU kernels consists of: raw pointers, int64 sizes and strides in elements.
+//
+//   y = base + scaling * h B^T,  h = phi(z),  z = dropout(x) A^T
+//   dB = scaling * dY^T h,  dz = scaling * (dY B) * phi'(z),  dA = dz^T dropout(x),  dX =
+//   dropout(dz A)
+#pragma once
+
+#include <cstdint>
+
+namespace afa::cpu {
+
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+
+struct Matrix {
+    void* data = nullptr;  // null: absent
+    int64_t row_stride = 0;
+    int64_t col_stride = 0;
+    Dtype dtype = Dtype::f32;
+};
+
+struct CommonParams {
+    int64_t m = 0, k = 0, n = 0, r = 0;
+    Dtype dtype = Dtype::f32;        // of x, y, z, dy and dx; never f64
+    const float* alpha_t = nullptr;  // 1 value
+    const int64_t* seed = nullptr;   // 1 value, read if dropout > 0
+    int activation = 0;
+    int dropout = 0;  // dropped values out of 256
+    float scaling = 1.0f;
+    int threads = 1;
+};
+
+struct ForwardParams : CommonParams {
+    Matrix x;     // (M, K)
+    Matrix a;     // (r, K), any dtype
+    Matrix b;     // (N, r), any dtype
+    Matrix base;  // (M, N), or absent: zero; may be `out` itself
+    Matrix out;   // (M, N), written
+    Matrix z;     // (M, r), written if present
+};
+
+struct BackwardParams : CommonParams {
+    Matrix dy;  // (M, N)
+    Matrix x;   // (M, K)
+    Matrix a;   // (r, K), any dtype
+    Matrix b;   // (N, r), any dtype
+    Matrix z;   // (M, r); absent: recomputed
+    Matrix dx;  // (M, K), dense, written if present
+    Matrix da;  // (r, K), dense, any dtype, written if present
+    Matrix db;  // (N, r), dense, any dtype, written if present
+};
+
+// The kernels of one instruction set. They allocate their scratch and throw std::bad_alloc if they
+// cannot.
+struct Kernels {
+    void (*forward)(const ForwardParams&);
+    void (*backward)(const BackwardParams&);
+};
+
+}  // namespace afa::cpu

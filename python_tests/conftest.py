@@ -1,0 +1,73 @@
+"""Fixtures shared by all tests: one ``backend`` runs every numeric test on every backend of this
+machine."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before triton is imported: its kernels then run in the interpreter, on CPU tensors, and only
+    # where asked for by name.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import afa_kernels
+from afa_kernels.backend import registry
+
+REQUIRED = {name for name in os.environ.get("AFA_KERNELS_REQUIRE", "").split(",") if name}
+# Executed one element or one instruction at a time: right, but thousands of times slower than a
+# kernel.
+SIMULATED = {"cuda_emulated"} | ({"triton"} if os.environ.get("TRITON_INTERPRET") == "1" else set())
+ALL_BACKENDS = ("reference", "torch", "cpu", "triton", "cuda_emulated", "cuda")
+
+
+def skip_unless_available(name: str) -> None:
+    """Skip with the registry's reason, or fail where ``AFA_KERNELS_REQUIRE`` names the backend."""
+    if name in registry.names():
+        status = afa_kernels.backends()[name]
+        if status.available:
+            return
+        reason = f"{name}: {status.reason}"
+    else:
+        reason = f"{name}: not registered"
+    if name in REQUIRED:
+        pytest.fail(f"AFA_KERNELS_REQUIRE names a backend that cannot run: {reason}")
+    pytest.skip(reason)
+
+
+def device_of(name: str) -> torch.device:
+    if name == "cuda" or (name == "triton" and "triton" not in SIMULATED):
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+@pytest.fixture(params=ALL_BACKENDS)
+def backend(request) -> str:
+    skip_unless_available(request.param)
+    return request.param
+
+
+@pytest.fixture
+def device(backend) -> torch.device:
+    return device_of(backend)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_random_numbers(request):
+    """Every test draws its own numbers, the same in every run."""
+    torch.manual_seed(sum(map(ord, request.node.name)))
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fill every uninitialised torch allocation with NaN, so that an element that is not written
+    shows."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]

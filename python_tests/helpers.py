@@ -1,0 +1,132 @@
+"""Problems, the plain PyTorch they are compared with, and the one measure of accuracy."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afa_kernels import dropout
+from afa_kernels.activation import ACTIVATIONS
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+INPUTS = ("x", "weight", "bias", "lora_a", "lora_b", "base")
+
+
+@dataclass
+class Problem:
+    """One random call with its incoming gradient. A and B are never 0: with B = 0 any kernel is
+    right."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    base: Tensor
+    dy: Tensor
+
+    @staticmethod
+    def random(m, k, n, r, dtype=torch.float32, device="cpu", *, adapter_dtype=None) -> "Problem":
+        def draw(*shape, scale=1.0, to=dtype):
+            return (torch.randn(*shape, dtype=torch.float64) * scale).to(device=device, dtype=to)
+
+        adapter_dtype = adapter_dtype or dtype
+        return Problem(
+            x=draw(m, k),
+            weight=draw(n, k, scale=k**-0.5),
+            bias=draw(n),
+            lora_a=draw(r, k, scale=k**-0.5, to=adapter_dtype),
+            lora_b=draw(n, r, scale=r**-0.5, to=adapter_dtype),
+            base=draw(m, n),
+            dy=draw(m, n),
+        )
+
+    def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return fresh leaves that require grad: the inputs as they are, or all in ``dtype``."""
+        return {
+            name: getattr(self, name)
+            .detach()
+            .clone()
+            .to(dtype or getattr(self, name).dtype)
+            .requires_grad_()
+            for name in INPUTS
+        }
+
+
+def eager(
+    x,
+    lora_a,
+    lora_b,
+    alpha_t,
+    *,
+    activation="silu",
+    scaling=1.0,
+    base=None,
+    weight=None,
+    bias=None,
+    mask=None,
+    p=0.0,
+):
+    """The operator as a user would write it in torch ops, everything in the dtype of x; ``mask`` is
+    a keep mask."""
+    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    x_branch = x if mask is None else x * mask / (1 - p)
+    z = torch.nn.functional.linear(x_branch, a)
+    h = (1 - alpha_t) * z + alpha_t * ACTIVATIONS[activation].value(z)
+    branch = torch.nn.functional.linear(h, b) * scaling
+    if weight is not None:
+        base = torch.nn.functional.linear(x, weight, bias)
+    return branch if base is None else base + branch
+
+
+def mask_and_p(p: float, seed: int, x: Tensor) -> dict:
+    """Return the keep mask and the rounded probability for :func:`eager`."""
+    if p == 0.0:
+        return {}
+    threshold = dropout.threshold_of(p)
+    rows = x.numel() // x.shape[-1]
+    seed_tensor = torch.tensor(seed, dtype=torch.int64, device=x.device)
+    return {
+        "mask": dropout.keep_mask(seed_tensor, rows, x.shape[-1], threshold).view(x.shape),
+        "p": threshold / 256,
+    }
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """Return ``‖got - truth‖ / ‖truth‖``."""
+    return ((got.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-300)).item()
+
+
+def assert_as_accurate_as_torch(
+    got: Tensor, same_dtype: Tensor, truth: Tensor, what: str, rounding: torch.dtype
+):
+    """Fail unless ``got`` is at most twice as far from the float64 ``truth`` as plain torch, plus
+    one rounding."""
+    assert got.shape == truth.shape, (what, got.shape, truth.shape)
+    assert got.dtype == same_dtype.dtype, (what, got.dtype, same_dtype.dtype)
+    assert torch.isfinite(got).all(), f"{what}: not finite"
+    allowed = 2 * relative_error(same_dtype, truth) + torch.finfo(rounding).eps / 2
+    error = relative_error(got, truth)
+    assert math.isfinite(allowed) and error <= allowed, (
+        f"{what}: relative error {error:.3e}, allowed {allowed:.3e}"
+    )
+
+
+def run(function, problem: Problem, names: tuple[str, ...], dtype=None) -> dict[str, Tensor]:
+    """Call ``function(**leaves)``, run its backward on ``dy`` and return the output and every
+    gradient by name."""
+    leaves = problem.leaves(dtype)
+    y = function(**{name: leaves[name] for name in names})
+    y.backward(problem.dy.to(y.dtype).view(y.shape))
+    return {"y": y.detach()} | {f"d{name}": leaves[name].grad for name in names}
+
+
+def assert_matches(function, plain, problem: Problem, names: tuple[str, ...]) -> None:
+    """Compare output and gradients of ``function`` with ``plain`` in the same dtype and in
+    float64."""
+    got = run(function, problem, names)
+    same_dtype = run(plain, problem, names)
+    truth = run(plain, problem, names, torch.float64)
+    for what, value in got.items():
+        assert_as_accurate_as_torch(value, same_dtype[what], truth[what], what, problem.x.dtype)

@@ -1,0 +1,210 @@
+"""Bad input: each error names the argument, what came and what is wanted."""
+
+import math
+
+import pytest
+import torch
+
+import afa_kernels as afa
+
+M, K, N, R = 3, 8, 6, 2
+
+
+def good(**changes):
+    arguments = {
+        "x": torch.randn(M, K),
+        "lora_a": torch.randn(R, K),
+        "lora_b": torch.randn(N, R),
+        "alpha_t": 0.5,
+    }
+    return arguments | changes
+
+
+BAD = [
+    ("x is a list", {"x": [[1.0]]}, TypeError, "x: expected a torch.Tensor, got list"),
+    (
+        "x is int",
+        {"x": torch.ones(M, K, dtype=torch.int64)},
+        TypeError,
+        "x: expected float64.*got int64",
+    ),
+    (
+        "x is complex",
+        {"x": torch.ones(M, K, dtype=torch.complex64)},
+        TypeError,
+        "x: expected .*got complex64",
+    ),
+    ("x is sparse", {"x": torch.eye(K).to_sparse()}, TypeError, "x: expected a dense"),
+    ("x has no dimension", {"x": torch.tensor(1.0)}, ValueError, "x: expected shape .*0-dim"),
+    (
+        "a has other K",
+        {"lora_a": torch.randn(R, K + 1)},
+        ValueError,
+        r"lora_a: expected shape \(r, 8\).*got \(2, 9\)",
+    ),
+    ("a is 1-d", {"lora_a": torch.randn(K)}, ValueError, r"lora_a: .*got \(8,\)"),
+    (
+        "rank 0",
+        {"lora_a": torch.randn(0, K), "lora_b": torch.randn(N, 0)},
+        ValueError,
+        "rank from 1 to 256",
+    ),
+    (
+        "rank 257",
+        {"lora_a": torch.randn(257, K), "lora_b": torch.randn(N, 257)},
+        ValueError,
+        "rank from 1 to 256",
+    ),
+    (
+        "b has other r",
+        {"lora_b": torch.randn(N, R + 1)},
+        ValueError,
+        r"lora_b: expected shape \(out_features, 2\)",
+    ),
+    (
+        "no features",
+        {"x": torch.randn(M, 0), "lora_a": torch.randn(R, 0)},
+        ValueError,
+        "at least one feature",
+    ),
+    (
+        "b elsewhere",
+        {"lora_b": torch.randn(N, R, device="meta")},
+        ValueError,
+        "lora_b: expected on cpu.*got meta",
+    ),
+    (
+        "alpha above 1",
+        {"alpha_t": 1.01},
+        ValueError,
+        r"alpha_t: expected a value in \[0, 1\], got 1.01",
+    ),
+    ("alpha below 0", {"alpha_t": -1e-9}, ValueError, "alpha_t: expected a value"),
+    ("alpha NaN", {"alpha_t": math.nan}, ValueError, "alpha_t: .*got nan"),
+    ("alpha string", {"alpha_t": "0.5"}, TypeError, "alpha_t: .*got str"),
+    ("alpha bool", {"alpha_t": True}, TypeError, "alpha_t: .*got bool"),
+    (
+        "alpha tensor of 1-d",
+        {"alpha_t": torch.ones(1)},
+        TypeError,
+        "alpha_t: .*got a 1-dim float32",
+    ),
+    (
+        "alpha float64",
+        {"alpha_t": torch.tensor(0.5, dtype=torch.float64)},
+        TypeError,
+        "got a 0-dim float64",
+    ),
+    (
+        "alpha tensor of 2",
+        {"alpha_t": torch.tensor(2.0)},
+        ValueError,
+        r"alpha_t: expected a value in \[0, 1\], got 2.0",
+    ),
+    ("alpha tensor NaN", {"alpha_t": torch.tensor(math.nan)}, ValueError, "alpha_t: .*got nan"),
+    (
+        "alpha needs grad",
+        {"alpha_t": torch.tensor(0.5, requires_grad=True)},
+        ValueError,
+        "not differentiable in alpha_t",
+    ),
+    (
+        "activation",
+        {"activation": "swish"},
+        ValueError,
+        "activation: expected one of relu, silu.*got 'swish'",
+    ),
+    ("scaling string", {"scaling": "2"}, TypeError, "scaling: expected a float, got str"),
+    ("scaling inf", {"scaling": math.inf}, ValueError, "scaling: expected a finite value, got inf"),
+    (
+        "p of 1",
+        {"dropout_p": 1.0},
+        ValueError,
+        r"dropout_p: expected a probability in \[0, 1\), got 1.0",
+    ),
+    ("p NaN", {"dropout_p": math.nan}, ValueError, "dropout_p: .*got nan"),
+    ("p string", {"dropout_p": "0.1"}, TypeError, "dropout_p: .*got str"),
+    ("seed float", {"dropout_p": 0.1, "dropout_seed": 1.5}, TypeError, "dropout_seed: .*got float"),
+    (
+        "seed too big",
+        {"dropout_p": 0.1, "dropout_seed": 2**63},
+        ValueError,
+        "dropout_seed: .*64-bit",
+    ),
+    (
+        "seed int32",
+        {"dropout_seed": torch.tensor(1, dtype=torch.int32)},
+        TypeError,
+        "dropout_seed: .*int32",
+    ),
+    ("save", {"save": "h"}, ValueError, "save: expected 'z' or 'nothing', got 'h'"),
+    (
+        "base shape",
+        {"base": torch.randn(M, N + 1)},
+        ValueError,
+        r"base: expected shape \(3, 6\), got \(3, 7\)",
+    ),
+    ("inplace without base", {"inplace": True}, ValueError, "inplace: expected a base"),
+    (
+        "leaf base",
+        {"base": torch.randn(M, N, requires_grad=True), "inplace": True},
+        ValueError,
+        "base: a leaf that requires grad cannot be accumulated into",
+    ),
+    (
+        "expanded base",
+        {"base": torch.randn(1, N).expand(M, N), "inplace": True},
+        ValueError,
+        "base: an expanded view cannot be accumulated into",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "changes,error,message", [case[1:] for case in BAD], ids=[case[0] for case in BAD]
+)
+def test_afa_lora_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        afa.afa_lora(**good(**changes))
+
+
+@pytest.mark.parametrize(
+    "weight,bias,error,message",
+    [
+        (torch.randn(N, K + 1), None, ValueError, r"weight: expected shape \(6, 8\).*got \(6, 9\)"),
+        (
+            torch.randn(N, K).half(),
+            None,
+            TypeError,
+            "weight: expected float32, the dtype of x, got float16",
+        ),
+        (
+            torch.randn(N, K),
+            torch.randn(N, 1),
+            ValueError,
+            r"bias: expected shape \(6,\), got \(6, 1\)",
+        ),
+        (
+            torch.randn(N, K),
+            torch.ones(N, dtype=torch.int32),
+            TypeError,
+            "bias: expected .*got int32",
+        ),
+        (None, None, TypeError, "weight: expected a torch.Tensor, got NoneType"),
+    ],
+)
+def test_afa_linear_refuses(weight, bias, error, message):
+    with pytest.raises(error, match=message):
+        afa.afa_linear(**good(weight=weight, bias=bias))
+
+
+def test_nothing_is_written_when_refused():
+    base = torch.randn(M, N)
+    before = base.clone()
+    with pytest.raises(ValueError):
+        afa.afa_lora(**good(base=base, inplace=True, activation="swish"))
+    assert torch.equal(base, before)
+
+
+def test_good_call_is_accepted():
+    assert afa.afa_lora(**good()).shape == (M, N)

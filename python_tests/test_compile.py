@@ -1,0 +1,163 @@
+"""torch.library and torch.compile: schemas hold, whole graphs, one compilation for every
+alpha_t."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from helpers import Problem
+from torch.library import opcheck
+
+import afa_kernels as afa
+from afa_kernels import _ops
+
+OPTIONS = ("gelu", 1.5)
+
+
+def operands(dtype=torch.float32, dropout=64):
+    problem = Problem.random(6, 16, 8, 4, dtype)
+    return problem, (torch.tensor(0.3), torch.tensor(5), *OPTIONS, dropout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("save_z", [True, False])
+def test_opcheck_forward(dtype, save_z):
+    p, options = operands(dtype)
+    branch = (p.x, p.lora_a, p.lora_b, *options, save_z, None)
+    opcheck(_ops.lora_forward, (p.base, *branch))
+    opcheck(_ops.lora_forward, (None, *branch))
+    opcheck(_ops.lora_forward_, (p.base, *branch))
+    opcheck(_ops.linear_forward, (p.weight, p.bias, *branch))
+    opcheck(_ops.linear_forward, (p.weight, None, *branch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("needed", [(True, True, True), (False, True, False), (True, False, True)])
+def test_opcheck_backward(dtype, needed):
+    p, options = operands(dtype)
+    z = p.x @ p.lora_a.T
+    for kept in (z, None):
+        saved = (p.dy, p.x, p.lora_a, p.lora_b, kept, *options, None)
+        opcheck(_ops.lora_backward, (*saved, *needed))
+        opcheck(_ops.linear_backward, (p.weight, *saved, *needed[1:]))
+
+
+def test_every_operator_is_opchecked():
+    """A new operator must come with its own opcheck above."""
+    schemas = {
+        s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("afa_kernels::")
+    }
+    checked = {
+        "lora_forward",
+        "lora_forward_",
+        "linear_forward",
+        "lora_backward",
+        "linear_backward",
+    }
+    assert schemas == {f"afa_kernels::{name}" for name in checked}
+
+
+def counted(function):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    return torch.compile(function, backend=counter, fullgraph=True), counter
+
+
+def step(problem, alpha_t, **options):
+    def function(x, weight, bias, lora_a, lora_b, base):
+        y = afa.afa_linear(x, weight, bias, lora_a, lora_b, alpha_t, **options)
+        return y + afa.afa_lora(x, lora_a, lora_b, alpha_t, base=base, **options)
+
+    return function
+
+
+def test_a_moving_alpha_compiles_once():
+    alpha_t = torch.tensor(1.0)
+    problem = Problem.random(6, 16, 8, 4)
+    plain = step(problem, alpha_t)
+    compiled, counter = counted(plain)
+    for i in range(100):
+        alpha_t.fill_(1 - i / 100)
+        leaves, expected = problem.leaves(), problem.leaves()
+        y = compiled(**leaves)
+        y.backward(problem.dy)
+        want = plain(**expected)
+        want.backward(problem.dy)
+        assert torch.equal(y, want)
+        for name in leaves:
+            torch.testing.assert_close(leaves[name].grad, expected[name].grad)
+    assert counter.frame_count == 1
+
+
+def test_identity_compiles_once_more():
+    problem = Problem.random(6, 16, 8, 4)
+    alpha_t = torch.tensor(0.5)
+
+    def function(x, weight, bias, lora_a, lora_b, identity):
+        return afa.afa_linear(x, weight, bias, lora_a, lora_b, 0.0 if identity else alpha_t)
+
+    compiled, counter = counted(function)
+    leaves = problem.leaves()
+    arguments = [leaves[n] for n in ("x", "weight", "bias", "lora_a", "lora_b")]
+    for _ in range(3):
+        compiled(*arguments, False)
+    assert counter.frame_count == 1
+    for _ in range(3):
+        y = compiled(*arguments, True)
+    assert counter.frame_count == 2
+    torch.testing.assert_close(y, function(*arguments, True))
+
+
+def test_inplace_is_seen_outside_the_graph():
+    problem = Problem.random(6, 16, 8, 4)
+
+    def function(x, lora_a, lora_b, base):
+        base = base * 2
+        view = base[:3]
+        y = afa.afa_lora(x, lora_a, lora_b, 0.5, base=base, inplace=True)
+        return y, view.sum()
+
+    compiled, _ = counted(function)
+    leaves, expected = problem.leaves(), problem.leaves()
+    names = ("x", "lora_a", "lora_b", "base")
+    got, want = compiled(*(leaves[n] for n in names)), function(*(expected[n] for n in names))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+    (got[0].sum() + got[1]).backward()
+    (want[0].sum() + want[1]).backward()
+    for name in names:
+        torch.testing.assert_close(leaves[name].grad, expected[name].grad)
+
+
+def test_dropout_draws_a_new_mask_in_every_compiled_call():
+    problem = Problem.random(6, 16, 8, 4)
+    compiled, counter = counted(step(problem, torch.tensor(0.5), dropout_p=0.5))
+    leaves = problem.leaves()
+    assert not torch.equal(compiled(**leaves), compiled(**leaves))
+    assert counter.frame_count == 1
+
+
+def test_autocast_inside_the_graph():
+    problem = Problem.random(6, 16, 8, 4)
+
+    def function(x, weight, bias, lora_a, lora_b):
+        with torch.autocast("cpu", torch.bfloat16):
+            return afa.afa_linear(x, weight, bias, lora_a, lora_b, torch.tensor(0.5))
+
+    compiled, _ = counted(function)
+    arguments = [problem.leaves()[n] for n in ("x", "weight", "bias", "lora_a", "lora_b")]
+    assert torch.equal(compiled(*arguments), function(*arguments))
+
+
+def test_inductor_agrees():
+    """The default compiler, not only the tracer: code around the operators is generated and run."""
+    torch._dynamo.reset()
+    problem = Problem.random(6, 16, 8, 4)
+    plain = step(problem, torch.tensor(0.5))
+    leaves, expected = problem.leaves(), problem.leaves()
+    y = torch.compile(plain, fullgraph=True)(**leaves)
+    y.square().sum().backward()
+    want = plain(**expected)
+    want.square().sum().backward()
+    torch.testing.assert_close(y, want)
+    for name in leaves:
+        torch.testing.assert_close(leaves[name].grad, expected[name].grad, rtol=1e-4, atol=1e-4)

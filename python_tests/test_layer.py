@@ -1,0 +1,533 @@
+"""AFALinear: its function, its state, merging, and the calls that really happen."""
+
+import collections
+import contextlib
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import afa_kernels as afa
+
+
+class Conv1D(nn.Module):
+    """A linear layer with a transposed weight, as transformers has it."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        y = x.reshape(-1, x.shape[-1]) @ self.weight + self.bias
+        return y.view(*x.shape[:-1], self.nf)
+
+
+BASES = {
+    "linear": lambda: nn.Linear(12, 10),
+    "linear-no-bias": lambda: nn.Linear(12, 10, bias=False),
+    "conv1d": lambda: Conv1D(10, 12),
+}
+
+
+@pytest.fixture(params=BASES, ids=str)
+def base(request):
+    torch.manual_seed(0)
+    return BASES[request.param]()
+
+
+def trained(base, **options):
+    """Return a layer whose branch is not zero."""
+    layer = afa.AFALinear(base, **{"r": 4, **options})
+    with torch.no_grad():
+        layer.lora_b.normal_(std=0.3)
+    return layer
+
+
+def composed(layer, x, act=F.silu):
+    """The layer's function in plain torch, without dropout."""
+    z = x @ layer.lora_a.T.to(x.dtype)
+    h = (1 - layer.alpha_t) * z + layer.alpha_t * act(z)
+    return layer.base_layer(x) + layer.scaling * h @ layer.lora_b.T.to(x.dtype)
+
+
+@contextlib.contextmanager
+def counted():
+    """Yield a Counter of the torch operators that run inside, also within library operators."""
+    calls = collections.Counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield calls
+    names = (event.name for event in profile.events())
+    calls.update(name.removeprefix("aten::") for name in names if name.startswith("aten::"))
+
+
+def gemms(calls):
+    return sum(calls[name] for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm"))
+
+
+def test_starts_as_its_base(base):
+    layer = afa.AFALinear(base)
+    x = torch.randn(3, 5, 12)
+    torch.testing.assert_close(layer(x), base(x))
+    assert layer.alpha_t == 1.0 and not layer.merged
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"lora_a", "lora_b"}
+
+
+@pytest.mark.parametrize("alpha_t", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("shape", [(12,), (7, 12), (2, 3, 12), (0, 12)], ids=str)
+def test_forward_and_gradients_are_the_formula(base, alpha_t, shape):
+    layer = trained(base.double())
+    layer.set_alpha_t(alpha_t)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    expected = composed(layer, x)
+    torch.testing.assert_close(y, expected, atol=1e-7, rtol=1e-6)  # alpha_t is float32
+    inputs = (x, layer.lora_a, layer.lora_b)
+    dy = torch.randn_like(y)
+    got = torch.autograd.grad(y, inputs, dy)
+    wanted = torch.autograd.grad(expected, inputs, dy)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, atol=1e-6, rtol=1e-6)
+
+
+def test_activation_and_scaling_take_effect():
+    layer = trained(nn.Linear(12, 10), activation="tanh", lora_alpha=6, use_rslora=True)
+    assert layer.scaling == 6 / math.sqrt(4)
+    x = torch.randn(7, 12)
+    torch.testing.assert_close(layer(x), composed(layer, x, torch.tanh))
+    assert afa.AFALinear(nn.Linear(12, 10), r=4, lora_alpha=6).scaling == 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_adapters_stay_float32_beside_a_16_bit_base(dtype):
+    layer = trained(nn.Linear(12, 10, dtype=dtype))
+    assert layer.lora_a.dtype == layer.lora_b.dtype == torch.float32
+    x = torch.randn(7, 12, dtype=dtype)
+    layer(x).float().sum().backward()
+    assert layer(x).dtype == dtype
+    assert layer.lora_a.grad.dtype == torch.float32
+    assert afa.AFALinear(nn.Linear(12, 10, dtype=dtype), dtype=dtype).lora_a.dtype == dtype
+
+
+def test_dropout_acts_in_training_only():
+    layer = trained(nn.Linear(12, 10), dropout=0.5)
+    x = torch.randn(64, 12)
+    layer.eval()
+    torch.testing.assert_close(layer(x), composed(layer, x))
+    layer.train()
+    torch.manual_seed(1)
+    first = layer(x)
+    torch.manual_seed(1)
+    assert torch.equal(first, layer(x))
+    assert not torch.equal(first, layer(x))
+    assert not torch.allclose(first, composed(layer, x))
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "parametrized", "overridden", "subclass"])
+def test_a_base_that_is_not_plain_is_called(kind):
+    base, seen = nn.Linear(12, 10), []
+    if kind == "hook":
+        base.register_forward_hook(lambda m, args, out: seen.append(out))
+    elif kind == "pre-hook":
+        base.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+    elif kind == "parametrized":
+        parametrizations.weight_norm(base)
+    elif kind == "overridden":
+        base.forward = lambda x: torch.sigmoid(F.linear(x, base.weight, base.bias))
+    else:
+
+        class Squashed(nn.Linear):
+            def forward(self, x):
+                return torch.sigmoid(super().forward(x))
+
+        base = Squashed(12, 10)
+    layer = trained(base)
+    x = torch.randn(7, 12, requires_grad=True)
+    y = layer(x)
+    expected = composed(layer, x)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy), atol=1e-5, rtol=1e-5
+    )
+    if kind == "hook":
+        # What a hook has seen must not change afterwards: the branch is not accumulated into it.
+        torch.testing.assert_close(seen[0], F.linear(x, base.weight, base.bias))
+
+
+def test_inspecting_code_finds_weight_and_bias(base):
+    layer = afa.AFALinear(base)
+    assert layer.weight is base.weight and layer.bias is base.bias
+    assert (layer.in_features, layer.out_features) == (12, 10)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: nn.Conv2d(3, 4, 1), "Conv2d"),
+        (lambda: nn.Embedding(3, 4), "Embedding"),
+        (lambda: nn.LazyLinear(3), "run it once"),
+        (lambda: afa.AFALinear(nn.Linear(3, 4)), "AFALinear already"),
+        (lambda: nn.Linear(3, 4, dtype=torch.complex64), "complex64"),
+    ],
+    ids=["conv2d", "embedding", "lazy", "afa", "complex"],
+)
+def test_an_unsupported_base_is_named(make, named):
+    with pytest.raises(TypeError, match=rf"base_layer: expected torch.nn.Linear.*{named}"):
+        afa.AFALinear(make())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"r": 0}, ValueError, "r: .*got 0"),
+        ({"r": 257}, ValueError, "r: .*257"),
+        ({"r": 4.0}, TypeError, "r: .*float"),
+        ({"lora_alpha": "16"}, TypeError, "lora_alpha"),
+        ({"lora_alpha": float("inf")}, ValueError, "lora_alpha"),
+        ({"activation": "swish"}, ValueError, "activation: .*silu.*'swish'"),
+        ({"dropout": 1.0}, ValueError, "dropout: .*1.0"),
+        ({"dropout": True}, TypeError, "dropout"),
+        ({"dtype": torch.int8}, TypeError, "dtype: .*int8"),
+        ({"save": "h"}, ValueError, "save"),
+        ({"backend": "tpu"}, ValueError, "backend"),
+    ],
+)
+def test_wrong_arguments_are_named_and_leave_the_base_alone(options, error, named):
+    base = nn.Linear(12, 10)
+    with pytest.raises(error, match=named):
+        afa.AFALinear(base, **options)
+    assert base.weight.requires_grad
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_a_wrong_alpha_is_refused(value):
+    layer = afa.AFALinear(nn.Linear(12, 10))
+    layer.set_alpha_t(0.5)
+    with pytest.raises(ValueError, match="alpha_t"):
+        layer.set_alpha_t(value)
+    with pytest.raises(TypeError, match="alpha_t"):
+        layer.set_alpha_t("0.5")
+    assert layer.alpha_t == 0.5 and layer.alpha_t_buffer.item() == 0.5
+
+
+def test_an_alpha_that_float32_cannot_hold_is_identity():
+    layer = afa.AFALinear(nn.Linear(12, 10))
+    layer.set_alpha_t(1e-50)
+    assert layer.alpha_t == 0.0
+    layer.merge()
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+def test_merging_before_identity_is_refused(base):
+    layer = trained(base)
+    layer.set_alpha_t(0.25)
+    before = base.weight.clone()
+    with pytest.raises(ValueError, match="alpha_t is 0.25.*anneal"):
+        layer.merge()
+    assert torch.equal(base.weight, before) and not layer.merged
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_merging_keeps_the_function(base, dtype):
+    layer = trained(base.to(dtype))
+    layer.set_alpha_t(0.0)
+    x = torch.randn(7, 12, dtype=dtype)
+    truth = composed(copy.deepcopy(layer).double(), x.double())
+    unmerged = layer(x)
+    layer.merge()
+    assert layer.merged
+    # Merging rounds the weight once more than the unmerged layer does.
+    error = (unmerged.double() - truth).abs().max() + torch.finfo(dtype).eps * 12
+    assert (layer(x).double() - truth).abs().max() <= 2 * error
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_kept_original_comes_back_bit_for_bit(base, dtype):
+    layer = trained(base.to(dtype))
+    layer.set_alpha_t(0.0)
+    before = base.weight.clone()
+    layer.merge(keep_original=True)
+    assert not torch.equal(base.weight, before)
+    assert "_original_weight" not in layer.state_dict()
+    layer.unmerge()
+    assert torch.equal(base.weight, before) and not layer.merged
+    assert layer._original_weight is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_subtraction_comes_back_to_a_rounding(base, dtype):
+    layer = trained(base.to(dtype))
+    layer.set_alpha_t(0.0)
+    before = base.weight.clone()
+    layer.merge()
+    merged = base.weight.clone()
+    layer.unmerge()
+    bound = torch.finfo(dtype).eps * torch.maximum(before.abs(), merged.abs()).max()
+    assert (base.weight - before).abs().max() <= bound
+
+
+def test_merging_twice_is_once_and_unmerging_nothing_is_nothing(base):
+    layer = trained(base)
+    layer.set_alpha_t(0.0)
+    before = base.weight.clone()
+    layer.unmerge()
+    assert torch.equal(base.weight, before)
+    layer.merge()
+    once = base.weight.clone()
+    layer.merge()
+    assert torch.equal(base.weight, once)
+    with pytest.raises(ValueError, match="keep_original"):
+        layer.merge(keep_original=True)
+
+
+def test_a_merged_layer_does_not_leave_identity():
+    layer = trained(nn.Linear(12, 10))
+    layer.set_alpha_t(0.0)
+    layer.merge()
+    layer.set_alpha_t(0.0)
+    with pytest.raises(ValueError, match="merged.*unmerge"):
+        layer.set_alpha_t(0.5)
+    layer.unmerge()
+    layer.set_alpha_t(0.5)
+    assert layer.alpha_t == 0.5
+
+
+def test_a_merge_that_would_overflow_is_refused():
+    base = nn.Linear(12, 10, dtype=torch.float16)
+    layer = trained(base)
+    layer.set_alpha_t(0.0)
+    with torch.no_grad():
+        layer.lora_b.fill_(1e6)
+    before = base.weight.clone()
+    with pytest.raises(ValueError, match="finite"):
+        layer.merge(keep_original=True)
+    assert torch.equal(base.weight, before) and not layer.merged
+    assert layer._original_weight is None
+
+
+def test_a_computed_weight_is_not_merged():
+    layer = trained(parametrizations.weight_norm(nn.Linear(12, 10)))
+    layer.set_alpha_t(0.0)
+    with pytest.raises(ValueError, match="parametrization"):
+        layer.merge()
+
+
+def test_merging_ignores_autocast():
+    layer = trained(nn.Linear(12, 10))
+    layer.set_alpha_t(0.0)
+    expected = layer.merged_weight()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.merged_weight(), expected)
+
+
+# --- state ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "double", "to"])
+def test_alpha_stays_float32_through_casts(cast):
+    layer = trained(nn.Linear(12, 10))
+    layer.set_alpha_t(0.3)
+    layer = layer.to(torch.bfloat16) if cast == "to" else getattr(layer, cast)()
+    assert layer.alpha_t_buffer.dtype == torch.float32
+    assert layer.alpha_t_buffer.item() == pytest.approx(
+        0.3, abs=1e-7
+    )  # bfloat16 would be off by 1e-3
+    assert layer.alpha_t == 0.3
+
+
+def test_alpha_survives_meta_and_to_empty():
+    with torch.device("meta"):
+        layer = afa.AFALinear(nn.Linear(12, 10))
+    layer.set_alpha_t(0.3)
+    layer = layer.to_empty(device="cpu")
+    assert layer.alpha_t_buffer.item() == pytest.approx(0.3)
+    assert layer.lora_a.shape == (8, 12) and layer.lora_a.device.type == "cpu"
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("alpha_t", [0.0, 0.3])
+def test_load_state_dict_restores_the_number_and_the_flag(alpha_t, assign):
+    saved = trained(nn.Linear(12, 10))
+    saved.set_alpha_t(alpha_t)
+    layer = afa.AFALinear(nn.Linear(12, 10), r=4)
+    layer.set_alpha_t(1.0 if alpha_t == 0 else 0.0)
+    layer.load_state_dict(saved.state_dict(), assign=assign)
+    assert layer.alpha_t == pytest.approx(alpha_t)
+    assert layer._identity == (alpha_t == 0.0)
+    x = torch.randn(7, 12)
+    assert torch.equal(layer(x), saved(x))
+    if alpha_t == 0.0:
+        layer.merge()
+
+
+def test_a_state_with_another_dtype_of_alpha_is_assigned_as_float32():
+    layer = afa.AFALinear(nn.Linear(12, 10))
+    state = layer.state_dict()
+    state["alpha_t_buffer"] = torch.tensor(0.5, dtype=torch.bfloat16)
+    layer.load_state_dict(state, assign=True)
+    assert layer.alpha_t_buffer.dtype == torch.float32 and layer.alpha_t == 0.5
+
+
+@pytest.mark.parametrize("value", [torch.tensor(2.0), torch.tensor(float("nan")), torch.ones(3)])
+def test_a_state_with_a_wrong_alpha_is_refused(value):
+    layer = afa.AFALinear(nn.Linear(12, 10))
+    with pytest.raises(RuntimeError, match="alpha_t_buffer|one element|Tensor with 3"):
+        layer.load_state_dict({**layer.state_dict(), "alpha_t_buffer": value})
+    assert layer.alpha_t == 1.0 and layer.alpha_t_buffer.item() == 1.0
+
+
+def test_a_merged_state_is_loaded_as_merged():
+    merged = trained(nn.Linear(12, 10))
+    merged.set_alpha_t(0.0)
+    merged.merge()
+    layer = afa.AFALinear(nn.Linear(12, 10), r=4)
+    layer.load_state_dict(merged.state_dict())
+    assert layer.merged
+    x = torch.randn(7, 12)
+    assert torch.equal(layer(x), merged(x))
+
+    fresh = trained(nn.Linear(12, 10))
+    layer.load_state_dict(fresh.state_dict())
+    assert not layer.merged
+    assert torch.equal(layer(x), fresh(x))
+
+
+def test_a_branch_alone_is_not_loaded_into_a_merged_layer():
+    layer = trained(nn.Linear(12, 10))
+    layer.set_alpha_t(0.0)
+    layer.merge()
+    with pytest.raises(RuntimeError, match="merged layer"):
+        layer.load_state_dict({"lora_a": torch.zeros(4, 12)}, strict=False)
+
+
+def _reload(layer):
+    stream = io.BytesIO()
+    torch.save(layer, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), _reload],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_copies_are_whole_and_independent(duplicate):
+    layer = trained(nn.Linear(12, 10), dropout=0.25)
+    layer.set_alpha_t(0.3)
+    twin = duplicate(layer).eval()
+    x = torch.randn(7, 12)
+    assert torch.equal(twin(x), layer.eval()(x))
+    twin.set_alpha_t(0.0)
+    assert layer.alpha_t == 0.3 and layer.alpha_t_buffer.item() == pytest.approx(0.3)
+    twin.merge(keep_original=True)
+    again = duplicate(twin)
+    again.unmerge()
+    assert torch.equal(again.base_layer.weight, layer.base_layer.weight)
+
+
+# --- the calls that really happen -----------------------------------------------------------------
+
+
+def test_plan_names_the_path(base):
+    layer = trained(base)
+    x = torch.randn(7, 12)
+    assert layer.plan(x).path == "fused"
+    layer.set_alpha_t(0.0)
+    assert layer.plan(x).path == "gemm"
+    layer.merge()
+    assert layer.plan(x).path == "merged"
+
+
+ACTIVATION_CALLS = ("silu", "sigmoid", "exp", "tanh", "relu", "gelu", "erf", "where", "maximum")
+
+
+def test_identity_runs_gemms_and_nothing_else(base):
+    layer = trained(base)
+    x = torch.randn(7, 12, requires_grad=True)
+    with counted() as calls, afa.use_backend("torch"):
+        layer(x).sum().backward()
+    assert calls["silu"] and calls["sigmoid"], (
+        "the activation is not seen, so its absence shows nothing"
+    )
+
+    layer.set_alpha_t(0.0)
+    with counted() as calls:
+        y = layer(x)
+    assert gemms(calls) == 3, calls  # the frozen one, x A^T, and z B^T
+    assert not any(calls[name] for name in ACTIVATION_CALLS), calls
+    assert not any(calls[name] for name in ("add", "add_", "sub", "div")), calls
+    with counted() as calls:
+        y.sum().backward()
+    assert gemms(calls) == 6, (
+        calls
+    )  # dy W, dy B, dz A, dA, dB, and z once more, which was not saved
+    assert not any(calls[name] for name in ACTIVATION_CALLS), calls
+
+
+@pytest.mark.parametrize(("alpha_t", "saves_z"), [(1.0, True), (0.0, False)])
+def test_identity_saves_no_z(alpha_t, saves_z):
+    layer = trained(nn.Linear(12, 10))
+    layer.set_alpha_t(alpha_t)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(torch.randn(7, 12, requires_grad=True))
+    shapes = [tuple(t.shape) for t in saved]
+    assert ((7, 4) in shapes) == saves_z
+    assert (7, 10) not in shapes
+    assert len([t for t in saved if t.numel() == 7 * 12]) == 1  # x itself, once
+
+
+def test_a_merged_layer_runs_one_gemm(base):
+    layer = trained(base)
+    layer.set_alpha_t(0.0)
+    layer.merge()
+    x = torch.randn(7, 12)
+    with counted() as frozen:
+        base(x)
+    with counted() as calls:
+        layer(x)
+    assert calls == frozen
+    assert gemms(calls) == 1
+
+
+def test_a_changing_alpha_compiles_once_and_identity_once_more():
+    torch._dynamo.reset()
+    model = nn.Sequential(trained(nn.Linear(12, 12)), nn.ReLU(), trained(nn.Linear(12, 10)))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = torch.randn(7, 12)
+    for step in range(100):
+        for layer in (model[0], model[2]):
+            layer.set_alpha_t(1.0 - step / 100)
+        y = compiled(x)
+        torch.testing.assert_close(y, model(x))
+        y.sum().backward()
+    assert counter.frame_count == 1
+    for layer in (model[0], model[2]):
+        layer.set_alpha_t(0.0)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), model(x))
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
+
+
+def test_setting_alpha_writes_in_place():
+    layer = trained(nn.Linear(12, 10))
+    pointer = layer.alpha_t_buffer.data_ptr()
+    for value in (0.5, 0.0, 1.0):
+        layer.set_alpha_t(value)
+        assert layer.alpha_t_buffer.data_ptr() == pointer
+        assert layer.alpha_t_buffer.item() == value

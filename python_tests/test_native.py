@@ -1,0 +1,303 @@
+"""The native CPU kernels: instruction sets, threads, strides, memory, and the tables shared with Python."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from afa_kernels import reference
+from afa_kernels.activation import ACTIVATIONS, phi
+from afa_kernels.backend import cpu, native, registry, torch_ops
+from afa_kernels.backend.registry import Call, Spec
+from afa_kernels.dropout import keep_mask
+
+pytestmark = pytest.mark.skipif(not cpu.BACKEND.status(), reason=cpu.BACKEND.status().reason)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ISAS = native._C.cpu_isas() if native._C is not None else []
+NAN = float("nan")
+
+
+def problem(m, k, n, r, dtype, *, ab_dtype=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows, cols, scale=1.0):
+        return torch.randn(rows, cols, generator=generator) * scale
+
+    x, dy, base = (draw(m, c).to(dtype) for c in (k, n, n))
+    a = draw(r, k, k**-0.5).to(ab_dtype or dtype)
+    b = draw(n, r, r**-0.5).to(ab_dtype or dtype)
+    return x, a, b, dy, base
+
+
+def run(x, a, b, dy, base, spec, *, alpha_t=0.3, seed=None, threads=2, recompute=False, backend=cpu):
+    """Return y, z, dx, da, db; the output is poisoned first."""
+    alpha_t = torch.tensor(alpha_t)
+    out = torch.full((x.shape[0], b.shape[0]), NAN, dtype=x.dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        z = backend.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=True)
+        gradients = backend.backward(
+            dy, x, a, b, None if recompute else z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    return out, z, *gradients
+
+
+def truth_of(x, a, b, dy, base, spec, *, alpha_t=0.3, seed=None):
+    alpha_t = torch.tensor(alpha_t)
+    x64, a64, b64 = x.double(), a.to(x.dtype).double(), b.to(x.dtype).double()
+    base64 = None if base is None else base.double()
+    y, z = reference.forward(x64, a64, b64, alpha_t, seed, spec, base64)
+    return y, z, *reference.backward(dy.double(), x64, a64, b64, alpha_t, seed, spec)
+
+
+def assert_accurate(got, same_dtype, truth, dtype, context=""):
+    """No further from float64 than twice what torch in the dtype of x is, plus a rounding of the largest value."""
+    for name, value, torch_value, exact in zip(("y", "z", "dx", "da", "db"), got, same_dtype, truth, strict=True):
+        assert value.shape == exact.shape and value.dtype == torch_value.dtype, (name, context)
+        assert torch.isfinite(value).all(), (name, context)
+        floor = torch.finfo(dtype).eps * exact.abs().max().item()
+        error = (value.double() - exact).abs().max().item()
+        allowed = 2 * (torch_value.double() - exact).abs().max().item() + 2 * floor
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} {context}"
+
+
+def check(operands, spec, **options):
+    got = run(*operands, spec, **options)
+    eager = run(*operands, spec, **options, backend=torch_ops)
+    options = {key: value for key, value in options.items() if key in ("alpha_t", "seed")}
+    assert_accurate(got, eager, truth_of(*operands, spec, **options), operands[0].dtype, (spec, options))
+
+
+SHAPES = (
+    (1, 70, 90, 4),  # one row: slabs of columns
+    (5, 570, 540, 16),  # few rows, several slabs, ragged tiles
+    (48, 64, 64, 8),  # exactly one block of rows and whole tiles
+    (49, 100, 129, 7),  # one row more than a block; odd rank
+    (390, 70, 66, 33),  # more rows than a super block
+    (19, 130, 140, 256),  # the largest rank
+    (33, 17, 19, 1),  # the smallest rank
+)
+
+
+def accuracy_of_every_shape():
+    """Every shape, dtype and activation once: run in this process, and in one process per instruction set."""
+    for index, (m, k, n, r) in enumerate(SHAPES):
+        for dtype in DTYPES:
+            activation = list(ACTIVATIONS)[index % len(ACTIVATIONS)]
+            operands = problem(m, k, n, r, dtype, ab_dtype=(None, torch.float32, torch.float64)[index % 3])
+            check(operands, Spec(activation, 1.7))
+            check(operands, Spec(activation, 0.5, 77), seed=torch.tensor(-12345 - index), recompute=True)
+
+
+def test_accuracy():
+    accuracy_of_every_shape()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa):
+    script = (
+        "import test_native\nfrom afa_kernels.backend import native\n"
+        f"assert native._C.cpu_isa() == {isa!r}\ntest_native.accuracy_of_every_shape()\n"
+    )
+    here = Path(__file__).parent
+    path = os.pathsep.join((str(here), str(here.parent), os.environ.get("PYTHONPATH", "")))
+    environment = os.environ | {"AFA_CPU_ISA": isa, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_impossible_instruction_set_is_an_error():
+    script = (
+        "from afa_kernels.backend import cpu\nstatus = cpu.BACKEND.status()\n"
+        "assert not status and 'mmx' in status.reason and 'generic' in status.reason, status\n"
+    )
+    environment = os.environ | {"AFA_CPU_ISA": "mmx"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_do_not_depend_on_threads_or_on_saved_z(shape, dtype):
+    operands = problem(*shape, dtype, ab_dtype=torch.float32)
+    spec, seed = Spec("gelu", 2.0, 26), torch.tensor(99)
+    first = run(*operands, spec, seed=seed, threads=1)
+    for threads in (2, 3, 5):
+        for recompute in (False, True):
+            again = run(*operands, spec, seed=seed, threads=threads, recompute=recompute)
+            for one, other in zip(first, again, strict=True):
+                assert torch.equal(one, other), (threads, recompute)
+
+
+def strided(t, kind):
+    """The same values with other strides, and NaN in every gap."""
+    if kind == "transposed":
+        return t.T.contiguous().T
+    rows, cols = (2 * t.shape[0], 3 * t.shape[1]) if kind == "gaps" else (t.shape[0], t.shape[1] + 5)
+    memory = torch.full((rows, cols), NAN, dtype=t.dtype)
+    view = memory[::2, ::3] if kind == "gaps" else memory[:, 2:-3]
+    return view.copy_(t)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["transposed", "gaps", "window"])
+def test_strides_change_nothing(kind, dtype):
+    for m in (3, 70):
+        operands = problem(m, 130, 75, 6, dtype)
+        plain = run(*operands, Spec("silu", 1.5, 30), seed=torch.tensor(4))
+        copies = [strided(t, kind) for t in operands]
+        kept = [t.clone() for t in copies]
+        for one, other in zip(plain, run(*copies, Spec("silu", 1.5, 30), seed=torch.tensor(4)), strict=True):
+            assert torch.equal(one, other)
+        for before, after in zip(kept, copies, strict=True):
+            assert torch.equal(before, after), "an operand was written"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["plain", "transposed", "gaps", "window"])
+def test_base_is_read_and_out_alone_is_written(kind, dtype):
+    x, a, b, _, base = problem(50, 40, 75, 6, dtype)
+    spec, alpha_t = Spec("relu", 1.0), torch.tensor(0.5)
+
+    def forward(base, out):
+        cpu.forward(x, a, b, alpha_t, None, spec, base=base, out=out, save_z=False)
+        return out
+
+    expected = forward(base, torch.full_like(base, NAN))
+    place = base.clone() if kind == "plain" else strided(base, kind)
+    memory = place if kind in ("plain", "transposed") else place._base
+    gaps = memory.isnan()
+    assert torch.equal(forward(place, place), expected)
+    assert torch.equal(memory.isnan(), gaps), "something beside out was written"
+    bias = base[0].expand_as(base)
+    zero = forward(None, torch.full_like(base, NAN))
+    assert torch.equal(forward(torch.zeros_like(base), torch.full_like(base, NAN)), zero)
+    assert torch.equal(forward(bias, torch.full_like(base, NAN)), forward(bias.contiguous(), torch.empty_like(base)))
+
+
+def test_expanded_dy():
+    x, a, b, dy, base = problem(70, 64, 96, 8, torch.float32)
+    for expanded in (dy[:1].expand_as(dy), torch.ones(()).expand_as(dy)):
+        operands = (x, a, b, expanded, base)
+        dense = (x, a, b, expanded.contiguous(), base)
+        for one, other in zip(run(*operands, Spec("tanh", 1.0)), run(*dense, Spec("tanh", 1.0)), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_subset_of_gradients_has_the_same_bits(dtype):
+    x, a, b, dy, base = problem(100, 80, 70, 5, dtype)
+    spec, alpha_t = Spec("gelu_tanh", 1.2), torch.tensor(0.7)
+    full = run(x, a, b, dy, base, spec, alpha_t=0.7)
+    for subset in range(1, 8):
+        needs = [bool(subset & bit) for bit in (1, 2, 4)]
+        for z in (None, full[1]):
+            got = cpu.backward(
+                dy, x, a, b, z, alpha_t, None, spec, need_dx=needs[0], need_da=needs[1], need_db=needs[2]
+            )  # fmt: skip
+            for needed, one, other in zip(needs, got, full[2:], strict=True):
+                assert torch.equal(one, other) if needed else one is None
+
+
+def test_gradients_of_float32_factors_are_not_rounded_to_the_dtype_of_x():
+    x, a, b, dy, base = problem(300, 64, 64, 8, torch.bfloat16, ab_dtype=torch.float32)
+    da, db = run(x, a, b, dy, base, Spec("silu", 1.0))[3:]
+    assert da.dtype == db.dtype == torch.float32
+    assert not torch.equal(da, da.bfloat16().float()) and not torch.equal(db, db.bfloat16().float())
+
+
+def test_dropout_mask_is_the_python_one():
+    cases = ((3, 40, 128, 7), (17, 16, 1, -1), (5, 1, 255, 2**63 - 1), (2, 533, 26, -(2**63)))
+    for rows, cols, threshold, seed in cases:
+        mask = torch.empty(rows, cols, dtype=torch.uint8)
+        native._C.dropout_mask(mask.data_ptr(), rows, cols, seed, threshold)
+        assert torch.equal(mask.bool(), keep_mask(torch.tensor(seed), rows, cols, threshold))
+
+
+def test_activation_ids_are_the_python_ones():
+    assert native._C.activation_ids() == {name: activation.id for name, activation in ACTIVATIONS.items()}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_values_are_the_python_ones(activation):
+    # K = 1 and N = 1 with factors 1 make the operator phi itself, and dx its slope.
+    z = torch.cat((torch.linspace(-20, 20, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 88.0, -88.0, 1e4, -1e4])))
+    one, alpha_t = torch.ones(1, 1), torch.tensor(1.0)
+    x = z[:, None].contiguous()
+    y = torch.empty_like(x)
+    spec = Spec(activation, 1.0)
+    cpu.forward(x, one, one, alpha_t, None, spec, base=None, out=y, save_z=False)
+    dx, _, _ = cpu.backward(
+        torch.ones_like(x), x, one, one, None, alpha_t, None, spec, need_dx=True, need_da=False, need_db=False
+    )
+    exact = x.double()
+    torch.testing.assert_close(y.double(), phi(exact, 1.0, activation), rtol=2e-6, atol=3e-6)
+    torch.testing.assert_close(dx.double(), ACTIVATIONS[activation].slope(exact), rtol=2e-6, atol=3e-6)
+
+
+def test_refusals_say_why():
+    call = Call("cpu", torch.float64, 4, 4, 4, 2, "silu")
+    assert "float64" in cpu.BACKEND.why_not(call)
+    assert cpu.BACKEND.why_not(call._replace(dtype=torch.float32, m=4096, k=1024, n=1024)) is None
+    assert "cuda" in cpu.BACKEND.why_not(call._replace(device="cuda"))
+
+
+def test_a_missing_module_is_reported_not_raised(monkeypatch):
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "load_error", "no module named _C")
+    status = cpu.BACKEND.status()
+    assert not status and status.reason == "no module named _C"
+
+
+def test_cpu_comes_before_torch():
+    names = registry.names()
+    assert names.index("cpu") < names.index("torch")
+
+
+def test_one_openmp_runtime():
+    with open("/proc/self/maps") as maps:
+        runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line or "libiomp" in line}
+    assert len(runtimes) <= 1, runtimes
+
+
+def test_random_problems():
+    draw = random.Random(5)
+    for case in range(16):
+        m, k, n = (draw.randint(1, high) for high in (100, 300, 300))
+        dtype = draw.choice(DTYPES)
+        operands = problem(m + 8, k + 16, n + 16, draw.randint(2, 40), dtype, seed=case)
+        threshold = draw.choice((0, 0, 64))
+        seed = torch.tensor(case) if threshold else None
+        spec = Spec(draw.choice(list(ACTIVATIONS)), 1.5, threshold)
+        check(operands, spec, seed=seed, alpha_t=draw.choice((0.0, 0.3, 1.0)), recompute=draw.random() < 0.5)
+
+
+@pytest.mark.slow
+def test_more_than_2_31_elements():
+    rows, cols, r = 70_000, 32_768, 2  # x has 2.3e9 elements, 4.6 GB
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if free < 16 << 30:
+        pytest.skip(f"needs 16 GB of free memory, has {free >> 30}")
+    x = torch.empty(rows, cols, dtype=torch.bfloat16)
+    pattern = torch.randn(64, cols).bfloat16()
+    for start in range(0, rows, 64):
+        x[start : start + 64] = pattern[: min(64, rows - start)]
+    a, b = torch.randn(r, cols) / cols**0.5, torch.randn(3, r)
+    alpha_t, spec = torch.tensor(0.5), Spec("silu", 1.0, 26)
+    seed, dy = torch.tensor(3), torch.randn(rows, 3).bfloat16()
+    y = torch.empty(rows, 3, dtype=x.dtype)
+    z = cpu.forward(x, a, b, alpha_t, seed, spec, base=None, out=y, save_z=True)
+    dx, _, _ = cpu.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True)
+    tail = slice(rows - 5, rows)  # beyond element 2^31
+    mask = torch.empty(rows, cols, dtype=torch.uint8)
+    native._C.dropout_mask(mask.data_ptr(), rows, cols, 3, 26)
+    expected = spec.inverse_keep * (x[tail].float() * mask[tail]) @ a.bfloat16().float().T
+    torch.testing.assert_close(z[tail].float(), expected, rtol=1e-2, atol=1e-2)
+    assert torch.equal(dx[tail] != 0, mask[tail].bool() & (dx[tail] != 0)) and (dx[tail] != 0).any()

@@ -1,0 +1,205 @@
+"""Every backend against float64: outputs and gradients, all dtypes, shapes, activations, strides,
+dropout."""
+
+import pytest
+import torch
+from conftest import SIMULATED
+from helpers import DTYPES, Problem, assert_matches, eager, mask_and_p, run
+
+import afa_kernels as afa
+
+LORA = ("x", "lora_a", "lora_b", "base")
+LINEAR = ("x", "weight", "bias", "lora_a", "lora_b")
+
+# (M, K, N, r): which path each one reaches
+SHAPES = [
+    (1, 64, 48, 8),  # decoding
+    (5, 16, 24, 1),  # rank 1
+    (37, 130, 51, 8),  # K and N off every vector and tile width, M prime
+    (65, 72, 40, 16),  # one row past a tile of 64
+    (16, 128, 136, 33),  # rank just past a power of two
+    (33, 40, 264, 64),  # N beyond one column tile
+    (19, 264, 72, 128),  # the widest rank of the GPU kernels
+    (18, 48, 56, 256),  # the widest rank of all
+    (203, 1, 1, 4),  # one feature in, one out
+]
+# Blocking over M, several chunks of the reductions: too slow where instructions are simulated.
+LARGE_SHAPES = [(1031, 515, 259, 16), (4099, 64, 96, 8), (260, 1536, 1040, 64)]
+
+
+def shape_id(shape):
+    return "M{}-K{}-N{}-r{}".format(*shape)
+
+
+def takes(backend, problem, **options):
+    """Skip where the backend refuses the call, with its reason."""
+    try:
+        afa.plan(problem.x, problem.lora_a, problem.lora_b, 0.5, backend=backend, **options)
+    except afa.BackendUnavailable as error:
+        pytest.skip(str(error))
+
+
+def assert_backend_matches(backend, problem, alpha_t, **options):
+    takes(
+        backend,
+        problem,
+        **{name: value for name, value in options.items() if name != "dropout_seed"},
+    )
+    plain = {name: options[name] for name in ("activation", "scaling") if name in options}
+    plain |= mask_and_p(options.get("dropout_p", 0.0), options.get("dropout_seed", 0), problem.x)
+    assert_matches(
+        lambda **t: afa.afa_lora(**t, alpha_t=alpha_t, backend=backend, **options),
+        lambda **t: eager(**t, alpha_t=alpha_t, **plain),
+        problem,
+        LORA,
+    )
+    assert_matches(
+        lambda **t: afa.afa_linear(**t, alpha_t=alpha_t, backend=backend, **options),
+        lambda **t: eager(**t, alpha_t=alpha_t, **plain),
+        problem,
+        LINEAR,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_shapes(backend, device, poisoned_memory, shape, dtype):
+    assert_backend_matches(backend, Problem.random(*shape, dtype, device), 0.3, scaling=1.7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", LARGE_SHAPES, ids=shape_id)
+def test_large_shapes(backend, device, poisoned_memory, shape, dtype):
+    if backend in SIMULATED:
+        pytest.skip(f"{backend}: simulated instructions are too slow for this shape")
+    assert_backend_matches(backend, Problem.random(*shape, dtype, device), 0.6, scaling=0.5)
+
+
+@pytest.mark.parametrize("alpha_t", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("activation", afa.activations())
+def test_activations(backend, device, activation, alpha_t):
+    problem = Problem.random(23, 40, 24, 8, torch.float32, device)
+    problem.x *= 2  # far enough from 0 that every branch of an activation is reached
+    assert_backend_matches(backend, problem, alpha_t, activation=activation)
+    if alpha_t == 0.0:  # the number 0 is dispatched to plain GEMMs; a tensor of 0 is not
+        tensor = torch.zeros((), device=device)
+        assert_backend_matches(backend, problem, tensor, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout(backend, device, poisoned_memory, dtype, p):
+    problem = Problem.random(35, 88, 40, 8, dtype, device)
+    assert_backend_matches(backend, problem, 0.4, dropout_p=p, dropout_seed=-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_float32_adapters_beside_16_bit_x(backend, device, dtype):
+    """As PEFT keeps them: gradients come back in float32."""
+    problem = Problem.random(70, 96, 64, 16, dtype, device, adapter_dtype=torch.float32)
+    assert_backend_matches(backend, problem, 0.5)
+    gradients = run(lambda **t: afa.afa_lora(**t, alpha_t=0.5, backend=backend), problem, LORA)
+    assert gradients["dlora_a"].dtype == gradients["dlora_b"].dtype == torch.float32
+
+
+def test_16_bit_adapters_beside_float32_x(backend, device):
+    problem = Problem.random(21, 48, 40, 8, torch.float32, device, adapter_dtype=torch.bfloat16)
+    takes(backend, problem)
+    got = run(lambda **t: afa.afa_lora(**t, alpha_t=0.5, backend=backend), problem, LORA)
+    truth = run(lambda **t: eager(**t, alpha_t=0.5), problem, LORA, torch.float64)
+    for what, value in got.items():
+        bound = 2**-8 if value.dtype == torch.bfloat16 else 1e-6
+        assert (value.double() - truth[what]).norm() <= bound * truth[what].norm(), what
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    "restride",
+    [
+        lambda t: torch.stack([t, torch.full_like(t, torch.nan)], 1)[
+            :, 0
+        ],  # rows apart, NaN between them
+        lambda t: torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0],  # elements apart
+        lambda t: t.T.contiguous().T,  # column-major
+        lambda t: torch.nn.functional.pad(t, (1, 2), value=torch.nan)[:, 1:-2],  # rows not aligned
+    ],
+    ids=["row-step", "element-step", "transposed", "offset"],
+)
+def test_strides(backend, device, restride, dtype):
+    problem = Problem.random(34, 48, 40, 8, dtype, device)
+    takes(backend, problem)
+    want = run(lambda **t: afa.afa_lora(**t, alpha_t=0.5, backend=backend), problem, LORA)
+    for name in (*LORA, "dy"):
+        strided = Problem(**{**vars(problem), name: restride(getattr(problem, name))})
+        assert getattr(strided, name).stride() != getattr(problem, name).stride()
+        plain = run(lambda **t: eager(**t, alpha_t=0.5), problem, LORA, torch.float64)
+        leaves = {n: getattr(strided, n).detach().requires_grad_() for n in LORA}
+        y = afa.afa_lora(**leaves, alpha_t=0.5, backend=backend)
+        y.backward(strided.dy)
+        got = {"y": y.detach()} | {f"d{n}": leaves[n].grad for n in LORA}
+        for what, value in got.items():
+            # Another order of addition is allowed with other strides, a larger error is not.
+            error = (value.double() - plain[what]).norm()
+            assert (
+                error <= 2 * (want[what].double() - plain[what]).norm() + 1e-6 * plain[what].norm()
+            ), (name, what)
+
+
+def test_gradient_of_a_sum_is_an_expanded_tensor(backend, device):
+    problem = Problem.random(34, 48, 40, 8, torch.float32, device)
+    takes(backend, problem)
+    leaves, plain = problem.leaves(), problem.leaves(torch.float64)
+    afa.afa_lora(**{n: leaves[n] for n in LORA}, alpha_t=0.5, backend=backend).sum().backward()
+    eager(**{n: plain[n] for n in LORA}, alpha_t=0.5).sum().backward()
+    for name in LORA:
+        torch.testing.assert_close(
+            leaves[name].grad.double(), plain[name].grad, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_base_as_an_expanded_row(backend, device):
+    problem = Problem.random(34, 48, 40, 8, torch.float32, device)
+    takes(backend, problem)
+    row = problem.bias.expand(34, 40)
+    got = afa.afa_lora(problem.x, problem.lora_a, problem.lora_b, 0.5, base=row, backend=backend)
+    without = afa.afa_lora(problem.x, problem.lora_a, problem.lora_b, 0.5, backend=backend)
+    torch.testing.assert_close(got, without + problem.bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_recomputing_z_changes_no_bit(backend, device, dtype):
+    problem = Problem.random(41, 72, 48, 16, dtype, device)
+    takes(backend, problem)
+    options = {"alpha_t": 0.7, "backend": backend, "dropout_p": 0.25, "dropout_seed": 11}
+    saved = run(lambda **t: afa.afa_lora(**t, **options), problem, LORA)
+    recomputed = run(lambda **t: afa.afa_lora(**t, **options, save="nothing"), problem, LORA)
+    for what in saved:
+        assert torch.equal(saved[what], recomputed[what]), what
+
+
+def test_two_runs_agree_to_the_bit(backend, device):
+    problem = Problem.random(67, 136, 72, 16, torch.bfloat16, device)
+    takes(backend, problem)
+    first, second = (
+        run(lambda **t: afa.afa_linear(**t, alpha_t=0.5, backend=backend), problem, LINEAR)
+        for _ in "ab"
+    )
+    for what in first:
+        assert torch.equal(first[what], second[what]), what
+
+
+@pytest.mark.parametrize("needed", range(1, 16))
+def test_every_subset_of_gradients(backend, device, needed):
+    problem = Problem.random(20, 32, 24, 8, torch.float32, device)
+    takes(backend, problem)
+    want = run(lambda **t: afa.afa_lora(**t, alpha_t=0.5, backend=backend), problem, LORA)
+    leaves = {
+        n: getattr(problem, n).clone().requires_grad_(bool(needed >> i & 1))
+        for i, n in enumerate(LORA)
+    }
+    afa.afa_lora(**leaves, alpha_t=0.5, backend=backend).backward(problem.dy)
+    for name, leaf in leaves.items():
+        if leaf.requires_grad:
+            assert torch.equal(leaf.grad, want[f"d{name}"]), name
+        else:
+            assert leaf.grad is None

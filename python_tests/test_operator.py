@@ -1,0 +1,305 @@
+"""What a caller can rely on beside the numbers: shapes, what is written, what is saved, what runs
+at identity."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import Problem, eager
+
+import afa_kernels as afa
+
+INPUTS = ("x", "lora_a", "lora_b")
+
+
+class Calls(torch.profiler.profile):
+    """Records every torch operator that really runs, those inside our own included."""
+
+    def __init__(self):
+        super().__init__(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    def count(self, *names):
+        wanted = {f"aten::{name}" for name in names}
+        return sum(event.name in wanted for event in self.events())
+
+
+@pytest.fixture
+def problem(backend, device):
+    problem = Problem.random(12, 16, 24, 4, torch.float32, device)
+    try:
+        afa.plan(problem.x, problem.lora_a, problem.lora_b, 0.5, backend=backend)
+    except afa.BackendUnavailable as error:
+        pytest.skip(str(error))
+    return problem
+
+
+def inputs(problem, **more):
+    return {name: getattr(problem, name) for name in INPUTS} | more
+
+
+@pytest.mark.parametrize("leading", [(), (12,), (3, 4), (2, 3, 2)])
+def test_any_number_of_leading_dimensions(backend, problem, leading):
+    want = afa.afa_lora(**inputs(problem), alpha_t=0.5, backend=backend)
+    rows = 12 if leading else 1
+    x = problem.x[:rows].reshape(*leading, 16)
+    got = afa.afa_lora(x, problem.lora_a, problem.lora_b, 0.5, backend=backend)
+    assert got.shape == (*leading, 24)
+    torch.testing.assert_close(got.reshape(rows, 24), want[:rows])
+    got = afa.afa_linear(
+        x, problem.weight, None, problem.lora_a, problem.lora_b, 0.5, backend=backend
+    )
+    assert got.shape == (*leading, 24)
+
+
+def test_no_rows(backend, problem):
+    leaves = problem.leaves()
+    x = leaves["x"][:0].reshape(2, 0, 16)
+    y = afa.afa_lora(
+        x,
+        leaves["lora_a"],
+        leaves["lora_b"],
+        0.5,
+        base=leaves["base"][:0].reshape(2, 0, 24),
+        backend=backend,
+    )
+    z = afa.afa_linear(
+        x,
+        leaves["weight"],
+        leaves["bias"],
+        leaves["lora_a"],
+        leaves["lora_b"],
+        0.5,
+        backend=backend,
+    )
+    assert y.shape == z.shape == (2, 0, 24)
+    (y.sum() + z.sum()).backward()
+    for name in ("lora_a", "lora_b"):
+        assert torch.equal(leaves[name].grad, torch.zeros_like(leaves[name]))
+
+
+def test_nothing_of_the_caller_is_written(backend, problem):
+    leaves = problem.leaves()
+    before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+    dy = problem.dy.clone()
+    y = afa.afa_lora(*(leaves[n] for n in INPUTS), 0.5, base=leaves["base"], backend=backend)
+    y.backward(dy)
+    leaves["x"].grad = None
+    y = afa.afa_linear(
+        *(leaves[n] for n in ("x", "weight", "bias", "lora_a", "lora_b")), 0.5, backend=backend
+    )
+    y.backward(dy)
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf, before[name]), name
+    assert torch.equal(dy, problem.dy)
+
+
+def test_inplace_writes_base_and_nothing_else(backend, problem):
+    want = afa.afa_lora(**inputs(problem), alpha_t=0.5, base=problem.base, backend=backend)
+    base = problem.base.clone()
+    got = afa.afa_lora(**inputs(problem), alpha_t=0.5, base=base, inplace=True, backend=backend)
+    assert got is base
+    torch.testing.assert_close(base, want)
+
+
+def test_inplace_is_known_to_autograd(backend, problem):
+    leaves, plain = problem.leaves(), problem.leaves()
+    base = leaves["base"] * 2
+    y = afa.afa_lora(*(leaves[n] for n in INPUTS), 0.5, base=base, inplace=True, backend=backend)
+    (y * y).sum().backward()
+    y = eager(*(plain[n] for n in INPUTS), 0.5, base=plain["base"] * 2)
+    (y * y).sum().backward()
+    for name in (*INPUTS, "base"):
+        torch.testing.assert_close(leaves[name].grad, plain[name].grad, rtol=1e-4, atol=1e-4)
+    # Whoever saved the old value of base is told, not given a wrong gradient.
+    base = leaves["base"] * 2
+    square = base * base
+    afa.afa_lora(*(leaves[n] for n in INPUTS), 0.5, base=base, inplace=True, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "of", ["view of rows", "column slice", "transposed leading dimensions", "the input itself"]
+)
+def test_inplace_into_views(backend, problem, of):
+    lora_a, lora_b = problem.lora_a, problem.lora_b
+    if of == "the input itself":
+        x = torch.randn(12, 16, device=problem.x.device)
+        lora_b = lora_b[:16]
+        base = x
+    elif of == "transposed leading dimensions":
+        x = problem.x.view(3, 4, 16)
+        base = torch.randn(4, 3, 24, device=x.device).transpose(0, 1)
+    else:
+        x = problem.x
+        wide = torch.randn(12, 2, 24, device=x.device)
+        base = wide[:, 0] if of == "column slice" else torch.randn(24, 24, device=x.device)[::2]
+    want = afa.afa_lora(x, lora_a, lora_b, 0.5, base=base, backend=backend)
+    got = afa.afa_lora(x, lora_a, lora_b, 0.5, base=base, inplace=True, backend=backend)
+    assert got is base
+    torch.testing.assert_close(base, want)
+
+
+def test_base_of_another_dtype(backend, problem):
+    base = problem.base.double()
+    got = afa.afa_lora(**inputs(problem), alpha_t=0.5, base=base, backend=backend)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(
+        got, base + afa.afa_lora(**inputs(problem), alpha_t=0.5, backend=backend)
+    )
+
+
+def test_alpha_as_float_and_as_tensor_agree(backend, problem):
+    got = [
+        afa.afa_lora(**inputs(problem), alpha_t=alpha_t, backend=backend)
+        for alpha_t in (0.25, torch.tensor(0.25), torch.tensor(0.25, device=problem.x.device))
+    ]
+    assert torch.equal(got[0], got[1]) and torch.equal(got[0], got[2])
+
+
+def test_backward_twice(backend, problem):
+    leaves = problem.leaves()
+    y = afa.afa_linear(
+        *(leaves[n] for n in ("x", "weight", "bias", "lora_a", "lora_b")), 0.5, backend=backend
+    )
+    first = torch.autograd.grad(y, (leaves["x"], leaves["lora_a"]), problem.dy, retain_graph=True)
+    second = torch.autograd.grad(y, (leaves["x"], leaves["lora_a"]), problem.dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_alpha_written_between_forward_and_backward_is_noticed(backend, problem):
+    alpha_t = torch.tensor(0.5, device=problem.x.device)
+    leaves = problem.leaves()
+    y = afa.afa_lora(*(leaves[n] for n in INPUTS), alpha_t, backend=backend)
+    alpha_t.fill_(0.25)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(problem.dy)
+
+
+@pytest.mark.parametrize("save", ["z", "nothing"])
+def test_what_is_saved_for_backward(backend, problem, save):
+    leaves = problem.leaves()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        afa.afa_lora(*(leaves[n] for n in INPUTS), 0.5, dropout_p=0.5, save=save, backend=backend)
+    own = [t for t in saved if not any(t is leaf for leaf in leaves.values())]
+    inputs_saved = [
+        t for t in saved if any(t.data_ptr() == leaf.data_ptr() for leaf in leaves.values())
+    ]
+    extra = [t for t in own if all(t is not kept for kept in inputs_saved)]
+    shapes = sorted(tuple(t.shape) for t in extra)
+    assert shapes == ([(), (), (12, 4)] if save == "z" else [(), ()])  # alpha_t, the seed, and z
+
+
+def test_nothing_is_saved_without_gradients(backend, problem):
+    saved = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        torch.no_grad(),
+    ):
+        y = afa.afa_lora(**inputs(problem), alpha_t=0.5, backend=backend)
+    assert not saved and not y.requires_grad
+
+
+def test_identity_runs_plain_gemms_and_saves_no_z():
+    problem = Problem.random(12, 16, 24, 4)
+    leaves = problem.leaves()
+    saved = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with hooks, Calls() as calls:
+        y = afa.afa_linear(*(leaves[n] for n in ("x", "weight", "bias", "lora_a", "lora_b")), 0.0)
+    assert (
+        calls.count("mm") == 1 and calls.count("addmm_") == 2
+    )  # z; the branch onto the bias; the frozen GEMM onto it
+    assert not calls.count("silu", "mul", "mul_", "sigmoid", "add", "add_")
+    assert (12, 4) not in [tuple(t.shape) for t in saved]
+    with Calls() as calls:
+        y.backward(problem.dy)
+    assert not calls.count("silu", "sigmoid", "where")
+    plain = problem.leaves()
+    want = F.linear(plain["x"], plain["weight"], plain["bias"]) + F.linear(
+        F.linear(plain["x"], plain["lora_a"]), plain["lora_b"]
+    )
+    want.backward(problem.dy)
+    torch.testing.assert_close(y, want)
+    for name in ("x", "weight", "bias", "lora_a", "lora_b"):
+        torch.testing.assert_close(leaves[name].grad, plain[name].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_gradcheck_and_gradgradcheck():
+    problem = Problem.random(5, 7, 6, 3, torch.float64)
+    leaves = problem.leaves()
+    options = {"activation": "gelu", "scaling": 1.3, "dropout_p": 0.3, "dropout_seed": 4}
+    lora = [leaves[n] for n in (*INPUTS, "base")]
+    linear = [leaves[n] for n in ("x", "weight", "bias", "lora_a", "lora_b")]
+    for alpha_t in (0.0, 0.4, torch.tensor(1.0)):
+        for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+            assert check(
+                lambda x, a, b, base, t=alpha_t: afa.afa_lora(x, a, b, t, base=base, **options),
+                lora,
+            )
+            assert check(lambda *args, t=alpha_t: afa.afa_linear(*args, t, **options), linear)
+
+
+def test_double_backward_on_every_backend(backend, problem):
+    leaves, plain = problem.leaves(), problem.leaves()
+
+    def penalty(function, leaves):
+        y = function(leaves["x"], leaves["lora_a"], leaves["lora_b"])
+        (dx,) = torch.autograd.grad(y, leaves["x"], problem.dy, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), [leaves[n] for n in INPUTS])
+
+    got = penalty(lambda x, a, b: afa.afa_lora(x, a, b, 0.5, backend=backend), leaves)
+    want = penalty(lambda x, a, b: eager(x, a, b, 0.5), plain)
+    for name, g, w in zip(INPUTS, got, want, strict=True):
+        torch.testing.assert_close(
+            g, w, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_autocast(backend, problem, dtype):
+    leaves, plain = problem.leaves(), problem.leaves()
+    with torch.autocast(problem.x.device.type, dtype):
+        base = F.linear(leaves["x"], leaves["weight"])
+        y = afa.afa_lora(
+            *(leaves[n] for n in INPUTS), 0.5, base=base, inplace=True, backend=backend
+        )
+        y2 = afa.afa_linear(
+            *(leaves[n] for n in ("x", "weight", "bias", "lora_a", "lora_b")), 0.5, backend=backend
+        )
+        want = eager(*(plain[n] for n in INPUTS), 0.5, base=F.linear(plain["x"], plain["weight"]))
+    assert y.dtype == y2.dtype == dtype
+    (y.float() + y2.float()).square().sum().backward()
+    want2 = eager(*(plain[n] for n in INPUTS), 0.5, weight=plain["weight"], bias=plain["bias"])
+    (want.float() + want2).square().sum().backward()
+    for name in ("x", "weight", "bias", "lora_a", "lora_b"):
+        assert leaves[name].grad.dtype == torch.float32
+        error = (leaves[name].grad - plain[name].grad).norm() / plain[name].grad.norm()
+        assert error < 8 * torch.finfo(dtype).eps, (name, error)
+
+
+def test_vmap_and_forward_mode_are_refused():
+    problem = Problem.random(4, 8, 6, 2)
+    leaves = problem.leaves()
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda x: afa.afa_lora(x, leaves["lora_a"], leaves["lora_b"], 0.5))(
+            problem.x.view(2, 2, 8)
+        )
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(
+            lambda x: afa.afa_lora(x, problem.lora_a, problem.lora_b, 0.5),
+            (problem.x,),
+            (problem.x,),
+        )
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements():
+    m, k = 2**21 + 3, 1032  # M * K > 2^31; rows at both ends and past the boundary are compared
+    x = torch.randn(m, 1, dtype=torch.bfloat16).expand(m, k).contiguous()
+    a, b = torch.randn(2, k).bfloat16() / 32, torch.randn(8, 2).bfloat16()
+    y = afa.afa_lora(x, a, b, 0.5)
+    for rows in (slice(0, 5), slice(m - 5, m), slice(2**31 // k - 2, 2**31 // k + 3)):
+        assert torch.equal(y[rows], afa.afa_lora(x[rows], a, b, 0.5)) or torch.allclose(
+            y[rows].float(), afa.afa_lora(x[rows], a, b, 0.5).float(), rtol=2e-2, atol=2e-2
+        )
