@@ -9,7 +9,7 @@ So every backend serves a group without knowing of it.
 import torch
 from torch import Tensor
 
-from afa_kernels import _ops
+from afa_kernels import _ops, reference
 from afa_kernels.backend import registry
 from afa_kernels.backend.registry import IDENTITY, Backend, Call, Spec
 from afa_kernels.reference import compute_dtype
@@ -134,18 +134,17 @@ def _group_backward(
                 list(dz), list(dz.values()), need_dx, any(need_da[i] for i in dz)
             )
             if stacked is not None:
-                da = {i: t.to(a[i].dtype) for i, t in zip(dz, stacked, strict=True) if need_da[i]}
+                # Copies: results of an operator may not be views of one tensor.
+                da = {
+                    i: t.to(a[i].dtype, copy=True)
+                    for i, t in zip(dz, stacked, strict=True)
+                    if need_da[i]
+                }
         if need_dx:
             for i in dz:
                 dx.addmm_(dys[i], weights[i])
-    # An operator may not return views of one tensor as separate results: the split dA is copied.
-    n = len(a)
-    results = [dx, *(_own(da.get(i)) for i in range(n)), *(db.get(i) for i in range(n))]
+    results = [dx, *(da.get(i) for i in range(len(a))), *(db.get(i) for i in range(len(b)))]
     return [f if t is None else t for t, f in zip(results, fake, strict=True)]
-
-
-def _own(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.clone() if t._is_view() else t
 
 
 def _fake_group_forward(
@@ -174,8 +173,6 @@ def _fake_group_backward(
 def differentiable_backward(dys, x, weights, a, b, alpha_t, activations, scalings):
     """Return dx, every da and every db as plain torch ops: the sum of the members' closed
     formulas."""
-    from afa_kernels import reference
-
     dx, da, db = torch.zeros_like(x, dtype=compute_dtype(x.dtype)), [], []
     with _ops.plain_precision(x):
         for i, dy in enumerate(dys):

@@ -126,7 +126,6 @@ def nothing_to_share(model: nn.Module) -> str:
 class _Modes(NamedTuple):
     grad: bool
     autocast: torch.dtype | None
-    saved_tensor_hooks: object
 
 
 class _Pending(NamedTuple):
@@ -148,6 +147,7 @@ class SharedInput:
         self.layers = tuple(layers)
         self.enabled = True
         self._pending: _Pending | None = None
+        self._saved_tensor_hooks: object = None
         self._handles: tuple = ()
 
     def attach(self, parent: nn.Module) -> None:
@@ -162,14 +162,14 @@ class SharedInput:
         self._handles = ()
 
     def open(self, _parent: nn.Module, _arguments: tuple) -> None:
-        self._pending = None
+        self._pending, self._saved_tensor_hooks = None, _saved_tensor_hooks()
         if self.enabled:
             # Set for the time of the call only: a copied or pickled layer stands alone.
             for layer in self.layers:
                 layer._shared_input = self
 
     def close(self, _parent: nn.Module, _arguments: tuple, result: object) -> None:
-        pending, self._pending = self._pending, None
+        pending, self._pending, self._saved_tensor_hooks = self._pending, None, None
         for layer in self.layers:
             layer._shared_input = None
         if pending is not None and pending.outputs and result is not None:
@@ -177,6 +177,9 @@ class SharedInput:
 
     def take(self, layer: AFALinear, x: Tensor) -> Tensor | None:
         """Return the output of ``layer`` for ``x``, or None if it has to compute it itself."""
+        # A member in a region of activation checkpointing of its own must save its own tensors.
+        if self._saved_tensor_hooks != _saved_tensor_hooks():
+            return None
         pending = self._pending
         if pending is None:
             layers = list(self.layers)
@@ -194,7 +197,7 @@ class SharedInput:
         return None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_pending": None}
+        return {**self.__dict__, "_pending": None, "_saved_tensor_hooks": None}
 
 
 def _may_be_shared(x: Tensor) -> bool:
@@ -213,16 +216,14 @@ def _version(x: Tensor) -> int:
 
 
 def _modes(x: Tensor) -> _Modes:
-    device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if torch.compiler.is_compiling():
-        return _Modes(torch.is_grad_enabled(), autocast, None)
-    return _Modes(torch.is_grad_enabled(), autocast, _saved_tensor_hooks())
+    return _Modes(torch.is_grad_enabled(), _autocast_dtype(x))
 
 
 def _saved_tensor_hooks() -> object:
-    """Return the innermost saved-tensor hooks: members in different regions of activation
-    checkpointing must save their own."""
+    """Return the innermost hooks of saved tensors, None in a trace and where torch (2.6) does not
+    show them."""
+    if torch.compiler.is_compiling():
+        return None
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return None if top is None else top(False)
 
