@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from afa_kernels import _group_ops, checks
 from afa_kernels.backend.registry import IDENTITY
-from afa_kernels.functional import _autocast
+from afa_kernels.functional import _as_rows, _autocast, _like
 from afa_kernels.layer import AFALinear
 
 # Children of one module that common transformer code calls with the same tensor.
@@ -291,7 +291,7 @@ def _check_layers(layers: list[AFALinear]) -> None:
 def _linear(layers: list[AFALinear], x: Tensor) -> list[Tensor]:
     """Return the outputs of ``layers`` (``why_separate`` is None) on the same x."""
     x = _autocast(x)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _as_rows(x)
     weights = [
         _autocast(m.base_layer.weight.T if m.transposed else m.base_layer.weight) for m in layers
     ]
@@ -319,7 +319,7 @@ def _linear(layers: list[AFALinear], x: Tensor) -> list[Tensor]:
         ys = AFAGroupFunction.apply(rows, *options, *tensors)
     else:
         ys = _group_ops.group_forward(rows, *_split(tensors), *options[:2], False, options[-1])[:-1]
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    return [_like(y, x, y.shape[-1]) for y in ys]
 
 
 def _split(tensors: Iterable[Tensor | None]) -> list[list[Tensor | None]]:

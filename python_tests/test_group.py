@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import DTYPES, assert_as_accurate_as_torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -151,6 +152,17 @@ def test_backward_twice_gives_the_same():
     first = torch.autograd.grad(y, [x, layers[0].lora_a], retain_graph=True)
     second = torch.autograd.grad(y, [x, layers[0].lora_a])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_outputs_may_be_changed_in_place():
+    layers = members()
+    x = torch.randn(2, 5, K)
+    dys = [torch.randn(2, 5, m.out_features) for m in layers]
+    group = afa.AFALinearGroup(layers)
+    _, got = run(lambda x: [y.mul_(2) for y in group(x)], layers, x, dys)
+    _, want = run(lambda x: [m(x) * 2 for m in layers], layers, x, dys)
+    for what in want:
+        torch.testing.assert_close(got[what], want[what])
 
 
 def test_no_rows():
