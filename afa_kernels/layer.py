@@ -131,6 +131,7 @@ class AFALinear(nn.Module):
         self._identity = False
         self._merged = False
         self._shared_input = None  # set by group.SharedInput for the time of a call of the block
+        self._parallel = None  # set by the styles of parallel.py: the forward on local shards
         self.reset_parameters()
         self.train(base_layer.training)
 
@@ -182,6 +183,8 @@ class AFALinear(nn.Module):
         """Return ``base_layer(x)`` plus the branch: ``(..., K) -> (..., N)``."""
         if self._merged:
             return self.base_layer(x)
+        if self._parallel is not None:
+            return self._parallel(self, x)
         if self._shared_input is not None:
             y = self._shared_input.take(self, x)
             if y is not None:

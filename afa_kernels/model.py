@@ -169,14 +169,20 @@ def unload(model: nn.Module) -> nn.Module:
     frozen as they are.
 
     Raises:
-        ValueError: the model has no AFA layer, or only some of them are merged. The model is
-            unchanged then.
+        ValueError: the model has no AFA layer, only some of them are merged, or one is sharded for
+            tensor parallelism. The model is unchanged then.
     """
     layers = _layers(model)
     if len({layer.merged for _, layer in layers}) > 1:
         name = next(name for name, layer in layers if not layer.merged)
         raise ValueError(
             f"model: some layers are merged and {name} is not; merge(model) or unmerge(model) first"
+        )
+    sharded = next((name for name, layer in layers if layer._parallel is not None), None)
+    if sharded is not None:
+        raise ValueError(
+            f"model: {sharded} is sharded by a style of afa_kernels.parallel, which its base layer "
+            "does not know; save_adapter(model) and load it into a whole model"
         )
     if isinstance(model, AFALinear):
         return model.base_layer
