@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from test_layer import Conv1D
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -287,8 +288,6 @@ def check_tensor_parallel_over_the_sequence(_folder: Path) -> None:
 
 
 def check_tensor_parallel_of_conv1d(_folder: Path) -> None:
-    from transformers.pytorch_utils import Conv1D
-
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(3)
     x = torch.randn(3, FEATURES)
