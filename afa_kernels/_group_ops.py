@@ -11,7 +11,7 @@ from torch import Tensor
 
 from afa_kernels import _ops, reference
 from afa_kernels.backend import registry
-from afa_kernels.backend.registry import IDENTITY, Backend, Call, Spec
+from afa_kernels.backend.registry import IDENTITY, MAX_RANK, Backend, Call, Spec
 from afa_kernels.reference import compute_dtype
 
 _MEMBERS = "Tensor[] lora_a, Tensor[] lora_b, Tensor[] alpha_t, str[] activations, float[] scalings"
@@ -29,7 +29,8 @@ def _able(backend: Backend, x: Tensor, k: int, n: int, r: int, activation: str) 
     """Return ``backend``, or ``torch`` where it cannot take a call of these sizes (a stacked rank
     beyond its limit, say)."""
     call = Call(x.device.type, x.dtype, x.shape[0], k, n, r, activation, False, x.device.index)
-    return backend if backend.why_not(call) is None else registry.get("torch")
+    fits = r <= MAX_RANK and backend.why_not(call) is None
+    return backend if fits else registry.get("torch")
 
 
 class _Group:
@@ -88,15 +89,11 @@ class _Group:
         return dx, None if da is None else da.split([self.ranks[i] for i in members])
 
 
-def _group_forward(
-    x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend
-) -> list[Tensor]:
+def _group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend) -> list[Tensor]:
     with _ops.plain_precision(x):
         group = _Group(x, a, b, alpha_t, activations, scalings, backend)
         if x.shape[0] == 0:
-            return _fake_group_forward(
-                x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend
-            )
+            return _fake_group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend)
         z = group.project()
         ys = []
         for i, z_i in enumerate(z.split(group.ranks, 1)):
@@ -130,16 +127,10 @@ def _group_backward(
                 db[i] = db_i
         dx = None
         if dz:
-            dx, stacked = group.project_backward(
-                list(dz), list(dz.values()), need_dx, any(need_da[i] for i in dz)
-            )
+            dx, stacked = group.project_backward(list(dz), list(dz.values()), need_dx, any(need_da[i] for i in dz))
             if stacked is not None:
                 # Copies: results of an operator may not be views of one tensor.
-                da = {
-                    i: t.to(a[i].dtype, copy=True)
-                    for i, t in zip(dz, stacked, strict=True)
-                    if need_da[i]
-                }
+                da = {i: t.to(a[i].dtype, copy=True) for i, t in zip(dz, stacked, strict=True) if need_da[i]}
         if need_dx:
             for i in dz:
                 dx.addmm_(dys[i], weights[i])
@@ -147,9 +138,7 @@ def _group_backward(
     return [f if t is None else t for t, f in zip(results, fake, strict=True)]
 
 
-def _fake_group_forward(
-    x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend
-) -> list[Tensor]:
+def _fake_group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend) -> list[Tensor]:
     m = x.shape[0]
     ys = [x.new_empty(m, w.shape[0]) for w in weights]
     return [*ys, x.new_empty(m, sum(a_i.shape[0] for a_i in a)) if save_z else x.new_empty(0)]
@@ -164,10 +153,7 @@ def _fake_group_backward(
         *((t, need and g) for t, need, g in zip(a, need_da, given, strict=True)),
         *((t, need and g) for t, need, g in zip(b, need_db, given, strict=True)),
     ]
-    return [
-        torch.empty(t.shape if needed else 0, dtype=t.dtype, device=t.device)
-        for t, needed in wanted
-    ]
+    return [torch.empty(t.shape if needed else 0, dtype=t.dtype, device=t.device) for t, needed in wanted]
 
 
 def differentiable_backward(dys, x, weights, a, b, alpha_t, activations, scalings):
@@ -190,8 +176,7 @@ def differentiable_backward(dys, x, weights, a, b, alpha_t, activations, scaling
 
 group_forward = _ops._define(
     "group_forward",
-    f"(Tensor x, Tensor[] weights, Tensor?[] biases, {_MEMBERS}, bool save_z, str? backend)"
-    " -> Tensor[]",
+    f"(Tensor x, Tensor[] weights, Tensor?[] biases, {_MEMBERS}, bool save_z, str? backend) -> Tensor[]",
     _group_forward,
     _fake_group_forward,
 )

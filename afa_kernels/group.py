@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from afa_kernels import _group_ops, checks
 from afa_kernels.backend.registry import IDENTITY
-from afa_kernels.functional import _as_rows, _autocast, _like
+from afa_kernels.functional import _as_rows, _like, autocast
 from afa_kernels.layer import AFALinear
 
 # Children of one module that common transformer code calls with the same tensor.
@@ -117,10 +117,7 @@ def groups_of(in_features: dict[str, int]) -> Iterator[list[str]]:
 
 def nothing_to_share(model: nn.Module) -> str:
     patterns = "; ".join(", ".join(pattern) for pattern in PATTERNS)
-    return (
-        f"group: {type(model).__name__} has no module with two AFA layers that share an input "
-        f"({patterns})"
-    )
+    return f"group: {type(model).__name__} has no module with two AFA layers that share an input ({patterns})"
 
 
 class _Modes(NamedTuple):
@@ -270,10 +267,7 @@ def _is_hooked(layer: AFALinear) -> bool:
     """Whether something must run before ``layer`` does (a prefetch of its parameters, say), which
     only a call of the layer itself brings about."""
     return bool(
-        "forward" in layer.__dict__
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
+        "forward" in layer.__dict__ or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )
 
 
@@ -290,11 +284,9 @@ def _check_layers(layers: list[AFALinear]) -> None:
 
 def _linear(layers: list[AFALinear], x: Tensor) -> list[Tensor]:
     """Return the outputs of ``layers`` (``why_separate`` is None) on the same x."""
-    x = _autocast(x)
+    x = autocast(x)
     rows = _as_rows(x)
-    weights = [
-        _autocast(m.base_layer.weight.T if m.transposed else m.base_layer.weight) for m in layers
-    ]
+    weights = [autocast(m.base_layer.weight.T if m.transposed else m.base_layer.weight) for m in layers]
     for layer, weight in zip(layers, weights, strict=True):
         checks.branch(x, layer.lora_a, layer.lora_b)
         checks.linear(x, weight, layer.base_layer.bias, layer.out_features)
@@ -312,9 +304,7 @@ def _linear(layers: list[AFALinear], x: Tensor) -> list[Tensor]:
         layers[0].save == "z" and any(name != IDENTITY for name in activations),
         layers[0].backend,
     )
-    differentiated = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *tensors)
-    )
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
     if differentiated:
         ys = AFAGroupFunction.apply(rows, *options, *tensors)
     else:
@@ -339,9 +329,7 @@ class AFAGroupFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, activations, scalings, save_z, backend, *tensors):
         weights, biases, a, b, alpha_t = _split(tensors)
-        *ys, z = _group_ops.group_forward(
-            x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend
-        )
+        *ys, z = _group_ops.group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, z if save_z else None, *weights, *a, *b, *alpha_t)
         ctx.options = (activations, scalings, backend)
@@ -357,9 +345,7 @@ class AFAGroupFunction(torch.autograd.Function):
         need_x, need_a, need_b = needs[0], needs[5 + 2 * n : 5 + 3 * n], needs[5 + 3 * n :][:n]
         given = [dy is not None for dy in grads]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dx, da, db = _group_ops.differentiable_backward(
-                grads, x, weights, a, b, alpha_t, activations, scalings
-            )
+            dx, da, db = _group_ops.differentiable_backward(grads, x, weights, a, b, alpha_t, activations, scalings)
         else:
             dx, *gradients = _group_ops.group_backward(
                 list(grads), x, weights, a, b, z, alpha_t, activations, scalings, backend,

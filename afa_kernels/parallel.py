@@ -52,19 +52,13 @@ class _StyleAFA(ParallelStyle):
         for owner, name, placement in self._placements(module):
             parameter = getattr(owner, name)
             if parameter is not None:
-                shards = distribute_tensor(
-                    parameter, device_mesh, [placement], **self._source_of_data()
-                )
+                shards = distribute_tensor(parameter, device_mesh, [placement], **self._source_of_data())
                 sharded = nn.Parameter(shards, requires_grad=parameter.requires_grad)
                 owner.register_parameter(name, sharded)
         module._parallel = self._forward
         # Not distribute_module: it would make a DTensor of alpha_t_buffer too, which kernels read.
-        module.register_forward_pre_hook(
-            partial(_prepare_input, self.input_layouts, self.desired_input, device_mesh)
-        )
-        module.register_forward_hook(
-            partial(_prepare_output, self.output_layouts, self.use_local_output)
-        )
+        module.register_forward_pre_hook(partial(_prepare_input, self.input_layouts, self.desired_input, device_mesh))
+        module.register_forward_hook(partial(_prepare_output, self.output_layouts, self.use_local_output))
         return module
 
     def _source_of_data(self) -> dict[str, int | None]:
@@ -85,16 +79,12 @@ class _StyleAFA(ParallelStyle):
                 f"expected dropout=0, got {module.dropout}"
             )
         if not module._base_is_plain():
-            raise ValueError(
-                f"{style}: expected a base layer without hooks or a forward of its own"
-            )
+            raise ValueError(f"{style}: expected a base layer without hooks or a forward of its own")
         size = device_mesh.size()
         for name in self.divisible:
             value = getattr(module, name)
             if value % size:
-                raise ValueError(
-                    f"{style}: {name}={value} cannot be split evenly among {size} processes"
-                )
+                raise ValueError(f"{style}: {name}={value} cannot be split evenly among {size} processes")
 
     def __repr__(self) -> str:
         return (

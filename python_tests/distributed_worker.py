@@ -88,9 +88,7 @@ def assert_close(got, want, allowed: float, what: str) -> None:
 def assert_parameters(got: nn.Module, want: nn.Module) -> None:
     wanted = dict(want.named_parameters())
     for name, p in got.named_parameters():
-        torch.testing.assert_close(
-            full(p), wanted[name].detach(), msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(full(p), wanted[name].detach(), msg=lambda m, n=name: f"{n}: {m}")
 
 
 def assert_alpha_is_the_same_everywhere(made: nn.Module) -> None:

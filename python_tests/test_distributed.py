@@ -47,11 +47,7 @@ def torchrun(*arguments: object) -> None:
 def results(request, tmp_path_factory) -> dict[str, str]:
     """Run all checks that were selected in one launch."""
     module = request.node
-    names = [
-        i.callspec.params["check"]
-        for i in request.session.items
-        if i.getparent(type(module)) is module
-    ]
+    names = [i.callspec.params["check"] for i in request.session.items if i.getparent(type(module)) is module]
     folder = tmp_path_factory.mktemp("distributed")
     torchrun(WORKER, folder, *names)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))

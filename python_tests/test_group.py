@@ -68,7 +68,7 @@ def separate(layers):
 # --- the same numbers
 
 
-@pytest.mark.parametrize("shape", [(7, K), (2, 5, K), (1, K)], ids=["2d", "3d", "one-row"])
+@pytest.mark.parametrize("shape", [(33, K), (2, 17, K)], ids=["2d", "3d"])
 @pytest.mark.parametrize("name", ["f32", "bf16"])
 @pytest.mark.parametrize("save", ["z", "nothing"])
 def test_a_group_computes_what_its_layers_compute(backend, device, name, shape, save):
@@ -92,6 +92,16 @@ def test_a_group_computes_what_its_layers_compute(backend, device, name, shape, 
             assert_as_accurate_as_torch(g[what], s[what], e[what], what, dtype)
 
 
+def test_one_row(backend, device):
+    layers = [m.to(device) for m in members(backend=backend)]
+    x = torch.randn(1, K, device=device)
+    dys = [torch.randn(1, m.out_features, device=device) for m in layers]
+    got, want = run(afa.AFALinearGroup(layers), layers, x, dys), run(separate(layers), layers, x, dys)
+    for g, w in zip(got, want, strict=True):
+        for what in g:
+            torch.testing.assert_close(g[what], w[what])
+
+
 def test_where_sums_are_exact_the_bits_are_equal():
     """Stacking reorders sums and changes nothing else: with small integers every sum is exact."""
     layers = [layer(n, r, r, "relu", 1.0) for n, r in ((8, 4), (16, 2), (4, 8))]
@@ -108,9 +118,7 @@ def test_where_sums_are_exact_the_bits_are_equal():
 
 
 def test_gradients_of_a_group_are_its_derivatives():
-    layers = [
-        layer(n, 2, dtype=torch.float64, activation=act) for n, act in ((3, "silu"), (4, "gelu"))
-    ]
+    layers = [layer(n, 2, dtype=torch.float64, activation=act) for n, act in ((3, "silu"), (4, "gelu"))]
     group = afa.AFALinearGroup(layers)
     leaves = [p for m in layers for p in (m.lora_a, m.lora_b)]
     x = torch.randn(3, K, dtype=torch.float64, requires_grad=True)
@@ -184,9 +192,7 @@ def test_ranks_beyond_the_limit_of_a_backend_when_stacked():
 def test_adapters_of_different_dtypes_keep_theirs():
     layers = [layer(8, dtype=torch.bfloat16), layer(8, dtype=torch.bfloat16)]
     layers[1].to(torch.bfloat16)
-    sum(
-        y.float().sum() for y in afa.AFALinearGroup(layers)(torch.randn(4, K).bfloat16())
-    ).backward()
+    sum(y.float().sum() for y in afa.AFALinearGroup(layers)(torch.randn(4, K).bfloat16())).backward()
     assert [m.lora_a.grad.dtype for m in layers] == [torch.float32, torch.bfloat16]
 
 

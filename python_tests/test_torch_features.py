@@ -88,9 +88,7 @@ def test_autocast(group, monkeypatch):
         monkeypatch.setattr(afa.AFALinear, "forward", in_plain_torch)
         _, plain = loss_and_gradients(model)
     for name in truth:
-        assert_as_accurate_as_torch(
-            got[name], plain[name], truth[name].double(), name, torch.bfloat16
-        )
+        assert_as_accurate_as_torch(got[name], plain[name], truth[name].double(), name, torch.bfloat16)
 
 
 def in_plain_torch(layer, x):
