@@ -24,7 +24,7 @@ $(VENV)/.dependencies: pyproject.toml
 
 # Editable, so that Python changes need no build; C++ changes run this rule again.
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
-	$(RUN) -m pip install --quiet --editable ".[dev,demo]"
+	$(RUN) -m pip install --quiet --editable ".[dev,demo,bench]"
 	touch $@
 
 test: lint $(VENV)/.built  ## lint and every test that needs no GPU
@@ -42,6 +42,9 @@ format: $(VENV)/.built  ## rewrite the sources as lint wants them
 
 demo: $(VENV)/.built  ## fine-tune a real model, anneal, merge, load in stock PEFT (ARGS=--quick: under a minute)
 	$(RUN) examples/demo.py $(ARGS)
+
+bench: $(VENV)/.built  ## time every provider of this machine (ARGS=--quick: within two minutes)
+	$(RUN) -m bench $(ARGS)
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build dist outputs *.egg-info afa_kernels/*.so .pytest_cache .ruff_cache

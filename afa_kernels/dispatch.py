@@ -1,6 +1,7 @@
 """``plan``: what a call would do, without doing it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -19,11 +20,14 @@ class Plan:
         path: ``"fused"`` (branch with its activation), ``"gemm"`` (alpha_t is 0: plain GEMMs) or
             ``"merged"`` (the branch is part of the frozen weight: that one GEMM).
         reason: why this backend and path, with what stood against the ones before it.
+        launches: the kernels of a forward and a backward with their launch parameters, where the
+        backend tells them.
     """
 
     backend: str
     path: str
     reason: str
+    launches: tuple[dict[str, Any], ...] = ()
 
 
 def plan(
@@ -61,4 +65,5 @@ def plan(
     call = _ops.call_of(rows, lora_a, lora_b, activation, dropout.threshold_of(dropout_p))
     chosen, reason = _ops.choose(call, backend)
     gemm = activation == IDENTITY and chosen.name in ("torch", "reference")
-    return Plan(chosen.name, "gemm" if gemm else "fused", reason)
+    launches = () if chosen.launches is None or call.m == 0 else tuple(chosen.launches(call))
+    return Plan(chosen.name, "gemm" if gemm else "fused", reason, launches)

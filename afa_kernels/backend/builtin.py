@@ -1,7 +1,15 @@
 """Registers the backends in the order of choice; ``reference`` and ``torch`` can take any call."""
 
 from afa_kernels import reference
-from afa_kernels.backend import cpu, registry, torch_ops
+from afa_kernels.backend import cpu, cuda, registry, torch_ops
+from afa_kernels.backend.triton import backend as triton
 
-for _backend in (cpu.BACKEND, torch_ops.BACKEND, reference.BACKEND):
+for _backend in (
+    cuda.BACKEND,
+    triton.BACKEND,
+    cpu.BACKEND,
+    torch_ops.BACKEND,
+    reference.BACKEND,
+    cuda.EMULATED,
+):
     registry.register(_backend)

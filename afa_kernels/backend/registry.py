@@ -166,6 +166,8 @@ class Backend:
     linear_forward: LinearForward | None = None
     linear_backward: LinearBackward | None = None
     automatic: bool = True  # False: only on request
+    # The kernels of a call with their launch parameters, for ``plan``.
+    launches: Callable[[Call], list[dict[str, Any]]] | None = None
 
     def why_not(self, call: Call) -> str | None:
         """Return why this backend cannot take ``call``, or None if it can."""

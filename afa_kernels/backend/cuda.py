@@ -1,0 +1,247 @@
+"""The ``cuda`` backend: compiled kernels for NVIDIA GPUs, and ``cuda_emulated``, the same source
+run on the CPU.
+
+This file turns torch tensors into pointers, strides and scratch memory; csrc/cuda/ops.cpp decides
+what is launched. What the kernels cannot read in place (columns that are not adjacent, rows that do
+not start at 16 bytes) is copied first. ``cuda_emulated`` takes CPU tensors, is slow, and exists for
+tests: it is only chosen by name.
+"""
+
+import importlib
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afa_kernels.activation import ACTIVATIONS
+from afa_kernels.backend import native
+from afa_kernels.backend.registry import IDENTITY, Backend, BackendStatus, Call, Spec
+
+MAX_RANK = 128
+MIN_CAPABILITY = (8, 0)
+_VECTOR = 8  # 16-bit elements in the 16 bytes that the kernels move at a time
+_ALIGNMENT = 16
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+
+
+def _reads_in_place(t: Tensor) -> bool:
+    """Whether the kernels can read a ``(rows, cols)`` matrix where it lies."""
+    return t.stride(1) == 1 and t.stride(0) % _VECTOR == 0 and t.data_ptr() % _ALIGNMENT == 0
+
+
+def _readable(t: Tensor) -> Tensor:
+    return t if _reads_in_place(t) else t.clone(memory_format=torch.contiguous_format)
+
+
+def _matrix(t: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if t is None else (t.data_ptr(), t.stride(0))
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _gradient(weight: Tensor, x: Tensor) -> Tensor:
+    """Return an empty gradient of ``weight`` in a dtype that the kernels write: its own, or float32
+    to be rounded."""
+    dtype = weight.dtype if weight.dtype == x.dtype else torch.float32
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+
+
+class _Kernels:
+    """The forward and backward of a native module (``_C.cuda`` or ``_emulator``)."""
+
+    def __init__(self, module: ModuleType):
+        self._module = module
+        self._forward_workspace = lru_cache(maxsize=1024)(module.forward_workspace)
+        self._backward_workspace = lru_cache(maxsize=1024)(module.backward_workspace)
+
+    def _arguments(
+        self, x: Tensor, a: Tensor, b: Tensor, sizes: tuple[int, ...]
+    ) -> tuple[Any, ...]:
+        return (
+            _DTYPES[x.dtype],
+            sizes,
+            _matrix(x),
+            (a.data_ptr(), *a.stride(), a.dtype == torch.float32),
+            (b.data_ptr(), *b.stride(), b.dtype == torch.float32),
+        )
+
+    @staticmethod
+    def _weight(weight: Tensor, x: Tensor) -> Tensor:
+        return weight if weight.dtype in (x.dtype, torch.float32) else weight.to(x.dtype)
+
+    @staticmethod
+    def _scalars(
+        x: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec, workspace: Tensor
+    ) -> tuple[Any, ...]:
+        # alpha_t is 0 at identity, where (1 - alpha_t) * z + alpha_t * relu(z) is z.
+        activation = ACTIVATIONS["relu" if spec.activation == IDENTITY else spec.activation]
+        on_gpu = x.is_cuda
+        return (
+            alpha_t.data_ptr(),
+            _pointer(seed),
+            activation.id,
+            spec.dropout,
+            spec.scaling,
+            workspace.data_ptr(),
+            x.device.index if on_gpu else 0,
+            torch.cuda.current_stream(x.device).cuda_stream if on_gpu else 0,
+        )
+
+    def forward(self, x, a, b, alpha_t, seed, spec, *, base, out, save_z):
+        x, a, b = _readable(x), self._weight(a, x), self._weight(b, x)
+        sizes = (x.shape[0], x.shape[1], b.shape[0], a.shape[0])
+        accumulates = base is out
+        y = (
+            out
+            if _reads_in_place(out)
+            else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        )
+        if base is not None:
+            base = y if accumulates and y is out else _readable(base)
+        z = torch.empty(sizes[0], sizes[3], dtype=x.dtype, device=x.device) if save_z else None
+        workspace = torch.empty(self._forward_workspace(sizes), dtype=torch.uint8, device=x.device)
+        self._module.forward(
+            *self._arguments(x, a, b, sizes),
+            _matrix(base),
+            _matrix(y),
+            _pointer(z),
+            *self._scalars(x, alpha_t, seed, spec, workspace),
+        )
+        if y is not out:
+            out.copy_(y)
+        return z
+
+    def backward(self, dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
+        x, dy, wide_a, wide_b = _readable(x), _readable(dy), self._weight(a, x), self._weight(b, x)
+        sizes = (x.shape[0], x.shape[1], b.shape[0], a.shape[0])
+        if z is not None and not z.is_contiguous():
+            z = z.contiguous()
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
+        da = _gradient(a, x) if need_da else None
+        db = _gradient(b, x) if need_db else None
+        workspace = torch.empty(
+            self._backward_workspace(sizes, z is None), dtype=torch.uint8, device=x.device
+        )
+        self._module.backward(
+            *self._arguments(x, wide_a, wide_b, sizes),
+            _matrix(dy),
+            _pointer(z),
+            _pointer(dx),
+            (_pointer(da), da is not None and da.dtype == torch.float32),
+            (_pointer(db), db is not None and db.dtype == torch.float32),
+            *self._scalars(x, alpha_t, seed, spec, workspace),
+        )
+        return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)
+
+    def launches(self, call: Call) -> list[dict[str, Any]]:
+        """Return the kernels of a forward and a backward, with their launch parameters, for
+        ``plan``."""
+        limits = self._module.device_limits(call.device_index or 0)
+        return self._module.launch_plan((call.m, call.k, call.n, call.r), *limits)
+
+
+def _refuses_shape(call: Call) -> str | None:
+    if call.dtype not in _DTYPES:
+        return f"takes bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
+    if call.r > MAX_RANK:
+        return f"takes ranks up to {MAX_RANK}, got {call.r} (plain GEMMs are as fast from there on)"
+    if call.k % _VECTOR or call.n % _VECTOR:
+        return f"takes K and N that are multiples of {_VECTOR}, got K={call.k} and N={call.n}"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _device_module() -> tuple[ModuleType | None, str]:
+    """Return the module with the CUDA kernels, or None and the reason."""
+    if native._C is None:
+        return None, native.load_error
+    if not hasattr(native._C, "cuda"):
+        return None, "this build has no CUDA kernels (no nvcc was found, or AFA_BUILD_CUDA=0)"
+    return native._C.cuda, ""
+
+
+@lru_cache(maxsize=1)
+def _emulator_module() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("afa_kernels._emulator"), ""
+    except ImportError:
+        return (
+            None,
+            "the emulator is not part of this build (it is built with AFA_BUILD_EMULATOR=ON)",
+        )
+
+
+@lru_cache(maxsize=1)
+def _device_kernels() -> _Kernels:
+    return _Kernels(_device_module()[0])
+
+
+@lru_cache(maxsize=1)
+def _emulator_kernels() -> _Kernels:
+    return _Kernels(_emulator_module()[0])
+
+
+def _status() -> BackendStatus:
+    module, reason = _device_module()
+    if module is None:
+        return BackendStatus(False, reason)
+    info = native._C.build_info()
+    details = {
+        "nvcc": info["cuda"],
+        "architectures": info["cuda_architectures"],
+        "max_rank": MAX_RANK,
+    }
+    if torch.version.hip is not None:
+        return BackendStatus(
+            False, "the kernels are for NVIDIA GPUs, and this torch is built for AMD", details
+        )
+    if not torch.cuda.is_available():
+        return BackendStatus(False, "torch sees no CUDA device", details)
+    details["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return BackendStatus(True, details=details)
+
+
+@lru_cache(maxsize=64)
+def _refuses_device(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        return (
+            f"takes GPUs of compute capability 8.0 and later, got {capability[0]}.{capability[1]}"
+        )
+    if not _device_module()[0].has_kernel_image(index):
+        return f"this build has no kernels for compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
+def _refuses(call: Call) -> str | None:
+    return _refuses_shape(call) or _refuses_device(call.device_index or 0)
+
+
+def _emulator_status() -> BackendStatus:
+    module, reason = _emulator_module()
+    return BackendStatus(module is not None, reason, {"max_rank": MAX_RANK} if module else {})
+
+
+BACKEND = Backend(
+    name="cuda",
+    devices=frozenset({"cuda"}),
+    status=_status,
+    refuses=_refuses,
+    forward=lambda *args, **kwargs: _device_kernels().forward(*args, **kwargs),
+    backward=lambda *args, **kwargs: _device_kernels().backward(*args, **kwargs),
+    launches=lambda call: _device_kernels().launches(call),
+)
+EMULATED = Backend(
+    name="cuda_emulated",
+    devices=frozenset({"cpu"}),
+    status=_emulator_status,
+    refuses=_refuses_shape,
+    forward=lambda *args, **kwargs: _emulator_kernels().forward(*args, **kwargs),
+    backward=lambda *args, **kwargs: _emulator_kernels().backward(*args, **kwargs),
+    launches=lambda call: _emulator_kernels().launches(call),
+    automatic=False,
+)

@@ -1,0 +1,172 @@
+"""Which tiles a call runs with: a row of the table, or, with AFA_KERNELS_AUTOTUNE=1, the fastest of
+a few candidates.
+
+Without the variable nothing is ever timed: the first call of a shape class does not stall, ranks of
+a distributed job agree, and results do not change from run to run. With it, the first call of a
+shape class times the candidates on random data and stores the winner as JSON under
+``$AFA_KERNELS_CACHE_DIR``, by default ``~/.cache/afa_kernels``.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from afa_kernels.backend.triton import configs
+from afa_kernels.backend.triton.configs import Device, Tile, Tiles
+
+ENABLE_VARIABLE = "AFA_KERNELS_AUTOTUNE"
+CACHE_VARIABLE = "AFA_KERNELS_CACHE_DIR"
+_PASSES = ("project", "dy_pass", "x_pass", "x_pass_dropout")
+_LARGEST_ROWS = 16384  # tokens above this are timed as this many
+
+_override: ContextVar[Tiles | None] = ContextVar("afa_kernels_triton_tiles", default=None)
+_tuned: dict[tuple[str, str], Tiles] = {}  # (device name, key): what this process has read or tuned
+
+
+@contextlib.contextmanager
+def use_tiles(tiles: Tiles) -> Iterator[None]:
+    """Run the calls inside the ``with`` block with these tiles."""
+    token = _override.set(tiles)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def tiles(device: Device, x: Tensor, n: int, r: int) -> Tiles:
+    """Return the tiles for a call with input ``x (M, K)``, ``n`` outputs and rank ``r``."""
+    override = _override.get()
+    if override is not None:
+        return override
+    row = configs.table_tiles(device.arch, x.element_size(), r)
+    if os.environ.get(ENABLE_VARIABLE) != "1" or x.device.type == "meta":
+        return row
+    m, k = x.shape
+    m = min(triton.next_power_of_2(m), _LARGEST_ROWS)
+    key = f"{str(x.dtype).removeprefix('torch.')} M={m} K={k} N={n} r={configs.padded_rank(r)}"
+    found = _tuned.get((device.name, key)) or _read(device).get(key)
+    if found is None:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return row
+        found = tune(row, problem_timer(x.device, x.dtype, m, k, n, r))
+        _store(device, key, found)
+    _tuned[device.name, key] = found
+    return found
+
+
+def candidates(tile: Tile) -> list[Tile]:
+    """Return ``tile`` and its neighbours: half or twice the rows, columns and warps, one stage more
+    or less."""
+    found = [tile]
+    for factor in (0.5, 2):
+        rows, cols, warps = (
+            int(tile.rows * factor),
+            int(tile.cols * factor),
+            int(tile.warps * factor),
+        )
+        if 32 <= rows <= configs.MAX_TILE_ROWS:
+            found.append(replace(tile, rows=rows))
+        if 32 <= cols <= 512:
+            found.append(replace(tile, cols=cols))
+        if 4 <= warps <= 8:
+            found.append(replace(tile, warps=warps))
+    return found + [
+        replace(tile, stages=stages)
+        for stages in (tile.stages - 1, tile.stages + 1)
+        if 2 <= stages <= 5
+    ]
+
+
+def tune(row: Tiles, seconds: Callable[[str, Tiles], float]) -> Tiles:
+    """Return ``row`` with each pass's tile replaced by its fastest candidate.
+
+    Args:
+        row: the tiles to start from.
+        seconds: time of a pass with some tiles; infinite where they do not fit the device.
+    """
+    for name in _PASSES:
+        options = [replace(row, **{name: tile}) for tile in candidates(getattr(row, name))]
+        times = [seconds(name, option) for option in options]
+        row = options[times.index(min(times))]
+    return row
+
+
+def problem_timer(
+    device: torch.device, dtype: torch.dtype, m: int, k: int, n: int, r: int
+) -> Callable[[str, Tiles], float]:
+    """Return a function that times one pass of a call of this shape on random data."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    from afa_kernels.backend.registry import Spec
+    from afa_kernels.backend.triton import launch, passes
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    x, a, b, dy, z = random(m, k), random(r, k), random(n, r), random(m, n), random(m, r)
+    y = torch.empty_like(dy)
+    alpha_t = torch.full((), 0.5, device=device)
+    seed = torch.zeros((), dtype=torch.int64, device=device)
+
+    def run(name: str) -> None:
+        spec = Spec("silu", 1.0, 26 if name == "x_pass_dropout" else 0)
+        context = launch.Context(x, a, b, alpha_t, seed, spec)
+        if name == "project":
+            passes.forward(context, None, y, True)
+        else:
+            dx_side = name != "dy_pass"
+            passes.backward(
+                context, dy, z, dtype, dtype, need_dx=dx_side, need_da=dx_side, need_db=not dx_side
+            )
+
+    def seconds(name: str, tiles: Tiles) -> float:
+        try:
+            with use_tiles(tiles):
+                return do_bench(lambda: run(name), return_mode="median") * 1e-3
+        except OutOfResources:
+            return float("inf")
+
+    return seconds
+
+
+def cache_file(device: Device) -> Path:
+    folder = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "afa_kernels"
+    return (
+        Path(folder)
+        / f"triton-{triton.__version__}-{re.sub(r'[^A-Za-z0-9]+', '-', device.name)}.json"
+    )
+
+
+def _read(device: Device) -> dict[str, Tiles]:
+    try:
+        stored = json.loads(cache_file(device).read_text())
+        return {
+            key: Tiles(
+                **{
+                    name: Tile(**value) if isinstance(value, dict) else value
+                    for name, value in row.items()
+                }
+            )
+            for key, row in stored.items()
+        }
+    except (OSError, ValueError, TypeError):
+        return {}  # nothing stored yet, or by another version: tuned again
+
+
+def _store(device: Device, key: str, found: Tiles) -> None:
+    path = cache_file(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = {name: asdict(row) for name, row in (_read(device) | {key: found}).items()}
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(rows, indent=1))
+    temporary.replace(path)  # atomic: processes of one job may tune at the same time

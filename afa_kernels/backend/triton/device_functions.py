@@ -1,0 +1,180 @@
+"""Device functions that the kernels share: rounding, the activation, the dropout mask, and the
+streamed product.
+
+EMULATE_BF16 is True only where Triton's interpreter runs a bfloat16 call. Its ``tl.dot`` multiplies
+the raw 16-bit patterns and its conversion from float32 truncates (both in Triton 3.2 to 3.9), so
+both are done by hand there.
+"""
+
+import triton
+import triton.language as tl
+
+# In the interpreter a constexpr times a tensor is no tensor: the tensor goes first.
+_COLUMNS_PER_CALL = tl.constexpr(16)  # afa_kernels.dropout.COLUMNS_PER_CALL
+_SQRT_HALF = tl.constexpr(0.70710678118654752440)
+_SQRT_2_OVER_PI = tl.constexpr(0.79788456080286535588)
+_INV_SQRT_2PI = tl.constexpr(0.39894228040143267794)
+_GELU_TANH_CUBIC = tl.constexpr(0.044715)
+_LEAKY_SLOPE = tl.constexpr(0.01)
+
+
+@triton.jit
+def round_to(value, dtype: tl.constexpr, EMULATE_BF16: tl.constexpr):
+    """Round float32 to ``dtype``, ties to even."""
+    if EMULATE_BF16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(value == value, rounded, 0x7FC0)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)
+
+
+@triton.jit
+def dot(left, right, accumulator, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr):
+    if EMULATE_BF16:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def _tanh(z):
+    # Near 0 the exponential form cancels, so there a Pade approximant, whose error at 0.6 is below
+    # 1e-9.
+    square = z * z
+    near = z * (945.0 + square * (105.0 + square)) / (945.0 + square * (420.0 + square * 15.0))
+    magnitude = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(z)) + 1.0)
+    return tl.where(tl.abs(z) < 0.6, near, tl.where(z < 0, -magnitude, magnitude))
+
+
+@triton.jit
+def _value(z, ACT: tl.constexpr):
+    if ACT == "relu":
+        return tl.where(z > 0, z, 0.0)
+    elif ACT == "silu":
+        return z * tl.sigmoid(z)
+    elif ACT == "gelu":
+        return z * (0.5 * (1.0 + tl.erf(z * _SQRT_HALF)))
+    elif ACT == "gelu_tanh":
+        return 0.5 * z * (1.0 + _tanh((z + z * z * z * _GELU_TANH_CUBIC) * _SQRT_2_OVER_PI))
+    elif ACT == "leaky_relu":
+        return tl.where(z > 0, z, z * _LEAKY_SLOPE)
+    elif ACT == "tanh":
+        return _tanh(z)
+    else:
+        tl.static_assert(ACT == "sin")
+        return tl.sin(z)
+
+
+@triton.jit
+def _slope(z, ACT: tl.constexpr):
+    if ACT == "relu":
+        return tl.where(z > 0, 1.0, 0.0)
+    elif ACT == "silu":
+        sigmoid = tl.sigmoid(z)
+        return sigmoid * (1.0 + z * (1.0 - sigmoid))
+    elif ACT == "gelu":
+        return 0.5 * (1.0 + tl.erf(z * _SQRT_HALF)) + z * _INV_SQRT_2PI * tl.exp(-0.5 * z * z)
+    elif ACT == "gelu_tanh":
+        t = _tanh((z + z * z * z * _GELU_TANH_CUBIC) * _SQRT_2_OVER_PI)
+        inner = (1.0 + 3.0 * (z * z * _GELU_TANH_CUBIC)) * _SQRT_2_OVER_PI
+        return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner
+    elif ACT == "leaky_relu":
+        return tl.where(z > 0, 1.0, _LEAKY_SLOPE)
+    elif ACT == "tanh":
+        t = _tanh(z)
+        return 1.0 - t * t
+    else:
+        tl.static_assert(ACT == "sin")
+        return tl.cos(z)
+
+
+@triton.jit
+def phi(z, alpha_t, ACT: tl.constexpr):
+    return (1.0 - alpha_t) * z + alpha_t * _value(z, ACT)
+
+
+@triton.jit
+def phi_slope(z, alpha_t, ACT: tl.constexpr):
+    return (1.0 - alpha_t) + alpha_t * _slope(z, ACT)
+
+
+@triton.jit
+def keep_mask(
+    seed, threshold, first_row, first_col, calls_per_row, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Return the (BLOCK_M, BLOCK_K) dropout mask of afa_kernels/dropout.py; ``first_col`` is a
+    multiple of 16."""
+    GROUPS: tl.constexpr = BLOCK_K // _COLUMNS_PER_CALL
+    rows = first_row + tl.arange(0, BLOCK_M)  # int64: the counter has 64 bits
+    groups = first_col // _COLUMNS_PER_CALL + tl.arange(0, GROUPS)
+    counter = rows[:, None] * calls_per_row + groups[None, :]
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)
+    high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = tl.zeros_like(low)
+    word0, word1, word2, word3 = tl.philox(seed, low, high, zero, zero)
+    words = tl.join(
+        tl.join(word0, word2), tl.join(word1, word3)
+    )  # (BLOCK_M, GROUPS, 2, 2), in order
+    words = tl.reshape(words, (BLOCK_M, GROUPS * 4))
+    shifts = (8 * tl.arange(0, 4)).to(tl.uint32)
+    levels = (words[:, :, None] >> shifts[None, None, :]) & 0xFF
+    return tl.reshape(levels.to(tl.int32) >= threshold, (BLOCK_M, BLOCK_K))
+
+
+@triton.jit
+def load_z(z_ptr, first_row, rows_left, r, BLOCK_M: tl.constexpr, R: tl.constexpr):
+    """Return a float32 (BLOCK_M, R) tile of the contiguous ``z (M, r)``, 0 outside: phi(0) = 0 adds
+    nothing."""
+    row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
+    mask = (row < rows_left)[:, None] & (rank < r)[None, :]
+    return tl.load(
+        z_ptr + first_row * r + row[:, None] * r + rank[None, :], mask=mask, other=0.0
+    ).to(tl.float32)
+
+
+@triton.jit
+def project(
+    left_ptr, small_ptr, first_row, rows_left, first, last, length, stride_row, stride_rank,
+    stride_small, seed, threshold, calls_per_row,
+    BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """Return ``left[first_row:, first:last] @ small[:, first:last].T`` as a float32 (BLOCK_M, R)
+    tile.
+
+    ``left`` is (M, length) and streamed once, ``small`` is (R, length); ``rows_left`` rows of the
+    tile exist.
+    """
+    row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
+    row_mask = (row < rows_left)[:, None]
+    left_rows = left_ptr + first_row * stride_row + row[:, None] * stride_row
+    accumulator = tl.zeros((BLOCK_M, R), tl.float32)
+    for start in range(first, last, BLOCK_L):
+        col = start + tl.arange(0, BLOCK_L)
+        col_mask = col < length
+        left = tl.load(left_rows + col[None, :], mask=row_mask & col_mask[None, :], other=0.0)
+        small = tl.load(
+            small_ptr + rank[None, :] * stride_rank + col[:, None] * stride_small,
+            mask=col_mask[:, None],
+            other=0.0,
+        )
+        if DROPOUT:
+            keep = keep_mask(seed, threshold, first_row, start, calls_per_row, BLOCK_M, BLOCK_L)
+            left = tl.where(keep, left, 0.0).to(left.dtype)
+        accumulator = dot(left, small, accumulator, PRECISION, EMULATE_BF16)
+    return accumulator
+
+
+@triton.jit
+def sum_partials(
+    partial_ptr, first_row, rows_left, M, count, BLOCK_M: tl.constexpr, R: tl.constexpr
+):
+    row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
+    source = partial_ptr + first_row * R + row[:, None] * R + rank[None, :]
+    total = tl.zeros((BLOCK_M, R), tl.float32)
+    plane = M.to(tl.int64) * R
+    for index in range(count):
+        total += tl.load(source + index * plane, mask=(row < rows_left)[:, None], other=0.0)
+    return total

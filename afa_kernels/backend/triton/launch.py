@@ -1,0 +1,191 @@
+"""From checked operands to kernel launches: grids, strides, workspace.
+
+Workspace comes from torch's allocator at each call, so that two streams never share it and a CUDA
+graph owns its own.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from afa_kernels.backend.registry import IDENTITY, Spec
+from afa_kernels.backend.triton import autotune, configs, forward_kernels
+from afa_kernels.backend.triton.configs import Device, Tile, Tiles, padded_rank
+from afa_kernels.dropout import COLUMNS_PER_CALL
+
+INTERPRETED = not isinstance(forward_kernels.pack_kernel, triton.runtime.JITFunction)
+_PACK_BLOCK = 1024
+ELEMENTWISE = Tile(0, 0, 4, 1)  # warps and stages of a kernel without a streamed product
+# Rows per multiprocessor from which one pass over x has enough bytes in flight: a tile of 64 on
+# three of four. A tile of 128 rows occupies half as many, with twice the bytes.
+_FULL_DEVICE_ROWS = 48
+
+
+class Launch(NamedTuple):
+    """One kernel launch as data: what runs, and what the machine-code report and the traffic model
+    read."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    @property
+    def options(self) -> dict[str, Any]:
+        # Fused multiply-adds are Triton's default up to 3.9, which warns where they are not asked
+        # for.
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+
+class _Recording(NamedTuple):
+    device: Device
+    launches: list[Launch]
+
+
+_recording: ContextVar[_Recording | None] = ContextVar("afa_kernels_triton_recording", default=None)
+
+
+@contextlib.contextmanager
+def recording(device: Device) -> Iterator[list[Launch]]:
+    """Collect the launches for ``device`` instead of running them; tensors may be on torch's meta
+    device."""
+    launches: list[Launch] = []
+    token = _recording.set(_Recording(device, launches))
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
+def submit(
+    kernel: Any, grid: tuple[int, ...], arguments: dict, constants: dict, tile: Tile
+) -> None:
+    """Run a kernel with the warps and stages of ``tile``, or record it."""
+    launch = Launch(kernel, grid, arguments, constants, tile.warps, tile.stages)
+    recorder = _recording.get()
+    if recorder is None:
+        launch.run()
+    else:
+        recorder.launches.append(launch)
+
+
+class Context:
+    """What every launch of one call shares: operands made ready for the kernels, tiles, and
+    constants."""
+
+    def __init__(
+        self, x: Tensor, a: Tensor, b: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec
+    ):
+        recorder = _recording.get()
+        self.device = configs.device_of(x.device) if recorder is None else recorder.device
+        self.rows, self.k = x.shape
+        self.n, self.r = b.shape
+        self.padded = padded_rank(self.r)
+        self.dtype = x.dtype
+        self.tiles: Tiles = autotune.tiles(self.device, x, self.n, self.r)
+        self.precision = (
+            "tf32"
+            if x.dtype == torch.float32 and self.device.has_tf32 and _allow_tf32()
+            else "ieee"
+        )
+        self.emulate = INTERPRETED and x.dtype == torch.bfloat16
+        # At identity alpha_t is 0, and phi(z) = (1 - 0) * z + 0 * act(z) for any act.
+        self.act = "relu" if spec.activation == IDENTITY else spec.activation
+        self.spec, self.alpha_t, self.seed = spec, alpha_t, seed if spec.dropout else None
+        self.x = addressable(x)
+        self.a, self.b = self._pack(a, b)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.x.device)
+
+    def dots(self) -> dict[str, Any]:
+        """The constants of every kernel with a product."""
+        return {"R": self.padded, "PRECISION": self.precision, "EMULATE_BF16": self.emulate}
+
+    def mask(self) -> dict[str, Any]:
+        """The arguments of a dropout mask."""
+        return {
+            "seed_ptr": self.seed,
+            "threshold": self.spec.dropout,
+            "calls_per_row": -(-self.k // COLUMNS_PER_CALL),
+        }
+
+    def chunk(self, rows_per_tile: int) -> tuple[int, int]:
+        """Return (chunks, rows per chunk) for a pass whose sum over rows is split."""
+        row_tiles = triton.cdiv(self.rows, rows_per_tile)
+        tiles_per_chunk = triton.cdiv(row_tiles, min(row_tiles, self.tiles.chunks))
+        return triton.cdiv(row_tiles, tiles_per_chunk), tiles_per_chunk * rows_per_tile
+
+    def row_programs(self) -> int:
+        return triton.cdiv(self.rows, self.tiles.project.rows)
+
+    def spread(self, steps: int) -> tuple[int, int]:
+        """Return (programs, steps per program): enough programs for each tile of rows to give the
+        device two waves."""
+        wanted = min(steps, triton.cdiv(2 * self.device.multiprocessors, self.row_programs()))
+        per_program = triton.cdiv(steps, wanted)
+        return triton.cdiv(steps, per_program), per_program
+
+    def splits(self, length: int) -> tuple[int, int]:
+        """Return (splits, tiles per split) for a product of rows; 1 split where the rows alone fill
+        the device."""
+        steps = triton.cdiv(length, self.tiles.project.cols)
+        if self.rows >= _FULL_DEVICE_ROWS * self.device.multiprocessors:
+            return 1, steps
+        return self.spread(steps)
+
+    def _pack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        ready = self.r == self.padded and all(
+            t.dtype == self.dtype and t.stride(1) == 1 and int32_offsets(t) for t in (a, b)
+        )
+        if ready:
+            return a, b
+        a, b = (t if int32_offsets(t) else t.contiguous() for t in (a, b))
+        a_padded = self.empty(self.padded, self.k, dtype=self.dtype)
+        b_padded = self.empty(self.n, self.padded, dtype=self.dtype)
+        blocks_a = triton.cdiv(a_padded.numel(), _PACK_BLOCK)
+        arguments = {
+            "a_ptr": a, "b_ptr": b, "a_padded_ptr": a_padded, "b_padded_ptr": b_padded,
+            "blocks_a": blocks_a, "K": self.k, "N": self.n, "r": self.r,
+            "stride_ar": a.stride(0), "stride_ak": a.stride(1), "stride_bn": b.stride(0),
+            "stride_br": b.stride(1),
+        }  # fmt: skip
+        constants = {"R": self.padded, "BLOCK": _PACK_BLOCK, "EMULATE_BF16": self.emulate}
+        grid = (blocks_a + triton.cdiv(b_padded.numel(), _PACK_BLOCK),)
+        submit(forward_kernels.pack_kernel, grid, arguments, constants, ELEMENTWISE)
+        return a_padded, b_padded
+
+
+def int32_offsets(t: Tensor, rows: int | None = None) -> bool:
+    """Whether the offsets inside ``rows`` rows of ``t`` (all, by default) fit in int32."""
+    rows = t.shape[0] if rows is None else rows
+    return rows * t.stride(0) + t.shape[1] * t.stride(1) < 2**31
+
+
+def addressable(t: Tensor) -> Tensor:
+    """Return ``t``, copied where its columns are not side by side: the kernels stream rows. The
+    offset of a tile of rows is int64, offsets inside the tile are int32."""
+    fits = t.stride(1) == 1 and int32_offsets(t, configs.MAX_TILE_ROWS)
+    return t if fits else t.contiguous()
+
+
+def _allow_tf32() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # torch 2.9 brought fp32_precision; where a caller uses it, reading allow_tf32 raises.
+    return (
+        matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    )

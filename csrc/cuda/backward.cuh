@@ -1,0 +1,340 @@
+// Backward kernels. With u = dy B (times scaling) and dz = u * phi'(z):
+//
+//   dy_kernel (R <= 32): dh = dy B and dB = dy^T h from one pass over dy.
+//   db_kernel (R >= 64): dB = dy^T h alone; dh comes from project_kernel.
+//   x_kernel: dx = dz A and dA = dz^T x from one pass over x.
+//
+// A block keeps one slab of columns and walks down one chunk of rows. What it sums over rows stays
+// in registers and is stored once, as a partial result of its chunk, so that sums have one order
+// whatever the grid.
+#pragma once
+
+#include "cuda/tile.cuh"
+
+namespace afa {
+
+template <int kCount, int kOthers>
+AFA_DEVICE void zero(float (&acc)[kCount][kOthers][4]) {
+    AFA_UNROLL
+    for (int i = 0; i < kCount; ++i)
+        AFA_UNROLL
+    for (int j = 0; j < kOthers; ++j)
+        acc[i][j][0] = acc[i][j][1] = acc[i][j][2] = acc[i][j][3] = 0.0f;
+}
+
+// acc[i][j] += (16 columns i of `left`)^T times (8 columns j of `right`), summed over kRows rows of
+// both tiles.
+template <typename T, int kRows, int kLeft, int kRight, int kLeftPitch, int kRightPitch>
+AFA_DEVICE void add_outer(float (&acc)[kLeft / 16][kRight / 8][4], const T* left, const T* right) {
+    AFA_UNROLL
+    for (int k = 0; k < kRows; k += 16) {
+        uint32_t b[kRight / 16][4];
+        AFA_UNROLL
+        for (int j = 0; j < kRight / 16; ++j)
+            load_matrices_transposed(b[j],
+                                     right + k * kRightPitch + j * 16 + down_first<kRightPitch>());
+        AFA_UNROLL
+        for (int i = 0; i < kLeft / 16; ++i) {
+            uint32_t a[4];
+            load_matrices_transposed(a, left + k * kLeftPitch + i * 16 + right_first<kLeftPitch>());
+            AFA_UNROLL
+            for (int j = 0; j < kRight / 16; ++j) {
+                multiply_add<T>(acc[i][2 * j], a, b[j][0], b[j][1]);
+                multiply_add<T>(acc[i][2 * j + 1], a, b[j][2], b[j][3]);
+            }
+        }
+    }
+}
+
+// Stores the accumulators of add_outer into rows [row0, ...) and columns [col0, ...) of a float
+// matrix.
+template <int kLeft, int kRight>
+AFA_DEVICE void store_outer(float* matrix, const float (&acc)[kLeft / 16][kRight / 8][4],
+                            int64_t row0, int64_t rows, int col0, int cols) {
+    const int col = col0 + lane_index() % 4 * 2;
+    AFA_UNROLL
+    for (int i = 0; i < kLeft / 16; ++i) {
+        AFA_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const int64_t row = row0 + i * 16 + lane_index() / 4 + half * 8;
+            AFA_UNROLL
+            for (int j = 0; j < kRight / 8; ++j)
+                if (row < rows && col + j * 8 < cols)
+                    store_global(reinterpret_cast<Float2*>(matrix + row * cols + col + j * 8),
+                                 Float2{acc[i][j][2 * half], acc[i][j][2 * half + 1]});
+        }
+    }
+}
+
+// Grid: (slabs of kColumns columns of dy, chunks of rows_per_chunk rows).
+template <typename T, int R>
+AFA_KERNEL(DyTile<R>::kThreads)
+dy_kernel(const DyParams p) {
+    using Tile = DyTile<R>;
+    constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
+    constexpr int kPairs = Tile::kRows * R / 2 / Tile::kThreads;  // of z, per thread and tile
+    const T* dy = static_cast<const T*>(p.dy);
+    const T* z = static_cast<const T*>(p.z);
+    const int ahead = p.stages - 1, warp_row = warp_index() * 16;
+    SharedMemory shared;
+    T* ring = shared.take<T>(p.stages * Tile::kWide);
+    T* b_slab = shared.take<T>(Tile::kB);
+    T* h_tiles = shared.take<T>(2 * Tile::kH);
+    const int col0 = block_x() * Tile::kColumns;
+    const int64_t row_begin = block_y() * p.rows_per_chunk;
+    const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
+    const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
+    const float alpha_t = load_global(p.alpha_t);
+
+    const auto load = [&](int t, int slot) {
+        if (t < tiles)
+            load_tile<Tile::kRows, Tile::kColumns, Tile::kThreads>(
+                ring + slot * Tile::kWide, dy, p.dy_stride, row_begin + t * Tile::kRows, row_end,
+                col0, p.n);
+        copy_commit();
+    };
+    uint32_t z_next[kPairs];
+    const auto load_z = [&](int t) {
+        AFA_UNROLL
+        for (int i = 0; i < kPairs; ++i) {
+            const int pair = thread_index() + i * Tile::kThreads;
+            const int64_t row = row_begin + t * Tile::kRows + pair / (R / 2);
+            z_next[i] = row < row_end ? load_pair(z, row, p.r, pair % (R / 2) * 2) : 0u;
+        }
+    };
+
+    load_tile<Tile::kColumns, R, Tile::kThreads>(b_slab, static_cast<const T*>(p.b), p.b_stride,
+                                                 col0, p.n, 0, R);
+    for (int s = 0; s < ahead; ++s)
+        load(s, s);  // B belongs to the first group
+    load_z(0);
+    float db[Tile::kSlice / 16][R / 8][4];
+    zero(db);
+    int slot = 0;
+    AFA_ROLLED
+    for (int t = 0; t < tiles; ++t) {
+        // Two tiles of h, by turns: slower warps may still read the other one.
+        T* h = h_tiles + (t & 1) * Tile::kH;
+        if (p.db) {
+            AFA_UNROLL
+            for (int i = 0; i < kPairs; ++i) {
+                const int pair = thread_index() + i * Tile::kThreads;
+                store_shared(h + pair / (R / 2) * kNarrowPitch + pair % (R / 2) * 2,
+                             phi_pair<T>(p.activation, z_next[i], alpha_t));
+            }
+        }
+        wait_oldest(p.stages);
+        block_sync();
+        load(t + ahead, slot == 0 ? ahead : slot - 1);
+        load_z(t + 1);
+        const T* tile = ring + slot * Tile::kWide;
+        if (p.dh) {
+            float dh[R / 8][4] = {};
+            AFA_UNROLL
+            for (int k = 0; k < Tile::kColumns; k += 16) {
+                uint32_t a[4];
+                load_matrices(a, tile + warp_row * kWidePitch + k + down_first<kWidePitch>());
+                AFA_UNROLL
+                for (int j = 0; j < R / 16; ++j) {
+                    uint32_t b[4];
+                    load_matrices_transposed(b, b_slab + k * kNarrowPitch + j * 16 +
+                                                    down_first<kNarrowPitch>());
+                    multiply_add<T>(dh[2 * j], a, b[0], b[1]);
+                    multiply_add<T>(dh[2 * j + 1], a, b[2], b[3]);
+                }
+            }
+            const int64_t row = row_begin + t * Tile::kRows + warp_row + lane_index() / 4;
+            float* out = p.dh + (block_x() * p.m + row) * R + lane_index() % 4 * 2;
+            AFA_UNROLL
+            for (int half = 0; half < 2; ++half)
+                if (row + 8 * half < row_end) {
+                    AFA_UNROLL
+                    for (int j = 0; j < R / 8; ++j)
+                        store_global(reinterpret_cast<Float2*>(out + 8 * half * R + j * 8),
+                                     Float2{dh[j][2 * half], dh[j][2 * half + 1]});
+                }
+        }
+        if (p.db)
+            add_outer<T, Tile::kRows, Tile::kSlice, R, kWidePitch, kNarrowPitch>(
+                db, tile + warp_index() * Tile::kSlice, h);
+        slot = slot == ahead ? 0 : slot + 1;
+    }
+    copy_wait<0>();
+    if (p.db)
+        store_outer<Tile::kSlice, R>(p.db + static_cast<int64_t>(block_y()) * p.n * R, db,
+                                     col0 + warp_index() * Tile::kSlice, p.n, 0, R);
+}
+
+// Grid: (slabs of kColumns columns of dy, chunks of rows). dB = dy^T h with h read from memory.
+template <typename T, int R>
+AFA_KERNEL(OuterTile<R>::kThreads)
+db_kernel(const OuterParams p) {
+    using Tile = OuterTile<R>;
+    constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
+    const int ahead = p.stages - 1;
+    SharedMemory shared;
+    T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
+    T* narrow_ring = shared.take<T>(p.stages * Tile::kNarrow);
+    const int col0 = block_x() * Tile::kColumns;
+    const int64_t row_begin = block_y() * p.rows_per_chunk;
+    const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
+    const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
+
+    const auto load = [&](int t, int slot) {
+        if (t < tiles) {
+            const int64_t row0 = row_begin + t * Tile::kRows;
+            load_tile<Tile::kRows, Tile::kColumns, Tile::kThreads>(
+                wide_ring + slot * Tile::kWide, static_cast<const T*>(p.wide), p.wide_stride, row0,
+                row_end, col0, p.w);
+            load_tile<Tile::kRows, R, Tile::kThreads>(narrow_ring + slot * Tile::kNarrow,
+                                                      static_cast<const T*>(p.narrow), R, row0,
+                                                      row_end, 0, R);
+        }
+        copy_commit();
+    };
+    for (int s = 0; s < ahead; ++s)
+        load(s, s);
+    float db[Tile::kSlice / 16][R / 8][4];
+    zero(db);
+    int slot = 0;
+    AFA_ROLLED
+    for (int t = 0; t < tiles; ++t) {
+        wait_oldest(p.stages);
+        block_sync();
+        load(t + ahead, slot == 0 ? ahead : slot - 1);
+        add_outer<T, Tile::kRows, Tile::kSlice, R, kWidePitch, kNarrowPitch>(
+            db, wide_ring + slot * Tile::kWide + warp_index() * Tile::kSlice,
+            narrow_ring + slot * Tile::kNarrow);
+        slot = slot == ahead ? 0 : slot + 1;
+    }
+    copy_wait<0>();
+    store_outer<Tile::kSlice, R>(p.partial + static_cast<int64_t>(block_y()) * p.w * R, db,
+                                 col0 + warp_index() * Tile::kSlice, p.w, 0, R);
+}
+
+// dx = dz A for the columns of this warp: products into the place of x in shared memory, then
+// 16-byte stores.
+template <typename T, int R>
+AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
+                        const uint32_t (&a)[R / 16][OuterTile<R>::kSlice / 16][4],
+                        const OuterParams& p, int64_t row0, int64_t row_end, int col0) {
+    using Tile = OuterTile<R>;
+    constexpr int kWidePitch = pitch(Tile::kColumns), kSlice = Tile::kSlice;
+    AFA_UNROLL
+    for (int i = 0; i < Tile::kRows; i += 16) {
+        float acc[kSlice / 8][4] = {};
+        AFA_UNROLL
+        for (int k = 0; k < R / 16; ++k) {
+            uint32_t left[4];
+            load_matrices(left, dz + i * pitch(R) + k * 16 + down_first<pitch(R)>());
+            AFA_UNROLL
+            for (int j = 0; j < kSlice / 16; ++j) {
+                multiply_add<T>(acc[2 * j], left, a[k][j][0], a[k][j][1]);
+                multiply_add<T>(acc[2 * j + 1], left, a[k][j][2], a[k][j][3]);
+            }
+        }
+        T* out = slice + (i + lane_index() / 4) * kWidePitch + lane_index() % 4 * 2;
+        AFA_UNROLL
+        for (int j = 0; j < kSlice / 8; ++j) {
+            store_shared(out + j * 8, pack<T>(acc[j][0], acc[j][1]));
+            store_shared(out + 8 * kWidePitch + j * 8, pack<T>(acc[j][2], acc[j][3]));
+        }
+    }
+    warp_sync();
+    constexpr int kVectors = kSlice / kVector;
+    AFA_UNROLL
+    for (int i = 0; i < Tile::kRows * kVectors; i += kWarpSize) {
+        const int row = (i + lane_index()) / kVectors,
+                  col = (i + lane_index()) % kVectors * kVector;
+        Vec16 v = load_shared<Vec16>(slice + row * kWidePitch + col);
+        if (p.dropout.threshold > 0)
+            v = keep(
+                v, load_shared<uint16_t>(masks + row * Tile::kMaskPitch + col / kDropoutColumns) >>
+                       (col % kDropoutColumns));
+        if (row0 + row < row_end && col0 + col < p.w)
+            store_global(
+                reinterpret_cast<Vec16*>(static_cast<T*>(p.dx) + (row0 + row) * p.w + col0 + col),
+                v);
+    }
+}
+
+// Grid: (slabs of kColumns columns of x, chunks of rows). Each warp works on its own slice of the
+// slab, and reuses the place of its x for dx.
+template <typename T, int R>
+AFA_KERNEL(OuterTile<R>::kThreads)
+x_kernel(const OuterParams p) {
+    using Tile = OuterTile<R>;
+    constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R),
+                  kSlice = Tile::kSlice;
+    const int ahead = p.stages - 1;
+    SharedMemory shared;
+    T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
+    T* narrow_ring = shared.take<T>(p.stages * Tile::kNarrow);
+    T* a_slab = shared.take<T>(Tile::kA);
+    uint16_t* masks = shared.take<uint16_t>(Tile::kRows * Tile::kMaskPitch);
+    const int col0 = block_x() * Tile::kColumns, slice0 = warp_index() * kSlice;
+    const int64_t row_begin = block_y() * p.rows_per_chunk;
+    const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
+    const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
+
+    const auto load = [&](int t, int slot) {
+        if (t < tiles) {
+            const int64_t row0 = row_begin + t * Tile::kRows;
+            if (p.partial)
+                load_tile<Tile::kRows, Tile::kColumns, Tile::kThreads>(
+                    wide_ring + slot * Tile::kWide, static_cast<const T*>(p.wide), p.wide_stride,
+                    row0, row_end, col0, p.w);
+            load_tile<Tile::kRows, R, Tile::kThreads>(narrow_ring + slot * Tile::kNarrow,
+                                                      static_cast<const T*>(p.narrow), R, row0,
+                                                      row_end, 0, R);
+        }
+        copy_commit();
+    };
+    if (p.dx)
+        load_tile<R, Tile::kColumns, Tile::kThreads>(a_slab, static_cast<const T*>(p.a), p.a_stride,
+                                                     0, R, col0, p.w);
+    for (int s = 0; s < ahead; ++s)
+        load(s, s);  // A belongs to the first group
+    wait_oldest(p.stages);
+    block_sync();
+    uint32_t a[R / 16][kSlice / 16][4];
+    if (p.dx) {
+        AFA_UNROLL
+        for (int k = 0; k < R / 16; ++k)
+            AFA_UNROLL
+        for (int j = 0; j < kSlice / 16; ++j)
+            load_matrices_transposed(a[k][j], a_slab + k * 16 * kWidePitch + slice0 + j * 16 +
+                                                  down_first<kWidePitch>());
+    }
+    float da[R / 16][kSlice / 8][4];
+    zero(da);
+    int slot = 0;
+    AFA_ROLLED
+    for (int t = 0; t < tiles; ++t) {
+        wait_oldest(p.stages);
+        block_sync();
+        load(t + ahead, slot == 0 ? ahead : slot - 1);
+        T* slice = wide_ring + slot * Tile::kWide + slice0;
+        const T* dz = narrow_ring + slot * Tile::kNarrow;
+        uint16_t* slice_masks = masks + slice0 / kDropoutColumns;
+        const int64_t row0 = row_begin + t * Tile::kRows;
+        if (p.dropout.threshold > 0) {
+            drop<Tile::kRows, kSlice, kWidePitch>(slice, slice_masks, Tile::kMaskPitch, p.dropout,
+                                                  row0, col0 + slice0, p.w, p.partial != nullptr);
+            warp_sync();
+        }
+        if (p.partial)
+            add_outer<T, Tile::kRows, R, kSlice, kNarrowPitch, kWidePitch>(da, dz, slice);
+        if (p.dx) {
+            warp_sync();  // all lanes have read x from the slice
+            emit_dx<T, R>(slice, dz, slice_masks, a, p, row0, row_end, col0 + slice0);
+        }
+        slot = slot == ahead ? 0 : slot + 1;
+    }
+    copy_wait<0>();
+    if (p.partial)
+        store_outer<R, kSlice>(p.partial + static_cast<int64_t>(block_y()) * R * p.w, da, 0, R,
+                               col0 + slice0, p.w);
+}
+
+}  // namespace afa

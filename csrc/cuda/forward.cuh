@@ -1,0 +1,260 @@
+// Forward kernels: z = x A^T, h = phi(z), y = base + scaling * h B^T.
+//
+// forward_kernel does it in one pass, with one block per tile of rows. For few rows project_kernel
+// spreads the sum over K over several blocks and expand_kernel finishes. project_kernel also makes
+// dh = dy B for R >= 64.
+#pragma once
+
+#include "cuda/tile.cuh"
+
+namespace afa {
+
+// acc[j] += the 16 rows of this warp times 8-column tile j of the narrow matrix, over the columns
+// of `split`.
+//
+// kTransposed: the narrow matrix is [W, R] (B, for dh = dy B), else [R, W] (A, for z = x A^T). On
+// return no copy is under way, but other warps may still read the rings.
+template <typename T, int R, bool kTransposed>
+AFA_DEVICE void project(float (&acc)[R / 8][4], const ProjectParams& p, T* wide_ring,
+                        T* narrow_ring, int64_t row0, int split) {
+    using Tile = RowTile<R>;
+    constexpr int kNarrow = kTransposed ? Tile::kNarrowTransposed : Tile::kNarrow;
+    constexpr int kWidePitch = pitch(Tile::kDepth),
+                  kNarrowPitch = pitch(kTransposed ? R : Tile::kDepth);
+    const T* wide = static_cast<const T*>(p.wide);
+    const T* narrow = static_cast<const T*>(p.narrow);
+    const int64_t tiles = (p.w + Tile::kDepth - 1) / Tile::kDepth;
+    const int first = static_cast<int>(tiles * split / p.splits);
+    const int last = static_cast<int>(tiles * (split + 1) / p.splits);
+    const int ahead = p.stages - 1;
+    const int warp_row = warp_index() * 16;
+
+    const auto load = [&](int t, int slot) {
+        if (t < last) {
+            const int col0 = t * Tile::kDepth;
+            load_tile<Tile::kRows, Tile::kDepth, Tile::kThreads>(
+                wide_ring + slot * Tile::kWide, wide, p.wide_stride, row0, p.m, col0, p.w);
+            if constexpr (kTransposed)
+                load_tile<Tile::kDepth, R, Tile::kThreads>(narrow_ring + slot * kNarrow, narrow,
+                                                           p.narrow_stride, col0, p.w, 0, R);
+            else
+                load_tile<R, Tile::kDepth, Tile::kThreads>(narrow_ring + slot * kNarrow, narrow,
+                                                           p.narrow_stride, 0, R, col0, p.w);
+        }
+        copy_commit();
+    };
+
+    AFA_UNROLL
+    for (int j = 0; j < R / 8; ++j)
+        acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
+    for (int s = 0; s < ahead; ++s)
+        load(first + s, s);
+    int slot = 0;
+    AFA_ROLLED
+    for (int t = first; t < last; ++t) {
+        wait_oldest(p.stages);
+        block_sync();  // the tile is complete, and the slot that is filled next has been read by
+                       // all
+        load(t + ahead, slot == 0 ? ahead : slot - 1);
+        T* rows = wide_ring + slot * Tile::kWide + warp_row * kWidePitch;
+        const T* other = narrow_ring + slot * kNarrow;
+        if (!kTransposed && p.dropout.threshold > 0) {
+            drop<16, Tile::kDepth, kWidePitch>(rows, nullptr, 0, p.dropout, row0 + warp_row,
+                                               t * Tile::kDepth, p.w, true);
+            warp_sync();
+        }
+        AFA_UNROLL
+        for (int k = 0; k < Tile::kDepth; k += 16) {
+            uint32_t a[4];
+            load_matrices(a, rows + k + down_first<kWidePitch>());
+            AFA_UNROLL
+            for (int j = 0; j < R / 16; ++j) {
+                uint32_t b[4];
+                if constexpr (kTransposed)
+                    load_matrices_transposed(b, other + k * kNarrowPitch + j * 16 +
+                                                    down_first<kNarrowPitch>());
+                else
+                    load_matrices(b,
+                                  other + j * 16 * kNarrowPitch + k + right_first<kNarrowPitch>());
+                multiply_add<T>(acc[2 * j], a, b[0], b[1]);
+                multiply_add<T>(acc[2 * j + 1], a, b[2], b[3]);
+            }
+        }
+        slot = slot == ahead ? 0 : slot + 1;
+    }
+    copy_wait<0>();
+}
+
+// Turns the 16 rows of this warp in `tile` into h = phi(z) and stores z where asked for.
+// `pair_of(row, col)` gives elements col and col + 1 of z, rounded to T.
+template <typename T, int R, typename PairOf>
+AFA_DEVICE void finish_rows(T* tile, const ForwardParams& p, int64_t row0, bool store_z,
+                            const PairOf& pair_of) {
+    const float alpha_t = load_global(p.alpha_t);
+    const int warp_row = warp_index() * 16;
+    AFA_ROLLED
+    for (int i = lane_index(); i < 16 * R / 2; i += kWarpSize) {
+        const int row = warp_row + i / (R / 2), col = i % (R / 2) * 2;
+        const uint32_t pair = pair_of(row, col);
+        if (store_z && row0 + row < p.project.m)
+            store_pair(static_cast<T*>(p.z), row0 + row, p.r, col, pair);
+        // h comes from the rounded z: the backward has only that one.
+        store_shared(tile + row * pitch(R) + col, phi_pair<T>(p.activation, pair, alpha_t));
+    }
+    warp_sync();
+}
+
+// y[rows of this block, column tiles first .. last) = base + scaling * h B^T, with h in `tile`.
+template <typename T, int R>
+AFA_DEVICE void emit_columns(const T* tile, T* b_ring, int stages, const ForwardParams& p,
+                             int64_t row0, int first, int last) {
+    using Tile = RowTile<R>;
+    const int warp_row = warp_index() * 16, ahead = stages - 1;
+    const T* base = static_cast<const T*>(p.base);
+    T* y = static_cast<T*>(p.y);
+    const auto load = [&](int t, int slot) {
+        if (t < last)
+            load_tile<Tile::kColumns, R, Tile::kThreads, true>(
+                b_ring + slot * Tile::kB, static_cast<const T*>(p.b), p.b_stride,
+                static_cast<int64_t>(t) * Tile::kColumns, p.n, 0, R);
+        copy_commit();
+    };
+
+    uint32_t h[R / 16][4];
+    AFA_UNROLL
+    for (int k = 0; k < R / 16; ++k)
+        load_matrices(h[k], tile + warp_row * pitch(R) + k * 16 + down_first<pitch(R)>());
+    for (int s = 0; s < ahead; ++s)
+        load(first + s, s);
+    int slot = 0;
+    AFA_ROLLED
+    for (int t = first; t < last; ++t) {
+        wait_oldest(stages);
+        block_sync();
+        load(t + ahead, slot == 0 ? ahead : slot - 1);
+        const T* b_tile = b_ring + slot * Tile::kB;
+        AFA_UNROLL
+        for (int c = 0; c < Tile::kColumns; c += 32) {
+            float acc[4][4] = {};
+            AFA_UNROLL
+            for (int k = 0; k < R / 16; ++k) {
+                AFA_UNROLL
+                for (int half = 0; half < 2; ++half) {
+                    uint32_t b[4];
+                    load_matrices(b, b_tile + (c + half * 16) * pitch(R) + k * 16 +
+                                         right_first<pitch(R)>());
+                    multiply_add<T>(acc[2 * half], h[k], b[0], b[1]);
+                    multiply_add<T>(acc[2 * half + 1], h[k], b[2], b[3]);
+                }
+            }
+            const int col = t * Tile::kColumns + c + lane_index() % 4 * kVector;
+            AFA_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const int64_t row = row0 + warp_row + lane_index() / 4 + half * 8;
+                if (row < p.project.m && col < p.n) {
+                    Vec16 old{};
+                    if (base)
+                        old = load_global(
+                            reinterpret_cast<const Vec16*>(base + row * p.base_stride + col));
+                    Vec16 sum;
+                    AFA_UNROLL
+                    for (int j = 0; j < 4; ++j) {
+                        const Float2 added = unpack<T>(old.word[j]);
+                        sum.word[j] = pack<T>(added.x + p.scaling * acc[j][2 * half],
+                                              added.y + p.scaling * acc[j][2 * half + 1]);
+                    }
+                    store_global(reinterpret_cast<Vec16*>(y + row * p.y_stride + col), sum);
+                }
+            }
+        }
+        slot = slot == ahead ? 0 : slot + 1;
+    }
+    copy_wait<0>();
+}
+
+// Grid: one block per kRows rows. x, A and B pass through shared memory once per block.
+template <typename T, int R>
+AFA_KERNEL(RowTile<R>::kThreads)
+forward_kernel(const ForwardParams p) {
+    using Tile = RowTile<R>;
+    const int stages = p.project.stages;
+    SharedMemory shared;
+    T* wide_ring = shared.take<T>(stages * Tile::kWide);
+    T* narrow_ring = shared.take<T>(stages * Tile::kNarrow);
+    const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
+
+    float acc[R / 8][4];
+    project<T, R, false>(acc, p.project, wide_ring, narrow_ring, row0, 0);
+    block_sync();  // the rings have been read by all: they become the tile of z and the ring of B
+    T* tile = narrow_ring;
+    const int row = warp_index() * 16 + lane_index() / 4, col = lane_index() % 4 * 2;
+    AFA_UNROLL
+    for (int j = 0; j < R / 8; ++j) {
+        T* z = tile + row * pitch(R) + j * 8 + col;
+        store_shared(z, pack<T>(p.inverse_keep * acc[j][0], p.inverse_keep * acc[j][1]));
+        store_shared(z + 8 * pitch(R),
+                     pack<T>(p.inverse_keep * acc[j][2], p.inverse_keep * acc[j][3]));
+    }
+    warp_sync();
+    finish_rows<T, R>(tile, p, row0, p.z != nullptr,
+                      [&](int r, int c) { return load_shared<uint32_t>(tile + r * pitch(R) + c); });
+    emit_columns<T, R>(tile, wide_ring, stages, p, row0, 0,
+                       (p.n + Tile::kColumns - 1) / Tile::kColumns);
+}
+
+// Grid: (tiles of rows, splits). Writes the partial product of one split, [splits, M, R].
+template <typename T, int R, bool kTransposed>
+AFA_KERNEL(RowTile<R>::kThreads)
+project_kernel(const ProjectParams p) {
+    using Tile = RowTile<R>;
+    SharedMemory shared;
+    T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
+    T* narrow_ring =
+        shared.take<T>(p.stages * (kTransposed ? Tile::kNarrowTransposed : Tile::kNarrow));
+    const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
+
+    float acc[R / 8][4];
+    project<T, R, kTransposed>(acc, p, wide_ring, narrow_ring, row0, block_y());
+    const int64_t row = row0 + warp_index() * 16 + lane_index() / 4;
+    float* out = p.partial + (block_y() * p.m + row) * R + lane_index() % 4 * 2;
+    AFA_UNROLL
+    for (int half = 0; half < 2; ++half)
+        if (row + 8 * half < p.m) {
+            AFA_UNROLL
+            for (int j = 0; j < R / 8; ++j)
+                store_global(reinterpret_cast<Float2*>(out + 8 * half * R + j * 8),
+                             Float2{acc[j][2 * half], acc[j][2 * half + 1]});
+        }
+}
+
+// Grid: (tiles of rows, column blocks). Sums the splits in order; the first column block stores z.
+template <typename T, int R>
+AFA_KERNEL(RowTile<R>::kThreads, 2)
+expand_kernel(const ForwardParams p) {
+    using Tile = RowTile<R>;
+    const int stages = p.project.stages;
+    SharedMemory shared;
+    T* tile = shared.take<T>(Tile::kZ);
+    T* b_ring = shared.take<T>(stages * Tile::kB);
+    const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
+
+    finish_rows<T, R>(tile, p, row0, p.z != nullptr && block_y() == 0, [&](int row, int col) {
+        Float2 sum{0.0f, 0.0f};
+        if (row0 + row < p.project.m) {
+            const float* partial = p.project.partial + (row0 + row) * R + col;
+            for (int s = 0; s < p.project.splits; ++s) {
+                const Float2 part =
+                    load_global(reinterpret_cast<const Float2*>(partial + s * p.project.m * R));
+                sum.x += part.x;
+                sum.y += part.y;
+            }
+        }
+        return pack<T>(p.inverse_keep * sum.x, p.inverse_keep * sum.y);
+    });
+    const int64_t tiles = (p.n + Tile::kColumns - 1) / Tile::kColumns;
+    emit_columns<T, R>(tile, b_ring, stages, p, row0,
+                       static_cast<int>(tiles * block_y() / p.column_blocks),
+                       static_cast<int>(tiles * (block_y() + 1) / p.column_blocks));
+}
+
+}  // namespace afa

@@ -1,0 +1,404 @@
+#include "cuda/ops.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/tiles.h"
+
+namespace afa {
+namespace {
+
+constexpr int kSmallThreads = 128;   // threads of the reduce and pack kernels
+constexpr int64_t kAlignment = 256;  // of each piece of scratch memory
+// Limits that any supported GPU meets: scratch memory must not depend on the device.
+constexpr DeviceLimits kAnyDevice{1, 99 * 1024, 100 * 1024};
+
+// Hands out scratch memory; with a null base it only counts.
+class Workspace {
+  public:
+    explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+    template <typename T>
+    T* take(int64_t count) {
+        char* piece = base_ ? base_ + used_ : nullptr;
+        used_ +=
+            (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+        return reinterpret_cast<T*>(piece);
+    }
+    int64_t used() const { return used_; }
+
+  private:
+    char* base_;
+    int64_t used_ = 0;
+};
+
+struct Element {  // of T
+    uint16_t bits;
+};
+
+struct ForwardScratch {
+    Element *a, *b;
+    float* partial;
+
+    ForwardScratch(const Shape& s, const ForwardPlan& plan, Workspace& w)
+        : a(w.take<Element>(static_cast<int64_t>(plan.rank) * s.k)),
+          b(w.take<Element>(static_cast<int64_t>(plan.rank) * s.n)),
+          partial(plan.one_pass ? nullptr : w.take<float>(plan.splits * s.m * plan.rank)) {}
+};
+
+struct BackwardScratch {
+    Element *a, *b, *dz, *h, *z;
+    float *dh, *db, *da;
+
+    BackwardScratch(const Shape& s, const ForwardPlan& forward, const BackwardPlan& plan,
+                    bool recompute_z, Workspace& w) {
+        const int64_t rank = plan.rank;
+        a = w.take<Element>(rank * s.k);
+        b = w.take<Element>(rank * s.n);
+        dz = w.take<Element>(s.m * rank);
+        h = w.take<Element>(plan.one_pass_dy ? 0 : s.m * rank);
+        z = w.take<Element>(recompute_z ? s.m * s.r : 0);
+        // The partial sums of a recomputed z are dead before those of dh exist.
+        const int64_t parts = std::max(plan.dh_parts, recompute_z ? forward.splits : 0);
+        dh = w.take<float>(parts * s.m * rank);
+        db = w.take<float>(plan.db_chunks * s.n * rank);
+        da = w.take<float>(plan.da_chunks * rank * s.k);
+    }
+};
+
+bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+void check_matrix(const char* name, const void* data, int64_t stride, const Shape& shape) {
+    if (data && (!aligned(data) || stride % kVector))
+        throw std::invalid_argument(std::string(name) +
+                                    ": expected 16-byte aligned rows, got row stride " +
+                                    std::to_string(stride) + " (" + describe(shape) + ")");
+}
+
+void check_call(const BranchCall& call) {
+    if (call.activation < 0 || call.threshold < 0 || call.threshold > 255 ||
+        (call.threshold && !call.seed))
+        throw std::invalid_argument("activation or dropout out of range (" + describe(call.shape) +
+                                    ")");
+    check_matrix("x", call.x, call.x_stride, call.shape);
+}
+
+float inverse_keep(int threshold) { return 256.0f / static_cast<float>(256 - threshold); }
+
+int small_blocks(int64_t threads) {
+    return static_cast<int>((threads + kSmallThreads - 1) / kSmallThreads);
+}
+
+LaunchConfig small_config(const char* kernel, int64_t blocks, const BranchCall& call) {
+    LaunchConfig config{{}, call.shape, call.stream};
+    config.plan.kernel = kernel;
+    config.plan.grid_x = blocks;
+    config.plan.threads = kSmallThreads;
+    return config;
+}
+
+// A and B as the kernels read them.
+struct Packed {
+    const void *a, *b;
+    int64_t a_stride, b_stride;
+};
+
+// Uses A and B where they lie if they are what the kernels read, and copies them into scratch
+// memory otherwise.
+Packed pack_operands(const BranchCall& call, int rank, Element* a_copy, Element* b_copy) {
+    const Shape& s = call.shape;
+    const auto fits = [&](const WeightOperand& w) {
+        return !w.is_float && s.r == rank && w.col_stride == 1 && w.row_stride % kVector == 0 &&
+               aligned(w.data);
+    };
+    Packed packed{call.a.data, call.b.data, call.a.row_stride, call.b.row_stride};
+    PackParams p{};
+    int b_blocks = 0;
+    const auto job = [](const WeightOperand& w, void* target, int64_t rows, int cols,
+                        int64_t padded_rows, int padded_cols) {
+        return PackJob{w.data, w.row_stride, w.col_stride, w.is_float, target,
+                       rows,   padded_rows,  cols,         padded_cols};
+    };
+    if (!fits(call.a)) {
+        p.a = job(call.a, a_copy, s.r, s.k, rank, s.k);
+        p.a_blocks = small_blocks(static_cast<int64_t>(rank) * s.k / 2);
+        packed.a = a_copy;
+        packed.a_stride = s.k;
+    }
+    if (!fits(call.b)) {
+        p.b = job(call.b, b_copy, s.n, s.r, s.n, rank);
+        b_blocks = small_blocks(static_cast<int64_t>(s.n) * rank / 2);
+        packed.b = b_copy;
+        packed.b_stride = rank;
+    }
+    if (p.a_blocks + b_blocks > 0)
+        launch_pack(call.dtype, small_config("pack", p.a_blocks + b_blocks, call), p);
+    return packed;
+}
+
+LaunchConfig config_of(const KernelPlan& plan, const BranchCall& call) {
+    return {plan, call.shape, call.stream};
+}
+
+ProjectParams project_x(const BranchCall& call, const Packed& packed, const ForwardPlan& plan,
+                        float* partial) {
+    ProjectParams p{};
+    p.wide = call.x;
+    p.wide_stride = call.x_stride;
+    p.narrow = packed.a;
+    p.narrow_stride = packed.a_stride;
+    p.partial = partial;
+    p.m = call.shape.m;
+    p.w = call.shape.k;
+    p.splits = plan.splits;
+    p.stages = plan.project.stages;
+    p.dropout = {call.seed, call.threshold};
+    return p;
+}
+
+void launch_reduce_jobs(const BranchCall& call, ReduceParams& p) {
+    p.rows_blocks = small_blocks(p.rows.m * p.rows.rank_class / 2);
+    p.db_blocks = p.db.partial ? small_blocks(p.db.rows * p.db.cols) : 0;
+    const int da_blocks = p.da.partial ? small_blocks(p.da.rows * p.da.cols) : 0;
+    const int64_t blocks = static_cast<int64_t>(p.rows_blocks) + p.db_blocks + da_blocks;
+    if (blocks > 0)
+        launch_reduce(call.dtype, small_config("reduce", blocks, call), p);
+}
+
+// z as the forward computed it, bit for bit: the same splits, summed in the same order.
+void recompute_z(const BranchCall& call, const Packed& packed, const ForwardPlan& plan,
+                 float* partial, void* z) {
+    rank_kernels(call.dtype, plan.rank)
+        .project(config_of(plan.project, call), project_x(call, packed, plan, partial));
+    ReduceParams p{};
+    p.rows.partial = partial;
+    p.rows.count = plan.splits;
+    p.rows.z_out = z;
+    p.rows.m = call.shape.m;
+    p.rows.r = call.shape.r;
+    p.rows.rank_class = plan.rank;
+    p.rows.scale = inverse_keep(call.threshold);
+    launch_reduce_jobs(call, p);
+}
+
+// dh, and with it dB or (R >= 64) h.
+void launch_dy_passes(const BackwardCall& call, const BackwardPlan& plan, const Packed& packed,
+                      const void* z, const BackwardScratch& scratch, bool need_dz) {
+    const RankKernels& kernels = rank_kernels(call.dtype, plan.rank);
+    if (plan.one_pass_dy) {
+        DyParams p{};
+        p.dy = call.dy;
+        p.dy_stride = call.dy_stride;
+        p.b = packed.b;
+        p.b_stride = packed.b_stride;
+        p.z = z;
+        p.alpha_t = call.alpha_t;
+        p.dh = need_dz ? scratch.dh : nullptr;
+        p.db = call.db ? scratch.db : nullptr;
+        p.m = call.shape.m;
+        p.rows_per_chunk = plan.db_rows;
+        p.n = call.shape.n;
+        p.r = call.shape.r;
+        p.stages = plan.dy.stages;
+        p.activation = call.activation;
+        kernels.dy(config_of(plan.dy, call), p);
+    } else if (need_dz) {
+        ProjectParams p{};
+        p.wide = call.dy;
+        p.wide_stride = call.dy_stride;
+        p.narrow = packed.b;
+        p.narrow_stride = packed.b_stride;
+        p.narrow_transposed = true;
+        p.partial = scratch.dh;
+        p.m = call.shape.m;
+        p.w = call.shape.n;
+        p.splits = plan.dh_parts;
+        p.stages = plan.project_dy.stages;
+        kernels.project_dy(config_of(plan.project_dy, call), p);
+    }
+}
+
+SumWeightJob db_job(const BackwardCall& call, const BackwardPlan& plan,
+                    const BackwardScratch& scratch) {
+    const Shape& s = call.shape;
+    const Output type = call.db_is_float ? Output::fp32 : Output::t;
+    return {scratch.db,  call.db,
+            type,        plan.db_chunks,
+            s.n,         static_cast<int64_t>(s.n) * plan.rank,
+            s.r,         plan.rank,
+            call.scaling};
+}
+
+SumWeightJob da_job(const BackwardCall& call, const BackwardPlan& plan,
+                    const BackwardScratch& scratch) {
+    const Shape& s = call.shape;
+    const Output type = call.da_is_float ? Output::fp32 : Output::t;
+    return {scratch.da, call.da, type, plan.da_chunks, s.r, static_cast<int64_t>(s.k) * plan.rank,
+            s.k,        s.k,     1.0f};
+}
+
+void launch_db(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch) {
+    OuterParams p{};
+    p.wide = call.dy;
+    p.wide_stride = call.dy_stride;
+    p.narrow = scratch.h;
+    p.partial = scratch.db;
+    p.m = call.shape.m;
+    p.rows_per_chunk = plan.db_rows;
+    p.w = call.shape.n;
+    p.stages = plan.db.stages;
+    rank_kernels(call.dtype, plan.rank).db(config_of(plan.db, call), p);
+}
+
+void launch_x(const BackwardCall& call, const BackwardPlan& plan, const Packed& packed,
+              const BackwardScratch& scratch) {
+    OuterParams p{};
+    p.wide = call.x;
+    p.wide_stride = call.x_stride;
+    p.narrow = scratch.dz;
+    p.a = packed.a;
+    p.a_stride = packed.a_stride;
+    p.dx = call.dx;
+    p.partial = call.da ? scratch.da : nullptr;
+    p.m = call.shape.m;
+    p.rows_per_chunk = plan.da_rows;
+    p.w = call.shape.k;
+    p.stages = plan.x.stages;
+    p.dropout = {call.seed, call.threshold};
+    rank_kernels(call.dtype, plan.rank).x(config_of(plan.x, call), p);
+}
+
+}  // namespace
+
+const RankKernels& rank_kernels(DType dtype, int rank) {
+    switch (rank) {
+    case 16:
+        return rank16_kernels(dtype);
+    case 32:
+        return rank32_kernels(dtype);
+    case 64:
+        return rank64_kernels(dtype);
+    default:
+        return rank128_kernels(dtype);
+    }
+}
+
+std::string launch_error(const LaunchConfig& config, const char* what) {
+    const KernelPlan& plan = config.plan;
+    return std::string(plan.kernel) + " kernel failed: " + what + " (" + describe(config.shape) +
+           ", grid " + std::to_string(plan.grid_x) + " x " + std::to_string(plan.grid_y) + ", " +
+           std::to_string(plan.threads) + " threads, " + std::to_string(plan.shared_bytes) +
+           " bytes of shared memory)";
+}
+
+int64_t forward_workspace(const Shape& shape) {
+    Workspace count(nullptr);
+    ForwardScratch scratch(shape, plan_forward(shape, kAnyDevice), count);
+    return count.used();
+}
+
+int64_t backward_workspace(const Shape& shape, bool recompute_z) {
+    Workspace count(nullptr);
+    BackwardScratch scratch(shape, plan_forward(shape, kAnyDevice),
+                            plan_backward(shape, kAnyDevice), recompute_z, count);
+    return count.used();
+}
+
+void forward(const ForwardCall& call) {
+    const ForwardPlan plan = plan_forward(call.shape, call.device);
+    check_call(call);
+    check_matrix("y", call.y, call.y_stride, call.shape);
+    check_matrix("base", call.base, call.base_stride, call.shape);
+    Workspace workspace(call.workspace);
+    const ForwardScratch scratch(call.shape, plan, workspace);
+    const Packed packed = pack_operands(call, plan.rank, scratch.a, scratch.b);
+    const RankKernels& kernels = rank_kernels(call.dtype, plan.rank);
+
+    ForwardParams p{};
+    p.project = project_x(call, packed, plan, scratch.partial);
+    p.b = packed.b;
+    p.b_stride = packed.b_stride;
+    p.base = call.base;
+    p.base_stride = call.base_stride;
+    p.y = call.y;
+    p.y_stride = call.y_stride;
+    p.z = call.z;
+    p.alpha_t = call.alpha_t;
+    p.n = call.shape.n;
+    p.r = call.shape.r;
+    p.column_blocks = plan.expand.grid_y;
+    p.activation = call.activation;
+    p.scaling = call.scaling;
+    p.inverse_keep = inverse_keep(call.threshold);
+    if (plan.one_pass) {
+        p.project.stages = plan.forward.stages;
+        kernels.forward(config_of(plan.forward, call), p);
+    } else {
+        kernels.project(config_of(plan.project, call), p.project);
+        p.project.stages = plan.expand.stages;
+        kernels.expand(config_of(plan.expand, call), p);
+    }
+}
+
+void backward(const BackwardCall& call) {
+    const ForwardPlan forward = plan_forward(call.shape, call.device);
+    const BackwardPlan plan = plan_backward(call.shape, call.device);
+    check_call(call);
+    check_matrix("dy", call.dy, call.dy_stride, call.shape);
+    check_matrix("dx", call.dx, call.shape.k, call.shape);
+    Workspace workspace(call.workspace);
+    const BackwardScratch scratch(call.shape, forward, plan, !call.z, workspace);
+    const Packed packed = pack_operands(call, plan.rank, scratch.a, scratch.b);
+    const void* z = call.z ? call.z : scratch.z;
+    if (!call.z)
+        recompute_z(call, packed, forward, scratch.dh, scratch.z);
+
+    const bool need_dz = call.dx || call.da, two_passes = !plan.one_pass_dy;
+    launch_dy_passes(call, plan, packed, z, scratch, need_dz);
+    ReduceParams first{};
+    if (need_dz || (two_passes && call.db)) {
+        SumRowsJob& rows = first.rows;
+        rows.partial = need_dz ? scratch.dh : nullptr;
+        rows.count = plan.dh_parts;
+        rows.z = z;
+        rows.dz = need_dz ? scratch.dz : nullptr;
+        rows.h = two_passes && call.db ? scratch.h : nullptr;
+        rows.alpha_t = call.alpha_t;
+        rows.m = call.shape.m;
+        rows.r = call.shape.r;
+        rows.rank_class = plan.rank;
+        rows.activation = call.activation;
+        rows.scale = call.scaling * inverse_keep(call.threshold);
+    }
+    if (call.db && !two_passes)
+        first.db = db_job(call, plan, scratch);
+    launch_reduce_jobs(call, first);
+
+    ReduceParams second{};
+    if (call.db && two_passes) {
+        launch_db(call, plan, scratch);
+        second.db = db_job(call, plan, scratch);
+    }
+    if (need_dz)
+        launch_x(call, plan, packed, scratch);
+    if (call.da)
+        second.da = da_job(call, plan, scratch);
+    launch_reduce_jobs(call, second);
+}
+
+std::vector<KernelPlan> kernels_of(const Shape& shape, const DeviceLimits& device) {
+    const ForwardPlan forward = plan_forward(shape, device);
+    const BackwardPlan backward = plan_backward(shape, device);
+    std::vector<KernelPlan> kernels;
+    if (forward.one_pass)
+        kernels = {forward.forward};
+    else
+        kernels = {forward.project, forward.expand};
+    if (backward.one_pass_dy)
+        kernels.push_back(backward.dy);
+    else
+        kernels.insert(kernels.end(), {backward.project_dy, backward.db});
+    kernels.push_back(backward.x);
+    return kernels;
+}
+
+}  // namespace afa

@@ -1,0 +1,67 @@
+// Launch parameters as a pure function of shape and device: no CUDA, testable anywhere.
+//
+// What decides the order of a sum (splits, chunks) depends on the shape alone, so that results
+// agree bit for bit on all GPUs; the device decides only how many tiles are under way.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace afa {
+
+struct Shape {
+    int64_t m;
+    int k, n, r;
+};
+
+struct DeviceLimits {
+    int sm_count;
+    int shared_per_block;  // bytes that one block may ask for
+    int shared_per_sm;
+    int chunk_limit =
+        0;  // most chunks of rows, 0: no limit; tests set it to reach long chunks with few rows
+};
+
+struct KernelPlan {
+    const char* kernel = "";
+    int64_t grid_x = 1;
+    int grid_y = 1;
+    int threads = 0;
+    int stages = 0;  // tiles in the ring
+    int shared_bytes = 0;
+    int registers = 0;      // budget per thread
+    int blocks_per_sm = 0;  // by shared memory and registers
+};
+
+struct ForwardPlan {
+    int rank;       // the rank class: r padded to 16, 32, 64 or 128
+    bool one_pass;  // forward kernel; else project and expand
+    int splits;     // of the sum over K
+    KernelPlan forward, project, expand;
+};
+
+struct BackwardPlan {
+    int rank;
+    bool one_pass_dy;  // dy kernel; else project and db kernel
+    int dh_parts;  // partial sums of dh: slabs of the dy kernel, or splits of the project kernel
+    int db_chunks, da_chunks;
+    int64_t db_rows, da_rows;  // rows of a chunk
+    KernelPlan dy, project_dy, db, x;
+};
+
+constexpr int kMaxRank = 128;
+
+// The padded rank. Raises std::invalid_argument beyond kMaxRank.
+int rank_class(int r);
+
+// Raise std::invalid_argument where the shape or the device cannot be served; the message says why.
+ForwardPlan plan_forward(const Shape& shape, const DeviceLimits& device);
+BackwardPlan plan_backward(const Shape& shape, const DeviceLimits& device);
+
+// Waves of blocks that the grid needs on the device.
+double waves(const KernelPlan& plan, const DeviceLimits& device);
+
+std::string describe(const Shape& shape);
+
+}  // namespace afa

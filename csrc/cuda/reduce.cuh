@@ -1,0 +1,117 @@
+// The small kernels: sums of partial results, in the order of their index, and operands padded to
+// the rank class.
+#pragma once
+
+#include "cuda/tile.cuh"
+
+namespace afa {
+
+constexpr int kReduceThreads = 128;
+
+// Elements index and index + 1 of a row-major float matrix, summed over `count` matrices of `size`
+// elements.
+AFA_DEVICE Float2 sum_pair(const float* partial, int count, int64_t size, int64_t index) {
+    Float2 sum{0.0f, 0.0f};
+    for (int i = 0; i < count; ++i) {
+        const Float2 part =
+            load_global(reinterpret_cast<const Float2*>(partial + i * size + index));
+        sum.x += part.x;
+        sum.y += part.y;
+    }
+    return sum;
+}
+
+template <typename T>
+AFA_DEVICE void sum_rows(const SumRowsJob& job, int64_t pair) {
+    const int half = job.rank_class / 2;
+    const int64_t row = pair / half;
+    const int col = static_cast<int>(pair % half) * 2;
+    if (row >= job.m)
+        return;
+    const int64_t index = row * job.rank_class + col;
+    Float2 sum{0.0f, 0.0f};
+    if (job.partial)
+        sum = sum_pair(job.partial, job.count, job.m * job.rank_class, index);
+    if (job.z_out) {
+        store_pair(static_cast<T*>(job.z_out), row, job.r, col,
+                   pack<T>(job.scale * sum.x, job.scale * sum.y));
+        return;
+    }
+    const float alpha_t = load_global(job.alpha_t);
+    const Float2 z = unpack<T>(load_pair(static_cast<const T*>(job.z), row, job.r, col));
+    const ValueSlope low = anneal_by_id(job.activation, z.x, alpha_t);
+    const ValueSlope high = anneal_by_id(job.activation, z.y, alpha_t);
+    if (job.dz)
+        store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.dz) + index),
+                     pack<T>(job.scale * low.slope * sum.x, job.scale * high.slope * sum.y));
+    if (job.h)
+        store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.h) + index),
+                     pack<T>(low.value, high.value));
+}
+
+template <typename T>
+AFA_DEVICE void sum_weight(const SumWeightJob& job, int64_t element) {
+    const int64_t row = element / job.cols;
+    const int col = static_cast<int>(element % job.cols);
+    if (row >= job.rows)
+        return;
+    const float* partial = job.partial + row * job.partial_cols + col;
+    float sum = 0.0f;
+    for (int i = 0; i < job.count; ++i)
+        sum += load_global(partial + i * job.rows_stride);
+    sum *= job.scale;
+    if (job.type == Output::fp32)
+        store_global(static_cast<float*>(job.out) + element, sum);
+    else
+        store_global(static_cast<uint16_t*>(job.out) + element,
+                     static_cast<uint16_t>(pack<T>(sum, 0.0f)));
+}
+
+// Grid: the blocks of the rows job, then those of dB and dA. A job is never chosen by index: that
+// would copy the parameters to local memory.
+template <typename T>
+AFA_KERNEL(kReduceThreads)
+reduce_kernel(const ReduceParams p) {
+    const int64_t thread = static_cast<int64_t>(block_x()) * kReduceThreads + thread_index();
+    const int64_t rows_threads = static_cast<int64_t>(p.rows_blocks) * kReduceThreads;
+    const int64_t db_threads = static_cast<int64_t>(p.db_blocks) * kReduceThreads;
+    if (block_x() < p.rows_blocks)
+        sum_rows<T>(p.rows, thread);
+    else if (block_x() < p.rows_blocks + p.db_blocks)
+        sum_weight<T>(p.db, thread - rows_threads);
+    else
+        sum_weight<T>(p.da, thread - rows_threads - db_threads);
+}
+
+template <typename T>
+AFA_DEVICE float operand(const PackJob& job, int64_t row, int col) {
+    if (row >= job.rows || col >= job.cols)
+        return 0.0f;
+    const int64_t index = row * job.row_stride + col * job.col_stride;
+    if (job.source_is_float)
+        return load_global(static_cast<const float*>(job.source) + index);
+    return unpack<T>(load_global(static_cast<const uint16_t*>(job.source) + index)).x;
+}
+
+template <typename T>
+AFA_DEVICE void pack_pair(const PackJob& job, int64_t pair) {
+    const int half = job.padded_cols / 2;
+    const int64_t row = pair / half;
+    const int col = static_cast<int>(pair % half) * 2;
+    if (row < job.padded_rows)
+        store_global(static_cast<uint32_t*>(job.target) + pair,
+                     pack<T>(operand<T>(job, row, col), operand<T>(job, row, col + 1)));
+}
+
+// Grid: the blocks of A, then those of B. One thread makes two neighbouring elements.
+template <typename T>
+AFA_KERNEL(kReduceThreads)
+pack_kernel(const PackParams p) {
+    const int64_t thread = static_cast<int64_t>(block_x()) * kReduceThreads + thread_index();
+    if (block_x() < p.a_blocks)
+        pack_pair<T>(p.a, thread);
+    else
+        pack_pair<T>(p.b, thread - static_cast<int64_t>(p.a_blocks) * kReduceThreads);
+}
+
+}  // namespace afa

@@ -1,0 +1,19 @@
+#include "emulator/device.h"
+
+#include "cuda/launch.h"
+
+namespace afa {
+namespace {
+
+DeviceLimits emulated{132, 227 * 1024, 228 * 1024};
+
+}  // namespace
+
+void set_emulated_device(const DeviceLimits& limits) { emulated = limits; }
+
+DeviceLimits device_limits(int) { return emulated; }
+
+DeviceScope::DeviceScope(int) : previous_(-1) {}
+DeviceScope::~DeviceScope() = default;
+
+}  // namespace afa

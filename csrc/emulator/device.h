@@ -1,0 +1,10 @@
+#pragma once
+
+#include "cuda/plan.h"
+
+namespace afa {
+
+// The limits that the emulated device reports; by default those of an H100.
+void set_emulated_device(const DeviceLimits& limits);
+
+}  // namespace afa

@@ -1,0 +1,336 @@
+"""Mutation proof: plants faults in the real kernels and shows that the emulator notices each one.
+
+    python csrc/emulator/tests/mutation.py [--quick] [--list]
+
+A mutant is a textual change to a copy of csrc. The driver runs it in the plain build and, where
+that one is content, under ThreadSanitizer: a race whose numbers came out right is a fault all the
+same. Prints caught/planted; exit status 1 if one escapes, or if a change no longer fits the source.
+"""
+
+import argparse
+import re
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import build
+
+CASES = "24"
+QUICK = 7  # every so many mutants in the quick form
+
+
+class Mutant(NamedTuple):
+    kind: str
+    what: str
+    file: str  # under csrc/cuda
+    old: str
+    new: str
+    nth: int = 0  # which occurrence of `old`
+
+
+MUTANTS = (
+    Mutant(
+        "barrier removed",
+        "project: before the next tile",
+        "forward.cuh",
+        "block_sync();  // the tile is",
+        "// the tile is",
+    ),
+    Mutant(
+        "barrier removed",
+        "forward: before the rings are reused",
+        "forward.cuh",
+        "block_sync();  // the rings",
+        "// the rings",
+    ),
+    Mutant(
+        "barrier removed",
+        "emit_columns",
+        "forward.cuh",
+        "wait_oldest(stages); block_sync();",
+        "wait_oldest(stages);",
+    ),
+    Mutant(
+        "barrier removed",
+        "dy kernel",
+        "backward.cuh",
+        "wait_oldest(p.stages); block_sync();",
+        "wait_oldest(p.stages);",
+        0,
+    ),
+    Mutant(
+        "barrier removed",
+        "db kernel",
+        "backward.cuh",
+        "wait_oldest(p.stages); block_sync();",
+        "wait_oldest(p.stages);",
+        1,
+    ),
+    Mutant(
+        "barrier removed",
+        "x kernel",
+        "backward.cuh",
+        "wait_oldest(p.stages); block_sync();",
+        "wait_oldest(p.stages);",
+        2,
+    ),
+    Mutant(
+        "warp barrier removed",
+        "project: after dropout",
+        "forward.cuh",
+        "p.w, true); warp_sync();",
+        "p.w, true);",
+    ),
+    Mutant(
+        "warp barrier removed",
+        "forward: z to h",
+        "forward.cuh",
+        "warp_sync(); finish_rows",
+        "finish_rows",
+    ),
+    Mutant(
+        "warp barrier removed",
+        "x kernel: x read before dx is written",
+        "backward.cuh",
+        "warp_sync();  // all lanes",
+        "// all lanes",
+    ),
+    Mutant(
+        "warp barrier removed",
+        "x kernel: dx written before it is stored",
+        "backward.cuh",
+        "warp_sync(); constexpr int kVectors",
+        "constexpr int kVectors",
+    ),
+    Mutant("wait removed", "project", "forward.cuh", "wait_oldest(p.stages);", ""),
+    Mutant("wait too short", "ring of four", "tile.cuh", "copy_wait<2>();", "copy_wait<3>();"),
+    Mutant("wait too short", "ring of three", "tile.cuh", "copy_wait<1>();", "copy_wait<2>();"),
+    Mutant("commit removed", "project", "forward.cuh", "copy_commit();", "", 0),
+    Mutant("commit removed", "x kernel", "backward.cuh", "copy_commit();", "", 2),
+    Mutant(
+        "slot overwritten while read",
+        "project",
+        "forward.cuh",
+        "load(t + ahead, slot == 0 ? ahead : slot - 1);",
+        "load(t + ahead, slot);",
+        0,
+    ),
+    Mutant(
+        "slot overwritten while read",
+        "dy kernel: one tile of h",
+        "backward.cuh",
+        "(t & 1) * Tile::kH",
+        "0",
+    ),
+    Mutant(
+        "edge mask removed",
+        "rows of a tile",
+        "tile.cuh",
+        "col_valid && row0 + row < rows",
+        "col_valid",
+    ),
+    Mutant(
+        "edge mask removed",
+        "columns of a tile",
+        "tile.cuh",
+        "col_valid && row0 + row < rows",
+        "row0 + row < rows",
+    ),
+    Mutant(
+        "edge mask removed",
+        "rows of y",
+        "forward.cuh",
+        "row < p.project.m && col < p.n",
+        "col < p.n",
+    ),
+    Mutant(
+        "edge mask removed",
+        "columns of y",
+        "forward.cuh",
+        "row < p.project.m && col < p.n",
+        "row < p.project.m",
+    ),
+    Mutant(
+        "edge mask removed",
+        "columns of dx",
+        "backward.cuh",
+        "row0 + row < row_end && col0 + col < p.w",
+        "row0 + row < row_end",
+    ),
+    Mutant(
+        "edge mask off by one",
+        "rows of a partial product",
+        "forward.cuh",
+        "row + 8 * half < p.m",
+        "row + 8 * half <= p.m",
+    ),
+    Mutant(
+        "edge of the rows ignored",
+        "dy kernel: last chunk",
+        "backward.cuh",
+        "row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m",
+        "row_begin + p.rows_per_chunk",
+    ),
+    Mutant(
+        "rank mask removed",
+        "z",
+        "tile.cuh",
+        "if (col < r) store_global(reinterpret_cast<uint32_t*>(p), pair);",
+        "store_global(reinterpret_cast<uint32_t*>(p), pair);",
+    ),
+    Mutant(
+        "fragment swapped",
+        "project: halves of the second operand",
+        "forward.cuh",
+        "multiply_add<T>(acc[2 * j], a, b[0], b[1]);",
+        "multiply_add<T>(acc[2 * j], a, b[1], b[0]);",
+    ),
+    Mutant(
+        "fragment swapped",
+        "matrices counted right first",
+        "tile.cuh",
+        "((lane_index() & 7) + ((lane_index() >> 4) << 3)) * kPitch + ((lane_index() >> 3) & 1) * 8",
+        "(lane_index() & 15) * kPitch + (lane_index() >> 4) * 8",
+    ),
+    Mutant(
+        "fragment swapped",
+        "columns of y in memory order",
+        "tile.cuh",
+        "return (row & ~31) | ((row >> 1 & 3) << 3) | ((row >> 3 & 3) << 1) | (row & 1);",
+        "return row;",
+    ),
+    Mutant(
+        "transposition forgotten",
+        "dx: A",
+        "backward.cuh",
+        "load_matrices_transposed(a[k][j]",
+        "load_matrices(a[k][j]",
+    ),
+    Mutant(
+        "accumulator not cleared",
+        "project",
+        "forward.cuh",
+        "acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;",
+        "acc[j][0] = acc[j][1] = acc[j][2] = 0.0f;",
+    ),
+    Mutant(
+        "sum off by one",
+        "partial results",
+        "reduce.cuh",
+        "for (int i = 0; i < count; ++i)",
+        "for (int i = 1; i < count; ++i)",
+    ),
+    Mutant(
+        "sum off by one",
+        "splits of z",
+        "forward.cuh",
+        "for (int s = 0; s < p.project.splits; ++s)",
+        "for (int s = 1; s < p.project.splits; ++s)",
+    ),
+    Mutant(
+        "blocks write the same place",
+        "z by every column block",
+        "forward.cuh",
+        "p.z != nullptr && block_y() == 0",
+        "p.z != nullptr",
+    ),
+    Mutant(
+        "dropout wrong", "mask of the second eight columns", "tile.cuh", "bits >> kVector)", "bits)"
+    ),
+    Mutant(
+        "dropout wrong", "group of columns", "tile.cuh", "col / kDropoutColumns + group)", "group)"
+    ),
+    Mutant(
+        "dropout wrong",
+        "factor of z",
+        "forward.cuh",
+        "p.inverse_keep * acc[j][2], p.inverse_keep * acc[j][3]",
+        "acc[j][2], acc[j][3]",
+    ),
+    Mutant(
+        "shared array too small",
+        "forward: ring of x",
+        "forward.cuh",
+        "shared.take<T>(stages * Tile::kWide)",
+        "shared.take<T>((stages - 1) * Tile::kWide)",
+    ),
+)
+
+
+def apply(mutant: Mutant, csrc: Path) -> None:
+    """Change the copy in ``csrc``."""
+    path = csrc / "cuda" / mutant.file
+    text = path.read_text()
+    # The formatter may break a line anywhere: white space stands for any white space.
+    pattern = r"\s+".join(re.escape(word) for word in mutant.old.split())
+    places = list(re.finditer(pattern, text))
+    if mutant.nth >= len(places):
+        raise LookupError(
+            f"{mutant.file}: no longer contains, {mutant.nth + 1} times, {mutant.old!r}"
+        )
+    place = places[mutant.nth]
+    path.write_text(text[: place.start()] + mutant.new + text[place.end() :])
+
+
+def host_objects(kind: str, folder: Path) -> list[Path]:
+    return list(
+        build.compile_all(kind, [*build.core_sources(), *build.HOST], folder / kind).values()
+    )
+
+
+def caught_by(
+    mutant: Mutant | None, objects: dict[str, list[Path]], folder: Path
+) -> tuple[str, str]:
+    """Return the build that notices the mutant and what it says, or two empty strings."""
+    csrc = folder / "csrc"
+    if csrc.exists():
+        shutil.rmtree(csrc)
+    shutil.copytree(build.CSRC, csrc)
+    if mutant is not None:
+        apply(mutant, csrc)
+    for kind, others in objects.items():
+        kernels = build.compile_source(kind, build.KERNELS, folder / f"kernels-{kind}.o", csrc)
+        program = build.link(kind, [*others, kernels], folder / f"driver-{kind}")
+        content, line = build.run(kind, program, "--cases", CASES, timeout=300)
+        if not content:
+            return kind, line
+    return "", ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help=f"every {QUICK}th mutant only")
+    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
+    options = parser.parse_args()
+    mutants = MUTANTS[::QUICK] if options.quick else MUTANTS
+    if options.list:
+        print("\n".join(f"{m.kind}: {m.what} ({m.file})" for m in mutants))
+        return 0
+    caught = 0
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        objects = {kind: host_objects(kind, folder) for kind in ("plain", "tsan")}
+        kind, line = caught_by(None, objects, folder)
+        if kind:
+            print(f"the unchanged kernels fail already ({kind}): {line}")
+            return 1
+        for mutant in mutants:
+            kind, line = caught_by(mutant, objects, folder)
+            caught += bool(kind)
+            print(
+                f"{kind or 'ESCAPED':8} {mutant.kind:28} {mutant.what:42} {line[:140]}", flush=True
+            )
+    kinds = len({m.kind for m in mutants})
+    print(
+        f"caught/planted: {caught}/{len(mutants)} ({kinds} kinds) in {time.monotonic() - start:.0f} s"
+    )
+    return int(caught < len(mutants))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

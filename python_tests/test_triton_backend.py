@@ -1,0 +1,225 @@
+"""The Triton backend beside its kernels: what it refuses, how it is found, tiles, autotuning."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import SIMULATED
+
+import afa_kernels as afa
+from afa_kernels.backend import registry
+from afa_kernels.backend.registry import Call
+from afa_kernels.backend.triton import backend
+
+triton = pytest.importorskip("triton")
+
+from afa_kernels.backend.triton import autotune, configs  # noqa: E402
+from afa_kernels.backend.triton.configs import Device, Tile  # noqa: E402
+from bench.triton_aot import Problem  # noqa: E402
+
+CALL = Call("cpu", torch.bfloat16, 64, 128, 128, 16, "silu")
+
+
+def python(code: str, **environment: str) -> str:
+    """Run ``code`` in a fresh process and return what it prints."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_does_not_import_triton():
+    code = "import sys, afa_kernels; afa_kernels.backends(); print('triton' in sys.modules)"
+    assert python(code) == "False"
+
+
+def test_without_a_gpu_the_reason_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    status = python(
+        "import afa_kernels; s = afa_kernels.backends()['triton']; print(bool(s), s.reason)"
+    )
+    assert status.startswith("False no GPU")
+
+
+def test_a_missing_triton_is_the_reason(monkeypatch):
+    monkeypatch.setattr(backend, "_triton_version", lambda: None)
+    assert backend.status().reason == "triton is not installed"
+
+
+def test_an_old_triton_is_the_reason(monkeypatch):
+    monkeypatch.setattr(backend, "_triton_version", lambda: "3.1.0")
+    assert backend.status().reason == "needs triton 3.2 or later, got 3.1.0"
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"dtype": torch.float64}, "float64"),
+        ({"r": 129}, "rank 129 is above 128"),
+        ({"dtype": torch.float32, "r": 65, "dropout": True}, "float32 with dropout above rank 64"),
+    ],
+)
+def test_refuses_with_the_reason(change, reason):
+    assert reason in backend.BACKEND.refuses(CALL._replace(**change))
+    assert backend.BACKEND.refuses(CALL) is None
+
+
+def test_rank_256_goes_to_torch_and_the_plan_says_why():
+    if "triton" not in SIMULATED:
+        pytest.skip("needs a backend that accepts CPU tensors")
+    x, a, b = torch.randn(4, 32), torch.randn(256, 32), torch.randn(16, 256)
+    with pytest.raises(afa.BackendUnavailable, match="rank 256 is above 128"):
+        afa.plan(x, a, b, 0.5, backend="triton")
+
+
+def test_the_interpreter_is_never_chosen_automatically():
+    x, a, b = torch.randn(4, 32), torch.randn(8, 32), torch.randn(16, 8)
+    assert afa.plan(x, a, b, 0.5).backend != "triton"
+    if "triton" in SIMULATED:
+        assert afa.plan(x, a, b, 0.5, backend="triton").backend == "triton"
+
+
+def test_is_registered_before_torch():
+    names = registry.names()
+    assert names.index("triton") < names.index("torch")
+
+
+def test_every_architecture_has_a_row_for_every_rank_and_size():
+    for arch, rows in configs.TABLE.items():
+        assert rows.keys() == {(size, rank) for size in (2, 4) for rank in configs.RANKS}, arch
+
+
+@pytest.mark.parametrize(
+    "r, padded", [(1, 16), (16, 16), (17, 32), (33, 64), (100, 128), (128, 128)]
+)
+def test_ranks_are_padded_to_what_a_tensor_core_takes(r, padded):
+    assert configs.padded_rank(r) == padded
+
+
+def test_an_unknown_architecture_has_the_default_row():
+    default = configs.TABLE[configs.DEFAULT][2, 16]
+    assert configs.table_tiles("gfx1100", 2, 8) is default
+    assert configs.table_tiles("sm_90", 2, 8) is not default
+    assert configs.table_tiles("sm_103", 2, 8) is configs.table_tiles("sm_100", 2, 8)
+
+
+@pytest.mark.parametrize(
+    "arch, dtype, allowed, precision",
+    [
+        ("sm_90", torch.float32, False, "ieee"),
+        ("sm_90", torch.float32, True, "tf32"),
+        ("gfx942", torch.float32, True, "ieee"),  # TF32 is NVIDIA's
+        ("sm_90", torch.bfloat16, True, "ieee"),  # one value for a dtype that it does not concern
+    ],
+)
+def test_float32_products_follow_allow_tf32(arch, dtype, allowed, precision):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        launches = Problem(m=64, k=64, n=64, dtype=dtype).record(Device(arch, 100))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    found = {e.constants["PRECISION"] for e in launches if "PRECISION" in e.constants}
+    assert found == {precision}
+
+
+@pytest.fixture
+def tuning(monkeypatch, tmp_path):
+    """Autotuning switched on with a cache of its own, and a timer that prefers wide tiles."""
+    timed = []
+
+    def problem_timer(*problem):
+        def seconds(name, tiles):
+            timed.append(name)
+            return 1.0 / getattr(tiles, name).cols
+
+        return seconds
+
+    monkeypatch.setenv(autotune.ENABLE_VARIABLE, "1")
+    monkeypatch.setenv(autotune.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(autotune, "problem_timer", problem_timer)
+    monkeypatch.setattr(autotune, "_tuned", {})
+    return timed
+
+
+DEVICE = Device("sm_90", 132, "Some GPU / 80 GB")
+X = torch.empty(100, 256, dtype=torch.bfloat16)
+
+
+def test_without_the_variable_nothing_is_timed(tuning, monkeypatch):
+    monkeypatch.delenv(autotune.ENABLE_VARIABLE)
+    assert autotune.tiles(DEVICE, X, 128, 8) is configs.table_tiles("sm_90", 2, 8)
+    assert not tuning and not autotune.cache_file(DEVICE).exists()
+
+
+def test_tuning_takes_the_fastest_tile_of_each_pass_and_keeps_it(tuning, monkeypatch):
+    row = configs.table_tiles("sm_90", 2, 8)
+    found = autotune.tiles(DEVICE, X, 128, 8)
+    for name in ("project", "dy_pass", "x_pass", "x_pass_dropout"):
+        widest = max(tile.cols for tile in autotune.candidates(getattr(row, name)))
+        assert getattr(found, name).cols == widest > 0
+    assert set(tuning) == {"project", "dy_pass", "x_pass", "x_pass_dropout"}
+
+    tuning.clear()
+    assert autotune.tiles(DEVICE, X, 128, 8) == found, "from this process"
+    monkeypatch.setattr(autotune, "_tuned", {})
+    assert autotune.tiles(DEVICE, X[:70], 128, 8) == found, "from the file, in the same class of M"
+    assert not tuning
+    autotune.tiles(DEVICE, X[:60], 128, 8)
+    assert tuning, "another class of M is tuned anew"
+
+
+def test_an_unreadable_cache_is_tuned_again(tuning):
+    path = autotune.cache_file(DEVICE)
+    for content in ("not json", json.dumps({"bfloat16 M=128 K=256 N=128 r=16": {"unknown": 1}})):
+        path.write_text(content)
+        autotune._tuned.clear()
+        assert autotune.tiles(DEVICE, X, 128, 8).project.cols > 0
+        assert "project" in next(iter(json.loads(path.read_text()).values()))
+
+
+def test_candidates_stay_within_what_the_kernels_take():
+    for rows in configs.TABLE.values():
+        for row in rows.values():
+            for tile in autotune.candidates(row.project):
+                assert 32 <= tile.rows <= configs.MAX_TILE_ROWS and tile.cols >= 32
+                assert tile.warps in (4, 8) and tile.stages >= 1
+
+
+def test_tiles_can_be_forced(tuning):
+    forced = replace(configs.table_tiles("sm_90", 2, 8), project=Tile(32, 32, 4, 2))
+    with autotune.use_tiles(forced):
+        assert autotune.tiles(DEVICE, X, 128, 8) is forced
+    assert not tuning
+
+
+def test_a_timed_pass_runs(monkeypatch):
+    """The timer's own problem: every pass runs, and a tile that does not fit counts as infinite."""
+    if "triton" not in SIMULATED:
+        pytest.skip("not in the interpreter")
+    import triton.testing
+    from triton.runtime.errors import OutOfResources
+
+    def once(function, return_mode):
+        function()
+        return 3.0
+
+    monkeypatch.setattr(triton.testing, "do_bench", once)
+    row = configs.table_tiles(configs.INTERPRETER, 4, 16)
+    seconds = autotune.problem_timer(torch.device("cpu"), torch.float32, 8, 16, 16, 4)
+    for name in ("project", "dy_pass", "x_pass", "x_pass_dropout"):
+        assert seconds(name, row) == pytest.approx(3e-3)
+
+    def too_large(function, return_mode):
+        raise OutOfResources(300000, 200000, "shared memory")
+
+    monkeypatch.setattr(triton.testing, "do_bench", too_large)
+    seconds = autotune.problem_timer(torch.device("cpu"), torch.float32, 8, 16, 16, 4)
+    assert seconds("project", row) == float("inf")

@@ -1,0 +1,142 @@
+"""The traffic model against the loads and stores that the interpreter makes, and what it says."""
+
+from collections import defaultdict
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIMULATED, skip_unless_available
+
+pytest.importorskip("triton")
+
+from afa_kernels.backend.registry import Spec  # noqa: E402
+from afa_kernels.backend.triton import backend, launch  # noqa: E402
+from bench import adapter_tax, traffic_model  # noqa: E402
+from bench.traffic_model import H100  # noqa: E402
+from bench.triton_aot import Problem  # noqa: E402
+
+
+class _Counter:
+    """Bytes of every load and store of the interpreter, by the argument whose memory was
+    touched."""
+
+    def __init__(self, entry):
+        self._ranges = []
+        for name, value in entry.arguments.items():
+            if isinstance(value, torch.Tensor):
+                first = value.untyped_storage().data_ptr()
+                self._ranges.append((first, first + value.untyped_storage().nbytes(), name))
+        self.read, self.written = defaultdict(int), defaultdict(int)
+
+    def count(self, into, pointers, mask) -> None:
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        for first, last, name in self._ranges:
+            inside = int(((addresses >= first) & (addresses < last)).sum())
+            if inside:
+                into[name] += inside * size
+
+
+@contextmanager
+def counting(monkeypatch):
+    """Run launches with every load and store counted; yields the list of (launch, counter)."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    counted, current = [], []
+    load, store = interpreter_builder.create_masked_load, interpreter_builder.create_masked_store
+    run = launch.Launch.run
+
+    def counted_load(pointers, mask, *rest):
+        current[-1].count(current[-1].read, pointers, mask)
+        return load(pointers, mask, *rest)
+
+    def counted_store(pointers, value, mask, *rest):
+        current[-1].count(current[-1].written, pointers, mask)
+        return store(pointers, value, mask, *rest)
+
+    def counted_run(self):
+        current.append(_Counter(self))
+        counted.append((self, current[-1]))
+        run(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter_builder, "create_masked_load", counted_load)
+        patch.setattr(interpreter_builder, "create_masked_store", counted_store)
+        patch.setattr(launch.Launch, "run", counted_run)
+        yield counted
+
+
+@pytest.mark.parametrize("dropout", [0, 60], ids=["no-dropout", "dropout"])
+@pytest.mark.parametrize(
+    "m, k, n, r, dtype, weight_dtype",
+    [
+        (70, 72, 50, 16, torch.float32, torch.float32),  # one pass over x, one over dy
+        (70, 70, 50, 40, torch.float16, torch.float32),  # packed operands, two passes over dy
+        (20, 140, 130, 12, torch.bfloat16, torch.bfloat16),  # few rows: split forward
+        (20, 140, 130, 100, torch.float32, torch.float32),  # few rows, two passes over dy
+    ],
+)
+def test_the_model_counts_every_byte(monkeypatch, m, k, n, r, dtype, weight_dtype, dropout):
+    skip_unless_available("triton")
+    if "triton" not in SIMULATED:
+        pytest.skip("not in the interpreter: its loads and stores cannot be counted")
+    x, base, dy = (
+        torch.randn(m, k).to(dtype),
+        torch.randn(m, n).to(dtype),
+        torch.randn(m, n).to(dtype),
+    )
+    a, b = torch.randn(r, k, dtype=weight_dtype), torch.randn(n, r, dtype=weight_dtype)
+    alpha_t, seed, spec = torch.tensor(0.5), torch.tensor(3), Spec("silu", 2.0, dropout)
+    with counting(monkeypatch) as counted:
+        out = torch.empty_like(base)
+        z = backend.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=True)
+        backend.backward(
+            dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True
+        )
+        backend.backward(
+            dy, x, a, b, None, alpha_t, seed, spec, need_dx=True, need_da=False, need_db=False
+        )
+    assert len(counted) >= 8
+    for entry, counter in counted:
+        modelled = traffic_model.accesses(entry)
+        for name in modelled.keys() | counter.read.keys() | counter.written.keys():
+            access = modelled.get(name, traffic_model.Access())
+            made = (counter.read[name], counter.written[name])
+            assert made == tuple(access), (entry.name, name, made, access)
+
+
+def modelled_tax(r: int) -> dict[str, float]:
+    problem = Problem(8192, 4096, 4096, r, base=False)
+    return {
+        tax.implementation: adapter_tax.percent(tax, problem, H100)[2]
+        for tax in adapter_tax.taxes(problem, H100)
+    }
+
+
+def test_modelled_tax_at_rank_16():
+    """The target: at most 18.2% where PEFT pays 57% and the floor is 16.2%."""
+    tax = modelled_tax(16)
+    assert 16.2 <= tax["afa_kernels, triton backend"] <= 18.2
+    assert tax["PEFT, bfloat16 a and b"] == pytest.approx(57.5, abs=0.5)
+    assert tax["PEFT, float32 a and b"] == pytest.approx(147, abs=1)
+    assert tax["Unsloth's order of passes"] == pytest.approx(37, abs=0.5)
+
+
+@pytest.mark.parametrize("r, most", [(32, 19.6), (64, 22.6), (128, 24.0)])
+def test_modelled_tax_at_larger_ranks(r, most):
+    tax = modelled_tax(r)
+    assert tax["afa_kernels, triton backend"] <= most
+    assert tax["afa_kernels, triton backend"] <= min(tax.values())
+
+
+def test_launches():
+    """One launch forward and four backward, at any rank, where rows fill the device."""
+    for r in (16, 32, 64, 128):
+        ours = adapter_tax.our_tax(Problem(8192, 4096, 4096, r, base=False), H100)
+        assert (len(ours.forward), len(ours.backward)) == (1, 4)
+
+
+def test_the_report_says_that_it_is_modelled(capsys):
+    adapter_tax.main(["--r", "16"])
+    assert capsys.readouterr().out.startswith("MODELLED, not measured")
