@@ -104,6 +104,15 @@ static inline float round_to(float value) {
     return to_float(narrow);
 }
 
+// Rounded once where the vectors of this instruction set are, so that both give the same bits.
+static inline float fma(float a, float b, float c) {
+#if AFA_ISA_LEVEL >= 1
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // --- vectors
 // --------------------------------------------------------------------------------------------------------
 

@@ -54,9 +54,9 @@ static void write_partial(const Target<T>& t, int64_t row, int64_t col, const fl
         const T* base =
             t.base == nullptr ? nullptr : t.base + (row + m) * t.base_row + col * t.base_col;
         for (int c = 0; c < cols; ++c) {
-            float value = tile[m * kTile + c];
-            if (base != nullptr)
-                value += to_float(base[c * t.base_col]);
+            const float sum = tile[m * kTile + c];
+            const float value =
+                base == nullptr ? t.scale * sum : fma(t.scale, sum, to_float(base[c * t.base_col]));
             from_float(value, out + c * t.out_col);
         }
     }
@@ -80,7 +80,7 @@ write_tile(const Target<T>& t, int64_t row, int64_t col, const Vec (&acc)[kRows]
                 const T* base = t.base + (row + m) * t.base_row + col;
 #pragma GCC unroll 4
                 for (int v = 0; v < kVectors; ++v)
-                    put(t, out + v * kLanes, scale * acc[m][v] + load(base + v * kLanes));
+                    put(t, out + v * kLanes, fma(scale, acc[m][v], load(base + v * kLanes)));
             }
         }
         return;
@@ -90,7 +90,7 @@ write_tile(const Target<T>& t, int64_t row, int64_t col, const Vec (&acc)[kRows]
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v)
-            store(tile + m * kTile + v * kLanes, scale * acc[m][v]);
+            store(tile + m * kTile + v * kLanes, acc[m][v]);
     write_partial(t, row, col, tile, kRows, cols);
 }
 
