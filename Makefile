@@ -11,7 +11,7 @@ RUN := $(BIN)/python
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 PYTHON_CODE := afa_kernels python_tests bench examples setup.py
 
-.PHONY: help test lint format demo sanitize triton-report cuda-report mutation gpu-check bench clean
+.PHONY: help test lint format demo bench sanitize triton-report cuda-report mutation gpu-check wheel-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -24,10 +24,14 @@ $(VENV)/.dependencies: pyproject.toml
 
 # Editable, so that Python changes need no build; C++ changes run this rule again.
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
-	$(RUN) -m pip install --quiet --editable ".[dev,demo]"
+	$(RUN) -m pip install --quiet --editable ".[dev,demo,bench]"
 	touch $@
 
-test: lint $(VENV)/.built  ## lint and every test that needs no GPU
+test: lint  ## lint, the tests, sanitizers and machine-code reports: all that needs no GPU
+	$(RUN) csrc/emulator/tests/sanitize.py --quick
+	$(MAKE) --no-print-directory sanitize-cpu
+	$(if $(shell command -v nvcc),$(RUN) bench/cuda_report.py --quick,@echo "no nvcc: the CUDA machine code is not checked")
+	$(RUN) -m bench.triton_report --quick
 	$(RUN) -m pytest -m "not slow" $(ARGS)
 
 lint: $(VENV)/.built  ## ruff and clang-format, check only
@@ -42,6 +46,32 @@ format: $(VENV)/.built  ## rewrite the sources as lint wants them
 
 demo: $(VENV)/.built  ## fine-tune a real model, anneal, merge, load in stock PEFT (ARGS=--quick: under a minute)
 	$(RUN) examples/demo.py $(ARGS)
+
+bench: $(VENV)/.built  ## time every provider of this machine (ARGS=--quick: within two minutes)
+	$(RUN) -m bench $(ARGS)
+
+bench: $(VENV)/.built  ## the microbenchmarks (ARGS=--quick: two minutes)
+	$(RUN) -m bench $(ARGS)
+
+sanitize-cpu: $(VENV)/.built
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DAFA_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+sanitize: sanitize-cpu  ## CPU and CUDA kernels under ASan, UBSan and ThreadSanitizer, random shapes and schedules
+	$(RUN) csrc/emulator/tests/sanitize.py $(ARGS)
+
+mutation: $(VENV)/.built  ## plants faults in the CUDA kernels and shows that each one is caught
+	$(RUN) csrc/emulator/tests/mutation.py $(ARGS)
+
+cuda-report: $(VENV)/.built  ## registers, spills, shared memory and instructions of every CUDA kernel
+	$(RUN) bench/cuda_report.py $(ARGS)
+
+triton-report: $(VENV)/.built  ## the same for every row of the Triton tile table
+	$(RUN) -m bench.triton_report $(ARGS)
+
+gpu-check: $(VENV)/.built  ## on a machine with a GPU: everything that the tests cannot run without one
+	$(RUN) -m bench.gpu_check $(ARGS)
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build dist outputs *.egg-info afa_kernels/*.so .pytest_cache .ruff_cache

@@ -10,6 +10,7 @@ from afa_kernels.backend.registry import BackendStatus, BackendUnavailable, back
 from afa_kernels.checkpoint import load_adapter, save_adapter
 from afa_kernels.dispatch import Plan, plan
 from afa_kernels.functional import afa_linear, afa_lora
+from afa_kernels.group import AFALinearGroup
 from afa_kernels.layer import AFALinear
 from afa_kernels.model import inject, merge, set_alpha_t, unload, unmerge
 from afa_kernels.schedule import AnnealSchedule
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AFALinear",
+    "AFALinearGroup",
     "AFALoRAFunction",
     "AnnealSchedule",
     "BackendStatus",

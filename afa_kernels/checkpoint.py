@@ -30,7 +30,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Modules that train in full (``inject(..., trainable=)``) are saved as PEFT's
     ``modules_to_save``. Each file is written beside its place and moved there, so an interrupted
-    save leaves the file that was there before.
+    save leaves the file that was there before. Sharded parameters (DTensors of FSDP2 or tensor
+    parallelism) are gathered: every process has to call this then, and the first one writes.
 
     Warns:
         UserWarning: ``alpha_t`` is not 0, so stock PEFT would compute another function with this
@@ -56,7 +57,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, module in trained.items():
         for key, value in _tensors_of(module).items():
             tensors[f"{fmt.PREFIX}{name}.{key}"] = value
-    tensors = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+    sharded = any(_is_sharded(t) for t in tensors.values())
+    tensors = {key: _whole(t).to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+    if sharded and torch.distributed.get_rank() != 0:
+        torch.distributed.barrier()  # back when the files are there
+        return
 
     state = {
         "format_version": fmt.FORMAT_VERSION,
@@ -83,6 +88,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         fmt.load_safetensors().torch.save_file(tensors, temporary, metadata=metadata)
     with fmt.replacing(folder / fmt.CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if sharded:
+        torch.distributed.barrier()
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -90,7 +97,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     A model without AFA layers is injected as the checkpoint describes. Layers take their alpha_t
     from the checkpoint; one that PEFT wrote is an ordinary LoRA: its alpha_t is 0. Everything is
-    checked before the first write.
+    checked before the first write. Sharded parameters take their own part of the file, without
+    communication.
 
     Raises:
         ValueError: a file is missing, truncated or foreign, or it does not fit the model: other
@@ -115,12 +123,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     with torch.no_grad():
         for name, layer in layers.items():
             a, b = checkpoint.branches[name]
-            layer.lora_a.copy_(a)
-            layer.lora_b.copy_(b)
+            _assign(layer.lora_a, a)
+            _assign(layer.lora_b, b)
             layer.set_alpha_t(checkpoint.alpha_t(name))
         for values in trained.values():
             for parameter, value in values:
-                parameter.copy_(value)
+                _assign(parameter, value)
     return model
 
 
@@ -270,6 +278,26 @@ class _Checkpoint:
         if rest:
             raise self._misfit(min(rest), "belongs to nothing in the model or its configuration")
         return found
+
+
+def _is_sharded(t: Tensor) -> bool:
+    return hasattr(t, "full_tensor")  # a DTensor, without importing torch.distributed.tensor
+
+
+def _whole(t: Tensor) -> Tensor:
+    t = t.detach()
+    return t.full_tensor() if _is_sharded(t) else t
+
+
+def _assign(parameter: Tensor, value: Tensor) -> None:
+    if _is_sharded(parameter):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = parameter.device_mesh
+        value = value.to(parameter.device, parameter.dtype)
+        whole = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        value = whole.redistribute(placements=parameter.placements)
+    parameter.copy_(value)
 
 
 def _is_inside(name: str, others: Iterable[str]) -> bool:

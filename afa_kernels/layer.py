@@ -130,6 +130,8 @@ class AFALinear(nn.Module):
         self._alpha_t = 1.0
         self._identity = False
         self._merged = False
+        self._shared_input = None  # set by group.SharedInput for the time of a call of the block
+        self._parallel = None  # set by the styles of parallel.py: the forward on local shards
         self.reset_parameters()
         self.train(base_layer.training)
 
@@ -181,6 +183,12 @@ class AFALinear(nn.Module):
         """Return ``base_layer(x)`` plus the branch: ``(..., K) -> (..., N)``."""
         if self._merged:
             return self.base_layer(x)
+        if self._parallel is not None:
+            return self._parallel(self, x)
+        if self._shared_input is not None:
+            y = self._shared_input.take(self, x)
+            if y is not None:
+                return y
         base_layer = self.base_layer
         alpha_t = 0.0 if self._identity else self.alpha_t_buffer
         branch = (self.lora_a, self.lora_b, alpha_t)

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from afa_kernels import checks
-from afa_kernels.layer import AFALinear, check_options
+from afa_kernels import group as grouping
+from afa_kernels.layer import AFALinear, check_options, is_conv1d
 from afa_kernels.targets import ALL_LINEAR, Candidate, find_targets, trainable_modules
 
 _TRAINABLE_MARK = "_afa_trainable"
@@ -27,6 +28,7 @@ def inject(
     dtype: torch.dtype | None = None,
     save: str = "z",
     backend: str | None = None,
+    group: bool = False,
 ) -> nn.Module:
     """Replace linear layers of ``model`` in place by :class:`AFALinear` and freeze everything else.
 
@@ -40,6 +42,8 @@ def inject(
             for example. No layer inside them is adapted; :func:`save_adapter` saves them (PEFT's
             ``modules_to_save``).
         exclude_modules: names or regular expression of modules not to adapt.
+        group: let q, k and v, and gate and up, of the common transformer blocks share their pass
+            over x (see :func:`afa_kernels.group.share_inputs`).
         r, lora_alpha, activation, dropout, use_rslora, dtype, save, backend: as in
             :class:`AFALinear`.
 
@@ -49,8 +53,9 @@ def inject(
     Raises:
         TypeError: a named module is of another kind.
         ValueError: nothing matches, the model has AFA layers already, or a named module shares its
-            weight, is registered twice, or is read by its parent without being called. The model is
-            then unchanged.
+            weight, is registered twice, or is read by its parent without being called; ``group``
+            with nothing to group, or with dropout, which leaves nothing to share. The model is then
+            unchanged.
     """
     check_options(r, lora_alpha, activation, dropout, save, backend)
     if dtype is not None and dtype not in checks.FLOATING:
@@ -59,6 +64,8 @@ def inject(
         raise ValueError("model: it has AFA layers already; unload(model) first")
     trained = trainable_modules(model, trainable)
     targets = find_targets(model, target_modules, exclude_modules, trained)
+    if group:
+        _check_group(model, targets, dropout)
 
     def make(_name: str, module: nn.Module) -> AFALinear:
         return AFALinear(
@@ -74,7 +81,21 @@ def inject(
         )
 
     replace(model, targets, trained, make)
-    return model
+    return grouping.share_inputs(model) if group else model
+
+
+def _check_group(model: nn.Module, targets: list[Candidate], dropout: float) -> None:
+    if dropout > 0.0:
+        raise ValueError(
+            f"group: dropout draws one mask for each layer, so no product over x can be shared; "
+            f"got dropout={dropout}"
+        )
+    children: dict[nn.Module, dict[str, int]] = {}
+    for target in targets:
+        in_features = target.module.weight.shape[0 if is_conv1d(target.module) else 1]
+        children.setdefault(target.parent, {})[target.attribute] = in_features
+    if not any(list(grouping.groups_of(sizes)) for sizes in children.values()):
+        raise ValueError(grouping.nothing_to_share(model))
 
 
 def replace(
@@ -148,8 +169,8 @@ def unload(model: nn.Module) -> nn.Module:
     frozen as they are.
 
     Raises:
-        ValueError: the model has no AFA layer, or only some of them are merged. The model is
-            unchanged then.
+        ValueError: the model has no AFA layer, only some of them are merged, or one is sharded for
+            tensor parallelism. The model is unchanged then.
     """
     layers = _layers(model)
     if len({layer.merged for _, layer in layers}) > 1:
@@ -157,8 +178,15 @@ def unload(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"model: some layers are merged and {name} is not; merge(model) or unmerge(model) first"
         )
+    sharded = next((name for name, layer in layers if layer._parallel is not None), None)
+    if sharded is not None:
+        raise ValueError(
+            f"model: {sharded} is sharded by a style of afa_kernels.parallel, which its base layer "
+            "does not know; save_adapter(model) and load it into a whole model"
+        )
     if isinstance(model, AFALinear):
         return model.base_layer
+    grouping.unshare_inputs(model)
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):
             if isinstance(child, AFALinear):

@@ -1,7 +1,8 @@
 """Compile the Triton kernels for a GPU that is not here, and read their machine code.
 
-A stub stands in for Triton's driver and names the target; the recorded launches then go through Triton's own path of
-specialisation and compilation up to the point where it would load the result. So what is examined is what would run.
+A stub stands in for Triton's driver and names the target; the recorded launches then go through
+Triton's own path of specialisation and compilation up to the point where it would load the result.
+So what is examined is what would run.
 """
 
 import contextlib
@@ -11,20 +12,26 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
 from afa_kernels.backend.registry import Spec
-from afa_kernels.backend.triton import launch
+from afa_kernels.backend.triton import launch, passes
 from afa_kernels.backend.triton.configs import Device
 from afa_kernels.backend.triton.launch import Launch
 
-# Shared memory that one block may take, in bytes; registers and resident threads per multiprocessor are 65536 and 2048
-# on these, from the compute-capability table of NVIDIA's CUDA C++ programming guide.
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# Shared memory that one block may take, in bytes; registers and resident threads per multiprocessor
+# are 65536 and 2048 on these, from the compute-capability table of NVIDIA's CUDA C++ programming
+# guide.
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
 _RESERVED_SHARED = 1024  # per resident block
 _REGISTERS = 65536
 _THREADS = 2048
@@ -32,12 +39,15 @@ _BLOCKS = 32
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCOMMA|UTCIMMA)\b")
 _ASYNC_COPY = re.compile(r"\b(LDGSTS|UTMALDG|UBLKCP)\b")
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_INSTRUCTION = re.compile(
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE
+)
 _AMD_TENSOR_CORE = re.compile(r"\bv_mfma_\w+")
 
 
 class _StubDriver:
-    """What Triton's compile path asks of a driver. The "device" is the target: each has a kernel cache of its own."""
+    """What Triton's compile path asks of a driver. The "device" is the target: each has a kernel
+    cache of its own."""
 
     def __init__(self, target: GPUTarget):
         self._target = target
@@ -54,7 +64,8 @@ class _StubDriver:
 
 @contextlib.contextmanager
 def compiling_for(arch: str) -> Iterator[None]:
-    """Make ``arch`` ("sm_90", "gfx942") the target of every compilation inside the ``with`` block."""
+    """Make ``arch`` ("sm_90", "gfx942") the target of every compilation inside the ``with``
+    block."""
     if arch.startswith("sm_"):
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     else:
@@ -70,7 +81,9 @@ def compiling_for(arch: str) -> Iterator[None]:
 
 def compile_launch(entry: Launch) -> Any:
     """Return Triton's compiled kernel of a recorded launch."""
-    return entry.kernel.warmup(**entry.arguments, **entry.constants, **entry.options, grid=entry.grid)
+    return entry.kernel.warmup(
+        **entry.arguments, **entry.constants, **entry.options, grid=entry.grid
+    )
 
 
 @dataclass(frozen=True)
@@ -88,8 +101,11 @@ class Problem:
     save_z: bool = True
     weight_dtype: torch.dtype | None = None  # of a and b; None: that of x
 
-    def record(self, device: Device, *, passes: tuple[str, ...] = ("forward", "backward")) -> list[Launch]:
-        """Return the launches of one forward and one backward on ``device``, without running any."""
+    def record(
+        self, device: Device, *, forward: bool = True, backward: bool = True
+    ) -> list[Launch]:
+        """Return the launches of one forward and one backward on ``device``, without running
+        any."""
 
         def meta(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -101,13 +117,14 @@ class Problem:
         spec = Spec(self.activation, 2.0, self.dropout)
         base = meta(self.n).expand_as(dy) if self.base else None
         with launch.recording(device) as launches:
-            if "forward" in passes:
+            if forward:
                 context = launch.Context(x, a, b, alpha_t, seed, spec)
-                launch.forward(context, base, meta(self.m, self.n), self.save_z)
-            if "backward" in passes:
+                passes.forward(context, base, meta(self.m, self.n), self.save_z)
+            if backward:
                 context = launch.Context(x, a, b, alpha_t, seed, spec)
-                launch.backward(
-                    context, dy, z, weight_dtype, weight_dtype, need_dx=True, need_da=True, need_db=True
+                passes.backward(
+                    context, dy, z, weight_dtype, weight_dtype, need_dx=True, need_da=True,
+                    need_db=True
                 )  # fmt: skip
         return launches
 
@@ -116,8 +133,7 @@ def device_for(arch: str) -> Device:
     return Device(arch, MULTIPROCESSORS.get(arch, 80), arch)
 
 
-@dataclass(frozen=True)
-class MachineCode:
+class MachineCode(NamedTuple):
     """What the machine code of one kernel uses. ``spills``: loads and stores of local memory."""
 
     registers: int
@@ -162,7 +178,8 @@ def examine(compiled: Any, arch: str, warps: int) -> MachineCode:
 
 
 def examine_amd(compiled: Any) -> MachineCode:
-    """Read the assembly that Triton's AMD backend keeps: registers, spills, LDS and matrix instructions."""
+    """Read the assembly that Triton's AMD backend keeps: registers, spills, LDS and matrix
+    instructions."""
     text = compiled.asm["amdgcn"]
 
     def field(name: str) -> int:
@@ -197,4 +214,6 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 def _output(*command: object) -> str:
-    return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [str(word) for word in command], check=True, capture_output=True, text=True
+    ).stdout

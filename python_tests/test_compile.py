@@ -8,6 +8,7 @@ from helpers import Problem
 from torch.library import opcheck
 
 import afa_kernels as afa
+from afa_kernels import _group_ops as _ops_of_group
 from afa_kernels import _ops
 
 OPTIONS = ("gelu", 1.5)
@@ -41,6 +42,24 @@ def test_opcheck_backward(dtype, needed):
         opcheck(_ops.linear_backward, (p.weight, *saved, *needed[1:]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_opcheck_group(dtype):
+    q, k = Problem.random(6, 16, 8, 4, dtype), Problem.random(6, 16, 12, 2, dtype)
+    a, b, alpha_t = [q.lora_a, k.lora_a], [q.lora_b, k.lora_b], [torch.tensor(0.3)] * 2
+    options = (a, b, alpha_t, ["gelu", "identity"], [1.5, 2.0])
+    weights = [q.weight, k.weight]
+    for save_z in (True, False):
+        opcheck(_ops_of_group.group_forward, (q.x, weights, [q.bias, None], *options, save_z, None))
+    z = torch.cat([q.x @ q.lora_a.T, q.x @ k.lora_a.T], 1)
+    for dys, kept, needed in (
+        ([q.dy, k.dy], z, (True, [True, True], [True, False])),
+        ([None, k.dy], None, (True, [True, True], [True, True])),
+        ([q.dy, k.dy], z, (False, [False, True], [False, False])),
+    ):
+        saved = (dys, q.x, weights, a, b, kept, *options[2:], None)
+        opcheck(_ops_of_group.group_backward, (*saved, *needed))
+
+
 def test_every_operator_is_opchecked():
     """A new operator must come with its own opcheck above."""
     schemas = {
@@ -52,6 +71,8 @@ def test_every_operator_is_opchecked():
         "linear_forward",
         "lora_backward",
         "linear_backward",
+        "group_forward",
+        "group_backward",
     }
     assert schemas == {f"afa_kernels::{name}" for name in checked}
 

@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton")
 
 from afa_kernels.backend.triton import autotune, configs  # noqa: E402
 from afa_kernels.backend.triton.configs import Device, Tile  # noqa: E402
+from bench.triton_aot import Problem  # noqa: E402
 
 CALL = Call("cpu", torch.bfloat16, 64, 128, 128, 16, "silu")
 
@@ -41,7 +42,9 @@ def test_importing_the_package_does_not_import_triton():
 def test_without_a_gpu_the_reason_says_so():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    status = python("import afa_kernels; s = afa_kernels.backends()['triton']; print(bool(s), s.reason)")
+    status = python(
+        "import afa_kernels; s = afa_kernels.backends()['triton']; print(bool(s), s.reason)"
+    )
     assert status.startswith("False no GPU")
 
 
@@ -57,7 +60,11 @@ def test_an_old_triton_is_the_reason(monkeypatch):
 
 @pytest.mark.parametrize(
     "change, reason",
-    [({"dtype": torch.float64}, "float64"), ({"r": 129}, "rank 129 is above 128")],
+    [
+        ({"dtype": torch.float64}, "float64"),
+        ({"r": 129}, "rank 129 is above 128"),
+        ({"dtype": torch.float32, "r": 65, "dropout": True}, "float32 with dropout above rank 64"),
+    ],
 )
 def test_refuses_with_the_reason(change, reason):
     assert reason in backend.BACKEND.refuses(CALL._replace(**change))
@@ -89,7 +96,9 @@ def test_every_architecture_has_a_row_for_every_rank_and_size():
         assert rows.keys() == {(size, rank) for size in (2, 4) for rank in configs.RANKS}, arch
 
 
-@pytest.mark.parametrize("r, padded", [(1, 16), (16, 16), (17, 32), (33, 64), (100, 128), (128, 128)])
+@pytest.mark.parametrize(
+    "r, padded", [(1, 16), (16, 16), (17, 32), (33, 64), (100, 128), (128, 128)]
+)
 def test_ranks_are_padded_to_what_a_tensor_core_takes(r, padded):
     assert configs.padded_rank(r) == padded
 
@@ -99,6 +108,26 @@ def test_an_unknown_architecture_has_the_default_row():
     assert configs.table_tiles("gfx1100", 2, 8) is default
     assert configs.table_tiles("sm_90", 2, 8) is not default
     assert configs.table_tiles("sm_103", 2, 8) is configs.table_tiles("sm_100", 2, 8)
+
+
+@pytest.mark.parametrize(
+    "arch, dtype, allowed, precision",
+    [
+        ("sm_90", torch.float32, False, "ieee"),
+        ("sm_90", torch.float32, True, "tf32"),
+        ("gfx942", torch.float32, True, "ieee"),  # TF32 is NVIDIA's
+        ("sm_90", torch.bfloat16, True, "ieee"),  # one value for a dtype that it does not concern
+    ],
+)
+def test_float32_products_follow_allow_tf32(arch, dtype, allowed, precision):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        launches = Problem(m=64, k=64, n=64, dtype=dtype).record(Device(arch, 100))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    found = {e.constants["PRECISION"] for e in launches if "PRECISION" in e.constants}
+    assert found == {precision}
 
 
 @pytest.fixture

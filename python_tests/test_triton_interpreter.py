@@ -80,14 +80,15 @@ def test_nothing_beside_the_operands_is_read_or_written(shape, p, dtype):
 # (M, K, N, r), and the kernels that one forward and one backward launch there.
 PATHS = {
     "one pass": ((70, 72, 48, 16), ("xa_phi_hb", "dy_pass", "dphi", "x_pass", "weight_grad")),
-    "split": ((20, 140, 130, 16), ("project", "phi_hb", "dy_pass", "dphi", "x_pass", "weight_grad")),
-    "padded rank": ((20, 40, 24, 3), ("pack", "xa_phi_hb", "pack", "dy_pass", "dphi", "x_pass", "weight_grad")),
-    "two passes": ((70, 72, 48, 64), ("xa_phi_hb", "dyb_dphi", "dy_pass", "x_pass", "weight_grad")),
-    "two passes, split": (
+    "split": ((20, 140, 130, 16), ("project", "phi_hb", "dy_pass", "dphi", "x_pass",
+    "weight_grad")), "padded rank": ((20, 40, 24, 3), ("pack", "xa_phi_hb", "pack", "dy_pass",
+    "dphi", "x_pass", "weight_grad")), "two passes": ((70, 72, 48, 64), ("xa_phi_hb", "dyb_dphi",
+    "dy_pass", "x_pass", "weight_grad")), "two passes, split": (
         (20, 140, 130, 128),
         ("project", "phi_hb", "project", "dphi", "dy_pass", "x_pass", "weight_grad"),
     ),
-    "chunks of several tiles": ((150, 40, 24, 16), ("xa_phi_hb", "dy_pass", "dphi", "x_pass", "weight_grad")),
+    "chunks of several tiles": ((150, 40, 24, 16), ("xa_phi_hb", "dy_pass", "dphi", "x_pass",
+    "weight_grad")),
 }  # fmt: skip
 
 
@@ -112,6 +113,22 @@ def test_accumulating_into_the_base_itself(m):
     base = given["base"].clone()
     got = run(backend, spec, **given | {"base": base}, out=base)["y"]
     assert got is base and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["base", "inplace"])
+def test_rows_too_far_apart_for_int32_are_packed(monkeypatch, inplace):
+    from afa_kernels.backend.triton import launch, passes
+
+    given, spec = operands(20, 40, 24, 16, torch.float32), Spec("silu", 0.5)
+    far = {name: guarded(t)[0] for name, t in given.items()}
+    want = run(backend, spec, **given)
+    near = launch.int32_offsets
+    for module in (launch, passes):
+        monkeypatch.setattr(module, "int32_offsets", lambda t, *rows: t.is_contiguous() and near(t))
+    out = far["base"] if inplace else guarded(torch.full_like(given["base"], torch.nan))[0]
+    got = run(backend, spec, **far, out=out)
+    for what in RESULTS:
+        torch.testing.assert_close(got[what], want[what])
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63), 123456789012345])
@@ -170,7 +187,10 @@ def test_a_call_without_backward_needs_compiles_no_gradient():
         with launch.recording(configs.device_of(given["x"].device)) as launches:
             got = backend.backward(*operand, alpha_t, None, spec, **flags)
         assert [t is not None for t in got] == list(needs)
-        assert tuple(e.name.removesuffix("_kernel").removesuffix("_backward") for e in launches) == names
+        assert (
+            tuple(e.name.removesuffix("_kernel").removesuffix("_backward") for e in launches)
+            == names
+        )
 
 
 def test_identity_asked_for_by_name_is_the_linear_branch():

@@ -12,13 +12,14 @@ pytest.importorskip("triton")
 
 from afa_kernels.backend.registry import Spec  # noqa: E402
 from afa_kernels.backend.triton import backend, launch  # noqa: E402
-from bench import traffic_model  # noqa: E402
+from bench import adapter_tax, traffic_model  # noqa: E402
 from bench.traffic_model import H100  # noqa: E402
 from bench.triton_aot import Problem  # noqa: E402
 
 
 class _Counter:
-    """Bytes of every load and store of the interpreter, by the argument whose memory was touched."""
+    """Bytes of every load and store of the interpreter, by the argument whose memory was
+    touched."""
 
     def __init__(self, entry):
         self._ranges = []
@@ -80,7 +81,11 @@ def test_the_model_counts_every_byte(monkeypatch, m, k, n, r, dtype, weight_dtyp
     skip_unless_available("triton")
     if "triton" not in SIMULATED:
         pytest.skip("not in the interpreter: its loads and stores cannot be counted")
-    x, base, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), torch.randn(m, n).to(dtype)
+    x, base, dy = (
+        torch.randn(m, k).to(dtype),
+        torch.randn(m, n).to(dtype),
+        torch.randn(m, n).to(dtype),
+    )
     a, b = torch.randn(r, k, dtype=weight_dtype), torch.randn(n, r, dtype=weight_dtype)
     alpha_t, seed, spec = torch.tensor(0.5), torch.tensor(3), Spec("silu", 2.0, dropout)
     with counting(monkeypatch) as counted:
@@ -104,8 +109,8 @@ def test_the_model_counts_every_byte(monkeypatch, m, k, n, r, dtype, weight_dtyp
 def modelled_tax(r: int) -> dict[str, float]:
     problem = Problem(8192, 4096, 4096, r, base=False)
     return {
-        tax.implementation: traffic_model.percent(tax, problem, H100)[2]
-        for tax in traffic_model.taxes(problem, H100)
+        tax.implementation: adapter_tax.percent(tax, problem, H100)[2]
+        for tax in adapter_tax.taxes(problem, H100)
     }
 
 
@@ -128,10 +133,10 @@ def test_modelled_tax_at_larger_ranks(r, most):
 def test_launches():
     """One launch forward and four backward, at any rank, where rows fill the device."""
     for r in (16, 32, 64, 128):
-        ours = traffic_model.our_tax(Problem(8192, 4096, 4096, r, base=False), H100)
+        ours = adapter_tax.our_tax(Problem(8192, 4096, 4096, r, base=False), H100)
         assert (len(ours.forward), len(ours.backward)) == (1, 4)
 
 
 def test_the_report_says_that_it_is_modelled(capsys):
-    traffic_model.main(["--r", "16"])
+    adapter_tax.main(["--r", "16"])
     assert capsys.readouterr().out.startswith("MODELLED, not measured")

@@ -1,1 +1,2 @@
-"""The Triton backend. Importing this package does not import Triton: only backend.py's first call does."""
+"""The Triton backend. Importing this package does not import Triton: only backend.py's first call
+does."""

@@ -1,8 +1,10 @@
-"""Which tiles a call runs with: a row of the table, or, with AFA_KERNELS_AUTOTUNE=1, the fastest of a few candidates.
+"""Which tiles a call runs with: a row of the table, or, with AFA_KERNELS_AUTOTUNE=1, the fastest of
+a few candidates.
 
-Without the variable nothing is ever timed: the first call of a shape class does not stall, ranks of a distributed job
-agree, and results do not change from run to run. With it, the first call of a shape class times the candidates on
-random data and stores the winner as JSON under ``$AFA_KERNELS_CACHE_DIR``, by default ``~/.cache/afa_kernels``.
+Without the variable nothing is ever timed: the first call of a shape class does not stall, ranks of
+a distributed job agree, and results do not change from run to run. With it, the first call of a
+shape class times the candidates on random data and stores the winner as JSON under
+``$AFA_KERNELS_CACHE_DIR``, by default ``~/.cache/afa_kernels``.
 """
 
 import contextlib
@@ -62,17 +64,26 @@ def tiles(device: Device, x: Tensor, n: int, r: int) -> Tiles:
 
 
 def candidates(tile: Tile) -> list[Tile]:
-    """Return ``tile`` and its neighbours: half or twice the rows, columns and warps, one stage more or less."""
+    """Return ``tile`` and its neighbours: half or twice the rows, columns and warps, one stage more
+    or less."""
     found = [tile]
     for factor in (0.5, 2):
-        rows, cols, warps = int(tile.rows * factor), int(tile.cols * factor), int(tile.warps * factor)
+        rows, cols, warps = (
+            int(tile.rows * factor),
+            int(tile.cols * factor),
+            int(tile.warps * factor),
+        )
         if 32 <= rows <= configs.MAX_TILE_ROWS:
             found.append(replace(tile, rows=rows))
         if 32 <= cols <= 512:
             found.append(replace(tile, cols=cols))
         if 4 <= warps <= 8:
             found.append(replace(tile, warps=warps))
-    return found + [replace(tile, stages=stages) for stages in (tile.stages - 1, tile.stages + 1) if 2 <= stages <= 5]
+    return found + [
+        replace(tile, stages=stages)
+        for stages in (tile.stages - 1, tile.stages + 1)
+        if 2 <= stages <= 5
+    ]
 
 
 def tune(row: Tiles, seconds: Callable[[str, Tiles], float]) -> Tiles:
@@ -97,7 +108,7 @@ def problem_timer(
     from triton.testing import do_bench
 
     from afa_kernels.backend.registry import Spec
-    from afa_kernels.backend.triton import launch
+    from afa_kernels.backend.triton import launch, passes
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -111,10 +122,12 @@ def problem_timer(
         spec = Spec("silu", 1.0, 26 if name == "x_pass_dropout" else 0)
         context = launch.Context(x, a, b, alpha_t, seed, spec)
         if name == "project":
-            launch.forward(context, None, y, True)
+            passes.forward(context, None, y, True)
         else:
             dx_side = name != "dy_pass"
-            launch.backward(context, dy, z, dtype, dtype, need_dx=dx_side, need_da=dx_side, need_db=not dx_side)
+            passes.backward(
+                context, dy, z, dtype, dtype, need_dx=dx_side, need_da=dx_side, need_db=not dx_side
+            )
 
     def seconds(name: str, tiles: Tiles) -> float:
         try:
@@ -128,14 +141,22 @@ def problem_timer(
 
 def cache_file(device: Device) -> Path:
     folder = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "afa_kernels"
-    return Path(folder) / f"triton-{triton.__version__}-{re.sub(r'[^A-Za-z0-9]+', '-', device.name)}.json"
+    return (
+        Path(folder)
+        / f"triton-{triton.__version__}-{re.sub(r'[^A-Za-z0-9]+', '-', device.name)}.json"
+    )
 
 
 def _read(device: Device) -> dict[str, Tiles]:
     try:
         stored = json.loads(cache_file(device).read_text())
         return {
-            key: Tiles(**{name: Tile(**value) if isinstance(value, dict) else value for name, value in row.items()})
+            key: Tiles(
+                **{
+                    name: Tile(**value) if isinstance(value, dict) else value
+                    for name, value in row.items()
+                }
+            )
             for key, row in stored.items()
         }
     except (OSError, ValueError, TypeError):

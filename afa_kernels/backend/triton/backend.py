@@ -1,7 +1,9 @@
-"""The ``triton`` backend: any GPU that Triton knows, in float32, bfloat16 and float16, up to rank 128.
+"""The ``triton`` backend: any GPU that Triton knows, in float32, bfloat16 and float16, up to rank
+128.
 
-Triton is imported at the first call that runs here, never before. In a process started with TRITON_INTERPRET=1 the
-kernels run on CPU tensors in Triton's interpreter, slowly, and only for calls that ask for this backend by name.
+Triton is imported at the first call that runs here, never before. In a process started with
+TRITON_INTERPRET=1 the kernels run on CPU tensors in Triton's interpreter, slowly, and only for
+calls that ask for this backend by name.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ from afa_kernels.backend.registry import Backend, BackendStatus, Call
 OLDEST_TRITON = (3, 2)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 _MAX_RANK = 128
+_MAX_RANK_FLOAT32_DROPOUT = 64
 _OLDEST_CAPABILITY = (8, 0)
 
 
@@ -24,7 +27,13 @@ _OLDEST_CAPABILITY = (8, 0)
 def _triton_version() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    for distribution in ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-windows"):
+    for distribution in (
+        "triton",
+        "pytorch-triton",
+        "pytorch-triton-rocm",
+        "pytorch-triton-xpu",
+        "triton-windows",
+    ):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(distribution)
     return "unknown"
@@ -46,10 +55,16 @@ def status() -> BackendStatus:
     details = {"triton": version, "interpreter": INTERPRETED}
     numbers = version.split(".")[:2]
     if version != "unknown" and tuple(int(number) for number in numbers) < OLDEST_TRITON:
-        return BackendStatus(False, f"needs triton {'.'.join(map(str, OLDEST_TRITON))} or later, got {version}", details)
+        return BackendStatus(
+            False,
+            f"needs triton {'.'.join(map(str, OLDEST_TRITON))} or later, got {version}",
+            details,
+        )
     device_type = _device_type()
     if device_type is None:
-        return BackendStatus(False, "no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)", details)
+        return BackendStatus(
+            False, "no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)", details
+        )
     return BackendStatus(True, details=details | {"device": device_type})
 
 
@@ -57,7 +72,11 @@ def _refuses(call: Call) -> str | None:
     if call.dtype == torch.float64:
         return "float64 has no tensor-core path here: float32, bfloat16 and float16 only"
     if call.r > _MAX_RANK:
-        return f"rank {call.r} is above {_MAX_RANK}: there the products are compute-bound and torch's GEMMs are faster"
+        return f"rank {call.r} is above {_MAX_RANK}: compute-bound, which torch's GEMMs do faster"
+    if call.dtype == torch.float32 and call.dropout and call.r > _MAX_RANK_FLOAT32_DROPOUT:
+        return (
+            f"float32 with dropout above rank {_MAX_RANK_FLOAT32_DROPOUT} overflows the registers"
+        )
     if call.device == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(call.device_index)
         if capability < _OLDEST_CAPABILITY:
@@ -66,25 +85,28 @@ def _refuses(call: Call) -> str | None:
 
 
 def _on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Make the device of ``x`` the current one: that is where Triton launches, on its current stream."""
+    """Make the device of ``x`` the current one: that is where Triton launches, on its current
+    stream."""
     if x.is_cuda:
         return torch.cuda.device(x.device)
     return torch.xpu.device(x.device) if x.device.type == "xpu" else contextlib.nullcontext()
 
 
 def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
-    from afa_kernels.backend.triton import launch
+    from afa_kernels.backend.triton import launch, passes
 
     with _on_device(x):
-        return launch.forward(launch.Context(x, a, b, alpha_t, seed, spec), base, out, save_z)
+        return passes.forward(launch.Context(x, a, b, alpha_t, seed, spec), base, out, save_z)
 
 
 def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
-    from afa_kernels.backend.triton import launch
+    from afa_kernels.backend.triton import launch, passes
 
     with _on_device(x):
         context = launch.Context(x, a, b, alpha_t, seed, spec)
-        return launch.backward(context, dy, z, a.dtype, b.dtype, need_dx=need_dx, need_da=need_da, need_db=need_db)
+        return passes.backward(
+            context, dy, z, a.dtype, b.dtype, need_dx=need_dx, need_da=need_da, need_db=need_db
+        )
 
 
 BACKEND = Backend(

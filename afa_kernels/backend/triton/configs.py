@@ -1,7 +1,9 @@
-"""The tiles of every kernel: one row per (architecture, bytes per element, padded rank), and defaults for the rest.
+"""The tiles of every kernel: one row per (architecture, bytes per element, padded rank), and
+defaults for the rest.
 
-Which rows compile without a spill, and what registers and shared memory they take, is what ``make triton-report``
-prints; what they cost in memory traffic is in bench/traffic_model.py. Their speed has not been measured on a GPU.
+Which rows compile without a spill, and what registers and shared memory they take, is what ``make
+triton-report`` prints; what they cost in memory traffic is in bench/traffic_model.py. Their speed
+has not been measured on a GPU.
 """
 
 import functools
@@ -9,17 +11,24 @@ from dataclasses import dataclass, replace
 
 import torch
 
-RANKS = (16, 32, 64, 128)  # the padded ranks; a larger rank is compute-bound and belongs to torch's GEMMs
+RANKS = (
+    16,
+    32,
+    64,
+    128,
+)  # the padded ranks; a larger rank is compute-bound and belongs to torch's GEMMs
 MAX_RANK = RANKS[-1]
 MAX_TILE_ROWS = 128
-ONE_PASS_RANK = 32  # up to here one pass over dy makes dh and db; above, dh partials cost more than a second pass
+# up to here one pass over dy makes dh and db; above, dh partials cost more than a second pass
+ONE_PASS_RANK = 32
 DEFAULT = "default"
 INTERPRETER = "interpreter"
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's tile: rows of tokens, columns of the streamed operand, warps and pipeline stages."""
+    """One kernel's tile: rows of tokens, columns of the streamed operand, warps and pipeline
+    stages."""
 
     rows: int
     cols: int
@@ -36,7 +45,8 @@ class Tiles:
     dy_pass: Tile  # D, or D2 above ONE_PASS_RANK
     x_pass: Tile  # X
     x_pass_dropout: Tile  # X under a mask, which takes registers of its own
-    chunks: int = 16  # most chunks of rows in D and X: their partial sums, and so their bits, hang on no SM count
+    # most chunks of rows in D and X: their partial sums, and so their bits, hang on no SM count
+    chunks: int = 16
 
 
 @dataclass(frozen=True)
@@ -57,45 +67,69 @@ def padded_rank(r: int) -> int:
     return max(RANKS[0], 1 << (r - 1).bit_length())
 
 
+def _row(project, out_cols, dy_pass, x_pass, x_pass_dropout, chunks=16) -> Tiles:
+    tiles = (Tile(*shape) for shape in (dy_pass, x_pass, x_pass_dropout))
+    return Tiles(Tile(*project), out_cols, *tiles, chunks)
+
+
 _LARGE_16BIT = {  # 163 KB of shared memory and more: sm_80, sm_90, sm_100
-    16: Tiles(Tile(64, 128, 4, 4), 128, Tile(32, 512, 8, 3), Tile(64, 256, 8, 3), Tile(32, 128, 4, 3)),
-    32: Tiles(Tile(64, 128, 4, 4), 128, Tile(64, 256, 8, 2), Tile(64, 128, 4, 3), Tile(32, 128, 4, 3)),
-    64: Tiles(Tile(64, 128, 4, 3), 128, Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(32, 128, 8, 3), 8),
-    128: Tiles(Tile(128, 128, 8, 3), 64, Tile(32, 128, 8, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 3), 8),
+    16: _row((64, 128, 4, 4), 128, (32, 512, 8, 3), (64, 256, 8, 3), (32, 128, 4, 3)),
+    32: _row((64, 128, 4, 4), 128, (64, 256, 8, 2), (64, 128, 4, 3), (32, 128, 4, 3)),
+    64: _row((64, 128, 4, 3), 128, (64, 128, 8, 3), (64, 128, 8, 3), (32, 128, 8, 3), 8),
+    128: _row((128, 128, 8, 3), 64, (32, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 3), 8),
 }
+# IEEE products of float32 run without tensor cores, from registers that hold whole rows of an
+# operand.
 _LARGE_32BIT = {
-    16: Tiles(Tile(64, 64, 4, 3), 64, Tile(32, 128, 8, 3), Tile(32, 128, 8, 3), Tile(32, 64, 4, 3)),
-    32: Tiles(Tile(64, 64, 4, 3), 64, Tile(32, 128, 8, 3), Tile(32, 128, 8, 3), Tile(32, 64, 4, 3)),
-    64: Tiles(Tile(64, 64, 8, 3), 64, Tile(32, 64, 8, 3), Tile(32, 64, 8, 3), Tile(32, 64, 8, 3)),
-    128: Tiles(Tile(64, 32, 8, 2), 64, Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+    16: _row((64, 64, 8, 3), 64, (32, 128, 4, 3), (32, 128, 4, 3), (32, 64, 8, 3)),
+    32: _row((64, 64, 8, 3), 64, (32, 64, 4, 3), (32, 128, 8, 3), (16, 32, 4, 3)),
+    64: _row((32, 64, 8, 3), 32, (32, 64, 8, 3), (32, 64, 8, 3), (16, 32, 4, 3), 8),
+    128: _row((32, 32, 8, 3), 32, (32, 32, 8, 3), (32, 32, 8, 3), (16, 16, 4, 2), 8),
 }
-_SMALL_16BIT = {  # within 64 KB: any other GPU, AMD's CDNA and RDNA among them
-    16: Tiles(Tile(64, 64, 4, 3), 64, Tile(32, 256, 8, 2), Tile(32, 128, 4, 2), Tile(32, 128, 4, 2)),
-    32: Tiles(Tile(64, 64, 4, 3), 64, Tile(32, 256, 8, 2), Tile(32, 128, 4, 2), Tile(32, 128, 4, 2)),
-    64: Tiles(Tile(64, 64, 4, 2), 64, Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 128, 8, 2)),
-    128: Tiles(Tile(64, 64, 8, 2), 64, Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+_SMALL_16BIT = {  # within 64 KB: any other GPU
+    16: _row((64, 64, 4, 3), 64, (32, 256, 8, 2), (32, 128, 4, 2), (32, 128, 4, 2)),
+    32: _row((64, 64, 4, 3), 64, (64, 128, 8, 2), (32, 128, 4, 2), (32, 128, 4, 2)),
+    64: _row((64, 64, 4, 2), 64, (32, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2)),
+    128: _row((64, 64, 8, 2), 64, (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
+}
+_AMD_16BIT = {  # 4 wavefronts have twice the registers each that 8 have
+    16: _row((64, 64, 4, 2), 64, (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2)),
+    32: _row((64, 64, 4, 2), 64, (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2)),
+    64: _row((64, 64, 4, 2), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
+    128: _row((64, 64, 8, 2), 64, (32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 4, 2)),
 }
 _SMALL_32BIT = {
-    16: Tiles(Tile(32, 64, 4, 2), 64, Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
-    32: Tiles(Tile(32, 64, 4, 2), 64, Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 2)),
-    64: Tiles(Tile(32, 32, 4, 2), 32, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    128: Tiles(Tile(32, 32, 4, 2), 32, Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    16: _row((32, 64, 4, 2), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
+    32: _row((32, 64, 4, 2), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
+    64: _row((32, 32, 4, 2), 32, (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    128: _row((32, 32, 4, 2), 32, (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
 }
 
 
-def _rows(rows_16bit: dict[int, Tiles], rows_32bit: dict[int, Tiles]) -> dict[tuple[int, int], Tiles]:
-    return {(itemsize, rank): row for itemsize, rows in ((2, rows_16bit), (4, rows_32bit)) for rank, row in rows.items()}
+def _rows(
+    rows_16bit: dict[int, Tiles], rows_32bit: dict[int, Tiles]
+) -> dict[tuple[int, int], Tiles]:
+    return {
+        (itemsize, rank): row
+        for itemsize, rows in ((2, rows_16bit), (4, rows_32bit))
+        for rank, row in rows.items()
+    }
 
 
-_INTERPRETER_TILE = Tile(32, 64, 4, 2)  # small, so that tiny test shapes have several tiles and tails
+_INTERPRETER_TILE = Tile(
+    32, 64, 4, 2
+)  # small, so that tiny test shapes have several tiles and tails
 
 TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
     "sm_80": _rows(
-        # Without warp-group products these passes keep more in registers: other tiles spill, or pass 163 KB.
+        # Without warp-group products these passes keep more in registers: other tiles spill, or
+        # pass 163 KB.
         _LARGE_16BIT
         | {
             32: replace(_LARGE_16BIT[32], x_pass=Tile(64, 256, 8, 3)),
-            128: replace(_LARGE_16BIT[128], project=Tile(128, 64, 8, 3), x_pass=Tile(32, 128, 8, 3)),
+            128: replace(
+                _LARGE_16BIT[128], project=Tile(128, 64, 8, 3), x_pass=Tile(32, 128, 8, 3)
+            ),
         },
         _LARGE_32BIT,
     ),
@@ -104,6 +138,7 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
     "sm_100": _rows(
         _LARGE_16BIT | {64: replace(_LARGE_16BIT[64], project=Tile(64, 128, 8, 3))}, _LARGE_32BIT
     ),
+    "gfx942": _rows(_AMD_16BIT, _SMALL_32BIT),
     DEFAULT: _rows(_SMALL_16BIT, _SMALL_32BIT),
     INTERPRETER: {
         (itemsize, rank): Tiles(*(_INTERPRETER_TILE, 64, *(_INTERPRETER_TILE,) * 3), chunks=2)

@@ -1,7 +1,9 @@
-"""Device functions that the kernels share: rounding, the activation, the dropout mask, and the streamed product.
+"""Device functions that the kernels share: rounding, the activation, the dropout mask, and the
+streamed product.
 
-EMULATE_BF16 is True only where Triton's interpreter runs a bfloat16 call. Its ``tl.dot`` multiplies the raw 16-bit
-patterns and its conversion from float32 truncates (both in Triton 3.2 to 3.9), so both are done by hand there.
+EMULATE_BF16 is True only where Triton's interpreter runs a bfloat16 call. Its ``tl.dot`` multiplies
+the raw 16-bit patterns and its conversion from float32 truncates (both in Triton 3.2 to 3.9), so
+both are done by hand there.
 """
 
 import triton
@@ -37,7 +39,8 @@ def dot(left, right, accumulator, PRECISION: tl.constexpr, EMULATE_BF16: tl.cons
 
 @triton.jit
 def _tanh(z):
-    # Near 0 the exponential form cancels, so there a Pade approximant, whose error at 0.6 is below 1e-9.
+    # Near 0 the exponential form cancels, so there a Pade approximant, whose error at 0.6 is below
+    # 1e-9.
     square = z * z
     near = z * (945.0 + square * (105.0 + square)) / (945.0 + square * (420.0 + square * 15.0))
     magnitude = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(z)) + 1.0)
@@ -98,9 +101,11 @@ def phi_slope(z, alpha_t, ACT: tl.constexpr):
 
 @triton.jit
 def keep_mask(
-    seed, threshold, first_row, first_col, calls_per_row, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+    seed, threshold, first_row, first_col, calls_per_row, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """Return the (BLOCK_M, BLOCK_K) dropout mask of afa_kernels/dropout.py; ``first_col`` is a multiple of 16."""
+    """Return the (BLOCK_M, BLOCK_K) dropout mask of afa_kernels/dropout.py; ``first_col`` is a
+    multiple of 16."""
     GROUPS: tl.constexpr = BLOCK_K // _COLUMNS_PER_CALL
     rows = first_row + tl.arange(0, BLOCK_M)  # int64: the counter has 64 bits
     groups = first_col // _COLUMNS_PER_CALL + tl.arange(0, GROUPS)
@@ -109,7 +114,9 @@ def keep_mask(
     high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
     zero = tl.zeros_like(low)
     word0, word1, word2, word3 = tl.philox(seed, low, high, zero, zero)
-    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))  # (BLOCK_M, GROUPS, 2, 2), in order
+    words = tl.join(
+        tl.join(word0, word2), tl.join(word1, word3)
+    )  # (BLOCK_M, GROUPS, 2, 2), in order
     words = tl.reshape(words, (BLOCK_M, GROUPS * 4))
     shifts = (8 * tl.arange(0, 4)).to(tl.uint32)
     levels = (words[:, :, None] >> shifts[None, None, :]) & 0xFF
@@ -118,22 +125,27 @@ def keep_mask(
 
 @triton.jit
 def load_z(z_ptr, first_row, rows_left, r, BLOCK_M: tl.constexpr, R: tl.constexpr):
-    """Return a float32 (BLOCK_M, R) tile of the contiguous ``z (M, r)``, 0 outside: phi(0) = 0 adds nothing."""
+    """Return a float32 (BLOCK_M, R) tile of the contiguous ``z (M, r)``, 0 outside: phi(0) = 0 adds
+    nothing."""
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     mask = (row < rows_left)[:, None] & (rank < r)[None, :]
-    return tl.load(z_ptr + first_row * r + row[:, None] * r + rank[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(
+        z_ptr + first_row * r + row[:, None] * r + rank[None, :], mask=mask, other=0.0
+    ).to(tl.float32)
 
 
 @triton.jit
 def project(
-    left_ptr, small_ptr, first_row, rows_left, first, last, length, stride_row, stride_rank, stride_small,
-    seed, threshold, calls_per_row,
-    BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE_BF16: tl.constexpr,
+    left_ptr, small_ptr, first_row, rows_left, first, last, length, stride_row, stride_rank,
+    stride_small, seed, threshold, calls_per_row,
+    BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Return ``left[first_row:, first:last] @ small[:, first:last].T`` as a float32 (BLOCK_M, R) tile.
+    """Return ``left[first_row:, first:last] @ small[:, first:last].T`` as a float32 (BLOCK_M, R)
+    tile.
 
-    ``left`` is (M, length) and streamed once, ``small`` is (R, length); ``rows_left`` rows of the tile exist.
+    ``left`` is (M, length) and streamed once, ``small`` is (R, length); ``rows_left`` rows of the
+    tile exist.
     """
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     row_mask = (row < rows_left)[:, None]
@@ -144,10 +156,25 @@ def project(
         col_mask = col < length
         left = tl.load(left_rows + col[None, :], mask=row_mask & col_mask[None, :], other=0.0)
         small = tl.load(
-            small_ptr + rank[None, :] * stride_rank + col[:, None] * stride_small, mask=col_mask[:, None], other=0.0
+            small_ptr + rank[None, :] * stride_rank + col[:, None] * stride_small,
+            mask=col_mask[:, None],
+            other=0.0,
         )
         if DROPOUT:
             keep = keep_mask(seed, threshold, first_row, start, calls_per_row, BLOCK_M, BLOCK_L)
             left = tl.where(keep, left, 0.0).to(left.dtype)
         accumulator = dot(left, small, accumulator, PRECISION, EMULATE_BF16)
     return accumulator
+
+
+@triton.jit
+def sum_partials(
+    partial_ptr, first_row, rows_left, M, count, BLOCK_M: tl.constexpr, R: tl.constexpr
+):
+    row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
+    source = partial_ptr + first_row * R + row[:, None] * R + rank[None, :]
+    total = tl.zeros((BLOCK_M, R), tl.float32)
+    plane = M.to(tl.int64) * R
+    for index in range(count):
+        total += tl.load(source + index * plane, mask=(row < rows_left)[:, None], other=0.0)
+    return total

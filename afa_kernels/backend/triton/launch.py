@@ -1,6 +1,7 @@
 """From checked operands to kernel launches: grids, strides, workspace.
 
-Workspace comes from torch's allocator at each call, so that two streams never share it and a CUDA graph owns its own.
+Workspace comes from torch's allocator at each call, so that two streams never share it and a CUDA
+graph owns its own.
 """
 
 import contextlib
@@ -13,23 +14,21 @@ import triton
 from torch import Tensor
 
 from afa_kernels.backend.registry import IDENTITY, Spec
-from afa_kernels.backend.triton import autotune, configs, kernels
-from afa_kernels.backend.triton.configs import Device, Tiles, padded_rank
+from afa_kernels.backend.triton import autotune, configs, forward_kernels
+from afa_kernels.backend.triton.configs import Device, Tile, Tiles, padded_rank
 from afa_kernels.dropout import COLUMNS_PER_CALL
 
-INTERPRETED = not isinstance(kernels.pack_kernel, triton.runtime.JITFunction)
+INTERPRETED = not isinstance(forward_kernels.pack_kernel, triton.runtime.JITFunction)
 _PACK_BLOCK = 1024
-# What one program of a reduction sums: elements of dz in whole rows (16 rows at least); ranks and columns of dA and dB.
-_REDUCE_ELEMENTS, _REDUCE_MIN_ROWS = 1024, 16
-_REDUCE_RANKS, _REDUCE_COLS = 16, 64
-_SMALL_WARPS = 4
-# Rows per multiprocessor from which one pass over x has enough bytes in flight: a tile of 64 on three of four. A tile
-# of 128 rows occupies half as many, with twice the bytes.
+ELEMENTWISE = Tile(0, 0, 4, 1)  # warps and stages of a kernel without a streamed product
+# Rows per multiprocessor from which one pass over x has enough bytes in flight: a tile of 64 on
+# three of four. A tile of 128 rows occupies half as many, with twice the bytes.
 _FULL_DEVICE_ROWS = 48
 
 
 class Launch(NamedTuple):
-    """One kernel launch as data: what runs, and what the machine-code report and the traffic model read."""
+    """One kernel launch as data: what runs, and what the machine-code report and the traffic model
+    read."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -44,7 +43,8 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        # Fused multiply-adds are Triton's default up to 3.9, which warns where they are not asked for.
+        # Fused multiply-adds are Triton's default up to 3.9, which warns where they are not asked
+        # for.
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
     def run(self) -> None:
@@ -61,7 +61,8 @@ _recording: ContextVar[_Recording | None] = ContextVar("afa_kernels_triton_recor
 
 @contextlib.contextmanager
 def recording(device: Device) -> Iterator[list[Launch]]:
-    """Collect the launches for ``device`` instead of running them; tensors may be on torch's meta device."""
+    """Collect the launches for ``device`` instead of running them; tensors may be on torch's meta
+    device."""
     launches: list[Launch] = []
     token = _recording.set(_Recording(device, launches))
     try:
@@ -70,7 +71,11 @@ def recording(device: Device) -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
-def _run(launch: Launch) -> None:
+def submit(
+    kernel: Any, grid: tuple[int, ...], arguments: dict, constants: dict, tile: Tile
+) -> None:
+    """Run a kernel with the warps and stages of ``tile``, or record it."""
+    launch = Launch(kernel, grid, arguments, constants, tile.warps, tile.stages)
     recorder = _recording.get()
     if recorder is None:
         launch.run()
@@ -79,9 +84,12 @@ def _run(launch: Launch) -> None:
 
 
 class Context:
-    """What every launch of one call shares: operands made ready for the kernels, tiles, and constants."""
+    """What every launch of one call shares: operands made ready for the kernels, tiles, and
+    constants."""
 
-    def __init__(self, x: Tensor, a: Tensor, b: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec):
+    def __init__(
+        self, x: Tensor, a: Tensor, b: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec
+    ):
         recorder = _recording.get()
         self.device = configs.device_of(x.device) if recorder is None else recorder.device
         self.rows, self.k = x.shape
@@ -89,7 +97,11 @@ class Context:
         self.padded = padded_rank(self.r)
         self.dtype = x.dtype
         self.tiles: Tiles = autotune.tiles(self.device, x, self.n, self.r)
-        self.precision = "tf32" if x.dtype == torch.float32 and self.device.has_tf32 and _allow_tf32() else "ieee"
+        self.precision = (
+            "tf32"
+            if x.dtype == torch.float32 and self.device.has_tf32 and _allow_tf32()
+            else "ieee"
+        )
         self.emulate = INTERPRETED and x.dtype == torch.bfloat16
         # At identity alpha_t is 0, and phi(z) = (1 - 0) * z + 0 * act(z) for any act.
         self.act = "relu" if spec.activation == IDENTITY else spec.activation
@@ -122,225 +134,58 @@ class Context:
         return triton.cdiv(self.rows, self.tiles.project.rows)
 
     def spread(self, steps: int) -> tuple[int, int]:
-        """Return (programs, steps per program): enough programs for each tile of rows to give the device two waves."""
+        """Return (programs, steps per program): enough programs for each tile of rows to give the
+        device two waves."""
         wanted = min(steps, triton.cdiv(2 * self.device.multiprocessors, self.row_programs()))
         per_program = triton.cdiv(steps, wanted)
         return triton.cdiv(steps, per_program), per_program
 
     def splits(self, length: int) -> tuple[int, int]:
-        """Return (splits, tiles per split) for a product of rows; 1 split where the rows alone fill the device."""
+        """Return (splits, tiles per split) for a product of rows; 1 split where the rows alone fill
+        the device."""
         steps = triton.cdiv(length, self.tiles.project.cols)
         if self.rows >= _FULL_DEVICE_ROWS * self.device.multiprocessors:
             return 1, steps
         return self.spread(steps)
 
     def _pack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        ready = self.r == self.padded and all(t.dtype == self.dtype and addressable(t) is t for t in (a, b))
+        ready = self.r == self.padded and all(
+            t.dtype == self.dtype and t.stride(1) == 1 and int32_offsets(t) for t in (a, b)
+        )
         if ready:
             return a, b
-        a, b = (t if _int32_offsets(t) else t.contiguous() for t in (a, b))
+        a, b = (t if int32_offsets(t) else t.contiguous() for t in (a, b))
         a_padded = self.empty(self.padded, self.k, dtype=self.dtype)
         b_padded = self.empty(self.n, self.padded, dtype=self.dtype)
         blocks_a = triton.cdiv(a_padded.numel(), _PACK_BLOCK)
         arguments = {
-            "a_ptr": a, "b_ptr": b, "a_padded_ptr": a_padded, "b_padded_ptr": b_padded, "blocks_a": blocks_a,
-            "K": self.k, "N": self.n, "r": self.r,
-            "stride_ar": a.stride(0), "stride_ak": a.stride(1), "stride_bn": b.stride(0), "stride_br": b.stride(1),
+            "a_ptr": a, "b_ptr": b, "a_padded_ptr": a_padded, "b_padded_ptr": b_padded,
+            "blocks_a": blocks_a, "K": self.k, "N": self.n, "r": self.r,
+            "stride_ar": a.stride(0), "stride_ak": a.stride(1), "stride_bn": b.stride(0),
+            "stride_br": b.stride(1),
         }  # fmt: skip
         constants = {"R": self.padded, "BLOCK": _PACK_BLOCK, "EMULATE_BF16": self.emulate}
         grid = (blocks_a + triton.cdiv(b_padded.numel(), _PACK_BLOCK),)
-        _run(Launch(kernels.pack_kernel, grid, arguments, constants, _SMALL_WARPS, 1))
+        submit(forward_kernels.pack_kernel, grid, arguments, constants, ELEMENTWISE)
         return a_padded, b_padded
 
 
-def _int32_offsets(t: Tensor) -> bool:
-    """Whether the offsets inside a tile of rows fit in int32; the offset of the tile itself is int64."""
-    return configs.MAX_TILE_ROWS * t.stride(0) + t.shape[1] * t.stride(1) < 2**31
+def int32_offsets(t: Tensor, rows: int | None = None) -> bool:
+    """Whether the offsets inside ``rows`` rows of ``t`` (all, by default) fit in int32."""
+    rows = t.shape[0] if rows is None else rows
+    return rows * t.stride(0) + t.shape[1] * t.stride(1) < 2**31
 
 
 def addressable(t: Tensor) -> Tensor:
-    """Return ``t``, copied if its columns are not side by side: the kernels stream rows."""
-    return t if t.stride(1) == 1 and _int32_offsets(t) else t.contiguous()
+    """Return ``t``, copied where its columns are not side by side: the kernels stream rows. The
+    offset of a tile of rows is int64, offsets inside the tile are int32."""
+    fits = t.stride(1) == 1 and int32_offsets(t, configs.MAX_TILE_ROWS)
+    return t if fits else t.contiguous()
 
 
 def _allow_tf32() -> bool:
     matmul = torch.backends.cuda.matmul
     # torch 2.9 brought fp32_precision; where a caller uses it, reading allow_tf32 raises.
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-
-
-def _base_arguments(base: Tensor | None, out: Tensor | None) -> dict[str, Any]:
-    base_strides = (0, 1) if base is None else base.stride()
-    out_strides = (0, 1) if out is None else out.stride()
-    return {
-        "base_ptr": base, "stride_base_m": base_strides[0], "stride_base_n": base_strides[1],
-        "y_ptr": out, "stride_ym": out_strides[0], "stride_yn": out_strides[1],
-    }  # fmt: skip
-
-
-def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool) -> Tensor | None:
-    """Write y into ``out`` (None: only z is wanted) and return z if asked for: F, or F1 and F2 where rows are few."""
-    z = ctx.empty(ctx.rows, ctx.r, dtype=ctx.dtype) if save_z else None
-    tile, splits, tiles = ctx.tiles.project, *ctx.splits(ctx.k)
-    shared = {
-        "b_ptr": ctx.b, "z_ptr": z, "alpha_ptr": ctx.alpha_t, "M": ctx.rows, "N": ctx.n, "r": ctx.r,
-        "stride_bn": ctx.b.stride(0), "stride_br": ctx.b.stride(1), **_base_arguments(base, out),
-        "scaling": ctx.spec.scaling, "inverse_keep": ctx.spec.inverse_keep,
-    }  # fmt: skip
-    constants = {"ACT": ctx.act, "BLOCK_M": tile.rows, "BLOCK_N": ctx.tiles.out_cols, **ctx.dots()}
-    if splits == 1:
-        arguments = {
-            "x_ptr": ctx.x, "a_ptr": ctx.a, "K": ctx.k, "stride_xm": ctx.x.stride(0),
-            "stride_ar": ctx.a.stride(0), "stride_ak": ctx.a.stride(1), **ctx.mask(), **shared,
-        }  # fmt: skip
-        constants |= {"BLOCK_L": tile.cols, "DROPOUT": ctx.spec.dropout > 0}
-        _run(Launch(kernels.xa_phi_hb_forward_kernel, (ctx.row_programs(),), arguments, constants, tile.warps, tile.stages))
-        return z
-    partial = _project_partials(ctx, ctx.x, ctx.a, ctx.a.stride(), splits, tiles, dropout=ctx.spec.dropout > 0)
-    constants["DTYPE"] = _triton_dtype(ctx.dtype)
-    columns, tiles = (1, 0) if out is None else ctx.spread(triton.cdiv(ctx.n, ctx.tiles.out_cols))
-    arguments = {"partial_ptr": partial, "splits": splits, "tiles": tiles, **shared}
-    grid = (ctx.row_programs(), columns)
-    _run(Launch(kernels.phi_hb_forward_kernel, grid, arguments, constants, tile.warps, tile.stages))
-    return z
-
-
-def _triton_dtype(dtype: torch.dtype) -> triton.language.dtype:
-    return getattr(triton.language, str(dtype).removeprefix("torch."))
-
-
-def _project_partials(
-    ctx: Context, left: Tensor, small: Tensor, strides: tuple[int, int], splits: int, tiles: int, *, dropout: bool
-) -> Tensor:
-    """Return float32 partials (splits, M, R) of ``left @ small.T``; ``strides`` are those of (rank, column) of small."""
-    tile = ctx.tiles.project
-    partial = ctx.empty(splits, ctx.rows, ctx.padded)
-    arguments = {
-        "left_ptr": left, "small_ptr": small, "partial_ptr": partial, "M": ctx.rows, "length": left.shape[1],
-        "tiles": tiles, "stride_row": left.stride(0), "stride_rank": strides[0], "stride_small": strides[1], **ctx.mask(),
-    }  # fmt: skip
-    constants = {"BLOCK_M": tile.rows, "BLOCK_L": tile.cols, "DROPOUT": dropout, **ctx.dots()}
-    grid = (ctx.row_programs(), splits)
-    _run(Launch(kernels.project_partial_kernel, grid, arguments, constants, tile.warps, tile.stages))
-    return partial
-
-
-def backward(
-    ctx: Context, dy: Tensor, z: Tensor | None, a_dtype: torch.dtype, b_dtype: torch.dtype,
-    *, need_dx: bool, need_da: bool, need_db: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return dx, da and db: D, R, X, R for small ranks; D1, D2, X, R for large ones."""
-    if not (need_dx or need_da or need_db):
-        return None, None, None
-    dy = addressable(dy)
-    z = forward(ctx, None, None, True) if z is None else z.contiguous()
-    need_dz = need_dx or need_da
-    one_pass = need_dz and ctx.padded <= configs.ONE_PASS_RANK
-    dz = dx = da_partial = db_partial = None
-    if one_pass:
-        dh_partial, db_partial = _dy_pass(ctx, dy, z, need_dh=True, need_db=need_db)
-        dz = _dz_from_partials(ctx, dh_partial, z)
-    else:
-        if need_dz:
-            dz = _dz(ctx, dy, z)
-        if need_db:
-            _, db_partial = _dy_pass(ctx, dy, z, need_dh=False, need_db=True)
-    if need_dz:
-        dx, da_partial = _x_pass(ctx, dz, need_dx=need_dx, need_da=need_da)
-    da, db = _weight_gradients(ctx, da_partial, db_partial, a_dtype, b_dtype)
-    return dx, da, db
-
-
-def _dy_pass(
-    ctx: Context, dy: Tensor, z: Tensor, *, need_dh: bool, need_db: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    tile = ctx.tiles.dy_pass
-    slabs, (chunks, rows_per_chunk) = triton.cdiv(ctx.n, tile.cols), ctx.chunk(tile.rows)
-    dh = ctx.empty(slabs, ctx.rows, ctx.padded) if need_dh else None
-    db = ctx.empty(chunks, ctx.padded, ctx.n) if need_db else None
-    arguments = {
-        "dy_ptr": dy, "b_ptr": ctx.b, "z_ptr": z, "dh_ptr": dh, "db_ptr": db, "alpha_ptr": ctx.alpha_t,
-        "M": ctx.rows, "N": ctx.n, "r": ctx.r, "rows_per_chunk": rows_per_chunk,
-        "stride_dym": dy.stride(0), "stride_bn": ctx.b.stride(0), "stride_br": ctx.b.stride(1),
-    }  # fmt: skip
-    constants = {"ACT": ctx.act, "BLOCK_M": tile.rows, "BLOCK_L": tile.cols, **ctx.dots()}
-    _run(Launch(kernels.dy_pass_backward_kernel, (slabs, chunks), arguments, constants, tile.warps, tile.stages))
-    return dh, db
-
-
-def _dz_arguments(ctx: Context, z: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    dz = ctx.empty(ctx.rows, ctx.padded, dtype=ctx.dtype)
-    factor = ctx.spec.scaling * ctx.spec.inverse_keep
-    return dz, {
-        "z_ptr": z, "dz_ptr": dz, "alpha_ptr": ctx.alpha_t, "M": ctx.rows, "r": ctx.r, "factor": factor
-    }  # fmt: skip
-
-
-def _dz_from_partials(ctx: Context, dh_partial: Tensor, z: Tensor) -> Tensor:
-    dz, arguments = _dz_arguments(ctx, z)
-    arguments |= {"partial_ptr": dh_partial, "count": dh_partial.shape[0]}
-    rows = max(_REDUCE_ELEMENTS // ctx.padded, _REDUCE_MIN_ROWS)
-    constants = {"ACT": ctx.act, "R": ctx.padded, "BLOCK_M": rows, "EMULATE_BF16": ctx.emulate}
-    grid = (triton.cdiv(ctx.rows, rows),)
-    _run(Launch(kernels.dphi_backward_kernel, grid, arguments, constants, _SMALL_WARPS, 1))
-    return dz
-
-
-def _dz(ctx: Context, dy: Tensor, z: Tensor) -> Tensor:
-    """D1, split over the columns of dy where rows are few."""
-    tile, (splits, tiles) = ctx.tiles.project, ctx.splits(ctx.n)
-    rank_and_column = (ctx.b.stride(1), ctx.b.stride(0))
-    if splits > 1:
-        partial = _project_partials(ctx, dy, ctx.b, rank_and_column, splits, tiles, dropout=False)
-        return _dz_from_partials(ctx, partial, z)
-    dz, arguments = _dz_arguments(ctx, z)
-    arguments |= {
-        "dy_ptr": dy, "b_ptr": ctx.b, "N": ctx.n,
-        "stride_dym": dy.stride(0), "stride_br": rank_and_column[0], "stride_bn": rank_and_column[1],
-    }  # fmt: skip
-    constants = {"ACT": ctx.act, "BLOCK_M": tile.rows, "BLOCK_L": tile.cols, **ctx.dots()}
-    grid = (ctx.row_programs(),)
-    _run(Launch(kernels.dyb_dphi_backward_kernel, grid, arguments, constants, tile.warps, tile.stages))
-    return dz
-
-
-def _x_pass(
-    ctx: Context, dz: Tensor, *, need_dx: bool, need_da: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    dropout = ctx.spec.dropout > 0
-    tile = ctx.tiles.x_pass_dropout if dropout else ctx.tiles.x_pass
-    slabs, (chunks, rows_per_chunk) = triton.cdiv(ctx.k, tile.cols), ctx.chunk(tile.rows)
-    dx = ctx.empty(ctx.rows, ctx.k, dtype=ctx.dtype) if need_dx else None
-    da = ctx.empty(chunks, ctx.padded, ctx.k) if need_da else None
-    arguments = {
-        "dz_ptr": dz, "a_ptr": ctx.a, "x_ptr": ctx.x, "dx_ptr": dx, "da_ptr": da, "M": ctx.rows, "K": ctx.k,
-        "rows_per_chunk": rows_per_chunk, "stride_ar": ctx.a.stride(0), "stride_ak": ctx.a.stride(1),
-        "stride_xm": ctx.x.stride(0), **ctx.mask(),
-    }  # fmt: skip
-    constants = {"BLOCK_M": tile.rows, "BLOCK_L": tile.cols, "DROPOUT": dropout, **ctx.dots()}
-    _run(Launch(kernels.x_pass_backward_kernel, (slabs, chunks), arguments, constants, tile.warps, tile.stages))
-    return dx, da
-
-
-def _weight_gradients(
-    ctx: Context, da_partial: Tensor | None, db_partial: Tensor | None, a_dtype: torch.dtype, b_dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """Sum the partials in order: float32 gradients of float32 weights come straight from the accumulators."""
-    if da_partial is None and db_partial is None:
-        return None, None
-    da = None if da_partial is None else ctx.empty(ctx.r, ctx.k, dtype=a_dtype)
-    db = None if db_partial is None else ctx.empty(ctx.n, ctx.r, dtype=b_dtype)
-    blocks_a = 0 if da is None else triton.cdiv(ctx.k, _REDUCE_COLS)
-    blocks_b = 0 if db is None else triton.cdiv(ctx.n, _REDUCE_COLS)
-    arguments = {
-        "da_partial_ptr": da_partial, "db_partial_ptr": db_partial, "da_ptr": da, "db_ptr": db,
-        "K": ctx.k, "N": ctx.n, "r": ctx.r, "chunks_a": 0 if da is None else da_partial.shape[0],
-        "chunks_b": 0 if db is None else db_partial.shape[0], "blocks_a": blocks_a, "scaling": ctx.spec.scaling,
-    }  # fmt: skip
-    constants = {
-        "R": ctx.padded, "RANKS": _REDUCE_RANKS, "BLOCK": _REDUCE_COLS,
-        "EMULATE_A": INTERPRETED and a_dtype == torch.bfloat16, "EMULATE_B": INTERPRETED and b_dtype == torch.bfloat16,
-    }  # fmt: skip
-    grid = (blocks_a + blocks_b, ctx.padded // _REDUCE_RANKS)
-    _run(Launch(kernels.weight_gradients_kernel, grid, arguments, constants, _SMALL_WARPS, 1))
-    return da, db
+    return (
+        matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    )

@@ -33,6 +33,7 @@ class Backward {
         row_elements = super_rows * r4;
 
         staged = scratch.reserve(threads * kBlockRows * staged_ld<E>() * sizeof(Elem));
+        outer_tile = scratch.reserve(threads * kBlockRows * E::kTile * sizeof(Elem));
         tile = scratch.reserve(threads * r4 * E::kTile * sizeof(float));
         z = scratch.reserve(row_elements * sizeof(float));
         h = scratch.reserve(row_elements * sizeof(float));
@@ -149,7 +150,7 @@ class Backward {
                 dot<E>(dy.data, dy.ld, rows, panel(b_panels, slab), r4, ceil_div(cols, E::kTile),
                        dots + i * r4, r4);
             if (need_db)
-                add_outer(coefficients(h, h_packed, i, rows), rows, dy, cols, sums);
+                add_outer(team, coefficients(h, h_packed, i, rows), rows, dy, cols, sums);
         }
         if (need_db && row + count == p.m)
             write_db(team, slab, cols, sums);
@@ -185,7 +186,7 @@ class Backward {
             if (need_da) {
                 const Block<E> x =
                     stage<E, T>(p.x, row + i, rows, first, cols, dropout, stage_of(team));
-                add_outer(dz_rows, rows, x, cols, sums);
+                add_outer(team, dz_rows, rows, x, cols, sums);
             }
             if (p.dx.data == nullptr)
                 continue;
@@ -201,10 +202,13 @@ class Backward {
             write_da(slab, cols, sums);
     }
 
-    void add_outer(const Coefficients<E>& left, int64_t rows, const Block<E>& x, int64_t cols,
-                   float* sums) {
-        for (int64_t c = 0; c < cols; c += E::kTile)
-            E::outer(left, 0, rows, r4, x.data + c, x.ld, r4, sums + c, E::kSlab);
+    void add_outer(Team& team, const Coefficients<E>& left, int64_t rows, const Block<E>& x,
+                   int64_t cols, float* sums) {
+        Elem* packed = scratch.get<Elem>(outer_tile) + team.id() * kBlockRows * E::kTile;
+        for (int64_t c = 0; c < cols; c += E::kTile) {
+            E::pack_outer(x.data + c, x.ld, rows, packed);
+            E::outer(left, rows, r4, packed, r4, sums + c, E::kSlab);
+        }
     }
 
     void write_da(int64_t slab, int64_t cols, const float* sums) {
@@ -260,8 +264,8 @@ class Backward {
     int threads;
     int64_t slab_elements, row_elements;
     Scratch scratch;
-    int64_t staged, tile, z, h, slope, dz, h_packed, dz_packed, b_panels, a_dot, a_expand, partial,
-        db_sums, da_sums;
+    int64_t staged, outer_tile, tile, z, h, slope, dz, h_packed, dz_packed, b_panels, a_dot,
+        a_expand, partial, db_sums, da_sums;
 };
 
 }  // namespace afa::cpu::AFA_ISA

@@ -37,6 +37,8 @@ class Forward {
     }
 
     void run() {
+        if (p.out.data != p.base.data && p.out.col_stride == 1 && p.out.row_stride == p.n)
+            advise_huge_pages(p.out.data, p.m * p.n * static_cast<int64_t>(sizeof(T)));
         run_team(threads, 2, [&](Team team) {
             if (few_rows)
                 by_slabs(team);

@@ -121,28 +121,36 @@ struct Pair {
             }
     }
 
-    static void outer(const Coefficients<Pair>& h, int64_t row, int64_t rows, int64_t ld,
-                      const Elem* x, int64_t ldx, int64_t r4, float* sums, int64_t ld_sums) {
-        const bf16* coefficients = h.row_pairs + row * ld;  // `row` is even
+    // One tile of columns of `rows` rows as pairs of rows, packed; an odd last row is paired with
+    // zeros.
+    static void pack_outer(const Elem* x, int64_t ldx, int64_t rows, Elem* packed) {
+        for (int64_t m = 0; m < rows; m += 2)
+            for (int v = 0; v < kVectors; v += 2) {
+                const bf16* even = x + m * ldx + v * kLanes;
+                const __m512i row0 = _mm512_loadu_si512(even);
+                const __m512i row1 =
+                    m + 1 < rows ? _mm512_loadu_si512(even + ldx) : _mm512_setzero_si512();
+                bf16* out = packed + m * kTile + v * kPairLanes;
+                _mm512_storeu_si512(out, _mm512_unpacklo_epi16(row0, row1));
+                _mm512_storeu_si512(out + kPairLanes, _mm512_unpackhi_epi16(row0, row1));
+            }
+    }
+
+    static void outer(const Coefficients<Pair>& h, int64_t rows, int64_t ld, const Elem* packed,
+                      int64_t r4, float* sums, int64_t ld_sums) {
         for (int64_t j = 0; j < r4; j += kGroup) {
             Vec acc[kGroup][kVectors];
             for (int g = 0; g < kGroup; ++g)
                 for (int v = 0; v < kVectors; ++v)
                     acc[g][v] = zero();
             for (int64_t m = 0; m < rows; m += 2) {
-                const bf16* even = x + m * ldx;
                 __m512bh right[kVectors];
-#pragma GCC unroll 2
-                for (int v = 0; v < kVectors; v += 2) {
-                    const __m512i row0 = _mm512_loadu_si512(even + v * kLanes);
-                    const __m512i row1 = m + 1 < rows ? _mm512_loadu_si512(even + ldx + v * kLanes)
-                                                      : _mm512_setzero_si512();
-                    right[v] = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(row0, row1));
-                    right[v + 1] = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(row0, row1));
-                }
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v)
+                    right[v] = pairs(packed + m * kTile + v * kPairLanes);
 #pragma GCC unroll 4
                 for (int g = 0; g < kGroup; ++g) {
-                    const __m512bh left = broadcast_pair(coefficients + m * ld + 2 * (j + g));
+                    const __m512bh left = broadcast_pair(h.row_pairs + m * ld + 2 * (j + g));
 #pragma GCC unroll 4
                     for (int v = 0; v < kVectors; ++v)
                         acc[g][v] = _mm512_dpbf16_ps(acc[g][v], left, right[v]);

@@ -158,11 +158,19 @@ struct Wide {
             }
     }
 
-    // sums[j][tile columns] += sum over rows of h[row][j] * x[row][column]
-    static void outer(const Coefficients<Wide>& h, int64_t row, int64_t rows, int64_t ld,
-                      const Elem* x, int64_t ldx, int64_t r4, float* sums, int64_t ld_sums) {
+    // One tile of columns of `rows` rows, packed. Rows of x lie a power of two apart more often
+    // than not, and then fall into one set of the L1 cache: without the copy each group of rows of
+    // P would fetch them from L2 again.
+    static void pack_outer(const Elem* x, int64_t ldx, int64_t rows, Elem* packed) {
+        for (int64_t m = 0; m < rows; ++m)
+            for (int v = 0; v < kVectors; ++v)
+                store(packed + m * kTile + v * kLanes, load(x + m * ldx + v * kLanes));
+    }
+
+    // sums[j][tile columns] += sum over rows of h[row][j] * x[row][column], x packed
+    static void outer(const Coefficients<Wide>& h, int64_t rows, int64_t ld, const Elem* packed,
+                      int64_t r4, float* sums, int64_t ld_sums) {
         constexpr int kWidth = AFA_ISA_LEVEL >= 2 ? 4 : 2;
-        const float* coefficients = h.wide + row * ld;
         for (int v0 = 0; v0 < kVectors; v0 += kWidth)
             for (int64_t j = 0; j < r4; j += kGroup) {
                 Vec acc[kGroup][kWidth];
@@ -173,10 +181,10 @@ struct Wide {
                     Vec right[kWidth];
 #pragma GCC unroll 4
                     for (int v = 0; v < kWidth; ++v)
-                        right[v] = load(x + m * ldx + (v0 + v) * kLanes);
+                        right[v] = load(packed + m * kTile + (v0 + v) * kLanes);
 #pragma GCC unroll 4
                     for (int g = 0; g < kGroup; ++g) {
-                        const Vec left = broadcast(coefficients[m * ld + j + g]);
+                        const Vec left = broadcast(h.wide[m * ld + j + g]);
 #pragma GCC unroll 4
                         for (int v = 0; v < kWidth; ++v)
                             acc[g][v] = fma(left, right[v], acc[g][v]);

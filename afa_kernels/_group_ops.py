@@ -1,0 +1,190 @@
+"""The operators of layers that share their input: one pass over x for z of all of them, and one for
+dA of all of them and dx.
+
+Nothing here is new arithmetic: the stacked matrices are one call of a backend, and the branch of a
+member is the ordinary call on ``x := z_i`` with ``A := I``, whose own z is then exactly z_i.
+So every backend serves a group without knowing of it.
+"""
+
+import torch
+from torch import Tensor
+
+from afa_kernels import _ops, reference
+from afa_kernels.backend import registry
+from afa_kernels.backend.registry import IDENTITY, MAX_RANK, Backend, Call, Spec
+from afa_kernels.reference import compute_dtype
+
+_MEMBERS = "Tensor[] lora_a, Tensor[] lora_b, Tensor[] alpha_t, str[] activations, float[] scalings"
+_LINEAR = Spec(IDENTITY, 1.0, 0)
+
+
+def _backends(x: Tensor, a: list[Tensor], b: list[Tensor], activations, name) -> list[Backend]:
+    return [
+        _ops.choose(_ops.call_of(x, a_i, b_i, activation, 0), name).backend
+        for a_i, b_i, activation in zip(a, b, activations, strict=True)
+    ]
+
+
+def _able(backend: Backend, x: Tensor, k: int, n: int, r: int, activation: str) -> Backend:
+    """Return ``backend``, or ``torch`` where it cannot take a call of these sizes (a stacked rank
+    beyond its limit, say)."""
+    call = Call(x.device.type, x.dtype, x.shape[0], k, n, r, activation, False, x.device.index)
+    fits = r <= MAX_RANK and backend.why_not(call) is None
+    return backend if fits else registry.get("torch")
+
+
+class _Group:
+    """What forward and backward share: the stacked matrix, the unit matrix, who computes what."""
+
+    def __init__(self, x, a, b, alpha_t, activations, scalings, backend):
+        self.x, self.a, self.b, self.alpha_t = x, a, b, alpha_t
+        self.ranks = [a_i.shape[0] for a_i in a]
+        self.specs = [Spec(*pair) for pair in zip(activations, scalings, strict=True)]
+        self.chosen = _backends(x, a, b, activations, backend)
+        self.unit = torch.eye(sum(self.ranks), dtype=x.dtype, device=x.device)
+
+    def _stacked(self, members: list[int]) -> tuple[Backend, Tensor, Tensor, Tensor]:
+        a = torch.cat([self.a[i] for i in members])
+        r, k = a.shape
+        # A member whose activation is on names the backend: identity alone would name torch.
+        leader = next((i for i in members if self.specs[i].activation != IDENTITY), members[0])
+        activation = self.specs[leader].activation
+        chosen = _able(self.chosen[leader], self.x, k, r, r, activation)
+        return chosen, a, self.unit[:r, :r], torch.zeros_like(self.alpha_t[0])
+
+    def project(self) -> Tensor:
+        """Return ``z = x @ A.T`` with the stacked A, ``(M, R)``."""
+        chosen, a, unit, zero = self._stacked(list(range(len(self.a))))
+        z = torch.empty(self.x.shape[0], a.shape[0], dtype=self.x.dtype, device=self.x.device)
+        chosen.forward(self.x, a, unit, zero, None, _LINEAR, base=None, out=z, save_z=False)
+        return z
+
+    def branch(self, i: int, z: Tensor, base: Tensor | None, out: Tensor) -> None:
+        """Write ``base + scaling * phi(z) @ B.T`` of member i into ``out``."""
+        r, n = z.shape[1], self.b[i].shape[0]
+        chosen = _able(self.chosen[i], self.x, r, n, r, self.specs[i].activation)
+        chosen.forward(
+            z, self.unit[:r, :r], self.b[i], self.alpha_t[i], None, self.specs[i],
+            base=base, out=out, save_z=False,
+        )  # fmt: skip
+
+    def branch_backward(self, i: int, dy: Tensor, z: Tensor, need_dz: bool, need_db: bool):
+        """Return dz and db of member i: one pass over its dy."""
+        r, n = z.shape[1], self.b[i].shape[0]
+        chosen = _able(self.chosen[i], self.x, r, n, r, self.specs[i].activation)
+        dz, _, db = chosen.backward(
+            dy, z, self.unit[:r, :r], self.b[i], z, self.alpha_t[i], None, self.specs[i],
+            need_dx=need_dz, need_da=False, need_db=need_db,
+        )  # fmt: skip
+        return dz, db
+
+    def project_backward(self, members: list[int], dz: list[Tensor], need_dx: bool, need_da: bool):
+        """Return ``dx = dz @ A`` and dA of ``members``: one pass over x."""
+        chosen, a, unit, zero = self._stacked(members)
+        dz_all = torch.cat(dz, 1)
+        dx, da, _ = chosen.backward(
+            dz_all, self.x, a, unit, dz_all, zero, None, _LINEAR,
+            need_dx=need_dx, need_da=need_da, need_db=False,
+        )  # fmt: skip
+        return dx, None if da is None else da.split([self.ranks[i] for i in members])
+
+
+def _group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend) -> list[Tensor]:
+    with _ops.plain_precision(x):
+        group = _Group(x, a, b, alpha_t, activations, scalings, backend)
+        if x.shape[0] == 0:
+            return _fake_group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend)
+        z = group.project()
+        ys = []
+        for i, z_i in enumerate(z.split(group.ranks, 1)):
+            y = x.new_empty(x.shape[0], weights[i].shape[0])
+            base = None if biases[i] is None else biases[i].to(x.dtype).expand_as(y)
+            group.branch(i, z_i, base, y)
+            ys.append(y.addmm_(x, weights[i].T))
+    return [*ys, z if save_z else x.new_empty(0)]
+
+
+def _group_backward(
+    dys, x, weights, a, b, z, alpha_t, activations, scalings, backend, need_dx, need_da, need_db
+) -> list[Tensor]:
+    fake = _fake_group_backward(
+        dys, x, weights, a, b, z, alpha_t, activations, scalings, backend, need_dx, need_da, need_db
+    )
+    if x.shape[0] == 0:
+        return [t.zero_() for t in fake]
+    with _ops.plain_precision(x):
+        group = _Group(x, a, b, alpha_t, activations, scalings, backend)
+        if z is None:
+            z = group.project()
+        da, db, dz = {}, {}, {}
+        for i, z_i in enumerate(z.split(group.ranks, 1)):
+            if dys[i] is None:
+                continue
+            dz_i, db_i = group.branch_backward(i, dys[i], z_i, need_dx or need_da[i], need_db[i])
+            if dz_i is not None:
+                dz[i] = dz_i
+            if db_i is not None:
+                db[i] = db_i
+        dx = None
+        if dz:
+            dx, stacked = group.project_backward(list(dz), list(dz.values()), need_dx, any(need_da[i] for i in dz))
+            if stacked is not None:
+                # Copies: results of an operator may not be views of one tensor.
+                da = {i: t.to(a[i].dtype, copy=True) for i, t in zip(dz, stacked, strict=True) if need_da[i]}
+        if need_dx:
+            for i in dz:
+                dx.addmm_(dys[i], weights[i])
+    results = [dx, *(da.get(i) for i in range(len(a))), *(db.get(i) for i in range(len(b)))]
+    return [f if t is None else t for t, f in zip(results, fake, strict=True)]
+
+
+def _fake_group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend) -> list[Tensor]:
+    m = x.shape[0]
+    ys = [x.new_empty(m, w.shape[0]) for w in weights]
+    return [*ys, x.new_empty(m, sum(a_i.shape[0] for a_i in a)) if save_z else x.new_empty(0)]
+
+
+def _fake_group_backward(
+    dys, x, weights, a, b, z, alpha_t, activations, scalings, backend, need_dx, need_da, need_db
+) -> list[Tensor]:
+    given = [dy is not None for dy in dys]
+    wanted = [
+        (x, need_dx and any(given)),
+        *((t, need and g) for t, need, g in zip(a, need_da, given, strict=True)),
+        *((t, need and g) for t, need, g in zip(b, need_db, given, strict=True)),
+    ]
+    return [torch.empty(t.shape if needed else 0, dtype=t.dtype, device=t.device) for t, needed in wanted]
+
+
+def differentiable_backward(dys, x, weights, a, b, alpha_t, activations, scalings):
+    """Return dx, every da and every db as plain torch ops: the sum of the members' closed
+    formulas."""
+    dx, da, db = torch.zeros_like(x, dtype=compute_dtype(x.dtype)), [], []
+    with _ops.plain_precision(x):
+        for i, dy in enumerate(dys):
+            if dy is None:
+                da.append(None)
+                db.append(None)
+                continue
+            spec = Spec(activations[i], scalings[i], 0)
+            dx_i, da_i, db_i = reference.backward(dy, x, a[i], b[i], alpha_t[i], None, spec)
+            dx = dx + dx_i + dy @ weights[i]
+            da.append(da_i)
+            db.append(db_i)
+    return dx.to(x.dtype), da, db
+
+
+group_forward = _ops._define(
+    "group_forward",
+    f"(Tensor x, Tensor[] weights, Tensor?[] biases, {_MEMBERS}, bool save_z, str? backend) -> Tensor[]",
+    _group_forward,
+    _fake_group_forward,
+)
+group_backward = _ops._define(
+    "group_backward",
+    "(Tensor?[] dys, Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor? z, "
+    "Tensor[] alpha_t, str[] activations, float[] scalings, str? backend, bool need_dx, "
+    "bool[] need_da, bool[] need_db) -> Tensor[]",
+    _group_backward,
+    _fake_group_backward,
+)

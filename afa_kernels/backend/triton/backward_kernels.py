@@ -1,0 +1,223 @@
+"""The Triton kernels of the backward; forward_kernels.py says what holds for all of them."""
+
+import triton
+import triton.language as tl
+
+from afa_kernels.backend.triton.device_functions import (
+    dot,
+    keep_mask,
+    load_z,
+    phi,
+    phi_slope,
+    project,
+    round_to,
+    sum_partials,
+)
+
+
+@triton.jit
+def _store_dz(
+    dh, z_ptr, dz_ptr, alpha_ptr, first_row, rows_left, r, factor,
+    ACT: tl.constexpr, BLOCK_M: tl.constexpr, R: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
+    z = load_z(z_ptr, first_row, rows_left, r, BLOCK_M, R)
+    dz = factor * dh * phi_slope(z, tl.load(alpha_ptr), ACT)
+    dz = round_to(dz, dz_ptr.dtype.element_ty, EMULATE_BF16)
+    target = dz_ptr + first_row * R + row[:, None] * R + rank[None, :]
+    tl.store(target, dz, mask=(row < rows_left)[:, None])
+
+
+@triton.jit(do_not_specialize=["M", "alpha_ptr"])
+def dyb_dphi_backward_kernel(
+    dy_ptr, b_ptr, z_ptr, dz_ptr, alpha_ptr, M, N, r, stride_dym, stride_bn, stride_br, factor,
+    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """D1: ``dz = factor * (dy b) * phi'(z)`` as (M, R) in one pass over dy. Grid: (M /
+    BLOCK_M,)."""
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
+    dh = project(
+        dy_ptr, b_ptr, first_row, rows_left, 0, N, N, stride_dym, stride_br, stride_bn, 0, 0, 0,
+        BLOCK_M, BLOCK_L, R, False, PRECISION, EMULATE_BF16,
+    )  # fmt: skip
+    _store_dz(
+        dh, z_ptr, dz_ptr, alpha_ptr, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16
+    )
+
+
+@triton.jit(do_not_specialize=["M", "count", "alpha_ptr"])
+def dphi_backward_kernel(
+    partial_ptr, z_ptr, dz_ptr, alpha_ptr, M, r, count, factor,
+    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """R, first job: ``dz = factor * sum(dh partials) * phi'(z)``. Grid: (M / BLOCK_M,)."""
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
+    dh = sum_partials(partial_ptr, first_row, rows_left, M, count, BLOCK_M, R)
+    _store_dz(
+        dh, z_ptr, dz_ptr, alpha_ptr, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16
+    )
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_chunk", "alpha_ptr"])
+def dy_pass_backward_kernel(
+    dy_ptr, b_ptr, z_ptr, dh_ptr, db_ptr, alpha_ptr, M, N, r, rows_per_chunk,
+    stride_dym, stride_bn, stride_br,
+    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """D: in one pass over dy, ``dh = dy b`` as partials (slabs, M, R) and ``db^T = h^T dy`` as
+    partials (chunks, R, N).
+
+    ``db_ptr`` None: dh alone; ``dh_ptr`` None: db alone (D2). Grid: (N / BLOCK_L slabs, chunks of
+    rows). The slab of b stays on the chip. Both products have dy as their right operand, transposed
+    or not: with dy on the left, or under a transpose of its own, the compiler for sm_80 no longer
+    stages it asynchronously, and spills.
+    """
+    slab, chunk = tl.program_id(0), tl.program_id(1)
+    row, rank, offset = tl.arange(0, BLOCK_M), tl.arange(0, R), tl.arange(0, BLOCK_L)
+    col = slab * BLOCK_L + offset
+    col_mask = (col < N)[None, :]
+    alpha_t = tl.load(alpha_ptr)
+    db = tl.zeros((R, BLOCK_L), tl.float32)
+    if dh_ptr is not None:
+        b = tl.load(
+            b_ptr + col[None, :] * stride_bn + rank[:, None] * stride_br, mask=col_mask, other=0.0
+        )
+    first = chunk.to(tl.int64) * rows_per_chunk
+    for start in range(0, tl.minimum(rows_per_chunk, M - first).to(tl.int32), BLOCK_M):
+        first_row = first + start
+        rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
+        row_mask = (row < rows_left)[:, None]
+        dy = tl.load(
+            dy_ptr + first_row * stride_dym + row[:, None] * stride_dym + col[None, :],
+            mask=row_mask & col_mask, other=0.0,
+        )  # fmt: skip
+        if db_ptr is not None:
+            z = load_z(z_ptr, first_row, rows_left, r, BLOCK_M, R)
+            h = round_to(phi(z, alpha_t, ACT), dy_ptr.dtype.element_ty, EMULATE_BF16)
+            db = dot(tl.trans(h), dy, db, PRECISION, EMULATE_BF16)
+        if dh_ptr is not None:
+            dh = dot(b, tl.trans(dy), tl.zeros((R, BLOCK_M), tl.float32), PRECISION, EMULATE_BF16)
+            target = (
+                dh_ptr + (slab.to(tl.int64) * M + first_row) * R + row[None, :] * R + rank[:, None]
+            )
+            tl.store(target, dh, mask=(row < rows_left)[None, :])
+    if db_ptr is not None:
+        tl.store(
+            db_ptr + (chunk * R + rank[:, None]).to(tl.int64) * N + col[None, :], db, mask=col_mask
+        )
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_chunk", "threshold", "seed_ptr"])
+def x_pass_backward_kernel(
+    dz_ptr, a_ptr, x_ptr, dx_ptr, da_ptr, seed_ptr, M, K, rows_per_chunk,
+    stride_ar, stride_ak, stride_xm, threshold, calls_per_row,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """X: ``dx = drop(dz a)``, written, and ``da = dz^T drop(x)`` as partials (chunks, R, K), under
+    one mask.
+
+    ``dx_ptr`` or ``da_ptr`` None: not wanted. dx is contiguous. Grid: (K / BLOCK_L slabs, chunks of
+    rows).
+    """
+    slab, chunk = tl.program_id(0), tl.program_id(1)
+    row, rank, offset = tl.arange(0, BLOCK_M), tl.arange(0, R), tl.arange(0, BLOCK_L)
+    col = slab * BLOCK_L + offset
+    col_mask = (col < K)[None, :]
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    da = tl.zeros((R, BLOCK_L), tl.float32)
+    if dx_ptr is not None:
+        a = tl.load(
+            a_ptr + rank[:, None] * stride_ar + col[None, :] * stride_ak, mask=col_mask, other=0.0
+        )
+    first = chunk.to(tl.int64) * rows_per_chunk
+    for start in range(0, tl.minimum(rows_per_chunk, M - first).to(tl.int32), BLOCK_M):
+        first_row = first + start
+        rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
+        row_mask = (row < rows_left)[:, None]
+        dz = tl.load(
+            dz_ptr + first_row * R + row[:, None] * R + rank[None, :], mask=row_mask, other=0.0
+        )
+        if DROPOUT:
+            keep = keep_mask(
+                seed, threshold, first_row, slab * BLOCK_L, calls_per_row, BLOCK_M, BLOCK_L
+            )
+        if da_ptr is not None:
+            x = tl.load(
+                x_ptr + first_row * stride_xm + row[:, None] * stride_xm + col[None, :],
+                mask=row_mask & col_mask, other=0.0,
+            )  # fmt: skip
+            if DROPOUT:
+                x = tl.where(keep, x, 0.0).to(x.dtype)
+            da = dot(tl.trans(dz), x, da, PRECISION, EMULATE_BF16)
+        if dx_ptr is not None:
+            dx = dot(dz, a, tl.zeros((BLOCK_M, BLOCK_L), tl.float32), PRECISION, EMULATE_BF16)
+            if DROPOUT:
+                dx = tl.where(keep, dx, 0.0)
+            dx = round_to(dx, dx_ptr.dtype.element_ty, EMULATE_BF16)
+            tl.store(
+                dx_ptr + first_row * K + row[:, None] * K + col[None, :],
+                dx,
+                mask=row_mask & col_mask,
+            )
+    if da_ptr is not None:
+        tl.store(
+            da_ptr + (chunk * R + rank[:, None]).to(tl.int64) * K + col[None, :], da, mask=col_mask
+        )
+
+
+@triton.jit
+def _sum_chunks(
+    partial_ptr,
+    rank,
+    col,
+    length,
+    chunks,
+    R: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros((RANKS, BLOCK), tl.float32)
+    for chunk in range(chunks):
+        rows = (chunk * R + rank[:, None]).to(tl.int64)
+        total += tl.load(
+            partial_ptr + rows * length + col[None, :], mask=(col < length)[None, :], other=0.0
+        )
+    return total
+
+
+@triton.jit(do_not_specialize=["chunks_a", "chunks_b", "blocks_a"])
+def weight_gradients_kernel(
+    da_partial_ptr, db_partial_ptr, da_ptr, db_ptr, K, N, r, chunks_a, chunks_b, blocks_a, scaling,
+    R: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, EMULATE_A: tl.constexpr,
+    EMULATE_B: tl.constexpr,
+):  # fmt: skip
+    """R, second job: ``da (r, K)`` and ``db (N, r) = scaling * sum``, rounded once, to their own
+    dtypes.
+
+    Grid: (``blocks_a`` blocks of K, then blocks of N; R / RANKS). ``da_ptr`` or ``db_ptr`` None: no
+    blocks of it.
+    """
+    block = tl.program_id(0)
+    rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
+    rank_mask = (rank < r)[:, None]
+    if da_ptr is not None:
+        if block < blocks_a:
+            col = block * BLOCK + tl.arange(0, BLOCK)
+            da = _sum_chunks(da_partial_ptr, rank, col, K, chunks_a, R, RANKS, BLOCK)
+            da = round_to(da, da_ptr.dtype.element_ty, EMULATE_A)
+            tl.store(
+                da_ptr + rank[:, None] * K + col[None, :], da, mask=rank_mask & (col < K)[None, :]
+            )
+    if db_ptr is not None:
+        if block >= blocks_a:
+            col = (block - blocks_a) * BLOCK + tl.arange(0, BLOCK)
+            db = scaling * _sum_chunks(db_partial_ptr, rank, col, N, chunks_b, R, RANKS, BLOCK)
+            db = round_to(db, db_ptr.dtype.element_ty, EMULATE_B)
+            tl.store(
+                db_ptr + col[None, :] * r + rank[:, None], db, mask=rank_mask & (col < N)[None, :]
+            )

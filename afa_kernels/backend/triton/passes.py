@@ -1,0 +1,238 @@
+"""The launches of a forward and of a backward, in order."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from afa_kernels.backend.triton import backward_kernels, configs, forward_kernels
+from afa_kernels.backend.triton.launch import (
+    ELEMENTWISE,
+    INTERPRETED,
+    Context,
+    addressable,
+    int32_offsets,
+    submit,
+)
+
+# What one program of a reduction sums: elements of dz in whole rows (16 rows at least); ranks and
+# columns of dA and dB.
+_REDUCE_ELEMENTS, _REDUCE_MIN_ROWS = 1024, 16
+_REDUCE_RANKS, _REDUCE_COLS = 16, 64
+
+
+def _base_arguments(base: Tensor | None, out: Tensor | None) -> dict[str, Any]:
+    base_strides = (0, 1) if base is None else base.stride()
+    out_strides = (0, 1) if out is None else out.stride()
+    return {
+        "base_ptr": base, "stride_base_m": base_strides[0], "stride_base_n": base_strides[1],
+        "y_ptr": out, "stride_ym": out_strides[0], "stride_yn": out_strides[1],
+    }  # fmt: skip
+
+
+def _tile_fits(t: Tensor) -> bool:
+    return int32_offsets(t, configs.MAX_TILE_ROWS)
+
+
+def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool) -> Tensor | None:
+    """Write y into ``out`` (None: only z is wanted) and return z if asked for: F, or F1 and F2
+    where rows are few."""
+    if base is not None and base is not out and not _tile_fits(base):
+        base = base.contiguous()
+    if out is not None and not _tile_fits(out):
+        y = torch.empty_like(out, memory_format=torch.contiguous_format)
+        z = forward(ctx, base.contiguous() if base is out else base, y, save_z)
+        out.copy_(y)
+        return z
+    z = ctx.empty(ctx.rows, ctx.r, dtype=ctx.dtype) if save_z else None
+    tile, splits, tiles = ctx.tiles.project, *ctx.splits(ctx.k)
+    shared = {
+        "b_ptr": ctx.b, "z_ptr": z, "alpha_ptr": ctx.alpha_t, "M": ctx.rows, "N": ctx.n, "r": ctx.r,
+        "stride_bn": ctx.b.stride(0), "stride_br": ctx.b.stride(1), **_base_arguments(base, out),
+        "scaling": ctx.spec.scaling, "inverse_keep": ctx.spec.inverse_keep,
+    }  # fmt: skip
+    constants = {"ACT": ctx.act, "BLOCK_M": tile.rows, "BLOCK_N": ctx.tiles.out_cols, **ctx.dots()}
+    if splits == 1:
+        arguments = {
+            "x_ptr": ctx.x, "a_ptr": ctx.a, "K": ctx.k, "stride_xm": ctx.x.stride(0),
+            "stride_ar": ctx.a.stride(0), "stride_ak": ctx.a.stride(1), **ctx.mask(), **shared,
+        }  # fmt: skip
+        constants |= {"BLOCK_L": tile.cols, "DROPOUT": ctx.spec.dropout > 0}
+        submit(
+            forward_kernels.xa_phi_hb_forward_kernel,
+            (ctx.row_programs(),),
+            arguments,
+            constants,
+            tile,
+        )
+        return z
+    partial = _project_partials(
+        ctx, ctx.x, ctx.a, ctx.a.stride(), splits, tiles, dropout=ctx.spec.dropout > 0
+    )
+    constants["DTYPE"] = _triton_dtype(ctx.dtype)
+    columns, tiles = (1, 0) if out is None else ctx.spread(triton.cdiv(ctx.n, ctx.tiles.out_cols))
+    arguments = {"partial_ptr": partial, "splits": splits, "tiles": tiles, **shared}
+    grid = (ctx.row_programs(), columns)
+    submit(forward_kernels.phi_hb_forward_kernel, grid, arguments, constants, tile)
+    return z
+
+
+def _triton_dtype(dtype: torch.dtype) -> triton.language.dtype:
+    return getattr(triton.language, str(dtype).removeprefix("torch."))
+
+
+def _project_partials(
+    ctx: Context,
+    left: Tensor,
+    small: Tensor,
+    strides: tuple[int, int],
+    splits: int,
+    tiles: int,
+    *,
+    dropout: bool,
+) -> Tensor:
+    """Return float32 partials (splits, M, R) of ``left @ small.T``; ``strides`` are those of (rank,
+    column) of small."""
+    tile = ctx.tiles.project
+    partial = ctx.empty(splits, ctx.rows, ctx.padded)
+    arguments = {
+        "left_ptr": left, "small_ptr": small, "partial_ptr": partial, "M": ctx.rows,
+        "length": left.shape[1], "tiles": tiles, "stride_row": left.stride(0),
+        "stride_rank": strides[0], "stride_small": strides[1], **ctx.mask(),
+    }  # fmt: skip
+    constants = {"BLOCK_M": tile.rows, "BLOCK_L": tile.cols, "DROPOUT": dropout, **ctx.dots()}
+    grid = (ctx.row_programs(), splits)
+    submit(forward_kernels.project_partial_kernel, grid, arguments, constants, tile)
+    return partial
+
+
+def backward(
+    ctx: Context, dy: Tensor, z: Tensor | None, a_dtype: torch.dtype, b_dtype: torch.dtype,
+    *, need_dx: bool, need_da: bool, need_db: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return dx, da and db: D, R, X, R for small ranks; D1, D2, X, R for large ones."""
+    if not (need_dx or need_da or need_db):
+        return None, None, None
+    dy = addressable(dy)
+    z = forward(ctx, None, None, True) if z is None else z.contiguous()
+    need_dz = need_dx or need_da
+    one_pass = need_dz and ctx.padded <= configs.ONE_PASS_RANK
+    dz = dx = da_partial = db_partial = None
+    if one_pass:
+        dh_partial, db_partial = _dy_pass(ctx, dy, z, need_dh=True, need_db=need_db)
+        dz = _dz_from_partials(ctx, dh_partial, z)
+    else:
+        if need_dz:
+            dz = _dz(ctx, dy, z)
+        if need_db:
+            _, db_partial = _dy_pass(ctx, dy, z, need_dh=False, need_db=True)
+    if need_dz:
+        dx, da_partial = _x_pass(ctx, dz, need_dx=need_dx, need_da=need_da)
+    da, db = _weight_gradients(ctx, da_partial, db_partial, a_dtype, b_dtype)
+    return dx, da, db
+
+
+def _dy_pass(
+    ctx: Context, dy: Tensor, z: Tensor, *, need_dh: bool, need_db: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    tile = ctx.tiles.dy_pass
+    slabs, (chunks, rows_per_chunk) = triton.cdiv(ctx.n, tile.cols), ctx.chunk(tile.rows)
+    dh = ctx.empty(slabs, ctx.rows, ctx.padded) if need_dh else None
+    db = ctx.empty(chunks, ctx.padded, ctx.n) if need_db else None
+    arguments = {
+        "dy_ptr": dy, "b_ptr": ctx.b, "z_ptr": z, "dh_ptr": dh, "db_ptr": db,
+        "alpha_ptr": ctx.alpha_t, "M": ctx.rows, "N": ctx.n, "r": ctx.r,
+        "rows_per_chunk": rows_per_chunk, "stride_dym": dy.stride(0), "stride_bn": ctx.b.stride(0),
+        "stride_br": ctx.b.stride(1),
+    }  # fmt: skip
+    constants = {"ACT": ctx.act, "BLOCK_M": tile.rows, "BLOCK_L": tile.cols, **ctx.dots()}
+    submit(backward_kernels.dy_pass_backward_kernel, (slabs, chunks), arguments, constants, tile)
+    return dh, db
+
+
+def _dz_arguments(ctx: Context, z: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    dz = ctx.empty(ctx.rows, ctx.padded, dtype=ctx.dtype)
+    factor = ctx.spec.scaling * ctx.spec.inverse_keep
+    return dz, {
+        "z_ptr": z, "dz_ptr": dz, "alpha_ptr": ctx.alpha_t, "M": ctx.rows, "r": ctx.r,
+        "factor": factor
+    }  # fmt: skip
+
+
+def _dz_from_partials(ctx: Context, dh_partial: Tensor, z: Tensor) -> Tensor:
+    dz, arguments = _dz_arguments(ctx, z)
+    arguments |= {"partial_ptr": dh_partial, "count": dh_partial.shape[0]}
+    rows = max(_REDUCE_ELEMENTS // ctx.padded, _REDUCE_MIN_ROWS)
+    constants = {"ACT": ctx.act, "R": ctx.padded, "BLOCK_M": rows, "EMULATE_BF16": ctx.emulate}
+    grid = (triton.cdiv(ctx.rows, rows),)
+    submit(backward_kernels.dphi_backward_kernel, grid, arguments, constants, ELEMENTWISE)
+    return dz
+
+
+def _dz(ctx: Context, dy: Tensor, z: Tensor) -> Tensor:
+    """D1, split over the columns of dy where rows are few."""
+    tile, (splits, tiles) = ctx.tiles.project, ctx.splits(ctx.n)
+    rank_and_column = (ctx.b.stride(1), ctx.b.stride(0))
+    if splits > 1:
+        partial = _project_partials(ctx, dy, ctx.b, rank_and_column, splits, tiles, dropout=False)
+        return _dz_from_partials(ctx, partial, z)
+    dz, arguments = _dz_arguments(ctx, z)
+    arguments |= {
+        "dy_ptr": dy, "b_ptr": ctx.b, "N": ctx.n,
+        "stride_dym": dy.stride(0), "stride_br": rank_and_column[0],
+        "stride_bn": rank_and_column[1],
+    }  # fmt: skip
+    constants = {"ACT": ctx.act, "BLOCK_M": tile.rows, "BLOCK_L": tile.cols, **ctx.dots()}
+    grid = (ctx.row_programs(),)
+    submit(backward_kernels.dyb_dphi_backward_kernel, grid, arguments, constants, tile)
+    return dz
+
+
+def _x_pass(
+    ctx: Context, dz: Tensor, *, need_dx: bool, need_da: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    dropout = ctx.spec.dropout > 0
+    tile = ctx.tiles.x_pass_dropout if dropout else ctx.tiles.x_pass
+    slabs, (chunks, rows_per_chunk) = triton.cdiv(ctx.k, tile.cols), ctx.chunk(tile.rows)
+    dx = ctx.empty(ctx.rows, ctx.k, dtype=ctx.dtype) if need_dx else None
+    da = ctx.empty(chunks, ctx.padded, ctx.k) if need_da else None
+    arguments = {
+        "dz_ptr": dz, "a_ptr": ctx.a, "x_ptr": ctx.x, "dx_ptr": dx, "da_ptr": da, "M": ctx.rows,
+        "K": ctx.k, "rows_per_chunk": rows_per_chunk, "stride_ar": ctx.a.stride(0),
+        "stride_ak": ctx.a.stride(1), "stride_xm": ctx.x.stride(0), **ctx.mask(),
+    }  # fmt: skip
+    constants = {"BLOCK_M": tile.rows, "BLOCK_L": tile.cols, "DROPOUT": dropout, **ctx.dots()}
+    submit(backward_kernels.x_pass_backward_kernel, (slabs, chunks), arguments, constants, tile)
+    return dx, da
+
+
+def _weight_gradients(
+    ctx: Context,
+    da_partial: Tensor | None,
+    db_partial: Tensor | None,
+    a_dtype: torch.dtype,
+    b_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Sum the partials in order: float32 gradients of float32 weights come straight from the
+    accumulators."""
+    if da_partial is None and db_partial is None:
+        return None, None
+    da = None if da_partial is None else ctx.empty(ctx.r, ctx.k, dtype=a_dtype)
+    db = None if db_partial is None else ctx.empty(ctx.n, ctx.r, dtype=b_dtype)
+    blocks_a = 0 if da is None else triton.cdiv(ctx.k, _REDUCE_COLS)
+    blocks_b = 0 if db is None else triton.cdiv(ctx.n, _REDUCE_COLS)
+    arguments = {
+        "da_partial_ptr": da_partial, "db_partial_ptr": db_partial, "da_ptr": da, "db_ptr": db,
+        "K": ctx.k, "N": ctx.n, "r": ctx.r, "chunks_a": 0 if da is None else da_partial.shape[0],
+        "chunks_b": 0 if db is None else db_partial.shape[0], "blocks_a": blocks_a,
+        "scaling": ctx.spec.scaling,
+    }  # fmt: skip
+    constants = {
+        "R": ctx.padded, "RANKS": _REDUCE_RANKS, "BLOCK": _REDUCE_COLS,
+        "EMULATE_A": INTERPRETED and a_dtype == torch.bfloat16,
+        "EMULATE_B": INTERPRETED and b_dtype == torch.bfloat16,
+    }  # fmt: skip
+    grid = (blocks_a + blocks_b, ctx.padded // _REDUCE_RANKS)
+    submit(backward_kernels.weight_gradients_kernel, grid, arguments, constants, ELEMENTWISE)
+    return da, db

@@ -1,0 +1,90 @@
+"""The callback for transformers.Trainer and the trainers built on it (TRL's)."""
+
+from collections.abc import Callable
+from typing import Any
+
+from afa_kernels.callbacks.annealer import Annealer
+
+try:
+    from transformers import TrainerCallback
+except ModuleNotFoundError as error:
+    raise ImportError("AnnealCallback needs transformers: pip install 'afa-kernels[hf]'") from error
+
+
+class AnnealCallback(TrainerCallback):
+    """Anneals alpha_t over a training: ``Trainer(..., callbacks=[AnnealCallback()])``.
+
+    alpha_t is a function of the optimizer step alone, so gradient accumulation does not change it,
+    a run resumed from a checkpoint continues where it was, and all ranks agree without talking. It
+    is set before the first step and after each one; a checkpoint of step n holds alpha_t(n). It is
+    logged as ``alpha_t``.
+
+    Args:
+        schedule: an :class:`afa_kernels.AnnealSchedule` or a function of the optimizer step; by
+            default one is made for ``max_steps`` (computed from the epochs if need be), from
+            ``options`` or else from the model's :class:`afa_kernels.peft.AFALoraConfig`.
+        finish: when training stops before ``alpha_t = 0``, early for example: ``"force"`` sets it
+            to 0 and warns that this changes the function; ``"warn"`` leaves it and warns.
+        merge: merge the branches into the frozen weights when training ends.
+        **options: arguments of :class:`afa_kernels.AnnealSchedule` without ``total_steps``.
+
+    With ``load_best_model_at_end`` the best checkpoint's own alpha_t comes back before ``finish``
+    applies.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        schedule: Callable[[int], float] | None = None,
+        *,
+        finish: str = "force",
+        merge: bool = False,
+        **options: Any,
+    ):
+        self._annealer = Annealer(schedule, finish, merge, options)
+
+    @property
+    def alpha_t(self) -> float | None:
+        """The current value; None before training."""
+        return self._annealer.alpha_t
+
+    def attach(self, trainer) -> "AnnealCallback":
+        """Put this callback before all others of ``trainer``, so that those that report to
+        trackers see ``alpha_t`` in what they log. Given as ``callbacks=`` it comes after them, and
+        ``alpha_t`` is in ``log_history`` and on the console only."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._annealer.begin(model, state.max_steps, state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._annealer.set_step(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.alpha_t is None:
+            return
+        if logs is not None:
+            logs["alpha_t"] = self.alpha_t
+        if state.log_history:
+            state.log_history[-1]["alpha_t"] = self.alpha_t
+
+    def on_train_end(self, args, state, control, **kwargs):
+        best = _best_step(state) if args.load_best_model_at_end else None
+        if best is None:
+            self._annealer.end(f"training ended after {state.global_step} optimizer steps")
+        else:
+            self._annealer.set_step(best)
+            self._annealer.end(f"the best checkpoint is the one after {best} optimizer steps")
+
+
+def _best_step(state) -> int | None:
+    """Return the optimizer step of the best checkpoint; transformers before 4.51 has it in the name
+    of the folder only."""
+    step = getattr(state, "best_global_step", None)
+    if step is None and state.best_model_checkpoint:
+        number = state.best_model_checkpoint.rpartition("-")[2]
+        step = int(number) if number.isdecimal() else None
+    return step

@@ -1,0 +1,398 @@
+"""The branch inside PEFT's LoRA layers: a LoraVariant, and what a layer needs to hold one.
+
+PEFT asks a layer for the variant of an adapter (``resolve_lora_variant``) and hands it the output
+of the base layer. ``AFALoraLayer`` answers for :class:`AFALoraConfig`; it is mixed into PEFT's own
+layer classes, so quantization, dispatch and merging stay PEFT's.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor, nn
+
+from afa_kernels import checks
+from afa_kernels.activation import phi
+from afa_kernels.backend.registry import MAX_RANK
+from afa_kernels.functional import afa_lora
+from afa_kernels.layer import is_conv1d
+from afa_kernels.schedule import AnnealSchedule
+
+# PEFT's layers whose forward goes through variants. The others (AWQ, AQLM, EETQ, Transformer
+# Engine, Megatron) compute the branch themselves and would ignore one.
+ROUTED = (
+    "Linear",
+    "Linear8bitLt",
+    "Linear4bit",
+    "GPTQLoraLinear",
+    "HqqLoraLinear",
+    "IncLoraLinear",
+    "TorchaoLoraLinear",
+)
+_PREFIX = "AFALora"
+_BASE_MODEL = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+_SMALLEST_ALPHA = torch.finfo(torch.float32).tiny  # a smaller float32 would be subnormal or 0
+
+
+class AdapterState(nn.Module):
+    """What one adapter of one layer is: its activation and its alpha_t.
+
+    Kernels read the buffer ``alpha_t``, 0-dim and float32 whatever dtype the model is cast to; it
+    is written in place and not part of the state dict. ``identity`` is a Python flag that changes
+    only when 0 is reached or left, so a compiled model recompiles then and at no other value.
+
+    Args:
+        config: the :class:`AFALoraConfig`, which is told each new value so that it can be saved; or
+            None for a plain LoRA, whose alpha_t is 0 and stays 0.
+    """
+
+    def __init__(self, config, device: torch.device | None):
+        super().__init__()
+        self.config = config
+        self.activation = "relu" if config is None else config.activation
+        self.save = "z" if config is None else config.save
+        self.number = 0.0 if config is None else config.alpha_t
+        self.identity = self.number == 0.0
+        self.register_buffer(
+            "alpha_t",
+            torch.full((), self.number, dtype=torch.float32, device=device),
+            persistent=False,
+        )
+
+    @property
+    def annealed(self) -> bool:
+        return self.config is not None
+
+    def set(self, value: float) -> None:
+        with torch.no_grad():
+            self.alpha_t.fill_(value)
+        self.number = value
+        if self.identity != (value == 0.0):  # written only on a change: compiled code guards on it
+            self.identity = value == 0.0
+        self.config.note_alpha_t(value)
+
+    def coefficient(self) -> float | Tensor:
+        """Return what the operator takes: the number 0 at identity, which selects plain GEMMs."""
+        return 0.0 if self.identity else self.alpha_t
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.alpha_t.dtype != torch.float32:  # cast to 16 bit it has lost digits
+            device = self.alpha_t.device
+            self.alpha_t = torch.full((), self.number, dtype=torch.float32, device=device)
+        elif self.alpha_t.device.type != "meta":
+            with torch.no_grad():
+                self.alpha_t.fill_(self.number)  # to_empty() leaves it undefined
+        return self
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, alpha_t={self.number:g}"
+
+
+def _device_of(layer: LoraLayer, adapter_name: str) -> torch.device:
+    """Return where alpha_t belongs: beside the adapter, or where that will be loaded to."""
+    base = layer.get_base_layer()
+    candidates = (layer.lora_B[adapter_name].weight, *base.parameters(), *base.buffers())
+    devices = (t.device for t in candidates if t.device.type != "meta")
+    return next(devices, candidates[0].device)
+
+
+class AFALoraVariant(LoraVariant):
+    """``result + scaling * phi(dropout(x) @ A.T) @ B.T`` on the kernels of this package."""
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, config=None, **_: Any) -> None:
+        reason = why_not(module, adapter_name)
+        if reason is not None:
+            raise ValueError(f"AFALoraConfig: {reason}")
+        module.lora_afa[adapter_name] = AdapterState(config, _device_of(module, adapter_name))
+
+    @staticmethod
+    def forward(
+        module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any
+    ) -> Tensor:
+        state = module.lora_afa[active_adapter]
+        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
+        # PEFT widens x to the dtype of the adapter, typically float32 beside a 16-bit layer.
+        x = x.to(result.dtype)
+        # PEFT makes the scaling a tensor where adapters are to be swapped in a compiled model.
+        if isinstance(scaling, Tensor) or not (_is_plain(lora_a) and _is_plain(lora_b)):
+            return _composed(x, lora_a, lora_b, dropout, scaling, state, result)
+        if lora_b.bias is not None:
+            result = result + scaling * lora_b.bias.to(result.dtype)
+        options = {
+            "activation": state.activation,
+            "scaling": scaling,
+            "dropout_p": dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
+            "save": state.save,
+        }
+        branch = (lora_a.weight, lora_b.weight, state.coefficient())
+        base_layer = module.get_base_layer()
+        if torch.compiler.is_compiling() or base_layer._forward_hooks:
+            return afa_lora(x, *branch, base=result, **options)
+        if result._is_view():
+            return _accumulate_into_view(x, branch, result, _is_dense(base_layer), options)
+        return afa_lora(x, *branch, base=result, inplace=True, **options)
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        delta = module.get_delta_weight(active_adapter)
+        return (orig_weight + delta).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    @staticmethod
+    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        delta = module.get_delta_weight(active_adapter)
+        return (orig_weight - delta).to(orig_weight.dtype)
+
+
+def _accumulate_into_view(
+    x: Tensor, branch: tuple, result: Tensor, dense: bool, options: dict[str, Any]
+) -> Tensor:
+    """Add the branch to the output of a base layer that is a view of another tensor.
+
+    A dense layer with a bias returns a 3-D view of its 2-D product. Writing into the product itself
+    spares autograd the copies that it makes for a write through a view. A view that is made inside
+    an autograd Function must not be written at all: that would cut off the Function.
+    """
+    whole = result._base
+    rows = (result.numel() // result.shape[-1], result.shape[-1])
+    shares_rows = tuple(whole.shape) == rows and whole.is_contiguous() and result.is_contiguous()
+    if not dense or not shares_rows or whole.requires_grad != result.requires_grad:
+        return afa_lora(x, *branch, base=result, **options)
+    flat_x = x.reshape(-1, x.shape[-1])
+    return afa_lora(flat_x, *branch, base=whole, inplace=True, **options).view(result.shape)
+
+
+def _is_dense(base_layer: nn.Module) -> bool:
+    """Whether torch's own product is all that the base layer computes with."""
+    known = type(base_layer) is nn.Linear or is_conv1d(base_layer)
+    return (
+        known
+        and type(base_layer.weight) in (nn.Parameter, Tensor)
+        and "forward" not in base_layer.__dict__
+    )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling ``module`` does nothing but multiply by its weight. Sharding and tensor
+    parallelism wrap it or hook into it, and then its weight is only whole during a call."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
+def _composed(x, lora_a, lora_b, dropout, scaling, state, result) -> Tensor:
+    """The branch through calls of its two layers, for those whose weights must not be touched."""
+    z = lora_a(dropout(x).to(next(lora_a.parameters()).dtype))
+    h = z if state.identity else phi(z, state.alpha_t, state.activation)
+    return result + (lora_b(h) * scaling).to(result.dtype)
+
+
+class AFALoraLayer:
+    """Mixed into PEFT's LoRA layers: the branch of some of their adapters runs on the kernels of
+    this package.
+
+    Adapters with an :class:`AFALoraConfig` have an alpha_t; plain LoRA adapters may be on the same
+    layer.
+    """
+
+    def resolve_lora_variant(self, **kwargs: Any) -> LoraVariant | None:
+        # From PEFT 0.19 on; the versions before pass no configuration (see model.accelerate).
+        if hasattr(kwargs.get("config"), "note_alpha_t"):
+            return AFALoraVariant()
+        return super().resolve_lora_variant(**kwargs)
+
+    @property
+    def alpha_t(self) -> float:
+        """The blend coefficient of the active adapters; 0 if none of them is annealed."""
+        return max((state.number for state in self._annealed()), default=0.0)
+
+    def schedule(self, total_steps: int) -> AnnealSchedule | None:
+        """Return the schedule that the configuration of the active adapter describes, if one is
+        annealed."""
+        return next((s.config.schedule(total_steps) for s in self._annealed()), None)
+
+    def set_alpha_t(self, value: float) -> None:
+        """Set the blend coefficient of the active adapters, in [0, 1]. Plain LoRA adapters have
+        none and stay as they are.
+
+        Raises:
+            TypeError, ValueError: ``value`` is no number in [0, 1], or is not 0 while the adapter
+            is merged.
+        """
+        value = checks.alpha_value(value)
+        if value < _SMALLEST_ALPHA:
+            value = 0.0
+        merged = [name for name in self.active_adapters if name in self.merged_adapters]
+        if merged and value != 0.0 and any(self.lora_afa[n].annealed for n in self._ours(merged)):
+            raise ValueError(
+                f"alpha_t: adapter {merged[0]!r} is merged, got {value}; unmerge_adapter() first"
+            )
+        for state in self._annealed():
+            state.set(value)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        for name in self._ours(adapter_names or self.active_adapters):
+            self._require_identity("merge", name)
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        if adapter in self.lora_afa:
+            self._require_identity("get_delta_weight", adapter)
+        return super().get_delta_weight(adapter)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.lora_variant.pop(adapter_name, None)
+
+    def _annealed(self) -> list[AdapterState]:
+        states = [self.lora_afa[name] for name in self._ours(self.active_adapters)]
+        return [state for state in states if state.annealed]
+
+    def _ours(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self.lora_afa]
+
+    def _require_identity(self, what: str, adapter: str) -> None:
+        state = self.lora_afa[adapter]
+        if not state.identity:
+            raise ValueError(
+                f"{what}: alpha_t of adapter {adapter!r} is {state.number:g}, so its branch is not "
+                "linear in x and no weight equals it; anneal to alpha_t = 0 first"
+            )
+
+    def _cast_input_dtype(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        # The operator rounds the adapter to the dtype of x; a wider copy of x would only cost time.
+        if all(isinstance(v, AFALoraVariant) for v in self._active_variants()):
+            return x
+        return super()._cast_input_dtype(x, dtype)
+
+    def _active_variants(self) -> list[LoraVariant | None]:
+        return [self.lora_variant.get(n) for n in self.active_adapters if n in self.lora_A]
+
+    def _mixed_batch_forward(
+        self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> Tensor:
+        if not self._ours(adapter_names):
+            return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        result = self.base_layer(x, *args, **{k: v for k, v in kwargs.items() if v is not None})
+        if result._is_view():  # of a quantized layer's own tensor: not to be written
+            result = result.clone()
+        for name in dict.fromkeys(adapter_names):
+            if name == _BASE_MODEL or name not in self.lora_A:
+                continue
+            rows = [i for i, other in enumerate(adapter_names) if other == name]
+            variant = self.lora_variant.get(name)
+            if variant is None:
+                lora_a, lora_b = self.lora_A[name], self.lora_B[name]
+                dropped = self.lora_dropout[name](x[rows].to(lora_a.weight.dtype))
+                branch = lora_b(lora_a(dropped)) * self.scaling[name]
+                result[rows] += branch.to(result.dtype)
+            elif isinstance(variant, AFALoraVariant):
+                result[rows] = variant.forward(
+                    self, active_adapter=name, x=x[rows], result=result[rows]
+                )
+            else:
+                raise ValueError(
+                    f"adapter_names: {name!r} is a {type(variant).__name__}, which cannot share a "
+                    "batch with an AFA-LoRA adapter"
+                )
+        return result
+
+
+def why_not(layer: nn.Module, adapter_name: str) -> str | None:
+    """Return why the branch of an adapter cannot run on this package, or None if it can."""
+    stock = stock_class(type(layer))
+    if stock.__name__ not in ROUTED or not stock.__module__.startswith("peft.tuners.lora."):
+        return (
+            f"a {stock.__name__} layer of PEFT has no seam for another branch; expected target "
+            f"modules that become one of {', '.join(ROUTED)}"
+        )
+    r = layer.r.get(adapter_name, 0)
+    if r > MAX_RANK:
+        return f"r: expected a rank from 1 to {MAX_RANK}, got {r}"
+    return None
+
+
+def stock_class(cls: type) -> type:
+    """Return PEFT's own class of a layer."""
+    own = (c for c in cls.__mro__ if issubclass(c, LoraLayer) and not issubclass(c, AFALoraLayer))
+    return next(own)
+
+
+@cache
+def afa_class(stock: type[LoraLayer]) -> type:
+    """Return PEFT's layer class with :class:`AFALoraLayer` mixed in."""
+    body = {
+        "__module__": __name__,
+        "__doc__": f"{stock.__name__} of PEFT whose branch runs on the kernels of this package.",
+        "adapter_layer_names": (*stock.adapter_layer_names, "lora_afa"),
+    }
+    return type(_PREFIX + stock.__name__, (AFALoraLayer, stock), body)
+
+
+def adopt(layer: LoraLayer) -> None:
+    """Make a layer of PEFT able to hold adapters of this package; its parameters stay as they
+    are."""
+    if not isinstance(layer, AFALoraLayer):
+        layer.__class__ = afa_class(type(layer))
+        layer.lora_afa = nn.ModuleDict()
+
+
+def release(layer: LoraLayer) -> None:
+    """Undo :func:`adopt`.
+
+    Raises:
+        ValueError: something else (sharding, say) has changed the class of the layer since.
+    """
+    stock = stock_class(type(layer))
+    if type(layer) is not afa_class(stock):
+        raise ValueError(
+            f"restore: the layer is a {type(layer).__name__} by now; restore a model before it is "
+            "sharded or wrapped"
+        )
+    del layer.lora_afa
+    layer.__class__ = stock
+
+
+def install(layer: LoraLayer, adapter_name: str, config) -> None:
+    """Let this package compute the branch of an adapter that the layer has already.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
+    reason = why_not(layer, adapter_name)
+    if reason is not None:
+        raise ValueError(f"AFALoraConfig: {reason}")
+    adopt(layer)
+    layer.lora_variant[adapter_name] = AFALoraVariant()
+    AFALoraVariant.init(layer, adapter_name, config)
+
+
+def __getattr__(name: str) -> type:
+    # For pickle, which looks the mixed classes up by their name.
+    if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) in ROUTED:
+        return afa_class(_routed_class(name.removeprefix(_PREFIX)))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _routed_class(name: str) -> type[LoraLayer]:
+    from peft.tuners import lora
+
+    for module in ("layer", "bnb", "gptq", "hqq", "inc", "torchao"):
+        found = getattr(getattr(lora, module, None), name, None)
+        if found is not None:
+            return found
+    raise AttributeError(f"PEFT has no {name} here; is its quantization library installed?")

@@ -1,0 +1,104 @@
+"""PEFT models as a whole: plain LoRA on the kernels of this package and back, and loading."""
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from afa_kernels.peft.config import AFALoraConfig
+from afa_kernels.peft.layer import AFALoraLayer, install, release, why_not
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Let the LoRA layers of an existing PEFT model run on the kernels of this package.
+
+    Every plain LoRA adapter of a layer that has PEFT's seam for it is taken over; it computes what
+    it did before (``alpha_t = 0``: plain GEMMs, accumulated in place). Adapters with an
+    :class:`AFALoraConfig` that PEFT before 0.19 added to existing layers get their activation.
+    Everything else (DoRA, embeddings, convolutions, ranks over 256) stays as it is. :func:`restore`
+    undoes it.
+
+    Returns:
+        ``model``, changed in place.
+
+    Raises:
+        ValueError: there is nothing in ``model`` to take over.
+    """
+    install_annealed(model)
+    reasons: set[str] = set()
+    for layer, name in _plain_adapters(model):
+        reason = why_not(layer, name)
+        if reason is None:
+            install(layer, name, None)
+        else:
+            reasons.add(reason)
+    if not any(isinstance(module, AFALoraLayer) for module in model.modules()):
+        found = "; ".join(sorted(reasons)) or "it has no plain LoRA layers"
+        raise ValueError(f"model: nothing to run on the kernels in {type(model).__name__}: {found}")
+    return model
+
+
+def install_annealed(model: nn.Module) -> None:
+    """Give adapters their activation whose :class:`AFALoraConfig` never reached their layer.
+
+    PEFT before 0.19 does not pass the configuration of another adapter to a layer that exists, so
+    that layer would run it as a plain LoRA.
+
+    Raises:
+        ValueError: a layer cannot run such an adapter.
+    """
+    found = (getattr(module, "peft_config", None) for module in model.modules())
+    configs = next((each for each in found if isinstance(each, dict)), {})
+    for layer, name in _plain_adapters(model):
+        if isinstance(configs.get(name), AFALoraConfig):
+            install(layer, name, configs[name])
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`accelerate`: plain LoRA adapters run on PEFT's own code again.
+
+    Annealed adapters stay as they are.
+
+    Returns:
+        ``model``, changed in place.
+    """
+    for layer in _lora_layers(model):
+        if not isinstance(layer, AFALoraLayer):
+            continue
+        for name in [name for name, state in layer.lora_afa.items() if not state.annealed]:
+            del layer.lora_afa[name]
+            del layer.lora_variant[name]
+        if not layer.lora_afa:
+            release(layer)
+    return model
+
+
+def load_adapter(
+    model: PeftModel, path: str, adapter_name: str, *, is_trainable: bool = False
+) -> PeftModel:
+    """Load a saved AFA-LoRA adapter into a PEFT model as another adapter, with its activation and
+    its alpha_t.
+
+    ``model.load_adapter(path, adapter_name)`` of PEFT reads the same files as a plain LoRA. For the
+    first adapter of a model: ``PeftModel.from_pretrained(base, path,
+    config=AFALoraConfig.from_pretrained(path))``.
+    """
+    config = AFALoraConfig.from_pretrained(path)
+    config.inference_mode = not is_trainable
+    model.add_adapter(adapter_name, config)
+    install_annealed(model)
+    model.load_adapter(path, adapter_name, is_trainable=is_trainable)
+    return model
+
+
+def _lora_layers(model: nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def _plain_adapters(model: nn.Module) -> list[tuple[LoraLayer, str]]:
+    """Return the adapters that PEFT runs without a variant, with their layers."""
+    return [
+        (layer, name)
+        for layer in _lora_layers(model)
+        for name in layer.r
+        if name not in layer.lora_variant
+    ]

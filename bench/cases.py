@@ -1,0 +1,93 @@
+"""Which cases a run has: the product of the flags' axes, or a preset of such products."""
+
+import argparse
+from collections.abc import Iterator
+from itertools import product
+
+from bench import transformer
+from bench.shapes import Case, layers
+
+# Each preset is a list of products; what a product leaves out comes from BASE.
+BASE = {
+    "scopes": ["layer"],
+    "shapes": ["plain.square"],
+    "tokens": [2048],
+    "ranks": [16],
+    "dtypes": ["f32"],
+    "alphas": [0.5],
+}
+PRESETS: dict[str, list[dict[str, list]]] = {
+    # Every scope and every kind of result within two minutes on two slow cores.
+    "quick": [
+        {"scopes": ["layer", "branch"], "shapes": ["gpt2.up"], "tokens": [512]},
+        {"shapes": ["minilm.attention"], "tokens": [512], "alphas": [1.0, 0.0]},
+        {"shapes": ["minilm.attention"], "tokens": [512], "dtypes": ["bf16", "f16", "f64"]},
+        {"scopes": ["layer", "branch"], "shapes": ["plain.square"], "tokens": [1, 16]},
+        {"scopes": ["model"], "tokens": [512]},
+    ],
+    # What the README quotes.
+    "standard": [
+        {"scopes": ["layer", "branch"], "shapes": ["plain.square"], "dtypes": ["f32", "bf16"]},
+        {
+            "scopes": ["layer", "branch"],
+            "shapes": ["plain.wide"],
+            "tokens": [4096],
+            "dtypes": ["f32", "bf16"],
+        },
+        {
+            "scopes": ["layer", "branch"],
+            "shapes": ["plain.deep"],
+            "tokens": [512],
+            "ranks": [64],
+            "dtypes": ["f32", "bf16"],
+        },
+        {
+            "scopes": ["layer", "branch"],
+            "shapes": ["plain.deep"],
+            "tokens": [1, 4, 16],
+            "dtypes": ["f32", "bf16"],
+        },
+        {"shapes": ["minilm", "gpt2"], "tokens": [2048], "ranks": [8], "dtypes": ["f32"]},
+        {"shapes": ["gpt2.up"], "tokens": [256], "dtypes": ["f16"]},
+        {"shapes": ["gpt2.up"], "alphas": [1.0, 0.0], "dtypes": ["f32"]},
+        {"scopes": ["model"], "tokens": [1024], "ranks": [8], "dtypes": ["f32", "bf16"]},
+    ],
+    # The two pictures of the adapter tax.
+    "tokens": [{"shapes": ["plain.wide"], "tokens": [256, 512, 1024, 2048, 4096, 8192]}],
+    "ranks": [{"shapes": ["plain.square"], "ranks": [8, 16, 32, 64, 128]}],
+}
+
+
+def cases(arguments: argparse.Namespace) -> list[Case]:
+    """Return the cases in the order in which they run, each once."""
+    axes = {name: getattr(arguments, name) for name in BASE}
+    given = {name: values for name, values in axes.items() if values is not None}
+    products = (
+        [BASE] if given and arguments.preset is None else PRESETS[arguments.preset or "standard"]
+    )
+    found = []
+    for preset in products:
+        found.extend(_product({**BASE, **preset, **given}, arguments))
+    return list(dict.fromkeys(found))
+
+
+def _product(axes: dict[str, list], arguments: argparse.Namespace) -> Iterator[Case]:
+    for scope, tokens, r, dtype, alpha_t in product(
+        axes["scopes"], axes["tokens"], axes["ranks"], axes["dtypes"], axes["alphas"]
+    ):
+        rest = {
+            "m": tokens,
+            "r": r,
+            "dtype": dtype,
+            "adapter_dtype": arguments.adapter_dtype or dtype,
+            "alpha_t": alpha_t,
+            "activation": arguments.activation,
+            "dropout": arguments.dropout,
+            "device": arguments.device,
+        }
+        if scope == "model":
+            hidden, intermediate = transformer.HIDDEN, transformer.INTERMEDIATE
+            yield Case(scope, "tiny-transformer", k=hidden, n=intermediate, bias=False, **rest)
+            continue
+        for layer in layers(axes["shapes"]):
+            yield Case(scope, layer.name, k=layer.k, n=layer.n, bias=layer.bias, **rest)

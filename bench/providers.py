@@ -1,0 +1,298 @@
+"""Who is measured: each peer by its public package, each backend of ours, and why one is absent.
+
+A provider turns a frozen ``nn.Linear`` and the two adapter weights into a module (scopes "layer"
+and "model"), or a branch into a function (scope "branch"). A peer is imported when it is first
+asked for, because some patch other libraries on import.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import afa_kernels
+from afa_kernels.activation import ACTIVATIONS
+from afa_kernels.backend import registry
+from bench.problem import SCALING
+from bench.shapes import DTYPES, Case
+
+Adapter = tuple[nn.Parameter, ...]  # A and B; empty for the frozen layer
+Branch = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # x, A, B, base -> base + branch
+
+
+@dataclass(frozen=True)
+class Provider:
+    name: str
+    about: str
+    function: str  # "frozen", "lora" or "afa": what it computes, hence its truth
+    why_not: Callable[[Case], str | None]
+    layer: Callable[[nn.Linear, Tensor, Tensor, Case], tuple[nn.Module, Adapter]]
+    branch: Callable[[Case], Branch] | None = None
+    ours: bool = False
+
+    def absent(self, case: Case) -> str | None:
+        """Return why this provider cannot be measured on ``case``, or None if it can."""
+        if case.scope == "branch" and self.branch is None:
+            return "has no branch apart from its layer"
+        return self.why_not(case)
+
+
+def _import(module: str) -> str | None:
+    """Return why ``module`` cannot be imported; None if it can."""
+    try:
+        import_module(module)
+    except Exception as error:  # noqa: BLE001 - whatever a peer raises on import is the reason
+        first_line = str(error).strip().partition("\n")[0]
+        return f"{module}: {type(error).__name__}: {first_line}"
+    return None
+
+
+def _runs(case: Case) -> str | None:
+    return None
+
+
+class EagerLayer(nn.Module):
+    """AFA-LoRA as a PEFT user writes it in torch ops: PEFT's forward with phi between A and B."""
+
+    def __init__(self, linear: nn.Linear, a: Tensor, b: Tensor, case: Case, alpha_t):
+        super().__init__()
+        self.base_layer = linear
+        self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
+        self.activation, self.dropout = case.activation, case.dropout
+        if isinstance(alpha_t, Tensor):
+            self.register_buffer("alpha_t", alpha_t)
+        else:
+            self.alpha_t = alpha_t
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_branch = F.dropout(x, self.dropout) if self.dropout else x
+        return eager_branch(
+            x_branch, self.lora_a, self.lora_b, self.base_layer(x), self.alpha_t, self.activation
+        )
+
+
+def eager_branch(x, a, b, base, alpha_t, activation):
+    z = F.linear(x, a.to(x.dtype))
+    h = (1 - alpha_t) * z + alpha_t * ACTIVATIONS[activation].value(z)
+    return base + F.linear(h, b.to(x.dtype)) * SCALING
+
+
+def _adapter(module: nn.Module) -> tuple[nn.Module, Adapter]:
+    return module, (module.lora_a, module.lora_b)
+
+
+def _frozen_layer(linear, a, b, case):
+    return linear, ()
+
+
+def _eager_layer(linear, a, b, case):
+    return _adapter(EagerLayer(linear, a, b, case, case.alpha_t))
+
+
+def _eager_branch(case):
+    return lambda x, a, b, base: eager_branch(x, a, b, base, case.alpha_t, case.activation)
+
+
+def _alpha_tensor(case: Case) -> Tensor:
+    return torch.full((), case.alpha_t, dtype=torch.float32, device=case.device)
+
+
+def _compiled_layer(linear, a, b, case):
+    module, adapter = _adapter(EagerLayer(linear, a, b, case, _alpha_tensor(case)))
+    return torch.compile(module, dynamic=False), adapter
+
+
+def _compiled_branch(case):
+    compiled = torch.compile(eager_branch, dynamic=False)
+    alpha_t = _alpha_tensor(case)  # a float would be compiled into the code
+    return lambda x, a, b, base: compiled(x, a, b, base, alpha_t, case.activation)
+
+
+def _compiled_why_not(case: Case) -> str | None:
+    compilers = ("g++", "clang++", "c++")
+    if case.device == "cpu" and not any(map(shutil.which, compilers)):
+        return f"torch.compile needs a C++ compiler on the CPU, found none of {compilers}"
+    return None
+
+
+def _peft_layer(linear, a, b, case):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=case.r,
+        lora_alpha=SCALING * case.r,
+        lora_dropout=case.dropout,
+        target_modules=["layer"],
+        init_lora_weights=False,
+    )
+    layer = inject_adapter_in_model(config, nn.ModuleDict({"layer": linear}))["layer"]
+    adapter = layer.lora_A["default"], layer.lora_B["default"]
+    for part, value in zip(adapter, (a, b), strict=True):
+        part.weight = nn.Parameter(value)
+    return layer, tuple(part.weight for part in adapter)
+
+
+def _torchtune_why_not(case: Case) -> str | None:
+    if case.adapter_dtype != case.dtype:
+        return "LoRALinear does not mix dtypes"
+    return _import("torchtune.modules.peft")
+
+
+def _torchtune_layer(linear, a, b, case):
+    from torchtune.modules.peft import LoRALinear
+
+    bias = linear.bias is not None
+    layer = LoRALinear(
+        linear.in_features, linear.out_features, case.r, SCALING * case.r, case.dropout, bias
+    )
+    layer.weight = linear.weight
+    if bias:
+        layer.bias = linear.bias
+    layer.lora_a.weight, layer.lora_b.weight = nn.Parameter(a), nn.Parameter(b)
+    return layer, (layer.lora_a.weight, layer.lora_b.weight)
+
+
+def _on_gpu_only(module: str) -> Callable[[Case], str | None]:
+    def why_not(case: Case) -> str | None:
+        if case.device == "cpu":
+            return "runs on GPUs only"
+        if case.adapter_dtype != case.dtype:
+            return "does not mix dtypes"
+        return _import(module)
+
+    return why_not
+
+
+class _FunctionLayer(nn.Module):
+    """A peer that is a function of a 3-D x, the weights and the scale."""
+
+    def __init__(self, linear: nn.Linear, a: Tensor, b: Tensor, function: Callable):
+        super().__init__()
+        self.base_layer = linear
+        self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.unsqueeze(0) if x.dim() == 2 else x
+        y = self.function(rows, self.base_layer, self.lora_a, self.lora_b)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _unsloth_why_not(case: Case) -> str | None:
+    if case.dropout:
+        return "its fast path has no dropout"
+    return _on_gpu_only("unsloth.kernels.fast_lora")(case)
+
+
+def _unsloth_layer(linear, a, b, case):
+    from unsloth.kernels.fast_lora import LoRA_W
+
+    def function(x, linear, a, b):
+        y = LoRA_W.apply(x, linear.weight, None, a, b, SCALING)
+        return y if linear.bias is None else y + linear.bias
+
+    return _adapter(_FunctionLayer(linear, a, b, function))
+
+
+def _lorafusion_layer(linear, a, b, case):
+    from lorafusion.ops.lora_v1 import fused_linear_lora
+
+    def function(x, linear, a, b):
+        return fused_linear_lora(
+            x, linear.weight, a, b, SCALING, dropout_p=case.dropout, linear_bias=linear.bias
+        )
+
+    return _adapter(_FunctionLayer(linear, a, b, function))
+
+
+def _afa(backend: str | None) -> Provider:
+    def why_not(case: Case) -> str | None:
+        if backend is None:
+            return None
+        device = torch.device(case.device)
+        return registry.get(backend).why_not(
+            registry.Call(
+                device.type,
+                DTYPES[case.dtype],
+                case.m,
+                case.k,
+                case.n,
+                case.r,
+                case.activation,
+                case.dropout > 0,
+                device.index,
+            )
+        )
+
+    def layer(linear, a, b, case):
+        module = afa_kernels.AFALinear(
+            linear,
+            r=case.r,
+            lora_alpha=SCALING * case.r,
+            activation=case.activation,
+            dropout=case.dropout,
+            dtype=a.dtype,
+            backend=backend,
+        )
+        module.lora_a, module.lora_b = nn.Parameter(a), nn.Parameter(b)
+        module.set_alpha_t(case.alpha_t)
+        return _adapter(module)
+
+    def branch(case):
+        # A tensor, as a layer passes it while alpha_t moves; the float 0 is known identity.
+        alpha_t = _alpha_tensor(case) if case.alpha_t else 0.0
+        return lambda x, a, b, base: afa_kernels.afa_lora(
+            x,
+            a,
+            b,
+            alpha_t,
+            activation=case.activation,
+            scaling=SCALING,
+            base=base,
+            inplace=True,
+            dropout_p=case.dropout,
+            backend=backend,
+        )
+
+    name = "afa" if backend is None else f"afa.{backend}"
+    about = "this package, automatic choice" if backend is None else f"this package, {backend}"
+    return Provider(name, about, "afa", why_not, layer, branch, ours=True)
+
+
+def providers() -> dict[str, Provider]:
+    """Return every provider by name, peers first. ``afa.torch`` is the best composition of torch
+    ops, RunLoRA's idea: every intermediate of rank r, large results accumulated in place."""
+    peers = (
+        Provider("frozen", "the frozen layer alone", "frozen", _runs, _frozen_layer),
+        Provider("peft", "PEFT, plain LoRA", "lora", lambda case: _import("peft"), _peft_layer),
+        Provider("torchtune", "LoRALinear", "lora", _torchtune_why_not, _torchtune_layer),
+        Provider("unsloth", "LoRA_W, plain LoRA", "lora", _unsloth_why_not, _unsloth_layer),
+        Provider(
+            "lorafusion",
+            "fused_linear_lora, plain LoRA",
+            "lora",
+            _on_gpu_only("lorafusion.ops.lora_v1"),
+            _lorafusion_layer,
+        ),
+        Provider(
+            "eager", "AFA in torch ops, as in PEFT", "afa", _runs, _eager_layer, _eager_branch
+        ),
+        Provider(
+            "compiled",
+            "torch.compile of eager",
+            "afa",
+            _compiled_why_not,
+            _compiled_layer,
+            _compiled_branch,
+        ),
+    )
+    ours = [_afa(None)] + [_afa(n) for n in registry.names() if registry.get(n).automatic]
+    return {provider.name: provider for provider in (*peers, *ours)}
+
+
+# The oracle: right, and never fast.
+NOT_BY_DEFAULT = ("afa.reference",)

@@ -1,0 +1,66 @@
+"""The fields that every row has."""
+
+from bench.cost import Cost
+from bench.memory import Memory
+from bench.providers import Provider
+from bench.runner import Check
+from bench.shapes import Case
+from bench.timing import Work, quantile, ratio
+
+
+def row(
+    case: Case,
+    step: str,
+    provider: Provider,
+    works: dict[str, Work],
+    least: Cost,
+    check: Check,
+    memory: Memory,
+    roof: dict[str, object],
+) -> dict[str, object]:
+    """Return the row of ``provider`` for one timed step, with its ratio to each other provider that
+    was timed beside it."""
+    work = works[provider.name]
+    own = work.samples[step]
+    p50 = quantile(own, 0.5)
+    gflop_s, gb_s = least.flop / p50 * 1e-6, least.nbytes / p50 * 1e-6
+    return {
+        "kind": "row",
+        **case._asdict(),
+        "pass": step,
+        "provider": provider.name,
+        "ours": provider.ours,
+        "function": provider.function,
+        "p20_ms": quantile(own, 0.2),
+        "p50_ms": p50,
+        "p80_ms": quantile(own, 0.8),
+        "calls": work.calls,
+        "ratio": {
+            name: ratio(own, other.samples[step])
+            for name, other in works.items()
+            if name != provider.name
+        },
+        "gflop_s": gflop_s,
+        "gflop_share": gflop_s / roof["gemm_gflop_s"][case.dtype],
+        "gb_s": gb_s,
+        "gb_share": gb_s / roof["copy_gb_s"],
+        "error": check.error,
+        "error_ratio": check.ratio,
+        "peak_bytes": memory.peak,
+        "allocated_bytes": memory.allocated,
+        "saved_bytes": memory.saved,
+    }
+
+
+def absent(reason: str) -> dict[str, object]:
+    return {"kind": "absent", "reason": reason}
+
+
+def failed(error: Exception) -> dict[str, object]:
+    """Return the record of a peer that raised: its error is why it is absent."""
+    first_line = str(error).strip().partition("\n")[0]
+    return absent(f"{type(error).__name__}: {first_line}")
+
+
+def wrong(check: Check) -> dict[str, object]:
+    return {"kind": "wrong", "error": check.error, "error_ratio": check.ratio}

@@ -1,0 +1,145 @@
+"""``python -m bench.scaling``: how the cost grows with M, K, N, r and the number of layers.
+
+Each variable is swept alone; the exponent is the slope of a least-squares line through the
+logarithms of the medians. 1 is linear growth; below 1, a constant part dominates.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.environment import environment
+from bench.problem import Problem
+from bench.providers import Provider, providers
+from bench.results import Writer
+from bench.runner import build
+from bench.shapes import DTYPES, Case
+from bench.timing import Work, clock_of, measure, quantile
+from bench.transformer import HIDDEN, INTERMEDIATE, Step
+from bench.works import training_work
+
+CENTER = {"m": 1024, "k": 1024, "n": 1024, "r": 16}
+SWEEPS = {
+    "m": [256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536],
+    "r": [8, 16, 32, 64, 128],
+    "k": [256, 512, 1024, 2048, 4096],
+    "n": [256, 512, 1024, 2048, 4096],
+    "layers": [1, 2, 4, 8, 16],
+}
+_LAYER_TOKENS = 256
+
+
+def fit(values: list[int], times: list[float]) -> tuple[float, float]:
+    """Return the exponent ``e`` of ``time = c * value ** e``, and the largest distance of a point
+    from that line, as a difference of natural logarithms."""
+    x, y = [math.log(v) for v in values], [math.log(t) for t in times]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    slope /= sum((a - mean_x) ** 2 for a in x)
+    return slope, max(abs(b - mean_y - slope * (a - mean_x)) for a, b in zip(x, y, strict=True))
+
+
+def _case(arguments: argparse.Namespace, **changes: int) -> Case:
+    shape = CENTER | changes
+    return Case(
+        scope=arguments.scope,
+        layer="scaled",
+        bias=False,
+        dtype=arguments.dtype,
+        adapter_dtype=arguments.dtype,
+        alpha_t=0.5,
+        activation="silu",
+        dropout=0.0,
+        device=arguments.device,
+        **shape,
+    )
+
+
+def _works(arguments, chosen: dict[str, Provider], variable: str, value: int) -> dict[str, Work]:
+    if variable == "layers":
+        shape = {"m": _LAYER_TOKENS, "k": HIDDEN, "n": INTERMEDIATE}
+        case = _case(arguments, **shape)._replace(scope="model")
+        return {
+            name: Work(lambda: None, {"both": Step(provider, case, layers=value)})
+            for name, provider in chosen.items()
+        }
+    problem = Problem.of(_case(arguments, **{variable: value}))
+    return {
+        name: training_work(build(provider, problem), "hot", "eager")
+        for name, provider in chosen.items()
+    }
+
+
+def sweep(arguments, chosen: dict[str, Provider], variable: str) -> Iterator[dict[str, object]]:
+    """Yield a provider's exponent in ``variable``, for forward and backward together."""
+    values = [v for v in SWEEPS[variable] if v <= arguments.largest or variable != "m"]
+    times: dict[str, list[float]] = {name: [] for name in chosen}
+    for value in values:
+        works = _works(arguments, chosen, variable, value)
+        measure(works, clock_of(arguments.device), arguments.seconds)
+        for name, work in works.items():
+            times[name].append(quantile(work.samples["both"], 0.5))
+    at = {"dtype": arguments.dtype, "device": arguments.device, "scope": arguments.scope}
+    if variable == "layers":
+        at |= {"scope": "model", "m": _LAYER_TOKENS, "r": CENTER["r"]}
+    else:
+        at |= {name: value for name, value in CENTER.items() if name != variable}
+    for name, medians in times.items():
+        exponent, residual = fit(values, medians)
+        yield {
+            "kind": "exponent",
+            "provider": name,
+            "variable": variable,
+            "values": values,
+            "p50_ms": medians,
+            "exponent": exponent,
+            "log_residual": residual,
+            "at": at,
+        }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
+    add = parser.add_argument
+    add("--variables", default=",".join(SWEEPS), help=f"some of {', '.join(SWEEPS)}")
+    add("--providers", default="frozen,peft,eager,afa")
+    add("--scope", choices=["layer", "branch"], default="layer")
+    add("--dtype", choices=[*DTYPES], default="f32")
+    add("--device", default="cpu")
+    add("--largest", type=int, default=8192, help="the largest M")
+    add("--seconds", type=float, default=2.0, help="of timing per point")
+    add("--out", type=Path, default=Path("outputs/bench"))
+    arguments = parser.parse_args(argv)
+    variables = arguments.variables.split(",")
+    known = providers()
+    names = arguments.providers.split(",")
+    unknown = [*(set(variables) - SWEEPS.keys()), *(set(names) - known.keys())]
+    if unknown:
+        parser.error(f"unknown variables or providers: {', '.join(unknown)}")
+    probe = _case(arguments)
+    chosen = {name: known[name] for name in names if known[name].absent(probe) is None}
+    writer = Writer(arguments.out / f"scaling_{arguments.scope}_{arguments.dtype}.jsonl")
+    command = "python -m bench.scaling " + " ".join(sys.argv[1:] if argv is None else argv)
+    writer.write(environment(arguments.device) | {"command": command.strip()})
+    print(f"{'variable':8} {'provider':12} {'exponent':>8} {'off by':>7}  p50 ms")
+    for variable in variables:
+        for record in sweep(arguments, chosen, variable):
+            writer.write(record)
+            points = ", ".join(
+                f"{value}: {ms:.2f}"
+                for value, ms in zip(record["values"], record["p50_ms"], strict=True)
+            )
+            off = math.expm1(record["log_residual"])
+            print(
+                f"{variable:8} {record['provider']:12} {record['exponent']:>8.2f} {off:>6.0%}"
+                f"  {points}",
+                flush=True,
+            )
+    print(f"written to {writer.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Runs cases: checks, times, counts memory, and makes the rows."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from bench import cost, rows
+from bench.memory import Memory, memory_of
+from bench.problem import Problem
+from bench.providers import Provider
+from bench.runner import Check, Checker, Runner, build
+from bench.shapes import Case
+from bench.timing import Work, clock_of, measure, quantile, ratio
+from bench.works import inference_work, training_work
+
+FROZEN = "frozen"  # the provider that taxes are counted over
+
+
+class Options(NamedTuple):
+    seconds: float  # of timing per case
+    training: bool  # forward, backward and both; else inference alone
+    inference: bool
+    cache: str = "hot"  # "cold": caches are overwritten before each call
+    launch: str = "eager"  # "graph": replays of a captured CUDA graph
+
+
+class Entrant(NamedTuple):
+    """A provider that passed its check on a case."""
+
+    provider: Provider
+    runner: Runner
+    check: Check
+    memory: Memory
+
+
+def run_case(
+    case: Case,
+    providers: dict[str, Provider],
+    options: Options,
+    roof: dict[str, object],
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[dict[str, object]]:
+    """Yield the records of one case: a row per provider and step, and why a provider is absent or
+    wrong."""
+    problem = Problem.of(case)
+    # A mask is random and differs between providers: accuracy is that of the call without it.
+    plain = dataclasses.replace(problem, case=case._replace(dropout=0.0))
+    checker = Checker(plain)
+    entrants = {}
+    for name, provider in providers.items():
+        say(f"checking {name}")
+        outcome = _enter(provider, problem, checker)
+        if isinstance(outcome, dict):
+            yield {**outcome, "provider": name, "ours": provider.ours, **case._asdict()}
+        else:
+            entrants[name] = outcome
+    for wanted, make in ((options.training, training_work), (options.inference, inference_work)):
+        if not (wanted and entrants):
+            continue
+        works = {
+            name: make(entrant.runner, options.cache, options.launch)
+            for name, entrant in entrants.items()
+        }
+        say(f"timing {', '.join(works)}")
+        rounds = measure(works, clock_of(case.device), options.seconds)
+        for step in next(iter(works.values())).samples:
+            for name, entrant in entrants.items():
+                row = _row(case, step, name, entrant, works, roof)
+                yield row | {"cache": options.cache, "launch": options.launch, "rounds": rounds}
+
+
+def _enter(provider: Provider, problem: Problem, checker: Checker) -> Entrant | dict[str, object]:
+    """Return the entrant, or the record that says why the provider stays out."""
+    case = problem.case
+    reason = provider.absent(case)
+    if reason is not None:
+        return rows.absent(reason)
+    try:
+        runner = build(provider, problem)
+        checked = build(provider, checker.problem) if case.dropout else runner
+        check = checker.check(checked, provider.function)
+    except Exception as error:
+        if provider.ours:
+            raise
+        return rows.failed(error)
+    if not check.right:
+        return rows.wrong(check)
+    base = runner.prepare()
+    memory = memory_of(
+        lambda: runner.forward(runner.prepare()),
+        lambda: runner.backward(runner.forward(base)),
+        runner.operands,
+        case.device,
+    )
+    return Entrant(provider, runner, check, memory)
+
+
+def _row(
+    case: Case,
+    step: str,
+    name: str,
+    entrant: Entrant,
+    works: dict[str, Work],
+    roof: dict[str, object],
+) -> dict[str, object]:
+    provider = entrant.provider
+    is_frozen = provider.function == "frozen"
+    least = cost.frozen(case, step) if is_frozen else cost.whole(case, step)
+    row = rows.row(case, step, provider, works, least, entrant.check, entrant.memory, roof)
+    if not is_frozen:
+        frozen = works[FROZEN].samples[step] if FROZEN in works else None
+        row |= _against_floor(case, step, works[name].samples[step], frozen, roof)
+    return row
+
+
+def _against_floor(case, step, own, frozen, roof) -> dict[str, float]:
+    """Return the adapter tax (where the frozen layer was measured too) and the floor under it: the
+    branch's arithmetic at the rate of the base GEMM, or its bytes at the copy's bandwidth."""
+    branch = cost.branch(case, step)
+    if frozen is None:
+        floor = branch.milliseconds(roof["gemm_gflop_s"][case.dtype], roof["copy_gb_s"])
+        return {"floor_ms": floor, "over_floor": quantile(own, 0.5) / floor}
+    base_ms = quantile(frozen, 0.5)
+    base_rate = cost.frozen(case, step).flop / base_ms * 1e-6
+    floor = branch.milliseconds(base_rate, roof["copy_gb_s"])
+    tax = ratio(own, frozen) - 1
+    floor_tax = floor / base_ms
+    return {
+        "floor_ms": floor,
+        "tax": tax,
+        "floor_tax": floor_tax,
+        "over_floor": tax / floor_tax,
+    }

@@ -1,0 +1,57 @@
+"""Small networks for the tests of the PEFT integration."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+import afa_kernels as afa
+
+TARGETS = ("q_proj", "v_proj")
+
+
+class Net(nn.Module):
+    """Two linear layers, one of them without bias, and a head."""
+
+    def __init__(self, dtype=torch.float32, widths=(16, 24, 12)):
+        super().__init__()
+        self.q_proj = nn.Linear(*widths[:2], dtype=dtype)
+        self.v_proj = nn.Linear(*widths[1:], bias=False, dtype=dtype)
+        self.head = nn.Linear(widths[2], 3, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.v_proj(torch.tanh(self.q_proj(x)))))
+
+
+def fill_adapters(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every adapter weight anew: with B = 0 any branch is right."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            scale = parameter.shape[-1] ** -0.5
+            values = torch.randn(parameter.shape, generator=generator) * scale
+            with torch.no_grad():
+                parameter.copy_(values)
+    return model
+
+
+def adapted(net: nn.Module, config, seed: int = 0) -> nn.Module:
+    """Return a copy of ``net`` with a filled adapter."""
+    from peft import get_peft_model
+
+    return fill_adapters(get_peft_model(copy.deepcopy(net), config), seed)
+
+
+def set_alpha_t(model: nn.Module, value: float) -> None:
+    """Drive a model as the schedule and the callbacks do."""
+    afa.AnnealSchedule(1, "constant", start=value, end=value).attach(model)
+
+
+def gradients(model: nn.Module, x: Tensor, dy: Tensor | None = None) -> dict[str, Tensor]:
+    """Return the output, dx and the gradient of every trained parameter."""
+    x = x.detach().clone().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.backward(torch.ones_like(y) if dy is None else dy)
+    named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "dx": x.grad} | named

@@ -1,0 +1,486 @@
+"""The benchmarks are right before they are fast: truth, clocks, records, pictures, and the counts
+that hold what a call does."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import eager
+
+from bench import __main__ as command
+from bench import compare, cost, counts, problem, scaling, suite, timing
+from bench.cases import PRESETS, cases
+from bench.memory import allocations, saved_bytes
+from bench.problem import SCALING, Problem, relative_error, truth
+from bench.providers import providers
+from bench.results import FIELDS, KEY, RESULTS, Writer, read, validate
+from bench.runner import Checker, build
+from bench.shapes import DTYPES, LAYERS, Case, layers
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = Case(
+    scope="layer",
+    layer="tiny",
+    m=40,
+    k=24,
+    n=56,
+    r=4,
+    bias=True,
+    dtype="f32",
+    adapter_dtype="f32",
+    alpha_t=0.5,
+    activation="silu",
+    dropout=0.0,
+    device="cpu",
+)
+ROOF = {"kind": "roof", "copy_gb_s": 10.0, "gemm_gflop_s": dict.fromkeys(DTYPES, 100.0)}
+TINY_FLAGS = ["--shapes", "24x56", "--tokens", "40", "--ranks", "4", "--seconds", "0.02"]
+FEW = ["--providers", "frozen,eager,afa", "--device", "cpu", "--no-pictures"]
+
+
+@pytest.fixture
+def small_roofs(monkeypatch):
+    """Measuring the machine's roofs takes seconds; a test of the command needs only their shape."""
+    monkeypatch.setattr("bench.environment._GEMM_SIZES", {"cpu": (32, 64), "cuda": (32, 64)})
+    monkeypatch.setattr("bench.environment._COPY_BYTES", 1 << 16)
+
+
+@pytest.fixture
+def small_transformer(monkeypatch):
+    monkeypatch.setattr("bench.transformer.HIDDEN", 48)
+    monkeypatch.setattr("bench.transformer.INTERMEDIATE", 64)
+
+
+# Truth
+
+
+@pytest.mark.parametrize("scope", ["layer", "branch"])
+@pytest.mark.parametrize("function", ["lora", "afa"])
+def test_truth_is_autograd_in_float64(scope, function, monkeypatch):
+    monkeypatch.setattr(problem, "_CHUNK", 16)  # weight gradients are summed over three chunks
+    p = Problem.of(TINY._replace(scope=scope, dtype="f64", adapter_dtype="f64"))
+    x, a, b = (t.clone().requires_grad_() for t in (p.x, p.lora_a, p.lora_b))
+    frozen = {"weight": p.weight, "bias": p.bias} if scope == "layer" else {"base": p.base}
+    alpha_t = TINY.alpha_t if function == "afa" else 0.0
+    y = eager(x, a, b, alpha_t, activation="silu", scaling=SCALING, **frozen)
+    dx, da, db = torch.autograd.grad(y, (x, a, b), p.dy)
+    for name, value in truth(p, function).items():
+        expected = {"y": y, "dx": dx, "da": da, "db": db}[name]
+        torch.testing.assert_close(value, expected.detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_truth_compares_a_sample_of_many_rows():
+    p = Problem.of(TINY._replace(m=1000))
+    rows = problem.checked_rows(1000)
+    assert rows[0] == 0 and rows[-1] == 999 and len(set(rows.tolist())) == len(rows) < 1000
+    x = p.x[rows].double()
+    assert relative_error(truth(p, "frozen")["y"], x @ p.weight.double().T + p.bias) < 1e-12
+
+
+@pytest.mark.parametrize("scope", ["layer", "branch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_provider_of_this_machine_is_right(scope, dtype):
+    case = TINY._replace(scope=scope, dtype=dtype, adapter_dtype=dtype)
+    checker = Checker(Problem.of(case))
+    names = []
+    for name, provider in providers().items():
+        if name == "compiled" or provider.absent(case) is not None:
+            continue
+        check = checker.check(build(provider, checker.problem), provider.function)
+        assert check.right, (name, check)
+        names.append(name)
+    assert {"eager", "afa", "afa.torch"} <= set(names)
+
+
+def test_a_wrong_result_of_ours_is_not_timed_and_fails_the_run(tmp_path, monkeypatch, small_roofs):
+    def zeros(case):
+        return lambda x, a, b, base: base + 0 * (x.sum() + a.sum() + b.sum())
+
+    wrong = dataclasses.replace(providers()["afa.torch"], name="afa.wrong", branch=zeros)
+    monkeypatch.setattr(command, "providers", lambda: providers() | {"afa.wrong": wrong})
+    flags = ["--scopes", "branch", "--providers", "eager,afa.wrong", "--out", str(tmp_path)]
+    assert command.main([*TINY_FLAGS, *flags, "--device", "cpu", "--no-pictures"]) == 1
+    records = read(tmp_path / "custom.jsonl")
+    assert [r["provider"] for r in records if r["kind"] == "wrong"] == ["afa.wrong"]
+    assert {r["provider"] for r in records if r["kind"] == "row"} == {"eager"}
+
+
+# The command and its records
+
+
+def test_the_command_writes_valid_rows_of_every_scope(
+    tmp_path, small_roofs, small_transformer, capsys
+):
+    scopes = ["--scopes", "layer,branch,model", "--out", str(tmp_path)]
+    assert command.main([*TINY_FLAGS, *FEW, *scopes]) == 0
+    records = read(tmp_path / "custom.jsonl")
+    for record in records:
+        validate(record)
+    assert [r["kind"] for r in records[:2]] == ["environment", "roof"]
+    rows = [r for r in records if r["kind"] == "row"]
+    keys = [tuple(row[name] for name in KEY) for row in rows]
+    assert len(set(keys)) == len(keys)
+    assert {(r["scope"], r["pass"]) for r in rows} == {
+        *(
+            (scope, step)
+            for scope in ("layer", "branch")
+            for step in ("forward", "backward", "both")
+        ),
+        ("model", "step"),
+    }
+    for row in rows:
+        assert row["provider"] not in row["ratio"]
+        assert ("tax" in row) == (row["scope"] != "branch" and row["provider"] != "frozen")
+        assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+    assert "p50 ms" in capsys.readouterr().out
+
+
+def test_decoding_shapes_are_timed_as_inference(tmp_path, small_roofs):
+    flags = ["--shapes", "24x56", "--tokens", "1", "--seconds", "0.02", "--out", str(tmp_path)]
+    assert command.main([*flags, *FEW]) == 0
+    rows = [r for r in read(tmp_path / "custom.jsonl") if r["kind"] == "row"]
+    assert {row["pass"] for row in rows} == {"inference"}
+
+
+def test_a_spent_budget_and_too_large_a_case_are_recorded(tmp_path, small_roofs):
+    huge = [*FEW, "--shapes", "24x56", "--tokens", "40,1000000000000", "--out", str(tmp_path)]
+    assert command.main([*huge, "--seconds", "0.02"]) == 0
+    skipped = [r for r in read(tmp_path / "custom.jsonl") if r["kind"] == "skipped"]
+    assert len(skipped) == 1 and "GB" in skipped[0]["reason"]
+    assert command.main([*huge, "--budget", "1e-9"]) == 0
+    skipped = [r for r in read(tmp_path / "custom.jsonl") if r["kind"] == "skipped"]
+    assert [r["m"] for r in skipped] == [40, 1000000000000] and "budget" in skipped[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--shapes", "gpt5"], "gpt5"),
+        (["--dtypes", "f8"], "f8"),
+        (["--scopes", "kernel"], "kernel"),
+        (["--providers", "nobody"], "nobody"),
+        (["--tokens", "0"], "at least 1"),
+    ],
+)
+def test_a_bad_flag_is_named(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command.main(flags)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_recorded_results_are_valid(path):
+    records = read(path)
+    assert records[0]["kind"] == "environment"
+    for record in records:
+        validate(record)
+
+
+def _row() -> dict:
+    example = {str: "x", bool: True, int: 1, dict: {}, list: []}
+    return {"kind": "row"} | {
+        name: example[kind if isinstance(kind, type) else int]
+        for name, kind in FIELDS["row"].items()
+    }
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"kind": "rows"}, "kind"),
+        ({"p50_ms": "1"}, "p50_ms"),
+        ({"p50_ms": float("nan")}, "p50_ms"),
+        ({"calls": True}, "calls"),
+        ({"speed": 1}, "speed"),
+    ],
+)
+def test_an_invalid_record_is_refused(change, message):
+    validate(_row())
+    with pytest.raises(ValueError, match=message):
+        validate(_row() | change)
+
+
+def test_a_missing_field_is_refused():
+    row = _row()
+    del row["error_ratio"]
+    with pytest.raises(ValueError, match="error_ratio"):
+        validate(row)
+
+
+def test_numbers_are_written_with_five_digits(tmp_path):
+    writer = Writer(tmp_path / "folder" / "rows.jsonl")
+    writer.write(_row() | {"p50_ms": 1.23456789, "ratio": {"eager": 2 / 3}})
+    row = json.loads(writer.path.read_text())
+    assert row["p50_ms"] == 1.2346 and row["ratio"] == {"eager": 0.66667}
+
+
+# Cases
+
+
+def test_every_named_shape_and_preset_can_be_chosen():
+    assert layers([*LAYERS]) == list(LAYERS.values())
+    assert layers(["gpt2", "gpt2.up"]) == [v for k, v in LAYERS.items() if k.startswith("gpt2.")]
+    assert layers(["3x5"])[0][1:] == (3, 5, False)
+    axes = dict.fromkeys(("scopes", "shapes", "tokens", "ranks", "dtypes", "alphas"))
+    shared = {"adapter_dtype": None, "activation": "silu", "dropout": 0.0, "device": "cpu"}
+    for preset in PRESETS:
+        assert cases(argparse.Namespace(preset=preset, **axes, **shared))
+    one = argparse.Namespace(preset=None, **(axes | {"ranks": [8, 8]}), **shared)
+    assert len(cases(one)) == 1  # a flag alone starts from one case, and each case runs once
+
+
+def test_every_provider_runs_or_says_why_not():
+    for name, provider in providers().items():
+        reason = provider.absent(TINY)
+        assert reason is None or (isinstance(reason, str) and len(reason) > 5), name
+    assert "GPU" in providers()["unsloth"].absent(TINY)
+    assert "branch" in providers()["peft"].absent(TINY._replace(scope="branch"))
+
+
+# Costs
+
+
+def test_the_floor_is_arithmetic_or_bytes_whichever_is_longer():
+    case = TINY._replace(m=1000, k=100, n=300, r=10, adapter_dtype="f32")
+    both = cost.branch(case, "both")
+    assert both.flop == 6 * 1000 * 10 * (100 + 300)
+    assert both.nbytes == 4 * (1000 * (3 * 100 + 2 * 300)) + 3 * 4 * 10 * 400
+    assert both == cost.branch(case, "forward") + cost.branch(case, "backward")
+    gflop_s, gb_s = 1.0, 1000.0
+    assert both.milliseconds(gflop_s, gb_s) == pytest.approx(both.flop * 1e-6)
+    assert both.milliseconds(1e6, 0.001) == pytest.approx(both.nbytes * 1e-3)
+    assert cost.frozen(case, "both").flop == 4 * 1000 * 100 * 300
+    assert cost.whole(case, "forward").flop == 2 * 1000 * (100 * 300 + 10 * 400)
+
+
+def test_the_tax_is_counted_over_the_frozen_layer():
+    floor_ms = cost.branch(TINY, "both").milliseconds(
+        cost.frozen(TINY, "both").flop / 2.0 * 1e-6, ROOF["copy_gb_s"]
+    )
+    got = suite._against_floor(TINY, "both", [3.0, 3.0, 9.0], [2.0, 1.0, 2.0], ROOF)
+    assert got["tax"] == pytest.approx(0.5)
+    assert got["floor_tax"] == pytest.approx(floor_ms / 2.0)
+    assert got["over_floor"] == pytest.approx(1.0 / floor_ms)
+
+
+# Clocks
+
+
+def test_rounds_interleave_the_providers_and_rotate_the_first():
+    order = []
+
+    def work(name):
+        return timing.Work(lambda: None, {"step": lambda _: order.append(name)})
+
+    works = {name: work(name) for name in "abc"}
+
+    class Clock:
+        """Every call takes 2 ms, so that a sample is one call."""
+
+        def mark(self):
+            return len(order)
+
+        def milliseconds(self, start, end):
+            return 2.0 * (end - start)
+
+        def wait(self):
+            pass
+
+    rounds = timing.measure(works, Clock(), seconds=0.0, least=0, most=3)
+    assert rounds == 1
+    order.clear()
+    assert timing.measure(works, Clock(), seconds=60.0, most=4) == 4
+    assert "".join(order) == "aabbcc" + "abc" + "bca" + "cab" + "abc"
+    assert all(work.samples == {"step": [2.0] * 4} for work in works.values())
+
+
+def test_steps_are_timed_apart_and_summed():
+    seen = []
+    work = timing.Work(
+        lambda: "prepared",
+        {"forward": lambda state: seen.append(state) or "y", "backward": seen.append},
+        "both",
+    )
+    result = timing.sample(work, timing.CpuClock(), 3)
+    assert seen == ["prepared", "y"] * 3
+    assert result["both"] == pytest.approx(result["forward"] + result["backward"])
+
+
+def test_quantiles_interpolate_and_ratios_are_of_medians():
+    assert timing.quantile([4.0, 1.0, 2.0, 3.0], 0.5) == 2.5
+    assert timing.quantile([1.0, 2.0, 3.0], 0.2) == pytest.approx(1.4)
+    assert timing.quantile([7.0], 0.8) == 7.0
+    assert timing.ratio([2.0, 4.0, 100.0], [1.0, 2.0, 3.0]) == 2.0
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
+def test_the_exponent_of_a_power_law_is_found(exponent):
+    values = [8, 16, 64, 128]
+    got, residual = scaling.fit(values, [3.0 * v**exponent for v in values])
+    assert got == pytest.approx(exponent) and residual < 1e-9
+    assert scaling.fit(values, [1.0, 2.0, 8.0, 32.0])[1] > 0.1
+
+
+def test_the_scaling_command_sweeps_every_variable(tmp_path, monkeypatch, small_transformer):
+    sweeps = {name: [8, 16] for name in "mrkn"} | {"layers": [1, 2]}
+    monkeypatch.setattr(scaling, "SWEEPS", sweeps)
+    monkeypatch.setattr(scaling, "CENTER", {"m": 8, "k": 8, "n": 8, "r": 8})
+    flags = ["--providers", "frozen,afa", "--seconds", "0.01", "--out", str(tmp_path)]
+    assert scaling.main(flags) == 0
+    records = read(tmp_path / "scaling_layer_f32.jsonl")
+    for record in records:
+        validate(record)
+    exponents = [r for r in records if r["kind"] == "exponent"]
+    assert [(r["variable"], r["provider"]) for r in exponents] == [
+        (variable, provider) for variable in sweeps for provider in ("frozen", "afa")
+    ]
+    assert all(r["variable"] not in r["at"] and len(r["p50_ms"]) == 2 for r in exponents)
+
+
+# Modelled cases
+
+
+def test_modelled_cases_are_labelled_and_add_communication(tmp_path, capsys):
+    pytest.importorskip("triton")
+    from bench import modelled
+
+    assert modelled.main(["--ranks", "16", "--out", str(tmp_path)]) == 0
+    assert "MODELLED, not measured" in capsys.readouterr().out
+    records = read(tmp_path / "modelled.jsonl")
+    for record in records:
+        validate(record)
+    times = {(r["case"], r["implementation"]): r for r in records if r["kind"] == "modelled"}
+    implementations = {name for _, name in times}
+    for name in implementations:
+        single = times["llama-3-8b, single, r=16", name]
+        parallel = times["llama-3-8b, data parallel, r=16", name]
+        # 7 linear layers in 32 blocks; float32 gradients pass each of 8 GPUs' links 1.75 times.
+        parameters = (
+            32 * 16 * sum(count * (k + n) for count, k, n, _ in modelled.LLAMA_8B.linears())
+        )
+        sent = 1.75 * 4 * parameters / 450e9 * 1e3
+        assert parallel["assumptions"]["adapter_parameters_per_gpu"] == parameters
+        assert parallel["milliseconds"] - single["milliseconds"] == pytest.approx(sent, rel=0.1)
+        assert times["llama-3-70b, tensor parallel, r=16", name]["gpus"] == 8
+    assert len(implementations) > 3
+
+
+def test_tensor_parallelism_splits_every_layer_of_the_model_once():
+    from bench.modelled import LLAMA_70B
+
+    linears = LLAMA_70B.linears()
+    weights = sum(count * k * n for count, k, n, _ in linears) * LLAMA_70B.blocks
+    assert sum(count for count, *_ in linears) == 7
+    assert 68e9 < weights + 2 * 128256 * LLAMA_70B.hidden < 71e9  # with embedding and head: 70B
+
+
+# Memory and counts
+
+
+def test_allocations_are_counted_with_their_peak():
+    def call():
+        first = torch.empty(1000, dtype=torch.float32)
+        del first
+        return torch.empty(250, dtype=torch.float32), torch.empty(250, dtype=torch.float32)
+
+    assert allocations(call) == (4000, 6000)
+
+
+def test_saved_bytes_count_a_storage_once_and_no_operand():
+    x = torch.randn(10, 10, requires_grad=True)
+    assert saved_bytes(lambda: x.exp().sum(), [x]) == 400  # exp saves its result
+    assert saved_bytes(lambda: (x * x).sum(), [x]) == 0
+    assert saved_bytes(lambda: (x * x).sum(), []) == 400
+
+
+def test_no_call_does_more_than_recorded():
+    worse, _ = counts.compare(counts.measure(), json.loads(counts.RECORDED.read_text()))
+    assert not worse, "\n".join([*worse, "if this is meant: python -m bench.counts --write"])
+
+
+def test_the_counts_see_one_gemm_and_one_saved_tensor_more():
+    class Heavier(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+            self.lora_a, self.lora_b = module.lora_a, module.lora_b
+
+        def forward(self, x):
+            return self.module(x) + 1e-9 * (x @ self.lora_a.T).exp().mean()
+
+    ours = providers()["afa.torch"]
+
+    def heavier(*arguments):
+        module = Heavier(ours.layer(*arguments)[0])
+        return module, (module.lora_a, module.lora_b)
+
+    case = counts.CASES["layer"]
+    before = counts.counts(ours, case)
+    after = counts.counts(dataclasses.replace(ours, layer=heavier), case)
+    worse, better = counts.compare({"layer": {"x": after}}, {"layer": {"x": before}})
+    assert not better
+    assert {text.split(": ")[1].split()[0] for text in worse} >= {"gemms", "saved_bytes"}
+    assert counts.compare({"layer": {"x": before}}, {"layer": {"x": after}})[0] == []
+    assert counts.compare({"layer": {"x": before}}, {})[0] == ["layer, x: not recorded"]
+
+
+# Comparing commits and pictures
+
+
+def test_a_row_has_moved_if_ranges_are_apart_and_the_change_is_large():
+    old = compare.Range(9.0, 10.0, 11.0)
+    assert compare.moved(old, compare.Range(12.0, 13.0, 14.0), 0.05) == pytest.approx(1.3)
+    assert compare.moved(old, compare.Range(10.5, 13.0, 14.0), 0.05) is None  # within the noise
+    assert compare.moved(old, compare.Range(11.1, 11.2, 11.3), 0.25) is None  # too little
+    lines = compare.report(
+        {"a": old, "b": old, "gone": old},
+        {"a": compare.Range(4.0, 5.0, 6.0), "b": old, "new": old},
+        0.05,
+    )
+    assert [line.split() for line in lines] == [
+        ["0.50x", "faster", "a"],
+        ["gone", "gone"],
+        ["new", "new"],
+    ]
+
+
+def test_two_files_of_results_are_compared(tmp_path, capsys):
+    for name, factor in (("old", 1.0), ("new", 3.0)):
+        writer = Writer(tmp_path / f"{name}.jsonl")
+        times = {"p20_ms": 0.9 * factor, "p50_ms": factor, "p80_ms": 1.1 * factor}
+        writer.write(_row() | times)
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("old", "new")]
+    assert compare.main(files) == 0
+    out = capsys.readouterr().out
+    assert "3.00x  slower" in out and "1 compared, 1 moved" in out
+    with pytest.raises(SystemExit):
+        compare.main([files[0], "main"])
+
+
+def test_pictures_are_drawn_from_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench import plot
+
+    writer = Writer(tmp_path / "rows.jsonl")
+    writer.write({"kind": "roof", "device": "cpu", "copy_bytes": 1, "gemm_size": {}} | ROOF)
+    base = _row() | TINY._asdict() | {"pass": "both", "tax": 0.1, "floor_tax": 0.05}
+    for provider in ("eager", "afa"):
+        for m in (1, 2, 4):
+            writer.write(base | {"provider": provider, "m": m})
+        for r in (1, 2, 4):
+            writer.write(base | {"provider": provider, "r": r})
+        writer.write(base | {"provider": provider, "scope": "branch"})
+    written = plot.draw([writer.path], tmp_path)
+    names = {
+        f"{name}.{kind}"
+        for name in ("tax_tokens", "tax_rank", "roofline")
+        for kind in ("png", "svg")
+    }
+    assert {path.name for path in written} == names
+    for name in ("tax_tokens", "tax_rank", "roofline"):
+        assert "eager AFA" in (tmp_path / f"{name}.svg").read_text()
+    assert (tmp_path / "roofline.png").read_bytes()[:4] == b"\x89PNG"

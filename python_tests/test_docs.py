@@ -1,0 +1,70 @@
+"""The documents are right: their examples run, in order, and what they link to exists.
+
+A block starts with three backticks and ``python``. The blocks of a page share one namespace, as a
+reader would type them. ``python cuda`` marks a block that needs such a device.
+"""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python *(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Return the device that each example needs, and its code on the lines that it has in the
+    page."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        (match[1], "\n" * text.count("\n", 0, match.start(2)) + match[2])
+        for match in BLOCK.finditer(text)
+    ]
+
+
+def imported(code: str) -> set[str]:
+    tree = ast.walk(ast.parse(code))
+    names = {
+        name
+        for node in tree
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": page.stem}
+    runnable = [(device, code) for device, code in blocks(page)]
+    for device, code in runnable:
+        missing = [name for name in imported(code) if importlib.util.find_spec(name) is None]
+        if missing:
+            pytest.skip(f"{page.name} needs {', '.join(sorted(missing))}")
+        if device and not getattr(torch, device).is_available():
+            continue
+        exec(compile(code, str(page), "exec"), namespace)
+
+
+def test_every_page_of_an_integration_has_an_example():
+    for name in ("peft", "trainer", "trl", "lightning"):
+        assert blocks(ROOT / "docs" / f"{name}.md"), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"

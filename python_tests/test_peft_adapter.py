@@ -1,0 +1,352 @@
+"""AFALoraConfig: the branch inside PEFT's layers is the operator, and at alpha_t = 0 it is PEFT's
+LoRA."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft")
+
+import peft
+import torch._dynamo.testing
+from helpers import assert_as_accurate_as_torch
+from peft import LoraConfig
+from peft_models import TARGETS, Net, adapted, gradients, set_alpha_t
+
+import afa_kernels as afa
+from afa_kernels.activation import ACTIVATIONS
+from afa_kernels.peft import AFALoraConfig, AFALoraLayer
+
+RELEASE = tuple(int(part) for part in peft.__version__.split(".")[:2])
+PASSES_CONFIG = RELEASE >= (0, 19)  # to a layer that exists, for another adapter
+MARKS_VARIANTS = RELEASE >= (0, 20)
+
+
+def config(cls=AFALoraConfig, **options):
+    return cls(**{"target_modules": list(TARGETS), "r": 4, "lora_alpha": 6} | options)
+
+
+class Branch(nn.Module):
+    """The layer as a user would write it in torch ops."""
+
+    def __init__(self, layer, activation):
+        super().__init__()
+        self.layer, self.activation, self.alpha_t = layer, activation, layer.alpha_t
+
+    def forward(self, x):
+        layer = self.layer
+        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        z = a(x.to(a.weight.dtype))
+        h = (1 - self.alpha_t) * z + self.alpha_t * ACTIVATIONS[self.activation].value(z)
+        y = layer.base_layer(x)
+        return (y + b(h) * layer.scaling["default"]).to(y.dtype)
+
+
+@pytest.mark.parametrize("alpha_t", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("activation", ["silu", "relu", "tanh"])
+@pytest.mark.parametrize("leading", [(5,), (2, 3), (0,)], ids=["2d", "3d", "empty"])
+def test_a_layer_is_the_formula(activation, alpha_t, leading):
+    model = adapted(Net(torch.float64), config(activation=activation)).double()
+    set_alpha_t(model, alpha_t)
+    plain = copy.deepcopy(model)
+    for name in TARGETS:
+        setattr(plain.base_model.model, name, Branch(getattr(plain, name), activation))
+    x = torch.randn(*leading, 16, dtype=torch.float64)
+    got, wanted = gradients(model, x), gradients(plain, x)
+    wanted = {name.replace(".layer.", "."): value for name, value in wanted.items()}
+    assert got.keys() == wanted.keys() and len(got) == 6
+    for name, value in got.items():
+        torch.testing.assert_close(value, wanted[name], msg=name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 11}},
+        {"modules_to_save": ["head"]},
+        {"init_lora_weights": "gaussian"},
+    ],
+    ids=["plain", "rslora", "patterns", "modules_to_save", "gaussian"],
+)
+def test_at_identity_it_is_peft_lora(options):
+    net = Net()
+    ours = adapted(net, config(**options))
+    stock = adapted(net, config(LoraConfig, **options))
+    set_alpha_t(ours, 0.0)
+    x = torch.randn(2, 5, 16)
+    got, wanted = gradients(ours, x), gradients(stock, x)
+    assert got.keys() == wanted.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(value, wanted[name], msg=name)
+    assert ours.get_nb_trainable_parameters() == stock.get_nb_trainable_parameters()
+
+
+def test_lora_bias_is_added_and_trained():
+    net = Net()
+    net.v_proj = nn.Linear(24, 12)
+    ours = adapted(net, config(lora_bias=True))
+    stock = adapted(net, config(LoraConfig, lora_bias=True))
+    for model in (ours, stock):
+        for name in TARGETS:
+            with torch.no_grad():
+                getattr(model, name).lora_B["default"].bias.copy_(
+                    torch.linspace(-1, 1, getattr(model, name).out_features)
+                )
+    set_alpha_t(ours, 0.0)
+    x = torch.randn(2, 5, 16)
+    got, wanted = gradients(ours, x), gradients(stock, x)
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, msg=name)
+    torch.testing.assert_close(ours.merge_and_unload()(x), wanted["y"])
+
+
+@pytest.mark.parametrize("alpha_t", [0.0, 0.5])
+def test_float32_adapters_beside_a_bfloat16_model(alpha_t):
+    """PEFT's usual mix: not less accurate than a model that is bfloat16 throughout."""
+    net = Net(torch.bfloat16)
+    ours = adapted(net, config())
+    layer = ours.q_proj
+    set_alpha_t(ours, alpha_t)
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    x = torch.randn(2, 5, 16, dtype=torch.bfloat16)
+    dy = torch.randn(2, 5, 24, dtype=torch.bfloat16)
+    got = gradients(layer, x, dy)
+    assert got["y"].dtype == got["dx"].dtype == torch.bfloat16
+    assert got["lora_A.default.weight"].dtype == torch.float32
+    truth = gradients(Branch(copy.deepcopy(layer), "silu").double(), x.double(), dy.double())
+    same = gradients(Branch(copy.deepcopy(layer), "silu").bfloat16(), x, dy)
+    for name, value in got.items():
+        key = name if name in ("y", "dx") else f"layer.{name}"
+        assert_as_accurate_as_torch(
+            value, same[key].to(value.dtype), truth[key], name, torch.bfloat16
+        )
+
+
+def test_autocast_runs_the_branch_in_its_dtype():
+    ours = adapted(Net(), config())
+    set_alpha_t(ours, 0.5)
+    x = torch.randn(2, 5, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradients(ours.q_proj, x)
+    wanted = gradients(Branch(copy.deepcopy(ours.q_proj), "silu"), x)
+    assert got["y"].dtype == torch.bfloat16 and got["dx"].dtype == torch.float32
+    torch.testing.assert_close(got["dx"], wanted["dx"], rtol=0.05, atol=0.05)
+
+
+def test_dropout_is_seeded_and_acts_in_training_only():
+    net, x = Net(), torch.randn(2, 5, 16)
+    ours = adapted(net, config(lora_dropout=0.5))
+    torch.manual_seed(3)
+    first = ours.train()(x)
+    torch.manual_seed(3)
+    again = ours(x)
+    other = ours(x)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    ours.eval()
+    assert torch.equal(ours(x), ours(x))
+    torch.testing.assert_close(ours(x), adapted(net, config())(x))
+
+
+def test_the_base_output_is_accumulated_into(monkeypatch):
+    """No second pass over the output: the product of the frozen layer is where the sum ends up."""
+    ours = adapted(Net(), config())
+    layer, products = ours.q_proj, []
+    linear = torch.nn.functional.linear
+
+    def recording(*args):
+        products.append(linear(*args))
+        return products[-1]
+
+    monkeypatch.setattr(torch.nn.functional, "linear", recording)
+    y = layer(torch.randn(2, 5, 16, requires_grad=True))
+    assert len(products) == 1 and products[0].data_ptr() == y.data_ptr()
+    assert type(y.grad_fn.next_functions[0][0]).__name__ != "CopySlices"
+
+
+def test_no_widened_copy_of_the_input_is_made_or_kept():
+    ours = adapted(Net(torch.bfloat16), config())
+    x = torch.randn(50, 16, dtype=torch.bfloat16, requires_grad=True)
+    kept = []
+
+    def note(t):
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        ours.q_proj(x).sum().backward()
+    of_inputs = [t for t in kept if t.dim() == 2 and t.shape[0] == 50 and t.shape[1] > 4]
+    assert of_inputs and all(t.data_ptr() == x.data_ptr() for t in of_inputs)
+    assert ours.q_proj._cast_input_dtype(x, torch.float32) is x
+
+
+def test_a_hook_sees_the_output_of_the_base_layer_unchanged():
+    ours = adapted(Net(), config())
+    layer, seen = ours.q_proj, []
+    layer.base_layer.register_forward_hook(lambda module, args, y: seen.append(y))
+    x = torch.randn(2, 5, 16)
+    y = layer(x)
+    torch.testing.assert_close(seen[0], nn.functional.linear(x, *layer.base_layer.parameters()))
+    assert not torch.allclose(y, seen[0])
+
+
+def test_hooks_on_the_adapter_run():
+    """Sharding and tensor parallelism work by hooks on A and B: then these are called as layers."""
+    ours = adapted(Net(), config(lora_bias=False))
+    set_alpha_t(ours, 0.4)
+    x = torch.randn(2, 5, 16)
+    fused = gradients(ours, x)
+    calls = []
+    for name in TARGETS:
+        getattr(ours, name).lora_A["default"].register_forward_hook(lambda *_: calls.append(1))
+    composed = gradients(ours, x)
+    assert len(calls) == 2
+    for name, value in fused.items():
+        torch.testing.assert_close(composed[name], value, msg=name)
+
+
+def test_alpha_stays_float32_and_exact_in_any_model_dtype():
+    ours = adapted(Net(), config())
+    set_alpha_t(ours, 0.3)
+    moved = ours.to(torch.bfloat16)
+    state = moved.q_proj.lora_afa["default"]
+    assert state.alpha_t.dtype == torch.float32
+    assert state.alpha_t.item() == torch.tensor(0.3).item() and moved.q_proj.alpha_t == 0.3
+    assert state.alpha_t.item() == moved.float().q_proj.lora_afa["default"].alpha_t.item()
+
+
+def test_the_state_dict_is_that_of_peft():
+    ours, stock = adapted(Net(), config()), adapted(Net(), config(LoraConfig))
+    assert ours.state_dict().keys() == stock.state_dict().keys()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_model_can_be_copied_and_pickled(copied):
+    ours = adapted(Net(), config())
+    set_alpha_t(ours, 0.25)
+    other = copied(ours)
+    x = torch.randn(3, 16)
+    assert torch.equal(ours(x), other(x)) and isinstance(other.q_proj, AFALoraLayer)
+    set_alpha_t(other, 0.0)
+    assert other.peft_config["default"].alpha_t == 0.0
+    assert ours.q_proj.alpha_t == ours.peft_config["default"].alpha_t == 0.25
+
+
+def test_annealing_compiles_once_and_identity_once_more():
+    ours = adapted(Net(), config())
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours, backend=counter, fullgraph=True)
+    x = torch.randn(2, 5, 16)
+    schedule = afa.AnnealSchedule(20, end_frac=0.5).attach(ours)
+    for _ in range(20):
+        torch.testing.assert_close(compiled(x), ours(x))
+        compiled(x).sum().backward()
+        schedule.step()
+    assert schedule.alpha_t == 0.0 and counter.frame_count == 2
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_recomputes_the_same_mask(use_reentrant):
+    ours = adapted(Net(), config(lora_dropout=0.3)).train()
+    x = torch.randn(4, 16)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = ours
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=use_reentrant)
+
+    torch.manual_seed(1)
+    wanted = gradients(ours, x)
+    torch.manual_seed(1)
+    got = gradients(Checkpointed(), x)
+    for name, value in wanted.items():
+        other = got[name if name in ("y", "dx") else f"net.{name}"]
+        torch.testing.assert_close(other, value, msg=name)
+
+
+def test_conv1d_layers():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    net = nn.Sequential()
+    net.q_proj = conv1d(24, 16)
+    ours = adapted(net, config(target_modules=["q_proj"], fan_in_fan_out=True))
+    x = torch.randn(2, 5, 16)
+    set_alpha_t(ours, 0.5)
+    layer = ours.base_model.model.q_proj
+    torch.testing.assert_close(layer(x), Branch(layer, "silu")(x))
+    set_alpha_t(ours, 0.0)
+    y = layer(x)
+    ours.merge_adapter()
+    torch.testing.assert_close(layer(x), y)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"use_qalora": True}, {"target_parameters": ["q_proj.weight"]}],
+    ids=lambda o: next(iter(o)),
+)
+def test_other_branches_are_refused_with_a_reason(options):
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=f"{name}: not possible with AFALoraConfig: "):
+        config(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "swish"}, "activation: expected one of"),
+        ({"alpha_t": 1.5}, r"alpha_t: expected a value in \[0, 1\], got 1.5"),
+        ({"anneal": "quick"}, "kind: expected one of"),
+        ({"anneal_start": -1.0}, "start: expected a value"),
+        ({"anneal_end_frac": 2.0}, "end_frac: expected a fraction"),
+        ({"save": "all"}, "save: expected"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_initialisations_that_change_the_base_weights_warn():
+    with pytest.warns(UserWarning, match="does not start as the base model"):
+        config(init_lora_weights="pissa")
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (nn.Embedding(7, 16), {}, "an? Embedding layer of PEFT has no seam"),
+        (nn.Conv2d(3, 4, 3), {}, "Conv2d layer of PEFT has no seam"),
+        (nn.Linear(16, 8), {"r": 257}, "r: expected a rank from 1 to 256, got 257"),
+    ],
+    ids=["embedding", "conv", "rank"],
+)
+def test_layers_that_cannot_run_it_are_refused(module, options, message):
+    net = nn.Sequential()
+    net.target = module
+    with pytest.raises(ValueError, match=message):
+        adapted(net, config(target_modules=["target"], **options))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_alpha_outside_its_range_is_refused(value):
+    layer = adapted(Net(), config()).q_proj
+    with pytest.raises(ValueError, match="alpha_t: expected a value"):
+        layer.set_alpha_t(value)
+    assert layer.alpha_t == 1.0
+
+
+def test_a_configuration_that_was_trained_starts_anew_in_another_model():
+    shared = config()
+    first = adapted(Net(), shared)
+    set_alpha_t(first, 0.0)
+    assert shared.alpha_t == 0.0
+    second = adapted(Net(), shared)
+    assert second.q_proj.alpha_t == second.v_proj.alpha_t == shared.alpha_t == 1.0

@@ -1,0 +1,194 @@
+"""Saved adapters: stock PEFT reads them, and alpha_t and the activation come back."""
+
+import copy
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft")
+
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft_models import TARGETS, Net, adapted, fill_adapters, set_alpha_t
+from test_peft_adapter import config
+
+import afa_kernels as afa
+from afa_kernels.peft import AFALoraConfig, load_adapter
+
+LOAD_IN_STOCK_PEFT = """
+import sys, warnings
+import torch
+from peft import PeftModel
+sys.path.insert(0, sys.argv[1])
+net, x, wanted = torch.load(sys.argv[2], weights_only=False)
+warnings.simplefilter("error")
+model = PeftModel.from_pretrained(net, sys.argv[3])
+assert not any(name.startswith("afa_kernels") for name in sys.modules), "not stock PEFT"
+assert type(model.peft_config["default"]).__name__ == "LoraConfig"
+layers = [m for m in model.modules() if type(m).__module__ == "peft.tuners.lora.layer"]
+assert len(layers) == 2
+torch.testing.assert_close(model(x), wanted)
+torch.testing.assert_close(model.merge_and_unload()(x), wanted)
+"""
+
+
+def sequential():
+    """A network that a process can unpickle without the modules of this folder."""
+    return nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 12))
+
+
+def test_an_annealed_adapter_is_a_lora_to_stock_peft(tmp_path):
+    net = sequential()
+    model = adapted(net, config(target_modules=["0", "2"], activation="gelu", use_rslora=True))
+    set_alpha_t(model, 0.0)
+    x = torch.randn(3, 16)
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save((net, x, model(x).detach()), tmp_path / "case.pt")
+    script = tmp_path / "script.py"
+    script.write_text(LOAD_IN_STOCK_PEFT)
+    arguments = [str(tmp_path), str(tmp_path / "case.pt"), str(tmp_path / "adapter")]
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_configuration_comes_back(tmp_path):
+    model = adapted(Net(), config(activation="tanh", anneal="cosine", anneal_end_frac=0.5, r=3))
+    set_alpha_t(model, 0.0)
+    model.save_pretrained(tmp_path)
+    loaded = AFALoraConfig.from_pretrained(tmp_path)
+    assert (loaded.activation, loaded.anneal, loaded.anneal_end_frac) == ("tanh", "cosine", 0.5)
+    assert (loaded.alpha_t, loaded.r, set(loaded.target_modules)) == (0.0, 3, set(TARGETS))
+    assert loaded.schedule(10)(5) == 0.0 and loaded.schedule(10)(0) == 1.0
+
+
+def test_an_adapter_saved_on_the_way_keeps_alpha_and_stock_peft_warns(tmp_path):
+    net, x = Net(), torch.randn(3, 16)
+    model = adapted(net, config(activation="tanh"))
+    set_alpha_t(model, 0.4)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="afa_lora"):
+        PeftModel.from_pretrained(copy.deepcopy(net), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = PeftModel.from_pretrained(
+            copy.deepcopy(net), tmp_path, config=AFALoraConfig.from_pretrained(tmp_path)
+        )
+    assert loaded.q_proj.alpha_t == loaded.v_proj.alpha_t == 0.4
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_training_continues_from_a_saved_adapter(tmp_path):
+    net = Net()
+    model = adapted(net, config())
+    set_alpha_t(model, 0.4)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        net, tmp_path, config=AFALoraConfig.from_pretrained(tmp_path), is_trainable=True
+    )
+    loaded(torch.randn(3, 16)).sum().backward()
+    assert loaded.q_proj.lora_A["default"].weight.grad is not None
+
+
+def test_weights_are_loaded_onto_the_meta_device_first(tmp_path):
+    net, x = Net(), torch.randn(3, 16)
+    model = adapted(net, config())
+    set_alpha_t(model, 0.4)
+    model.save_pretrained(tmp_path)
+    saved = AFALoraConfig.from_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(net, tmp_path, config=saved, low_cpu_mem_usage=True)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_load_adapter_adds_a_second_one(tmp_path):
+    net, x = Net(), torch.randn(3, 16)
+    saved = adapted(net, config(activation="tanh"), seed=5)
+    set_alpha_t(saved, 0.4)
+    saved.save_pretrained(tmp_path)
+    model = adapted(net, config())
+    assert load_adapter(model, str(tmp_path), "second") is model
+    assert model.active_adapter == "default"
+    model.set_adapter("second")
+    assert model.q_proj.alpha_t == 0.4
+    torch.testing.assert_close(model(x), saved(x))
+
+
+def test_every_adapter_is_saved_with_its_own_alpha(tmp_path):
+    model = get_peft_model(Net(), config())
+    model.add_adapter("other", config(activation="tanh"))
+    fill_adapters(model)
+    set_alpha_t(model, 0.0)
+    model.save_pretrained(tmp_path)
+    assert AFALoraConfig.from_pretrained(tmp_path).alpha_t == 0.0
+    assert AFALoraConfig.from_pretrained(tmp_path / "other").activation == "tanh"
+
+
+def test_a_stock_adapter_loads_as_a_plain_lora(tmp_path):
+    net, x = Net(), torch.randn(3, 16)
+    stock = adapted(net, config(LoraConfig))
+    stock.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        net, tmp_path, config=AFALoraConfig.from_pretrained(tmp_path)
+    )
+    assert loaded.q_proj.alpha_t == 0.0
+    torch.testing.assert_close(loaded(x), stock(x))
+
+
+def test_modules_to_save_come_back(tmp_path):
+    net, x = Net(), torch.randn(3, 16)
+    model = adapted(net, config(modules_to_save=["head"]))
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["default"].bias.fill_(7.0)
+    set_alpha_t(model, 0.0)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(net, tmp_path)(x), model(x))
+
+
+def test_checkpoints_of_the_two_integrations_are_interchangeable_at_identity(tmp_path):
+    net, x = Net(), torch.randn(3, 16)
+    model = adapted(net, config())
+    set_alpha_t(model, 0.0)
+    model.save_pretrained(tmp_path / "peft")
+    injected = afa.load_adapter(copy.deepcopy(net), tmp_path / "peft")
+    torch.testing.assert_close(injected(x), model(x))
+    afa.save_adapter(injected, tmp_path / "afa")
+    loaded = PeftModel.from_pretrained(
+        net, tmp_path / "afa", config=AFALoraConfig.from_pretrained(tmp_path / "afa")
+    )
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*saved at alpha_t")
+def test_an_unfinished_checkpoint_of_save_adapter_loads_into_peft(tmp_path):
+    net, x = Net(), torch.randn(3, 16)
+    injected = afa.inject(copy.deepcopy(net), TARGETS, r=4, activation="tanh")
+    for layer in (injected.q_proj, injected.v_proj):
+        nn.init.normal_(layer.lora_b)
+    afa.set_alpha_t(injected, 0.4)
+    afa.save_adapter(injected, tmp_path)
+    loaded = PeftModel.from_pretrained(
+        net, tmp_path, config=AFALoraConfig.from_pretrained(tmp_path)
+    )
+    assert loaded.q_proj.alpha_t == 0.4
+    torch.testing.assert_close(loaded(x), injected(x))
+
+
+def test_configurations_that_are_no_lora_are_refused(tmp_path):
+    PromptTuningConfig(num_virtual_tokens=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="peft_type: expected the configuration of a LoRA"):
+        AFALoraConfig.from_pretrained(tmp_path)
+
+
+def test_a_state_of_another_version_is_refused(tmp_path):
+    adapted(Net(), config()).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    saved["afa_lora"]["format_version"] = 99
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="expected format_version 1, got 99"):
+        AFALoraConfig.from_pretrained(tmp_path)
