@@ -1,6 +1,8 @@
-"""The CUDA kernels' source on the emulator: primitives, traffic, schedules, and what the launchers decide.
+"""The CUDA kernels' source on the emulator: primitives, traffic, schedules, and what the launchers
+decide.
 
-The numeric tests of test_numerics.py run on ``cuda_emulated`` as well; here are the ones that only the emulator can do.
+The numeric tests of test_numerics.py run on ``cuda_emulated`` as well; here are the ones that only
+the emulator can do.
 """
 
 import numpy as np
@@ -61,7 +63,8 @@ def same(left, right):
     )
 
 
-# --- Primitives, against the layouts that the vendor documents, in another formulation than the emulator's ---
+# --- Primitives, against the layouts that the vendor documents, in another formulation than the
+# emulator's ---
 
 
 def primitive_check(module, dtype):
@@ -85,7 +88,8 @@ def layout(shape, stride):
     return offsets.reshape(-1)
 
 
-# SM80_16x8x16: (thread (4, 8), value (2, 2, 2)) -> column-major offset in A (16 x 16), B (8 x 16) and C (16 x 8).
+# SM80_16x8x16: (thread (4, 8), value (2, 2, 2)) -> column-major offset in A (16 x 16), B (8 x 16)
+# and C (16 x 8).
 A_LAYOUT = layout((4, 8, 2, 2, 2), (32, 1, 16, 8, 128)).reshape(8, 32).T
 B_LAYOUT = layout((4, 8, 2, 2), (16, 1, 8, 64)).reshape(4, 32).T
 C_LAYOUT = layout((4, 8, 2, 2), (32, 1, 16, 8)).reshape(4, 32).T
@@ -97,7 +101,8 @@ def test_matrix_loads_match_the_documented_fragments(emulator, dtype):
     loaded = out[:128].view(torch.int16).view(32, 8).view(DTYPES[dtype])
     expected = matrices[:16].T.reshape(-1)[torch.from_numpy(A_LAYOUT)]
     assert torch.equal(loaded, expected)
-    # Transposed and counted right first, the second matrix (k, n) becomes the A operand (n, k) of its transpose.
+    # Transposed and counted right first, the second matrix (k, n) becomes the A operand (n, k) of
+    # its transpose.
     transposed = out[128:256].view(torch.int16).view(32, 8).view(DTYPES[dtype])
     expected = matrices[16:].reshape(-1)[torch.from_numpy(A_LAYOUT)]
     assert torch.equal(transposed, expected)
@@ -129,7 +134,9 @@ def test_conversions_match_torch(emulator, dtype):
     assert torch.equal(out[416:480].view(torch.float32), matrices.view(-1)[:64].float())
 
 
-@pytest.mark.parametrize("special", [0.0, -0.0, 1e-8, 6e-8, 2**-14, 65504.0, 65519.0, 65520.0, 3e38])
+@pytest.mark.parametrize(
+    "special", [0.0, -0.0, 1e-8, 6e-8, 2**-14, 65504.0, 65519.0, 65520.0, 3e38]
+)
 def test_conversion_of_special_values(emulator, special):
     for dtype in DTYPES:
         matrices = torch.zeros(32, 16).to(DTYPES[dtype])
@@ -199,7 +206,9 @@ def variants(problem):
         "transposed x": {"x": problem.x.T.contiguous().T},
         "rows apart": {"x": torch.randn(problem.x.shape[0], 200).to(problem.x.dtype)[:, :72]},
         "odd row stride": {"x": torch.randn(problem.x.shape[0], 75).to(problem.x.dtype)[:, :72]},
-        "misaligned x": {"x": torch.randn(problem.x.numel() + 1).to(problem.x.dtype)[1:].view(-1, 72)},
+        "misaligned x": {
+            "x": torch.randn(problem.x.numel() + 1).to(problem.x.dtype)[1:].view(-1, 72)
+        },
         "expanded dy": {"dy": torch.ones(1, 1, dtype=problem.dy.dtype).expand(problem.dy.shape)},
         "transposed weights": {
             "lora_a": problem.lora_a.T.contiguous().T,
@@ -224,7 +233,9 @@ def test_layouts_give_the_bits_of_contiguous_operands(r):
             assert torch.equal(value, before[key]), f"{name}: {key} was written"
 
 
-@pytest.mark.parametrize("columns", [slice(None), slice(8, 88), slice(0, 160, 2)], ids=["dense", "slice", "strided"])
+@pytest.mark.parametrize(
+    "columns", [slice(None), slice(8, 88), slice(0, 160, 2)], ids=["dense", "slice", "strided"]
+)
 def test_out_may_be_any_view(columns):
     problem = Problem.random(37, 72, 80, 16, torch.bfloat16)
     backend, alpha_t = registry.get("cuda_emulated"), torch.tensor(0.3)
@@ -265,7 +276,14 @@ def test_traffic_is_one_pass_over_each_large_matrix(emulator):
     problem = Problem.random(m, k, n, r, torch.bfloat16)
     emulator.reset_counters()
     y = torch.empty_like(problem.base)
-    operands = (problem.x, problem.lora_a, problem.lora_b, torch.tensor(0.3), None, Spec("silu", 1.5))
+    operands = (
+        problem.x,
+        problem.lora_a,
+        problem.lora_b,
+        torch.tensor(0.3),
+        None,
+        Spec("silu", 1.5),
+    )
     z = registry.get("cuda_emulated").forward(*operands, base=None, out=y, save_z=True)
     forward = emulator.counters()
     rows, weights = 2, 2 * (r * k + r * n)  # tiles of 64 rows, each of which reads A and B
@@ -285,12 +303,20 @@ def test_traffic_is_one_pass_over_each_large_matrix(emulator):
 @pytest.mark.parametrize("r", RANKS)
 def test_no_bank_conflicts_in_matrix_loads(emulator, r):
     emulator.reset_counters()
-    forward_and_backward(Problem.random(70, 136, 264, r, torch.bfloat16), seed=torch.tensor(1), spec=Spec("relu", 1.0, 9))
+    forward_and_backward(
+        Problem.random(70, 136, 264, r, torch.bfloat16),
+        seed=torch.tensor(1),
+        spec=Spec("relu", 1.0, 9),
+    )
     counters = emulator.counters()
     assert counters["matrix_loads"] > 0 and counters["bank_conflicts"] == 0
 
 
-H100, A100, RTX = (132, 227 << 10, 228 << 10), (108, 163 << 10, 164 << 10), (170, 99 << 10, 100 << 10)
+H100, A100, RTX = (
+    (132, 227 << 10, 228 << 10),
+    (108, 163 << 10, 164 << 10),
+    (170, 99 << 10, 100 << 10),
+)
 
 
 @pytest.mark.parametrize("device", [H100, A100, RTX], ids=["H100", "A100", "RTX-5090"])
@@ -310,7 +336,10 @@ def test_launches_fit_the_device(emulator, m, r, device):
 @pytest.mark.parametrize("r", RANKS)
 def test_the_order_of_sums_depends_on_the_shape_alone(emulator, m, r):
     grids = [
-        [(launch["kernel"], launch["grid"]) for launch in emulator.launch_plan((m, 2048, 4096, r), *device)]
+        [
+            (launch["kernel"], launch["grid"])
+            for launch in emulator.launch_plan((m, 2048, 4096, r), *device)
+        ]
         for device in (H100, A100, RTX)
     ]
     assert grids[0] == grids[1] == grids[2]
@@ -327,7 +356,10 @@ def test_few_rows_take_the_split_forward(emulator):
 
 
 def test_a_device_without_enough_shared_memory_is_named(emulator):
-    with pytest.raises(ValueError, match=r"forward kernel: needs \d+ bytes of shared memory, the device gives 16384"):
+    with pytest.raises(
+        ValueError,
+        match=r"forward kernel: needs \d+ bytes of shared memory, the device gives 16384",
+    ):
         emulator.launch_plan((64, 64, 64, 16), 10, 16 << 10, 16 << 10)
 
 
@@ -373,11 +405,15 @@ def test_the_cuda_backend_says_why_it_cannot_run():
 
 def test_misaligned_memory_is_an_error_and_no_crash(emulator):
     x = torch.randn(9 * 64 + 1).bfloat16()[1:].view(9, 64)
-    a, b, y = torch.randn(16, 64).bfloat16(), torch.randn(64, 16).bfloat16(), torch.empty(9, 64).bfloat16()
+    a, b, y = (
+        torch.randn(16, 64).bfloat16(),
+        torch.randn(64, 16).bfloat16(),
+        torch.empty(9, 64).bfloat16(),
+    )
     workspace = torch.empty(emulator.forward_workspace((9, 64, 64, 16)), dtype=torch.uint8)
     alpha_t = torch.tensor(0.5)
+    operands = ((a.data_ptr(), 64, 1, False), (b.data_ptr(), 16, 1, False))
+    out = ((0, 0), (y.data_ptr(), 64), 0)
+    scalars = (alpha_t.data_ptr(), 0, 1, 0, 1.0, workspace.data_ptr(), 0, 0)
     with pytest.raises(ValueError, match="x: expected 16-byte aligned rows"):
-        emulator.forward(
-            0, (9, 64, 64, 16), (x.data_ptr(), 64), (a.data_ptr(), 64, 1, False), (b.data_ptr(), 16, 1, False),
-            (0, 0), (y.data_ptr(), 64), 0, alpha_t.data_ptr(), 0, 1, 0, 1.0, workspace.data_ptr(), 0, 0,
-        )  # fmt: skip
+        emulator.forward(0, (9, 64, 64, 16), (x.data_ptr(), 64), *operands, *out, *scalars)
