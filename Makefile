@@ -22,9 +22,12 @@ $(VENV)/.dependencies: pyproject.toml
 	$(RUN) -m pip install --quiet "$(TORCH)"
 	touch $@
 
-# Editable, so that Python changes need no build; C++ changes run this rule again.
+# Editable, so that Python changes need no build; C++ changes run this rule again. The emulator that runs the CUDA kernels
+# on the CPU is built too, and of the CUDA architectures only one: the tests run without a GPU, and the reports compile
+# every architecture themselves. `pip wheel .` builds all of them.
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
-	$(RUN) -m pip install --quiet --editable ".[dev,demo,bench]"
+	AFA_BUILD_EMULATOR=1 AFA_CUDA_ARCHITECTURES=$${AFA_CUDA_ARCHITECTURES:-90-real} \
+		$(RUN) -m pip install --quiet --editable ".[dev]"
 	touch $@
 
 test: lint  ## lint, the tests, sanitizers and machine-code reports: all that needs no GPU
@@ -48,9 +51,6 @@ demo: $(VENV)/.built  ## fine-tune a real model, anneal, merge, load in stock PE
 	$(RUN) examples/demo.py $(ARGS)
 
 bench: $(VENV)/.built  ## time every provider of this machine (ARGS=--quick: within two minutes)
-	$(RUN) -m bench $(ARGS)
-
-bench: $(VENV)/.built  ## the microbenchmarks (ARGS=--quick: two minutes)
 	$(RUN) -m bench $(ARGS)
 
 sanitize-cpu: $(VENV)/.built

@@ -80,10 +80,7 @@ def main() -> int:
     adapter = Adapter(chosen.rank, 2.0 * chosen.rank, chosen.activation)
     path = chosen.model or packaged_model()
     splits = data.load()
-    encoded = {
-        name: Encoded(getattr(splits, name), splits.labels, path)
-        for name in ("train", "validation", "test")
-    }
+    encoded = {name: Encoded(getattr(splits, name), splits.labels, path) for name in ("train", "validation", "test")}
     environment = report.environment()
     result = {
         "environment": environment,
@@ -193,9 +190,7 @@ def identity_reached(curve: Curve) -> int:
     return curve.alpha_t.index(0.0)
 
 
-def check_adapter(
-    model: Classifier, path, splits: data.Splits, test_set: Encoded, output: Path, result: dict
-) -> bool:
+def check_adapter(model: Classifier, path, splits: data.Splits, test_set: Encoded, output: Path, result: dict) -> bool:
     """Load the adapter in stock PEFT, merge it, print both, and return whether both are exact to
     rounding."""
     batches = list(test_set.evaluation_batches(limit=64 * CHECKED_BATCHES))
@@ -253,8 +248,7 @@ def results_table(runs: list[Run], python: str) -> str:
 def comparison(runs: list[Run]) -> str:
     """Return AFA-LoRA minus LoRA on the same test functions, with its paired standard error."""
     by_method = {
-        name: torch.stack([r.correct for r in runs if r.method == name]).double().mean(0)
-        for name in ("lora", "afa")
+        name: torch.stack([r.correct for r in runs if r.method == name]).double().mean(0) for name in ("lora", "afa")
     }
     difference = by_method["afa"] - by_method["lora"]
     error = difference.std().item() / math.sqrt(len(difference))
@@ -269,15 +263,11 @@ def tune(names, path, splits, encoded, recipe, adapter, result, output: Path) ->
     # A seed that the comparison does not use.
     recipe = Recipe(**{**asdict(recipe), "seed": 1000})
     labels = len(splits.labels)
-    rows = tuning.tune(
-        names, path, labels, encoded["train"], encoded["validation"], recipe, adapter
-    )
+    rows = tuning.tune(names, path, labels, encoded["train"], encoded["validation"], recipe, adapter)
     best = tuning.best_rates(rows)
     for name, rate in best.items():
         print(f"{METHODS[name].title}: {rate:g} (in use: {METHODS[name].learning_rate:g})")
-    report.write_json(
-        output / "tune.json", result | {"recipe": asdict(recipe), "rows": rows, "best": best}
-    )
+    report.write_json(output / "tune.json", result | {"recipe": asdict(recipe), "rows": rows, "best": best})
     return 0
 
 

@@ -167,11 +167,9 @@ def test_a_method_learns_and_trains_what_it_says(name, splits, encoded, tiny_mod
         ready.model, ready.groups, encoded["train"], encoded["validation"], RECIPE,
         schedule=ready.schedule, name=name, quiet=True,
     )  # fmt: skip
-    changed = {
-        key
-        for key, value in ready.model.state_dict().items()
-        if not torch.equal(value, before[key])
-    } - {f"{n}.alpha_t_buffer" for n, _ in ready.model.named_modules()}
+    changed = {key for key, value in ready.model.state_dict().items() if not torch.equal(value, before[key])} - {
+        f"{n}.alpha_t_buffer" for n, _ in ready.model.named_modules()
+    }
     trained = {key for key, p in ready.model.named_parameters() if p.requires_grad}
     assert changed <= trained
     assert {"head.weight", "head.bias"} <= changed
@@ -192,10 +190,7 @@ def test_a_method_learns_and_trains_what_it_says(name, splits, encoded, tiny_mod
 
 
 def test_all_methods_start_alike_and_see_the_same_batches(splits, encoded, tiny_model):
-    models = [
-        prepare(name, tiny_model, len(splits.labels), RECIPE, Adapter(r=2)).model
-        for name in METHODS
-    ]
+    models = [prepare(name, tiny_model, len(splits.labels), RECIPE, Adapter(r=2)).model for name in METHODS]
     batch = encoded["test"].batch(range(8))
     first, *others = [checks.logits_of(model, [batch]) for model in models]
     for other in others:

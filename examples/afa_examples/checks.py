@@ -22,9 +22,7 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
 
-def peft_round_trip(
-    model: Classifier, batches: list[Batch], folder: Path, pretrained: Classifier
-) -> dict:
+def peft_round_trip(model: Classifier, batches: list[Batch], folder: Path, pretrained: Classifier) -> dict:
     """Save the adapter of ``model``, load it into ``pretrained`` with stock PEFT, compare logits.
 
     ``pretrained`` is changed: PEFT wraps its layers.

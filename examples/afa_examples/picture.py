@@ -28,12 +28,10 @@ def draw(curves: dict[str, Curve], identity_step: int | None, title: str, file: 
     if identity_step is not None:
         for axes in (above, below):
             axes.axvline(identity_step, color="#999999", linestyle=":", linewidth=1)
-        below.annotate(
-            f"alpha_t = 0 from step {identity_step}: plain LoRA, plain GEMMs",
-            (identity_step, 0.5),
-            xytext=(4, 0),
-            textcoords="offset points",
+        below.set_title(
+            f"alpha_t is 0 from step {identity_step} on: a plain LoRA, plain GEMMs",
             fontsize=8,
+            loc="right",
         )
     for axes in (above, below):
         axes.grid(alpha=0.3)

@@ -26,8 +26,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "backends": {
-            name: "available" if status.available else status.reason
-            for name, status in afa.backends().items()
+            name: "available" if status.available else status.reason for name, status in afa.backends().items()
         },
     }
 
