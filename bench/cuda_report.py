@@ -2,10 +2,10 @@
 
     python bench/cuda_report.py [--quick] [--arch 80,90,100,120] [--json FILE]
 
-Compiles every kernel for every architecture and checks: no spills, registers and shared memory within the budget below,
-tensor-core instructions (HMMA), asynchronous copies (LDGSTS) and ldmatrix (LDSM) in the SASS.
-Prints one table with the occupancy; exit status 1 if a check fails. cuobjdump comes from PATH, from
-the CUDA toolkit or from the triton package.
+Compiles every kernel for every architecture and checks: no spills, registers and shared memory
+within the budget below, tensor-core instructions (HMMA), asynchronous copies (LDGSTS) and ldmatrix
+(LDSM) in the SASS. Prints one table with the occupancy; exit status 1 if a check fails. cuobjdump
+comes from PATH, from the CUDA toolkit or from the triton package.
 """
 
 import argparse
@@ -52,7 +52,8 @@ SMALL_THREADS = 128
 SMALL_KERNELS = {"reduce": 80, "pack": 40}
 # sinf and cosf reduce large arguments through a small array in local memory: a stack, and no spill.
 STACK_BUDGET = 48
-OPCODES = ("HMMA", "LDGSTS", "LDSM", "LDL", "STL")
+SHOWN_OPCODES = ("HMMA", "LDGSTS", "LDSM")  # tensor cores, asynchronous copies, ldmatrix
+OPCODES = (*SHOWN_OPCODES, "LDL", "STL")
 
 _ENTRY = re.compile(r"afa\d+(\w+?)_kernelINS_4(Bf16|Fp16)E(?:Li(\d+)E)?(?:Lb([01])E)?")
 
@@ -206,7 +207,7 @@ def check(row: Row) -> None:
         )
     if row.blocks_per_sm < 1:
         row.faults.append("no block fits an SM")
-    for opcode in ("HMMA", "LDGSTS", "LDSM"):
+    for opcode in SHOWN_OPCODES:
         if row.kernel not in SMALL_KERNELS and not row.opcodes.get(opcode):
             row.faults.append(f"no {opcode} in the SASS")
 
@@ -228,15 +229,27 @@ def launch_plans(architectures: list[str]) -> dict[tuple[str, str, int], dict]:
 
 
 def print_table(rows: list[Row]) -> None:
-    header = "arch    kernel      r    dtype  regs  stack  spill  threads  stages  smem KB  blocks/SM  occup."
-    print(f"{header}  HMMA  LDGSTS  LDSM  verdict")
-    for row in rows:
-        count = row.opcodes
+    columns = {
+        "arch": lambda row: f"sm_{row.arch}",
+        "kernel": lambda row: row.kernel,
+        "r": lambda row: row.rank or "-",
+        "dtype": lambda row: row.dtype,
+        "registers": lambda row: f"{row.registers}/{row.register_budget}",
+        "stack": lambda row: row.stack,
+        "spilled": lambda row: row.spill_bytes,
+        "threads": lambda row: row.threads,
+        "stages": lambda row: row.stages or "-",
+        "shared KB": lambda row: f"{row.shared_bytes / 1024:.1f}",
+        "blocks/SM": lambda row: row.blocks_per_sm,
+        "occupancy": lambda row: f"{row.occupancy:.0%}",
+        **{name: lambda row, name=name: row.opcodes.get(name, 0) for name in SHOWN_OPCODES},
+        "verdict": lambda row: "; ".join(row.faults) or "ok",
+    }
+    cells = [list(columns), *([str(value(row)) for value in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
         print(
-            f"sm_{row.arch:<4} {row.kernel:<11} {row.rank or '-':<4} {row.dtype:<5} {row.registers:>5} {row.stack:>6} "
-            f"{row.spill_bytes:>6} {row.threads:>8} {row.stages or '-':>7} {row.shared_bytes / 1024:>8.1f} "
-            f"{row.blocks_per_sm:>10} {row.occupancy:>7.0%} {count.get('HMMA', 0):>5} {count.get('LDGSTS', 0):>7} "
-            f"{count.get('LDSM', 0):>5}  {'; '.join(row.faults) or 'ok'}"
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         )
 
 
@@ -275,9 +288,8 @@ def main() -> int:
     rows.sort(key=lambda row: (int(row.arch), row.kernel, row.rank, row.dtype))
     print_table(rows)
     faulty = [row for row in rows if row.faults]
-    print(
-        f"{len(rows)} kernels on {', '.join(f'sm_{a} ({GPUS[a].card})' for a in architectures)}: {len(faulty)} faulty"
-    )
+    on = ", ".join(f"sm_{arch} ({GPUS[arch].card})" for arch in architectures)
+    print(f"{len(rows)} kernels on {on}: {len(faulty)} faulty")
     if options.json:
         options.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     return int(bool(faulty) or not rows)

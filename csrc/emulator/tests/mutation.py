@@ -191,8 +191,8 @@ MUTANTS = (
         "fragment swapped",
         "matrices counted right first",
         "tile.cuh",
-        "((lane_index() & 7) + ((lane_index() >> 4) << 3)) * kPitch + ((lane_index() >> 3) & 1) * 8",
-        "(lane_index() & 15) * kPitch + (lane_index() >> 4) * 8",
+        "((lane_index() & 7) + ((lane_index() >> 4) << 3)) * kPitch",
+        "(lane_index() & 15) * kPitch",
     ),
     Mutant(
         "fragment swapped",
@@ -325,10 +325,8 @@ def main() -> int:
             print(
                 f"{kind or 'ESCAPED':8} {mutant.kind:28} {mutant.what:42} {line[:140]}", flush=True
             )
-    kinds = len({m.kind for m in mutants})
-    print(
-        f"caught/planted: {caught}/{len(mutants)} ({kinds} kinds) in {time.monotonic() - start:.0f} s"
-    )
+    kinds, seconds = len({m.kind for m in mutants}), time.monotonic() - start
+    print(f"caught/planted: {caught}/{len(mutants)} ({kinds} kinds) in {seconds:.0f} s")
     return int(caught < len(mutants))
 
 

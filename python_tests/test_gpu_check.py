@@ -1,0 +1,60 @@
+"""gpu_check without a GPU: it says what it would do, and the same code runs on the emulator."""
+
+import json
+
+import pytest
+import torch
+from conftest import skip_unless_available
+
+from bench import gpu_check, gpu_steps
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_lists_every_step_and_has_its_own_status(capsys, tmp_path):
+    assert gpu_check.main(["--out", str(tmp_path)]) == gpu_check.NO_GPU == 77
+    told = capsys.readouterr().out
+    for step in gpu_check.STEPS:
+        assert step.name in told and step.what in told
+    assert "Nothing was checked" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_step_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--only", "nonsense"])
+    assert "expected some of backends, primitives" in capsys.readouterr().err
+
+
+def test_the_rehearsal_runs_the_steps_on_the_emulator(capsys, tmp_path):
+    skip_unless_available("cuda_emulated")
+    steps = [
+        "backends",
+        "primitives",
+        "kernels",
+        "graphs",
+        "streams",
+        "devices",
+        "sanitizer",
+        "beta",
+    ]
+    steps += ["bandwidth", "launches"]
+    assert gpu_check.main(["--rehearse", "--only", ",".join(steps), "--out", str(tmp_path)]) == 0
+    head, *records = map(
+        json.loads, (tmp_path / "gpu-rehearsal-cpu.jsonl").read_text().splitlines()
+    )
+    assert head["kind"] == "environment"
+    assert [record["step"] for record in records] == steps
+    status = {record["step"]: record["status"] for record in records}
+    needs_gpu = {"graphs", "streams", "devices", "sanitizer", "launches"}
+    assert {name for name, value in status.items() if value == "absent"} == needs_gpu
+    assert all(record["message"] for record in records), "an absent step must say why"
+
+
+def test_a_step_that_raises_fails_alone():
+    def broken(context):
+        raise RuntimeError("no such kernel")
+
+    outcome = gpu_check.run_step(
+        gpu_steps.Step("broken", "raises", broken), gpu_steps.Context.rehearsal()
+    )
+    assert outcome.status == "failed" and "no such kernel" in outcome.message
