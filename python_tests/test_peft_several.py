@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from peft_models import TARGETS, Net, adapted, fill_adapters, gradients, set_alpha_t
 from test_peft_adapter import MARKS_VARIANTS, PASSES_CONFIG, config
 
+import afa_kernels as afa
 from afa_kernels.peft import AFALoraConfig, AFALoraLayer, accelerate, restore
 
 
@@ -47,6 +48,16 @@ def test_each_adapter_has_its_own_alpha():
     assert model.q_proj.alpha_t == 0.0 and not torch.allclose(model(x), other)
     model.set_adapter("default")
     assert model.q_proj.alpha_t == 0.25 and model.v_proj.alpha_t == 0.25
+
+
+def test_set_alpha_t_reaches_the_layers_of_a_peft_model():
+    model = several()
+    afa.set_alpha_t(model, 0.5)
+    assert model.q_proj.alpha_t == model.v_proj.alpha_t == 0.5
+    afa.set_alpha_t(model, 0.0)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="q_proj is merged, got 0.5"):
+        afa.set_alpha_t(model, 0.5)
 
 
 def test_two_active_adapters_add_up():
