@@ -350,3 +350,8 @@ def test_a_configuration_that_was_trained_starts_anew_in_another_model():
     assert shared.alpha_t == 0.0
     second = adapted(Net(), shared)
     assert second.q_proj.alpha_t == second.v_proj.alpha_t == shared.alpha_t == 1.0
+    set_alpha_t(second, 0.0)
+    if PASSES_CONFIG:
+        first.add_adapter("again", shared)
+        first.set_adapter("again")
+        assert first.q_proj.alpha_t == first.v_proj.alpha_t == 1.0

@@ -232,6 +232,12 @@ def test_accelerate_leaves_other_branches_alone():
     torch.testing.assert_close(model(x), plain)
     model.set_adapter("default")
     assert torch.equal(model(x), dora)
+    model.delete_adapter("plain")
+    assert not model.q_proj.lora_afa
+    model.add_adapter("again", config(LoraConfig))
+    restore(accelerate(model))
+    model.delete_adapter("again")
+    assert torch.equal(model(x), dora)
 
 
 def test_accelerate_says_why_it_cannot():
