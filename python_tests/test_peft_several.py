@@ -9,7 +9,7 @@ from torch import nn
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
-from peft_models import TARGETS, Net, adapted, fill_adapters, gradients, set_alpha_t
+from peft_models import TARGETS, Net, adapted, assert_same, fill_adapters, gradients, set_alpha_t
 from test_peft_adapter import MARKS_VARIANTS, PASSES_CONFIG, config
 
 import afa_kernels as afa
@@ -208,8 +208,7 @@ def test_accelerate_computes_what_peft_did(options):
     assert accelerate(model) is model
     assert isinstance(model.q_proj, AFALoraLayer) and model.state_dict().keys() == keys
     got = gradients(model, x)
-    for name, value in wanted.items():
-        torch.testing.assert_close(got[name], value, msg=name)
+    assert_same(got, wanted)
     assert accelerate(model) is model, "twice is once"
     assert restore(model) is model
     assert {name: type(module) for name, module in model.named_modules()} == types
