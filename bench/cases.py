@@ -16,7 +16,7 @@ BASE = {
     "dtypes": ["f32"],
     "alphas": [0.5],
 }
-# The adapter tax, the branch alone and decoding, on the shapes for which the cpu kernels have goals.
+# The adapter tax, the branch alone and decoding: the shapes for which the cpu kernels have goals.
 _GOALS = [
     {"scopes": ["layer", "branch"], "shapes": ["plain.square"], "dtypes": ["f32", "bf16"]},
     {
