@@ -7,10 +7,12 @@ than the one that runs the tests. Slow: it compiles the wheel and installs torch
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import venv
 import zipfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -68,15 +70,15 @@ def another_torch() -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+def wheel(tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, ROOT, cwd=folder)
     (built,) = folder.glob("*.whl")
-    return built
+    yield built
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory) -> Path:
+def python(tmp_path_factory) -> Iterator[Path]:
     """The interpreter of a fresh environment with another torch and nothing of ours."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
@@ -88,7 +90,8 @@ def python(tmp_path_factory) -> Path:
         if asked:
             raise
         pytest.skip(f"{another_torch()} cannot be installed here: {error}")
-    return interpreter
+    yield interpreter
+    shutil.rmtree(folder)  # gigabytes, which pytest would keep for three runs
 
 
 @pytest.mark.slow
