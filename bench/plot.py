@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench import cost
-from bench.results import RESULTS, read
+from bench.results import RESULTS, read, recorded
 from bench.shapes import Case
 
 _STYLE = {
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="*", help="default: all in bench/results")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the pictures")
     arguments = parser.parse_args(argv)
-    paths = arguments.results or sorted(RESULTS.glob("*.jsonl"))
+    paths = arguments.results or recorded()
     if not paths:
         parser.error(f"no results in {RESULTS}")
     for path in draw(paths, arguments.out):

@@ -16,7 +16,7 @@ from bench.cases import PRESETS, cases
 from bench.memory import allocations, saved_bytes
 from bench.problem import SCALING, Problem, relative_error, truth
 from bench.providers import providers
-from bench.results import FIELDS, KEY, RESULTS, Writer, read, validate
+from bench.results import FIELDS, KEY, Writer, read, recorded, validate
 from bench.runner import Checker, build
 from bench.shapes import DTYPES, LAYERS, Case, layers
 
@@ -166,7 +166,7 @@ def test_a_bad_flag_is_named(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", recorded(), ids=lambda path: path.stem)
 def test_recorded_results_are_valid(path):
     records = read(path)
     assert records[0]["kind"] == "environment"
