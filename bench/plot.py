@@ -19,6 +19,7 @@ from bench import cost
 from bench.results import RESULTS, read, recorded
 from bench.shapes import Case
 
+_FEWEST_ROUNDS = 3  # a tax is a small difference: that of one or two samples is noise
 _STYLE = {
     "peft": ("PEFT LoRA", "tab:orange", "s"),
     "torchtune": ("torchtune LoRA", "tab:brown", "v"),
@@ -62,7 +63,8 @@ def _sweeps(rows: list[dict], variable: str) -> Iterator[tuple[str, dict[str, li
     fixed = [name for name in Case._fields if name != variable] + ["cache", "launch"]
     groups: dict[tuple, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row["pass"] == "both" and row["scope"] == "layer" and "tax" in row:
+        measured = row["pass"] == "both" and row["scope"] == "layer" and "tax" in row
+        if measured and row["rounds"] >= _FEWEST_ROUNDS:
             group = groups[tuple(row[name] for name in fixed)]
             group[row["provider"]][row[variable]] = row["tax"]
             group["floor"][row[variable]] = row["floor_tax"]

@@ -456,7 +456,7 @@ def test_pictures_are_drawn_from_rows(tmp_path):
 
     writer = Writer(tmp_path / "rows.jsonl")
     writer.write({"kind": "roof", "device": "cpu", "copy_bytes": 1, "gemm_size": {}} | ROOF)
-    base = _row() | TINY._asdict() | {"pass": "both", "tax": 0.1, "floor_tax": 0.05}
+    base = _row() | TINY._asdict() | {"pass": "both", "tax": 0.1, "floor_tax": 0.05, "rounds": 3}
     for provider in ("eager", "afa"):
         for m in (1, 2, 4):
             writer.write(base | {"provider": provider, "m": m})
