@@ -124,7 +124,7 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
             32: replace(_LARGE_16BIT[32], x_pass=Tile(64, 256, 8, 3)),
             128: replace(_LARGE_16BIT[128], project=Tile(128, 64, 8, 3), x_pass=Tile(32, 128, 8, 3)),
         },
-        _LARGE_32BIT,
+        _LARGE_32BIT | {32: replace(_LARGE_32BIT[32], x_pass=Tile(32, 32, 4, 3))},
     ),
     "sm_90": _rows(_LARGE_16BIT, _LARGE_32BIT),
     # With 4 warps D1 spills here at rank 64.
