@@ -1,6 +1,8 @@
 """The ``cuda`` backend as far as a machine without a GPU can see it: status, refusals, choice."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,3 +103,40 @@ def test_without_a_device_the_status_says_what_is_missing():
     message = "backend 'cuda' cannot take this call"
     with pytest.raises(afa.BackendUnavailable, match=message):
         afa.afa_lora(torch.zeros(1, 8), torch.zeros(1, 8), torch.zeros(8, 1), 0.5, backend="cuda")
+
+
+# --- The source keeps the rules on which the emulator stands ---
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+DEVICE_ONLY = re.compile(
+    r"\basm\b|__shared__|__sync|__ldg|__shfl|threadIdx|blockIdx|blockDim|<<<|cuda_fp16|cuda_bf16"
+)
+
+
+def kernel_files():
+    return [path for path in (CSRC / "cuda").glob("*.cuh") if path.name != "prim_device.cuh"]
+
+
+def test_kernels_reach_the_device_through_the_primitives_alone():
+    assert len(kernel_files()) >= 6
+    for path in kernel_files():
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            code = line.partition("//")[0]
+            assert not DEVICE_ONLY.search(code), f"{path.name}:{number}: {line.strip()}"
+
+
+def test_every_primitive_has_a_twin():
+    def functions(name):
+        text = (CSRC / "cuda" / name).read_text()
+        return set(re.findall(r"^(?:AFA_DEVICE|inline)? ?[\w:*]+\*? (\w+)\(", text, re.M))
+
+    host, device = functions("prim_host.h"), functions("prim_device.cuh")
+    assert {"copy_async", "load_matrices", "multiply_add", "block_sync", "pack"} <= host
+    assert host <= device
+
+
+def test_the_emulator_compiles_every_kernel():
+    included = (CSRC / "emulator" / "kernels.cpp").read_text()
+    for path in (CSRC / "cuda").glob("*.cu"):
+        if "_kernel" in path.read_text() and path.name != "device.cu":
+            assert f'#include "cuda/{path.name}"' in included, path.name

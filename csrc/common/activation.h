@@ -1,7 +1,7 @@
 // The activation maths of every compiled backend: value and slope, float in, float out.
 //
-//   phi(z) = (1 - alpha_t) * z + alpha_t * act(z)        phi'(z) = (1 - alpha_t) + alpha_t *
-//   act'(z)
+//   phi(z) = (1 - alpha_t) * z + alpha_t * act(z)
+//   phi'(z) = (1 - alpha_t) + alpha_t * act'(z)
 //
 // The ids are those of afa_kernels/activation.py. Conventions at kinks are torch's: relu'(0) = 0.
 #pragma once
