@@ -116,13 +116,17 @@ def replace(
 
 
 def set_alpha_t(model: nn.Module, value: float) -> None:
-    """Set the blend coefficient of every AFA layer of ``model``.
+    """Set the blend coefficient of every layer of ``model`` that has ``set_alpha_t``: AFA layers,
+    and the layers of a PEFT model with an :class:`afa_kernels.peft.AFALoraConfig`.
 
     Raises:
         TypeError, ValueError: ``value`` is no number in [0, 1], is not 0 while a layer is merged,
-            or the model has no AFA layer. No layer is changed then.
+            or the model has no such layer. No layer is changed then.
     """
-    layers = _layers(model)
+    named = model.named_modules()
+    layers = [(name, m) for name, m in named if callable(getattr(m, "set_alpha_t", None))]
+    if not layers:
+        raise _nothing_found(model)
     value = checks.alpha_value(value)
     merged = [name for name, layer in layers if layer.merged]
     if merged and value != 0.0:
@@ -247,11 +251,14 @@ def marked_modules(model: nn.Module) -> list[str]:
 def _layers(model: nn.Module) -> list[tuple[str, AFALinear]]:
     layers = list(named_layers(model))
     if not layers:
-        raise ValueError(
-            f"model: expected AFA layers, found none in {type(model).__name__}; "
-            "inject(model) adds them"
-        )
+        raise _nothing_found(model)
     return layers
+
+
+def _nothing_found(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"model: expected AFA layers, found none in {type(model).__name__}; inject(model) adds them"
+    )
 
 
 def _named(name: str, action) -> None:

@@ -132,6 +132,7 @@ def _run(arguments, todo, chosen, roof, writer) -> int:
     start = time.monotonic()
     wrong = 0
     absent: dict[str, str] = {}
+    how = ("hot", "eager")
     print(f"\n{len(todo)} cases\n{table.HEADER}")
     for case in todo:
         reason = _why_skip(case, arguments, time.monotonic() - start)
@@ -144,6 +145,9 @@ def _run(arguments, todo, chosen, roof, writer) -> int:
             writer.write(record)
             if record["kind"] == "row":
                 _say("")
+                if how != (record["cache"], record["launch"]):
+                    how = (record["cache"], record["launch"])
+                    print(f"-- caches {how[0]}, launch {how[1]}")
                 print(table.line(record), flush=True)
             elif record["kind"] == "absent":
                 absent.setdefault(record["provider"], record["reason"])

@@ -102,11 +102,13 @@ def _alpha_tensor(case: Case) -> Tensor:
 
 
 def _compiled_layer(linear, a, b, case):
+    torch._dynamo.reset()  # after 8 shapes it would give up and run eagerly, in silence
     module, adapter = _adapter(EagerLayer(linear, a, b, case, _alpha_tensor(case)))
     return torch.compile(module, dynamic=False), adapter
 
 
 def _compiled_branch(case):
+    torch._dynamo.reset()
     compiled = torch.compile(eager_branch, dynamic=False)
     alpha_t = _alpha_tensor(case)  # a float would be compiled into the code
     return lambda x, a, b, base: compiled(x, a, b, base, alpha_t, case.activation)

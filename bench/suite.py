@@ -51,22 +51,32 @@ def run_case(
         say(f"checking {name}")
         outcome = _enter(provider, problem, checker)
         if isinstance(outcome, dict):
-            yield {**outcome, "provider": name, "ours": provider.ours, **case._asdict()}
+            yield {**outcome, **_who(provider, case)}
         else:
             entrants[name] = outcome
     for wanted, make in ((options.training, training_work), (options.inference, inference_work)):
-        if not (wanted and entrants):
+        if not wanted:
             continue
-        works = {
-            name: make(entrant.runner, options.cache, options.launch)
-            for name, entrant in entrants.items()
-        }
+        works = {}
+        for name, entrant in entrants.items():
+            try:
+                works[name] = make(entrant.runner, options.cache, options.launch)
+            except Exception as error:  # a peer may not survive its capture in a CUDA graph
+                if entrant.provider.ours:
+                    raise
+                yield {**rows.failed(error), **_who(entrant.provider, case)}
+        if not works:
+            continue
         say(f"timing {', '.join(works)}")
         rounds = measure(works, clock_of(case.device), options.seconds)
         for step in next(iter(works.values())).samples:
-            for name, entrant in entrants.items():
-                row = _row(case, step, name, entrant, works, roof)
+            for name in works:
+                row = _row(case, step, name, entrants[name], works, roof)
                 yield row | {"cache": options.cache, "launch": options.launch, "rounds": rounds}
+
+
+def _who(provider: Provider, case: Case) -> dict[str, object]:
+    return {"provider": provider.name, "ours": provider.ours, **case._asdict()}
 
 
 def _enter(provider: Provider, problem: Problem, checker: Checker) -> Entrant | dict[str, object]:

@@ -1,6 +1,7 @@
 """Small networks for the tests of the PEFT integration."""
 
 import copy
+import re
 
 import torch
 from torch import Tensor, nn
@@ -55,3 +56,17 @@ def gradients(model: nn.Module, x: Tensor, dy: Tensor | None = None) -> dict[str
     y.backward(torch.ones_like(y) if dy is None else dy)
     named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"y": y.detach(), "dx": x.grad} | named
+
+
+def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Compare what :func:`gradients` returned of two models that differ in the order of sums only:
+    each tensor against its own largest value. ``wanted`` may have its layer inside a Branch."""
+    wanted = {re.sub(r"(^|\.)layer\.", r"\1", name): value for name, value in wanted.items()}
+    assert got.keys() == wanted.keys(), (sorted(got), sorted(wanted))
+    for name, value in got.items():
+        other = wanted[name]
+        assert value.shape == other.shape and value.dtype == other.dtype, name
+        if value.numel():
+            allowed = 200 * torch.finfo(other.dtype).eps * other.abs().max().item()
+            error = (value - other).abs().max().item()
+            assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"

@@ -4,6 +4,7 @@ what one process computes. The checks themselves are in distributed_worker.py.""
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
+ROOT = Path(__file__).resolve().parents[1]
+WORKER = ROOT / "python_tests" / "distributed_worker.py"
 TIMEOUT = 300
 CHECKS = [
     node.name
@@ -26,21 +28,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def torchrun(*arguments: object) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    paths = [str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }
+def launch(*command: object, **variables: str) -> str:
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     done = subprocess.run(
-        [*command, "--nproc-per-node", "2", *map(str, arguments)],
-        env=environment,
+        [sys.executable, "-m", *map(str, command)],
+        env=os.environ | own | variables,
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def results(request, tmp_path_factory) -> dict[str, str]:
     module = request.node
     names = [i.callspec.params["check"] for i in request.session.items if i.getparent(type(module)) is module]
     folder = tmp_path_factory.mktemp("distributed")
-    torchrun(WORKER, folder, *names)
+    launch("torch.distributed.run", "--standalone", "--nproc-per-node", 2, WORKER, folder, *names)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
@@ -62,3 +61,24 @@ def _parameters():
 @pytest.mark.parametrize("check", list(_parameters()))
 def test_two_processes(results, check):
     assert not results[check], results[check]
+
+
+def test_the_example_of_accelerate_runs_on_two_processes(tmp_path):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
+    printed = launch(
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
+        "--mixed_precision", "no", "--dynamo_backend", "no",
+        ROOT / "examples" / "accelerate_ddp.py", "--steps", 20, "--output", tmp_path,
+        ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    first, last = re.findall(r"loss ([\d.]+)", printed)
+    assert float(last) < float(first), printed
+    assert "step 20 alpha_t 0.000" in printed and "2 processes" in printed, printed
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_the_configuration_for_deepspeed_is_one():
+    deepspeed = pytest.importorskip("accelerate.utils.deepspeed")
+    config = deepspeed.HfDeepSpeedConfig(str(ROOT / "examples" / "deepspeed_zero2.json"))
+    assert config.is_zero2() and not config.is_offload()

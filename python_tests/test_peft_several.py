@@ -9,9 +9,10 @@ from torch import nn
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
-from peft_models import TARGETS, Net, adapted, fill_adapters, gradients, set_alpha_t
+from peft_models import TARGETS, Net, adapted, assert_same, fill_adapters, gradients, set_alpha_t
 from test_peft_adapter import MARKS_VARIANTS, PASSES_CONFIG, config
 
+import afa_kernels as afa
 from afa_kernels.peft import AFALoraConfig, AFALoraLayer, accelerate, restore
 
 
@@ -47,6 +48,16 @@ def test_each_adapter_has_its_own_alpha():
     assert model.q_proj.alpha_t == 0.0 and not torch.allclose(model(x), other)
     model.set_adapter("default")
     assert model.q_proj.alpha_t == 0.25 and model.v_proj.alpha_t == 0.25
+
+
+def test_set_alpha_t_reaches_the_layers_of_a_peft_model():
+    model = several()
+    afa.set_alpha_t(model, 0.5)
+    assert model.q_proj.alpha_t == model.v_proj.alpha_t == 0.5
+    afa.set_alpha_t(model, 0.0)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="q_proj is merged, got 0.5"):
+        afa.set_alpha_t(model, 0.5)
 
 
 def test_two_active_adapters_add_up():
@@ -197,8 +208,7 @@ def test_accelerate_computes_what_peft_did(options):
     assert accelerate(model) is model
     assert isinstance(model.q_proj, AFALoraLayer) and model.state_dict().keys() == keys
     got = gradients(model, x)
-    for name, value in wanted.items():
-        torch.testing.assert_close(got[name], value, msg=name)
+    assert_same(got, wanted)
     assert accelerate(model) is model, "twice is once"
     assert restore(model) is model
     assert {name: type(module) for name, module in model.named_modules()} == types
@@ -220,6 +230,12 @@ def test_accelerate_leaves_other_branches_alone():
     accelerate(model)
     torch.testing.assert_close(model(x), plain)
     model.set_adapter("default")
+    assert torch.equal(model(x), dora)
+    model.delete_adapter("plain")
+    assert not model.q_proj.lora_afa
+    model.add_adapter("again", config(LoraConfig))
+    restore(accelerate(model))
+    model.delete_adapter("again")
     assert torch.equal(model(x), dora)
 
 

@@ -103,6 +103,13 @@ class AFALoraConfig(LoraConfig):
             end_frac=self.anneal_end_frac,
         )
 
+    def begin(self) -> float:
+        """Return where a new adapter starts. A configuration that has been through a training
+        starts anew."""
+        if self._moved:
+            self.alpha_t, self._moved = self._initial_alpha_t, False
+        return self.alpha_t
+
     def note_alpha_t(self, value: float) -> None:
         """Take the current value from a layer, so that it is saved."""
         self.alpha_t = value
@@ -173,9 +180,6 @@ class AFALoraConfig(LoraConfig):
 
     def _create_layer(self, target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:
         """Let PEFT choose and make the layer, then put the branch into it."""
-        if self._moved:
-            # This configuration has been through a training; a new model starts anew.
-            self.alpha_t, self._moved = self._initial_alpha_t, False
         kwargs.pop("config", None)
         plain = copy.copy(self)
         plain.__class__ = LoraConfig

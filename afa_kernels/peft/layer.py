@@ -18,6 +18,7 @@ from afa_kernels.activation import phi
 from afa_kernels.backend.registry import MAX_RANK
 from afa_kernels.functional import afa_lora
 from afa_kernels.layer import is_conv1d
+from afa_kernels.peft.state import SMALLEST_ALPHA, AdapterState, device_of
 from afa_kernels.schedule import AnnealSchedule
 
 # PEFT's layers whose forward goes through variants. The others (AWQ, AQLM, EETQ, Transformer
@@ -32,71 +33,8 @@ ROUTED = (
     "TorchaoLoraLinear",
 )
 _PREFIX = "AFALora"
+_STATES = "lora_afa"  # where a layer keeps the states of its adapters, among PEFT's own containers
 _BASE_MODEL = "__base__"  # PEFT's name for "no adapter" in a mixed batch
-_SMALLEST_ALPHA = torch.finfo(torch.float32).tiny  # a smaller float32 would be subnormal or 0
-
-
-class AdapterState(nn.Module):
-    """What one adapter of one layer is: its activation and its alpha_t.
-
-    Kernels read the buffer ``alpha_t``, 0-dim and float32 whatever dtype the model is cast to; it
-    is written in place and not part of the state dict. ``identity`` is a Python flag that changes
-    only when 0 is reached or left, so a compiled model recompiles then and at no other value.
-
-    Args:
-        config: the :class:`AFALoraConfig`, which is told each new value so that it can be saved; or
-            None for a plain LoRA, whose alpha_t is 0 and stays 0.
-    """
-
-    def __init__(self, config, device: torch.device | None):
-        super().__init__()
-        self.config = config
-        self.activation = "relu" if config is None else config.activation
-        self.save = "z" if config is None else config.save
-        self.number = 0.0 if config is None else config.alpha_t
-        self.identity = self.number == 0.0
-        self.register_buffer(
-            "alpha_t",
-            torch.full((), self.number, dtype=torch.float32, device=device),
-            persistent=False,
-        )
-
-    @property
-    def annealed(self) -> bool:
-        return self.config is not None
-
-    def set(self, value: float) -> None:
-        with torch.no_grad():
-            self.alpha_t.fill_(value)
-        self.number = value
-        if self.identity != (value == 0.0):  # written only on a change: compiled code guards on it
-            self.identity = value == 0.0
-        self.config.note_alpha_t(value)
-
-    def coefficient(self) -> float | Tensor:
-        """Return what the operator takes: the number 0 at identity, which selects plain GEMMs."""
-        return 0.0 if self.identity else self.alpha_t
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        if self.alpha_t.dtype != torch.float32:  # cast to 16 bit it has lost digits
-            device = self.alpha_t.device
-            self.alpha_t = torch.full((), self.number, dtype=torch.float32, device=device)
-        elif self.alpha_t.device.type != "meta":
-            with torch.no_grad():
-                self.alpha_t.fill_(self.number)  # to_empty() leaves it undefined
-        return self
-
-    def extra_repr(self) -> str:
-        return f"activation={self.activation}, alpha_t={self.number:g}"
-
-
-def _device_of(layer: LoraLayer, adapter_name: str) -> torch.device:
-    """Return where alpha_t belongs: beside the adapter, or where that will be loaded to."""
-    base = layer.get_base_layer()
-    candidates = (layer.lora_B[adapter_name].weight, *base.parameters(), *base.buffers())
-    devices = (t.device for t in candidates if t.device.type != "meta")
-    return next(devices, candidates[0].device)
 
 
 class AFALoraVariant(LoraVariant):
@@ -107,7 +45,7 @@ class AFALoraVariant(LoraVariant):
         reason = why_not(module, adapter_name)
         if reason is not None:
             raise ValueError(f"AFALoraConfig: {reason}")
-        module.lora_afa[adapter_name] = AdapterState(config, _device_of(module, adapter_name))
+        module.lora_afa[adapter_name] = AdapterState(config, device_of(module, adapter_name))
 
     @staticmethod
     def forward(
@@ -218,12 +156,13 @@ class AFALoraLayer:
     @property
     def alpha_t(self) -> float:
         """The blend coefficient of the active adapters; 0 if none of them is annealed."""
-        return max((state.number for state in self._annealed()), default=0.0)
+        return max((state.number for state in self._annealed().values()), default=0.0)
 
     def schedule(self, total_steps: int) -> AnnealSchedule | None:
         """Return the schedule that the configuration of the active adapter describes, if one is
         annealed."""
-        return next((s.config.schedule(total_steps) for s in self._annealed()), None)
+        configs = (state.config for state in self._annealed().values())
+        return next((config.schedule(total_steps) for config in configs), None)
 
     def set_alpha_t(self, value: float) -> None:
         """Set the blend coefficient of the active adapters, in [0, 1]. Plain LoRA adapters have
@@ -234,14 +173,15 @@ class AFALoraLayer:
             is merged.
         """
         value = checks.alpha_value(value)
-        if value < _SMALLEST_ALPHA:
+        if value < SMALLEST_ALPHA:
             value = 0.0
-        merged = [name for name in self.active_adapters if name in self.merged_adapters]
-        if merged and value != 0.0 and any(self.lora_afa[n].annealed for n in self._ours(merged)):
-            raise ValueError(
-                f"alpha_t: adapter {merged[0]!r} is merged, got {value}; unmerge_adapter() first"
-            )
-        for state in self._annealed():
+        annealed = self._annealed()
+        for name in annealed:
+            if name in self.merged_adapters and value != 0.0:
+                raise ValueError(
+                    f"alpha_t: adapter {name!r} is merged, got {value}; unmerge_adapter() first"
+                )
+        for state in annealed.values():
             state.set(value)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -258,9 +198,9 @@ class AFALoraLayer:
         super().delete_adapter(adapter_name)
         self.lora_variant.pop(adapter_name, None)
 
-    def _annealed(self) -> list[AdapterState]:
-        states = [self.lora_afa[name] for name in self._ours(self.active_adapters)]
-        return [state for state in states if state.annealed]
+    def _annealed(self) -> dict[str, AdapterState]:
+        states = {name: self.lora_afa[name] for name in self._ours(self.active_adapters)}
+        return {name: state for name, state in states.items() if state.annealed}
 
     def _ours(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.lora_afa]
@@ -287,7 +227,8 @@ class AFALoraLayer:
     ) -> Tensor:
         if not self._ours(adapter_names):
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        result = self.base_layer(x, *args, **{k: v for k, v in kwargs.items() if v is not None})
+        kwargs.pop("alora_offsets", None)  # PEFT's, for another variant
+        result = self.base_layer(x, *args, **kwargs)
         if result._is_view():  # of a quantized layer's own tensor: not to be written
             result = result.clone()
         for name in dict.fromkeys(adapter_names):
@@ -338,7 +279,7 @@ def afa_class(stock: type[LoraLayer]) -> type:
     body = {
         "__module__": __name__,
         "__doc__": f"{stock.__name__} of PEFT whose branch runs on the kernels of this package.",
-        "adapter_layer_names": (*stock.adapter_layer_names, "lora_afa"),
+        "adapter_layer_names": (*stock.adapter_layer_names, _STATES),
     }
     return type(_PREFIX + stock.__name__, (AFALoraLayer, stock), body)
 
@@ -349,6 +290,9 @@ def adopt(layer: LoraLayer) -> None:
     if not isinstance(layer, AFALoraLayer):
         layer.__class__ = afa_class(type(layer))
         layer.lora_afa = nn.ModuleDict()
+        own = layer.__dict__.get("adapter_layer_names")  # a layer with DoRA has its own
+        if own is not None:
+            layer.adapter_layer_names = (*own, _STATES)
 
 
 def release(layer: LoraLayer) -> None:
@@ -365,6 +309,9 @@ def release(layer: LoraLayer) -> None:
         )
     del layer.lora_afa
     layer.__class__ = stock
+    own = layer.__dict__.get("adapter_layer_names")
+    if own is not None:
+        layer.adapter_layer_names = tuple(name for name in own if name != _STATES)
 
 
 def install(layer: LoraLayer, adapter_name: str, config) -> None:

@@ -19,7 +19,7 @@ from afa_kernels.backend.triton.launch import (
 # What one program of a reduction sums: elements of dz in whole rows (16 rows at least); ranks and
 # columns of dA and dB.
 _REDUCE_ELEMENTS, _REDUCE_MIN_ROWS = 1024, 16
-_REDUCE_RANKS, _REDUCE_COLS = 16, 64
+_REDUCE_RANKS, _REDUCE_COLS = 16, 32
 
 
 def _base_arguments(base: Tensor | None, out: Tensor | None) -> dict[str, Any]:

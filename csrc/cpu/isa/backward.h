@@ -31,6 +31,8 @@ class Backward {
         threads = p.m * p.r * (p.k + p.n) < kWorthThreads ? 1 : p.threads;
         slab_elements = r4 * E::kSlab;
         row_elements = super_rows * r4;
+        // Dropped elements are zeroed where they were written.
+        streams = p.dropout == 0 && p.dx.data != nullptr && can_stream<T>(p.dx, p.m, p.k);
 
         staged = scratch.reserve(threads * kBlockRows * staged_ld<E>() * sizeof(Elem));
         outer_tile = scratch.reserve(threads * kBlockRows * E::kTile * sizeof(Elem));
@@ -77,6 +79,8 @@ class Backward {
                 // this one reads.
                 team.share(k_slabs, [&](int64_t slab) { x_slab(team, slab, row, count); });
             }
+            if (streams)
+                stream_fence();
         });
     }
 
@@ -191,7 +195,8 @@ class Backward {
             if (p.dx.data == nullptr)
                 continue;
             T* dx = element<T>(p.dx, row + i, first);
-            const Target<T> target{dx, p.dx.row_stride, p.dx.col_stride, nullptr, 0, 0, 1.0f};
+            const Target<T> target{dx,   p.dx.row_stride, p.dx.col_stride, nullptr, 0, 0,
+                                   1.0f, streams};
             for (int64_t c = 0; c < cols; c += E::kTile)
                 expand<E>(dz_rows, 0, rows, r4, p.r, panel(a_expand, slab) + c * r4, target, 0, c,
                           static_cast<int>(min_of<int64_t>(E::kTile, cols - c)));
@@ -262,6 +267,7 @@ class Backward {
     Dropout dropout;
     float inverse_keep;
     int threads;
+    bool streams;
     int64_t slab_elements, row_elements;
     Scratch scratch;
     int64_t staged, outer_tile, tile, z, h, slope, dz, h_packed, dz_packed, b_panels, a_dot,

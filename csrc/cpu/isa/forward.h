@@ -25,6 +25,7 @@ class Forward {
         block_rows = min_of(p.m, kBlockRows);
         threads = p.m * p.r * (p.k + p.n) < kWorthThreads ? 1 : p.threads;
         slab_elements = r4 * E::kSlab;
+        streams = p.out.data != p.base.data && can_stream<T>(p.out, p.m, p.n);
 
         staged = scratch.reserve(threads * kBlockRows * staged_ld<E>() * sizeof(Elem));
         tile = scratch.reserve(threads * r4 * E::kTile * sizeof(float));
@@ -44,6 +45,8 @@ class Forward {
                 by_slabs(team);
             else
                 by_rows(team);
+            if (streams)
+                stream_fence();
         });
     }
 
@@ -137,7 +140,8 @@ class Forward {
                                base,
                                p.base.row_stride,
                                p.base.col_stride,
-                               p.scaling};
+                               p.scaling,
+                               streams};
         for (int64_t c = 0; c < cols; c += E::kTile)
             expand<E>(h, 0, count, r4, p.r, packed + c * r4, target, 0, c,
                       static_cast<int>(min_of<int64_t>(E::kTile, cols - c)));
@@ -161,6 +165,7 @@ class Forward {
     int64_t block_rows;
     int threads;
     int64_t slab_elements;
+    bool streams;
     Scratch scratch;
     int64_t staged, tile, rows, coefficients, panels, partial;
 };

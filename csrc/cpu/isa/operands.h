@@ -98,7 +98,11 @@ static void read_tile(const Src* p, int64_t stride_j, int64_t stride_l, int64_t 
         return;
     }
     float runs[4 * kMaxRank];
-    for (int c = 0; c < kTile; c += 4) {
+    int c = 0;
+    if constexpr (std::is_same_v<Src, float> && std::is_same_v<T, float>)
+        for (; r == r4 && c + 4 <= cols; c += 4)
+            transpose4(p + c * stride_l, stride_l, r4, tile + c, kTile);
+    for (; c < kTile; c += 4) {
         for (int i = 0; i < 4; ++i) {
             float* run = runs + i * r4;
             const int64_t count = c + i < cols ? r : 0;

@@ -85,6 +85,7 @@ struct Pair {
                     }
                 }
             }
+#pragma GCC unroll 8
             for (int m = 0; m < kRows; ++m)
                 add_sums(z + m * ldz + j, acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
         }
@@ -113,12 +114,7 @@ struct Pair {
                     acc[m][v] = _mm512_dpbf16_ps(acc[m][v], left, right[v]);
             }
         }
-        for (int m = 0; m < kRows; ++m)
-            for (int v = 0; v < kVectors; ++v) {
-                const int count = min_of(kLanes, cols - v * kLanes);
-                if (count > 0)
-                    write_vector(target, out_row + m, out_col + v * kLanes, acc[m][v], count);
-            }
+        write_tile(target, out_row, out_col, acc, cols);
     }
 
     // One tile of columns of `rows` rows as pairs of rows, packed; an odd last row is paired with

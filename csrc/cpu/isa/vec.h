@@ -104,6 +104,15 @@ static inline float round_to(float value) {
     return to_float(narrow);
 }
 
+// Rounded once where the vectors of this instruction set are, so that both give the same bits.
+static inline float fma(float a, float b, float c) {
+#if AFA_ISA_LEVEL >= 1
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // --- vectors
 // --------------------------------------------------------------------------------------------------------
 
@@ -235,6 +244,40 @@ static inline void store_first(T* p, Vec v, int count) {
 }
 
 #endif
+
+// Stores that leave the cache alone, for results too large to stay in it: they save reading each
+// line before it is written. `p` is aligned to the bytes written; stream_fence() orders them before
+// anything that follows.
+static inline void stream(float* p, Vec v) {
+#if AFA_ISA_LEVEL >= 2
+    _mm512_stream_ps(p, v);
+#elif AFA_ISA_LEVEL == 1
+    _mm256_stream_ps(p, v);
+#elif defined(__SSE2__)
+    _mm_stream_ps(p, v);
+#else
+    store(p, v);
+#endif
+}
+template <class T>
+static inline void stream(T* p, Vec v) {
+#if AFA_ISA_LEVEL >= 2
+    __m256i narrow;
+    store(reinterpret_cast<T*>(&narrow), v);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow);
+#elif AFA_ISA_LEVEL == 1
+    __m128i narrow;
+    store(reinterpret_cast<T*>(&narrow), v);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow);
+#else
+    store(p, v);
+#endif
+}
+static inline void stream_fence() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
 
 // out[0..3] += the sums over the lanes of a, b, c, d.
 static inline void add_sums(float* out, Vec a, Vec b, Vec c, Vec d) {

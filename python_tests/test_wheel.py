@@ -1,0 +1,168 @@
+"""The package as people install it: one wheel, built without torch, beside a torch that was there
+before.
+
+``AFA_WHEEL_TORCH`` names that torch as pip does (``torch==2.6.*``); by default it is another one
+than the one that runs the tests. Slow: it compiles the wheel and installs torch.
+"""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+REQUIRED = {"torch", "numpy", "safetensors"}
+EXTRAS = {
+    "triton": {"triton"},
+    "peft": {"peft"},
+    "hf": {"transformers", "accelerate", "peft", "trl", "datasets"},
+}
+TRAIN = """
+import sys
+import torch
+import afa_kernels as afa
+
+assert sys.prefix in afa.__file__, afa.__file__
+assert afa.backends()["cpu"].available, afa.backends()["cpu"].reason
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 4))
+afa.inject(model, target_modules=["0", "2"], r=4)
+layer = model[0]
+assert layer.plan(torch.randn(8, 16)).backend == "cpu", layer.plan(torch.randn(8, 16))
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+schedule = afa.AnnealSchedule(40, end_frac=0.75).attach(model)
+x, y = torch.randn(32, 16), torch.randint(4, (32,))
+losses = []
+for _ in range(40):
+    loss = torch.nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    schedule.step()
+    losses.append(loss.item())
+assert losses[-1] < 0.7 * losses[0], losses
+afa.save_adapter(model, sys.argv[1])
+before = model(x)
+torch.testing.assert_close(afa.merge(model)(x), before)
+print("trained with torch", torch.__version__)
+"""
+
+
+def run(*command: object, **options) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "AFA_KERNELS_BACKEND")}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, **options)
+    if done.returncode != 0:
+        raise AssertionError(f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def another_torch() -> str:
+    return "torch==2.6.*" if not torch.__version__.startswith("2.6.") else "torch==2.13.*"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, ROOT, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    yield built
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Iterator[Path]:
+    """The interpreter of a fresh environment with another torch and nothing of ours."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True)
+    interpreter = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    asked = os.environ.get("AFA_WHEEL_TORCH")
+    try:
+        run(interpreter, "-m", "pip", "install", asked or another_torch())
+    except AssertionError as error:
+        if asked:
+            raise
+        pytest.skip(f"{another_torch()} cannot be installed here: {error}")
+    yield interpreter
+    shutil.rmtree(folder)  # gigabytes, which pytest would keep for three runs
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_does_not_know_torch(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (core,) = (name for name in names if name.startswith("afa_kernels/_C."))
+        assert b"libtorch" not in archive.read(core) and b"libc10" not in archive.read(core)
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"afa_kernels", next(top for top in tops if top.endswith(".dist-info"))}
+
+
+@pytest.mark.slow
+def test_it_trains_beside_another_torch(wheel, python, tmp_path):
+    version = "import torch; print(torch.__version__)"
+    before = run(python, "-c", version)
+    run(python, "-m", "pip", "install", wheel, cwd=tmp_path)
+    assert run(python, "-c", version) == before, "installing the wheel changed torch"
+    printed = run(python, "-c", TRAIN, tmp_path / "adapter", cwd=tmp_path)
+    assert printed.strip() == f"trained with torch {before.strip()}"
+    assert "available" in run(python, "-m", "afa_kernels", cwd=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_an_extra_brings_what_it_says(wheel, python, tmp_path, extra):
+    plan = run(
+        python, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps",
+        *_requirements(wheel, extra), cwd=tmp_path,
+    )  # fmt: skip
+    would = plan.rpartition("Would install ")[2].split()
+    found = {entry.rpartition("-")[0].lower() for entry in would}
+    assert EXTRAS[extra] <= found, plan
+
+
+def _requirements(wheel: Path, extra: str) -> list[str]:
+    """Return the requirements of an extra as the wheel itself states them."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode().splitlines()
+    wanted = (line.partition(":")[2].strip() for line in lines if line.startswith("Requires-Dist:"))
+    return [r.partition(";")[0].strip() for r in wanted if f'extra == "{extra}"' in r.replace("'", '"')]
+
+
+def test_every_import_is_a_dependency_or_in_an_extra():
+    """What the package imports, anywhere, is installed with it or with an extra."""
+    allowed = REQUIRED.union(*EXTRAS.values(), {"afa_kernels"}, sys.stdlib_module_names)
+    for file in sorted((ROOT / "afa_kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module] if node.level == 0 else []
+            elif isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            else:
+                continue
+            for module in modules:
+                assert module.split(".")[0] in allowed, f"{file.relative_to(ROOT)} imports {module}"
+
+
+def test_the_extras_are_declared():
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        pytest.skip("Python 3.10 has no tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def names(requirements):
+        return {r.partition("[")[0].partition(">")[0].partition("=")[0].strip() for r in requirements}
+
+    assert names(project["dependencies"]) == REQUIRED
+    for extra, wanted in EXTRAS.items():
+        assert names(project["optional-dependencies"][extra]) == wanted, extra
+    for requirement in project["optional-dependencies"]["test"]:
+        metadata.version(requirement.partition(">")[0])  # what runs these tests has them
