@@ -21,6 +21,11 @@ from afa_kernels.backend.registry import IDENTITY, Backend, BackendStatus, Call,
 
 MAX_RANK = 128
 MIN_CAPABILITY = (8, 0)
+# Beyond this rank the passes over x and dy are bound by mma.sync's issue rate, not by memory; on
+# these GPUs triton compiles them to the faster tensor-core instructions (a model: no GPU has
+# confirmed it).
+_MAX_MEMORY_BOUND_RANK = 64
+_FASTER_IN_TRITON = (9, 10)  # major compute capabilities
 _VECTOR = 8  # 16-bit elements in the 16 bytes that the kernels move at a time
 _ALIGNMENT = 16
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1}
@@ -221,6 +226,14 @@ def _refuses(call: Call) -> str | None:
     return _refuses_shape(call) or _refuses_device(call.device_index or 0)
 
 
+def _leaves(call: Call) -> tuple[str, str] | None:
+    major, minor = torch.cuda.get_device_capability(call.device_index or 0)
+    if call.r <= _MAX_MEMORY_BOUND_RANK or major not in _FASTER_IN_TRITON:
+        return None
+    reason = f"leaves ranks above {_MAX_MEMORY_BOUND_RANK} to triton on compute capability"
+    return "triton", f"{reason} {major}.{minor}"
+
+
 def _emulator_status() -> BackendStatus:
     module, reason = _emulator_module()
     return BackendStatus(module is not None, reason, {"max_rank": MAX_RANK} if module else {})
@@ -234,6 +247,7 @@ BACKEND = Backend(
     forward=lambda *args, **kwargs: _device_kernels().forward(*args, **kwargs),
     backward=lambda *args, **kwargs: _device_kernels().backward(*args, **kwargs),
     launches=lambda call: _device_kernels().launches(call),
+    leaves=_leaves,
 )
 EMULATED = Backend(
     name="cuda_emulated",

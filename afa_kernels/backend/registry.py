@@ -168,6 +168,8 @@ class Backend:
     automatic: bool = True  # False: only on request
     # The kernels of a call with their launch parameters, for ``plan``.
     launches: Callable[[Call], list[dict[str, Any]]] | None = None
+    # The backend to which this one leaves a call that nobody forced, and why; None: to none.
+    leaves: Callable[[Call], tuple[str, str] | None] | None = None
 
     def why_not(self, call: Call) -> str | None:
         """Return why this backend cannot take ``call``, or None if it can."""
@@ -230,6 +232,16 @@ def requested(explicit: str | None) -> str | None:
     return explicit or _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
+def _left(backend: Backend, call: Call) -> str | None:
+    """Return why ``backend`` leaves ``call`` to another one that can take it, or None."""
+    left = backend.leaves(call) if backend.leaves is not None else None
+    if left is None:
+        return None
+    name, reason = left
+    other = _BACKENDS.get(name)
+    return reason if other is not None and other.why_not(call) is None else None
+
+
 @lru_cache(maxsize=4096)
 def select(call: Call, name: str | None) -> Selection:
     """Return the backend that takes ``call``: the named one, or the first in order that can.
@@ -250,7 +262,7 @@ def select(call: Call, name: str | None) -> Selection:
     for backend in _BACKENDS.values():
         if not backend.automatic:
             continue
-        why_not = backend.why_not(call)
+        why_not = backend.why_not(call) or _left(backend, call)
         if why_not is None:
             reason = "; ".join(passed_over) or "first choice for this device"
             return Selection(backend, reason)

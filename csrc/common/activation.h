@@ -1,6 +1,7 @@
 // The activation maths of every compiled backend: value and slope, float in, float out.
 //
-//   phi(z) = (1 - alpha_t) * z + alpha_t * act(z)        phi'(z) = (1 - alpha_t) + alpha_t * act'(z)
+//   phi(z) = (1 - alpha_t) * z + alpha_t * act(z)
+//   phi'(z) = (1 - alpha_t) + alpha_t * act'(z)
 //
 // The ids are those of afa_kernels/activation.py. Conventions at kinks are torch's: relu'(0) = 0.
 #pragma once
@@ -11,7 +12,15 @@
 
 namespace afa {
 
-enum class Activation : int { relu = 0, silu = 1, gelu = 2, gelu_tanh = 3, leaky_relu = 4, tanh = 5, sin = 6 };
+enum class Activation : int {
+    relu = 0,
+    silu = 1,
+    gelu = 2,
+    gelu_tanh = 3,
+    leaky_relu = 4,
+    tanh = 5,
+    sin = 6
+};
 constexpr int kActivationCount = 7;
 
 struct ValueSlope {
@@ -19,7 +28,8 @@ struct ValueSlope {
     float slope;
 };
 
-// act(z) and act'(z) together, since they share their expensive part; an unused half is removed by the compiler.
+// act(z) and act'(z) together, since they share their expensive part; an unused half is removed by
+// the compiler.
 template <Activation kAct>
 AFA_HOST_DEVICE ValueSlope activate(float z) {
     if constexpr (kAct == Activation::relu) {
@@ -33,8 +43,9 @@ AFA_HOST_DEVICE ValueSlope activate(float z) {
     } else if constexpr (kAct == Activation::gelu_tanh) {
         constexpr float kSqrt2OverPi = 0.79788456080286535588f, kCubic = 0.044715f;
         const float t = tanhf(kSqrt2OverPi * (z + kCubic * z * z * z));
-        return {0.5f * z * (1.0f + t),
-                0.5f * (1.0f + t) + 0.5f * z * (1.0f - t * t) * kSqrt2OverPi * (1.0f + 3.0f * kCubic * z * z)};
+        return {0.5f * z * (1.0f + t), 0.5f * (1.0f + t) + 0.5f * z * (1.0f - t * t) *
+                                                               kSqrt2OverPi *
+                                                               (1.0f + 3.0f * kCubic * z * z)};
     } else if constexpr (kAct == Activation::leaky_relu) {
         return {z > 0.0f ? z : 0.01f * z, z > 0.0f ? 1.0f : 0.01f};
     } else if constexpr (kAct == Activation::tanh) {
@@ -51,6 +62,16 @@ template <Activation kAct>
 AFA_HOST_DEVICE ValueSlope anneal(float z, float alpha_t) {
     const ValueSlope act = activate<kAct>(z);
     return {(1.0f - alpha_t) * z + alpha_t * act.value, (1.0f - alpha_t) + alpha_t * act.slope};
+}
+
+// The same for an id known at run time only; where the id is uniform, so is the branch.
+template <int kId = 0>
+AFA_HOST_DEVICE ValueSlope anneal_by_id(int activation, float z, float alpha_t) {
+    if constexpr (kId + 1 < kActivationCount) {
+        if (activation != kId)
+            return anneal_by_id<kId + 1>(activation, z, alpha_t);
+    }
+    return anneal<static_cast<Activation>(kId)>(z, alpha_t);
 }
 
 }  // namespace afa

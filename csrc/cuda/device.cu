@@ -1,5 +1,7 @@
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 
 #include "cuda/launch.h"
@@ -37,9 +39,16 @@ DeviceScope::~DeviceScope() {
 }
 
 DeviceLimits device_limits(int device) {
-    return {attribute(cudaDevAttrMultiProcessorCount, device),
-            attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
+    static std::mutex guard;
+    static std::map<int, DeviceLimits> known;
+    const std::lock_guard<std::mutex> lock(guard);
+    const auto found = known.find(device);
+    if (found != known.end())
+        return found->second;
+    const DeviceLimits limits{attribute(cudaDevAttrMultiProcessorCount, device),
+                              attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                              attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
+    return known.emplace(device, limits).first->second;
 }
 
 bool has_kernel_image(int device) {

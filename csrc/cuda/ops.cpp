@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "common/activation.h"
 #include "cuda/tiles.h"
 
 namespace afa {
@@ -75,8 +76,8 @@ void check_matrix(const char* name, const void* data, int64_t stride, const Shap
 }
 
 void check_call(const BranchCall& call) {
-    if (call.activation < 0 || call.threshold < 0 || call.threshold > 255 ||
-        (call.threshold && !call.seed))
+    if (call.activation < 0 || call.activation >= kActivationCount || call.threshold < 0 ||
+        call.threshold > 255 || (call.threshold && !call.seed))
         throw std::invalid_argument("activation or dropout out of range (" + describe(call.shape) +
                                     ")");
     check_matrix("x", call.x, call.x_stride, call.shape);

@@ -111,27 +111,6 @@ AFA_DEVICE void drop(T* piece, uint16_t* masks, int mask_pitch, const DropoutPar
     }
 }
 
-// phi(z), phi'(z) and alpha_t; uniform over the grid, so that the switch does not diverge.
-AFA_DEVICE ValueSlope anneal_by_id(int activation, float z, float alpha_t) {
-    switch (static_cast<Activation>(activation)) {
-    case Activation::relu:
-        return anneal<Activation::relu>(z, alpha_t);
-    case Activation::silu:
-        return anneal<Activation::silu>(z, alpha_t);
-    case Activation::gelu:
-        return anneal<Activation::gelu>(z, alpha_t);
-    case Activation::gelu_tanh:
-        return anneal<Activation::gelu_tanh>(z, alpha_t);
-    case Activation::leaky_relu:
-        return anneal<Activation::leaky_relu>(z, alpha_t);
-    case Activation::tanh:
-        return anneal<Activation::tanh>(z, alpha_t);
-    case Activation::sin:
-        break;
-    }
-    return anneal<Activation::sin>(z, alpha_t);
-}
-
 // phi of two elements, rounded to T.
 template <typename T>
 AFA_DEVICE uint32_t phi_pair(int activation, uint32_t pair, float alpha_t) {

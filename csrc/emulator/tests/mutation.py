@@ -8,10 +8,12 @@ same. Prints caught/planted; exit status 1 if one escapes, or if a change no lon
 """
 
 import argparse
+import os
 import re
 import shutil
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -285,18 +287,19 @@ def caught_by(
 ) -> tuple[str, str]:
     """Return the build that notices the mutant and what it says, or two empty strings."""
     csrc = folder / "csrc"
-    if csrc.exists():
-        shutil.rmtree(csrc)
     shutil.copytree(build.CSRC, csrc)
     if mutant is not None:
         apply(mutant, csrc)
+    verdict = "", ""
     for kind, others in objects.items():
         kernels = build.compile_source(kind, build.KERNELS, folder / f"kernels-{kind}.o", csrc)
         program = build.link(kind, [*others, kernels], folder / f"driver-{kind}")
         content, line = build.run(kind, program, "--cases", CASES, timeout=300)
         if not content:
-            return kind, line
-    return "", ""
+            verdict = kind, line
+            break
+    shutil.rmtree(folder)
+    return verdict
 
 
 def main() -> int:
@@ -312,15 +315,18 @@ def main() -> int:
         return 0
     caught = 0
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = Path(name)
         objects = {kind: host_objects(kind, folder) for kind in ("plain", "tsan")}
-        kind, line = caught_by(None, objects, folder)
+        kind, line = caught_by(None, objects, folder / "unchanged")
         if kind:
             print(f"the unchanged kernels fail already ({kind}): {line}")
             return 1
-        for mutant in mutants:
-            kind, line = caught_by(mutant, objects, folder)
+        verdicts = pool.map(
+            lambda number: caught_by(mutants[number], objects, folder / str(number)),
+            range(len(mutants)),
+        )
+        for mutant, (kind, line) in zip(mutants, verdicts, strict=True):
             caught += bool(kind)
             print(
                 f"{kind or 'ESCAPED':8} {mutant.kind:28} {mutant.what:42} {line[:140]}", flush=True

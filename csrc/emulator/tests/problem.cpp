@@ -18,25 +18,6 @@ double round_to(double value, DType dtype) {
                           format(dtype));
 }
 
-ValueSlope anneal_by_id(int activation, float z, float alpha_t) {
-    switch (activation) {
-    case 0:
-        return anneal<Activation::relu>(z, alpha_t);
-    case 1:
-        return anneal<Activation::silu>(z, alpha_t);
-    case 2:
-        return anneal<Activation::gelu>(z, alpha_t);
-    case 3:
-        return anneal<Activation::gelu_tanh>(z, alpha_t);
-    case 4:
-        return anneal<Activation::leaky_relu>(z, alpha_t);
-    case 5:
-        return anneal<Activation::tanh>(z, alpha_t);
-    default:
-        return anneal<Activation::sin>(z, alpha_t);
-    }
-}
-
 }  // namespace
 
 Problem::Problem(const Shape& shape, DType dtype, int activation, const Options& options,

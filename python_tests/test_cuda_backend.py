@@ -1,0 +1,142 @@
+"""The ``cuda`` backend as far as a machine without a GPU can see it: status, refusals, choice."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import afa_kernels as afa
+from afa_kernels.backend import cuda, registry
+from afa_kernels.backend.registry import Backend, BackendStatus, Call
+
+
+def call(r=16, k=64, n=64, dtype=torch.bfloat16):
+    return Call("cuda", dtype, 128, k, n, r, "silu", device_index=0)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A registry of cuda and triton on a GPU that this machine need not have."""
+    monkeypatch.setattr(registry, "_BACKENDS", {})
+    registry.select.cache_clear()
+
+    def fill(capability, triton=True):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        available = BackendStatus(True)
+        missing = BackendStatus(False, "triton is not installed")
+        registry.register(
+            dataclasses.replace(cuda.BACKEND, status=lambda: available, refuses=cuda._refuses_shape)
+        )
+        registry.register(
+            Backend(
+                name="triton",
+                devices=frozenset({"cuda"}),
+                status=lambda: available if triton else missing,
+                refuses=lambda call: None,
+                forward=None,
+                backward=None,
+            )
+        )
+
+    yield fill
+    registry.select.cache_clear()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_it_comes_first_on_every_gpu(table, capability):
+    table(capability)
+    assert registry.select(call(r=64), None).backend.name == "cuda"
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 3)])
+def test_the_widest_ranks_are_left_to_triton_and_the_plan_says_so(table, capability):
+    table(capability)
+    chosen, reason = registry.select(call(r=65), None)
+    assert chosen.name == "triton"
+    assert reason == (
+        "cuda: leaves ranks above 64 to triton on compute capability "
+        f"{capability[0]}.{capability[1]}"
+    )
+    assert registry.select(call(r=65), "cuda").backend.name == "cuda", "forced, it takes the call"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
+def test_the_widest_ranks_stay_where_triton_has_no_better_instructions(table, capability):
+    table(capability)
+    assert registry.select(call(r=128), None).backend.name == "cuda"
+
+
+def test_nothing_is_left_to_a_backend_that_cannot_take_it(table):
+    table((9, 0), triton=False)
+    assert registry.select(call(r=128), None).backend.name == "cuda"
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"r": 200}, "cuda: takes ranks up to 128, got 200"),
+        ({"k": 60}, "cuda: takes K and N that are multiples of 8, got K=60 and N=64"),
+        ({"dtype": torch.float32}, "cuda: takes bfloat16 and float16, got float32"),
+    ],
+)
+def test_what_it_refuses_goes_to_triton_with_the_reason(table, changed, reason):
+    table((8, 0))
+    chosen, told = registry.select(call(**changed), None)
+    assert chosen.name == "triton"
+    assert told.startswith(reason)
+
+
+def test_an_old_gpu_is_refused_by_its_capability(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    cuda._refuses_device.cache_clear()
+    assert cuda._refuses(call()) == "takes GPUs of compute capability 8.0 and later, got 7.5"
+    cuda._refuses_device.cache_clear()
+
+
+def test_without_a_device_the_status_says_what_is_missing():
+    status = afa.backends()["cuda"]
+    if status.available:
+        pytest.skip("this machine has a CUDA device")
+    assert status.reason
+    message = "backend 'cuda' cannot take this call"
+    with pytest.raises(afa.BackendUnavailable, match=message):
+        afa.afa_lora(torch.zeros(1, 8), torch.zeros(1, 8), torch.zeros(8, 1), 0.5, backend="cuda")
+
+
+# --- The source keeps the rules on which the emulator stands ---
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+DEVICE_ONLY = re.compile(
+    r"\basm\b|__shared__|__sync|__ldg|__shfl|threadIdx|blockIdx|blockDim|<<<|cuda_fp16|cuda_bf16"
+)
+
+
+def kernel_files():
+    return [path for path in (CSRC / "cuda").glob("*.cuh") if path.name != "prim_device.cuh"]
+
+
+def test_kernels_reach_the_device_through_the_primitives_alone():
+    assert len(kernel_files()) >= 6
+    for path in kernel_files():
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            code = line.partition("//")[0]
+            assert not DEVICE_ONLY.search(code), f"{path.name}:{number}: {line.strip()}"
+
+
+def test_every_primitive_has_a_twin():
+    def functions(name):
+        text = (CSRC / "cuda" / name).read_text()
+        return set(re.findall(r"^(?:AFA_DEVICE|inline)? ?[\w:*]+\*? (\w+)\(", text, re.M))
+
+    host, device = functions("prim_host.h"), functions("prim_device.cuh")
+    assert {"copy_async", "load_matrices", "multiply_add", "block_sync", "pack"} <= host
+    assert host <= device
+
+
+def test_the_emulator_compiles_every_kernel():
+    included = (CSRC / "emulator" / "kernels.cpp").read_text()
+    for path in (CSRC / "cuda").glob("*.cu"):
+        if "_kernel" in path.read_text() and path.name != "device.cu":
+            assert f'#include "cuda/{path.name}"' in included, path.name
