@@ -68,7 +68,7 @@ cuda-report: $(VENV)/.built  ## registers, spills, shared memory and instruction
 	$(RUN) bench/cuda_report.py $(ARGS)
 
 triton-report: $(VENV)/.built  ## the same for every row of the Triton tile table
-	$(RUN) -m bench.triton_report $(ARGS)
+	env -u TRITON_INTERPRET $(RUN) -m bench.triton_report $(ARGS)
 
 gpu-check: $(VENV)/.built  ## on a machine with a GPU: everything that the tests cannot run without one
 	$(RUN) -m bench.gpu_check $(ARGS)

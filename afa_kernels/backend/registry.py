@@ -173,11 +173,12 @@ class Backend:
 
     def why_not(self, call: Call) -> str | None:
         """Return why this backend cannot take ``call``, or None if it can."""
+        # Devices first: a call on the CPU must not wake a GPU's driver.
+        if self.devices and call.device not in self.devices:
+            return f"runs on {', '.join(sorted(self.devices))} tensors, got {call.device}"
         status = self.status()
         if not status.available:
             return status.reason
-        if self.devices and call.device not in self.devices:
-            return f"runs on {', '.join(sorted(self.devices))} tensors, got {call.device}"
         return self.refuses(call)
 
 

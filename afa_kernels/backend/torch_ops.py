@@ -53,9 +53,7 @@ def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
     z = _z(_drop(x, seed, spec), a, spec)
     h = _h(z, alpha_t, spec)
     if base is None:
-        torch.mm(h, b.T, out=out)
-        if spec.scaling != 1.0:
-            out.mul_(spec.scaling)
+        out.addmm_(h, b.T, beta=0, alpha=spec.scaling)  # beta = 0: what out held is not read
     else:
         if base is not out:
             out.copy_(base)
