@@ -118,7 +118,7 @@ def floor_ms(m, k, n, r, dtype, base_ms, bandwidth) -> float:
 
 def bench_layer(args, dtypes) -> list[dict]:
     rows, bandwidth = [], copy_bandwidth()
-    print(f"\nlayer, forward + backward, ms; copy bandwidth {bandwidth / 1e9:.1f} GB/s")
+    print(f"layer, forward + backward, ms; copy bandwidth {bandwidth / 1e9:.1f} GB/s")
     for dtype in dtypes:
         for shape in SHAPES:
             problem = Problem(*shape, dtype)
@@ -204,10 +204,10 @@ def main() -> None:
     args.rounds = 5 if args.quick else 15
     torch.set_num_threads(args.threads)
     dtypes = [getattr(torch, name) for name in args.dtypes.split(",")]
-    rows = []
+    measured_in = common.environment()
     for name in args.only.split(","):
-        rows += [row | {"clock": args.clock} for row in BENCHES[name](args, dtypes)]
-    print("\nwritten to", common.write_results("cpu", rows))
+        rows = [row | {"clock": args.clock} for row in BENCHES[name](args, dtypes)]
+        print("written to", common.write_results(f"cpu_{name}", rows, measured_in))
 
 
 if __name__ == "__main__":

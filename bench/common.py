@@ -74,8 +74,9 @@ def environment() -> dict[str, object]:
     }
 
 
-def write_results(name: str, rows: list[dict[str, object]]) -> Path:
+def write_results(name: str, rows: list[dict[str, object]], measured_in: dict[str, object]) -> Path:
+    """Write the rows behind the environment that they were measured in, taken before the first of them."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in [{"environment": environment()}, *rows]))
+    path.write_text("".join(json.dumps(row) + "\n" for row in [{"environment": measured_in}, *rows]))
     return path

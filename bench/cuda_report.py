@@ -91,9 +91,7 @@ def find_tool(name: str) -> str:
     for place in places:
         if place and os.access(place, os.X_OK):
             return place
-    raise SystemExit(
-        f"cuda-report: {name} was not found on PATH, beside nvcc, or in the triton package"
-    )
+    raise SystemExit(f"cuda-report: {name} was not found on PATH, beside nvcc, or in the triton package")
 
 
 def planner():
@@ -105,9 +103,7 @@ def planner():
             continue
         if attribute is None or hasattr(module, attribute):
             return module if attribute is None else getattr(module, attribute)
-    raise SystemExit(
-        "cuda-report: build the package with AFA_BUILD_EMULATOR=1 (or with nvcc) first"
-    )
+    raise SystemExit("cuda-report: build the package with AFA_BUILD_EMULATOR=1 (or with nvcc) first")
 
 
 def identify(mangled: str) -> tuple[str, int, str] | None:
@@ -129,9 +125,7 @@ def parse_ptxas(text: str, arch: str) -> dict[str, Row]:
             current = None if identity is None else rows.setdefault(match[1], Row(arch, *identity))
         elif current is None:
             continue
-        elif match := re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
-        ):
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
             current.stack, current.spill_bytes = int(match[1]), int(match[2]) + int(match[3])
         elif match := re.search(r"Used (\d+) registers", line):
             current.registers = int(match[1])
@@ -162,9 +156,7 @@ def compile_one(source: str, arch: str, folder: Path, tool: str) -> list[Row]:
     if done.returncode:
         raise SystemExit(f"cuda-report: nvcc failed for {source}.cu, sm_{arch}\n{done.stderr}")
     rows = parse_ptxas(done.stderr, arch)
-    sass = subprocess.run(
-        [tool, "-sass", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
+    sass = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     for name, counts in count_opcodes(sass).items():
         if name in rows:
             rows[name].opcodes = counts
@@ -202,9 +194,7 @@ def check(row: Row) -> None:
     if row.stack > STACK_BUDGET:
         row.faults.append(f"{row.stack} bytes of stack, budget {STACK_BUDGET}")
     if row.shared_bytes > gpu.shared_per_block:
-        row.faults.append(
-            f"{row.shared_bytes} bytes of shared memory, the block gets {gpu.shared_per_block}"
-        )
+        row.faults.append(f"{row.shared_bytes} bytes of shared memory, the block gets {gpu.shared_per_block}")
     if row.blocks_per_sm < 1:
         row.faults.append("no block fits an SM")
     for opcode in SHOWN_OPCODES:
@@ -248,38 +238,26 @@ def print_table(rows: list[Row]) -> None:
     cells = [list(columns), *([str(value(row)) for value in columns.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        )
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help=f"architectures {', '.join(QUICK_ARCHITECTURES)} only"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"architectures {', '.join(QUICK_ARCHITECTURES)} only")
     parser.add_argument("--arch", help="comma-separated architectures")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     if shutil.which("nvcc") is None:
         print("cuda-report: nvcc is not on PATH; nothing was checked", file=sys.stderr)
         return 2
-    architectures = (
-        options.arch.split(",")
-        if options.arch
-        else list(QUICK_ARCHITECTURES if options.quick else GPUS)
-    )
+    architectures = options.arch.split(",") if options.arch else list(QUICK_ARCHITECTURES if options.quick else GPUS)
     if unknown := [arch for arch in architectures if arch not in GPUS]:
         parser.error(f"--arch: expected some of {', '.join(GPUS)}, got {', '.join(unknown)}")
     tool, plans = find_tool("cuobjdump"), launch_plans(architectures)
     os.environ["PATH"] += os.pathsep + str(Path(tool).parent)  # cuobjdump calls nvdisasm
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
-            pool.submit(compile_one, source, arch, Path(folder), tool)
-            for arch in architectures
-            for source in SOURCES
+            pool.submit(compile_one, source, arch, Path(folder), tool) for arch in architectures for source in SOURCES
         ]
         rows = [row for job in jobs for row in job.result()]
     for row in rows:

@@ -22,8 +22,7 @@ _K_EXTENSION = 64  # columns that [x | h] has beyond x, padded for the GEMM
 def medians(steps: dict[str, Callable[[], object]], context: Context) -> dict[str, float]:
     """Return the median milliseconds of each function."""
     works = {
-        name: Work(prepare=lambda: None, steps={"call": lambda _, call=call: call()})
-        for name, call in steps.items()
+        name: Work(prepare=lambda: None, steps={"call": lambda _, call=call: call()}) for name, call in steps.items()
     }
     measure(works, clock_of(context.device), seconds=0.3 if context.small else 2.0)
     return {name: statistics.median(work.samples["call"]) for name, work in works.items()}
@@ -72,8 +71,8 @@ def measure_bandwidth(context: Context) -> Outcome:
 
             y = forward()
             steps[f"{backend} forward"] = forward
-            steps[f"{backend} backward"] = lambda y=y, leaves=leaves, layer=layer: (
-                torch.autograd.grad(y, leaves, layer.dy, retain_graph=True)
+            steps[f"{backend} backward"] = lambda y=y, leaves=leaves, layer=layer: torch.autograd.grad(
+                y, leaves, layer.dy, retain_graph=True
             )
         times = medians(steps, context)
         element = layer.x.element_size()
@@ -107,9 +106,7 @@ def measure_launches(context: Context) -> Outcome:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 layer.step(backend, dropout_p=0.0)
-            steps[f"{backend} eager"] = lambda backend=backend, layer=layer: layer.step(
-                backend, dropout_p=0.0
-            )
+            steps[f"{backend} eager"] = lambda backend=backend, layer=layer: layer.step(backend, dropout_p=0.0)
             steps[f"{backend} graph"] = graph.replay
         times = medians(steps, context)
         rows += [{"M": m, "way": name, "ms": round(ms, 4)} for name, ms in times.items()]
@@ -134,9 +131,7 @@ def measure_peers(context: Context) -> Outcome:
         ]
         command += ["--ranks", "16,64", "--dtypes", "bf16", "--alphas", "0.5,0", "--seconds", "2"]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [*command, "--out", folder, "--name", "peers"], cwd=ROOT, capture_output=True, text=True
-        )
+        done = subprocess.run([*command, "--out", folder, "--name", "peers"], cwd=ROOT, capture_output=True, text=True)
         files = sorted(Path(folder).rglob("*.jsonl"))
         lines = [line for file in files for line in file.read_text().splitlines()]
     if done.returncode or not lines:

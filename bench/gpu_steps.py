@@ -62,9 +62,7 @@ class Context:
     @property
     def native(self):
         """The module with the compiled kernels of the device."""
-        find = (
-            cuda_backend._device_module if self.device == "cuda" else cuda_backend._emulator_module
-        )
+        find = cuda_backend._device_module if self.device == "cuda" else cuda_backend._emulator_module
         module, reason = find()
         if module is None:
             raise RuntimeError(reason)
@@ -139,9 +137,7 @@ def shapes(context: Context) -> list[tuple[int, int, int, int]]:
 
 def check_backends(context: Context) -> Outcome:
     status = afa.backends()
-    rows = [
-        {"backend": name, "available": bool(s), "reason": s.reason} for name, s in status.items()
-    ]
+    rows = [{"backend": name, "available": bool(s), "reason": s.reason} for name, s in status.items()]
     missing = [name for name in context.backends if not status[name].available]
     if missing:
         reasons = "; ".join(f"{name}: {status[name].reason}" for name in missing)
@@ -176,9 +172,7 @@ def check_primitives(context: Context) -> Outcome:
         expected = _primitives(emulator, "cpu", dtype)
         # The tensor cores group and truncate their sums; everything else must agree bit for bit.
         product = slice(256, 384)
-        error = (
-            (got[product].view(torch.float32) - expected[product].view(torch.float32)).abs().max()
-        )
+        error = (got[product].view(torch.float32) - expected[product].view(torch.float32)).abs().max()
         got[product] = expected[product]
         if error > 1e-4:
             return Outcome.failed(f"multiply_add differs by {error:.2e} in {dtype}")
@@ -269,9 +263,7 @@ def check_graphs(context: Context) -> Outcome:
             layer.seed.fill_(seed)
             graph.replay()
             if not equal(captured, layer.step(backend)):
-                return Outcome.failed(
-                    f"{backend}: a replay with alpha_t={value} differs from the call"
-                )
+                return Outcome.failed(f"{backend}: a replay with alpha_t={value} differs from the call")
     return Outcome.ok("replays follow alpha_t and the dropout seed")
 
 
@@ -348,28 +340,20 @@ def check_sanitizer(context: Context) -> Outcome:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["no output"]
         rows.append({"tool": name, "status": done.returncode, "last line": lines[-1]})
     wrong = [row for row in rows if row["status"]]
-    return (Outcome.failed if wrong else Outcome.ok)(
-        f"{len(rows) - len(wrong)} of {len(rows)} tools content", rows
-    )
+    return (Outcome.failed if wrong else Outcome.ok)(f"{len(rows) - len(wrong)} of {len(rows)} tools content", rows)
 
 
 STEPS = (
     Step("backends", "cuda and triton are available on this machine", check_backends),
-    Step(
-        "primitives", "each PTX wrapper on the device against its emulated twin", check_primitives
-    ),
+    Step("primitives", "each PTX wrapper on the device against its emulated twin", check_primitives),
     Step(
         "kernels",
         "every kernel against torch and the emulator, twice for the same bits",
         check_kernels,
     ),
-    Step(
-        "tests", "all numeric tests on the real cuda and triton backends, none skipped", check_tests
-    ),
+    Step("tests", "all numeric tests on the real cuda and triton backends, none skipped", check_tests),
     Step("graphs", "CUDA-graph capture: replays follow alpha_t and the dropout seed", check_graphs),
     Step("streams", "several streams at once", check_streams),
     Step("devices", "a device that is not the current one", check_devices),
-    Step(
-        "sanitizer", "compute-sanitizer: memcheck, racecheck, synccheck, initcheck", check_sanitizer
-    ),
+    Step("sanitizer", "compute-sanitizer: memcheck, racecheck, synccheck, initcheck", check_sanitizer),
 )

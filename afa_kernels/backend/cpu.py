@@ -88,7 +88,7 @@ def linear_forward(x, weight, bias, a, b, alpha_t, seed, spec, *, save_z):
 
 def linear_backward(dy, x, weight, a, b, z, alpha_t, seed, spec, *, need_da, need_db):
     # With dropout the mask falls on the branch's part of dx alone, so that part has to be written first. In float32
-    # that order is the faster one anyway (by 1 to 2% on the shapes of bench.bench_cpu), in 16 bits it is the slower one.
+    # that order is the faster one anyway (by 1 to 2% on the shapes of bench.bench_cpu), in 16 bits the slower one.
     if spec.dropout or x.dtype == torch.float32:
         dx, da, db = backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=need_da, need_db=need_db)
         return dx.addmm_(dy, weight), da, db

@@ -1,6 +1,6 @@
 // dX = dropout(dz A), dA = dz^T dropout(x), dB = scaling dY^T h in one pass over dY and one over x.
 //
-// Rows go in blocks of up to kSuperRows. For each: z and h by rows; dY by slabs of columns, where a
+// Rows go in blocks of up to super_rows. For each: z and h by rows; dY by slabs of columns, where a
 // slab is read once for its part of dY B and for its columns of dB; dz by rows, as the sum over the
 // slabs in their order; x by slabs, where a slab gives its columns of dX and of dA. A slab of dA or
 // dB belongs to one task at a time and grows in the order of the rows, so nothing is summed across
@@ -13,7 +13,9 @@
 
 namespace afa::cpu::AFA_ISA {
 
-constexpr int64_t kSuperRows = 8 * kBlockRows;
+// Fewer at a high rank: the partial sums of dz take super_rows * r floats for each slab of N, and
+// with 96 rows they stay below half of the panels.
+static inline int64_t super_rows_for(int64_t r4) { return (r4 <= 32 ? 4 : 2) * kBlockRows; }
 
 template <class T, class E>
 class Backward {
@@ -24,7 +26,7 @@ class Backward {
         : p(params), need_dz(p.dx.data != nullptr || p.da.data != nullptr),
           need_db(p.db.data != nullptr), r4(round_up(p.r, kGroup)),
           k_slabs(ceil_div(p.k, E::kSlab)), n_slabs(ceil_div(p.n, E::kSlab)), alpha_t(*p.alpha_t),
-          super_rows(min_of(p.m, kSuperRows)) {
+          super_rows(super_rows_for(r4)) {
         if (p.dropout > 0)
             dropout = {p.dropout, static_cast<uint64_t>(*p.seed), ceil_div(p.k, kDropoutColumns)};
         inverse_keep = kDropoutLevels / static_cast<float>(kDropoutLevels - p.dropout);
@@ -60,13 +62,13 @@ class Backward {
     void run() {
         if (p.dx.data != nullptr && !p.accumulate_dx)
             advise_huge_pages(p.dx.data, p.m * p.k * static_cast<int64_t>(sizeof(T)));
-        const int64_t blocks = ceil_div(p.m, kSuperRows);
+        const int64_t blocks = ceil_div(p.m, super_rows);
         run_team(threads, 1 + 4 * blocks, [&](Team team) {
             pack(team);
             if (p.z.data == nullptr)
                 team.barrier();
-            for (int64_t row = 0; row < p.m; row += kSuperRows) {
-                const int64_t count = min_of(kSuperRows, p.m - row);
+            for (int64_t row = 0; row < p.m; row += super_rows) {
+                const int64_t count = min_of(super_rows, p.m - row);
                 by_rows(team, count,
                         [&](int64_t i, int64_t rows) { activate(team, row, i, rows); });
                 team.barrier();
