@@ -87,8 +87,7 @@ def inject(
 def _check_group(model: nn.Module, targets: list[Candidate], dropout: float) -> None:
     if dropout > 0.0:
         raise ValueError(
-            f"group: dropout draws one mask for each layer, so no product over x can be shared; "
-            f"got dropout={dropout}"
+            f"group: dropout draws one mask for each layer, so no product over x can be shared; got dropout={dropout}"
         )
     children: dict[nn.Module, dict[str, int]] = {}
     for target in targets:
@@ -179,9 +178,7 @@ def unload(model: nn.Module) -> nn.Module:
     layers = _layers(model)
     if len({layer.merged for _, layer in layers}) > 1:
         name = next(name for name, layer in layers if not layer.merged)
-        raise ValueError(
-            f"model: some layers are merged and {name} is not; merge(model) or unmerge(model) first"
-        )
+        raise ValueError(f"model: some layers are merged and {name} is not; merge(model) or unmerge(model) first")
     sharded = next((name for name, layer in layers if layer._parallel is not None), None)
     if sharded is not None:
         raise ValueError(
@@ -243,9 +240,7 @@ def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]
 
 def marked_modules(model: nn.Module) -> list[str]:
     """Return the names of the modules that :func:`inject` was told to train in full."""
-    return [
-        name for name, module in model.named_modules() if getattr(module, _TRAINABLE_MARK, False)
-    ]
+    return [name for name, module in model.named_modules() if getattr(module, _TRAINABLE_MARK, False)]
 
 
 def _layers(model: nn.Module) -> list[tuple[str, AFALinear]]:
@@ -256,9 +251,7 @@ def _layers(model: nn.Module) -> list[tuple[str, AFALinear]]:
 
 
 def _nothing_found(model: nn.Module) -> ValueError:
-    return ValueError(
-        f"model: expected AFA layers, found none in {type(model).__name__}; inject(model) adds them"
-    )
+    return ValueError(f"model: expected AFA layers, found none in {type(model).__name__}; inject(model) adds them")
 
 
 def _named(name: str, action) -> None:

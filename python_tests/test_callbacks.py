@@ -107,9 +107,7 @@ def test_a_run_resumed_from_a_checkpoint_goes_on_as_if_it_had_not_stopped(tmp_pa
     checkpoint = os.path.join(tmp_path, "whole", "checkpoint-2")
     assert AFALoraConfig.from_pretrained(checkpoint).alpha_t == 0.5
     recorder = Recorder()
-    resumed = trainer(
-        adapted(), tmp_path / "resumed", AnnealCallback(end_frac=1.0), recorder, **options
-    )
+    resumed = trainer(adapted(), tmp_path / "resumed", AnnealCallback(end_frac=1.0), recorder, **options)
     resumed.train(resume_from_checkpoint=checkpoint)
     assert recorder.in_steps == [0.5, 0.25]
     torch.testing.assert_close(logits(resumed.model), logits(whole.model))

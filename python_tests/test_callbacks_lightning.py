@@ -37,9 +37,7 @@ class Regression(lightning.LightningModule):
 def data():
     """Eight equal batches: Lightning begins a resumed epoch with the first again."""
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)).repeat(8, 1)
-    return torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(x, torch.sin(x[:, :2])), batch_size=4
-    )
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.sin(x[:, :2])), batch_size=4)
 
 
 def fit(folder, *callbacks, module=None, ckpt_path=None, **options):

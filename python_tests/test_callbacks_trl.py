@@ -54,9 +54,7 @@ def grpo(model, folder, **shared):
     return trl.GRPOTrainer(
         model,
         reward_funcs=low_words,
-        args=trl.GRPOConfig(
-            output_dir=folder, num_generations=4, max_completion_length=6, **arguments
-        ),
+        args=trl.GRPOConfig(output_dir=folder, num_generations=4, max_completion_length=6, **arguments),
         train_dataset=Dataset.from_dict({"prompt": sentences(8, 3)}),
         **shared,
     )
@@ -73,9 +71,7 @@ def test_a_trainer_anneals_and_its_model_merges(make, tmp_path):
         llama(),
         str(tmp_path),
         processing_class=tokenizer(),
-        peft_config=AFALoraConfig(
-            target_modules="all-linear", r=4, anneal_end_frac=0.5, task_type="CAUSAL_LM"
-        ),
+        peft_config=AFALoraConfig(target_modules="all-linear", r=4, anneal_end_frac=0.5, task_type="CAUSAL_LM"),
         callbacks=[AnnealCallback(), recorder],
     )
     trainer.train()

@@ -22,10 +22,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     """Return the device that each example needs, and its code on the lines that it has in the
     page."""
     text = page.read_text(encoding="utf-8")
-    return [
-        (match[1], "\n" * text.count("\n", 0, match.start(2)) + match[2])
-        for match in BLOCK.finditer(text)
-    ]
+    return [(match[1], "\n" * text.count("\n", 0, match.start(2)) + match[2]) for match in BLOCK.finditer(text)]
 
 
 def imported(code: str) -> set[str]:

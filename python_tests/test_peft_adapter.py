@@ -118,9 +118,7 @@ def test_float32_adapters_beside_a_bfloat16_model(alpha_t):
     same = gradients(Branch(copy.deepcopy(layer), "silu").bfloat16(), x, dy)
     for name, value in got.items():
         key = name if name in ("y", "dx") else f"layer.{name}"
-        assert_as_accurate_as_torch(
-            value, same[key].to(value.dtype), truth[key], name, torch.bfloat16
-        )
+        assert_as_accurate_as_torch(value, same[key].to(value.dtype), truth[key], name, torch.bfloat16)
 
 
 def test_autocast_runs_the_branch_in_its_dtype():

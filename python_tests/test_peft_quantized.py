@@ -50,9 +50,7 @@ def bnb_8bit():
 def torchao_int8():
     quantization = pytest.importorskip("torchao.quantization")
     net = Net(widths=WIDTHS)
-    quantization.quantize_(
-        net, quantization.Int8WeightOnlyConfig(), lambda m, name: name in TARGETS
-    )
+    quantization.quantize_(net, quantization.Int8WeightOnlyConfig(), lambda m, name: name in TARGETS)
     return net
 
 

@@ -51,9 +51,7 @@ def test_an_annealed_adapter_is_a_lora_to_stock_peft(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(LOAD_IN_STOCK_PEFT)
     arguments = [str(tmp_path), str(tmp_path / "case.pt"), str(tmp_path / "adapter")]
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -76,9 +74,7 @@ def test_an_adapter_saved_on_the_way_keeps_alpha_and_stock_peft_warns(tmp_path):
         PeftModel.from_pretrained(copy.deepcopy(net), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loaded = PeftModel.from_pretrained(
-            copy.deepcopy(net), tmp_path, config=AFALoraConfig.from_pretrained(tmp_path)
-        )
+        loaded = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path, config=AFALoraConfig.from_pretrained(tmp_path))
     assert loaded.q_proj.alpha_t == loaded.v_proj.alpha_t == 0.4
     torch.testing.assert_close(loaded(x), model(x))
 
@@ -88,9 +84,7 @@ def test_training_continues_from_a_saved_adapter(tmp_path):
     model = adapted(net, config())
     set_alpha_t(model, 0.4)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(
-        net, tmp_path, config=AFALoraConfig.from_pretrained(tmp_path), is_trainable=True
-    )
+    loaded = PeftModel.from_pretrained(net, tmp_path, config=AFALoraConfig.from_pretrained(tmp_path), is_trainable=True)
     loaded(torch.randn(3, 16)).sum().backward()
     assert loaded.q_proj.lora_A["default"].weight.grad is not None
 
@@ -132,9 +126,7 @@ def test_a_stock_adapter_loads_as_a_plain_lora(tmp_path):
     net, x = Net(), torch.randn(3, 16)
     stock = adapted(net, config(LoraConfig))
     stock.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(
-        net, tmp_path, config=AFALoraConfig.from_pretrained(tmp_path)
-    )
+    loaded = PeftModel.from_pretrained(net, tmp_path, config=AFALoraConfig.from_pretrained(tmp_path))
     assert loaded.q_proj.alpha_t == 0.0
     torch.testing.assert_close(loaded(x), stock(x))
 
@@ -157,9 +149,7 @@ def test_checkpoints_of_the_two_integrations_are_interchangeable_at_identity(tmp
     injected = afa.load_adapter(copy.deepcopy(net), tmp_path / "peft")
     torch.testing.assert_close(injected(x), model(x))
     afa.save_adapter(injected, tmp_path / "afa")
-    loaded = PeftModel.from_pretrained(
-        net, tmp_path / "afa", config=AFALoraConfig.from_pretrained(tmp_path / "afa")
-    )
+    loaded = PeftModel.from_pretrained(net, tmp_path / "afa", config=AFALoraConfig.from_pretrained(tmp_path / "afa"))
     torch.testing.assert_close(loaded(x), model(x))
 
 
@@ -171,9 +161,7 @@ def test_an_unfinished_checkpoint_of_save_adapter_loads_into_peft(tmp_path):
         nn.init.normal_(layer.lora_b)
     afa.set_alpha_t(injected, 0.4)
     afa.save_adapter(injected, tmp_path)
-    loaded = PeftModel.from_pretrained(
-        net, tmp_path, config=AFALoraConfig.from_pretrained(tmp_path)
-    )
+    loaded = PeftModel.from_pretrained(net, tmp_path, config=AFALoraConfig.from_pretrained(tmp_path))
     assert loaded.q_proj.alpha_t == 0.4
     torch.testing.assert_close(loaded(x), injected(x))
 

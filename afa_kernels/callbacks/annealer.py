@@ -36,8 +36,7 @@ class Annealer:
             raise ValueError(f"finish: expected 'force' or 'warn', got {finish!r}")
         if schedule is not None and not callable(schedule):
             raise TypeError(
-                f"schedule: expected an AnnealSchedule or a function of the step, "
-                f"got {type(schedule).__name__}"
+                f"schedule: expected an AnnealSchedule or a function of the step, got {type(schedule).__name__}"
             )
         if schedule is not None and options:
             raise TypeError(f"schedule: given already, got {', '.join(sorted(options))} too")
@@ -80,9 +79,7 @@ class Annealer:
             )
         self.set_step(step)
         if self.alpha_t != 0.0 and all(layer.alpha_t == 0.0 for layer in self._layers):
-            raise ValueError(
-                "model: no active adapter is annealed; the adapters that train are plain LoRA"
-            )
+            raise ValueError("model: no active adapter is annealed; the adapters that train are plain LoRA")
 
     def set_step(self, step: int) -> float:
         """Set alpha_t for the number of optimizer steps taken and return it."""
@@ -104,8 +101,7 @@ class Annealer:
                 )
                 return
             warnings.warn(
-                f"{reached}; it was set to 0, which changes what the model computes: evaluate it "
-                "again",
+                f"{reached}; it was set to 0, which changes what the model computes: evaluate it again",
                 stacklevel=2,
             )
             self.alpha_t = 0.0

@@ -12,9 +12,7 @@ except ImportError:
     try:
         from pytorch_lightning import Callback
     except ImportError as error:
-        raise ImportError(
-            "LightningAnnealCallback needs Lightning: pip install 'afa-kernels[lightning]'"
-        ) from error
+        raise ImportError("LightningAnnealCallback needs Lightning: pip install 'afa-kernels[lightning]'") from error
 
 
 class LightningAnnealCallback(Callback):

@@ -15,8 +15,7 @@ def require_peft() -> None:
         raise ImportError(f"{wanted}: pip install 'afa-kernels[peft]'") from error
     if _release(found) < MINIMUM:
         raise ImportError(
-            f"{wanted}, found {found}: its layers have no seam for another branch; "
-            "pip install --upgrade peft"
+            f"{wanted}, found {found}: its layers have no seam for another branch; pip install --upgrade peft"
         )
 
 

@@ -58,35 +58,23 @@ class AFALoraConfig(LoraConfig):
         default="silu",
         metadata={"help": "The activation between A and B.", "is_lora_variant": True},
     )
-    anneal: str = dataclasses.field(
-        default="linear", metadata={"help": "The kind of annealing schedule."}
-    )
-    anneal_start: float = dataclasses.field(
-        default=1.0, metadata={"help": "alpha_t before annealing."}
-    )
-    anneal_end: float = dataclasses.field(
-        default=0.0, metadata={"help": "alpha_t after annealing."}
-    )
+    anneal: str = dataclasses.field(default="linear", metadata={"help": "The kind of annealing schedule."})
+    anneal_start: float = dataclasses.field(default=1.0, metadata={"help": "alpha_t before annealing."})
+    anneal_end: float = dataclasses.field(default=0.0, metadata={"help": "alpha_t after annealing."})
     anneal_begin_frac: float = dataclasses.field(
         default=0.0, metadata={"help": "The fraction of training at which annealing begins."}
     )
     anneal_end_frac: float = dataclasses.field(
         default=0.8, metadata={"help": "The fraction of training at which annealing ends."}
     )
-    alpha_t: float | None = dataclasses.field(
-        default=None, metadata={"help": "The current blend coefficient."}
-    )
-    save: str = dataclasses.field(
-        default="z", metadata={"help": "What is saved for the backward: 'z' or 'nothing'."}
-    )
+    alpha_t: float | None = dataclasses.field(default=None, metadata={"help": "The current blend coefficient."})
+    save: str = dataclasses.field(default="z", metadata={"help": "What is saved for the backward: 'z' or 'nothing'."})
 
     def __post_init__(self):
         super().__post_init__()
         checks.options(self.activation, 1.0, 0.0, self.save, None)
         self.schedule(1)
-        self.alpha_t = checks.alpha_value(
-            self.anneal_start if self.alpha_t is None else self.alpha_t
-        )
+        self.alpha_t = checks.alpha_value(self.anneal_start if self.alpha_t is None else self.alpha_t)
         self._refuse_other_branches()
         self._initial_alpha_t = self.alpha_t
         self._moved = False
@@ -152,9 +140,7 @@ class AFALoraConfig(LoraConfig):
         own = {name: kwargs.pop(name) for name in _own_fields() & kwargs.keys()}
         plain = super().from_peft_type(**kwargs)
         if type(plain) is not LoraConfig:
-            raise ValueError(
-                f"peft_type: expected the configuration of a LoRA, got {type(plain).__name__}"
-            )
+            raise ValueError(f"peft_type: expected the configuration of a LoRA, got {type(plain).__name__}")
         shared = {f.name: getattr(plain, f.name) for f in dataclasses.fields(LoraConfig) if f.init}
         return cls(**shared, **own)
 

@@ -48,9 +48,7 @@ class AFALoraVariant(LoraVariant):
         module.lora_afa[adapter_name] = AdapterState(config, device_of(module, adapter_name))
 
     @staticmethod
-    def forward(
-        module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any
-    ) -> Tensor:
+    def forward(module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         state = module.lora_afa[active_adapter]
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
@@ -90,9 +88,7 @@ class AFALoraVariant(LoraVariant):
         return (orig_weight - delta).to(orig_weight.dtype)
 
 
-def _accumulate_into_view(
-    x: Tensor, branch: tuple, result: Tensor, dense: bool, options: dict[str, Any]
-) -> Tensor:
+def _accumulate_into_view(x: Tensor, branch: tuple, result: Tensor, dense: bool, options: dict[str, Any]) -> Tensor:
     """Add the branch to the output of a base layer that is a view of another tensor.
 
     A dense layer with a bias returns a 3-D view of its 2-D product. Writing into the product itself
@@ -111,11 +107,7 @@ def _accumulate_into_view(
 def _is_dense(base_layer: nn.Module) -> bool:
     """Whether torch's own product is all that the base layer computes with."""
     known = type(base_layer) is nn.Linear or is_conv1d(base_layer)
-    return (
-        known
-        and type(base_layer.weight) in (nn.Parameter, Tensor)
-        and "forward" not in base_layer.__dict__
-    )
+    return known and type(base_layer.weight) in (nn.Parameter, Tensor) and "forward" not in base_layer.__dict__
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -178,9 +170,7 @@ class AFALoraLayer:
         annealed = self._annealed()
         for name in annealed:
             if name in self.merged_adapters and value != 0.0:
-                raise ValueError(
-                    f"alpha_t: adapter {name!r} is merged, got {value}; unmerge_adapter() first"
-                )
+                raise ValueError(f"alpha_t: adapter {name!r} is merged, got {value}; unmerge_adapter() first")
         for state in annealed.values():
             state.set(value)
 
@@ -222,9 +212,7 @@ class AFALoraLayer:
     def _active_variants(self) -> list[LoraVariant | None]:
         return [self.lora_variant.get(n) for n in self.active_adapters if n in self.lora_A]
 
-    def _mixed_batch_forward(
-        self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
-    ) -> Tensor:
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         if not self._ours(adapter_names):
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         kwargs.pop("alora_offsets", None)  # PEFT's, for another variant
@@ -242,9 +230,7 @@ class AFALoraLayer:
                 branch = lora_b(lora_a(dropped)) * self.scaling[name]
                 result[rows] += branch.to(result.dtype)
             elif isinstance(variant, AFALoraVariant):
-                result[rows] = variant.forward(
-                    self, active_adapter=name, x=x[rows], result=result[rows]
-                )
+                result[rows] = variant.forward(self, active_adapter=name, x=x[rows], result=result[rows])
             else:
                 raise ValueError(
                     f"adapter_names: {name!r} is a {type(variant).__name__}, which cannot share a "
@@ -304,8 +290,7 @@ def release(layer: LoraLayer) -> None:
     stock = stock_class(type(layer))
     if type(layer) is not afa_class(stock):
         raise ValueError(
-            f"restore: the layer is a {type(layer).__name__} by now; restore a model before it is "
-            "sharded or wrapped"
+            f"restore: the layer is a {type(layer).__name__} by now; restore a model before it is sharded or wrapped"
         )
     del layer.lora_afa
     layer.__class__ = stock

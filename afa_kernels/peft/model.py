@@ -72,9 +72,7 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_adapter(
-    model: PeftModel, path: str, adapter_name: str, *, is_trainable: bool = False
-) -> PeftModel:
+def load_adapter(model: PeftModel, path: str, adapter_name: str, *, is_trainable: bool = False) -> PeftModel:
     """Load a saved AFA-LoRA adapter into a PEFT model as another adapter, with its activation and
     its alpha_t.
 
@@ -96,9 +94,4 @@ def _lora_layers(model: nn.Module) -> list[LoraLayer]:
 
 def _plain_adapters(model: nn.Module) -> list[tuple[LoraLayer, str]]:
     """Return the adapters that PEFT runs without a variant, with their layers."""
-    return [
-        (layer, name)
-        for layer in _lora_layers(model)
-        for name in layer.r
-        if name not in layer.lora_variant
-    ]
+    return [(layer, name) for layer in _lora_layers(model) for name in layer.r if name not in layer.lora_variant]
