@@ -2,7 +2,8 @@
 before.
 
 ``AFA_WHEEL_TORCH`` names that torch as pip does (``torch==2.6.*``); by default it is another one
-than the one that runs the tests. Slow: it compiles the wheel and installs torch.
+than the one that runs the tests. Slow: it compiles the wheel (without the CUDA kernels, unless
+``AFA_BUILD_CUDA`` says otherwise) and installs torch.
 """
 
 import ast
@@ -58,7 +59,9 @@ print("trained with torch", torch.__version__)
 
 
 def run(*command: object, **options) -> str:
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "AFA_KERNELS_BACKEND")}
+    environment = {"AFA_BUILD_CUDA": "0"} | {
+        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "AFA_KERNELS_BACKEND")
+    }
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, **options)
     if done.returncode != 0:
         raise AssertionError(f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
