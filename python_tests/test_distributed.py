@@ -45,8 +45,8 @@ def launch(*command: object, **variables: str) -> str:
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory) -> dict[str, str]:
     """Run all checks that were selected in one launch."""
-    module = request.node
-    names = [i.callspec.params["check"] for i in request.session.items if i.getparent(type(module)) is module]
+    here = [i for i in request.session.items if i.getparent(pytest.Module) is request.node and hasattr(i, "callspec")]
+    names = [i.callspec.params["check"] for i in here if not i.get_closest_marker("skip")]
     folder = tmp_path_factory.mktemp("distributed")
     launch("torch.distributed.run", "--standalone", "--nproc-per-node", 2, WORKER, folder, *names)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))

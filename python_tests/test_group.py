@@ -130,6 +130,26 @@ def test_gradients_of_a_group_are_its_derivatives():
     torch.autograd.gradgradcheck(function, (x, *leaves), fast_mode=True)
 
 
+def test_gradients_that_are_differentiated_again_are_the_same():
+    layers = members()
+    x = torch.randn(5, K, requires_grad=True)
+    leaves = [x, *(p for m in layers for p in (m.lora_a, m.lora_b))]
+    y = sum(y.square().sum() for y in afa.AFALinearGroup(layers)(x))
+    once = torch.autograd.grad(y, leaves, retain_graph=True)
+    twice = torch.autograd.grad(y, leaves, create_graph=True)
+    for got, want in zip(twice, once, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("alpha_t", [0.0, 0.5])
+def test_identity_saves_no_z(alpha_t):
+    layers = [layer(n, 5, alpha_t=alpha_t) for n in (32, 16)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        afa.AFALinearGroup(layers)(torch.randn(6, K))
+    assert ((6, 10) in saved) == (alpha_t != 0.0)
+
+
 @pytest.mark.parametrize("alone", [(0,), (1, 2), (0, 1)])
 def test_outputs_that_nobody_differentiates(alone):
     layers = members()
