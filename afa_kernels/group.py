@@ -180,7 +180,7 @@ class SharedInput:
         pending = self._pending
         if pending is None:
             layers = list(self.layers)
-            if not _may_be_shared(x) or why_separate(layers, x) is not None:
+            if not _may_be_shared(x, layers) or why_separate(layers, x) is not None:
                 return None
             version, modes = _version(x), _modes(x)
             outputs = dict(enumerate(_linear(layers, x)))
@@ -197,14 +197,14 @@ class SharedInput:
         return {**self.__dict__, "_pending": None, "_saved_tensor_hooks": None}
 
 
-def _may_be_shared(x: Tensor) -> bool:
+def _may_be_shared(x: Tensor, layers: list[AFALinear]) -> bool:
     """Whether a change of ``x`` between two calls would be noticed."""
     if not isinstance(x, Tensor):
         return False
     if torch.compiler.is_compiling():
-        # A trace cannot read versions. Where gradients are recorded it need not: the first member
-        # saves x, and a change of a saved tensor is an error without groups too.
-        return torch.is_grad_enabled()
+        # A trace cannot read versions. Where gradients are recorded it need not: every member alone
+        # would save x, and a change of a saved tensor is an error.
+        return torch.is_grad_enabled() and all(layer.lora_a.requires_grad for layer in layers)
     return not x.is_inference()
 
 

@@ -220,8 +220,7 @@ def _print_environment(record: dict[str, object]) -> None:
 
 def _print_roof(roof: dict[str, object]) -> None:
     rates = ", ".join(
-        f"{name} {rate:.0f} (n = {roof['gemm_size'][name]})"
-        for name, rate in roof["gemm_gflop_s"].items()
+        f"{name} {rate:.0f} (n = {roof['gemm_size'][name]})" for name, rate in roof["gemm_gflop_s"].items()
     )
     print(f"copy {roof['copy_gb_s']:.1f} GB/s; square GEMM, GFLOP/s: {rates}")
 

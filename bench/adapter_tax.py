@@ -29,9 +29,7 @@ class Tax(NamedTuple):
 
     def seconds(self, gpu: Gpu, gemm: float) -> tuple[float, float]:
         extra = self.gemm_slowdown * gemm
-        return tuple(
-            sum(c.seconds(gpu) for c in costs) + extra for costs in (self.forward, self.backward)
-        )
+        return tuple(sum(c.seconds(gpu) for c in costs) + extra for costs in (self.forward, self.backward))
 
 
 class _OpCosts(TorchDispatchMode):
@@ -52,9 +50,7 @@ class _OpCosts(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         operands = [t for t in args if isinstance(t, Tensor)]
-        frozen_gemm = name in ("mm", "addmm_", "addmm") and any(
-            t.numel() == self._weight_numel for t in operands[-2:]
-        )
+        frozen_gemm = name in ("mm", "addmm_", "addmm") and any(t.numel() == self._weight_numel for t in operands[-2:])
         if name not in self._FREE and not frozen_gemm:
             read = operands[1:] if name in self._WRITES_ONLY else operands
             results = result if isinstance(result, (tuple, list)) else (result,)
@@ -91,9 +87,7 @@ def _torch_backend_tax(problem: Problem) -> Tax:
     x, weight, a, b, dy = _meta(m, k), _meta(n, k), _meta(r, k), _meta(n, r), _meta(m, n)
     alpha_t, spec = _meta(dtype=torch.float32), Spec("silu", 2.0, 0)
     with _OpCosts(weight) as forward:
-        _, z = linear_forward(
-            torch_ops.BACKEND, x, weight, None, a, b, alpha_t, None, spec, save_z=True
-        )
+        _, z = linear_forward(torch_ops.BACKEND, x, weight, None, a, b, alpha_t, None, spec, save_z=True)
     with _OpCosts(weight) as backward:
         linear_backward(
             torch_ops.BACKEND, dy, x, weight, a, b, z, alpha_t, None, spec, need_da=True,
@@ -129,9 +123,7 @@ def _lorafusion_tax(problem: Problem, efficiency: float = 0.95) -> Tax:
     atomics = 2 * 4 * m * r * -(-n // 64)  # one read-modify-write of dh for every 64 columns of dy
     forward = [_pass("x a^T", mk), _pass("fused GEMM")]
     backward = [_pass("dh, db", mn, atomics), _pass("da", mk), *(_pass("small") for _ in range(5))]
-    return Tax(
-        f"LoRAFusion, GEMM at {efficiency:.0%}", forward, backward, (1 + r / k) / efficiency - 1
-    )
+    return Tax(f"LoRAFusion, GEMM at {efficiency:.0%}", forward, backward, (1 + r / k) / efficiency - 1)
 
 
 def _pass(name: str, hbm: int = 0, l2: int = 0) -> Cost:
@@ -179,33 +171,22 @@ def _megabytes(tax: Tax, kind: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("m", 8192), ("k", 4096), ("n", 4096)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--r", type=int, nargs="+", default=[16, 32, 64, 128])
     options = parser.parse_args(arguments)
-    print(
-        f"MODELLED, not measured: {H100.name}, bfloat16, silu, no dropout, "
-        f"M={options.m} K={options.k} N={options.n}"
-    )
+    print(f"MODELLED, not measured: {H100.name}, bfloat16, silu, no dropout, M={options.m} K={options.k} N={options.n}")
     for r in options.r:
         problem = Problem(options.m, options.k, options.n, r, base=False)
-        print(
-            f"\nr={r}: frozen GEMM {gemm_seconds(problem, H100) * 1e6:.1f} us each way (modelled)"
-        )
-        print(
-            f"{'implementation':30}{'launches':>10}{'HBM MB':>14}{'L2 MB':>12}"
-            f"{'tax fwd':>9}{'bwd':>7}{'both':>7}"
-        )
+        print(f"\nr={r}: frozen GEMM {gemm_seconds(problem, H100) * 1e6:.1f} us each way (modelled)")
+        print(f"{'implementation':30}{'launches':>10}{'HBM MB':>14}{'L2 MB':>12}{'tax fwd':>9}{'bwd':>7}{'both':>7}")
         for tax in taxes(problem, H100):
             forward, backward, both = percent(tax, problem, H100)
             launches = f"{len(tax.forward)}+{len(tax.backward)}"
             hbm, l2 = _megabytes(tax, "hbm"), _megabytes(tax, "l2")
             print(
-                f"{tax.implementation:30}{launches:>10}{hbm:>14}{l2:>12}"
-                f"{forward:>8.1f}%{backward:>6.1f}%{both:>6.1f}%"
+                f"{tax.implementation:30}{launches:>10}{hbm:>14}{l2:>12}{forward:>8.1f}%{backward:>6.1f}%{both:>6.1f}%"
             )
         for entry in our_tax(problem, H100).forward + our_tax(problem, H100).backward:
             print(

@@ -3,8 +3,8 @@
     python -m bench.bench_cpu [--quick] [--threads N] [--clock wall|cpu] [--only layer,branch,decode,scaling]
 
 Times are medians of interleaved rounds in one process. The adapter tax is (layer - base) / base over forward and
-backward; its floor is the larger of 6 M r (K + N) FLOP at the rate of the base GEMM, and of the bytes that any branch has
-to move (x and y in the forward; dY, x and dX in the backward) at the measured copy bandwidth.
+backward; its floor is the larger of 6 M r (K + N) FLOP at the rate of the base GEMM, and of the bytes that any branch
+has to move (x and y in the forward; dY, x and dX in the backward) at the measured copy bandwidth.
 """
 
 import argparse
@@ -46,14 +46,10 @@ class Problem:
         return F.linear(x, self.weight) + self._branch(x)
 
     def _afa_linear(self, backend):
-        return afa.afa_linear(
-            self.x, self.weight, None, self.a, self.b, self.alpha_t, scaling=SCALING, backend=backend
-        )
+        return afa.afa_linear(self.x, self.weight, None, self.a, self.b, self.alpha_t, scaling=SCALING, backend=backend)
 
     def _afa_lora(self, backend):
-        return afa.afa_lora(
-            self.x, self.a, self.b, self.alpha_t, scaling=SCALING, base=self.base, backend=backend
-        )
+        return afa.afa_lora(self.x, self.a, self.b, self.alpha_t, scaling=SCALING, base=self.base, backend=backend)
 
     def layers(self) -> dict:
         """Return forward functions of the whole layer by provider."""
@@ -78,7 +74,7 @@ class Problem:
 
     def _peft(self):
         try:
-            from peft.tuners.lora import LoraConfig, Linear
+            from peft.tuners.lora import Linear, LoraConfig
         except ImportError:
             return None
         n, k = self.weight.shape

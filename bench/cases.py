@@ -67,9 +67,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
     """Return the cases in the order in which they run, each once."""
     axes = {name: getattr(arguments, name) for name in BASE}
     given = {name: values for name, values in axes.items() if values is not None}
-    products = (
-        [BASE] if given and arguments.preset is None else PRESETS[arguments.preset or "standard"]
-    )
+    products = [BASE] if given and arguments.preset is None else PRESETS[arguments.preset or "standard"]
     found = []
     for preset in products:
         found.extend(_product({**BASE, **preset, **given}, arguments))

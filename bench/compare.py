@@ -53,9 +53,7 @@ def report(old: dict[str, Range], new: dict[str, Range], threshold: float) -> li
 
 def from_results(path: Path) -> dict[str, Range]:
     return {
-        " ".join(str(value) for value in key(row)): Range(
-            row["p20_ms"], row["p50_ms"], row["p80_ms"]
-        )
+        " ".join(str(value) for value in key(row)): Range(row["p20_ms"], row["p50_ms"], row["p80_ms"])
         for row in read(path)
         if row["kind"] == "row"
     }
@@ -86,10 +84,7 @@ def run_twins(folder: Path, output: Path, arguments: list[str]) -> dict[str, flo
     shutil.rmtree(folder / "bench", ignore_errors=True)
     shutil.copytree(ROOT / "bench", folder / "bench")
     _run(*command, cwd=folder)
-    return {
-        bench["fullname"]: bench["stats"]["median"]
-        for bench in json.loads(output.read_text())["benchmarks"]
-    }
+    return {bench["fullname"]: bench["stats"]["median"] for bench in json.loads(output.read_text())["benchmarks"]}
 
 
 def _run(*command: str, **options) -> None:
@@ -116,10 +111,7 @@ def compare_commits(
                 if folder.exists():
                     remove = ["worktree", "remove", "--force", str(folder)]
                     _run("git", "-C", str(ROOT), *remove)
-    old, new = (
-        {name: Range(min(v), quantile(v, 0.5), max(v)) for name, v in side.items()}
-        for side in medians
-    )
+    old, new = ({name: Range(min(v), quantile(v, 0.5), max(v)) for name, v in side.items()} for side in medians)
     return old, new
 
 

@@ -92,11 +92,7 @@ def measure() -> dict[str, dict[str, dict[str, int]]]:
     torch.set_num_threads(1)
     try:
         return {
-            title: {
-                name: counts(provider, case)
-                for name, provider in ours.items()
-                if provider.absent(case) is None
-            }
+            title: {name: counts(provider, case) for name, provider in ours.items() if provider.absent(case) is None}
             for title, case in CASES.items()
         }
     finally:

@@ -28,9 +28,7 @@ def environment(device: str) -> dict[str, object]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "afa_kernels": afa_kernels.__version__,
-        "backends": {
-            name: status.reason or "available" for name, status in afa_kernels.backends().items()
-        },
+        "backends": {name: status.reason or "available" for name, status in afa_kernels.backends().items()},
         "python": platform.python_version(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "platform": f"{platform.system()} {platform.machine()}",

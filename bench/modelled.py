@@ -1,7 +1,7 @@
 """``python -m bench.modelled``: the adapter's cost on 8 GPUs and at 70B parameters, MODELLED.
 
 Nothing here was measured. The time of each adapted layer comes from the traffic model
-(bench/traffic_model.py); this file adds the layers of a whole model and what GPUs send each other:
+(bench/adapter_tax.py); this file adds the layers of a whole model and what GPUs send each other:
 
 - data parallel: every GPU has its own tokens; the float32 gradients of A and B are all-reduced.
 - tensor parallel: q, k, v, gate and up are split by N (A is whole, B split; dz is all-reduced), o
@@ -63,7 +63,7 @@ def all_reduce_seconds(nbytes: float, gpus: int) -> float:
 def steps(model: Model, way: str, gpus: int, tokens: int, r: int) -> Iterator[dict[str, object]]:
     """Yield, per implementation, the modelled milliseconds of all linear layers in one training
     step (``tokens`` per GPU, or per group where tensors are split) and the adapter's share."""
-    from bench import traffic_model
+    from bench import adapter_tax, traffic_model, triton_aot
 
     gpu = traffic_model.H100
     frozen = 0.0
@@ -76,10 +76,10 @@ def steps(model: Model, way: str, gpus: int, tokens: int, r: int) -> Iterator[di
             sent += many * all_reduce_seconds(tokens * r * _HALF, gpus)
             k, n = (k // gpus, n) if split == "k" else (k, n // gpus)
         parameters += many * r * (k + n)
-        problem = traffic_model.Problem(tokens, k, n, r, base=False)
-        gemm = traffic_model.gemm_seconds(problem, gpu)
+        problem = triton_aot.Problem(tokens, k, n, r, base=False)
+        gemm = adapter_tax.gemm_seconds(problem, gpu)
         frozen += many * 2 * gemm
-        for tax in traffic_model.taxes(problem, gpu):
+        for tax in adapter_tax.taxes(problem, gpu):
             name = tax.implementation
             extra[name] = extra.get(name, 0.0) + many * sum(tax.seconds(gpu, gemm))
     if way == "data parallel":
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"))
     arguments = parser.parse_args(argv)
     try:
-        from bench import traffic_model  # noqa: F401 - needs Triton, which not every machine has
+        from bench import adapter_tax  # noqa: F401 - needs Triton, which not every machine has
     except ImportError as error:
         parser.error(f"the traffic model counts the launches of the Triton kernels: {error}")
     writer = Writer(arguments.out / "modelled.jsonl")

@@ -16,9 +16,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench import cost
-from bench.results import RESULTS, read
+from bench.results import RESULTS, read, recorded
 from bench.shapes import Case
 
+_FEWEST_ROUNDS = 3  # a tax is a small difference: that of one or two samples is noise
 _STYLE = {
     "peft": ("PEFT LoRA", "tab:orange", "s"),
     "torchtune": ("torchtune LoRA", "tab:brown", "v"),
@@ -62,7 +63,8 @@ def _sweeps(rows: list[dict], variable: str) -> Iterator[tuple[str, dict[str, li
     fixed = [name for name in Case._fields if name != variable] + ["cache", "launch"]
     groups: dict[tuple, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row["pass"] == "both" and row["scope"] == "layer" and "tax" in row:
+        measured = row["pass"] == "both" and row["scope"] == "layer" and "tax" in row
+        if measured and row["rounds"] >= _FEWEST_ROUNDS:
             group = groups[tuple(row[name] for name in fixed)]
             group[row["provider"]][row[variable]] = row["tax"]
             group["floor"][row[variable]] = row["floor_tax"]
@@ -150,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="*", help="default: all in bench/results")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the pictures")
     arguments = parser.parse_args(argv)
-    paths = arguments.results or sorted(RESULTS.glob("*.jsonl"))
+    paths = arguments.results or recorded()
     if not paths:
         parser.error(f"no results in {RESULTS}")
     for path in draw(paths, arguments.out):

@@ -70,9 +70,7 @@ class EagerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x_branch = F.dropout(x, self.dropout) if self.dropout else x
-        return eager_branch(
-            x_branch, self.lora_a, self.lora_b, self.base_layer(x), self.alpha_t, self.activation
-        )
+        return eager_branch(x_branch, self.lora_a, self.lora_b, self.base_layer(x), self.alpha_t, self.activation)
 
 
 def eager_branch(x, a, b, base, alpha_t, activation):
@@ -148,9 +146,7 @@ def _torchtune_layer(linear, a, b, case):
     from torchtune.modules.peft import LoRALinear
 
     bias = linear.bias is not None
-    layer = LoRALinear(
-        linear.in_features, linear.out_features, case.r, SCALING * case.r, case.dropout, bias
-    )
+    layer = LoRALinear(linear.in_features, linear.out_features, case.r, SCALING * case.r, case.dropout, bias)
     layer.weight = linear.weight
     if bias:
         layer.bias = linear.bias
@@ -204,9 +200,7 @@ def _lorafusion_layer(linear, a, b, case):
     from lorafusion.ops.lora_v1 import fused_linear_lora
 
     def function(x, linear, a, b):
-        return fused_linear_lora(
-            x, linear.weight, a, b, SCALING, dropout_p=case.dropout, linear_bias=linear.bias
-        )
+        return fused_linear_lora(x, linear.weight, a, b, SCALING, dropout_p=case.dropout, linear_bias=linear.bias)
 
     return _adapter(_FunctionLayer(linear, a, b, function))
 
@@ -280,9 +274,7 @@ def providers() -> dict[str, Provider]:
             _on_gpu_only("lorafusion.ops.lora_v1"),
             _lorafusion_layer,
         ),
-        Provider(
-            "eager", "AFA in torch ops, as in PEFT", "afa", _runs, _eager_layer, _eager_branch
-        ),
+        Provider("eager", "AFA in torch ops, as in PEFT", "afa", _runs, _eager_layer, _eager_branch),
         Provider(
             "compiled",
             "torch.compile of eager",

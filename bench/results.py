@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -127,8 +126,10 @@ def read(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def read_all(paths: Iterable[Path]) -> list[dict[str, object]]:
-    return [record for path in sorted(paths) for record in read(path)]
+def recorded() -> list[Path]:
+    """Return the files in ``results`` that hold records of these kinds (bench_cpu.py has a format of
+    its own)."""
+    return [path for path in sorted(RESULTS.glob("*.jsonl")) if "kind" in read(path)[0]]
 
 
 def key(row: dict[str, object]) -> tuple:

@@ -35,11 +35,7 @@ def row(
         "p50_ms": p50,
         "p80_ms": quantile(own, 0.8),
         "calls": work.calls,
-        "ratio": {
-            name: ratio(own, other.samples[step])
-            for name, other in works.items()
-            if name != provider.name
-        },
+        "ratio": {name: ratio(own, other.samples[step]) for name, other in works.items() if name != provider.name},
         "gflop_s": gflop_s,
         "gflop_share": gflop_s / roof["gemm_gflop_s"][case.dtype],
         "gb_s": gb_s,

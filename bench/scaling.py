@@ -62,14 +62,10 @@ def _works(arguments, chosen: dict[str, Provider], variable: str, value: int) ->
         shape = {"m": _LAYER_TOKENS, "k": HIDDEN, "n": INTERMEDIATE}
         case = _case(arguments, **shape)._replace(scope="model")
         return {
-            name: Work(lambda: None, {"both": Step(provider, case, layers=value)})
-            for name, provider in chosen.items()
+            name: Work(lambda: None, {"both": Step(provider, case, layers=value)}) for name, provider in chosen.items()
         }
     problem = Problem.of(_case(arguments, **{variable: value}))
-    return {
-        name: training_work(build(provider, problem), "hot", "eager")
-        for name, provider in chosen.items()
-    }
+    return {name: training_work(build(provider, problem), "hot", "eager") for name, provider in chosen.items()}
 
 
 def sweep(arguments, chosen: dict[str, Provider], variable: str) -> Iterator[dict[str, object]]:
@@ -128,13 +124,11 @@ def main(argv: list[str] | None = None) -> int:
         for record in sweep(arguments, chosen, variable):
             writer.write(record)
             points = ", ".join(
-                f"{value}: {ms:.2f}"
-                for value, ms in zip(record["values"], record["p50_ms"], strict=True)
+                f"{value}: {ms:.2f}" for value, ms in zip(record["values"], record["p50_ms"], strict=True)
             )
             off = math.expm1(record["log_residual"])
             print(
-                f"{variable:8} {record['provider']:12} {record['exponent']:>8.2f} {off:>6.0%}"
-                f"  {points}",
+                f"{variable:8} {record['provider']:12} {record['exponent']:>8.2f} {off:>6.0%}  {points}",
                 flush=True,
             )
     print(f"written to {writer.path}")

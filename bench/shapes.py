@@ -109,7 +109,6 @@ def layers(names: list[str]) -> list[Linear]:
             found.append(Linear(name, int(k), int(n), False))
         else:
             raise ValueError(
-                f"shapes: expected KxN, a model ({', '.join(MODELS)}) or a layer "
-                f"({', '.join(LAYERS)}), got {name!r}"
+                f"shapes: expected KxN, a model ({', '.join(MODELS)}) or a layer ({', '.join(LAYERS)}), got {name!r}"
             )
     return list(dict.fromkeys(found))

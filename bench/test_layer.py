@@ -14,6 +14,4 @@ from bench.twins import NAMES, ROUNDS, WARMUP_ROUNDS, case, provider_or_skip
 def test_training(benchmark, name, dtype, alpha_t, layer, m, r):
     wanted = case("layer", layer, m, r, dtype, alpha_t)
     runner = build(provider_or_skip(name, wanted), Problem.of(wanted))
-    benchmark.pedantic(
-        lambda: runner.backward(runner.forward(None)), rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS
-    )
+    benchmark.pedantic(lambda: runner.backward(runner.forward(None)), rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)

@@ -86,9 +86,7 @@ def sample(work: Work, clock: Clock, calls: int) -> dict[str, float]:
     return result
 
 
-def measure(
-    works: dict[str, Work], clock: Clock, seconds: float, least: int = 5, most: int = 60
-) -> int:
+def measure(works: dict[str, Work], clock: Clock, seconds: float, least: int = 5, most: int = 60) -> int:
     """Fill ``samples`` of every work by interleaved rounds for about ``seconds``; return how many.
 
     At least ``least`` rounds are made unless they would take three times as long, and at least one.

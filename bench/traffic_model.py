@@ -74,9 +74,7 @@ def accesses(launch: Launch) -> dict[str, Access]:
     read, written = _ELEMENTS[launch.name](launch)
     found = {}
     for name in read.keys() | written.keys():
-        access = Access(
-            _bytes(tensors[name], read.get(name, 0)), _bytes(tensors[name], written.get(name, 0))
-        )
+        access = Access(_bytes(tensors[name], read.get(name, 0)), _bytes(tensors[name], written.get(name, 0)))
         if access != Access():
             found[name] = access
     return found
@@ -224,8 +222,6 @@ def cost(launch: Launch) -> Cost:
         total += read + written
         if name in _HBM:
             # Distinct bytes once each; a bias, expanded over the rows, has N of them.
-            distinct = min(
-                tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
-            )
+            distinct = min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
             hbm += min(read, distinct) + min(written, distinct)
     return Cost(launch.name, hbm, total - hbm, _flops(launch))

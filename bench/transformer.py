@@ -73,9 +73,7 @@ class Transformer(nn.Module):
 class Step:
     """A model with one provider's adapters, its optimizer and one batch."""
 
-    def __init__(
-        self, provider: Provider, case: Case, layers: int = _LAYERS, *, wide: bool = False
-    ):
+    def __init__(self, provider: Provider, case: Case, layers: int = _LAYERS, *, wide: bool = False):
         """``wide`` computes in float64, with weights that were rounded to the dtypes of the
         case."""
         self._cost = cost.frozen if provider.function == "frozen" else cost.whole

@@ -39,9 +39,7 @@ _BLOCKS = 32
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCOMMA|UTCIMMA)\b")
 _ASYNC_COPY = re.compile(r"\b(LDGSTS|UTMALDG|UBLKCP)\b")
-_INSTRUCTION = re.compile(
-    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE
-)
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _AMD_TENSOR_CORE = re.compile(r"\bv_mfma_\w+")
 
 
@@ -81,9 +79,7 @@ def compiling_for(arch: str) -> Iterator[None]:
 
 def compile_launch(entry: Launch) -> Any:
     """Return Triton's compiled kernel of a recorded launch."""
-    return entry.kernel.warmup(
-        **entry.arguments, **entry.constants, **entry.options, grid=entry.grid
-    )
+    return entry.kernel.warmup(**entry.arguments, **entry.constants, **entry.options, grid=entry.grid)
 
 
 @dataclass(frozen=True)
@@ -101,9 +97,7 @@ class Problem:
     save_z: bool = True
     weight_dtype: torch.dtype | None = None  # of a and b; None: that of x
 
-    def record(
-        self, device: Device, *, forward: bool = True, backward: bool = True
-    ) -> list[Launch]:
+    def record(self, device: Device, *, forward: bool = True, backward: bool = True) -> list[Launch]:
         """Return the launches of one forward and one backward on ``device``, without running
         any."""
 
@@ -214,6 +208,4 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 def _output(*command: object) -> str:
-    return subprocess.run(
-        [str(word) for word in command], check=True, capture_output=True, text=True
-    ).stdout
+    return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout

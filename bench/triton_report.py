@@ -101,9 +101,7 @@ def variants(
     16 and 64 on sm_90 and 16 elsewhere."""
     for arch in archs:
         rows = (arch,) if arch in AMD else (arch, configs.DEFAULT)
-        for row, dtype, rank, dropout, tokens in itertools.product(
-            rows, dtypes, configs.RANKS, (0, _DROPPED), _TOKENS
-        ):
+        for row, dtype, rank, dropout, tokens in itertools.product(rows, dtypes, configs.RANKS, (0, _DROPPED), _TOKENS):
             variant = Variant(arch, row, dtype, rank, dropout, tokens)
             if variant.is_taken() and not (quick and not _is_quick(variant)):
                 yield variant
@@ -124,11 +122,7 @@ def faults(variant: Variant, launch: Launch, code: MachineCode) -> list[str]:
     limit = _DEFAULT_SHARED if variant.row == configs.DEFAULT else SHARED_MEMORY[variant.arch]
     if code.shared > limit:
         found.append(f"{code.shared} bytes of shared memory, {limit} available")
-    if (
-        variant.dtype in ("bf16", "fp16")
-        and launch.name.startswith(_PRODUCTS)
-        and not code.tensor_core
-    ):
+    if variant.dtype in ("bf16", "fp16") and launch.name.startswith(_PRODUCTS) and not code.tensor_core:
         found.append("no tensor-core instruction")
     return found
 
@@ -168,12 +162,8 @@ _HEADER = (
 def _line(row: Row) -> str:
     variant, launch, code = row.variant, row.launch, row.code
     constants = launch.constants
-    tile = (
-        f"{constants.get('BLOCK_M', '-')}x{constants.get('BLOCK_L', constants.get('BLOCK_N', '-'))}"
-    )
-    tensor_core = (
-        " ".join(f"{name} {count}" for name, count in sorted(code.tensor_core.items())) or "-"
-    )
+    tile = f"{constants.get('BLOCK_M', '-')}x{constants.get('BLOCK_L', constants.get('BLOCK_N', '-'))}"
+    tensor_core = " ".join(f"{name} {count}" for name, count in sorted(code.tensor_core.items())) or "-"
     if variant.arch in AMD:
         resident, occupancy, tensor_core = "-", "-", f"v_mfma {sum(code.tensor_core.values())}"
     else:
@@ -189,26 +179,15 @@ def _line(row: Row) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a subset that takes about a minute")
-    parser.add_argument(
-        "--arch", action="append", choices=(*NVIDIA, *AMD), help="only this one (may be repeated)"
-    )
-    parser.add_argument(
-        "--dtype", action="append", choices=tuple(_DTYPES), help="only this one (may be repeated)"
-    )
+    parser.add_argument("--arch", action="append", choices=(*NVIDIA, *AMD), help="only this one (may be repeated)")
+    parser.add_argument("--dtype", action="append", choices=tuple(_DTYPES), help="only this one (may be repeated)")
     options = parser.parse_args(arguments)
-    print(
-        f"triton {triton.__version__}, torch {torch.__version__}; "
-        "compiled without a GPU, nothing was run"
-    )
+    print(f"triton {triton.__version__}, torch {torch.__version__}; compiled without a GPU, nothing was run")
     print(_HEADER)
     kernels = faulty = 0
-    for row in report(
-        options.arch or (*NVIDIA, *AMD), options.dtype or tuple(_DTYPES), options.quick
-    ):
+    for row in report(options.arch or (*NVIDIA, *AMD), options.dtype or tuple(_DTYPES), options.quick):
         print(_line(row), flush=True)
         kernels += 1
         faulty += bool(row.faults)

@@ -122,7 +122,7 @@ void cpu_backward(int64_t m, int64_t k, int64_t n, int64_t r, int dtype, uintptr
                   uintptr_t dy, int64_t dy_row, int64_t dy_col, uintptr_t x, int64_t x_row,
                   int64_t x_col, uintptr_t a, int64_t a_row, int64_t a_col, int a_dtype,
                   uintptr_t b, int64_t b_row, int64_t b_col, int b_dtype, uintptr_t z, uintptr_t dx,
-                  uintptr_t da, uintptr_t db) {
+                  uintptr_t da, uintptr_t db, bool accumulate_dx) {
     auto p = common<afa::cpu::BackwardParams>(m, k, n, r, dtype, alpha_t, seed, activation, dropout,
                                               scaling, threads);
     p.dy = matrix(dy, dy_row, dy_col, dtype);
@@ -133,6 +133,9 @@ void cpu_backward(int64_t m, int64_t k, int64_t n, int64_t r, int dtype, uintptr
     p.dx = matrix(dx, k, 1, dtype);
     p.da = matrix(da, k, 1, a_dtype);
     p.db = matrix(db, r, 1, b_dtype);
+    p.accumulate_dx = accumulate_dx;
+    if (accumulate_dx && dropout > 0)
+        throw std::invalid_argument("accumulate_dx: not with dropout");
     const py::gil_scoped_release unlocked;
     afa::cpu::backward(p);
 }

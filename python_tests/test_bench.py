@@ -16,7 +16,7 @@ from bench.cases import PRESETS, cases
 from bench.memory import allocations, saved_bytes
 from bench.problem import SCALING, Problem, relative_error, truth
 from bench.providers import providers
-from bench.results import FIELDS, KEY, RESULTS, Writer, read, validate
+from bench.results import FIELDS, KEY, Writer, read, recorded, validate
 from bench.runner import Checker, build
 from bench.shapes import DTYPES, LAYERS, Case, layers
 
@@ -111,9 +111,7 @@ def test_a_wrong_result_of_ours_is_not_timed_and_fails_the_run(tmp_path, monkeyp
 # The command and its records
 
 
-def test_the_command_writes_valid_rows_of_every_scope(
-    tmp_path, small_roofs, small_transformer, capsys
-):
+def test_the_command_writes_valid_rows_of_every_scope(tmp_path, small_roofs, small_transformer, capsys):
     scopes = ["--scopes", "layer,branch,model", "--out", str(tmp_path)]
     assert command.main([*TINY_FLAGS, *FEW, *scopes]) == 0
     records = read(tmp_path / "custom.jsonl")
@@ -124,11 +122,7 @@ def test_the_command_writes_valid_rows_of_every_scope(
     keys = [tuple(row[name] for name in KEY) for row in rows]
     assert len(set(keys)) == len(keys)
     assert {(r["scope"], r["pass"]) for r in rows} == {
-        *(
-            (scope, step)
-            for scope in ("layer", "branch")
-            for step in ("forward", "backward", "both")
-        ),
+        *((scope, step) for scope in ("layer", "branch") for step in ("forward", "backward", "both")),
         ("model", "step"),
     }
     for row in rows:
@@ -172,7 +166,7 @@ def test_a_bad_flag_is_named(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", recorded(), ids=lambda path: path.stem)
 def test_recorded_results_are_valid(path):
     records = read(path)
     assert records[0]["kind"] == "environment"
@@ -183,8 +177,7 @@ def test_recorded_results_are_valid(path):
 def _row() -> dict:
     example = {str: "x", bool: True, int: 1, dict: {}, list: []}
     return {"kind": "row"} | {
-        name: example[kind if isinstance(kind, type) else int]
-        for name, kind in FIELDS["row"].items()
+        name: example[kind if isinstance(kind, type) else int] for name, kind in FIELDS["row"].items()
     }
 
 
@@ -258,9 +251,7 @@ def test_the_floor_is_arithmetic_or_bytes_whichever_is_longer():
 
 
 def test_the_tax_is_counted_over_the_frozen_layer():
-    floor_ms = cost.branch(TINY, "both").milliseconds(
-        cost.frozen(TINY, "both").flop / 2.0 * 1e-6, ROOF["copy_gb_s"]
-    )
+    floor_ms = cost.branch(TINY, "both").milliseconds(cost.frozen(TINY, "both").flop / 2.0 * 1e-6, ROOF["copy_gb_s"])
     got = suite._against_floor(TINY, "both", [3.0, 3.0, 9.0], [2.0, 1.0, 2.0], ROOF)
     assert got["tax"] == pytest.approx(0.5)
     assert got["floor_tax"] == pytest.approx(floor_ms / 2.0)
@@ -359,9 +350,7 @@ def test_modelled_cases_are_labelled_and_add_communication(tmp_path, capsys):
         single = times["llama-3-8b, single, r=16", name]
         parallel = times["llama-3-8b, data parallel, r=16", name]
         # 7 linear layers in 32 blocks; float32 gradients pass each of 8 GPUs' links 1.75 times.
-        parameters = (
-            32 * 16 * sum(count * (k + n) for count, k, n, _ in modelled.LLAMA_8B.linears())
-        )
+        parameters = 32 * 16 * sum(count * (k + n) for count, k, n, _ in modelled.LLAMA_8B.linears())
         sent = 1.75 * 4 * parameters / 450e9 * 1e3
         assert parallel["assumptions"]["adapter_parameters_per_gpu"] == parameters
         assert parallel["milliseconds"] - single["milliseconds"] == pytest.approx(sent, rel=0.1)
@@ -467,7 +456,7 @@ def test_pictures_are_drawn_from_rows(tmp_path):
 
     writer = Writer(tmp_path / "rows.jsonl")
     writer.write({"kind": "roof", "device": "cpu", "copy_bytes": 1, "gemm_size": {}} | ROOF)
-    base = _row() | TINY._asdict() | {"pass": "both", "tax": 0.1, "floor_tax": 0.05}
+    base = _row() | TINY._asdict() | {"pass": "both", "tax": 0.1, "floor_tax": 0.05, "rounds": 3}
     for provider in ("eager", "afa"):
         for m in (1, 2, 4):
             writer.write(base | {"provider": provider, "m": m})
@@ -475,11 +464,7 @@ def test_pictures_are_drawn_from_rows(tmp_path):
             writer.write(base | {"provider": provider, "r": r})
         writer.write(base | {"provider": provider, "scope": "branch"})
     written = plot.draw([writer.path], tmp_path)
-    names = {
-        f"{name}.{kind}"
-        for name in ("tax_tokens", "tax_rank", "roofline")
-        for kind in ("png", "svg")
-    }
+    names = {f"{name}.{kind}" for name in ("tax_tokens", "tax_rank", "roofline") for kind in ("png", "svg")}
     assert {path.name for path in written} == names
     for name in ("tax_tokens", "tax_rank", "roofline"):
         assert "eager AFA" in (tmp_path / f"{name}.svg").read_text()

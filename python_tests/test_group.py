@@ -538,8 +538,23 @@ def test_compiled(block):
             for what in g:
                 torch.testing.assert_close(g[what], w[what])
     assert counter.frame_count == 1
-    with torch.no_grad():  # a trace cannot see whether x changed: separate layers
-        assert_same(compiled(x), apart(block, x))
+
+
+def test_compiled_without_gradients_a_change_in_between_is_obeyed(block):
+    """A trace cannot see whether x changed, so it must not share."""
+    torch._dynamo.reset()
+
+    def double(x):
+        x.mul_(2)
+
+    x = torch.randn(5, K)
+    for frozen in (False, True):
+        if frozen:
+            block.requires_grad_(False)
+        with torch.set_grad_enabled(frozen):
+            want = apart(block, x.clone(), double)
+            got = torch.compile(block, backend="aot_eager", fullgraph=True)(x.clone(), double)
+        assert_same(got, want)
 
 
 # --- whole models

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from afa_kernels import reference
 from afa_kernels.activation import ACTIVATIONS, phi
-from afa_kernels.backend import cpu, native, registry, torch_ops
+from afa_kernels.backend import cpu, linear, native, registry, torch_ops
 from afa_kernels.backend.registry import Call, Spec
 from afa_kernels.dropout import keep_mask
 
@@ -180,6 +181,26 @@ def test_base_is_read_and_out_alone_is_written(kind, dtype):
     zero = forward(None, torch.full_like(base, NAN))
     assert torch.equal(forward(torch.zeros_like(base), torch.full_like(base, NAN)), zero)
     assert torch.equal(forward(bias, torch.full_like(base, NAN)), forward(bias.contiguous(), torch.empty_like(base)))
+
+
+@pytest.mark.parametrize("dropout", [0, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_is_the_frozen_gemm_plus_the_branch(dtype, dropout):
+    x, a, b, dy, _ = problem(60, 70, 50, 6, dtype, ab_dtype=torch.float32)
+    weight = (torch.randn(50, 70) / 8).to(dtype)
+    bias = torch.randn(50)
+    spec, alpha_t, seed = Spec("silu", 1.5, dropout), torch.tensor(0.4), torch.tensor(8)
+    frozen = F.linear(x.double(), weight.double(), bias.to(dtype).double())
+    truth = truth_of(x, a, b, dy, frozen, spec, alpha_t=0.4, seed=seed)
+    truth = (truth[0], truth[1], truth[2] + dy.double() @ weight.double(), *truth[3:])
+    results = []
+    for implementation in (cpu.BACKEND, torch_ops.BACKEND):
+        y, z = linear.linear_forward(implementation, x, weight, bias, a, b, alpha_t, seed, spec, save_z=True)
+        gradients = linear.linear_backward(
+            implementation, dy, x, weight, a, b, z, alpha_t, seed, spec, need_da=True, need_db=True
+        )
+        results.append((y, z, *gradients))
+    assert_accurate(*results, truth, dtype)
 
 
 def test_expanded_dy():

@@ -153,6 +153,15 @@ def test_merging_is_refused_before_identity_and_changes_nothing():
     assert isinstance(model.unload(), Net)
 
 
+def test_a_plain_adapter_is_not_merged_alone_where_an_annealed_one_is_active_too():
+    model = several()
+    model.base_model.set_adapter(["plain", "default"])
+    before = model.q_proj.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="merge: alpha_t of adapter 'default' is 1"):
+        model.merge_adapter()
+    assert torch.equal(model.q_proj.base_layer.weight, before) and not model.q_proj.merged
+
+
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merge_and_unmerge(safe_merge):
     model = several()

@@ -27,9 +27,7 @@ CALL = Call("cpu", torch.bfloat16, 64, 128, 128, 16, "silu")
 def python(code: str, **environment: str) -> str:
     """Run ``code`` in a fresh process and return what it prints."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -42,9 +40,7 @@ def test_importing_the_package_does_not_import_triton():
 def test_without_a_gpu_the_reason_says_so():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    status = python(
-        "import afa_kernels; s = afa_kernels.backends()['triton']; print(bool(s), s.reason)"
-    )
+    status = python("import afa_kernels; s = afa_kernels.backends()['triton']; print(bool(s), s.reason)")
     assert status.startswith("False no GPU")
 
 
@@ -96,9 +92,7 @@ def test_every_architecture_has_a_row_for_every_rank_and_size():
         assert rows.keys() == {(size, rank) for size in (2, 4) for rank in configs.RANKS}, arch
 
 
-@pytest.mark.parametrize(
-    "r, padded", [(1, 16), (16, 16), (17, 32), (33, 64), (100, 128), (128, 128)]
-)
+@pytest.mark.parametrize("r, padded", [(1, 16), (16, 16), (17, 32), (33, 64), (100, 128), (128, 128)])
 def test_ranks_are_padded_to_what_a_tensor_core_takes(r, padded):
     assert configs.padded_rank(r) == padded
 

@@ -68,8 +68,7 @@ def test_another_activation_is_another_kernel():
     x, a, b, dy = torch.zeros(8, 512), torch.zeros(16, 512), torch.zeros(64, 16), torch.zeros(8, 64)
     alpha_t = torch.tensor(0.5)
     silu, gelu = (
-        dict(compiled_kernels(x, a, b, dy, alpha_t, None, Spec(activation, 1.0)))
-        for activation in ("silu", "gelu")
+        dict(compiled_kernels(x, a, b, dy, alpha_t, None, Spec(activation, 1.0))) for activation in ("silu", "gelu")
     )
     assert silu["phi_hb_forward_kernel"] != gelu["phi_hb_forward_kernel"]
     assert silu["x_pass_backward_kernel"] == gelu["x_pass_backward_kernel"]
@@ -117,15 +116,10 @@ def test_the_report_finds_faults():
     good = triton_aot.MachineCode(64, 0, 1024, 2, 0.5, {"HMMA": 8}, 8, 0, 4, 500)
     assert triton_report.faults(variant, with_product, good) == []
     assert triton_report.faults(variant, with_product, good._replace(spills=3)) == ["3 spills"]
-    assert triton_report.faults(variant, with_product, good._replace(tensor_core={})) == [
-        "no tensor-core instruction"
-    ]
+    assert triton_report.faults(variant, with_product, good._replace(tensor_core={})) == ["no tensor-core instruction"]
     too_much = good._replace(shared=200 * 1024)
     assert "shared memory" in triton_report.faults(variant, with_product, too_much)[0]
-    assert (
-        triton_report.faults(variant._replace(arch="sm_90", row="sm_90"), with_product, too_much)
-        == []
-    )
+    assert triton_report.faults(variant._replace(arch="sm_90", row="sm_90"), with_product, too_much) == []
     default = variant._replace(row="default")
     assert triton_report.faults(default, with_product, good._replace(shared=70 * 1024))
 
@@ -137,6 +131,4 @@ def test_quick_report_is_a_subset_and_the_full_one_has_every_row():
     assert {v.arch for v in quick} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     dtypes = ("bf16", "fp16", "fp32", "tf32")
     rows = {(v.row, v.dtype, v.rank) for v in full}
-    assert rows == set(
-        itertools.product(configs.TABLE.keys() - {configs.INTERPRETER}, dtypes, configs.RANKS)
-    )
+    assert rows == set(itertools.product(configs.TABLE.keys() - {configs.INTERPRETER}, dtypes, configs.RANKS))

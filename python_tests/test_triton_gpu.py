@@ -31,9 +31,7 @@ def problem(dtype=torch.bfloat16, device="cuda", shape=(513, 1024, 768, 16)) -> 
 
 
 def linear(p: Problem, alpha_t, **options):
-    return afa.afa_linear(
-        p.x, p.weight, p.bias, p.lora_a, p.lora_b, alpha_t, backend="triton", **options
-    )
+    return afa.afa_linear(p.x, p.weight, p.bias, p.lora_a, p.lora_b, alpha_t, backend="triton", **options)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +160,4 @@ def test_a_moving_alpha_compiles_nothing():
 
 def test_two_runs_agree_to_the_bit():
     p = problem(shape=(3000, 1536, 1040, 16))
-    assert torch.equal(
-        linear(p, 0.5, dropout_p=0.1, dropout_seed=3), linear(p, 0.5, dropout_p=0.1, dropout_seed=3)
-    )
+    assert torch.equal(linear(p, 0.5, dropout_p=0.1, dropout_seed=3), linear(p, 0.5, dropout_p=0.1, dropout_seed=3))

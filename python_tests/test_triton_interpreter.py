@@ -50,9 +50,7 @@ def run(module, spec, x, a, b, base, dy, *, out=None, alpha_t=0.3):
     alpha_t, seed = torch.tensor(alpha_t), torch.tensor(-987654321987654321)
     out = torch.full_like(base, torch.nan) if out is None else out
     z = module.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=True)
-    gradients = module.backward(
-        dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True
-    )
+    gradients = module.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True)
     return dict(zip(RESULTS, (out, z, *gradients), strict=True))
 
 
@@ -141,18 +139,14 @@ def test_the_mask_is_the_one_of_the_contract(seed):
     x, b = torch.ones(m, k), torch.zeros(8, 16)
     for first in (0, 16, k - 16):
         a = torch.eye(k)[first : first + 16]
-        z = backend.forward(
-            x, a, b, alpha_t, seed, spec, base=None, out=torch.empty(m, 8), save_z=True
-        )
+        z = backend.forward(x, a, b, alpha_t, seed, spec, base=None, out=torch.empty(m, 8), save_z=True)
         torch.testing.assert_close(z, keep[:, first : first + 16])
     # In the backward dz is 1 in one column, and a is 1 there: dx is the mask.
     a, b = torch.zeros(16, k), torch.zeros(8, 16)
     a[0], b[0, 0] = 1, 1
     dy = torch.zeros(m, 8)
     dy[:, 0] = 1
-    dx, da, _ = backend.backward(
-        dy, x, a, b, None, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=False
-    )
+    dx, da, _ = backend.backward(dy, x, a, b, None, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=False)
     torch.testing.assert_close(dx, keep)
     torch.testing.assert_close(da[0], keep.sum(0))
 
@@ -187,10 +181,7 @@ def test_a_call_without_backward_needs_compiles_no_gradient():
         with launch.recording(configs.device_of(given["x"].device)) as launches:
             got = backend.backward(*operand, alpha_t, None, spec, **flags)
         assert [t is not None for t in got] == list(needs)
-        assert (
-            tuple(e.name.removesuffix("_kernel").removesuffix("_backward") for e in launches)
-            == names
-        )
+        assert tuple(e.name.removesuffix("_kernel").removesuffix("_backward") for e in launches) == names
 
 
 def test_identity_asked_for_by_name_is_the_linear_branch():

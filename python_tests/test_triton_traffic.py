@@ -91,12 +91,8 @@ def test_the_model_counts_every_byte(monkeypatch, m, k, n, r, dtype, weight_dtyp
     with counting(monkeypatch) as counted:
         out = torch.empty_like(base)
         z = backend.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=True)
-        backend.backward(
-            dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True
-        )
-        backend.backward(
-            dy, x, a, b, None, alpha_t, seed, spec, need_dx=True, need_da=False, need_db=False
-        )
+        backend.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True)
+        backend.backward(dy, x, a, b, None, alpha_t, seed, spec, need_dx=True, need_da=False, need_db=False)
     assert len(counted) >= 8
     for entry, counter in counted:
         modelled = traffic_model.accesses(entry)
@@ -108,10 +104,7 @@ def test_the_model_counts_every_byte(monkeypatch, m, k, n, r, dtype, weight_dtyp
 
 def modelled_tax(r: int) -> dict[str, float]:
     problem = Problem(8192, 4096, 4096, r, base=False)
-    return {
-        tax.implementation: adapter_tax.percent(tax, problem, H100)[2]
-        for tax in adapter_tax.taxes(problem, H100)
-    }
+    return {tax.implementation: adapter_tax.percent(tax, problem, H100)[2] for tax in adapter_tax.taxes(problem, H100)}
 
 
 def test_modelled_tax_at_rank_16():

@@ -8,6 +8,4 @@ load_error = ""
 try:
     _C = importlib.import_module("afa_kernels._C")
 except ImportError as error:
-    load_error = (
-        f"the compiled module afa_kernels._C cannot be loaded ({error}); build it with `pip install .`"
-    )
+    load_error = f"the compiled module afa_kernels._C cannot be loaded ({error}); build it with `pip install .`"

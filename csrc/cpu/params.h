@@ -39,14 +39,15 @@ struct ForwardParams : CommonParams {
 };
 
 struct BackwardParams : CommonParams {
-    Matrix dy;  // (M, N)
-    Matrix x;   // (M, K)
-    Matrix a;   // (r, K), any dtype
-    Matrix b;   // (N, r), any dtype
-    Matrix z;   // (M, r); absent: recomputed
-    Matrix dx;  // (M, K), dense, written if present
-    Matrix da;  // (r, K), dense, any dtype, written if present
-    Matrix db;  // (N, r), dense, any dtype, written if present
+    Matrix dy;                   // (M, N)
+    Matrix x;                    // (M, K)
+    Matrix a;                    // (r, K), any dtype
+    Matrix b;                    // (N, r), any dtype
+    Matrix z;                    // (M, r); absent: recomputed
+    Matrix dx;                   // (M, K), dense, written if present
+    bool accumulate_dx = false;  // add to what dx holds; not with dropout
+    Matrix da;                   // (r, K), dense, any dtype, written if present
+    Matrix db;                   // (N, r), dense, any dtype, written if present
 };
 
 // The kernels of one instruction set. They allocate their scratch and throw std::bad_alloc if they

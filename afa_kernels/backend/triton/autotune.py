@@ -79,11 +79,7 @@ def candidates(tile: Tile) -> list[Tile]:
             found.append(replace(tile, cols=cols))
         if 4 <= warps <= 8:
             found.append(replace(tile, warps=warps))
-    return found + [
-        replace(tile, stages=stages)
-        for stages in (tile.stages - 1, tile.stages + 1)
-        if 2 <= stages <= 5
-    ]
+    return found + [replace(tile, stages=stages) for stages in (tile.stages - 1, tile.stages + 1) if 2 <= stages <= 5]
 
 
 def tune(row: Tiles, seconds: Callable[[str, Tiles], float]) -> Tiles:
@@ -125,9 +121,7 @@ def problem_timer(
             passes.forward(context, None, y, True)
         else:
             dx_side = name != "dy_pass"
-            passes.backward(
-                context, dy, z, dtype, dtype, need_dx=dx_side, need_da=dx_side, need_db=not dx_side
-            )
+            passes.backward(context, dy, z, dtype, dtype, need_dx=dx_side, need_da=dx_side, need_db=not dx_side)
 
     def seconds(name: str, tiles: Tiles) -> float:
         try:
@@ -141,22 +135,14 @@ def problem_timer(
 
 def cache_file(device: Device) -> Path:
     folder = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "afa_kernels"
-    return (
-        Path(folder)
-        / f"triton-{triton.__version__}-{re.sub(r'[^A-Za-z0-9]+', '-', device.name)}.json"
-    )
+    return Path(folder) / f"triton-{triton.__version__}-{re.sub(r'[^A-Za-z0-9]+', '-', device.name)}.json"
 
 
 def _read(device: Device) -> dict[str, Tiles]:
     try:
         stored = json.loads(cache_file(device).read_text())
         return {
-            key: Tiles(
-                **{
-                    name: Tile(**value) if isinstance(value, dict) else value
-                    for name, value in row.items()
-                }
-            )
+            key: Tiles(**{name: Tile(**value) if isinstance(value, dict) else value for name, value in row.items()})
             for key, row in stored.items()
         }
     except (OSError, ValueError, TypeError):

@@ -62,9 +62,7 @@ def status() -> BackendStatus:
         )
     device_type = _device_type()
     if device_type is None:
-        return BackendStatus(
-            False, "no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)", details
-        )
+        return BackendStatus(False, "no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)", details)
     return BackendStatus(True, details=details | {"device": device_type})
 
 
@@ -74,9 +72,7 @@ def _refuses(call: Call) -> str | None:
     if call.r > _MAX_RANK:
         return f"rank {call.r} is above {_MAX_RANK}: compute-bound, which torch's GEMMs do faster"
     if call.dtype == torch.float32 and call.dropout and call.r > _MAX_RANK_FLOAT32_DROPOUT:
-        return (
-            f"float32 with dropout above rank {_MAX_RANK_FLOAT32_DROPOUT} overflows the registers"
-        )
+        return f"float32 with dropout above rank {_MAX_RANK_FLOAT32_DROPOUT} overflows the registers"
     if call.device == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(call.device_index)
         if capability < _OLDEST_CAPABILITY:
@@ -104,9 +100,7 @@ def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
 
     with _on_device(x):
         context = launch.Context(x, a, b, alpha_t, seed, spec)
-        return passes.backward(
-            context, dy, z, a.dtype, b.dtype, need_dx=need_dx, need_da=need_da, need_db=need_db
-        )
+        return passes.backward(context, dy, z, a.dtype, b.dtype, need_dx=need_dx, need_da=need_da, need_db=need_db)
 
 
 BACKEND = Backend(

@@ -42,9 +42,7 @@ def dyb_dphi_backward_kernel(
         dy_ptr, b_ptr, first_row, rows_left, 0, N, N, stride_dym, stride_br, stride_bn, 0, 0, 0,
         BLOCK_M, BLOCK_L, R, False, PRECISION, EMULATE_BF16,
     )  # fmt: skip
-    _store_dz(
-        dh, z_ptr, dz_ptr, alpha_ptr, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16
-    )
+    _store_dz(dh, z_ptr, dz_ptr, alpha_ptr, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
 
 
 @triton.jit(do_not_specialize=["M", "count", "alpha_ptr"])
@@ -56,9 +54,7 @@ def dphi_backward_kernel(
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
     dh = sum_partials(partial_ptr, first_row, rows_left, M, count, BLOCK_M, R)
-    _store_dz(
-        dh, z_ptr, dz_ptr, alpha_ptr, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16
-    )
+    _store_dz(dh, z_ptr, dz_ptr, alpha_ptr, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_chunk", "alpha_ptr"])
@@ -83,9 +79,7 @@ def dy_pass_backward_kernel(
     alpha_t = tl.load(alpha_ptr)
     db = tl.zeros((R, BLOCK_L), tl.float32)
     if dh_ptr is not None:
-        b = tl.load(
-            b_ptr + col[None, :] * stride_bn + rank[:, None] * stride_br, mask=col_mask, other=0.0
-        )
+        b = tl.load(b_ptr + col[None, :] * stride_bn + rank[:, None] * stride_br, mask=col_mask, other=0.0)
     first = chunk.to(tl.int64) * rows_per_chunk
     for start in range(0, tl.minimum(rows_per_chunk, M - first).to(tl.int32), BLOCK_M):
         first_row = first + start
@@ -101,14 +95,10 @@ def dy_pass_backward_kernel(
             db = dot(tl.trans(h), dy, db, PRECISION, EMULATE_BF16)
         if dh_ptr is not None:
             dh = dot(b, tl.trans(dy), tl.zeros((R, BLOCK_M), tl.float32), PRECISION, EMULATE_BF16)
-            target = (
-                dh_ptr + (slab.to(tl.int64) * M + first_row) * R + row[None, :] * R + rank[:, None]
-            )
+            target = dh_ptr + (slab.to(tl.int64) * M + first_row) * R + row[None, :] * R + rank[:, None]
             tl.store(target, dh, mask=(row < rows_left)[None, :])
     if db_ptr is not None:
-        tl.store(
-            db_ptr + (chunk * R + rank[:, None]).to(tl.int64) * N + col[None, :], db, mask=col_mask
-        )
+        tl.store(db_ptr + (chunk * R + rank[:, None]).to(tl.int64) * N + col[None, :], db, mask=col_mask)
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_chunk", "threshold", "seed_ptr"])
@@ -131,21 +121,15 @@ def x_pass_backward_kernel(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     da = tl.zeros((R, BLOCK_L), tl.float32)
     if dx_ptr is not None:
-        a = tl.load(
-            a_ptr + rank[:, None] * stride_ar + col[None, :] * stride_ak, mask=col_mask, other=0.0
-        )
+        a = tl.load(a_ptr + rank[:, None] * stride_ar + col[None, :] * stride_ak, mask=col_mask, other=0.0)
     first = chunk.to(tl.int64) * rows_per_chunk
     for start in range(0, tl.minimum(rows_per_chunk, M - first).to(tl.int32), BLOCK_M):
         first_row = first + start
         rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
         row_mask = (row < rows_left)[:, None]
-        dz = tl.load(
-            dz_ptr + first_row * R + row[:, None] * R + rank[None, :], mask=row_mask, other=0.0
-        )
+        dz = tl.load(dz_ptr + first_row * R + row[:, None] * R + rank[None, :], mask=row_mask, other=0.0)
         if DROPOUT:
-            keep = keep_mask(
-                seed, threshold, first_row, slab * BLOCK_L, calls_per_row, BLOCK_M, BLOCK_L
-            )
+            keep = keep_mask(seed, threshold, first_row, slab * BLOCK_L, calls_per_row, BLOCK_M, BLOCK_L)
         if da_ptr is not None:
             x = tl.load(
                 x_ptr + first_row * stride_xm + row[:, None] * stride_xm + col[None, :],
@@ -165,9 +149,7 @@ def x_pass_backward_kernel(
                 mask=row_mask & col_mask,
             )
     if da_ptr is not None:
-        tl.store(
-            da_ptr + (chunk * R + rank[:, None]).to(tl.int64) * K + col[None, :], da, mask=col_mask
-        )
+        tl.store(da_ptr + (chunk * R + rank[:, None]).to(tl.int64) * K + col[None, :], da, mask=col_mask)
 
 
 @triton.jit
@@ -184,9 +166,7 @@ def _sum_chunks(
     total = tl.zeros((RANKS, BLOCK), tl.float32)
     for chunk in range(chunks):
         rows = (chunk * R + rank[:, None]).to(tl.int64)
-        total += tl.load(
-            partial_ptr + rows * length + col[None, :], mask=(col < length)[None, :], other=0.0
-        )
+        total += tl.load(partial_ptr + rows * length + col[None, :], mask=(col < length)[None, :], other=0.0)
     return total
 
 
@@ -210,14 +190,10 @@ def weight_gradients_kernel(
             col = block * BLOCK + tl.arange(0, BLOCK)
             da = _sum_chunks(da_partial_ptr, rank, col, K, chunks_a, R, RANKS, BLOCK)
             da = round_to(da, da_ptr.dtype.element_ty, EMULATE_A)
-            tl.store(
-                da_ptr + rank[:, None] * K + col[None, :], da, mask=rank_mask & (col < K)[None, :]
-            )
+            tl.store(da_ptr + rank[:, None] * K + col[None, :], da, mask=rank_mask & (col < K)[None, :])
     if db_ptr is not None:
         if block >= blocks_a:
             col = (block - blocks_a) * BLOCK + tl.arange(0, BLOCK)
             db = scaling * _sum_chunks(db_partial_ptr, rank, col, N, chunks_b, R, RANKS, BLOCK)
             db = round_to(db, db_ptr.dtype.element_ty, EMULATE_B)
-            tl.store(
-                db_ptr + col[None, :] * r + rank[:, None], db, mask=rank_mask & (col < N)[None, :]
-            )
+            tl.store(db_ptr + col[None, :] * r + rank[:, None], db, mask=rank_mask & (col < N)[None, :])

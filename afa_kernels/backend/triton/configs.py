@@ -82,7 +82,7 @@ _LARGE_16BIT = {  # 163 KB of shared memory and more: sm_80, sm_90, sm_100
 # operand.
 _LARGE_32BIT = {
     16: _row((64, 64, 8, 3), 64, (32, 128, 4, 3), (32, 128, 4, 3), (32, 64, 8, 3)),
-    32: _row((64, 64, 8, 3), 64, (32, 64, 4, 3), (32, 128, 8, 3), (16, 32, 4, 3)),
+    32: _row((64, 64, 8, 3), 64, (32, 64, 4, 3), (32, 64, 4, 3), (16, 32, 4, 3)),
     64: _row((32, 64, 8, 3), 32, (32, 64, 8, 3), (32, 64, 8, 3), (16, 32, 4, 3), 8),
     128: _row((32, 32, 8, 3), 32, (32, 32, 8, 3), (32, 32, 8, 3), (16, 16, 4, 2), 8),
 }
@@ -99,26 +99,21 @@ _AMD_16BIT = {  # 4 wavefronts have twice the registers each that 8 have
     128: _row((64, 64, 8, 2), 64, (32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 4, 2)),
 }
 _SMALL_32BIT = {
-    16: _row((32, 64, 4, 2), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
-    32: _row((32, 64, 4, 3), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
-    64: _row((32, 32, 4, 2), 32, (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
-    128: _row((32, 32, 4, 2), 32, (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    16: _row((32, 64, 4, 2), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
+    32: _row((32, 64, 8, 2), 32, (32, 64, 4, 2), (32, 64, 4, 2), (16, 32, 4, 2)),
+    64: _row((32, 64, 8, 2), 32, (32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 4, 3)),
+    128: _row((32, 32, 8, 3), 32, (32, 32, 8, 2), (32, 32, 8, 3), (16, 16, 4, 2)),
 }
+_AMD_32BIT = _SMALL_32BIT | {128: replace(_SMALL_32BIT[128], x_pass=Tile(32, 32, 4, 2))}
 
 
-def _rows(
-    rows_16bit: dict[int, Tiles], rows_32bit: dict[int, Tiles]
-) -> dict[tuple[int, int], Tiles]:
+def _rows(rows_16bit: dict[int, Tiles], rows_32bit: dict[int, Tiles]) -> dict[tuple[int, int], Tiles]:
     return {
-        (itemsize, rank): row
-        for itemsize, rows in ((2, rows_16bit), (4, rows_32bit))
-        for rank, row in rows.items()
+        (itemsize, rank): row for itemsize, rows in ((2, rows_16bit), (4, rows_32bit)) for rank, row in rows.items()
     }
 
 
-_INTERPRETER_TILE = Tile(
-    32, 64, 4, 2
-)  # small, so that tiny test shapes have several tiles and tails
+_INTERPRETER_TILE = Tile(32, 64, 4, 2)  # small, so that tiny test shapes have several tiles and tails
 
 TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
     "sm_80": _rows(
@@ -127,18 +122,14 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
         _LARGE_16BIT
         | {
             32: replace(_LARGE_16BIT[32], x_pass=Tile(64, 256, 8, 3)),
-            128: replace(
-                _LARGE_16BIT[128], project=Tile(128, 64, 8, 3), x_pass=Tile(32, 128, 8, 3)
-            ),
+            128: replace(_LARGE_16BIT[128], project=Tile(128, 64, 8, 3), x_pass=Tile(32, 128, 8, 3)),
         },
-        _LARGE_32BIT,
+        _LARGE_32BIT | {32: replace(_LARGE_32BIT[32], x_pass=Tile(32, 32, 4, 3))},
     ),
     "sm_90": _rows(_LARGE_16BIT, _LARGE_32BIT),
     # With 4 warps D1 spills here at rank 64.
-    "sm_100": _rows(
-        _LARGE_16BIT | {64: replace(_LARGE_16BIT[64], project=Tile(64, 128, 8, 3))}, _LARGE_32BIT
-    ),
-    "gfx942": _rows(_AMD_16BIT, _SMALL_32BIT),
+    "sm_100": _rows(_LARGE_16BIT | {64: replace(_LARGE_16BIT[64], project=Tile(64, 128, 8, 3))}, _LARGE_32BIT),
+    "gfx942": _rows(_AMD_16BIT, _AMD_32BIT),
     DEFAULT: _rows(_SMALL_16BIT, _SMALL_32BIT),
     INTERPRETER: {
         (itemsize, rank): Tiles(*(_INTERPRETER_TILE, 64, *(_INTERPRETER_TILE,) * 3), chunks=2)

@@ -114,9 +114,7 @@ def keep_mask(
     high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
     zero = tl.zeros_like(low)
     word0, word1, word2, word3 = tl.philox(seed, low, high, zero, zero)
-    words = tl.join(
-        tl.join(word0, word2), tl.join(word1, word3)
-    )  # (BLOCK_M, GROUPS, 2, 2), in order
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))  # (BLOCK_M, GROUPS, 2, 2), in order
     words = tl.reshape(words, (BLOCK_M, GROUPS * 4))
     shifts = (8 * tl.arange(0, 4)).to(tl.uint32)
     levels = (words[:, :, None] >> shifts[None, None, :]) & 0xFF
@@ -129,9 +127,7 @@ def load_z(z_ptr, first_row, rows_left, r, BLOCK_M: tl.constexpr, R: tl.constexp
     nothing."""
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     mask = (row < rows_left)[:, None] & (rank < r)[None, :]
-    return tl.load(
-        z_ptr + first_row * r + row[:, None] * r + rank[None, :], mask=mask, other=0.0
-    ).to(tl.float32)
+    return tl.load(z_ptr + first_row * r + row[:, None] * r + rank[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -168,9 +164,7 @@ def project(
 
 
 @triton.jit
-def sum_partials(
-    partial_ptr, first_row, rows_left, M, count, BLOCK_M: tl.constexpr, R: tl.constexpr
-):
+def sum_partials(partial_ptr, first_row, rows_left, M, count, BLOCK_M: tl.constexpr, R: tl.constexpr):
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     source = partial_ptr + first_row * R + row[:, None] * R + rank[None, :]
     total = tl.zeros((BLOCK_M, R), tl.float32)

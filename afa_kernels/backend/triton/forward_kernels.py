@@ -46,9 +46,7 @@ def pack_kernel(
     blocks of b."""
     block = tl.program_id(0)
     if block < blocks_a:
-        _copy_padded(
-            a_ptr, a_padded_ptr, block, r, K, R, K, stride_ar, stride_ak, BLOCK, EMULATE_BF16
-        )
+        _copy_padded(a_ptr, a_padded_ptr, block, r, K, R, K, stride_ar, stride_ak, BLOCK, EMULATE_BF16)
     else:
         _copy_padded(
             b_ptr,
@@ -163,9 +161,7 @@ def project_partial_kernel(
         seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
-    target = (
-        partial_ptr + (split.to(tl.int64) * M + first_row) * R + row[:, None] * R + rank[None, :]
-    )
+    target = partial_ptr + (split.to(tl.int64) * M + first_row) * R + row[:, None] * R + rank[None, :]
     tl.store(target, partial, mask=(row < rows_left)[:, None])
 
 

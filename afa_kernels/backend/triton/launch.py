@@ -71,9 +71,7 @@ def recording(device: Device) -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
-def submit(
-    kernel: Any, grid: tuple[int, ...], arguments: dict, constants: dict, tile: Tile
-) -> None:
+def submit(kernel: Any, grid: tuple[int, ...], arguments: dict, constants: dict, tile: Tile) -> None:
     """Run a kernel with the warps and stages of ``tile``, or record it."""
     launch = Launch(kernel, grid, arguments, constants, tile.warps, tile.stages)
     recorder = _recording.get()
@@ -87,9 +85,7 @@ class Context:
     """What every launch of one call shares: operands made ready for the kernels, tiles, and
     constants."""
 
-    def __init__(
-        self, x: Tensor, a: Tensor, b: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec
-    ):
+    def __init__(self, x: Tensor, a: Tensor, b: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec):
         recorder = _recording.get()
         self.device = configs.device_of(x.device) if recorder is None else recorder.device
         self.rows, self.k = x.shape
@@ -97,11 +93,7 @@ class Context:
         self.padded = padded_rank(self.r)
         self.dtype = x.dtype
         self.tiles: Tiles = autotune.tiles(self.device, x, self.n, self.r)
-        self.precision = (
-            "tf32"
-            if x.dtype == torch.float32 and self.device.has_tf32 and _allow_tf32()
-            else "ieee"
-        )
+        self.precision = "tf32" if x.dtype == torch.float32 and self.device.has_tf32 and _allow_tf32() else "ieee"
         self.emulate = INTERPRETED and x.dtype == torch.bfloat16
         # At identity alpha_t is 0, and phi(z) = (1 - 0) * z + 0 * act(z) for any act.
         self.act = "relu" if spec.activation == IDENTITY else spec.activation
@@ -186,6 +178,4 @@ def addressable(t: Tensor) -> Tensor:
 def _allow_tf32() -> bool:
     matmul = torch.backends.cuda.matmul
     # torch 2.9 brought fp32_precision; where a caller uses it, reading allow_tf32 raises.
-    return (
-        matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    )
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32

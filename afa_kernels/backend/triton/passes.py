@@ -67,9 +67,7 @@ def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool)
             tile,
         )
         return z
-    partial = _project_partials(
-        ctx, ctx.x, ctx.a, ctx.a.stride(), splits, tiles, dropout=ctx.spec.dropout > 0
-    )
+    partial = _project_partials(ctx, ctx.x, ctx.a, ctx.a.stride(), splits, tiles, dropout=ctx.spec.dropout > 0)
     constants["DTYPE"] = _triton_dtype(ctx.dtype)
     columns, tiles = (1, 0) if out is None else ctx.spread(triton.cdiv(ctx.n, ctx.tiles.out_cols))
     arguments = {"partial_ptr": partial, "splits": splits, "tiles": tiles, **shared}
@@ -189,9 +187,7 @@ def _dz(ctx: Context, dy: Tensor, z: Tensor) -> Tensor:
     return dz
 
 
-def _x_pass(
-    ctx: Context, dz: Tensor, *, need_dx: bool, need_da: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _x_pass(ctx: Context, dz: Tensor, *, need_dx: bool, need_da: bool) -> tuple[Tensor | None, Tensor | None]:
     dropout = ctx.spec.dropout > 0
     tile = ctx.tiles.x_pass_dropout if dropout else ctx.tiles.x_pass
     slabs, (chunks, rows_per_chunk) = triton.cdiv(ctx.k, tile.cols), ctx.chunk(tile.rows)

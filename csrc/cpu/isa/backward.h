@@ -32,7 +32,8 @@ class Backward {
         slab_elements = r4 * E::kSlab;
         row_elements = super_rows * r4;
         // Dropped elements are zeroed where they were written.
-        streams = p.dropout == 0 && p.dx.data != nullptr && can_stream<T>(p.dx, p.m, p.k);
+        streams = p.dropout == 0 && !p.accumulate_dx && p.dx.data != nullptr &&
+                  can_stream<T>(p.dx, p.m, p.k);
 
         staged = scratch.reserve(threads * kBlockRows * staged_ld<E>() * sizeof(Elem));
         outer_tile = scratch.reserve(threads * kBlockRows * E::kTile * sizeof(Elem));
@@ -57,7 +58,7 @@ class Backward {
     }
 
     void run() {
-        if (p.dx.data != nullptr)
+        if (p.dx.data != nullptr && !p.accumulate_dx)
             advise_huge_pages(p.dx.data, p.m * p.k * static_cast<int64_t>(sizeof(T)));
         const int64_t blocks = ceil_div(p.m, kSuperRows);
         run_team(threads, 1 + 4 * blocks, [&](Team team) {
@@ -195,8 +196,10 @@ class Backward {
             if (p.dx.data == nullptr)
                 continue;
             T* dx = element<T>(p.dx, row + i, first);
-            const Target<T> target{dx,   p.dx.row_stride, p.dx.col_stride, nullptr, 0, 0,
-                                   1.0f, streams};
+            const T* dx_base = p.accumulate_dx ? dx : nullptr;
+            const Target<T> target{dx,      p.dx.row_stride, p.dx.col_stride,
+                                   dx_base, p.dx.row_stride, p.dx.col_stride,
+                                   1.0f,    streams};
             for (int64_t c = 0; c < cols; c += E::kTile)
                 expand<E>(dz_rows, 0, rows, r4, p.r, panel(a_expand, slab) + c * r4, target, 0, c,
                           static_cast<int>(min_of<int64_t>(E::kTile, cols - c)));
