@@ -139,7 +139,7 @@ def count_opcodes(sass: str) -> dict[str, dict[str, int]]:
     for line in sass.splitlines():
         if match := re.search(r"Function : (\S+)", line):
             current = counts.setdefault(match[1], dict.fromkeys(OPCODES, 0))
-        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", line):
+        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", line):
             if match[1] in OPCODES:
                 current[match[1]] += 1
     return counts

@@ -19,7 +19,7 @@ from afa_kernels import peft_format as fmt
 
 K = 24
 # (out_features, r, lora_alpha, activation, alpha_t): everything that may differ between members
-MEMBERS = ((32, 4, 8, "silu", 0.7), (16, 3, 3, "gelu", 0.3), (20, 8, 4, "relu", 0.0))
+MEMBERS = ((32, 4, 8, "silu", 0.7), (16, 3, 3, "gelu", 0.3), (24, 8, 4, "relu", 0.0))
 
 
 def layer(n, r=4, lora_alpha=8, activation="silu", alpha_t=0.7, dtype=torch.float32, **options):
@@ -65,6 +65,15 @@ def separate(layers):
     return lambda x: [member(x) for member in layers]
 
 
+def skip_unless_taken(backend, layers, x):
+    """Skip where the backend refuses one of the layers, with its reason."""
+    for member in layers:
+        try:
+            afa.plan(x, member.lora_a, member.lora_b, 0.5, backend=backend)
+        except afa.BackendUnavailable as error:
+            pytest.skip(str(error))
+
+
 # --- the same numbers
 
 
@@ -75,6 +84,7 @@ def test_a_group_computes_what_its_layers_compute(backend, device, name, shape, 
     dtype = DTYPES[name]
     layers = [m.to(device) for m in members(dtype, backend=backend, save=save)]
     x = torch.randn(shape, device=device, dtype=dtype)
+    skip_unless_taken(backend, layers, x)
     dys = [torch.randn(*shape[:-1], m.out_features, device=device, dtype=dtype) for m in layers]
     apart = members(dtype, backend="torch")
     truth = members(torch.float64, backend="reference")
@@ -95,6 +105,7 @@ def test_a_group_computes_what_its_layers_compute(backend, device, name, shape, 
 def test_one_row(backend, device):
     layers = [m.to(device) for m in members(backend=backend)]
     x = torch.randn(1, K, device=device)
+    skip_unless_taken(backend, layers, x)
     dys = [torch.randn(1, m.out_features, device=device) for m in layers]
     got, want = run(afa.AFALinearGroup(layers), layers, x, dys), run(separate(layers), layers, x, dys)
     for g, w in zip(got, want, strict=True):
@@ -415,7 +426,7 @@ def test_inference_mode_runs_apart(block, fused):
         x = torch.randn(5, K)
         got = block(x)
         x.mul_(2)
-    assert not fused and [y.shape[-1] for y in got] == [32, 16, 20]
+    assert not fused and [y.shape[-1] for y in got] == [32, 16, 24]
 
 
 def test_no_grad_shares(block, fused):

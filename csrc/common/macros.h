@@ -1,7 +1,7 @@
 #pragma once
 
-// Internal linkage on the host: the same header is compiled for several instruction sets, and the linker must not keep
-// one copy of a function for all of them.
+// Internal linkage on the host: the same header is compiled for several instruction sets, and the
+// linker must not keep one copy of a function for all of them.
 #if defined(__CUDACC__)
 #define AFA_HOST_DEVICE __host__ __device__ __forceinline__
 #else

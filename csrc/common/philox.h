@@ -1,4 +1,5 @@
-// Philox4x32-10 (Salmon et al., SC 2011) and the dropout mask made from it: afa_kernels/dropout.py states the contract.
+// Philox4x32-10 (Salmon et al., SC 2011) and the dropout mask made from it: afa_kernels/dropout.py
+// states the contract.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,8 @@ struct Philox4 {
 };
 
 AFA_HOST_DEVICE Philox4 philox4x32_10(uint64_t seed, uint64_t counter) {
-    uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
+    uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0,
+             c3 = 0;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
         const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
@@ -30,8 +32,10 @@ AFA_HOST_DEVICE Philox4 philox4x32_10(uint64_t seed, uint64_t counter) {
     return {{c0, c1, c2, c3}};
 }
 
-// The 16 mask bytes for columns [16 * group, 16 * group + 16) of `row`; calls_per_row = ceil(K / 16).
-AFA_HOST_DEVICE Philox4 dropout_bytes(uint64_t seed, int64_t row, int64_t calls_per_row, int64_t group) {
+// The 16 mask bytes for columns [16 * group, 16 * group + 16) of `row`; calls_per_row = ceil(K /
+// 16).
+AFA_HOST_DEVICE Philox4 dropout_bytes(uint64_t seed, int64_t row, int64_t calls_per_row,
+                                      int64_t group) {
     return philox4x32_10(seed, static_cast<uint64_t>(row) * static_cast<uint64_t>(calls_per_row) +
                                    static_cast<uint64_t>(group));
 }

@@ -66,6 +66,39 @@ AFA_DEVICE void store_outer(float* matrix, const float (&acc)[kLeft / 16][kRight
     }
 }
 
+// dh = dy B for the 16 rows of this warp, from one tile of dy and one slab of B.
+template <typename T, int R>
+AFA_DEVICE void emit_dh(const T* tile, const T* b_slab, const DyParams& p, int64_t row0,
+                        int64_t row_end) {
+    using Tile = DyTile<R>;
+    constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
+    const int warp_row = warp_index() * 16;
+    float dh[R / 8][4] = {};
+    AFA_UNROLL
+    for (int k = 0; k < Tile::kColumns; k += 16) {
+        uint32_t a[4];
+        load_matrices(a, tile + warp_row * kWidePitch + k + down_first<kWidePitch>());
+        AFA_UNROLL
+        for (int j = 0; j < R / 16; ++j) {
+            uint32_t b[4];
+            load_matrices_transposed(b, b_slab + k * kNarrowPitch + j * 16 +
+                                            down_first<kNarrowPitch>());
+            multiply_add<T>(dh[2 * j], a, b[0], b[1]);
+            multiply_add<T>(dh[2 * j + 1], a, b[2], b[3]);
+        }
+    }
+    const int64_t row = row0 + warp_row + lane_index() / 4;
+    float* out = p.dh + (block_x() * p.m + row) * R + lane_index() % 4 * 2;
+    AFA_UNROLL
+    for (int half = 0; half < 2; ++half)
+        if (row + 8 * half < row_end) {
+            AFA_UNROLL
+            for (int j = 0; j < R / 8; ++j)
+                store_global(reinterpret_cast<Float2*>(out + 8 * half * R + j * 8),
+                             Float2{dh[j][2 * half], dh[j][2 * half + 1]});
+        }
+}
+
 // Grid: (slabs of kColumns columns of dy, chunks of rows_per_chunk rows).
 template <typename T, int R>
 AFA_KERNEL(DyTile<R>::kThreads)
@@ -75,7 +108,7 @@ dy_kernel(const DyParams p) {
     constexpr int kPairs = Tile::kRows * R / 2 / Tile::kThreads;  // of z, per thread and tile
     const T* dy = static_cast<const T*>(p.dy);
     const T* z = static_cast<const T*>(p.z);
-    const int ahead = p.stages - 1, warp_row = warp_index() * 16;
+    const int ahead = p.stages - 1;
     SharedMemory shared;
     T* ring = shared.take<T>(p.stages * Tile::kWide);
     T* b_slab = shared.take<T>(Tile::kB);
@@ -128,32 +161,8 @@ dy_kernel(const DyParams p) {
         load(t + ahead, slot == 0 ? ahead : slot - 1);
         load_z(t + 1);
         const T* tile = ring + slot * Tile::kWide;
-        if (p.dh) {
-            float dh[R / 8][4] = {};
-            AFA_UNROLL
-            for (int k = 0; k < Tile::kColumns; k += 16) {
-                uint32_t a[4];
-                load_matrices(a, tile + warp_row * kWidePitch + k + down_first<kWidePitch>());
-                AFA_UNROLL
-                for (int j = 0; j < R / 16; ++j) {
-                    uint32_t b[4];
-                    load_matrices_transposed(b, b_slab + k * kNarrowPitch + j * 16 +
-                                                    down_first<kNarrowPitch>());
-                    multiply_add<T>(dh[2 * j], a, b[0], b[1]);
-                    multiply_add<T>(dh[2 * j + 1], a, b[2], b[3]);
-                }
-            }
-            const int64_t row = row_begin + t * Tile::kRows + warp_row + lane_index() / 4;
-            float* out = p.dh + (block_x() * p.m + row) * R + lane_index() % 4 * 2;
-            AFA_UNROLL
-            for (int half = 0; half < 2; ++half)
-                if (row + 8 * half < row_end) {
-                    AFA_UNROLL
-                    for (int j = 0; j < R / 8; ++j)
-                        store_global(reinterpret_cast<Float2*>(out + 8 * half * R + j * 8),
-                                     Float2{dh[j][2 * half], dh[j][2 * half + 1]});
-                }
-        }
+        if (p.dh)
+            emit_dh<T, R>(tile, b_slab, p, row_begin + t * Tile::kRows, row_end);
         if (p.db)
             add_outer<T, Tile::kRows, Tile::kSlice, R, kWidePitch, kNarrowPitch>(
                 db, tile + warp_index() * Tile::kSlice, h);

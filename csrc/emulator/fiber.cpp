@@ -21,7 +21,7 @@ constexpr size_t kGuardBytes = 4096;
 
 }  // namespace
 
-#if defined(__x86_64__)
+#if defined(SIMT_X86_64)
 // Saves the callee-saved registers on the current stack and resumes another one. glibc's
 // swapcontext costs a system call for the signal mask on top, 20 times the time.
 extern "C" void simt_swap_stack(void** save, void* resume);
@@ -84,7 +84,7 @@ void Fiber::start(void (*entry)(void*), void* argument) {
     __asan_unpoison_memory_region(stack_bottom_, stack_size_);
 #endif
     fake_stack_ = nullptr;
-#if defined(__x86_64__)
+#if defined(SIMT_X86_64)
     // Staggered tops keep the hot ends of many stacks out of the same cache sets.
     const size_t stagger = (reinterpret_cast<uintptr_t>(this) >> 6) % 64 * 64;
     auto* top = reinterpret_cast<void**>(mapping_ + kGuardBytes + kStackBytes - 256 - stagger);
@@ -134,7 +134,7 @@ void Fiber::switch_to(Fiber& current, Fiber& next, bool final) {
     // The flag: a switch is no synchronization, or no race between fibers would ever be seen.
     __tsan_switch_to_fiber(next.sanitizer_fiber_, __tsan_switch_to_fiber_no_sync);
 #endif
-#if defined(__x86_64__)
+#if defined(SIMT_X86_64)
     simt_swap_stack(&current.stack_pointer_, next.stack_pointer_);
 #else
     swapcontext(&current.context_, &next.context_);

@@ -6,7 +6,10 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__)
+// A stack switch of a dozen instructions where it is written, ucontext elsewhere (and on request).
+#if defined(__x86_64__) && !defined(SIMT_UCONTEXT)
+#define SIMT_X86_64
+#else
 #include <ucontext.h>
 #endif
 
@@ -31,7 +34,7 @@ class Fiber {
     void adopt();
 
   private:
-#if defined(__x86_64__)
+#if defined(SIMT_X86_64)
     void* stack_pointer_ = nullptr;
 #else
     ucontext_t context_;

@@ -8,6 +8,7 @@ The emulator's core is compiled without a sanitizer and announces fibers and acc
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[2]
@@ -22,9 +23,10 @@ HOST = (
 )
 HAZARDS = "emulator/tests/hazards.cpp"
 
+_COMMON = ("-std=c++17", "-Wall", "-Wextra")
 # Uninitialised variables become a pattern that is wrong everywhere, so that a forgotten
-# initialisation is seen.
-_COMMON = ("-std=c++17", "-Wall", "-Wextra", "-ftrivial-auto-var-init=pattern")
+# initialisation is seen (gcc 12 and clang 8 have it).
+_PATTERN = "-ftrivial-auto-var-init=pattern"
 FLAGS = {
     "plain": ("-O1",),
     "asan": (
@@ -47,6 +49,13 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
+@lru_cache(maxsize=1)
+def common_flags() -> tuple[str, ...]:
+    probe = [compiler(), _PATTERN, "-fsyntax-only", "-x", "c++", os.devnull]
+    known = subprocess.run(probe, capture_output=True).returncode == 0
+    return (*_COMMON, _PATTERN) if known else _COMMON
+
+
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -59,7 +68,18 @@ def compile_source(kind: str, source: str, target: Path, csrc: Path = CSRC) -> P
         flags = ["-O2", *(flag for flag in FLAGS[kind] if flag.startswith("-D"))]
     else:
         flags = list(FLAGS[kind])
-    _run([compiler(), *_COMMON, *flags, f"-I{csrc}", "-c", str(csrc / source), "-o", str(target)])
+    _run(
+        [
+            compiler(),
+            *common_flags(),
+            *flags,
+            f"-I{csrc}",
+            "-c",
+            str(csrc / source),
+            "-o",
+            str(target),
+        ]
+    )
     return target
 
 

@@ -1,0 +1,96 @@
+"""cuda_report reads what the compiler says; each fault that it is there for is named."""
+
+import pytest
+
+from bench import cuda_report
+
+MANGLED = "_ZN3afa14project_kernelINS_4Bf16ELi64ELb1EEEvNS_13ProjectParamsE"
+PTXAS = f"""\
+ptxas info    : Compiling entry function '{MANGLED}' for 'sm_90'
+ptxas info    : Function properties for {MANGLED}
+    40 bytes stack frame, 16 bytes spill stores, 28 bytes spill loads
+ptxas info    : Used 70 registers, used 1 barriers, 440 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z5otherv' for 'sm_90'
+ptxas info    : Used 250 registers
+"""
+SASS = f"""\
+\t\tFunction : {MANGLED}
+        /*0130*/              @!P0 LDGSTS.E.BYPASS.128 [R3], [R4.64] ;   /* 0x000 */
+        /*0140*/                   LDSM.16.M88.4 R8, [R2] ;              /* 0x000 */
+        /*0150*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ; /* 0x000 */
+        /*0160*/                   HMMA.16816.F32.BF16 R4, R8, R14, R4 ; /* 0x000 */
+        /*1170*/              @P1  STL [R1], R4 ;                        /* 0x000 */
+"""
+
+
+def sound_row(**changes):
+    row = cuda_report.Row("90", "project", 64, "bf16", registers=70, register_budget=128)
+    row.threads, row.shared_bytes, row.blocks_per_sm = 128, 50_000, 4
+    row.opcodes = {"HMMA": 32, "LDGSTS": 16, "LDSM": 20}
+    for name, value in changes.items():
+        setattr(row, name, value)
+    return row
+
+
+@pytest.mark.parametrize(
+    "mangled, identity",
+    [
+        (MANGLED, ("project_dy", 64, "bf16")),
+        (
+            "_ZN3afa14project_kernelINS_4Fp16ELi16ELb0EEEvNS_13ProjectParamsE",
+            ("project", 16, "fp16"),
+        ),
+        ("_ZN3afa8x_kernelINS_4Fp16ELi128EEEvNS_11OuterParamsE", ("x", 128, "fp16")),
+        ("_ZN3afa13reduce_kernelINS_4Bf16EEEvNS_12ReduceParamsE", ("reduce", 0, "bf16")),
+        ("_Z5otherv", None),
+    ],
+)
+def test_kernels_are_recognised(mangled, identity):
+    assert cuda_report.identify(mangled) == identity
+
+
+def test_what_ptxas_says():
+    rows = cuda_report.parse_ptxas(PTXAS, "90")
+    assert list(rows) == [MANGLED]
+    row = rows[MANGLED]
+    assert (row.registers, row.stack, row.spill_bytes) == (70, 40, 44)
+
+
+def test_instructions_are_counted():
+    expected = {"HMMA": 2, "LDGSTS": 1, "LDSM": 1, "LDL": 0, "STL": 1}
+    assert cuda_report.count_opcodes(SASS) == {MANGLED: expected}
+
+
+def test_a_sound_kernel_passes():
+    row = sound_row()
+    cuda_report.check(row)
+    assert row.faults == []
+
+
+@pytest.mark.parametrize(
+    "changes, fault",
+    [
+        ({"spill_bytes": 44}, "44 bytes of spills"),
+        ({"registers": 129}, "129 registers, budget 128"),
+        ({"stack": 64}, "64 bytes of stack, budget 48"),
+        ({"shared_bytes": 300_000}, "300000 bytes of shared memory, the block gets 232448"),
+        ({"blocks_per_sm": 0}, "no block fits an SM"),
+        ({"opcodes": {"LDGSTS": 1, "LDSM": 1}}, "no HMMA in the SASS"),
+        ({"opcodes": {"HMMA": 1, "LDSM": 1}}, "no LDGSTS in the SASS"),
+    ],
+)
+def test_each_fault_is_named(changes, fault):
+    row = sound_row(**changes)
+    cuda_report.check(row)
+    assert row.faults == [fault]
+
+
+def test_occupancy_is_the_scarcest_resource():
+    plan = {"threads": 128, "stages": 2, "shared_bytes": 50_000, "registers": 240}
+    row = sound_row(registers=121)
+    cuda_report.add_launch(row, {("90", "project", 64): plan})
+    assert row.blocks_per_sm == 4  # 65536 / (128 * 128), and 228 KB / (50000 + 1024) bytes
+    row.registers = 240
+    cuda_report.add_launch(row, {("90", "project", 64): plan})
+    assert row.blocks_per_sm == 2 and row.occupancy == 256 / 2048
+    assert row.register_budget == 240
