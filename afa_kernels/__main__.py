@@ -40,9 +40,7 @@ def _devices() -> list[str]:
         built = torch.version.cuda or torch.version.hip
         found.append(f"cuda: none ({'no device found' if built else 'torch was built without it'})")
     if hasattr(torch, "xpu") and torch.xpu.is_available():
-        found += [
-            f"xpu:{i}: {torch.xpu.get_device_name(i)}" for i in range(torch.xpu.device_count())
-        ]
+        found += [f"xpu:{i}: {torch.xpu.get_device_name(i)}" for i in range(torch.xpu.device_count())]
     return found
 
 

@@ -76,9 +76,7 @@ def _lora_forward_(base, x, a, b, *options):
     return _write_branch(base, base, x, a, b, *options)
 
 
-def _write_branch(
-    out, base, x, a, b, alpha_t, seed, activation, scaling, dropout, save_z, backend
-) -> Tensor:
+def _write_branch(out, base, x, a, b, alpha_t, seed, activation, scaling, dropout, save_z, backend) -> Tensor:
     with plain_precision(x):
         chosen, spec = _chosen(x, a, b, activation, scaling, dropout, backend)
         if x.shape[0] == 0:
@@ -87,22 +85,16 @@ def _write_branch(
     return _or_nothing(z, x)
 
 
-def _linear_forward(
-    weight, bias, x, a, b, alpha_t, seed, activation, scaling, dropout, save_z, backend
-):
+def _linear_forward(weight, bias, x, a, b, alpha_t, seed, activation, scaling, dropout, save_z, backend):
     with plain_precision(x):
         chosen, spec = _chosen(x, a, b, activation, scaling, dropout, backend)
         if x.shape[0] == 0:
             return _empty(x, 0, b.shape[0]), _fake_z(x, a, save_z)
-        y, z = linear.linear_forward(
-            chosen, x, weight, bias, a, b, alpha_t, seed, spec, save_z=save_z
-        )
+        y, z = linear.linear_forward(chosen, x, weight, bias, a, b, alpha_t, seed, spec, save_z=save_z)
     return y, _or_nothing(z, x)
 
 
-def _lora_backward(
-    dy, x, a, b, z, alpha_t, seed, activation, scaling, dropout, backend, need_dx, need_da, need_db
-):
+def _lora_backward(dy, x, a, b, z, alpha_t, seed, activation, scaling, dropout, backend, need_dx, need_da, need_db):
     if x.shape[0] == 0:
         return _gradients_of_no_rows(x, a, b, need_dx, need_da, need_db)
     with plain_precision(x):
@@ -123,9 +115,7 @@ def _lora_backward(
     return _or_nothing(dx, x), _or_nothing(da, a), _or_nothing(db, b)
 
 
-def _linear_backward(
-    weight, dy, x, a, b, z, alpha_t, seed, activation, scaling, dropout, backend, need_da, need_db
-):
+def _linear_backward(weight, dy, x, a, b, z, alpha_t, seed, activation, scaling, dropout, backend, need_da, need_db):
     if x.shape[0] == 0:
         return _gradients_of_no_rows(x, a, b, True, need_da, need_db)
     with plain_precision(x):
@@ -151,8 +141,7 @@ def _fake_forward(x, a, b, save_z):
 
 def _fake_gradients(x, a, b, need_dx, need_da, need_db):
     return tuple(
-        _empty(t, *t.shape) if needed else _empty(t, 0)
-        for t, needed in ((x, need_dx), (a, need_da), (b, need_db))
+        _empty(t, *t.shape) if needed else _empty(t, 0) for t, needed in ((x, need_dx), (a, need_da), (b, need_db))
     )
 
 

@@ -38,9 +38,7 @@ def _gelu_slope(z: Tensor) -> Tensor:
 
 def _gelu_tanh_slope(z: Tensor) -> Tensor:
     t = torch.tanh(_SQRT_2_OVER_PI * (z + _GELU_TANH_CUBIC * z * z * z))
-    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _SQRT_2_OVER_PI * (
-        1 + 3 * _GELU_TANH_CUBIC * z * z
-    )
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _SQRT_2_OVER_PI * (1 + 3 * _GELU_TANH_CUBIC * z * z)
 
 
 def _leaky_relu_slope(z: Tensor) -> Tensor:

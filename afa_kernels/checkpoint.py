@@ -46,9 +46,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not layers:
         raise ValueError(f"model: expected AFA layers, found none in {type(model).__name__}")
     if "" in layers:
-        raise ValueError(
-            "model: expected a model that contains AFA layers, got an AFALinear, which has no name"
-        )
+        raise ValueError("model: expected a model that contains AFA layers, got an AFALinear, which has no name")
     trained = dict(named_trainable_modules(model))
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -65,9 +63,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     state = {
         "format_version": fmt.FORMAT_VERSION,
-        "layers": {
-            n: {"alpha_t": m.alpha_t, "activation": m.activation} for n, m in layers.items()
-        },
+        "layers": {n: {"alpha_t": m.alpha_t, "activation": m.activation} for n, m in layers.items()},
     }
     config = fmt.peft_config(model, layers, list(trained))
     annealing = {n: m.alpha_t for n, m in layers.items() if m.alpha_t != 0.0}
@@ -145,16 +141,12 @@ class _Checkpoint:
         self._config_file = folder / fmt.CONFIG_FILE
         self._weights_file = folder / fmt.WEIGHTS_FILE
         self._config = config
-        self._state = fmt.checked_state(
-            self._weights_file, state or config.get(fmt.METADATA_KEY, {})
-        )
+        self._state = fmt.checked_state(self._weights_file, state or config.get(fmt.METADATA_KEY, {}))
         self.branches, self._other = fmt.split(self._weights_file, tensors)
         for name, (a, _) in self.branches.items():
             r = self._of(name, "rank_pattern", "r")
             if r != a.shape[0]:
-                raise ValueError(
-                    f"{self._config_file}: r is {r} for {name}, the tensors have rank {a.shape[0]}"
-                )
+                raise ValueError(f"{self._config_file}: r is {r} for {name}, the tensors have rank {a.shape[0]}")
         for names, what in (
             (self._state.keys() - self.branches.keys(), "is in the metadata and has no tensors"),
             (self.branches.keys() - self._state.keys(), "is missing in the metadata"),

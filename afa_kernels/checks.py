@@ -37,24 +37,17 @@ def branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
         raise ValueError("x: expected shape (..., in_features), got a 0-dim tensor")
     k = x.shape[-1]
     if lora_a.dim() != 2 or lora_a.shape[1] != k:
-        raise ValueError(
-            f"lora_a: expected shape (r, {k}) to match x {tuple(x.shape)}, "
-            f"got {tuple(lora_a.shape)}"
-        )
+        raise ValueError(f"lora_a: expected shape (r, {k}) to match x {tuple(x.shape)}, got {tuple(lora_a.shape)}")
     r = lora_a.shape[0]
     if not 1 <= r <= MAX_RANK:
-        raise ValueError(
-            f"lora_a: expected a rank from 1 to {MAX_RANK}, got shape {tuple(lora_a.shape)}"
-        )
+        raise ValueError(f"lora_a: expected a rank from 1 to {MAX_RANK}, got shape {tuple(lora_a.shape)}")
     if lora_b.dim() != 2 or lora_b.shape[1] != r:
         raise ValueError(
             f"lora_b: expected shape (out_features, {r}) to match lora_a {tuple(lora_a.shape)}, "
             f"got {tuple(lora_b.shape)}"
         )
     if k == 0 or lora_b.shape[0] == 0:
-        raise ValueError(
-            f"x, lora_b: expected at least one feature, got K={k} and N={lora_b.shape[0]}"
-        )
+        raise ValueError(f"x, lora_b: expected at least one feature, got K={k} and N={lora_b.shape[0]}")
     same_device(x, lora_a=lora_a, lora_b=lora_b)
 
 
@@ -103,9 +96,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> None:
     tensor("weight", weight)
     k = x.shape[-1]
     if tuple(weight.shape) != (n, k):
-        raise ValueError(
-            f"weight: expected shape ({n}, {k}) to match lora_b and x, got {tuple(weight.shape)}"
-        )
+        raise ValueError(f"weight: expected shape ({n}, {k}) to match lora_b and x, got {tuple(weight.shape)}")
     if weight.dtype != x.dtype:
         raise TypeError(f"weight: expected {_dtype(x)}, the dtype of x, got {_dtype(weight)}")
     if bias is not None:
@@ -118,10 +109,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> None:
 def alpha_value(value: object, name: str = "alpha_t") -> float:
     """Return a blend coefficient given as a number, checked."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(
-            f"{name}: expected a float in [0, 1] or a 0-dim float32 tensor, "
-            f"got {type(value).__name__}"
-        )
+        raise TypeError(f"{name}: expected a float in [0, 1] or a 0-dim float32 tensor, got {type(value).__name__}")
     value = float(value)
     if not 0.0 <= value <= 1.0:  # NaN fails both comparisons
         raise ValueError(f"{name}: expected a value in [0, 1], got {value}")
@@ -135,22 +123,15 @@ def alpha_tensor(value: Tensor) -> None:
             f"got a {value.dim()}-dim {_dtype(value)} tensor"
         )
     if value.requires_grad:
-        raise ValueError(
-            "alpha_t: the operator is not differentiable in alpha_t, "
-            "got a tensor that requires grad"
-        )
+        raise ValueError("alpha_t: the operator is not differentiable in alpha_t, got a tensor that requires grad")
     # Reading a tensor of another device would wait for that device, and a traced one has no value.
     if value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) is Tensor:
         alpha_value(value.item())
 
 
-def options(
-    activation: str, scaling: float, dropout_p: float, save: str, backend: str | None
-) -> None:
+def options(activation: str, scaling: float, dropout_p: float, save: str, backend: str | None) -> None:
     if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if isinstance(scaling, bool) or not isinstance(scaling, Real):
         raise TypeError(f"scaling: expected a float, got {type(scaling).__name__}")
     if not math.isfinite(scaling):
@@ -168,12 +149,9 @@ def seed(value: object) -> None:
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.dim() != 0:
             raise TypeError(
-                "dropout_seed: expected an int or a 0-dim int64 tensor, "
-                f"got a {value.dim()}-dim {_dtype(value)} tensor"
+                f"dropout_seed: expected an int or a 0-dim int64 tensor, got a {value.dim()}-dim {_dtype(value)} tensor"
             )
     elif isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"dropout_seed: expected an int or a 0-dim int64 tensor, got {type(value).__name__}"
-        )
+        raise TypeError(f"dropout_seed: expected an int or a 0-dim int64 tensor, got {type(value).__name__}")
     elif not -(2**63) <= value < 2**63:
         raise ValueError(f"dropout_seed: expected a 64-bit signed integer, got {value}")

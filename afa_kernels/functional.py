@@ -135,9 +135,7 @@ def _apply(x, weight, bias, lora_a, lora_b, base, options, backend, inplace=Fals
     # Under forward-mode differentiation the Function refuses; the operators alone would drop the
     # tangents in silence.
     if differentiated or forward_ad._current_level >= 0:
-        return AFALoRAFunction.apply(
-            x, weight, bias, lora_a, lora_b, base, *options, inplace, backend
-        )
+        return AFALoRAFunction.apply(x, weight, bias, lora_a, lora_b, base, *options, inplace, backend)
     branch = (x, lora_a, lora_b, *options[:-1], False, backend)
     if weight is not None:
         return _ops.linear_forward(weight, bias, *branch)[0]
@@ -180,9 +178,7 @@ def _alpha(alpha_t: float | Tensor, activation: str, x: Tensor) -> tuple[Tensor,
         checks.alpha_tensor(alpha_t)
         return alpha_t.to(x.device, non_blocking=True), activation
     value = checks.alpha_value(alpha_t)
-    return torch.full(
-        (), value, dtype=torch.float32, device=x.device
-    ), IDENTITY if value == 0.0 else activation
+    return torch.full((), value, dtype=torch.float32, device=x.device), IDENTITY if value == 0.0 else activation
 
 
 def _dropout(p: float, seed: int | Tensor | None, x: Tensor) -> tuple[Tensor, int]:

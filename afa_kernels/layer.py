@@ -13,9 +13,7 @@ from afa_kernels.dispatch import Plan, plan
 from afa_kernels.functional import afa_linear, afa_lora
 
 SUPPORTED = "torch.nn.Linear or transformers' Conv1D with a floating-point weight"
-_SMALLEST_ALPHA = torch.finfo(
-    torch.float32
-).tiny  # below it the float32 buffer would be subnormal or 0
+_SMALLEST_ALPHA = torch.finfo(torch.float32).tiny  # below it the float32 buffer would be subnormal or 0
 _MERGED_KEY = "merged"
 
 
@@ -23,10 +21,7 @@ def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is transformers' Conv1D, a linear layer with its weight as (K, N)."""
     weight = getattr(module, "weight", None)
     return (
-        type(module).__name__ == "Conv1D"
-        and hasattr(module, "nf")
-        and isinstance(weight, Tensor)
-        and weight.dim() == 2
+        type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor) and weight.dim() == 2
     )
 
 
@@ -98,17 +93,13 @@ class AFALinear(nn.Module):
         check_options(r, lora_alpha, activation, dropout, save, backend)
         weight = base_layer.weight
         if dtype is None:
-            dtype = (
-                torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
-            )
+            dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
         if dtype not in checks.FLOATING:
             raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
 
         self.base_layer = base_layer.requires_grad_(False)
         self.transposed = is_conv1d(base_layer)
-        self.out_features, self.in_features = (
-            reversed(weight.shape) if self.transposed else weight.shape
-        )
+        self.out_features, self.in_features = reversed(weight.shape) if self.transposed else weight.shape
         self.r = int(r)
         self.lora_alpha = lora_alpha
         self.use_rslora = bool(use_rslora)
@@ -117,15 +108,9 @@ class AFALinear(nn.Module):
         self.dropout = float(dropout)
         self.save = save
         self.backend = backend
-        self.lora_a = nn.Parameter(
-            torch.empty(self.r, self.in_features, dtype=dtype, device=weight.device)
-        )
-        self.lora_b = nn.Parameter(
-            torch.empty(self.out_features, self.r, dtype=dtype, device=weight.device)
-        )
-        self.register_buffer(
-            "alpha_t_buffer", torch.ones((), dtype=torch.float32, device=weight.device)
-        )
+        self.lora_a = nn.Parameter(torch.empty(self.r, self.in_features, dtype=dtype, device=weight.device))
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, self.r, dtype=dtype, device=weight.device))
+        self.register_buffer("alpha_t_buffer", torch.ones((), dtype=torch.float32, device=weight.device))
         self.register_buffer("_original_weight", None, persistent=False)
         self._alpha_t = 1.0
         self._identity = False
@@ -172,9 +157,7 @@ class AFALinear(nn.Module):
         if value < _SMALLEST_ALPHA:
             value = 0.0
         if self._merged and value != 0.0:
-            raise ValueError(
-                f"alpha_t: a merged layer is an ordinary linear layer, got {value}; unmerge() first"
-            )
+            raise ValueError(f"alpha_t: a merged layer is an ordinary linear layer, got {value}; unmerge() first")
         with torch.no_grad():
             self.alpha_t_buffer.fill_(value)
         self._note_alpha(value)
@@ -231,9 +214,7 @@ class AFALinear(nn.Module):
         """
         if self._merged:
             if keep_original and self._original_weight is None:
-                raise ValueError(
-                    "keep_original: the layer is merged already and the original weight is gone"
-                )
+                raise ValueError("keep_original: the layer is merged already and the original weight is gone")
             return
         merged = self.merged_weight()
         if keep_original:
@@ -268,22 +249,16 @@ class AFALinear(nn.Module):
                 "weight equals it; anneal to alpha_t = 0 first"
             )
         if "weight" not in self.base_layer._parameters:
-            raise ValueError(
-                "merge: the base layer computes its weight (a parametrization); remove that first"
-            )
+            raise ValueError("merge: the base layer computes its weight (a parametrization); remove that first")
         merged = self._weight_plus(self.scaling)
         if merged.device.type != "meta" and not bool(torch.isfinite(merged).all()):
-            raise ValueError(
-                "merge: the merged weight would not be finite; the weight is unchanged"
-            )
+            raise ValueError("merge: the merged weight would not be finite; the weight is unchanged")
         return merged
 
     @torch.no_grad()
     def _weight_plus(self, factor: float) -> Tensor:
         weight = self.base_layer.weight
-        wide = (
-            torch.float64 if torch.float64 in (weight.dtype, self.lora_a.dtype) else torch.float32
-        )
+        wide = torch.float64 if torch.float64 in (weight.dtype, self.lora_a.dtype) else torch.float32
         with torch.autocast(weight.device.type, enabled=False):
             product = self.lora_b.to(wide) @ self.lora_a.to(wide)
         if self.transposed:
@@ -307,11 +282,7 @@ class AFALinear(nn.Module):
         """Whether the base layer's output may be accumulated into: a hook may keep it, another
         forward may save it."""
         base = self.base_layer
-        return (
-            type(base).forward is nn.Linear.forward
-            and "forward" not in base.__dict__
-            and not base._forward_hooks
-        )
+        return type(base).forward is nn.Linear.forward and "forward" not in base.__dict__ and not base._forward_hooks
 
     def _note_alpha(self, value: float) -> None:
         self._alpha_t = value
@@ -323,9 +294,7 @@ class AFALinear(nn.Module):
         super()._apply(fn, recurse)
         buffer = self.alpha_t_buffer
         if buffer.dtype != torch.float32:
-            self.alpha_t_buffer = torch.full(
-                (), self._alpha_t, dtype=torch.float32, device=buffer.device
-            )
+            self.alpha_t_buffer = torch.full((), self._alpha_t, dtype=torch.float32, device=buffer.device)
         elif buffer.device.type != "meta":
             with torch.no_grad():
                 buffer.fill_(self._alpha_t)  # to_empty() leaves it undefined
@@ -344,17 +313,9 @@ class AFALinear(nn.Module):
         alpha_key = prefix + "alpha_t_buffer"
         alpha = state_dict.get(alpha_key)
         merged = prefix + _MERGED_KEY in state_dict
-        brings_branch = any(
-            prefix + name in state_dict for name in ("lora_a", "lora_b", "alpha_t_buffer")
-        )
-        if (
-            (self._merged or merged)
-            and brings_branch
-            and prefix + "base_layer.weight" not in state_dict
-        ):
-            error_msgs.append(
-                f"{prefix}lora_a: a branch of a merged layer cannot be loaded without its weight"
-            )
+        brings_branch = any(prefix + name in state_dict for name in ("lora_a", "lora_b", "alpha_t_buffer"))
+        if (self._merged or merged) and brings_branch and prefix + "base_layer.weight" not in state_dict:
+            error_msgs.append(f"{prefix}lora_a: a branch of a merged layer cannot be loaded without its weight")
             return
         value = self._alpha_t
         if alpha is not None:
@@ -368,9 +329,7 @@ class AFALinear(nn.Module):
         )
         if prefix + _MERGED_KEY in unexpected_keys:
             unexpected_keys.remove(prefix + _MERGED_KEY)
-        if (
-            self.alpha_t_buffer.dtype != torch.float32
-        ):  # load_state_dict(assign=True) takes the dtype that it finds
+        if self.alpha_t_buffer.dtype != torch.float32:  # load_state_dict(assign=True) takes the dtype that it finds
             self.alpha_t_buffer = self.alpha_t_buffer.to(torch.float32)
         self._note_alpha(value)
         if brings_branch:

@@ -66,9 +66,7 @@ _REQUIRED = {
 }
 
 
-def peft_config(
-    model: nn.Module, layers: dict[str, AFALinear], trained: list[str]
-) -> dict[str, Any]:
+def peft_config(model: nn.Module, layers: dict[str, AFALinear], trained: list[str]) -> dict[str, Any]:
     """Return PEFT's LoraConfig, with keys that PEFT has known since 0.17, so that none warns."""
     first = next(iter(layers.values()))
     rslora = all(layer.use_rslora for layer in layers.values())
@@ -93,11 +91,7 @@ def peft_config(
         "target_modules": _target_modules(model, list(layers)),
         "modules_to_save": trained or None,
         "rank_pattern": {_exactly(n): m.r for n, m in layers.items() if m.r != first.r},
-        "alpha_pattern": {
-            _exactly(n): lora_alpha(m)
-            for n, m in layers.items()
-            if lora_alpha(m) != lora_alpha(first)
-        },
+        "alpha_pattern": {_exactly(n): lora_alpha(m) for n, m in layers.items() if lora_alpha(m) != lora_alpha(first)},
     }
 
 
@@ -117,9 +111,7 @@ def read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(
-            f"{file}: no such file; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
-        ) from None
+        raise ValueError(f"{file}: no such file; expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: not a readable JSON file: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -134,9 +126,7 @@ def read_config(file: Path) -> dict[str, Any]:
     if config.get("bias", "none") != "none":
         raise ValueError(f"{file}: bias={config['bias']!r} is not supported, expected 'none'")
     if config.get("init_lora_weights") not in _PLAIN_INITIALISATIONS:
-        raise ValueError(
-            f"{file}: init_lora_weights={config['init_lora_weights']!r} changes the base weights"
-        )
+        raise ValueError(f"{file}: init_lora_weights={config['init_lora_weights']!r} changes the base weights")
     return config
 
 
@@ -162,17 +152,13 @@ def checked_state(file: Path, state: Any) -> dict[str, dict[str, Any]]:
         return {}
     version = state.get("format_version") if isinstance(state, dict) else None
     if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{file}: {METADATA_KEY} has format_version {version!r}, expected {FORMAT_VERSION}"
-        )
+        raise ValueError(f"{file}: {METADATA_KEY} has format_version {version!r}, expected {FORMAT_VERSION}")
     layers = state.get("layers")
     if not isinstance(layers, dict):
         raise ValueError(f"{file}: {METADATA_KEY} has no layers")
     for name, layer in layers.items():
         if not isinstance(layer, dict) or layer.get("activation") not in ACTIVATIONS:
-            raise ValueError(
-                f"{file}: {METADATA_KEY} has no known activation for {name}: {layer!r}"
-            )
+            raise ValueError(f"{file}: {METADATA_KEY} has no known activation for {name}: {layer!r}")
         try:
             checks.alpha_value(layer.get("alpha_t"))
         except (TypeError, ValueError) as error:
@@ -180,9 +166,7 @@ def checked_state(file: Path, state: Any) -> dict[str, dict[str, Any]]:
     return layers
 
 
-def split(
-    file: Path, tensors: dict[str, Tensor]
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+def split(file: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Return ``name -> (A, B)`` and the other tensors."""
     branches, other = {}, {}
     for key, tensor in tensors.items():
@@ -222,7 +206,5 @@ def load_safetensors():
         import safetensors
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(
-            "checkpoints need the package safetensors: pip install safetensors"
-        ) from error
+        raise ImportError("checkpoints need the package safetensors: pip install safetensors") from error
     return safetensors

@@ -107,9 +107,7 @@ class AnnealSchedule:
             return self.start
         blend = self._blend((step - self._begin) / (self._end - self._begin))
         if isinstance(blend, bool) or not isinstance(blend, Real) or not 0.0 <= blend <= 1.0:
-            raise ValueError(
-                f"kind: expected a function with values in [0, 1], got {blend!r} at step {step}"
-            )
+            raise ValueError(f"kind: expected a function with values in [0, 1], got {blend!r} at step {step}")
         alpha_t = self.end + (self.start - self.end) * float(blend)
         # Rounding must not carry the value past either end.
         return min(max(alpha_t, min(self.start, self.end)), max(self.start, self.end))
@@ -136,9 +134,7 @@ class AnnealSchedule:
         """
         layers = [m for m in model.modules() if callable(getattr(m, "set_alpha_t", None))]
         if not layers:
-            raise ValueError(
-                f"model: expected layers with set_alpha_t, found none in {type(model).__name__}"
-            )
+            raise ValueError(f"model: expected layers with set_alpha_t, found none in {type(model).__name__}")
         self._layers.update(layers)
         self._write()
         return self
@@ -163,14 +159,10 @@ class AnnealSchedule:
         wanted = self._definition()
         missing = (wanted.keys() | {"step"}) - state.keys()
         if missing:
-            raise ValueError(
-                f"state: not a state of an AnnealSchedule, {', '.join(sorted(missing))} missing"
-            )
+            raise ValueError(f"state: not a state of an AnnealSchedule, {', '.join(sorted(missing))} missing")
         for name, value in wanted.items():
             if state[name] != value:
-                raise ValueError(
-                    f"state: saved with {name}={state[name]!r}, this schedule has {name}={value!r}"
-                )
+                raise ValueError(f"state: saved with {name}={state[name]!r}, this schedule has {name}={value!r}")
         step = state["step"]
         if isinstance(step, bool) or not isinstance(step, Integral) or step < 0:
             raise ValueError(f"state: expected step to be an int of 0 or more, got {step!r}")
@@ -201,16 +193,12 @@ class AnnealSchedule:
         return alpha_t
 
     def __repr__(self) -> str:
-        arguments = ", ".join(
-            f"{name}={value!r}" for name, value in self._definition().items() if name != "options"
-        )
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self._definition().items() if name != "options")
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return f"AnnealSchedule({arguments}{options})"
 
 
-def _resolve(
-    kind: str | Blend, options: dict[str, float]
-) -> tuple[str, Blend | None, dict[str, float]]:
+def _resolve(kind: str | Blend, options: dict[str, float]) -> tuple[str, Blend | None, dict[str, float]]:
     """Return the name of a kind, the function if it is one, and the options in full."""
     if not isinstance(kind, str):
         if not callable(kind):
@@ -229,9 +217,7 @@ def _resolve(
         return kind, None, {}
     value = options.get(option, default)
     if isinstance(value, bool) or not isinstance(value, Integral if option == "steps" else Real):
-        raise TypeError(
-            f"{option}: expected {'an int' if option == 'steps' else 'a float'}, got {value!r}"
-        )
+        raise TypeError(f"{option}: expected {'an int' if option == 'steps' else 'a float'}, got {value!r}")
     if not 0.0 < value < math.inf or (option == "sharpness" and value > _MAX_SHARPNESS):
         limit = f" up to {_MAX_SHARPNESS:g}" if option == "sharpness" else ""
         raise ValueError(f"{option}: expected a positive number{limit}, got {value}")

@@ -30,16 +30,12 @@ def _patterns(argument: str, value: str | Iterable[str]) -> str | tuple[str, ...
         try:
             re.compile(value)
         except re.error as error:
-            raise ValueError(
-                f"{argument}: {value!r} is not a regular expression: {error}"
-            ) from None
+            raise ValueError(f"{argument}: {value!r} is not a regular expression: {error}") from None
         return value
     try:
         names = tuple(value)
     except TypeError:
-        raise TypeError(
-            f"{argument}: expected names or a regular expression, got {type(value).__name__}"
-        ) from None
+        raise TypeError(f"{argument}: expected names or a regular expression, got {type(value).__name__}") from None
     for name in names:
         if not isinstance(name, str) or not name:
             raise TypeError(f"{argument}: expected names of modules, got {name!r}")
@@ -82,9 +78,7 @@ def find_targets(
         elif _matches(name, patterns):
             unsupported = why_unsupported(module)
             if unsupported is not None:
-                raise TypeError(
-                    f"target_modules: {name} cannot be adapted: {unsupported}; expected {SUPPORTED}"
-                )
+                raise TypeError(f"target_modules: {name} cannot be adapted: {unsupported}; expected {SUPPORTED}")
             reason = refusal(candidate)
             if reason is not None:
                 raise ValueError(f"target_modules: {name} cannot be adapted: {reason}")
@@ -95,9 +89,7 @@ def find_targets(
 
 
 def _nothing_matches(model: nn.Module, target_modules: object) -> str:
-    supported = [
-        name for name, module in model.named_modules() if name and why_unsupported(module) is None
-    ]
+    supported = [name for name, module in model.named_modules() if name and why_unsupported(module) is None]
     if not supported:
         hint = f"it has no layer that can be adapted ({SUPPORTED})"
         if why_unsupported(model) is None:
@@ -123,16 +115,10 @@ def _candidates(model: nn.Module) -> list[Candidate]:
 
 def _heads(model: nn.Module) -> set[str]:
     """Return the names of the output head and what is inside it."""
-    heads = {
-        name
-        for name, _ in model.named_modules()
-        if name in _HEAD_NAMES or name.endswith(".lm_head")
-    }
+    heads = {name for name, _ in model.named_modules() if name in _HEAD_NAMES or name.endswith(".lm_head")}
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
     output = get_output_embeddings() if callable(get_output_embeddings) else None
-    return heads | {
-        name for name, module in model.named_modules() if output is not None and module is output
-    }
+    return heads | {name for name, module in model.named_modules() if output is not None and module is output}
 
 
 class _Refusal:
@@ -156,8 +142,7 @@ class _Refusal:
         shared = [n for n in self._owners.get(id(weight), []) if n != candidate.name]
         if shared:
             return (
-                f"its weight is tied to that of {shared[0]}, so merging would change that module "
-                "too; untie them first"
+                f"its weight is tied to that of {shared[0]}, so merging would change that module too; untie them first"
             )
         if isinstance(candidate.parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its weight and never calls it: no branch would run"

@@ -45,11 +45,7 @@ class Problem:
     def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return fresh leaves that require grad: the inputs as they are, or all in ``dtype``."""
         return {
-            name: getattr(self, name)
-            .detach()
-            .clone()
-            .to(dtype or getattr(self, name).dtype)
-            .requires_grad_()
+            name: getattr(self, name).detach().clone().to(dtype or getattr(self, name).dtype).requires_grad_()
             for name in INPUTS
         }
 
@@ -98,9 +94,7 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
     return ((got.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-300)).item()
 
 
-def assert_as_accurate_as_torch(
-    got: Tensor, same_dtype: Tensor, truth: Tensor, what: str, rounding: torch.dtype
-):
+def assert_as_accurate_as_torch(got: Tensor, same_dtype: Tensor, truth: Tensor, what: str, rounding: torch.dtype):
     """Fail unless ``got`` is at most twice as far from the float64 ``truth`` as plain torch, plus
     one rounding."""
     assert got.shape == truth.shape, (what, got.shape, truth.shape)
@@ -108,9 +102,7 @@ def assert_as_accurate_as_torch(
     assert torch.isfinite(got).all(), f"{what}: not finite"
     allowed = 2 * relative_error(same_dtype, truth) + torch.finfo(rounding).eps / 2
     error = relative_error(got, truth)
-    assert math.isfinite(allowed) and error <= allowed, (
-        f"{what}: relative error {error:.3e}, allowed {allowed:.3e}"
-    )
+    assert math.isfinite(allowed) and error <= allowed, f"{what}: relative error {error:.3e}, allowed {allowed:.3e}"
 
 
 def run(function, problem: Problem, names: tuple[str, ...], dtype=None) -> dict[str, Tensor]:

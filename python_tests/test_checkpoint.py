@@ -188,11 +188,7 @@ def peft_model(base, folder):
 
 def adapter_warnings(caught):
     """Return what was said about the checkpoint, without deprecations inside other packages."""
-    return [
-        str(w.message)
-        for w in caught
-        if not issubclass(w.category, (FutureWarning, DeprecationWarning))
-    ]
+    return [str(w.message) for w in caught if not issubclass(w.category, (FutureWarning, DeprecationWarning))]
 
 
 @pytest.mark.parametrize("make", [net, llama, gpt2, bert])
@@ -253,9 +249,7 @@ def test_names_that_end_alike_are_kept_apart(tmp_path):
     assert [n for n, _ in named_layers(model)] == ["up"]
     afa.save_adapter(model, tmp_path)
     loaded = peft_model(build(), tmp_path)
-    assert [n for n, _ in loaded.named_parameters() if "lora_A" in n] == [
-        "base_model.model.up.lora_A.default.weight"
-    ]
+    assert [n for n, _ in loaded.named_parameters() if "lora_A" in n] == ["base_model.model.up.lora_A.default.weight"]
 
 
 @pytest.mark.parametrize("injected", [False, True], ids=["plain", "injected"])

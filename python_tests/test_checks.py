@@ -160,9 +160,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(
-    "changes,error,message", [case[1:] for case in BAD], ids=[case[0] for case in BAD]
-)
+@pytest.mark.parametrize("changes,error,message", [case[1:] for case in BAD], ids=[case[0] for case in BAD])
 def test_afa_lora_refuses(changes, error, message):
     with pytest.raises(error, match=message):
         afa.afa_lora(**good(**changes))

@@ -62,9 +62,7 @@ def test_opcheck_group(dtype):
 
 def test_every_operator_is_opchecked():
     """A new operator must come with its own opcheck above."""
-    schemas = {
-        s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("afa_kernels::")
-    }
+    schemas = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("afa_kernels::")}
     checked = {
         "lora_forward",
         "lora_forward_",

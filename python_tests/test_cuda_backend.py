@@ -26,9 +26,7 @@ def table(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         available = BackendStatus(True)
         missing = BackendStatus(False, "triton is not installed")
-        registry.register(
-            dataclasses.replace(cuda.BACKEND, status=lambda: available, refuses=cuda._refuses_shape)
-        )
+        registry.register(dataclasses.replace(cuda.BACKEND, status=lambda: available, refuses=cuda._refuses_shape))
         registry.register(
             Backend(
                 name="triton",
@@ -55,10 +53,7 @@ def test_the_widest_ranks_are_left_to_triton_and_the_plan_says_so(table, capabil
     table(capability)
     chosen, reason = registry.select(call(r=65), None)
     assert chosen.name == "triton"
-    assert reason == (
-        "cuda: leaves ranks above 64 to triton on compute capability "
-        f"{capability[0]}.{capability[1]}"
-    )
+    assert reason == (f"cuda: leaves ranks above 64 to triton on compute capability {capability[0]}.{capability[1]}")
     assert registry.select(call(r=65), "cuda").backend.name == "cuda", "forced, it takes the call"
 
 
@@ -108,9 +103,7 @@ def test_without_a_device_the_status_says_what_is_missing():
 # --- The source keeps the rules on which the emulator stands ---
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-DEVICE_ONLY = re.compile(
-    r"\basm\b|__shared__|__sync|__ldg|__shfl|threadIdx|blockIdx|blockDim|<<<|cuda_fp16|cuda_bf16"
-)
+DEVICE_ONLY = re.compile(r"\basm\b|__shared__|__sync|__ldg|__shfl|threadIdx|blockIdx|blockDim|<<<|cuda_fp16|cuda_bf16")
 
 
 def kernel_files():

@@ -58,8 +58,7 @@ def forward_and_backward(problem, *, seed=None, spec=None, save_z=True, need=(Tr
 
 def same(left, right):
     return all(
-        (a is None) == (b is None) and (a is None or torch.equal(a, b))
-        for a, b in zip(left, right, strict=True)
+        (a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in zip(left, right, strict=True)
     )
 
 
@@ -72,9 +71,7 @@ def primitive_check(module, dtype):
     matrices = torch.randn(32, 16).to(DTYPES[dtype])
     values = torch.randn(128) * 3
     out = torch.zeros(608, dtype=torch.int32)
-    module.primitive_check(
-        bits[dtype], matrices.data_ptr(), values.data_ptr(), out.data_ptr(), 0, 0
-    )
+    module.primitive_check(bits[dtype], matrices.data_ptr(), values.data_ptr(), out.data_ptr(), 0, 0)
     return matrices, values, out
 
 
@@ -128,23 +125,17 @@ def test_multiply_add_matches_the_documented_fragments(emulator, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_conversions_match_torch(emulator, dtype):
     matrices, values, out = primitive_check(emulator, dtype)
-    assert torch.equal(
-        out[384:416].view(torch.int16).view(DTYPES[dtype]), values[:64].to(DTYPES[dtype])
-    )
+    assert torch.equal(out[384:416].view(torch.int16).view(DTYPES[dtype]), values[:64].to(DTYPES[dtype]))
     assert torch.equal(out[416:480].view(torch.float32), matrices.view(-1)[:64].float())
 
 
-@pytest.mark.parametrize(
-    "special", [0.0, -0.0, 1e-8, 6e-8, 2**-14, 65504.0, 65519.0, 65520.0, 3e38]
-)
+@pytest.mark.parametrize("special", [0.0, -0.0, 1e-8, 6e-8, 2**-14, 65504.0, 65519.0, 65520.0, 3e38])
 def test_conversion_of_special_values(emulator, special):
     for dtype in DTYPES:
         matrices = torch.zeros(32, 16).to(DTYPES[dtype])
         values = torch.full((128,), special) * torch.tensor([1.0, -1.0]).repeat(64)
         out = torch.zeros(608, dtype=torch.int32)
-        emulator.primitive_check(
-            int(dtype == "f16"), matrices.data_ptr(), values.data_ptr(), out.data_ptr(), 0, 0
-        )
+        emulator.primitive_check(int(dtype == "f16"), matrices.data_ptr(), values.data_ptr(), out.data_ptr(), 0, 0)
         got = out[384:416].view(torch.int16)
         assert torch.equal(got, values[:64].to(DTYPES[dtype]).view(torch.int16)), dtype
 
@@ -184,9 +175,7 @@ def test_recomputed_z_gives_the_same_bits(k, r):
 
 
 @pytest.mark.parametrize("r", [16, 64])
-@pytest.mark.parametrize(
-    "need", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)], ids=str
-)
+@pytest.mark.parametrize("need", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)], ids=str)
 def test_a_gradient_does_not_depend_on_which_others_are_needed(need, r):
     problem = Problem.random(70, 72, 80, r, torch.bfloat16)
     seed, spec = torch.tensor(3), Spec("silu", 2.0, 77)
@@ -206,9 +195,7 @@ def variants(problem):
         "transposed x": {"x": problem.x.T.contiguous().T},
         "rows apart": {"x": torch.randn(problem.x.shape[0], 200).to(problem.x.dtype)[:, :72]},
         "odd row stride": {"x": torch.randn(problem.x.shape[0], 75).to(problem.x.dtype)[:, :72]},
-        "misaligned x": {
-            "x": torch.randn(problem.x.numel() + 1).to(problem.x.dtype)[1:].view(-1, 72)
-        },
+        "misaligned x": {"x": torch.randn(problem.x.numel() + 1).to(problem.x.dtype)[1:].view(-1, 72)},
         "expanded dy": {"dy": torch.ones(1, 1, dtype=problem.dy.dtype).expand(problem.dy.shape)},
         "transposed weights": {
             "lora_a": problem.lora_a.T.contiguous().T,
@@ -233,9 +220,7 @@ def test_layouts_give_the_bits_of_contiguous_operands(r):
             assert torch.equal(value, before[key]), f"{name}: {key} was written"
 
 
-@pytest.mark.parametrize(
-    "columns", [slice(None), slice(8, 88), slice(0, 160, 2)], ids=["dense", "slice", "strided"]
-)
+@pytest.mark.parametrize("columns", [slice(None), slice(8, 88), slice(0, 160, 2)], ids=["dense", "slice", "strided"])
 def test_out_may_be_any_view(columns):
     problem = Problem.random(37, 72, 80, 16, torch.bfloat16)
     backend, alpha_t = registry.get("cuda_emulated"), torch.tensor(0.3)
@@ -336,10 +321,7 @@ def test_launches_fit_the_device(emulator, m, r, device):
 @pytest.mark.parametrize("r", RANKS)
 def test_the_order_of_sums_depends_on_the_shape_alone(emulator, m, r):
     grids = [
-        [
-            (launch["kernel"], launch["grid"])
-            for launch in emulator.launch_plan((m, 2048, 4096, r), *device)
-        ]
+        [(launch["kernel"], launch["grid"]) for launch in emulator.launch_plan((m, 2048, 4096, r), *device)]
         for device in (H100, A100, RTX)
     ]
     assert grids[0] == grids[1] == grids[2]

@@ -34,10 +34,7 @@ def test_mask_is_philox(seed):
     rows, cols, threshold = 5, 37, 77
     want = np.stack(
         [
-            np.concatenate([philox_numpy(seed % 2**64, row * 3 + group) for group in range(3)])[
-                :cols
-            ]
-            >= threshold
+            np.concatenate([philox_numpy(seed % 2**64, row * 3 + group) for group in range(3)])[:cols] >= threshold
             for row in range(rows)
         ]
     )
@@ -45,9 +42,7 @@ def test_mask_is_philox(seed):
     assert np.array_equal(got.numpy(), want)
 
 
-@pytest.mark.parametrize(
-    "p,threshold", [(0.0, 0), (1e-9, 1), (0.1, 26), (0.5, 128), (0.999999, 255)]
-)
+@pytest.mark.parametrize("p,threshold", [(0.0, 0), (1e-9, 1), (0.1, 26), (0.5, 128), (0.999999, 255)])
 def test_probability_is_rounded_but_never_to_0_or_1(p, threshold):
     assert dropout.threshold_of(p) == threshold
 
@@ -70,9 +65,7 @@ def test_seed_comes_from_the_generator_of_torch():
 def test_int_and_tensor_seed_agree():
     x, a, b = torch.randn(9, 32), torch.randn(4, 32), torch.randn(8, 4)
     with_int = afa.afa_lora(x, a, b, 0.5, dropout_p=0.5, dropout_seed=-3)
-    assert torch.equal(
-        with_int, afa.afa_lora(x, a, b, 0.5, dropout_p=0.5, dropout_seed=torch.tensor(-3))
-    )
+    assert torch.equal(with_int, afa.afa_lora(x, a, b, 0.5, dropout_p=0.5, dropout_seed=torch.tensor(-3)))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -39,9 +39,7 @@ def test_the_rehearsal_runs_the_steps_on_the_emulator(capsys, tmp_path):
     ]
     steps += ["bandwidth", "launches"]
     assert gpu_check.main(["--rehearse", "--only", ",".join(steps), "--out", str(tmp_path)]) == 0
-    head, *records = map(
-        json.loads, (tmp_path / "gpu-rehearsal-cpu.jsonl").read_text().splitlines()
-    )
+    head, *records = map(json.loads, (tmp_path / "gpu-rehearsal-cpu.jsonl").read_text().splitlines())
     assert head["kind"] == "environment"
     assert [record["step"] for record in records] == steps
     status = {record["step"]: record["status"] for record in records}
@@ -54,7 +52,5 @@ def test_a_step_that_raises_fails_alone():
     def broken(context):
         raise RuntimeError("no such kernel")
 
-    outcome = gpu_check.run_step(
-        gpu_steps.Step("broken", "raises", broken), gpu_steps.Context.rehearsal()
-    )
+    outcome = gpu_check.run_step(gpu_steps.Step("broken", "raises", broken), gpu_steps.Context.rehearsal())
     assert outcome.status == "failed" and "no such kernel" in outcome.message

@@ -341,9 +341,7 @@ def test_alpha_stays_float32_through_casts(cast):
     layer.set_alpha_t(0.3)
     layer = layer.to(torch.bfloat16) if cast == "to" else getattr(layer, cast)()
     assert layer.alpha_t_buffer.dtype == torch.float32
-    assert layer.alpha_t_buffer.item() == pytest.approx(
-        0.3, abs=1e-7
-    )  # bfloat16 would be off by 1e-3
+    assert layer.alpha_t_buffer.item() == pytest.approx(0.3, abs=1e-7)  # bfloat16 would be off by 1e-3
     assert layer.alpha_t == 0.3
 
 
@@ -459,9 +457,7 @@ def test_identity_runs_gemms_and_nothing_else(base):
     x = torch.randn(7, 12, requires_grad=True)
     with counted() as calls, afa.use_backend("torch"):
         layer(x).sum().backward()
-    assert calls["silu"] and calls["sigmoid"], (
-        "the activation is not seen, so its absence shows nothing"
-    )
+    assert calls["silu"] and calls["sigmoid"], "the activation is not seen, so its absence shows nothing"
 
     layer.set_alpha_t(0.0)
     with counted() as calls:
@@ -471,9 +467,7 @@ def test_identity_runs_gemms_and_nothing_else(base):
     assert not any(calls[name] for name in ("add", "add_", "sub", "div")), calls
     with counted() as calls:
         y.sum().backward()
-    assert gemms(calls) == 6, (
-        calls
-    )  # dy W, dy B, dz A, dA, dB, and z once more, which was not saved
+    assert gemms(calls) == 6, calls  # dy W, dy B, dz A, dA, dB, and z once more, which was not saved
     assert not any(calls[name] for name in ACTIVATION_CALLS), calls
 
 

@@ -275,9 +275,7 @@ def test_set_alpha_t_reaches_every_layer(model):
         afa.set_alpha_t(model, 2.0)
 
 
-@pytest.mark.parametrize(
-    "action", [lambda m: afa.set_alpha_t(m, 0.0), afa.merge, afa.unmerge, afa.unload]
-)
+@pytest.mark.parametrize("action", [lambda m: afa.set_alpha_t(m, 0.0), afa.merge, afa.unmerge, afa.unload])
 def test_a_model_without_layers_is_refused(model, action):
     with pytest.raises(ValueError, match="inject"):
         action(model)
@@ -324,9 +322,7 @@ def test_unload_after_merge_keeps_what_was_learned(model):
     afa.merge(model)
     merged = model(x)
     assert afa.unload(model) is model
-    assert [(n, type(m)) for n, m in model.named_modules()] == [
-        (n, type(m)) for n, m in plain.named_modules()
-    ]
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in plain.named_modules()]
     assert torch.equal(model(x), merged)
     torch.testing.assert_close(model(x), annealed)
     assert model.state_dict().keys() == plain.state_dict().keys()

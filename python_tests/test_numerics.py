@@ -116,9 +116,7 @@ def test_16_bit_adapters_beside_float32_x(backend, device):
 @pytest.mark.parametrize(
     "restride",
     [
-        lambda t: torch.stack([t, torch.full_like(t, torch.nan)], 1)[
-            :, 0
-        ],  # rows apart, NaN between them
+        lambda t: torch.stack([t, torch.full_like(t, torch.nan)], 1)[:, 0],  # rows apart, NaN between them
         lambda t: torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0],  # elements apart
         lambda t: t.T.contiguous().T,  # column-major
         lambda t: torch.nn.functional.pad(t, (1, 2), value=torch.nan)[:, 1:-2],  # rows not aligned
@@ -140,9 +138,7 @@ def test_strides(backend, device, restride, dtype):
         for what, value in got.items():
             # Another order of addition is allowed with other strides, a larger error is not.
             error = (value.double() - plain[what]).norm()
-            assert (
-                error <= 2 * (want[what].double() - plain[what]).norm() + 1e-6 * plain[what].norm()
-            ), (name, what)
+            assert error <= 2 * (want[what].double() - plain[what]).norm() + 1e-6 * plain[what].norm(), (name, what)
 
 
 def test_gradient_of_a_sum_is_an_expanded_tensor(backend, device):
@@ -152,9 +148,7 @@ def test_gradient_of_a_sum_is_an_expanded_tensor(backend, device):
     afa.afa_lora(**{n: leaves[n] for n in LORA}, alpha_t=0.5, backend=backend).sum().backward()
     eager(**{n: plain[n] for n in LORA}, alpha_t=0.5).sum().backward()
     for name in LORA:
-        torch.testing.assert_close(
-            leaves[name].grad.double(), plain[name].grad, rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(leaves[name].grad.double(), plain[name].grad, rtol=1e-5, atol=1e-5)
 
 
 def test_base_as_an_expanded_row(backend, device):
@@ -180,10 +174,7 @@ def test_recomputing_z_changes_no_bit(backend, device, dtype):
 def test_two_runs_agree_to_the_bit(backend, device):
     problem = Problem.random(67, 136, 72, 16, torch.bfloat16, device)
     takes(backend, problem)
-    first, second = (
-        run(lambda **t: afa.afa_linear(**t, alpha_t=0.5, backend=backend), problem, LINEAR)
-        for _ in "ab"
-    )
+    first, second = (run(lambda **t: afa.afa_linear(**t, alpha_t=0.5, backend=backend), problem, LINEAR) for _ in "ab")
     for what in first:
         assert torch.equal(first[what], second[what]), what
 
@@ -193,10 +184,7 @@ def test_every_subset_of_gradients(backend, device, needed):
     problem = Problem.random(20, 32, 24, 8, torch.float32, device)
     takes(backend, problem)
     want = run(lambda **t: afa.afa_lora(**t, alpha_t=0.5, backend=backend), problem, LORA)
-    leaves = {
-        n: getattr(problem, n).clone().requires_grad_(bool(needed >> i & 1))
-        for i, n in enumerate(LORA)
-    }
+    leaves = {n: getattr(problem, n).clone().requires_grad_(bool(needed >> i & 1)) for i, n in enumerate(LORA)}
     afa.afa_lora(**leaves, alpha_t=0.5, backend=backend).backward(problem.dy)
     for name, leaf in leaves.items():
         if leaf.requires_grad:

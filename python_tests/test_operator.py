@@ -44,9 +44,7 @@ def test_any_number_of_leading_dimensions(backend, problem, leading):
     got = afa.afa_lora(x, problem.lora_a, problem.lora_b, 0.5, backend=backend)
     assert got.shape == (*leading, 24)
     torch.testing.assert_close(got.reshape(rows, 24), want[:rows])
-    got = afa.afa_linear(
-        x, problem.weight, None, problem.lora_a, problem.lora_b, 0.5, backend=backend
-    )
+    got = afa.afa_linear(x, problem.weight, None, problem.lora_a, problem.lora_b, 0.5, backend=backend)
     assert got.shape == (*leading, 24)
 
 
@@ -83,9 +81,7 @@ def test_nothing_of_the_caller_is_written(backend, problem):
     y = afa.afa_lora(*(leaves[n] for n in INPUTS), 0.5, base=leaves["base"], backend=backend)
     y.backward(dy)
     leaves["x"].grad = None
-    y = afa.afa_linear(
-        *(leaves[n] for n in ("x", "weight", "bias", "lora_a", "lora_b")), 0.5, backend=backend
-    )
+    y = afa.afa_linear(*(leaves[n] for n in ("x", "weight", "bias", "lora_a", "lora_b")), 0.5, backend=backend)
     y.backward(dy)
     for name, leaf in leaves.items():
         assert torch.equal(leaf, before[name]), name
@@ -117,9 +113,7 @@ def test_inplace_is_known_to_autograd(backend, problem):
         square.sum().backward()
 
 
-@pytest.mark.parametrize(
-    "of", ["view of rows", "column slice", "transposed leading dimensions", "the input itself"]
-)
+@pytest.mark.parametrize("of", ["view of rows", "column slice", "transposed leading dimensions", "the input itself"])
 def test_inplace_into_views(backend, problem, of):
     lora_a, lora_b = problem.lora_a, problem.lora_b
     if of == "the input itself":
@@ -143,9 +137,7 @@ def test_base_of_another_dtype(backend, problem):
     base = problem.base.double()
     got = afa.afa_lora(**inputs(problem), alpha_t=0.5, base=base, backend=backend)
     assert got.dtype == torch.float64
-    torch.testing.assert_close(
-        got, base + afa.afa_lora(**inputs(problem), alpha_t=0.5, backend=backend)
-    )
+    torch.testing.assert_close(got, base + afa.afa_lora(**inputs(problem), alpha_t=0.5, backend=backend))
 
 
 def test_alpha_as_float_and_as_tensor_agree(backend, problem):
@@ -158,9 +150,7 @@ def test_alpha_as_float_and_as_tensor_agree(backend, problem):
 
 def test_backward_twice(backend, problem):
     leaves = problem.leaves()
-    y = afa.afa_linear(
-        *(leaves[n] for n in ("x", "weight", "bias", "lora_a", "lora_b")), 0.5, backend=backend
-    )
+    y = afa.afa_linear(*(leaves[n] for n in ("x", "weight", "bias", "lora_a", "lora_b")), 0.5, backend=backend)
     first = torch.autograd.grad(y, (leaves["x"], leaves["lora_a"]), problem.dy, retain_graph=True)
     second = torch.autograd.grad(y, (leaves["x"], leaves["lora_a"]), problem.dy)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -182,9 +172,7 @@ def test_what_is_saved_for_backward(backend, problem, save):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         afa.afa_lora(*(leaves[n] for n in INPUTS), 0.5, dropout_p=0.5, save=save, backend=backend)
     own = [t for t in saved if not any(t is leaf for leaf in leaves.values())]
-    inputs_saved = [
-        t for t in saved if any(t.data_ptr() == leaf.data_ptr() for leaf in leaves.values())
-    ]
+    inputs_saved = [t for t in saved if any(t.data_ptr() == leaf.data_ptr() for leaf in leaves.values())]
     extra = [t for t in own if all(t is not kept for kept in inputs_saved)]
     shapes = sorted(tuple(t.shape) for t in extra)
     assert shapes == ([(), (), (12, 4)] if save == "z" else [(), ()])  # alpha_t, the seed, and z
@@ -207,9 +195,7 @@ def test_identity_runs_plain_gemms_and_saves_no_z():
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
     with hooks, Calls() as calls:
         y = afa.afa_linear(*(leaves[n] for n in ("x", "weight", "bias", "lora_a", "lora_b")), 0.0)
-    assert (
-        calls.count("mm") == 1 and calls.count("addmm_") == 2
-    )  # z; the branch onto the bias; the frozen GEMM onto it
+    assert calls.count("mm") == 1 and calls.count("addmm_") == 2  # z; the branch onto the bias; the frozen GEMM onto it
     assert not calls.count("silu", "mul", "mul_", "sigmoid", "add", "add_")
     assert (12, 4) not in [tuple(t.shape) for t in saved]
     with Calls() as calls:
@@ -251,9 +237,7 @@ def test_double_backward_on_every_backend(backend, problem):
     got = penalty(lambda x, a, b: afa.afa_lora(x, a, b, 0.5, backend=backend), leaves)
     want = penalty(lambda x, a, b: eager(x, a, b, 0.5), plain)
     for name, g, w in zip(INPUTS, got, want, strict=True):
-        torch.testing.assert_close(
-            g, w, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
@@ -261,12 +245,8 @@ def test_autocast(backend, problem, dtype):
     leaves, plain = problem.leaves(), problem.leaves()
     with torch.autocast(problem.x.device.type, dtype):
         base = F.linear(leaves["x"], leaves["weight"])
-        y = afa.afa_lora(
-            *(leaves[n] for n in INPUTS), 0.5, base=base, inplace=True, backend=backend
-        )
-        y2 = afa.afa_linear(
-            *(leaves[n] for n in ("x", "weight", "bias", "lora_a", "lora_b")), 0.5, backend=backend
-        )
+        y = afa.afa_lora(*(leaves[n] for n in INPUTS), 0.5, base=base, inplace=True, backend=backend)
+        y2 = afa.afa_linear(*(leaves[n] for n in ("x", "weight", "bias", "lora_a", "lora_b")), 0.5, backend=backend)
         want = eager(*(plain[n] for n in INPUTS), 0.5, base=F.linear(plain["x"], plain["weight"]))
     assert y.dtype == y2.dtype == dtype
     (y.float() + y2.float()).square().sum().backward()
@@ -282,9 +262,7 @@ def test_vmap_and_forward_mode_are_refused():
     problem = Problem.random(4, 8, 6, 2)
     leaves = problem.leaves()
     with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(lambda x: afa.afa_lora(x, leaves["lora_a"], leaves["lora_b"], 0.5))(
-            problem.x.view(2, 2, 8)
-        )
+        torch.func.vmap(lambda x: afa.afa_lora(x, leaves["lora_a"], leaves["lora_b"], 0.5))(problem.x.view(2, 2, 8))
     with pytest.raises(RuntimeError, match="jvp"):
         torch.func.jvp(
             lambda x: afa.afa_lora(x, problem.lora_a, problem.lora_b, 0.5),

@@ -44,8 +44,7 @@ def test_first_that_can_take_the_call_wins_and_says_why_the_others_did_not(table
     chosen, reason = registry.select(call(), None)
     assert chosen.name == "plain"
     assert reason == (
-        "missing: missing is not installed; gpu_only: runs on cuda tensors, got cpu; "
-        "picky: r=8 is too small"
+        "missing: missing is not installed; gpu_only: runs on cuda tensors, got cpu; picky: r=8 is too small"
     )
 
 

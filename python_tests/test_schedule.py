@@ -24,9 +24,7 @@ def linear_layers(count=2):
 def test_every_kind_reaches_both_ends_exactly_and_never_rises(kind, begin_frac, end_frac):
     for total_steps in (1, 2, 7, 10, 100):
         for start, end in ((1.0, 0.0), (0.9, 0.2)):
-            sched = afa.AnnealSchedule(
-                total_steps, kind, start, end, begin_frac=begin_frac, end_frac=end_frac
-            )
+            sched = afa.AnnealSchedule(total_steps, kind, start, end, begin_frac=begin_frac, end_frac=end_frac)
             values = [sched(step) for step in range(total_steps + 3)]
             for step, value in enumerate(values):
                 # 0.55 * 100 is 55.00000000000001, and step 55 must be the end.

@@ -63,9 +63,7 @@ class _Kernels:
         self._forward_workspace = lru_cache(maxsize=1024)(module.forward_workspace)
         self._backward_workspace = lru_cache(maxsize=1024)(module.backward_workspace)
 
-    def _arguments(
-        self, x: Tensor, a: Tensor, b: Tensor, sizes: tuple[int, ...]
-    ) -> tuple[Any, ...]:
+    def _arguments(self, x: Tensor, a: Tensor, b: Tensor, sizes: tuple[int, ...]) -> tuple[Any, ...]:
         return (
             _DTYPES[x.dtype],
             sizes,
@@ -79,9 +77,7 @@ class _Kernels:
         return weight if weight.dtype in (x.dtype, torch.float32) else weight.to(x.dtype)
 
     @staticmethod
-    def _scalars(
-        x: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec, workspace: Tensor
-    ) -> tuple[Any, ...]:
+    def _scalars(x: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec, workspace: Tensor) -> tuple[Any, ...]:
         # alpha_t is 0 at identity, where (1 - alpha_t) * z + alpha_t * relu(z) is z.
         activation = ACTIVATIONS["relu" if spec.activation == IDENTITY else spec.activation]
         on_gpu = x.is_cuda
@@ -100,11 +96,7 @@ class _Kernels:
         x, a, b = _readable(x), self._weight(a, x), self._weight(b, x)
         sizes = (x.shape[0], x.shape[1], b.shape[0], a.shape[0])
         accumulates = base is out
-        y = (
-            out
-            if _reads_in_place(out)
-            else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        )
+        y = out if _reads_in_place(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
         if base is not None:
             base = y if accumulates and y is out else _readable(base)
         z = torch.empty(sizes[0], sizes[3], dtype=x.dtype, device=x.device) if save_z else None
@@ -128,9 +120,7 @@ class _Kernels:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
         da = _gradient(a, x) if need_da else None
         db = _gradient(b, x) if need_db else None
-        workspace = torch.empty(
-            self._backward_workspace(sizes, z is None), dtype=torch.uint8, device=x.device
-        )
+        workspace = torch.empty(self._backward_workspace(sizes, z is None), dtype=torch.uint8, device=x.device)
         self._module.backward(
             *self._arguments(x, wide_a, wide_b, sizes),
             _matrix(dy),
@@ -201,9 +191,7 @@ def _status() -> BackendStatus:
         "max_rank": MAX_RANK,
     }
     if torch.version.hip is not None:
-        return BackendStatus(
-            False, "the kernels are for NVIDIA GPUs, and this torch is built for AMD", details
-        )
+        return BackendStatus(False, "the kernels are for NVIDIA GPUs, and this torch is built for AMD", details)
     if not torch.cuda.is_available():
         return BackendStatus(False, "torch sees no CUDA device", details)
     details["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -214,9 +202,7 @@ def _status() -> BackendStatus:
 def _refuses_device(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < MIN_CAPABILITY:
-        return (
-            f"takes GPUs of compute capability 8.0 and later, got {capability[0]}.{capability[1]}"
-        )
+        return f"takes GPUs of compute capability 8.0 and later, got {capability[0]}.{capability[1]}"
     if not _device_module()[0].has_kernel_image(index):
         return f"this build has no kernels for compute capability {capability[0]}.{capability[1]}"
     return None

@@ -49,10 +49,6 @@ def linear_backward(
     need_db: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if backend.linear_backward is not None:
-        return backend.linear_backward(
-            dy, x, weight, a, b, z, alpha_t, seed, spec, need_da=need_da, need_db=need_db
-        )
-    dx, da, db = backend.backward(
-        dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=need_da, need_db=need_db
-    )
+        return backend.linear_backward(dy, x, weight, a, b, z, alpha_t, seed, spec, need_da=need_da, need_db=need_db)
+    dx, da, db = backend.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=need_da, need_db=need_db)
     return dx.addmm_(dy, weight), da, db

@@ -157,9 +157,7 @@ class Backend:
     name: str
     devices: frozenset[str]  # empty: every device
     status: Callable[[], BackendStatus]
-    refuses: Callable[
-        [Call], str | None
-    ]  # why this backend cannot take a call that its device allows; None if it can
+    refuses: Callable[[Call], str | None]  # why this backend cannot take a call that its device allows; None if it can
     forward: Forward
     backward: Backward
     # A backend with a better order of passes than backend/linear.py brings its own.
@@ -255,9 +253,7 @@ def select(call: Call, name: str | None) -> Selection:
     if name is not None:
         why_not = _BACKENDS[name].why_not(call)
         if why_not is not None:
-            raise BackendUnavailable(
-                f"backend {name!r} cannot take this call: {why_not} (call: {_describe(call)})"
-            )
+            raise BackendUnavailable(f"backend {name!r} cannot take this call: {why_not} (call: {_describe(call)})")
         return Selection(_BACKENDS[name], "requested")
     passed_over = []
     for backend in _BACKENDS.values():
@@ -268,13 +264,9 @@ def select(call: Call, name: str | None) -> Selection:
             reason = "; ".join(passed_over) or "first choice for this device"
             return Selection(backend, reason)
         passed_over.append(f"{backend.name}: {why_not}")
-    raise BackendUnavailable(
-        f"no backend can take this call: {'; '.join(passed_over)} (call: {_describe(call)})"
-    )
+    raise BackendUnavailable(f"no backend can take this call: {'; '.join(passed_over)} (call: {_describe(call)})")
 
 
 def _describe(call: Call) -> str:
     dtype = str(call.dtype).removeprefix("torch.")
-    return (
-        f"M={call.m}, K={call.k}, N={call.n}, r={call.r}, {dtype}, {call.activation}, {call.device}"
-    )
+    return f"M={call.m}, K={call.k}, N={call.n}, r={call.r}, {dtype}, {call.activation}, {call.device}"

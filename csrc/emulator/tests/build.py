@@ -113,9 +113,7 @@ def run(kind: str, program: Path, *arguments: str, timeout: float = 600) -> tupl
     except subprocess.TimeoutExpired:
         return False, f"no end within {timeout:.0f} s"
     lines = (done.stdout + done.stderr).splitlines()
-    telling = [
-        line for line in lines if line.startswith(("FAILED", "SUMMARY")) or "runtime error" in line
-    ]
+    telling = [line for line in lines if line.startswith(("FAILED", "SUMMARY")) or "runtime error" in line]
     if done.returncode == 0:
         return True, lines[-1] if lines else ""
     return False, telling[0] if telling else f"ended with status {done.returncode}"

@@ -238,12 +238,8 @@ MUTANTS = (
         "p.z != nullptr && block_y() == 0",
         "p.z != nullptr",
     ),
-    Mutant(
-        "dropout wrong", "mask of the second eight columns", "tile.cuh", "bits >> kVector)", "bits)"
-    ),
-    Mutant(
-        "dropout wrong", "group of columns", "tile.cuh", "col / kDropoutColumns + group)", "group)"
-    ),
+    Mutant("dropout wrong", "mask of the second eight columns", "tile.cuh", "bits >> kVector)", "bits)"),
+    Mutant("dropout wrong", "group of columns", "tile.cuh", "col / kDropoutColumns + group)", "group)"),
     Mutant(
         "dropout wrong",
         "factor of z",
@@ -269,22 +265,16 @@ def apply(mutant: Mutant, csrc: Path) -> None:
     pattern = r"\s+".join(re.escape(word) for word in mutant.old.split())
     places = list(re.finditer(pattern, text))
     if mutant.nth >= len(places):
-        raise LookupError(
-            f"{mutant.file}: no longer contains, {mutant.nth + 1} times, {mutant.old!r}"
-        )
+        raise LookupError(f"{mutant.file}: no longer contains, {mutant.nth + 1} times, {mutant.old!r}")
     place = places[mutant.nth]
     path.write_text(text[: place.start()] + mutant.new + text[place.end() :])
 
 
 def host_objects(kind: str, folder: Path) -> list[Path]:
-    return list(
-        build.compile_all(kind, [*build.core_sources(), *build.HOST], folder / kind).values()
-    )
+    return list(build.compile_all(kind, [*build.core_sources(), *build.HOST], folder / kind).values())
 
 
-def caught_by(
-    mutant: Mutant | None, objects: dict[str, list[Path]], folder: Path
-) -> tuple[str, str]:
+def caught_by(mutant: Mutant | None, objects: dict[str, list[Path]], folder: Path) -> tuple[str, str]:
     """Return the build that notices the mutant and what it says, or two empty strings."""
     csrc = folder / "csrc"
     shutil.copytree(build.CSRC, csrc)
@@ -303,9 +293,7 @@ def caught_by(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"every {QUICK}th mutant only")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     options = parser.parse_args()
@@ -328,9 +316,7 @@ def main() -> int:
         )
         for mutant, (kind, line) in zip(mutants, verdicts, strict=True):
             caught += bool(kind)
-            print(
-                f"{kind or 'ESCAPED':8} {mutant.kind:28} {mutant.what:42} {line[:140]}", flush=True
-            )
+            print(f"{kind or 'ESCAPED':8} {mutant.kind:28} {mutant.what:42} {line[:140]}", flush=True)
     kinds, seconds = len({m.kind for m in mutants}), time.monotonic() - start
     print(f"caught/planted: {caught}/{len(mutants)} ({kinds} kinds) in {seconds:.0f} s")
     return int(caught < len(mutants))

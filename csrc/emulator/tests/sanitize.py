@@ -19,9 +19,7 @@ QUICK_CASES = {"plain": 40, "asan": 20, "tsan": 17}  # 17: the fixed ones
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer random shapes")
     parser.add_argument("--only", default="plain,asan,tsan", help="builds to run")
     parser.add_argument("--seed", default="1", help="of shapes, values and schedules")
