@@ -73,5 +73,8 @@ triton-report: $(VENV)/.built  ## the same for every row of the Triton tile tabl
 gpu-check: $(VENV)/.built  ## on a machine with a GPU: everything that the tests cannot run without one
 	$(RUN) -m bench.gpu_check $(ARGS)
 
+wheel-check: $(VENV)/.built  ## builds the wheel and trains with it in a fresh environment that has another torch
+	$(RUN) -m pytest -m slow python_tests/test_wheel.py $(ARGS)
+
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build dist outputs *.egg-info afa_kernels/*.so .pytest_cache .ruff_cache

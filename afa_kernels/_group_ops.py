@@ -11,7 +11,7 @@ from torch import Tensor
 
 from afa_kernels import _ops, reference
 from afa_kernels.backend import registry
-from afa_kernels.backend.registry import IDENTITY, MAX_RANK, Backend, Call, Spec
+from afa_kernels.backend.registry import IDENTITY, Backend, Call, Spec
 from afa_kernels.reference import compute_dtype
 
 _MEMBERS = "Tensor[] lora_a, Tensor[] lora_b, Tensor[] alpha_t, str[] activations, float[] scalings"
@@ -29,8 +29,7 @@ def _able(backend: Backend, x: Tensor, k: int, n: int, r: int, activation: str) 
     """Return ``backend``, or ``torch`` where it cannot take a call of these sizes (a stacked rank
     beyond its limit, say)."""
     call = Call(x.device.type, x.dtype, x.shape[0], k, n, r, activation, False, x.device.index)
-    fits = r <= MAX_RANK and backend.why_not(call) is None
-    return backend if fits else registry.get("torch")
+    return backend if backend.why_not(call) is None else registry.get("torch")
 
 
 class _Group:

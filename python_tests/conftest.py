@@ -52,6 +52,13 @@ def device(backend) -> torch.device:
     return device_of(backend)
 
 
+@pytest.fixture
+def widest(backend) -> torch.dtype:
+    """float32, or bfloat16 where the backend takes 16 bits only."""
+    call = registry.Call(device_of(backend).type, torch.float32, 8, 8, 8, 8, "silu")
+    return torch.float32 if registry.get(backend).why_not(call) is None else torch.bfloat16
+
+
 @pytest.fixture(autouse=True)
 def _fresh_random_numbers(request):
     """Every test draws its own numbers, the same in every run."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from afa_kernels.activation import ACTIVATIONS
 from afa_kernels.backend import native
-from afa_kernels.backend.registry import IDENTITY, Backend, BackendStatus, Call
+from afa_kernels.backend.registry import IDENTITY, MAX_RANK, Backend, BackendStatus, Call
 
 # The enum Dtype of csrc/cpu/params.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -31,6 +31,8 @@ def _status() -> BackendStatus:
 def _refuses(call: Call) -> str | None:
     if call.dtype not in DTYPES or call.dtype == torch.float64:
         return f"takes float32, bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
+    if call.r > MAX_RANK:
+        return f"takes ranks up to {MAX_RANK}, got {call.r}"
     return None
 
 
