@@ -8,6 +8,7 @@ autograd: autograd.py gives them their derivative.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -60,11 +61,16 @@ def plain_precision(x: Tensor) -> AbstractContextManager:
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device)
+    return like.new_empty(shape)
+
+
+@lru_cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def _or_nothing(t: Tensor | None, like: Tensor) -> Tensor:
-    return _empty(like, 0) if t is None else t
+    return _nothing(like.dtype, like.device) if t is None else t
 
 
 def _lora_forward(base, x, a, b, *options):

@@ -33,9 +33,10 @@ def branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     tensor("x", x)
     tensor("lora_a", lora_a)
     tensor("lora_b", lora_b)
-    if x.dim() == 0:
+    shape = x.shape
+    if not shape:
         raise ValueError("x: expected shape (..., in_features), got a 0-dim tensor")
-    k = x.shape[-1]
+    k = shape[-1]
     if lora_a.dim() != 2 or lora_a.shape[1] != k:
         raise ValueError(f"lora_a: expected shape (r, {k}) to match x {tuple(x.shape)}, got {tuple(lora_a.shape)}")
     r = lora_a.shape[0]
@@ -126,7 +127,9 @@ def alpha_tensor(value: Tensor) -> None:
         raise ValueError("alpha_t: the operator is not differentiable in alpha_t, got a tensor that requires grad")
     # Reading a tensor of another device would wait for that device, and a traced one has no value.
     if value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) is Tensor:
-        alpha_value(value.item())
+        number = value.item()
+        if not 0.0 <= number <= 1.0:
+            raise ValueError(f"alpha_t: expected a value in [0, 1], got {number}")
 
 
 def options(activation: str, scaling: float, dropout_p: float, save: str, backend: str | None) -> None:
