@@ -227,6 +227,25 @@ def test_each_subset_of_gradients_has_the_same_bits(dtype):
                 assert torch.equal(one, other) if needed else one is None
 
 
+def test_db_alone_over_many_blocks_of_rows():
+    """Without dz a block of rows ends with dB: its h must stay until every thread has read it."""
+    x, a, b = torch.randn(3001, 24), torch.randn(16, 24), torch.randn(1536, 16)
+    dy, spec, alpha_t = torch.randn(3001, 1536), Spec("silu", 1.0), torch.tensor(0.5)
+
+    def db(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            needs = {"need_dx": False, "need_da": False, "need_db": True}
+            return cpu.backward(dy, x, a, b, None, alpha_t, None, spec, **needs)[2]
+        finally:
+            torch.set_num_threads(before)
+
+    want = db(1)
+    for _ in range(10):
+        assert torch.equal(db(4), want)
+
+
 def test_gradients_of_float32_factors_are_not_rounded_to_the_dtype_of_x():
     x, a, b, dy, base = problem(300, 64, 64, 8, torch.bfloat16, ab_dtype=torch.float32)
     da, db = run(x, a, b, dy, base, Spec("silu", 1.0))[3:]

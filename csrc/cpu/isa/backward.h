@@ -73,9 +73,10 @@ class Backward {
                         [&](int64_t i, int64_t rows) { activate(team, row, i, rows); });
                 team.barrier();
                 team.share(n_slabs, [&](int64_t slab) { dy_slab(team, slab, row, count); });
+                // The next rows of h overwrite what these products read.
+                team.barrier();
                 if (!need_dz)
                     continue;
-                team.barrier();
                 by_rows(team, count, [&](int64_t i, int64_t rows) { finish_dz(i, rows); });
                 team.barrier();
                 // No barrier behind: until the next block's dz the other phases touch nothing that
