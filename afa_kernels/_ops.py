@@ -8,7 +8,6 @@ autograd: autograd.py gives them their derivative.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -64,13 +63,8 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape)
 
 
-@lru_cache
-def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(0, dtype=dtype, device=device)
-
-
 def _or_nothing(t: Tensor | None, like: Tensor) -> Tensor:
-    return _nothing(like.dtype, like.device) if t is None else t
+    return _empty(like, 0) if t is None else t
 
 
 def _lora_forward(base, x, a, b, *options):
