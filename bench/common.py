@@ -3,6 +3,7 @@
 import gc
 import json
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -19,6 +20,8 @@ def interleaved(
     steps: dict[str, Callable[[], object]], rounds: int, clock: str = "wall", min_seconds: float = 0.0
 ) -> dict[str, float]:
     """Return the median milliseconds of each step; every round runs each step once, so drift hits all alike.
+    The order is drawn anew for each round: what a step leaves in caches and allocators helps or hinders its successor,
+    which must not always be the same one.
 
     A step faster than ``min_seconds`` is repeated within its round. ``clock="cpu"`` counts the time of this process
     alone, for machines that are not idle; compare on one thread then.
@@ -34,11 +37,12 @@ def interleaved(
     gc.collect()
     gc.disable()
     try:
+        shuffle = random.Random(0).sample
         for _ in range(rounds):
-            for name, step in steps.items():
+            for name in shuffle(list(steps), len(steps)):
                 start = now()
                 for _ in range(repeats[name]):
-                    step()
+                    steps[name]()
                 times[name].append((now() - start) / repeats[name])
     finally:
         gc.enable()

@@ -5,6 +5,7 @@ the machine hits all of them. Ratios are ratios of medians.
 """
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -99,14 +100,15 @@ def measure(works: dict[str, Work], clock: Clock, seconds: float, least: int = 5
         work.calls = min(_MOST_CALLS, max(1, math.ceil(_SHORTEST_SAMPLE_MS / max(once, 1e-4))))
         work.samples = {}
     names = list(works)
+    draw = random.Random(0)
     rounds = 0
     while rounds < most:
         spent = time.monotonic() - start
         if rounds and spent > (seconds if rounds >= least else 3 * seconds):
             break
-        # Another provider goes first in each round, so that none always inherits a cache.
-        first = rounds % len(names)
-        for name in names[first:] + names[:first]:
+        # In a new order each round: what a provider leaves in caches and allocators helps or hinders its successor,
+        # which must not always be the same one.
+        for name in draw.sample(names, len(names)):
             for step, value in sample(works[name], clock, works[name].calls).items():
                 works[name].samples.setdefault(step, []).append(value)
         rounds += 1
