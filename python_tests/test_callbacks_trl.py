@@ -61,10 +61,7 @@ def grpo(model, folder, **shared):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize(
-    "make",
-    [sft, pytest.param(dpo, marks=pytest.mark.slow), pytest.param(grpo, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("make", [sft, dpo, grpo])
 def test_a_trainer_anneals_and_its_model_merges(make, tmp_path):
     recorder = Recorder()
     trainer = make(
