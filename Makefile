@@ -34,8 +34,8 @@ test: lint  ## lint, the tests, sanitizers and machine-code reports: all that ne
 	$(RUN) csrc/emulator/tests/sanitize.py --quick
 	$(MAKE) --no-print-directory sanitize-cpu
 	$(if $(shell command -v nvcc),$(RUN) bench/cuda_report.py --quick,@echo "no nvcc: the CUDA machine code is not checked")
-	$(RUN) -m bench.triton_report --quick
-	$(RUN) -m pytest -m "not slow" $(ARGS)
+	env -u TRITON_INTERPRET $(RUN) -m bench.triton_report --quick
+	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-cpu,cuda_emulated} $(RUN) -m pytest -m "not slow" $(ARGS)
 
 lint: $(VENV)/.built  ## ruff and clang-format, check only
 	$(BIN)/ruff check $(PYTHON_CODE)
