@@ -96,11 +96,12 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
 
 def assert_as_accurate_as_torch(got: Tensor, same_dtype: Tensor, truth: Tensor, what: str, rounding: torch.dtype):
     """Fail unless ``got`` is at most twice as far from the float64 ``truth`` as plain torch, plus
-    one rounding."""
+    one rounding, or 1e-6: where a few float32 terms cancel, torch's own error depends on the
+    machine's order of summation by more than a factor of two."""
     assert got.shape == truth.shape, (what, got.shape, truth.shape)
     assert got.dtype == same_dtype.dtype, (what, got.dtype, same_dtype.dtype)
     assert torch.isfinite(got).all(), f"{what}: not finite"
-    allowed = 2 * relative_error(same_dtype, truth) + torch.finfo(rounding).eps / 2
+    allowed = 2 * relative_error(same_dtype, truth) + max(torch.finfo(rounding).eps / 2, 1e-6)
     error = relative_error(got, truth)
     assert math.isfinite(allowed) and error <= allowed, f"{what}: relative error {error:.3e}, allowed {allowed:.3e}"
 

@@ -28,39 +28,52 @@ struct ValueSlope {
     float slope;
 };
 
+// The functions that the activations are made of, by the C library or CUDA's.
+struct LibraryMath {
+    AFA_HOST_DEVICE_MEMBER float exp(float x) { return expf(x); }
+    AFA_HOST_DEVICE_MEMBER float tanh(float x) { return tanhf(x); }
+    AFA_HOST_DEVICE_MEMBER float sin(float x) { return sinf(x); }
+    AFA_HOST_DEVICE_MEMBER float cos(float x) { return cosf(x); }
+    // The normal distribution function; `gauss` is exp(-z^2 / 2).
+    AFA_HOST_DEVICE_MEMBER float normal_cdf(float z, float) {
+        return 0.5f * (1.0f + erff(z * 0.70710678118654752440f));
+    }
+};
+
 // act(z) and act'(z) together, since they share their expensive part; an unused half is removed by
 // the compiler.
-template <Activation kAct>
+template <Activation kAct, class Math = LibraryMath>
 AFA_HOST_DEVICE ValueSlope activate(float z) {
     if constexpr (kAct == Activation::relu) {
         return {z > 0.0f ? z : 0.0f, z > 0.0f ? 1.0f : 0.0f};
     } else if constexpr (kAct == Activation::silu) {
-        const float sigmoid = 1.0f / (1.0f + expf(-z));
+        const float sigmoid = 1.0f / (1.0f + Math::exp(-z));
         return {z * sigmoid, sigmoid * (1.0f + z * (1.0f - sigmoid))};
     } else if constexpr (kAct == Activation::gelu) {
-        const float cdf = 0.5f * (1.0f + erff(z * 0.70710678118654752440f));
-        return {z * cdf, cdf + z * 0.39894228040143267794f * expf(-0.5f * z * z)};
+        const float gauss = Math::exp(-0.5f * z * z);
+        const float cdf = Math::normal_cdf(z, gauss);
+        return {z * cdf, cdf + z * 0.39894228040143267794f * gauss};
     } else if constexpr (kAct == Activation::gelu_tanh) {
         constexpr float kSqrt2OverPi = 0.79788456080286535588f, kCubic = 0.044715f;
-        const float t = tanhf(kSqrt2OverPi * (z + kCubic * z * z * z));
+        const float t = Math::tanh(kSqrt2OverPi * (z + kCubic * z * z * z));
         return {0.5f * z * (1.0f + t), 0.5f * (1.0f + t) + 0.5f * z * (1.0f - t * t) *
                                                                kSqrt2OverPi *
                                                                (1.0f + 3.0f * kCubic * z * z)};
     } else if constexpr (kAct == Activation::leaky_relu) {
         return {z > 0.0f ? z : 0.01f * z, z > 0.0f ? 1.0f : 0.01f};
     } else if constexpr (kAct == Activation::tanh) {
-        const float t = tanhf(z);
+        const float t = Math::tanh(z);
         return {t, 1.0f - t * t};
     } else {
         static_assert(kAct == Activation::sin);
-        return {sinf(z), cosf(z)};
+        return {Math::sin(z), Math::cos(z)};
     }
 }
 
 // phi(z) and phi'(z).
-template <Activation kAct>
+template <Activation kAct, class Math = LibraryMath>
 AFA_HOST_DEVICE ValueSlope anneal(float z, float alpha_t) {
-    const ValueSlope act = activate<kAct>(z);
+    const ValueSlope act = activate<kAct, Math>(z);
     return {(1.0f - alpha_t) * z + alpha_t * act.value, (1.0f - alpha_t) + alpha_t * act.slope};
 }
 

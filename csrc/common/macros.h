@@ -4,6 +4,8 @@
 // linker must not keep one copy of a function for all of them.
 #if defined(__CUDACC__)
 #define AFA_HOST_DEVICE __host__ __device__ __forceinline__
+#define AFA_HOST_DEVICE_MEMBER static AFA_HOST_DEVICE
 #else
 #define AFA_HOST_DEVICE static inline
+#define AFA_HOST_DEVICE_MEMBER static inline
 #endif

@@ -8,7 +8,7 @@
 
 namespace afa::cpu {
 
-enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
+enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
 
 const char* isa_name(Isa isa);
 

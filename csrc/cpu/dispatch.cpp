@@ -8,6 +8,10 @@
 #if defined(AFA_X86_64)
 #include <cpuid.h>
 #endif
+#if defined(AFA_X86_64) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace afa::cpu {
 
@@ -22,6 +26,9 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 namespace avx512bf16 {
+extern const Kernels kernels;
+}
+namespace amx {
 extern const Kernels kernels;
 }
 #endif
@@ -70,6 +77,21 @@ const Features& features() {
     static const Features found = detect();
     return found;
 }
+
+// Whether the AMX kernels may run: their vector code needs AVX-512 with BF16, and Linux keeps the
+// tile registers from a process until it asks for them once.
+bool amx_usable() {
+#if defined(AFA_EMULATE_AMX)
+    return features().avx512_bf16;
+#elif defined(__linux__)
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+    static const bool usable = features().avx512_bf16 && features().amx_bf16 &&
+                               syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return usable;
+#else
+    return false;
+#endif
+}
 #endif
 
 }  // namespace
@@ -82,6 +104,8 @@ const char* isa_name(Isa isa) {
         return "avx512";
     case Isa::avx512bf16:
         return "avx512bf16";
+    case Isa::amx:
+        return "amx";
     default:
         return "generic";
     }
@@ -96,6 +120,8 @@ std::vector<Isa> available_isas() {
         isas.push_back(Isa::avx512);
     if (features().avx512_bf16)
         isas.push_back(Isa::avx512bf16);
+    if (amx_usable())
+        isas.push_back(Isa::amx);
 #endif
     return isas;
 }
@@ -135,6 +161,8 @@ const Kernels& selected_kernels() {
         return avx512::kernels;
     case Isa::avx512bf16:
         return avx512bf16::kernels;
+    case Isa::amx:
+        return amx::kernels;
 #endif
     default:
         return generic::kernels;

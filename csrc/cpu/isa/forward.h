@@ -17,23 +17,24 @@ class Forward {
 
   public:
     explicit Forward(const ForwardParams& params)
-        : p(params), r4(round_up(p.r, kGroup)), k_slabs(ceil_div(p.k, E::kSlab)),
-          n_slabs(ceil_div(p.n, E::kSlab)), few_rows(p.m <= kBlockRows), alpha_t(*p.alpha_t) {
+        : p(params), rp(round_up(p.r, E::kRankStep)), k_slabs(ceil_div(p.k, E::kSlab)),
+          n_slabs(ceil_div(p.n, E::kSlab)), few_rows(p.m <= E::kBlockRows), alpha_t(*p.alpha_t) {
         if (p.dropout > 0)
             dropout = {p.dropout, static_cast<uint64_t>(*p.seed), ceil_div(p.k, kDropoutColumns)};
         inverse_keep = kDropoutLevels / static_cast<float>(kDropoutLevels - p.dropout);
-        block_rows = min_of(p.m, kBlockRows);
+        block_rows = min_of(round_up(p.m, E::kRowStep), E::kBlockRows);
         threads = p.m * p.r * (p.k + p.n) < kWorthThreads ? 1 : p.threads;
-        slab_elements = r4 * E::kSlab;
+        a_slab = rp * E::kSlab;
+        b_slab = E::expand_rank(rp) * E::kSlab;
         streams = p.out.data != p.base.data && can_stream<T>(p.out, p.m, p.n);
 
-        staged = scratch.reserve(threads * kBlockRows * staged_ld<E>() * sizeof(Elem));
-        tile = scratch.reserve(threads * r4 * E::kTile * sizeof(float));
-        rows = scratch.reserve(threads * 2 * block_rows * r4 * sizeof(float));
-        coefficients = scratch.reserve(threads * E::coefficient_bytes(block_rows, r4));
-        panels = scratch.reserve((few_rows ? threads : k_slabs + n_slabs) * slab_elements *
-                                 sizeof(Elem));
-        partial = scratch.reserve(few_rows ? k_slabs * p.m * r4 * sizeof(float) : 0);
+        staged = scratch.reserve(threads * E::kBlockRows * staged_ld<E>() * sizeof(Elem));
+        tile = scratch.reserve(threads * rp * E::kTile * sizeof(float));
+        rows = scratch.reserve(threads * 2 * block_rows * rp * sizeof(float));
+        coefficients = scratch.reserve(threads * E::coefficient_bytes(block_rows, rp));
+        a_panels = scratch.reserve((few_rows ? threads : k_slabs) * a_slab * sizeof(Elem));
+        b_panels = scratch.reserve((few_rows ? threads : n_slabs) * b_slab * sizeof(Elem));
+        partial = scratch.reserve(few_rows ? k_slabs * block_rows * rp * sizeof(float) : 0);
         scratch.allocate();
     }
 
@@ -41,6 +42,7 @@ class Forward {
         if (p.out.data != p.base.data && p.out.col_stride == 1 && p.out.row_stride == p.n)
             advise_huge_pages(p.out.data, p.m * p.n * static_cast<int64_t>(sizeof(T)));
         run_team(threads, 2, [&](Team team) {
+            [[maybe_unused]] typename E::Scope scope;
             if (few_rows)
                 by_slabs(team);
             else
@@ -55,79 +57,78 @@ class Forward {
         float* tile_memory = tile_of(team);
         team.share(k_slabs + n_slabs, [&](int64_t i) {
             if (i < k_slabs)
-                pack_a(i, tile_memory, panel(i));
+                pack_a(i, tile_memory, a_panel(i));
             else
-                pack_b(i - k_slabs, tile_memory, panel(i));
+                pack_b(i - k_slabs, tile_memory, b_panel(i - k_slabs));
         });
         team.barrier();
         float* z = rows_of(team);
-        team.share(ceil_div(p.m, kBlockRows), [&](int64_t block) {
-            const int64_t row = block * kBlockRows, count = min_of(kBlockRows, p.m - row);
-            memset(z, 0, count * r4 * sizeof(float));
+        team.share(ceil_div(p.m, E::kBlockRows), [&](int64_t block) {
+            const int64_t row = block * E::kBlockRows, count = min_of(E::kBlockRows, p.m - row);
+            memset(z, 0, round_up(count, E::kRowStep) * rp * sizeof(float));
             for (int64_t slab = 0; slab < k_slabs; ++slab)
-                dot_slab(team, slab, row, count, panel(slab), z);
+                dot_slab(team, slab, row, count, a_panel(slab), z);
             const Coefficients<E> h = activate(team, row, count, z, true);
             for (int64_t slab = 0; slab < n_slabs; ++slab)
-                expand_slab(slab, row, count, h, panel(k_slabs + slab));
+                expand_slab(slab, row, count, h, b_panel(slab));
         });
     }
 
     void by_slabs(Team& team) {
         float* tile_memory = tile_of(team);
         float* sums = scratch.get<float>(partial);
-        Elem* local = panel(team.id());
         team.share(k_slabs, [&](int64_t slab) {
-            float* z = sums + slab * p.m * r4;
-            memset(z, 0, p.m * r4 * sizeof(float));
-            pack_a(slab, tile_memory, local);
-            dot_slab(team, slab, 0, p.m, local, z);
+            float* z = sums + slab * block_rows * rp;
+            memset(z, 0, block_rows * rp * sizeof(float));
+            pack_a(slab, tile_memory, a_panel(team.id()));
+            dot_slab(team, slab, 0, p.m, a_panel(team.id()), z);
         });
         team.barrier();
         float* z = rows_of(team);
-        memcpy(z, sums, p.m * r4 * sizeof(float));
+        memcpy(z, sums, p.m * rp * sizeof(float));
         for (int64_t slab = 1; slab < k_slabs; ++slab)
-            for (int64_t i = 0; i < p.m * r4; ++i)
-                z[i] += sums[slab * p.m * r4 + i];
+            for (int64_t i = 0; i < p.m * rp; ++i)
+                z[i] += sums[slab * block_rows * rp + i];
         const Coefficients<E> h = activate(team, 0, p.m, z, team.id() == 0);
         team.share(n_slabs, [&](int64_t slab) {
-            pack_b(slab, tile_memory, local);
-            expand_slab(slab, 0, p.m, h, local);
+            pack_b(slab, tile_memory, b_panel(team.id()));
+            expand_slab(slab, 0, p.m, h, b_panel(team.id()));
         });
     }
 
     void pack_a(int64_t slab, float* tile_memory, Elem* out) {
-        pack_slab<T, E>(p.a, false, slab * E::kSlab, slab_cols(p.k, slab), p.r, r4, tile_memory,
+        pack_slab<T, E>(p.a, false, slab * E::kSlab, slab_cols(p.k, slab), p.r, rp, tile_memory,
                         out, nullptr);
     }
     void pack_b(int64_t slab, float* tile_memory, Elem* out) {
-        pack_slab<T, E>(p.b, true, slab * E::kSlab, slab_cols(p.n, slab), p.r, r4, tile_memory,
+        pack_slab<T, E>(p.b, true, slab * E::kSlab, slab_cols(p.n, slab), p.r, rp, tile_memory,
                         nullptr, out);
     }
 
     void dot_slab(Team& team, int64_t slab, int64_t row, int64_t count, const Elem* packed,
                   float* z) {
         const int64_t cols = slab_cols(p.k, slab);
-        Elem* memory = scratch.get<Elem>(staged) + team.id() * kBlockRows * staged_ld<E>();
+        Elem* memory = scratch.get<Elem>(staged) + team.id() * E::kBlockRows * staged_ld<E>();
         const Block<E> x = stage<E, T>(p.x, row, count, slab * E::kSlab, cols, dropout, memory);
-        dot<E>(x.data, x.ld, count, packed, r4, ceil_div(cols, E::kTile), z, r4);
+        E::dot(x.data, x.ld, count, packed, rp, ceil_div(cols, E::kTile), z, rp);
     }
 
-    // Rounds z, stores it if wanted, and returns h; both are rows of r4 with zeros beyond r.
+    // Rounds z, stores it if wanted, and returns h; both are rows of rp with zeros beyond r.
     Coefficients<E> activate(Team& team, int64_t row, int64_t count, float* z, bool store_z) {
-        for (int64_t i = 0; i < count * r4; ++i)
+        for (int64_t i = 0; i < count * rp; ++i)
             z[i] = round_to<T>(dropout.threshold > 0 ? inverse_keep * z[i] : z[i]);
         if (store_z && p.z.data != nullptr)
             for (int64_t m = 0; m < count; ++m)
                 for (int64_t j = 0; j < p.r; ++j)
-                    from_float(z[m * r4 + j], element<T>(p.z, row + m, j));
-        float* h = z + block_rows * r4;
-        phi(p.activation, z, count * r4, alpha_t, h, nullptr);
+                    from_float(z[m * rp + j], element<T>(p.z, row + m, j));
+        float* h = z + block_rows * rp;
+        phi(p.activation, z, count * rp, alpha_t, h, nullptr);
         for (int64_t m = 0; m < count; ++m)
-            for (int64_t j = p.r; j < r4; ++j)
-                h[m * r4 + j] = 0.0f;
+            for (int64_t j = p.r; j < rp; ++j)
+                h[m * rp + j] = 0.0f;
         char* memory =
-            scratch.get<char>(coefficients) + team.id() * E::coefficient_bytes(block_rows, r4);
-        return E::pack_coefficients(h, count, r4, memory);
+            scratch.get<char>(coefficients) + team.id() * E::coefficient_bytes(block_rows, rp);
+        return E::pack_coefficients(h, count, rp, memory);
     }
 
     void expand_slab(int64_t slab, int64_t row, int64_t count, const Coefficients<E>& h,
@@ -142,32 +143,31 @@ class Forward {
                                p.base.col_stride,
                                p.scaling,
                                streams};
-        for (int64_t c = 0; c < cols; c += E::kTile)
-            expand<E>(h, 0, count, r4, p.r, packed + c * r4, target, 0, c,
-                      static_cast<int>(min_of<int64_t>(E::kTile, cols - c)));
+        E::expand(h, count, rp, p.r, packed, target, cols);
     }
 
     static int64_t slab_cols(int64_t length, int64_t slab) {
         return min_of<int64_t>(E::kSlab, length - slab * E::kSlab);
     }
-    Elem* panel(int64_t i) { return scratch.get<Elem>(panels) + i * slab_elements; }
-    float* tile_of(Team& team) { return scratch.get<float>(tile) + team.id() * r4 * E::kTile; }
+    Elem* a_panel(int64_t i) { return scratch.get<Elem>(a_panels) + i * a_slab; }
+    Elem* b_panel(int64_t i) { return scratch.get<Elem>(b_panels) + i * b_slab; }
+    float* tile_of(Team& team) { return scratch.get<float>(tile) + team.id() * rp * E::kTile; }
     float* rows_of(Team& team) {
-        return scratch.get<float>(rows) + team.id() * 2 * block_rows * r4;
+        return scratch.get<float>(rows) + team.id() * 2 * block_rows * rp;
     }
 
     const ForwardParams& p;
-    int64_t r4, k_slabs, n_slabs;
+    int64_t rp, k_slabs, n_slabs;
     bool few_rows;
     float alpha_t;
     Dropout dropout;
     float inverse_keep;
     int64_t block_rows;
     int threads;
-    int64_t slab_elements;
+    int64_t a_slab, b_slab;
     bool streams;
     Scratch scratch;
-    int64_t staged, tile, rows, coefficients, panels, partial;
+    int64_t staged, tile, rows, coefficients, a_panels, b_panels, partial;
 };
 
 }  // namespace afa::cpu::AFA_ISA

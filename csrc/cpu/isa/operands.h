@@ -80,11 +80,11 @@ constexpr int kMaxRank = 256;
 // tile[j][kTile] = P[j][col + 0..cols) rounded to T, zero elsewhere; P is (r, L) with strides
 // (stride_j, stride_l).
 template <class T, class Src>
-static void read_tile(const Src* p, int64_t stride_j, int64_t stride_l, int64_t r, int64_t r4,
+static void read_tile(const Src* p, int64_t stride_j, int64_t stride_l, int64_t r, int64_t rp,
                       int cols, float* tile) {
     constexpr int kTile = Wide::kTile;
     if (stride_l == 1 || stride_j != 1) {
-        for (int64_t j = 0; j < r4; ++j) {
+        for (int64_t j = 0; j < rp; ++j) {
             float* row = tile + j * kTile;
             const int count = j < r ? cols : 0;
             if (stride_l == 1 && count > 0)
@@ -100,25 +100,25 @@ static void read_tile(const Src* p, int64_t stride_j, int64_t stride_l, int64_t 
     float runs[4 * kMaxRank];
     int c = 0;
     if constexpr (std::is_same_v<Src, float> && std::is_same_v<T, float>)
-        for (; r == r4 && c + 4 <= cols; c += 4)
-            transpose4(p + c * stride_l, stride_l, r4, tile + c, kTile);
+        for (; r == rp && c + 4 <= cols; c += 4)
+            transpose4(p + c * stride_l, stride_l, rp, tile + c, kTile);
     for (; c < kTile; c += 4) {
         for (int i = 0; i < 4; ++i) {
-            float* run = runs + i * r4;
+            float* run = runs + i * rp;
             const int64_t count = c + i < cols ? r : 0;
             if (count > 0)
                 read_run<T>(p + (c + i) * stride_l, count, run);
-            for (int64_t j = count; j < r4; ++j)
+            for (int64_t j = count; j < rp; ++j)
                 run[j] = 0.0f;
         }
-        transpose4(runs, r4, r4, tile + c, kTile);
+        transpose4(runs, rp, rp, tile + c, kTile);
     }
 }
 
 // The slab of P that starts at `col`; `scratch` holds one tile of floats. Either panel may be null.
 template <class T, class E>
 static void pack_slab(const Matrix& p, bool transposed, int64_t col, int64_t cols, int64_t r,
-                      int64_t r4, float* scratch, typename E::Elem* dot_panel,
+                      int64_t rp, float* scratch, typename E::Elem* dot_panel,
                       typename E::Elem* expand_panel) {
     const int64_t stride_j = transposed ? p.col_stride : p.row_stride;
     const int64_t stride_l = transposed ? p.row_stride : p.col_stride;
@@ -127,12 +127,12 @@ static void pack_slab(const Matrix& p, bool transposed, int64_t col, int64_t col
         const Src* data = static_cast<const Src*>(p.data) + col * stride_l;
         for (int64_t c = 0; c < cols; c += E::kTile) {
             const int count = static_cast<int>(min_of<int64_t>(E::kTile, cols - c));
-            read_tile<T>(data + c * stride_l, stride_j, stride_l, r, r4, count, scratch);
-            const int64_t offset = c * r4;
+            read_tile<T>(data + c * stride_l, stride_j, stride_l, r, rp, count, scratch);
+            const int64_t offset = c * rp, expand_offset = c * E::expand_rank(rp);
             if (dot_panel != nullptr)
-                E::pack_dot(scratch, r4, dot_panel + offset);
+                E::pack_dot(scratch, rp, dot_panel + offset);
             if (expand_panel != nullptr && expand_panel != dot_panel)
-                E::pack_expand(scratch, r4, expand_panel + offset);
+                E::pack_expand(scratch, rp, expand_panel + expand_offset);
         }
     });
 }
@@ -206,7 +206,8 @@ static Block<E> stage(const Matrix& x, int64_t row, int64_t rows, int64_t col, i
     const T* src = element<T>(x, row, col);
     const int64_t padded = round_up(cols, E::kTile);
     if constexpr (sizeof(T) == sizeof(Elem))
-        if (x.col_stride == 1 && padded == cols && dropout.threshold == 0)
+        if (x.col_stride == 1 && padded == cols && rows % E::kRowStep == 0 &&
+            dropout.threshold == 0)
             return {reinterpret_cast<const Elem*>(src), x.row_stride};
     const int64_t ld = staged_ld<E>();
     for (int64_t m = 0; m < rows; ++m) {
@@ -232,6 +233,8 @@ static Block<E> stage(const Matrix& x, int64_t row, int64_t rows, int64_t col, i
     }
     if (dropout.threshold > 0)
         drop(dropout, row, rows, col, cols, memory, ld);
+    for (int64_t m = rows; m < round_up(rows, E::kRowStep); ++m)
+        memset(memory + m * ld, 0, padded * sizeof(Elem));
     return {memory, ld};
 }
 

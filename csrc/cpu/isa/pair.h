@@ -5,13 +5,13 @@
 // rows of P in H P, two rows of dY or x in the gradients of P.
 #pragma once
 
-#include "cpu/isa/wide.h"
+#include "cpu/isa/engine.h"
 
 #if AFA_ISA_LEVEL >= 3
 
 namespace afa::cpu::AFA_ISA {
 
-struct Pair {
+struct Pair : RowGroups<Pair> {
     using Elem = bf16;
     static constexpr int kTile = kVectors * kLanes;
     static constexpr int kSlab = 512;
@@ -28,12 +28,12 @@ struct Pair {
     }
 
     // Dot panel: [row of P][kTile]; expand panel: [pair of rows of P][kTile][2].
-    static void pack_dot(const float* tile, int64_t r4, Elem* panel) {
-        for (int64_t i = 0; i < r4 * kTile; i += kLanes)
+    static void pack_dot(const float* tile, int64_t rp, Elem* panel) {
+        for (int64_t i = 0; i < rp * kTile; i += kLanes)
             store(panel + i, load(tile + i));
     }
-    static void pack_expand(const float* tile, int64_t r4, Elem* panel) {
-        for (int64_t j = 0; j < r4; j += 2)
+    static void pack_expand(const float* tile, int64_t rp, Elem* panel) {
+        for (int64_t j = 0; j < rp; j += 2)
             pack_pairs(tile + j * kTile, tile + (j + 1) * kTile, kTile, panel + j * kTile);
     }
     static int64_t coefficient_bytes(int64_t rows, int64_t ld) {
@@ -61,15 +61,15 @@ struct Pair {
     }
 
     template <int kRows>
-    static void dot_rows(const bf16* x, int64_t ldx, const Elem* panel, int64_t r4, int64_t tiles,
+    static void dot_rows(const bf16* x, int64_t ldx, const Elem* panel, int64_t rp, int64_t tiles,
                          float* z, int64_t ldz) {
-        for (int64_t j = 0; j < r4; j += kGroup) {
+        for (int64_t j = 0; j < rp; j += kGroup) {
             Vec acc[kRows][kGroup];
             for (int m = 0; m < kRows; ++m)
                 for (int g = 0; g < kGroup; ++g)
                     acc[m][g] = zero();
             for (int64_t t = 0; t < tiles; ++t) {
-                const bf16* p = panel + (t * r4 + j) * kTile;
+                const bf16* p = panel + (t * rp + j) * kTile;
 #pragma GCC unroll 2
                 for (int v = 0; v < kTile; v += kPairLanes) {
                     __m512bh left[kRows];
@@ -132,9 +132,9 @@ struct Pair {
             }
     }
 
-    static void outer(const Coefficients<Pair>& h, int64_t rows, int64_t ld, const Elem* packed,
-                      int64_t r4, float* sums, int64_t ld_sums) {
-        for (int64_t j = 0; j < r4; j += kGroup) {
+    static void outer_tile(const Coefficients<Pair>& h, int64_t rows, int64_t ld,
+                           const Elem* packed, float* sums) {
+        for (int64_t j = 0; j < ld; j += kGroup) {
             Vec acc[kGroup][kVectors];
             for (int g = 0; g < kGroup; ++g)
                 for (int v = 0; v < kVectors; ++v)
@@ -146,7 +146,7 @@ struct Pair {
                     right[v] = pairs(packed + m * kTile + v * kPairLanes);
 #pragma GCC unroll 4
                 for (int g = 0; g < kGroup; ++g) {
-                    const __m512bh left = broadcast_pair(h.row_pairs + m * ld + 2 * (j + g));
+                    const __m512bh left = broadcast_pair(h.columns + m * ld + 2 * (j + g));
 #pragma GCC unroll 4
                     for (int v = 0; v < kVectors; ++v)
                         acc[g][v] = _mm512_dpbf16_ps(acc[g][v], left, right[v]);
@@ -154,8 +154,7 @@ struct Pair {
             }
             for (int g = 0; g < kGroup; ++g)
                 for (int v = 0; v < kVectors; v += 2)
-                    add_interleaved(sums + (j + g) * ld_sums + v * kLanes, acc[g][v],
-                                    acc[g][v + 1]);
+                    add_interleaved(sums + (j + g) * kSlab + v * kLanes, acc[g][v], acc[g][v + 1]);
         }
     }
 

@@ -3,19 +3,20 @@
 #pragma once
 
 #include "common/activation.h"
-#include "cpu/isa/vec.h"
+#include "cpu/isa/math.h"
 
 namespace afa::cpu::AFA_ISA {
 
 template <Activation kAct>
-static void phi_loop(const float* z, int64_t count, float alpha_t, float* value, float* slope) {
+static void phi_loop(const float* __restrict z, int64_t count, float alpha_t,
+                     float* __restrict value, float* __restrict slope) {
     if (slope == nullptr) {
         for (int64_t i = 0; i < count; ++i)
-            value[i] = anneal<kAct>(z[i], alpha_t).value;
+            value[i] = anneal<kAct, VectorMath>(z[i], alpha_t).value;
         return;
     }
     for (int64_t i = 0; i < count; ++i) {
-        const ValueSlope phi = anneal<kAct>(z[i], alpha_t);
+        const ValueSlope phi = anneal<kAct, VectorMath>(z[i], alpha_t);
         value[i] = phi.value;
         slope[i] = phi.slope;
     }

@@ -5,6 +5,7 @@
 #include "cpu/isa/backward.h"
 #include "cpu/isa/forward.h"
 #include "cpu/isa/pair.h"
+#include "cpu/isa/tiles.h"
 
 namespace afa::cpu::AFA_ISA {
 
@@ -12,6 +13,11 @@ template <template <class, class> class Pass, class Params>
 static void run(const Params& params) {
     switch (params.dtype) {
     case Dtype::bf16:
+#if AFA_ISA_LEVEL >= 4
+        // Packing the factors for AMX is worth it from a few rows on.
+        if (params.m > Tiles::kBlockRows)
+            return Pass<bf16, Tiles>(params).run();
+#endif
 #if AFA_ISA_LEVEL >= 3
         return Pass<bf16, Pair>(params).run();
 #else

@@ -16,8 +16,6 @@
 
 namespace afa::cpu::AFA_ISA {
 
-// Rows that are staged together: a multiple of the rows that a product takes at once, and even.
-constexpr int64_t kBlockRows = 48;
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr int64_t kWorthThreads = 100000;
 
@@ -66,6 +64,10 @@ static inline void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+struct Range {
+    int64_t begin, end;
+};
+
 // The threads of one parallel region. They share out tasks in index order; what a task computes
 // depends on its index alone, so results do not depend on which thread takes it or on how many
 // threads there are.
@@ -96,6 +98,11 @@ class Team {
         }
         for (int64_t i; (i = __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED)) < count;)
             f(i);
+    }
+
+    // This thread's run of [0, count).
+    Range part(int64_t count) const {
+        return {count * id_ / threads_, count * (id_ + 1) / threads_};
     }
 
   private:

@@ -41,6 +41,9 @@ static inline T min_of(T a, T b) {
 static inline int64_t round_up(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }
+static inline int64_t round_down(int64_t value, int64_t multiple) {
+    return value / multiple * multiple;
+}
 static inline int64_t ceil_div(int64_t value, int64_t divisor) {
     return (value + divisor - 1) / divisor;
 }

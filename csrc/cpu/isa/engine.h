@@ -1,0 +1,106 @@
+// What the engines of the three products have in common.
+//
+// An engine E is a set of static functions and formats: Wide (float32), Pair (bfloat16 pairs) or
+// Tiles (AMX). The passes of forward.h and backward.h are written once, for any of them:
+//
+//   E::dot      z += x P^T         x (rows, cols), P (r, cols)
+//   E::expand   out = base + s h P h (rows, r)
+//   E::outer    sums += h^T x      h (rows, r), x (rows, cols)
+//
+// P is read from panels, slab by slab of E::kSlab columns; h and dz come as Coefficients; x and dY
+// directly or staged (operands.h).
+#pragma once
+
+#include "cpu/isa/target.h"
+
+namespace afa::cpu::AFA_ISA {
+
+// The rows of h or dz in the formats that the products read.
+template <class E>
+struct Coefficients {
+    const float* wide;                // [rows][ld]
+    const typename E::Elem* rows;     // as the left factor of P
+    const typename E::Elem* columns;  // as the left factor of dY or x, contracted over the rows
+};
+
+// What an engine inherits that takes a few rows at a time and keeps their sums in vectors. It has
+// dot_rows<n>, expand_rows<n>, pack_outer and outer_tile.
+template <class E>
+struct RowGroups {
+    static constexpr int64_t kBlockRows = 48;  // rows that are staged together
+    static constexpr int64_t kRowStep = 1;     // rows of a staged block are padded to this
+    static constexpr int64_t kRankStep = 4;    // r is padded to this
+    struct Scope {};                           // what a thread holds while it runs products
+
+    static int64_t expand_rank(int64_t rp) { return rp; }
+
+    // z[rows][rp] += x P^T over `tiles` tiles of columns.
+    template <class Elem>
+    static void dot(const Elem* x, int64_t ldx, int64_t rows, const Elem* panel, int64_t rp,
+                    int64_t tiles, float* z, int64_t ldz) {
+        int64_t m = 0;
+        for (; m + kRowGroup <= rows; m += kRowGroup)
+            E::template dot_rows<kRowGroup>(x + m * ldx, ldx, panel, rp, tiles, z + m * ldz, ldz);
+        x += m * ldx;
+        z += m * ldz;
+        switch (rows - m) {
+        case 1:
+            return E::template dot_rows<1>(x, ldx, panel, rp, tiles, z, ldz);
+        case 2:
+            return E::template dot_rows<2>(x, ldx, panel, rp, tiles, z, ldz);
+#if AFA_ISA_LEVEL >= 2
+        case 3:
+            return E::template dot_rows<3>(x, ldx, panel, rp, tiles, z, ldz);
+        case 4:
+            return E::template dot_rows<4>(x, ldx, panel, rp, tiles, z, ldz);
+        case 5:
+            return E::template dot_rows<5>(x, ldx, panel, rp, tiles, z, ldz);
+#endif
+        }
+    }
+
+    // The first `rows` rows and `cols` columns of the target, within one slab.
+    template <class Elem, class T>
+    static void expand(const Coefficients<E>& h, int64_t rows, int64_t rp, int64_t r,
+                       const Elem* panel, const Target<T>& target, int64_t cols) {
+        for (int64_t c = 0; c < cols; c += E::kTile)
+            expand_tile(h, rows, rp, r, panel + c * rp, target, c,
+                        static_cast<int>(min_of<int64_t>(E::kTile, cols - c)));
+    }
+    template <class Elem, class T>
+    static void expand_tile(const Coefficients<E>& h, int64_t rows, int64_t rp, int64_t r,
+                            const Elem* panel, const Target<T>& target, int64_t col, int cols) {
+        int64_t m = 0;
+        for (; m + kRowGroup <= rows; m += kRowGroup)
+            E::template expand_rows<kRowGroup>(h, m, rp, r, panel, target, m, col, cols);
+        switch (rows - m) {
+        case 1:
+            return E::template expand_rows<1>(h, m, rp, r, panel, target, m, col, cols);
+        case 2:
+            return E::template expand_rows<2>(h, m, rp, r, panel, target, m, col, cols);
+#if AFA_ISA_LEVEL >= 2
+        case 3:
+            return E::template expand_rows<3>(h, m, rp, r, panel, target, m, col, cols);
+        case 4:
+            return E::template expand_rows<4>(h, m, rp, r, panel, target, m, col, cols);
+        case 5:
+            return E::template expand_rows<5>(h, m, rp, r, panel, target, m, col, cols);
+#endif
+        }
+    }
+
+    // sums[rp][kSlab] += h^T x over the first `cols` columns, whole tiles. `packed` holds one tile
+    // of kBlockRows rows.
+    template <class Elem>
+    static void outer(const Coefficients<E>& h, int64_t rows, int64_t rp, const Elem* x,
+                      int64_t ldx, int64_t cols, float* sums, Elem* packed) {
+        for (int64_t c = 0; c < cols; c += E::kTile) {
+            E::pack_outer(x + c, ldx, rows, packed);
+            E::outer_tile(h, rows, rp, packed, sums + c);
+        }
+    }
+    // Brings finished sums into the order of the columns.
+    static void finish_sums(float*, int64_t, int64_t) {}
+};
+
+}  // namespace afa::cpu::AFA_ISA

@@ -1,0 +1,356 @@
+// The three products on AMX tiles of bfloat16: 16 x 16 sums += (16 x 32) (32 x 16), in float32.
+//
+// One instruction does what 128 vdpbf16ps do, so what is left is moving: x and dY go into the
+// left or right tiles as they lie in memory or after one interleaving of two rows, and the sums
+// leave through a buffer in the L1 cache.
+#pragma once
+
+#include "cpu/isa/amx.h"
+#include "cpu/isa/engine.h"
+
+#if AFA_ISA_LEVEL >= 4
+
+namespace afa::cpu::AFA_ISA {
+
+// Neighbouring bfloat16 of two vectors: out = {even[0], odd[0], even[1], odd[1], ...}.
+static inline __m512i interleave(Vec even, Vec odd) {
+    const __m512i low = _mm512_cvtepu16_epi32(narrow_bf16(even));
+    const __m512i high = _mm512_cvtepu16_epi32(narrow_bf16(odd));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// rows[i] lane j = rows[j] lane i, 32-bit lanes.
+static inline void transpose16(__m512i (&rows)[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int e = 0; e < 2; ++e) {
+            rows[i + 2 * e] = _mm512_unpacklo_epi64(t[i + e], t[i + e + 2]);
+            rows[i + 2 * e + 1] = _mm512_unpackhi_epi64(t[i + e], t[i + e + 2]);
+        }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xDD);
+        t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xDD);
+    }
+    for (int i = 0; i < 4; ++i) {
+        rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+        rows[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
+    }
+}
+
+struct Tiles {
+    using Elem = bf16;
+    static constexpr int kTile = kVectors * kLanes;
+    static constexpr int kSlab = 512;
+    static constexpr bool kOnePanel = false;
+    static constexpr int64_t kBlockRows = 64;
+    static constexpr int64_t kRowStep = kTileRows;
+    static constexpr int64_t kRankStep = 16;
+    using Scope = TileScope;
+
+    static constexpr int64_t kDepth = 32;                  // contracted by one instruction
+    static constexpr int kUnit = 2 * kLanes;               // columns that `expand` writes at a time
+    static constexpr int64_t kTileElements = 16 * kDepth;  // of a left or right tile
+    static constexpr int64_t kRightStride = kTileBytes;    // of the tiles of a panel
+    static constexpr int64_t kSlabStride = kSlab * sizeof(float);
+
+    // The product with P contracts over r, whole tiles of it.
+    static int64_t expand_rank(int64_t rp) { return round_up(rp, kDepth); }
+
+    // [kDepth columns][16 rows of P] as a right tile: [pair of columns][row of P][2].
+    static void pack_dot(const float* tile, int64_t rp, Elem* panel) {
+        for (int64_t c = 0; c < kTile; c += kDepth)
+            for (int64_t j = 0; j < rp; j += 16, panel += kTileElements) {
+                __m512i rows[16];
+                for (int i = 0; i < 16; ++i) {
+                    const float* p = tile + (j + i) * kTile + c;
+                    rows[i] = narrow_pair(load(p), load(p + kLanes));
+                }
+                transpose16(rows);
+                for (int i = 0; i < 16; ++i)
+                    _mm512_storeu_si512(panel + i * 2 * kLanes, rows[i]);
+            }
+    }
+    // [16 columns][kDepth rows of P] as a right tile: [pair of rows of P][column][2].
+    static void pack_expand(const float* tile, int64_t rp, Elem* panel) {
+        for (int64_t c = 0; c < kTile; c += kLanes)
+            for (int64_t j = 0; j < expand_rank(rp); j += 2, panel += 2 * kLanes) {
+                const float* p = tile + j * kTile + c;
+                _mm512_storeu_si512(panel, j < rp ? interleave(load(p), load(p + kTile))
+                                                  : _mm512_setzero_si512());
+            }
+    }
+
+    // rows: [row][expand_rank], whole tiles of rows; columns: [row of P][kBlockRows].
+    static int64_t coefficient_bytes(int64_t rows, int64_t rp) {
+        return (round_up(rows, kTileRows) * expand_rank(rp) + rp * kBlockRows) *
+               static_cast<int64_t>(sizeof(bf16));
+    }
+    static Coefficients<Tiles> view_coefficients(const float* h, int64_t rows, int64_t rp,
+                                                 void* memory) {
+        const bf16* by_rows = static_cast<const bf16*>(memory);
+        return {h, by_rows, by_rows + round_up(rows, kTileRows) * expand_rank(rp)};
+    }
+    static Coefficients<Tiles> pack_coefficients(const float* h, int64_t rows, int64_t rp,
+                                                 void* memory) {
+        const Coefficients<Tiles> view = view_coefficients(h, rows, rp, memory);
+        bf16* by_rows = const_cast<bf16*>(view.rows);
+        bf16* by_columns = const_cast<bf16*>(view.columns);
+        const int64_t depth = expand_rank(rp);
+        for (int64_t m = 0; m < round_up(rows, kTileRows); ++m)
+            for (int64_t j = 0; j < depth; j += kLanes)
+                store(by_rows + m * depth + j, m < rows && j < rp ? load(h + m * rp + j) : zero());
+        for (int64_t m = 0; m < round_up(rows, kDepth); m += kLanes)
+            for (int64_t j = 0; j < rp; j += 16) {
+                __m512i lanes[16];
+                for (int i = 0; i < 16; ++i)
+                    lanes[i] =
+                        _mm512_castps_si512(m + i < rows ? load(h + (m + i) * rp + j) : zero());
+                transpose16(lanes);
+                for (int i = 0; i < 16; ++i)
+                    store(by_columns + (j + i) * kBlockRows + m, _mm512_castsi512_ps(lanes[i]));
+            }
+        return view;
+    }
+
+    static void dot(const bf16* x, int64_t ldx, int64_t rows, const Elem* panel, int64_t rp,
+                    int64_t tiles, float* z, int64_t ldz) {
+        const int64_t chunks = tiles * (kTile / kDepth), step = rp * kDepth;
+        rows = round_up(rows, kTileRows);
+        int64_t j = 0;
+        for (; j + 32 <= rp; j += 32) {
+            int64_t m = 0;
+            for (; m + 32 <= rows; m += 32)
+                dot_tiles<2, 2>(x + m * ldx, ldx, panel + j * kDepth, step, chunks, z + m * ldz + j,
+                                ldz);
+            if (m < rows)
+                dot_tiles<1, 2>(x + m * ldx, ldx, panel + j * kDepth, step, chunks, z + m * ldz + j,
+                                ldz);
+        }
+        if (j == rp)
+            return;
+        int64_t m = 0;
+        for (; m + 64 <= rows; m += 64)
+            dot_tiles<4, 1>(x + m * ldx, ldx, panel + j * kDepth, step, chunks, z + m * ldz + j,
+                            ldz);
+        for (; m < rows; m += 16)
+            dot_tiles<1, 1>(x + m * ldx, ldx, panel + j * kDepth, step, chunks, z + m * ldz + j,
+                            ldz);
+    }
+
+    // Units of 16 rows by kDepth columns, along the rows, so that the prefetchers can follow. While
+    // the vectors write unit u, the sums of unit u + 1 leave their registers and those of unit u +
+    // 2 come into being: none of the three waits for another.
+    template <class T>
+    static void expand(const Coefficients<Tiles>& h, int64_t rows, int64_t rp, int64_t,
+                       const Elem* panel, const Target<T>& target, int64_t cols) {
+        alignas(64) float buffers[2][kTileRows * kUnit];
+        const int64_t depth = expand_rank(rp), across = ceil_div(cols, kUnit);
+        const int64_t count = across * ceil_div(rows, kTileRows);
+        const auto multiply = [&](int64_t u, auto pair) {
+            if (u < count)
+                expand_unit<pair>(h.rows + u / across * kTileRows * depth, depth,
+                                  panel + u % across * kUnit * depth, u % across == 0);
+        };
+        const auto drain = [&](auto pair) {
+            tile_store<2 * pair>(buffers[pair], kUnit * sizeof(float));
+            tile_store<2 * pair + 1>(buffers[pair] + kLanes, kUnit * sizeof(float));
+        };
+        multiply(0, Index<0>{});
+        drain(Index<0>{});
+        multiply(1, Index<1>{});
+        for (int64_t u = 0; u < count; u += 2)
+            each<2>([&](auto pair) {
+                drain(Index<1 - pair>{});
+                multiply(u + pair + 2, pair);
+                const int64_t row = (u + pair) / across * kTileRows,
+                              col = (u + pair) % across * kUnit;
+                if (u + pair < count)
+                    write_unit(target, row, min_of<int64_t>(kTileRows, rows - row), col,
+                               static_cast<int>(min_of<int64_t>(kUnit, cols - col)), buffers[pair]);
+            });
+    }
+
+    static void outer(const Coefficients<Tiles>& h, int64_t rows, int64_t rp, const Elem* x,
+                      int64_t ldx, int64_t cols, float* sums, Elem* packed) {
+        for (int64_t c = 0; c < cols; c += kTile) {
+            pack_outer(x + c, ldx, rows, packed);
+            for (int64_t half = 0; half < kTile; half += kDepth) {
+                const Elem* right =
+                    packed + half / kDepth * (kBlockRows / kDepth) * 2 * kTileElements;
+                float* out = sums + c + half;
+                int64_t j = 0;
+                for (; j + 32 <= rp; j += 32)
+                    outer_tiles<2>(h.columns + j * kBlockRows, rows, right, out + j * kSlab);
+                if (j < rp)
+                    outer_tiles<1>(h.columns + j * kBlockRows, rows, right, out + j * kSlab);
+            }
+        }
+    }
+
+    // The interleaving of two rows leaves columns 0-3, 8-11, ... in one tile and 4-7, 12-15, ... in
+    // the other.
+    static void finish_sums(float* sums, int64_t rp, int64_t cols) {
+        const __m512i first_half =
+            _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        const __m512i second_half =
+            _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+        for (int64_t j = 0; j < rp; ++j)
+            for (int64_t c = 0; c < cols; c += 2 * kLanes) {
+                float* p = sums + j * kSlab + c;
+                const Vec low = load(p), high = load(p + kLanes);
+                store(p, _mm512_permutex2var_ps(low, first_half, high));
+                store(p + kLanes, _mm512_permutex2var_ps(low, second_half, high));
+            }
+    }
+
+  private:
+    // kRows x kRanks tiles of sums in registers 0 to 3, left tiles in 4 and 5, right ones in 6 and
+    // 7.
+    template <int kRows, int kRanks>
+    static void dot_tiles(const bf16* x, int64_t ldx, const Elem* panel, int64_t step,
+                          int64_t chunks, float* z, int64_t ldz) {
+        static_assert(kRows * kRanks <= 4 && kRanks <= 2);
+        const int64_t x_stride = ldx * static_cast<int64_t>(sizeof(bf16));
+        const int64_t z_stride = ldz * static_cast<int64_t>(sizeof(float));
+        each<kRows * kRanks>(
+            [&](auto s) { tile_load<s>(z + s / kRanks * 16 * ldz + s % kRanks * 16, z_stride); });
+        for (int64_t c = 0; c < chunks; ++c, x += kDepth, panel += step) {
+            each<kRanks>(
+                [&](auto j) { tile_load<6 + j>(panel + j * kTileElements, kRightStride); });
+            each<kRows>([&](auto i) {
+                tile_load<4 + i % 2>(x + i * 16 * ldx, x_stride);
+                each<kRanks>([&](auto j) { tile_dot<i * kRanks + j, 4 + i % 2, 6 + j>(); });
+            });
+        }
+        each<kRows * kRanks>(
+            [&](auto s) { tile_store<s>(z + s / kRanks * 16 * ldz + s % kRanks * 16, z_stride); });
+    }
+
+    // Registers 2 kPair and 2 kPair + 1 = h P for 16 rows and kUnit columns. Register 4 keeps the
+    // rows of h as long as they are one tile.
+    template <int kPair>
+    static void expand_unit(const bf16* h, int64_t depth, const Elem* panel, bool new_rows) {
+        tile_zero<2 * kPair>();
+        tile_zero<2 * kPair + 1>();
+        for (int64_t j = 0; j < depth; j += kDepth) {
+            if (new_rows || depth > kDepth)
+                tile_load<4>(h + j, depth * static_cast<int64_t>(sizeof(bf16)));
+            tile_load<6>(panel + j * 16, kRightStride);
+            tile_dot<2 * kPair, 4, 6>();
+            tile_load<7>(panel + (depth + j) * 16, kRightStride);
+            tile_dot<2 * kPair + 1, 4, 7>();
+        }
+    }
+
+    // Columns [col, col + cols) of one unit: base + scale * sums.
+    template <class T>
+    static void write_unit(const Target<T>& t, int64_t row, int64_t rows, int64_t col, int cols,
+                           const float* sums) {
+        T* out = t.out + row * t.out_row + col * t.out_col;
+        const T* base = t.base == nullptr ? nullptr : t.base + row * t.base_row + col * t.base_col;
+        const bool whole = cols == kUnit && t.out_col == 1 && (base == nullptr || t.base_col == 1);
+        if (!whole)
+            write_part(t, out, base, rows, cols, sums);
+        else if (t.streams)
+            write_whole(t, out, base, rows, sums, [](T* p, __m512i values) {
+                _mm512_stream_si512(reinterpret_cast<__m512i*>(p), values);
+            });
+        else
+            write_whole(t, out, base, rows, sums,
+                        [](T* p, __m512i values) { _mm512_storeu_si512(p, values); });
+    }
+    template <class T, class Put>
+    static inline __attribute__((always_inline)) void write_whole(const Target<T>& t, T* out,
+                                                                  const T* base, int64_t rows,
+                                                                  const float* sums, Put&& put) {
+        const Vec scale = broadcast(t.scale);
+        if (base == nullptr) {
+            for (int64_t m = 0; m < rows; ++m, sums += kUnit, out += t.out_row)
+                put(out, narrow_pair(scale * load(sums), scale * load(sums + kLanes)));
+            return;
+        }
+        for (int64_t m = 0; m < rows; ++m) {
+            __builtin_prefetch(base + kUnit, 1);
+            put(out, narrow_pair(fma(scale, load(sums), load(base)),
+                                 fma(scale, load(sums + kLanes), load(base + kLanes))));
+            sums += kUnit;
+            out += t.out_row;
+            base += t.base_row;
+        }
+    }
+    template <class T>
+    static void write_part(const Target<T>& t, T* out, const T* base, int64_t rows, int cols,
+                           const float* sums) {
+        for (int64_t m = 0; m < rows; ++m, sums += kUnit)
+            for (int c = 0; c < cols; ++c) {
+                const float value =
+                    base == nullptr
+                        ? t.scale * sums[c]
+                        : fma(t.scale, sums[c], to_float(base[m * t.base_row + c * t.base_col]));
+                from_float(value, out + m * t.out_row + c * t.out_col);
+            }
+    }
+
+    static __m512i narrow_pair(Vec low, Vec high) {
+        return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+    }
+
+    // Rows as pairs: [kDepth columns][kDepth rows][half][pair of rows][16 columns][2].
+    static void pack_outer(const Elem* x, int64_t ldx, int64_t rows, Elem* packed) {
+        const int64_t chunks = ceil_div(rows, kDepth);
+        for (int64_t m = 0; m < chunks * kDepth; m += 2)
+            for (int64_t c = 0; c < kTile; c += kDepth) {
+                const __m512i row0 =
+                    m < rows ? _mm512_loadu_si512(x + m * ldx + c) : _mm512_setzero_si512();
+                const __m512i row1 = m + 1 < rows ? _mm512_loadu_si512(x + (m + 1) * ldx + c)
+                                                  : _mm512_setzero_si512();
+                Elem* out = packed +
+                            (c / kDepth * (kBlockRows / kDepth) + m / kDepth) * 2 * kTileElements +
+                            m % kDepth * 16;
+                _mm512_storeu_si512(out, _mm512_unpacklo_epi16(row0, row1));
+                _mm512_storeu_si512(out + kTileElements, _mm512_unpackhi_epi16(row0, row1));
+            }
+    }
+
+    template <int kRanks>
+    static void outer_tiles(const bf16* columns, int64_t rows, const Elem* packed, float* sums) {
+        each<2 * kRanks>(
+            [&](auto s) { tile_load<s>(sums + s / 2 * 16 * kSlab + s % 2 * 16, kSlabStride); });
+        for (int64_t m = 0; m < rows; m += kDepth, packed += 2 * kTileElements) {
+            tile_load<6>(packed, kRightStride);
+            tile_load<7>(packed + kTileElements, kRightStride);
+            each<kRanks>([&](auto i) {
+                tile_load<4 + i>(columns + i * 16 * kBlockRows + m, kBlockRows * sizeof(bf16));
+                tile_dot<2 * i, 4 + i, 6>();
+                tile_dot<2 * i + 1, 4 + i, 7>();
+            });
+        }
+        each<2 * kRanks>(
+            [&](auto s) { tile_store<s>(sums + s / 2 * 16 * kSlab + s % 2 * 16, kSlabStride); });
+    }
+
+    template <int kIndex>
+    struct Index {
+        constexpr operator int() const { return kIndex; }
+    };
+    // f(Index<0>), ..., f(Index<kCount - 1>): the number of a register is part of an instruction.
+    template <int kCount, class F>
+    static inline __attribute__((always_inline)) void each(F&& f) {
+        if constexpr (kCount > 0) {
+            each<kCount - 1>(f);
+            f(Index<kCount - 1>{});
+        }
+    }
+};
+
+}  // namespace afa::cpu::AFA_ISA
+
+#endif
