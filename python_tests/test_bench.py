@@ -96,7 +96,7 @@ def test_every_provider_of_this_machine_is_right(scope, dtype):
 
 
 def test_a_wrong_result_of_ours_is_not_timed_and_fails_the_run(tmp_path, monkeypatch, small_roofs):
-    def zeros(case):
+    def zeros(case, inplace):
         return lambda x, a, b, base: base + 0 * (x.sum() + a.sum() + b.sum())
 
     wrong = dataclasses.replace(providers()["afa.torch"], name="afa.wrong", branch=zeros)
