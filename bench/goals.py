@@ -198,9 +198,10 @@ def section(files: Iterable[Path]) -> dict[str, str]:
         records = read(path)
         rows = [record for record in records if record["kind"] == "row"]
         environment = records[0]
+        isa, torch_version = environment["isa"]["afa_kernels"], environment["packages"]["torch"]
         how = (
             f"`{environment['command'].partition(' --out')[0]}`, {environment['cpu']}, "
-            f"{environment['threads']} threads, {environment['isa']['afa_kernels']}, torch {environment['packages']['torch']}, "
+            f"{environment['threads']} threads, {isa}, torch {torch_version}, "
             f"commit {environment['commit'][:7]}:"
         )
         for goal, make in ((LAYER, _layer_table), (BRANCH, _branch_table), (DECODE, _decode_table)):

@@ -4,6 +4,7 @@ that hold what a call does."""
 import argparse
 import dataclasses
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,11 @@ def test_the_command_writes_valid_rows_of_every_scope(tmp_path, small_roofs, sma
     for row in rows:
         assert row["provider"] not in row["ratio"]
         assert ("tax" in row) == (row["scope"] != "branch" and row["provider"] != "frozen")
+        assert row["ratio_interval"].keys() == row["ratio"].keys()
+        for name, (low, high) in row["ratio_interval"].items():
+            assert low <= row["ratio"][name] <= high
+        if "tax" in row:
+            assert row["tax_interval"][0] <= row["tax"] <= row["tax_interval"][1]
         assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
     assert "p50 ms" in capsys.readouterr().out
 
@@ -252,8 +258,8 @@ def test_the_floor_is_arithmetic_or_bytes_whichever_is_longer():
 
 def test_the_tax_is_counted_over_the_frozen_layer():
     floor_ms = cost.branch(TINY, "both").milliseconds(cost.frozen(TINY, "both").flop / 2.0 * 1e-6, ROOF["copy_gb_s"])
-    got = suite._against_floor(TINY, "both", [3.0, 3.0, 9.0], [2.0, 1.0, 2.0], ROOF)
-    assert got["tax"] == pytest.approx(0.5)
+    got = suite._against_floor(TINY, "both", [3.0, 3.0, 9.0], [2.0, 1.0, 6.0], ROOF)
+    assert got["tax"] == pytest.approx(0.5) and got["tax_interval"] == pytest.approx([0.5, 2.0])
     assert got["floor_tax"] == pytest.approx(floor_ms / 2.0)
     assert got["over_floor"] == pytest.approx(1.0 / floor_ms)
 
@@ -304,11 +310,67 @@ def test_steps_are_timed_apart_and_summed():
     assert result["both"] == pytest.approx(result["forward"] + result["backward"])
 
 
-def test_quantiles_interpolate_and_ratios_are_of_medians():
+def test_quantiles_interpolate():
     assert timing.quantile([4.0, 1.0, 2.0, 3.0], 0.5) == 2.5
     assert timing.quantile([1.0, 2.0, 3.0], 0.2) == pytest.approx(1.4)
     assert timing.quantile([7.0], 0.8) == 7.0
-    assert timing.ratio([2.0, 4.0, 100.0], [1.0, 2.0, 3.0]) == 2.0
+
+
+def test_ratios_are_medians_within_rounds():
+    assert timing.compare([2.0, 4.0, 100.0], [1.0, 2.0, 1.0]) == (2.0, 2.0, 100.0)  # too few to leave any out
+    # The machine is half as fast in most rounds of one and in few of the other: medians differ, ratios do not.
+    slow, fast = [2.0] * 12 + [1.0] * 8, [2.1] * 12 + [1.05] * 8
+    assert timing.compare(fast, slow).middle == pytest.approx(1.05)
+
+
+@pytest.mark.parametrize("rounds", [7, 20, 101])
+def test_the_interval_of_a_ratio_holds_the_truth_as_often_as_it_says(rounds):
+    generator = torch.Generator().manual_seed(0)
+    trials = 400
+    held = widths = 0
+    for _ in range(trials):
+        noise = torch.randn(2, rounds, generator=generator).mul(0.05).exp()
+        low, _, high = timing.compare((1.2 * noise[0]).tolist(), noise[1].tolist())
+        held += low <= 1.2 <= high
+        widths += high - low
+    assert held / trials >= timing.CONFIDENCE - 0.03
+    assert widths / trials < 0.6 / rounds**0.5  # nor by being wide
+
+
+def test_rounds_end_when_the_ratios_are_known():
+    class Clock:
+        """Work "b" takes 1.5 times as long as "a", give or take ``noise``."""
+
+        def __init__(self, noise):
+            self.noise, self.time, self.random = noise, 0.0, random.Random(0)
+
+        def mark(self):
+            return self.time
+
+        def milliseconds(self, start, end):
+            return end - start
+
+        def wait(self):
+            pass
+
+    def rounds_of(noise, precision):
+        clock = Clock(noise)
+
+        def work(ms):
+            def step(_):
+                clock.time += ms * (1 + clock.random.uniform(-clock.noise, clock.noise))
+
+            return timing.Work(lambda: None, {"step": step})
+
+        works = {"a": work(10.0), "b": work(15.0)}
+        count = timing.measure(works, clock, seconds=60.0, precision=precision)
+        return count, timing.compare(works["b"].samples["step"], works["a"].samples["step"])
+
+    few, known = rounds_of(0.001, 0.01)
+    many, ratio = rounds_of(0.1, 0.02)
+    assert few == 7 and known.middle == pytest.approx(1.5, rel=0.01)
+    assert 7 < many < 200 and (ratio.high - ratio.low) / (2 * ratio.middle) <= 0.02
+    assert rounds_of(0.1, 0.0)[0] == 200
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
