@@ -200,9 +200,9 @@ def section(files: Iterable[Path]) -> dict[str, str]:
         environment = records[0]
         isa, torch_version = environment["isa"]["afa_kernels"], environment["packages"]["torch"]
         how = (
-            f"`{environment['command'].partition(' --out')[0]}`, {environment['cpu']}, "
+            f"Measured by `{environment['command'].partition(' --out')[0]}`, {environment['cpu']}, "
             f"{environment['threads']} threads, {isa}, torch {torch_version}, "
-            f"commit {environment['commit'][:7]}:"
+            f"commit {environment['commit'][:7]}."
         )
         for goal, make in ((LAYER, _layer_table), (BRANCH, _branch_table), (DECODE, _decode_table)):
             table = make(rows)

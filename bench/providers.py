@@ -5,6 +5,7 @@ and "model"), or a branch into a function (scope "branch"). A peer is imported w
 asked for, because some patch other libraries on import.
 """
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -140,6 +141,7 @@ def _peft_layer(linear, a, b, case):
 def _torchtune_why_not(case: Case) -> str | None:
     if case.adapter_dtype != case.dtype:
         return "LoRALinear does not mix dtypes"
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns that its C++ extensions are for another torch
     return _import("torchtune.modules.peft")
 
 

@@ -5,7 +5,7 @@ from bench.memory import Memory
 from bench.providers import Provider
 from bench.runner import Check
 from bench.shapes import Case
-from bench.timing import Work, compare, quantile
+from bench.timing import Work, quantile, ratio
 
 
 def row(
@@ -23,7 +23,7 @@ def row(
     work = works[provider.name]
     own = work.samples[step]
     p50 = quantile(own, 0.5)
-    ratios = {name: compare(own, other.samples[step]) for name, other in works.items() if name != provider.name}
+    ratios = {name: ratio(own, other.samples[step]) for name, other in works.items() if name != provider.name}
     gflop_s, gb_s = least.flop / p50 * 1e-6, least.nbytes / p50 * 1e-6
     return {
         "kind": "row",

@@ -10,7 +10,7 @@ from bench.problem import Problem
 from bench.providers import Provider
 from bench.runner import Check, Checker, Runner, build
 from bench.shapes import Case
-from bench.timing import Work, clock_of, compare, measure, quantile
+from bench.timing import Work, clock_of, measure, quantile, ratio
 from bench.works import inference_work, training_work
 
 FROZEN = "frozen"  # the provider that taxes are counted over
@@ -135,7 +135,7 @@ def _against_floor(case, step, own, frozen, roof) -> dict[str, float]:
     base_ms = quantile(frozen, 0.5)
     base_rate = cost.frozen(case, step).flop / base_ms * 1e-6
     floor = branch.milliseconds(base_rate, roof["copy_gb_s"])
-    tax = compare(own, frozen)
+    tax = ratio(own, frozen)
     floor_tax = floor / base_ms
     return {
         "floor_ms": floor,

@@ -1,9 +1,8 @@
 """Clocks, samples and quantiles.
 
 Providers are interleaved in one process: a round takes one sample of each, so that a slow minute of
-the machine hits all of them. A ratio is the median, over rounds, of the ratio within the round: while a neighbor
-halved this machine's speed now and then, the same code differed from itself by 4% (root mean square of blocks of 20
-rounds) in this way, and by 20% as a ratio of medians.
+the machine hits all of them. A ratio is the median, over rounds, of the ratio within the round: where a neighbor
+halves the machine's speed for some rounds, the two medians may lie at different speeds, the ratios do not.
 """
 
 import gc
@@ -152,7 +151,7 @@ def _spread(works: dict[str, Work]) -> float:
     """Return the widest half interval of a work's ratio to the first one, relative to the ratio."""
     first, *others = works.values()
     step = first.total or next(iter(first.steps))
-    found = [compare(work.samples[step], first.samples[step]) for work in others]
+    found = [ratio(work.samples[step], first.samples[step]) for work in others]
     return max(((r.high - r.low) / (2 * r.middle) for r in found), default=0.0)
 
 
@@ -165,7 +164,7 @@ class Ratio(NamedTuple):
     high: float
 
 
-def compare(values: list[float], others: list[float]) -> Ratio:
+def ratio(values: list[float], others: list[float]) -> Ratio:
     """Return how ``values`` compare with ``others``, which were measured in the same rounds."""
     ratios = sorted(value / other for value, other in zip(values, others, strict=True))
     outside = _outside(len(ratios))
