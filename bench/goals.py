@@ -163,8 +163,8 @@ def _error(problem: Measured) -> str:
     again = problem.get(AGAIN)
     if again is None:
         return "-"
-    low, high = again["ratio_interval"][OURS]
-    return f"{100 * (again['ratio'][OURS] - 1):+.1f}{_interval([low - 1, high - 1], 100, 1)}"
+    around_zero = [value - 1 for value in again["ratio_interval"].get(OURS, [])]
+    return f"{100 * (again['ratio'][OURS] - 1):+.1f}{_interval(around_zero, 100, 1)}"
 
 
 def _interval(interval: list[float] | None, factor: float, digits: int) -> str:

@@ -6,7 +6,7 @@ from bench import rows
 from bench.providers import Provider, providers
 from bench.shapes import Case
 from bench.suite import FROZEN, Options
-from bench.timing import Work, clock_of, measure, ratio
+from bench.timing import Work, clock_of, measure
 from bench.transformer import Checker, Step
 
 
@@ -36,8 +36,7 @@ def run_case(
         row = rows.row(case, "step", chosen[name], works, step.least(), checked, memory, roof)
         row |= {"cache": "hot", "launch": "eager", "rounds": rounds}
         if FROZEN in works and name != FROZEN:
-            tax = ratio(works[name].samples["step"], works[FROZEN].samples["step"])
-            row |= {"tax": tax.middle - 1, "tax_interval": [tax.low - 1, tax.high - 1]}
+            row |= rows.tax(works[name].samples["step"], works[FROZEN].samples["step"])
         yield row
 
 

@@ -72,8 +72,8 @@ def _sweeps(rows: list[dict], variable: str) -> Iterator[tuple[str, dict[str, li
     for values, group in groups.items():
         if len(group["floor"]) >= 3:
             named = dict(zip(fixed, values, strict=True))
-            free = "".join(f", {n}={named[n]}" for n in ("m", "r") if n != variable)
-            title = f"{named['layer']} (K={named['k']}, N={named['n']}{free.upper()}), "
+            free = f"r={named['r']}" if variable == "m" else f"M={named['m']}"
+            title = f"{named['layer']} (K={named['k']}, N={named['n']}, {free}), "
             title += f"{named['dtype']}, {named['device']}"
             order = sorted(group, key=[*_STYLE, *group].index)
             yield title, {name: [(x, *y) for x, y in sorted(group[name].items())] for name in order}

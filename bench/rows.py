@@ -37,7 +37,7 @@ def row(
         "p80_ms": quantile(own, 0.8),
         "calls": work.calls,
         "ratio": {name: r.middle for name, r in ratios.items()},
-        "ratio_interval": {name: [r.low, r.high] for name, r in ratios.items()},
+        "ratio_interval": {name: [*r.interval] for name, r in ratios.items() if r.interval},
         "gflop_s": gflop_s,
         "gflop_share": gflop_s / roof["gemm_gflop_s"][case.dtype],
         "gb_s": gb_s,
@@ -48,6 +48,13 @@ def row(
         "allocated_bytes": memory.allocated,
         "saved_bytes": memory.saved,
     }
+
+
+def tax(own: list[float], frozen: list[float]) -> dict[str, object]:
+    """Return the fields of the time over the frozen layer's: the tax, and its interval if there is one."""
+    found = ratio(own, frozen)
+    interval = {"tax_interval": [value - 1 for value in found.interval]} if found.interval else {}
+    return {"tax": found.middle - 1} | interval
 
 
 def absent(reason: str) -> dict[str, object]:

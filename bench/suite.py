@@ -10,7 +10,7 @@ from bench.problem import Problem
 from bench.providers import Provider
 from bench.runner import Check, Checker, Runner, build
 from bench.shapes import Case
-from bench.timing import Work, clock_of, measure, quantile, ratio
+from bench.timing import Work, clock_of, measure, quantile
 from bench.works import inference_work, training_work
 
 FROZEN = "frozen"  # the provider that taxes are counted over
@@ -135,12 +135,11 @@ def _against_floor(case, step, own, frozen, roof) -> dict[str, float]:
     base_ms = quantile(frozen, 0.5)
     base_rate = cost.frozen(case, step).flop / base_ms * 1e-6
     floor = branch.milliseconds(base_rate, roof["copy_gb_s"])
-    tax = ratio(own, frozen)
+    tax = rows.tax(own, frozen)
     floor_tax = floor / base_ms
     return {
         "floor_ms": floor,
-        "tax": tax.middle - 1,
-        "tax_interval": [tax.low - 1, tax.high - 1],
+        **tax,
         "floor_tax": floor_tax,
-        "over_floor": (tax.middle - 1) / floor_tax,
+        "over_floor": tax["tax"] / floor_tax,
     }

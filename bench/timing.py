@@ -152,34 +152,40 @@ def _spread(works: dict[str, Work]) -> float:
     first, *others = works.values()
     step = first.total or next(iter(first.steps))
     found = [ratio(work.samples[step], first.samples[step]) for work in others]
-    return max(((r.high - r.low) / (2 * r.middle) for r in found), default=0.0)
+    if not all(r.interval for r in found):
+        return math.inf
+    return max(((r.interval[1] - r.interval[0]) / (2 * r.middle) for r in found), default=0.0)
 
 
 class Ratio(NamedTuple):
     """The median of a ratio over the rounds, and the interval that holds the true median with a probability of at
-    least :data:`CONFIDENCE` (from six rounds on; of fewer, all that was seen)."""
+    least :data:`CONFIDENCE`; None for less than six rounds, which have no such interval."""
 
-    low: float
     middle: float
-    high: float
+    interval: tuple[float, float] | None
 
 
 def ratio(values: list[float], others: list[float]) -> Ratio:
     """Return how ``values`` compare with ``others``, which were measured in the same rounds."""
     ratios = sorted(value / other for value, other in zip(values, others, strict=True))
     outside = _outside(len(ratios))
-    return Ratio(ratios[outside], quantile(ratios, 0.5), ratios[-1 - outside])
+    interval = None if outside is None else (ratios[outside], ratios[-1 - outside])
+    return Ratio(quantile(ratios, 0.5), interval)
 
 
 @lru_cache
-def _outside(n: int) -> int:
-    """Return how many of ``n`` ordered values lie outside of the median's interval at each end. With k outside, the
-    interval misses if at most k values are on one side of the median, and that number is binomial, whatever the
-    distribution of the values is."""
+def _outside(n: int) -> int | None:
+    """Return how many of ``n`` ordered values lie outside of the median's interval at each end; None if all of them
+    are too few. With k outside, the interval misses if at most k values are on one side of the median, and that number
+    is binomial, whatever the distribution of the values is."""
+
+    def misses(k: int) -> float:
+        return 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+
     k = 0
-    while 2 * sum(math.comb(n, i) for i in range(k + 2)) <= (1 - CONFIDENCE) * 2**n:
+    while misses(k) <= 1 - CONFIDENCE:
         k += 1
-    return k
+    return k - 1 if k else None
 
 
 def quantile(values: list[float], q: float) -> float:

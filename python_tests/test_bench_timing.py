@@ -63,7 +63,9 @@ def test_quantiles_interpolate():
 
 
 def test_ratios_are_medians_within_rounds():
-    assert timing.ratio([2.0, 4.0, 100.0], [1.0, 2.0, 1.0]) == (2.0, 2.0, 100.0)  # too few to leave any out
+    assert timing.ratio([2.0, 4.0, 100.0], [1.0, 2.0, 1.0]) == (2.0, None)  # too few for an interval
+    assert timing.ratio([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1.0] * 6) == (3.5, (1.0, 6.0))
+    assert timing.ratio([*range(1, 10)], [1] * 9) == (5.0, (2.0, 8.0))
     # The machine is half as fast in most rounds of one and in few of the other: medians differ, ratios do not.
     slow, fast = [2.0] * 12 + [1.0] * 8, [2.1] * 12 + [1.05] * 8
     assert timing.ratio(fast, slow).middle == pytest.approx(1.05)
@@ -76,7 +78,7 @@ def test_the_interval_of_a_ratio_holds_the_truth_as_often_as_it_says(rounds):
     held = widths = 0
     for _ in range(trials):
         noise = torch.randn(2, rounds, generator=generator).mul(0.05).exp()
-        low, _, high = timing.ratio((1.2 * noise[0]).tolist(), noise[1].tolist())
+        low, high = timing.ratio((1.2 * noise[0]).tolist(), noise[1].tolist()).interval
         held += low <= 1.2 <= high
         widths += high - low
     assert held / trials >= timing.CONFIDENCE - 0.03
@@ -115,7 +117,7 @@ def test_rounds_end_when_the_ratios_are_known():
     few, known = rounds_of(0.001, 0.01)
     many, known_less = rounds_of(0.1, 0.02)
     assert few == 7 and known.middle == pytest.approx(1.5, rel=0.01)
-    assert 7 < many < 200 and (known_less.high - known_less.low) / (2 * known_less.middle) <= 0.02
+    assert 7 < many < 200 and known_less.interval[1] - known_less.interval[0] <= 2 * 0.02 * known_less.middle
     assert rounds_of(0.1, 0.0)[0] == 200
 
 
