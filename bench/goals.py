@@ -104,7 +104,9 @@ def _verdicts(rows: list[dict], goal: Goal) -> Iterator[tuple[bool, str]]:
             if other in own["ratio"]:
                 value, interval = own["ratio"][other], own["ratio_interval"].get(other)
                 verdict = "met" if value < 1 else "not met"
-                if interval and _includes_one(interval):
+                if not interval:
+                    verdict += ", without an interval"
+                elif _includes_one(interval):
                     verdict += ", within the error"
                 text = f"{title:26} afa / {other:10} {value:.3f}{_interval(interval, 1, 3)}: {verdict}"
                 yield value < 1, text

@@ -33,6 +33,7 @@ def test_goals_are_judged_from_rows():
     assert "of 1 intervals of its ratio to itself 1 include 1" in text and "distance from 1 is 1.0%" in text
     unsure = "\n".join(goals.report(_goal_rows((0.8, 1.2))))
     assert "[0.800, 1.200]: met, within the error" in unsure and ": not met, within the error" in unsure
+    assert ": met, without an interval" in "\n".join(goals.report(_goal_rows(())))
     assert not list(goals.report([row | {"r": 17} for row in _goal_rows() if row["provider"] != "afa.again"]))
 
 
