@@ -27,6 +27,12 @@ TINY_FLAGS = ["--shapes", "24x56", "--tokens", "40", "--ranks", "4", "--seconds"
 FEW = ["--providers", "frozen,eager,afa", "--device", "cpu", "--no-pictures"]
 
 
+@pytest.fixture(autouse=True)
+def _memory_is_returned(monkeypatch):
+    """Keeping freed memory would last for the whole process, and other tests need much of it."""
+    monkeypatch.setattr("bench.allocator.use", lambda name: "system")
+
+
 @pytest.fixture
 def small_roofs(monkeypatch):
     """Measuring the machine's roofs takes seconds; a test of the command needs only their shape."""
