@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from bench import model_rows, suite, table
+from bench import allocator, goals, model_rows, suite, table
 from bench.cases import PRESETS, cases
 from bench.environment import available_bytes, environment, roofs
-from bench.providers import NOT_BY_DEFAULT, Provider, providers
-from bench.results import Writer
+from bench.providers import Provider, by_default, providers
+from bench.results import Writer, read
 from bench.shapes import DTYPES, LAYERS, MODELS, Case
 
 _OUTPUT = Path("outputs/bench")
@@ -51,13 +51,16 @@ def parser() -> argparse.ArgumentParser:
     add("--alphas", type=_numbers(float), help="alpha_t, such as 1,0.5,0")
     add("--activation", default="silu")
     add("--dropout", type=float, default=0.0)
-    add("--providers", type=_words, help="see --list (default: all but the reference)")
+    add("--providers", type=_words, help="see --list (default: each that differs)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--inference", action="store_true", help="time inference alone, whatever M is")
     add("--training", action="store_true", help="time training alone, whatever M is")
     add("--cache", choices=["hot", "cold", "both"], help="default: hot on a CPU, both on a GPU")
     add("--launch", choices=["eager", "graph", "both"], help="default: eager, on a GPU both")
-    add("--seconds", type=float, default=4.0, help="of timing per case")
+    add("--seconds", type=float, default=15.0, help="of timing per case, at most (default: 15)")
+    add("--precision", type=float, default=0.01, help="of the ratios; a case ends when it is reached (default: 0.01)")
+    add("--clock", choices=["wall", "process"], default="wall", help="process: for one thread on a busy machine")
+    add("--allocator", choices=allocator.NAMES, default="keep", help="whether freed memory is kept for the next call")
     add("--budget", type=float, help="stop starting cases after this many seconds")
     add("--threads", type=int, help="of torch (default: torch's own)")
     add("--isa", help="instruction set of the cpu backend (AFA_CPU_ISA)")
@@ -93,13 +96,20 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     name = arguments.name or arguments.preset or "custom"
     writer = Writer(arguments.out / f"{name}.jsonl")
-    record = environment(arguments.device) | {"command": _command(argv)}
+    options = {"clock": arguments.clock, "allocator": allocator.use(arguments.allocator)}
+    record = environment(arguments.device, **options) | {"command": _command(argv)}
     writer.write(record)
     _print_environment(record)
     roof = roofs(arguments.device, list(dict.fromkeys(case.dtype for case in todo)))
     writer.write(roof)
     _print_roof(roof)
     wrong = _run(arguments, todo, chosen, roof, writer)
+    rows = [record for record in read(writer.path) if record["kind"] == "row"]
+    checked = goals.self_check(rows)
+    if checked:
+        writer.write(checked)
+    for text in goals.report(rows):
+        print(text)
     print(f"\nwritten to {writer.path}")
     if not arguments.no_pictures:
         _pictures(writer.path)
@@ -109,8 +119,8 @@ def main(argv: list[str] | None = None) -> int:
 def _choose(arguments: argparse.Namespace) -> dict[str, Provider]:
     known = providers()
     if arguments.providers is None:
-        left_out = NOT_BY_DEFAULT + (_NOT_IN_QUICK if arguments.quick else ())
-        return {name: provider for name, provider in known.items() if name not in left_out}
+        left_out = _NOT_IN_QUICK if arguments.quick else ()
+        return {name: known[name] for name in by_default(arguments.device) if name not in left_out}
     unknown = [name for name in arguments.providers if name not in known]
     if unknown:
         raise ValueError(f"--providers: expected some of {', '.join(known)}, got {unknown}")
@@ -176,7 +186,8 @@ def _why_skip(case: Case, arguments: argparse.Namespace, elapsed: float) -> str 
 
 def _records(case, arguments, chosen, roof) -> Iterable[dict[str, object]]:
     if case.scope == "model":
-        yield from model_rows.run_case(case, chosen, arguments.seconds, roof, _say)
+        options = suite.Options(arguments.seconds, arguments.precision, True, False, clock=arguments.clock)
+        yield from model_rows.run_case(case, chosen, options, roof, _say)
         return
     for options in _options(case, arguments):
         yield from suite.run_case(case, chosen, options, roof, _say)
@@ -191,7 +202,9 @@ def _options(case: Case, arguments: argparse.Namespace) -> Iterator[suite.Option
     launches = {"both": ("eager", "graph"), None: ("eager", "graph") if on_gpu else ("eager",)}
     for cache in caches.get(arguments.cache, (arguments.cache,)):
         for launch in launches.get(arguments.launch, (arguments.launch,)):
-            yield suite.Options(arguments.seconds, not inference, inference, cache, launch)
+            yield suite.Options(
+                arguments.seconds, arguments.precision, not inference, inference, cache, launch, arguments.clock
+            )
 
 
 def _say(text: str) -> None:

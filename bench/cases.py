@@ -16,29 +16,14 @@ BASE = {
     "dtypes": ["f32"],
     "alphas": [0.5],
 }
-# The adapter tax, the branch alone and decoding: the shapes for which the cpu kernels have goals.
+# The shapes for which the cpu kernels have goals (goals.py): training, and decoding.
+_BOTH = {"scopes": ["layer", "branch"], "dtypes": ["f32", "bf16"]}
 _GOALS = [
-    {"scopes": ["layer", "branch"], "shapes": ["plain.square"], "dtypes": ["f32", "bf16"]},
-    {
-        "scopes": ["layer", "branch"],
-        "shapes": ["plain.wide"],
-        "tokens": [4096],
-        "dtypes": ["f32", "bf16"],
-    },
-    {
-        "scopes": ["layer", "branch"],
-        "shapes": ["plain.deep"],
-        "tokens": [512],
-        "ranks": [64],
-        "dtypes": ["f32", "bf16"],
-    },
-    {
-        "scopes": ["layer", "branch"],
-        "shapes": ["plain.deep"],
-        "tokens": [1, 4, 16],
-        "dtypes": ["f32", "bf16"],
-    },
+    {**_BOTH, "shapes": ["plain.square"]},
+    {**_BOTH, "shapes": ["plain.wide"], "tokens": [4096]},
+    {**_BOTH, "shapes": ["plain.deep"], "tokens": [512], "ranks": [64]},
 ]
+_DECODE = [{**_BOTH, "shapes": ["plain.deep"], "tokens": [1, 4, 16]}]
 PRESETS: dict[str, list[dict[str, list]]] = {
     # Every scope and every kind of result within two minutes on two slow cores.
     "quick": [
@@ -49,9 +34,10 @@ PRESETS: dict[str, list[dict[str, list]]] = {
         {"scopes": ["model"], "tokens": [512]},
     ],
     "goals": _GOALS,
-    # What the README quotes.
+    "decode": _DECODE,
     "standard": [
         *_GOALS,
+        *_DECODE,
         {"shapes": ["minilm", "gpt2"], "tokens": [2048], "ranks": [8], "dtypes": ["f32"]},
         {"shapes": ["gpt2.up"], "tokens": [256], "dtypes": ["f16"]},
         {"shapes": ["gpt2.up"], "alphas": [1.0, 0.0], "dtypes": ["f32"]},

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.memory import allocations, saved_bytes
 from bench.problem import Problem
-from bench.providers import Provider, providers
+from bench.providers import AGAIN, Provider, providers
 from bench.runner import build
 from bench.shapes import Case
 
@@ -63,7 +63,7 @@ def count_calls(call: Callable[[], object]) -> Counter:
 
 def counts(provider: Provider, case: Case) -> dict[str, int]:
     """Return what one forward and backward of ``provider`` on ``case`` does."""
-    runner = build(provider, Problem.of(case))
+    runner = build(provider, Problem.of(case), inplace=True)
     base = runner.prepare()
 
     def call() -> object:
@@ -87,7 +87,7 @@ def counts(provider: Provider, case: Case) -> dict[str, int]:
 def measure() -> dict[str, dict[str, dict[str, int]]]:
     """Return the counts of every case and every backend of this machine that can take it, on one
     thread: a backend's scratch may grow with the threads."""
-    ours = {n: p for n, p in providers().items() if p.ours and n not in ("afa", "afa.reference")}
+    ours = {n: p for n, p in providers().items() if p.ours and n not in ("afa", AGAIN, "afa.reference")}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -20,8 +20,8 @@ _ROOF_ROUNDS = 7
 _ROOF_CALL_MS = 100.0  # a GEMM that takes longer is large enough
 
 
-def environment(device: str) -> dict[str, object]:
-    """Return the record that heads a file of results."""
+def environment(device: str, **options: str) -> dict[str, object]:
+    """Return the record that heads a file of results, with ``options`` of the timing among its fields."""
     record = {
         "kind": "environment",
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -43,6 +43,7 @@ def environment(device: str) -> dict[str, object]:
         },
         "isa": {"torch": torch.backends.cpu.get_cpu_capability(), "afa_kernels": _isa()},
         "load": round(os.getloadavg()[0], 2),  # of the machine when the run began
+        **options,
     }
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterator
 from bench import rows
 from bench.providers import Provider, providers
 from bench.shapes import Case
-from bench.suite import FROZEN
-from bench.timing import Work, clock_of, measure, ratio
+from bench.suite import FROZEN, Options
+from bench.timing import Work, clock_of, measure
 from bench.transformer import Checker, Step
 
 
 def run_case(
     case: Case,
     chosen: dict[str, Provider],
-    seconds: float,
+    options: Options,
     roof: dict[str, object],
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[dict[str, object]]:
@@ -31,12 +31,12 @@ def run_case(
         return
     works = {name: Work(lambda: None, {"step": step}) for name, (step, _, _) in entrants.items()}
     say(f"timing {', '.join(works)}")
-    rounds = measure(works, clock_of(case.device), seconds)
+    rounds = measure(works, clock_of(case.device, options.clock), options.seconds, options.precision)
     for name, (step, checked, memory) in entrants.items():
         row = rows.row(case, "step", chosen[name], works, step.least(), checked, memory, roof)
         row |= {"cache": "hot", "launch": "eager", "rounds": rounds}
         if FROZEN in works and name != FROZEN:
-            row["tax"] = ratio(works[name].samples["step"], works[FROZEN].samples["step"]) - 1
+            row |= rows.tax(works[name].samples["step"], works[FROZEN].samples["step"])
         yield row
 
 

@@ -1,7 +1,7 @@
 """``python -m bench.plot``: pictures of results, as PNG and SVG.
 
-The adapter tax against tokens and against rank, per provider; and a roofline with the measured
-points of the branch.
+The adapter tax against tokens and against rank, per provider, with the intervals of the medians; and a roofline with
+the measured points of the branch.
 """
 
 import argparse
@@ -16,8 +16,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench import cost
+from bench.providers import AGAIN
 from bench.results import RESULTS, read, recorded
-from bench.shapes import Case
+from bench.shapes import DTYPES, Case
 
 _FEWEST_ROUNDS = 3  # a tax is a small difference: that of one or two samples is noise
 _STYLE = {
@@ -32,104 +33,130 @@ _STYLE = {
     "afa.cuda": ("afa_kernels, CUDA", "tab:blue", "*"),
     "afa.cpu": ("afa_kernels, CPU kernels", "tab:blue", "*"),
     "afa": ("afa_kernels", "black", "."),
+    "afa.again": ("afa_kernels again", "black", "x"),  # where it is not on the other, that is the error
 }
 
 
 def draw(results: list[Path], folder: Path) -> list[Path]:
     """Write the pictures that the rows in ``results`` allow into ``folder``; return their paths."""
     files = [read(path) for path in results]
-    rows = [record for records in files for record in records if record["kind"] == "row"]
+    by_file = [[record for record in records if record["kind"] == "row"] for records in files]
     folder.mkdir(parents=True, exist_ok=True)
     plt.rcParams["svg.fonttype"] = "none"
     plt.rcParams["svg.hashsalt"] = "afa_kernels"  # the same rows give the same file
     written = []
     for variable, label in (("m", "tokens M"), ("r", "rank r")):
-        sweeps = list(_sweeps(rows, variable))
+        sweeps = [sweep for rows in by_file for sweep in _sweeps(rows, variable)]
         if sweeps:
             figure = _tax_figure(sweeps, variable, label)
             written += _save(figure, folder, f"tax_{'tokens' if variable == 'm' else 'rank'}")
-    for records in files:
-        roof = next((r for r in records if r["kind"] == "roof"), None)
-        points = [r for r in records if r["kind"] == "row" and _on_roofline(r)]
-        if roof and points:
-            written += _save(_roofline(roof, points), folder, "roofline")
-            break
+    points = [row for rows in by_file for row in rows if _on_roofline(row)]
+    if points:
+        roofs = [record for records in files for record in records if record["kind"] == "roof"]
+        written += _save(_roofline(_highest(roofs, points[0]["device"]), points), folder, "roofline")
     return written
 
 
 def _sweeps(rows: list[dict], variable: str) -> Iterator[tuple[str, dict[str, list[tuple]]]]:
-    """Yield a title and each provider's points where a set of rows differs in ``variable`` alone,
-    in at least three values."""
+    """Yield a title and each provider's points (the variable, the tax and its interval) where a set of rows differs in
+    ``variable`` alone, in at least three values."""
     fixed = [name for name in Case._fields if name != variable] + ["cache", "launch"]
-    groups: dict[tuple, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    groups: dict[tuple, dict[str, dict[int, tuple]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         measured = row["pass"] == "both" and row["scope"] == "layer" and "tax" in row
         if measured and row["rounds"] >= _FEWEST_ROUNDS:
             group = groups[tuple(row[name] for name in fixed)]
-            group[row["provider"]][row[variable]] = row["tax"]
-            group["floor"][row[variable]] = row["floor_tax"]
+            low, high = row.get("tax_interval", (row["tax"], row["tax"]))
+            group[row["provider"]][row[variable]] = (row["tax"], low, high)
+            group["floor"][row[variable]] = (row["floor_tax"],) * 3
     for values, group in groups.items():
         if len(group["floor"]) >= 3:
             named = dict(zip(fixed, values, strict=True))
-            free = "".join(f", {n}={named[n]}" for n in ("m", "r") if n != variable)
-            title = f"{named['layer']} (K={named['k']}, N={named['n']}{free.upper()}), "
+            free = f"r={named['r']}" if variable == "m" else f"M={named['m']}"
+            title = f"{named['layer']} (K={named['k']}, N={named['n']}, {free}), "
             title += f"{named['dtype']}, {named['device']}"
-            yield title, {name: sorted(points.items()) for name, points in group.items()}
+            order = sorted(group, key=[*_STYLE, *group].index)
+            yield title, {name: [(x, *y) for x, y in sorted(group[name].items())] for name in order}
 
 
 def _tax_figure(sweeps: list, variable: str, label: str):
-    width = 6.4 * len(sweeps)
-    figure, axes = plt.subplots(1, len(sweeps), figsize=(width, 4.4), squeeze=False)
+    width = 5.2 * len(sweeps) + 2.6
+    figure, axes = plt.subplots(1, len(sweeps), figsize=(width, 4.4), squeeze=False, layout="constrained")
     for axis, (title, group) in zip(axes[0], sweeps, strict=True):
         for name, points in group.items():
-            x, y = zip(*points, strict=True)
-            percent = [100 * value for value in y]
+            x, *values = zip(*points, strict=True)
+            middle, low, high = ([100 * value for value in line] for line in values)
             if name == "floor":
-                axis.plot(x, percent, color="gray", linestyle=":", label="floor")
-            else:
-                legend, color, marker = _STYLE.get(name, (name, None, "."))
-                axis.plot(x, percent, color=color, marker=marker, label=legend)
+                axis.plot(x, middle, color="gray", linestyle=":", label="floor")
+                continue
+            legend, color, marker = _STYLE.get(name, (name, None, "."))
+            style = "--" if name == AGAIN else "-"
+            (line,) = axis.plot(x, middle, color=color, marker=marker, linestyle=style, label=legend)
+            axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set_xscale("log", base=2)
         axis.set_xticks(x, [str(value) for value in x])
         axis.axhline(0, color="black", linewidth=0.5)
+        axis.grid(alpha=0.3)
         axis.set_xlabel(label)
-        axis.set_ylabel("adapter tax, % of the frozen layer (forward + backward)")
-        axis.set_title(title, fontsize=9)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
+        axis.set_ylabel("adapter tax, % of the frozen layer's time")
+        axis.set_title(f"forward + backward, {title}", fontsize=9)
+    _legend_beside(figure, axes[0])
     return figure
+
+
+def _legend_beside(figure, axes) -> None:
+    """Draw one legend for all axes, outside of them, where it covers no point."""
+    labels = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            labels.setdefault(label, handle)
+    figure.legend(labels.values(), labels.keys(), loc="outside right upper", fontsize=8, frameon=False)
 
 
 def _on_roofline(row: dict) -> bool:
     return row["scope"] == "branch" and row["pass"] in ("both", "inference")
 
 
+def _highest(roofs: list[dict], device: str) -> dict:
+    """Return the highest roofs that any run on ``device`` found: a roof is what is possible."""
+    own = [roof for roof in roofs if roof["device"] == device]
+    rates: dict[str, float] = {}
+    for roof in own:
+        for dtype, rate in roof["gemm_gflop_s"].items():
+            rates[dtype] = max(rate, rates.get(dtype, 0.0))
+    return {"device": device, "copy_gb_s": max(roof["copy_gb_s"] for roof in own), "gemm_gflop_s": rates}
+
+
 def _roofline(roof: dict, rows: list[dict]):
-    """Draw GFLOP/s of the branch over its arithmetic intensity, under the measured roofs."""
-    figure, axis = plt.subplots(figsize=(7, 4.6))
-    bandwidth = roof["copy_gb_s"]
-    dtypes = sorted({row["dtype"] for row in rows})
+    """Draw GFLOP/s of the branch over its arithmetic intensity, under the measured roofs, a picture per dtype."""
+    dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
+    width = 4.4 * len(dtypes) + 2.6
+    figure, axes = plt.subplots(
+        1, len(dtypes), figsize=(width, 4.4), squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
     intensities = [_intensity(row) for row in rows]
-    low, high = min(intensities) / 2, max(intensities) * 4
-    for dtype in dtypes:
-        peak = roof["gemm_gflop_s"][dtype]
-        ridge = peak / bandwidth
-        x = sorted({low, min(max(ridge, low), high), high})
+    low, high = min(intensities) / 2, max(intensities) * 2
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        peak, bandwidth = roof["gemm_gflop_s"][dtype], roof["copy_gb_s"]
+        x = sorted({low, min(max(peak / bandwidth, low), high), high})
         axis.plot(x, [min(peak, bandwidth * value) for value in x], color="gray", linewidth=1)
-        axis.annotate(f"GEMM {dtype}", (high, peak), fontsize=8, ha="right", va="bottom")
-    axis.annotate(f"copy {bandwidth:.0f} GB/s", (low, bandwidth * low), fontsize=8, va="top")
-    for name in dict.fromkeys(row["provider"] for row in rows):
-        legend, color, marker = _STYLE.get(name, (name, None, "."))
-        own = [(_intensity(row), row["gflop_s"]) for row in rows if row["provider"] == name]
-        x, y = zip(*own, strict=True)
-        axis.scatter(x, y, color=color, marker=marker, label=legend, alpha=0.8, zorder=3)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xlabel("arithmetic intensity of the branch, FLOP per byte that must move")
-    axis.set_ylabel("GFLOP/s")
-    axis.set_title(f"the branch alone, {roof['device']}", fontsize=9)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
+        own = [row for row in rows if row["dtype"] == dtype]
+        for name in sorted({row["provider"] for row in own}, key=[*_STYLE, *(row["provider"] for row in own)].index):
+            legend, color, marker = _STYLE.get(name, (name, None, "."))
+            for step, face in (("both", color), ("inference", "none")):
+                points = [(_intensity(r), r["gflop_s"]) for r in own if (r["provider"], r["pass"]) == (name, step)]
+                if points:
+                    edge = {"facecolors": face, "edgecolors": color} if marker != "x" else {"c": color}
+                    label = legend if step == "both" else None
+                    axis.scatter(*zip(*points, strict=True), marker=marker, label=label, alpha=0.8, zorder=3, **edge)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        axis.set_xlabel("arithmetic intensity, FLOP per byte")
+        axis.set_title(f"{dtype}: GEMM {peak:.0f} GFLOP/s, copy {bandwidth:.0f} GB/s", fontsize=9)
+    axes[0][0].set_ylabel("GFLOP/s")
+    figure.suptitle(f"the branch alone, {roof['device']}: training (filled), decoding (hollow)", fontsize=10)
+    _legend_beside(figure, axes[0])
     return figure
 
 

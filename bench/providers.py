@@ -5,9 +5,10 @@ and "model"), or a branch into a function (scope "branch"). A peer is imported w
 asked for, because some patch other libraries on import.
 """
 
+import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 import torch
@@ -20,6 +21,7 @@ from afa_kernels.backend import registry
 from bench.problem import SCALING
 from bench.shapes import DTYPES, Case
 
+AGAIN = "afa.again"
 Adapter = tuple[nn.Parameter, ...]  # A and B; empty for the frozen layer
 Branch = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # x, A, B, base -> base + branch
 
@@ -31,7 +33,7 @@ class Provider:
     function: str  # "frozen", "lora" or "afa": what it computes, hence its truth
     why_not: Callable[[Case], str | None]
     layer: Callable[[nn.Linear, Tensor, Tensor, Case], tuple[nn.Module, Adapter]]
-    branch: Callable[[Case], Branch] | None = None
+    branch: Callable[[Case, bool], Branch] | None = None  # the bool: whether to write into base
     ours: bool = False
 
     def absent(self, case: Case) -> str | None:
@@ -91,7 +93,7 @@ def _eager_layer(linear, a, b, case):
     return _adapter(EagerLayer(linear, a, b, case, case.alpha_t))
 
 
-def _eager_branch(case):
+def _eager_branch(case, inplace):
     return lambda x, a, b, base: eager_branch(x, a, b, base, case.alpha_t, case.activation)
 
 
@@ -105,7 +107,7 @@ def _compiled_layer(linear, a, b, case):
     return torch.compile(module, dynamic=False), adapter
 
 
-def _compiled_branch(case):
+def _compiled_branch(case, inplace):
     torch._dynamo.reset()
     compiled = torch.compile(eager_branch, dynamic=False)
     alpha_t = _alpha_tensor(case)  # a float would be compiled into the code
@@ -139,6 +141,7 @@ def _peft_layer(linear, a, b, case):
 def _torchtune_why_not(case: Case) -> str | None:
     if case.adapter_dtype != case.dtype:
         return "LoRALinear does not mix dtypes"
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns that its C++ extensions are for another torch
     return _import("torchtune.modules.peft")
 
 
@@ -238,7 +241,7 @@ def _afa(backend: str | None) -> Provider:
         module.set_alpha_t(case.alpha_t)
         return _adapter(module)
 
-    def branch(case):
+    def branch(case, inplace):
         # A tensor, as a layer passes it while alpha_t moves; the float 0 is known identity.
         alpha_t = _alpha_tensor(case) if case.alpha_t else 0.0
         return lambda x, a, b, base: afa_kernels.afa_lora(
@@ -249,7 +252,7 @@ def _afa(backend: str | None) -> Provider:
             activation=case.activation,
             scaling=SCALING,
             base=base,
-            inplace=True,
+            inplace=inplace,
             dropout_p=case.dropout,
             backend=backend,
         )
@@ -284,9 +287,13 @@ def providers() -> dict[str, Provider]:
             _compiled_branch,
         ),
     )
-    ours = [_afa(None)] + [_afa(n) for n in registry.names() if registry.get(n).automatic]
+    again = replace(_afa(None), name=AGAIN, about="afa once more: its ratio to afa is the error of the measurement")
+    ours = [_afa(None), again] + [_afa(n) for n in registry.names() if registry.get(n).automatic]
     return {provider.name: provider for provider in (*peers, *ours)}
 
 
-# The oracle: right, and never fast.
-NOT_BY_DEFAULT = ("afa.reference",)
+def by_default(device: str) -> list[str]:
+    """Return the names of those that are measured unless others are asked for: not the oracle, which is right and never
+    fast; and on the CPU, where "afa" is "afa.cpu", not that a third time."""
+    left_out = ("afa.reference", "afa.cpu") if torch.device(device).type == "cpu" else ("afa.reference",)
+    return [name for name in providers() if name not in left_out]

@@ -59,6 +59,7 @@ FIELDS: dict[str, dict[str, object]] = {
         "calls": int,
         "rounds": int,
         "ratio": dict,
+        "ratio_interval": dict,
         "gflop_s": _NUMBER,
         "gflop_share": _NUMBER,
         "gb_s": _NUMBER,
@@ -74,6 +75,7 @@ FIELDS: dict[str, dict[str, object]] = {
     "absent": {**_CASE, **_PROVIDER, "reason": str},
     "wrong": {**_CASE, **_PROVIDER, "error": _NUMBER, "error_ratio": _NUMBER},
     "skipped": {**_CASE, "reason": str},
+    "self_check": {"pairs": int, "include_one": int, "largest": _NUMBER},
     "exponent": {
         "provider": str,
         "variable": str,
@@ -94,8 +96,14 @@ FIELDS: dict[str, dict[str, object]] = {
     },
 }
 OPTIONAL: dict[str, dict[str, object]] = {
-    "environment": {"gpu": dict},
-    "row": {"floor_ms": _NUMBER, "tax": _NUMBER, "floor_tax": _NUMBER, "over_floor": _NUMBER},
+    "environment": {"gpu": dict, "clock": str, "allocator": str},
+    "row": {
+        "floor_ms": _NUMBER,
+        "tax": _NUMBER,
+        "tax_interval": list,
+        "floor_tax": _NUMBER,
+        "over_floor": _NUMBER,
+    },
 }
 # Two rows with the same key measure the same thing.
 KEY = (*_CASE, "pass", "provider", "cache", "launch")
@@ -127,9 +135,8 @@ def read(path: Path) -> list[dict[str, object]]:
 
 
 def recorded() -> list[Path]:
-    """Return the files in ``results`` that hold records of these kinds (bench_cpu.py has a format of
-    its own)."""
-    return [path for path in sorted(RESULTS.glob("*.jsonl")) if "kind" in read(path)[0]]
+    """Return the files of records in ``results``."""
+    return sorted(RESULTS.glob("*.jsonl"))
 
 
 def key(row: dict[str, object]) -> tuple:

@@ -19,10 +19,11 @@ def row(
     roof: dict[str, object],
 ) -> dict[str, object]:
     """Return the row of ``provider`` for one timed step, with its ratio to each other provider that
-    was timed beside it."""
+    was timed beside it, and the interval of that."""
     work = works[provider.name]
     own = work.samples[step]
     p50 = quantile(own, 0.5)
+    ratios = {name: ratio(own, other.samples[step]) for name, other in works.items() if name != provider.name}
     gflop_s, gb_s = least.flop / p50 * 1e-6, least.nbytes / p50 * 1e-6
     return {
         "kind": "row",
@@ -35,7 +36,8 @@ def row(
         "p50_ms": p50,
         "p80_ms": quantile(own, 0.8),
         "calls": work.calls,
-        "ratio": {name: ratio(own, other.samples[step]) for name, other in works.items() if name != provider.name},
+        "ratio": {name: r.middle for name, r in ratios.items()},
+        "ratio_interval": {name: [*r.interval] for name, r in ratios.items() if r.interval},
         "gflop_s": gflop_s,
         "gflop_share": gflop_s / roof["gemm_gflop_s"][case.dtype],
         "gb_s": gb_s,
@@ -46,6 +48,13 @@ def row(
         "allocated_bytes": memory.allocated,
         "saved_bytes": memory.saved,
     }
+
+
+def tax(own: list[float], frozen: list[float]) -> dict[str, object]:
+    """Return the fields of the time over the frozen layer's: the tax, and its interval if there is one."""
+    found = ratio(own, frozen)
+    interval = {"tax_interval": [value - 1 for value in found.interval]} if found.interval else {}
+    return {"tax": found.middle - 1} | interval
 
 
 def absent(reason: str) -> dict[str, object]:

@@ -19,6 +19,7 @@ class Runner:
     function: object
     x: Tensor
     adapter: tuple[Tensor, ...]
+    inplace: bool = False  # whether a branch writes into its base
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -31,8 +32,10 @@ class Runner:
         return (*self.inputs, problem.weight, problem.base, problem.dy, *bias)
 
     def prepare(self) -> Tensor | None:
-        """Return a fresh copy of the base, which a branch may accumulate into."""
-        return self.problem.base.clone() if self.module is None else None
+        """Return the base of a branch; a fresh copy, if the branch writes into it."""
+        if self.module is not None:
+            return None
+        return self.problem.base.clone() if self.inplace else self.problem.base
 
     def forward(self, base: Tensor | None) -> Tensor:
         if self.module is not None:
@@ -56,13 +59,15 @@ class Runner:
         return named | {"y": y.detach()[rows], "dx": named["dx"][rows]}
 
 
-def build(provider: Provider, problem: Problem) -> Runner:
+def build(provider: Provider, problem: Problem, *, inplace: bool = False) -> Runner:
+    """Return the calls of ``provider``. A branch gives a new result, as ``afa_lora`` does unless told otherwise, or
+    with ``inplace`` writes into its base, where it can."""
     case = problem.case
     x = problem.x.detach().requires_grad_()
     a, b = problem.lora_a.detach().clone(), problem.lora_b.detach().clone()
     if case.scope == "branch":
         adapter = (a.requires_grad_(), b.requires_grad_())
-        return Runner(problem, None, provider.branch(case), x, adapter)
+        return Runner(problem, None, provider.branch(case, inplace), x, adapter, inplace)
     module, adapter = provider.layer(frozen_linear(problem), a, b, case)
     return Runner(problem, module, None, x, adapter)
 

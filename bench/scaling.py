@@ -7,9 +7,13 @@ logarithms of the medians. 1 is linear growth; below 1, a constant part dominate
 import argparse
 import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
+from bench import allocator
 from bench.environment import environment
 from bench.problem import Problem
 from bench.providers import Provider, providers
@@ -68,15 +72,23 @@ def _works(arguments, chosen: dict[str, Provider], variable: str, value: int) ->
     return {name: training_work(build(provider, problem), "hot", "eager") for name, provider in chosen.items()}
 
 
-def sweep(arguments, chosen: dict[str, Provider], variable: str) -> Iterator[dict[str, object]]:
-    """Yield a provider's exponent in ``variable``, for forward and backward together."""
-    values = [v for v in SWEEPS[variable] if v <= arguments.largest or variable != "m"]
+def sweep(
+    arguments, chosen: dict[str, Provider], variable: str, deadline: float | None = None
+) -> Iterator[dict[str, object]]:
+    """Yield each provider's exponent in ``variable``, for forward and backward together, of the values that are begun
+    before ``deadline`` (of ``time.monotonic``)."""
+    values = []
     times: dict[str, list[float]] = {name: [] for name in chosen}
-    for value in values:
+    for value in SWEEPS[variable]:
+        if (variable == "m" and value > arguments.largest) or (deadline and time.monotonic() > deadline):
+            break
+        values.append(value)
         works = _works(arguments, chosen, variable, value)
-        measure(works, clock_of(arguments.device), arguments.seconds)
+        measure(works, clock_of(arguments.device, arguments.clock), arguments.seconds, arguments.precision)
         for name, work in works.items():
             times[name].append(quantile(work.samples["both"], 0.5))
+    if len(values) < 2:
+        return  # the budget is spent: no line to fit
     at = {"dtype": arguments.dtype, "device": arguments.device, "scope": arguments.scope}
     if variable == "layers":
         at |= {"scope": "model", "m": _LAYER_TOKENS, "r": CENTER["r"]}
@@ -100,12 +112,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
     add = parser.add_argument
     add("--variables", default=",".join(SWEEPS), help=f"some of {', '.join(SWEEPS)}")
-    add("--providers", default="frozen,peft,eager,afa")
+    add("--providers", default="frozen,peft,eager,afa.torch,afa")
     add("--scope", choices=["layer", "branch"], default="layer")
     add("--dtype", choices=[*DTYPES], default="f32")
     add("--device", default="cpu")
     add("--largest", type=int, default=8192, help="the largest M")
-    add("--seconds", type=float, default=2.0, help="of timing per point")
+    add("--seconds", type=float, default=4.0, help="of timing per point, at most")
+    add("--precision", type=float, default=0.02, help="of the ratios; a point ends when it is reached")
+    add("--budget", type=float, help="stop starting points after this many seconds")
+    add("--threads", type=int, help="of torch (default: torch's own)")
+    add("--clock", choices=["wall", "process"], default="wall", help="process: for one thread on a busy machine")
+    add("--allocator", choices=allocator.NAMES, default="keep", help="whether freed memory is kept for the next call")
     add("--out", type=Path, default=Path("outputs/bench"))
     arguments = parser.parse_args(argv)
     variables = arguments.variables.split(",")
@@ -114,14 +131,18 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [*(set(variables) - SWEEPS.keys()), *(set(names) - known.keys())]
     if unknown:
         parser.error(f"unknown variables or providers: {', '.join(unknown)}")
+    deadline = time.monotonic() + arguments.budget if arguments.budget else None
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    options = {"clock": arguments.clock, "allocator": allocator.use(arguments.allocator)}
     probe = _case(arguments)
     chosen = {name: known[name] for name in names if known[name].absent(probe) is None}
     writer = Writer(arguments.out / f"scaling_{arguments.scope}_{arguments.dtype}.jsonl")
     command = "python -m bench.scaling " + " ".join(sys.argv[1:] if argv is None else argv)
-    writer.write(environment(arguments.device) | {"command": command.strip()})
+    writer.write(environment(arguments.device, **options) | {"command": command.strip()})
     print(f"{'variable':8} {'provider':12} {'exponent':>8} {'off by':>7}  p50 ms")
     for variable in variables:
-        for record in sweep(arguments, chosen, variable):
+        for record in sweep(arguments, chosen, variable, deadline):
             writer.write(record)
             points = ", ".join(
                 f"{value}: {ms:.2f}" for value, ms in zip(record["values"], record["p50_ms"], strict=True)

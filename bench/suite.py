@@ -10,18 +10,20 @@ from bench.problem import Problem
 from bench.providers import Provider
 from bench.runner import Check, Checker, Runner, build
 from bench.shapes import Case
-from bench.timing import Work, clock_of, measure, quantile, ratio
+from bench.timing import Work, clock_of, measure, quantile
 from bench.works import inference_work, training_work
 
 FROZEN = "frozen"  # the provider that taxes are counted over
 
 
 class Options(NamedTuple):
-    seconds: float  # of timing per case
+    seconds: float  # of timing per case, at most
+    precision: float  # of the ratios, at which timing ends
     training: bool  # forward, backward and both; else inference alone
     inference: bool
     cache: str = "hot"  # "cold": caches are overwritten before each call
     launch: str = "eager"  # "graph": replays of a captured CUDA graph
+    clock: str = "wall"  # "process": the time of this process alone
 
 
 class Entrant(NamedTuple):
@@ -68,7 +70,7 @@ def run_case(
         if not works:
             continue
         say(f"timing {', '.join(works)}")
-        rounds = measure(works, clock_of(case.device), options.seconds)
+        rounds = measure(works, clock_of(case.device, options.clock), options.seconds, options.precision)
         for step in next(iter(works.values())).samples:
             for name in works:
                 row = _row(case, step, name, entrants[name], works, roof)
@@ -133,11 +135,11 @@ def _against_floor(case, step, own, frozen, roof) -> dict[str, float]:
     base_ms = quantile(frozen, 0.5)
     base_rate = cost.frozen(case, step).flop / base_ms * 1e-6
     floor = branch.milliseconds(base_rate, roof["copy_gb_s"])
-    tax = ratio(own, frozen) - 1
+    tax = rows.tax(own, frozen)
     floor_tax = floor / base_ms
     return {
         "floor_ms": floor,
-        "tax": tax,
+        **tax,
         "floor_tax": floor_tax,
-        "over_floor": tax / floor_tax,
+        "over_floor": tax["tax"] / floor_tax,
     }

@@ -1,21 +1,26 @@
 """Clocks, samples and quantiles.
 
 Providers are interleaved in one process: a round takes one sample of each, so that a slow minute of
-the machine hits all of them. Ratios are ratios of medians.
+the machine hits all of them. A ratio is the median, over rounds, of the ratio within the round: where a neighbor
+halves the machine's speed for some rounds, the two medians may lie at different speeds, the ratios do not.
 """
 
+import gc
 import math
 import random
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import torch
 
 _SHORTEST_SAMPLE_MS = 1.0  # shorter calls are repeated within a sample
 _MOST_CALLS = 200
+_LEAST_ROUNDS, _MOST_ROUNDS = 7, 200
+CONFIDENCE = 0.95
 
 
 class Clock(Protocol):
@@ -35,6 +40,13 @@ class CpuClock:
         pass
 
 
+class ProcessClock(CpuClock):
+    """The time of this process alone, summed over its threads: for one thread, on a machine that is not idle."""
+
+    def mark(self) -> int:
+        return time.process_time_ns()
+
+
 class CudaClock:
     """Events on the current stream: times of the device, not of the launches."""
 
@@ -50,8 +62,11 @@ class CudaClock:
         torch.cuda.synchronize()
 
 
-def clock_of(device: str) -> Clock:
-    return CudaClock() if torch.device(device).type == "cuda" else CpuClock()
+def clock_of(device: str, name: str = "wall") -> Clock:
+    """Return the clock ``name`` ("wall" or "process") of ``device``; a GPU has its events alone."""
+    if torch.device(device).type == "cuda":
+        return CudaClock()
+    return ProcessClock() if name == "process" else CpuClock()
 
 
 @dataclass
@@ -87,11 +102,21 @@ def sample(work: Work, clock: Clock, calls: int) -> dict[str, float]:
     return result
 
 
-def measure(works: dict[str, Work], clock: Clock, seconds: float, least: int = 5, most: int = 60) -> int:
-    """Fill ``samples`` of every work by interleaved rounds for about ``seconds``; return how many.
+def measure(
+    works: dict[str, Work],
+    clock: Clock,
+    seconds: float,
+    precision: float = 0.0,
+    *,
+    least: int = _LEAST_ROUNDS,
+    most: int = _MOST_ROUNDS,
+) -> int:
+    """Fill ``samples`` of every work by interleaved rounds; return how many.
 
-    At least ``least`` rounds are made unless they would take three times as long, and at least one.
-    The first call of each work is a warm-up; the second sets how many calls make a sample.
+    Rounds are made until the ratio of every work to the first one is known to ``precision`` (half of its interval,
+    relative; 0: never), but for at most about ``seconds``, and at most ``most``. At least ``least`` rounds are made
+    unless they would take three times ``seconds``, and at least one. The first call of each work is a warm-up; the
+    second sets how many calls make a sample.
     """
     start = time.monotonic()
     for work in works.values():
@@ -102,17 +127,65 @@ def measure(works: dict[str, Work], clock: Clock, seconds: float, least: int = 5
     names = list(works)
     draw = random.Random(0)
     rounds = 0
-    while rounds < most:
-        spent = time.monotonic() - start
-        if rounds and spent > (seconds if rounds >= least else 3 * seconds):
-            break
-        # In a new order each round: what a provider leaves in caches and allocators helps or hinders its successor,
-        # which must not always be the same one.
-        for name in draw.sample(names, len(names)):
-            for step, value in sample(works[name], clock, works[name].calls).items():
-                works[name].samples.setdefault(step, []).append(value)
-        rounds += 1
+    gc.collect()
+    gc.disable()  # a collection would fall into one provider's time
+    try:
+        while rounds < most:
+            spent = time.monotonic() - start
+            if rounds and spent > (seconds if rounds >= least else 3 * seconds):
+                break
+            if precision and rounds >= least and _spread(works) <= precision:
+                break
+            # In a new order each round: what a provider leaves in caches and allocators helps or hinders its
+            # successor, which must not always be the same one.
+            for name in draw.sample(names, len(names)):
+                for step, value in sample(works[name], clock, works[name].calls).items():
+                    works[name].samples.setdefault(step, []).append(value)
+            rounds += 1
+    finally:
+        gc.enable()
     return rounds
+
+
+def _spread(works: dict[str, Work]) -> float:
+    """Return the widest half interval of a work's ratio to the first one, relative to the ratio."""
+    first, *others = works.values()
+    step = first.total or next(iter(first.steps))
+    found = [ratio(work.samples[step], first.samples[step]) for work in others]
+    if not all(r.interval for r in found):
+        return math.inf
+    return max(((r.interval[1] - r.interval[0]) / (2 * r.middle) for r in found), default=0.0)
+
+
+class Ratio(NamedTuple):
+    """The median of a ratio over the rounds, and the interval that holds the true median with a probability of at
+    least :data:`CONFIDENCE`; None for less than six rounds, which have no such interval."""
+
+    middle: float
+    interval: tuple[float, float] | None
+
+
+def ratio(values: list[float], others: list[float]) -> Ratio:
+    """Return how ``values`` compare with ``others``, which were measured in the same rounds."""
+    ratios = sorted(value / other for value, other in zip(values, others, strict=True))
+    outside = _outside(len(ratios))
+    interval = None if outside is None else (ratios[outside], ratios[-1 - outside])
+    return Ratio(quantile(ratios, 0.5), interval)
+
+
+@lru_cache
+def _outside(n: int) -> int | None:
+    """Return how many of ``n`` ordered values lie outside of the median's interval at each end; None if all of them
+    are too few. With k outside, the interval misses if at most k values are on one side of the median, and that number
+    is binomial, whatever the distribution of the values is."""
+
+    def misses(k: int) -> float:
+        return 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+
+    k = 0
+    while misses(k) <= 1 - CONFIDENCE:
+        k += 1
+    return k - 1 if k else None
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -122,8 +195,3 @@ def quantile(values: list[float], q: float) -> float:
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-def ratio(values: list[float], others: list[float]) -> float:
-    """Return how the median of ``values`` compares with that of ``others``."""
-    return statistics.median(values) / statistics.median(others)

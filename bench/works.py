@@ -42,12 +42,10 @@ def _cold(runner: Runner, prepare: Callable[[], object]) -> Callable[[], object]
 
 
 def _graph(runner: Runner, name: str, call: Callable, cache: str) -> Work:
-    """Capture ``call`` on static operands; a branch accumulates into one static base, which
-    ``prepare`` restores."""
-    base = runner.prepare()
+    """Capture ``call`` on static operands."""
 
     def captured() -> object:
-        return call(None if base is None else base.detach())
+        return call(runner.prepare())
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -59,8 +57,9 @@ def _graph(runner: Runner, name: str, call: Callable, cache: str) -> Work:
     with torch.cuda.graph(graph):
         captured()
 
-    def restore() -> object:
-        return None if base is None else base.copy_(runner.problem.base)
-
-    prepare = _cold(runner, restore) if cache == "cold" else restore
+    prepare = _cold(runner, _nothing) if cache == "cold" else _nothing
     return Work(prepare, {name: lambda state: graph.replay()})
+
+
+def _nothing() -> None:
+    pass

@@ -8,37 +8,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_rows import TINY, example_row
 from helpers import eager
 
 from bench import __main__ as command
-from bench import compare, cost, counts, problem, scaling, suite, timing
+from bench import compare, cost, counts, problem, scaling, suite
 from bench.cases import PRESETS, cases
 from bench.memory import allocations, saved_bytes
 from bench.problem import SCALING, Problem, relative_error, truth
-from bench.providers import providers
-from bench.results import FIELDS, KEY, Writer, read, recorded, validate
+from bench.providers import by_default, providers
+from bench.results import KEY, Writer, read, recorded, validate
 from bench.runner import Checker, build
-from bench.shapes import DTYPES, LAYERS, Case, layers
+from bench.shapes import DTYPES, LAYERS, layers
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = Case(
-    scope="layer",
-    layer="tiny",
-    m=40,
-    k=24,
-    n=56,
-    r=4,
-    bias=True,
-    dtype="f32",
-    adapter_dtype="f32",
-    alpha_t=0.5,
-    activation="silu",
-    dropout=0.0,
-    device="cpu",
-)
 ROOF = {"kind": "roof", "copy_gb_s": 10.0, "gemm_gflop_s": dict.fromkeys(DTYPES, 100.0)}
 TINY_FLAGS = ["--shapes", "24x56", "--tokens", "40", "--ranks", "4", "--seconds", "0.02"]
 FEW = ["--providers", "frozen,eager,afa", "--device", "cpu", "--no-pictures"]
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_returned(monkeypatch):
+    """Keeping freed memory would last for the whole process, and other tests need much of it."""
+    monkeypatch.setattr("bench.allocator.use", lambda name: "system")
 
 
 @pytest.fixture
@@ -96,7 +88,7 @@ def test_every_provider_of_this_machine_is_right(scope, dtype):
 
 
 def test_a_wrong_result_of_ours_is_not_timed_and_fails_the_run(tmp_path, monkeypatch, small_roofs):
-    def zeros(case):
+    def zeros(case, inplace):
         return lambda x, a, b, base: base + 0 * (x.sum() + a.sum() + b.sum())
 
     wrong = dataclasses.replace(providers()["afa.torch"], name="afa.wrong", branch=zeros)
@@ -128,6 +120,11 @@ def test_the_command_writes_valid_rows_of_every_scope(tmp_path, small_roofs, sma
     for row in rows:
         assert row["provider"] not in row["ratio"]
         assert ("tax" in row) == (row["scope"] != "branch" and row["provider"] != "frozen")
+        assert row["rounds"] < 6 or row["ratio_interval"].keys() == row["ratio"].keys()
+        for name, (low, high) in row["ratio_interval"].items():
+            assert low <= row["ratio"][name] <= high
+        if "tax_interval" in row:
+            assert row["tax_interval"][0] <= row["tax"] <= row["tax_interval"][1]
         assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
     assert "p50 ms" in capsys.readouterr().out
 
@@ -174,13 +171,6 @@ def test_recorded_results_are_valid(path):
         validate(record)
 
 
-def _row() -> dict:
-    example = {str: "x", bool: True, int: 1, dict: {}, list: []}
-    return {"kind": "row"} | {
-        name: example[kind if isinstance(kind, type) else int] for name, kind in FIELDS["row"].items()
-    }
-
-
 @pytest.mark.parametrize(
     "change,message",
     [
@@ -192,13 +182,13 @@ def _row() -> dict:
     ],
 )
 def test_an_invalid_record_is_refused(change, message):
-    validate(_row())
+    validate(example_row())
     with pytest.raises(ValueError, match=message):
-        validate(_row() | change)
+        validate(example_row() | change)
 
 
 def test_a_missing_field_is_refused():
-    row = _row()
+    row = example_row()
     del row["error_ratio"]
     with pytest.raises(ValueError, match="error_ratio"):
         validate(row)
@@ -206,9 +196,18 @@ def test_a_missing_field_is_refused():
 
 def test_numbers_are_written_with_five_digits(tmp_path):
     writer = Writer(tmp_path / "folder" / "rows.jsonl")
-    writer.write(_row() | {"p50_ms": 1.23456789, "ratio": {"eager": 2 / 3}})
+    writer.write(example_row() | {"p50_ms": 1.23456789, "ratio": {"eager": 2 / 3}})
     row = json.loads(writer.path.read_text())
     assert row["p50_ms"] == 1.2346 and row["ratio"] == {"eager": 0.66667}
+
+
+def test_the_same_provider_twice_is_a_check_of_the_measurement(tmp_path, small_roofs):
+    flags = ["--providers", "eager,afa,afa.again", "--device", "cpu", "--no-pictures", "--out", str(tmp_path)]
+    assert command.main([*TINY_FLAGS, *flags, "--seconds", "1"]) == 0
+    *_, last = read(tmp_path / "custom.jsonl")
+    validate(last)
+    assert last["kind"] == "self_check" and last["pairs"] == 3 and 0 <= last["include_one"] <= 3
+    assert by_default("cpu").count("afa.again") == 1 and "afa.cpu" not in by_default("cpu")
 
 
 # Cases
@@ -252,63 +251,12 @@ def test_the_floor_is_arithmetic_or_bytes_whichever_is_longer():
 
 def test_the_tax_is_counted_over_the_frozen_layer():
     floor_ms = cost.branch(TINY, "both").milliseconds(cost.frozen(TINY, "both").flop / 2.0 * 1e-6, ROOF["copy_gb_s"])
-    got = suite._against_floor(TINY, "both", [3.0, 3.0, 9.0], [2.0, 1.0, 2.0], ROOF)
-    assert got["tax"] == pytest.approx(0.5)
+    got = suite._against_floor(TINY, "both", [3.0, 3.0, 9.0], [2.0, 1.0, 6.0], ROOF)
+    assert got["tax"] == pytest.approx(0.5) and "tax_interval" not in got  # of three rounds
+    got |= suite._against_floor(TINY, "both", [3.0, 3.0, 9.0] * 2, [2.0, 1.0, 6.0] * 2, ROOF)
+    assert got["tax"] == pytest.approx(0.5) and got["tax_interval"] == pytest.approx([0.5, 2.0])
     assert got["floor_tax"] == pytest.approx(floor_ms / 2.0)
     assert got["over_floor"] == pytest.approx(1.0 / floor_ms)
-
-
-# Clocks
-
-
-def test_every_round_has_each_provider_once_in_a_new_order():
-    order = []
-
-    def work(name):
-        return timing.Work(lambda: None, {"step": lambda _: order.append(name)})
-
-    works = {name: work(name) for name in "abc"}
-
-    class Clock:
-        """Every call takes 2 ms, so that a sample is one call."""
-
-        def mark(self):
-            return len(order)
-
-        def milliseconds(self, start, end):
-            return 2.0 * (end - start)
-
-        def wait(self):
-            pass
-
-    rounds = timing.measure(works, Clock(), seconds=0.0, least=0, most=3)
-    assert rounds == 1
-    order.clear()
-    assert timing.measure(works, Clock(), seconds=60.0, most=20) == 20
-    warmup, rounds = "".join(order[:6]), ["".join(order[i : i + 3]) for i in range(6, 66, 3)]
-    assert warmup == "aabbcc"
-    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
-    assert len(set(rounds)) > 3  # a rotation has three orders, and each provider always the same successor
-    assert all(work.samples == {"step": [2.0] * 20} for work in works.values())
-
-
-def test_steps_are_timed_apart_and_summed():
-    seen = []
-    work = timing.Work(
-        lambda: "prepared",
-        {"forward": lambda state: seen.append(state) or "y", "backward": seen.append},
-        "both",
-    )
-    result = timing.sample(work, timing.CpuClock(), 3)
-    assert seen == ["prepared", "y"] * 3
-    assert result["both"] == pytest.approx(result["forward"] + result["backward"])
-
-
-def test_quantiles_interpolate_and_ratios_are_of_medians():
-    assert timing.quantile([4.0, 1.0, 2.0, 3.0], 0.5) == 2.5
-    assert timing.quantile([1.0, 2.0, 3.0], 0.2) == pytest.approx(1.4)
-    assert timing.quantile([7.0], 0.8) == 7.0
-    assert timing.ratio([2.0, 4.0, 100.0], [1.0, 2.0, 3.0]) == 2.0
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
@@ -444,7 +392,7 @@ def test_two_files_of_results_are_compared(tmp_path, capsys):
     for name, factor in (("old", 1.0), ("new", 3.0)):
         writer = Writer(tmp_path / f"{name}.jsonl")
         times = {"p20_ms": 0.9 * factor, "p50_ms": factor, "p80_ms": 1.1 * factor}
-        writer.write(_row() | times)
+        writer.write(example_row() | times)
     files = [str(tmp_path / f"{name}.jsonl") for name in ("old", "new")]
     assert compare.main(files) == 0
     out = capsys.readouterr().out
@@ -459,7 +407,7 @@ def test_pictures_are_drawn_from_rows(tmp_path):
 
     writer = Writer(tmp_path / "rows.jsonl")
     writer.write({"kind": "roof", "device": "cpu", "copy_bytes": 1, "gemm_size": {}} | ROOF)
-    base = _row() | TINY._asdict() | {"pass": "both", "tax": 0.1, "floor_tax": 0.05, "rounds": 3}
+    base = example_row() | TINY._asdict() | {"pass": "both", "tax": 0.1, "floor_tax": 0.05, "rounds": 3}
     for provider in ("eager", "afa"):
         for m in (1, 2, 4):
             writer.write(base | {"provider": provider, "m": m})

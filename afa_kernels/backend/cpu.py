@@ -81,7 +81,7 @@ def _backward(dy, x, a, b, z, alpha_t, seed, spec, dx, need_da, need_db, accumul
 def linear_forward(x, weight, bias, a, b, alpha_t, seed, spec, *, save_z):
     """Return y and z: the frozen GEMM first, then the branch accumulates into its result.
 
-    oneDNN's bfloat16 GEMM with beta = 1 takes 3 to 9% longer than with beta = 0 (Zen 5, shapes of bench.bench_cpu),
+    oneDNN's bfloat16 GEMM with beta = 1 takes 3 to 9% longer than with beta = 0 (Zen 5, shapes of bench.goals),
     more than the read of y that the other order saves; in float32 the two orders are within 1% of each other.
     """
     y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -90,7 +90,7 @@ def linear_forward(x, weight, bias, a, b, alpha_t, seed, spec, *, save_z):
 
 def linear_backward(dy, x, weight, a, b, z, alpha_t, seed, spec, *, need_da, need_db):
     # With dropout the mask falls on the branch's part of dx alone, so that part has to be written first. In float32
-    # that order is the faster one anyway (by 1 to 2% on the shapes of bench.bench_cpu), in 16 bits the slower one.
+    # that order is the faster one anyway (by 1 to 2% on the shapes of bench.goals), in 16 bits the slower one.
     if spec.dropout or x.dtype == torch.float32:
         dx, da, db = backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=need_da, need_db=need_db)
         return dx.addmm_(dy, weight), da, db

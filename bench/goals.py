@@ -1,0 +1,247 @@
+"""``python -m bench.goals``: the tables of the README and whether the goals are met, from files of results.
+
+The presets "goals" and "decode" measure what is needed and print this at their end. A goal is that ``afa`` takes less
+time than another provider. It is met if the median ratio is below 1; "within the error" is added where the interval
+of the ratio includes 1.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.providers import AGAIN
+from bench.results import RESULTS, read
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+FILES = (RESULTS / "goals.jsonl", RESULTS / "decode.jsonl")
+OURS = "afa"
+_NAMES = {
+    "peft": "PEFT LoRA",
+    "torchtune": "torchtune LoRA",
+    "eager": "eager AFA",
+    "compiled": "torch.compile",
+    "afa.torch": "best torch ops",
+    OURS: "afa_kernels",
+}
+_DTYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "f64": "fp64"}
+_TRAINING = ((2048, 2048, 2048, 16), (4096, 1024, 4096, 16), (512, 4096, 4096, 64))
+_DECODING = tuple((m, 4096, 4096, 16) for m in (1, 4, 16))
+
+
+class Goal(NamedTuple):
+    """``afa`` is to take less time in one pass of a scope, on some shapes (M, K, N, r), than others do."""
+
+    title: str
+    scope: str
+    step: str
+    shapes: tuple[tuple[int, int, int, int], ...]
+    others: tuple[str, ...]
+
+
+LAYER = Goal("adapter tax", "layer", "both", _TRAINING, ("peft", "torchtune", "eager", "compiled", "afa.torch"))
+BRANCH = Goal("branch alone", "branch", "both", _TRAINING, ("eager", "afa.torch"))
+DECODE = Goal("decoding", "branch", "inference", _DECODING, ("eager",))
+GOALS = (LAYER, BRANCH, DECODE)
+
+Measured = dict[str, dict[str, object]]  # the rows of one problem by provider
+
+
+def measured(rows: Iterable[dict], goal: Goal) -> Iterator[tuple[str, Measured]]:
+    """Yield a title and the rows of each problem of ``goal`` that was measured at alpha_t = 0.5."""
+    found: dict[tuple, Measured] = {}
+    for row in rows:
+        shape = (row["m"], row["k"], row["n"], row["r"])
+        wanted = row["scope"] == goal.scope and row["pass"] == goal.step and shape in goal.shapes
+        plain = row["alpha_t"] == 0.5 and not row["dropout"] and row["adapter_dtype"] == row["dtype"]
+        if wanted and plain and (row["cache"], row["launch"]) == ("hot", "eager"):
+            found.setdefault((row["dtype"], *shape), {})[row["provider"]] = row
+    for dtype, name in _DTYPES.items():
+        for shape in goal.shapes:
+            problem = found.get((dtype, *shape), {})
+            if OURS in problem:
+                yield " ".join([name, *map(str, shape)]), problem
+
+
+def self_check(rows: Iterable[dict]) -> dict[str, object] | None:
+    """Return how far the same code, measured twice, is from itself: the record that ends a file of results."""
+    pairs = [row for row in rows if row["provider"] == AGAIN and row["ratio_interval"].get(OURS)]
+    if not pairs:
+        return None
+    return {
+        "kind": "self_check",
+        "pairs": len(pairs),
+        "include_one": sum(_includes_one(row["ratio_interval"][OURS]) for row in pairs),
+        "largest": max(abs(row["ratio"][OURS] - 1) for row in pairs),
+    }
+
+
+def report(rows: list[dict]) -> Iterator[str]:
+    """Yield the lines of the tables, of the verdicts and of the self-check, as far as ``rows`` has them."""
+    for text, make in ((LAYER.title, _layer_table), (BRANCH.title, _branch_table), (DECODE.title, _decode_table)):
+        lines = make(rows)
+        if lines:
+            yield from ("", f"{text}:", *lines)
+    for goal in GOALS:
+        verdicts = list(_verdicts(rows, goal))
+        if verdicts:
+            met = sum(good for good, _ in verdicts)
+            yield from ("", f"goals, {goal.title}: {met} of {len(verdicts)} met")
+            yield from (text for _, text in verdicts)
+    check = self_check(rows)
+    if check:
+        yield ""
+        yield _self_check_text(check)
+
+
+def _verdicts(rows: list[dict], goal: Goal) -> Iterator[tuple[bool, str]]:
+    for title, problem in measured(rows, goal):
+        own = problem[OURS]
+        for other in goal.others:
+            if other in own["ratio"]:
+                value, interval = own["ratio"][other], own["ratio_interval"].get(other)
+                verdict = "met" if value < 1 else "not met"
+                if not interval:
+                    verdict += ", without an interval"
+                elif _includes_one(interval):
+                    verdict += ", within the error"
+                text = f"{title:26} afa / {other:10} {value:.3f}{_interval(interval, 1, 3)}: {verdict}"
+                yield value < 1, text
+
+
+def _layer_table(rows: list[dict]) -> list[str]:
+    problems = list(measured(rows, LAYER))
+    names = [name for name in _NAMES if any(name in problem for _, problem in problems)]
+    lines = []
+    for title, problem in problems:
+        if "tax" not in problem[OURS]:
+            continue
+        taxes = {name: problem[name]["tax"] for name in names if name in problem}
+        least = min(taxes, key=taxes.get)
+        cells = [title, f"{problem['frozen']['p50_ms']:.0f}"]
+        for name in names:
+            cell = f"{100 * taxes[name]:.1f}" if name in taxes else "-"
+            cells.append(f"**{cell}**" if name == least else cell)
+        cells[-1] += _interval(problem[OURS].get("tax_interval"), 100, 1)
+        lines.append([*cells, f"{100 * problem[OURS]['floor_tax']:.1f}", _error(problem)])
+    head = ["dtype, M K N r", "frozen ms", *(_NAMES[name] for name in names), "floor", "error"]
+    return _markdown(head, lines)
+
+
+def _branch_table(rows: list[dict]) -> list[str]:
+    return _ratio_table(rows, BRANCH, BRANCH.others)
+
+
+def _decode_table(rows: list[dict]) -> list[str]:
+    return _ratio_table(rows, DECODE, ("eager", "afa.torch"))
+
+
+def _ratio_table(rows: list[dict], goal: Goal, others: tuple[str, ...]) -> list[str]:
+    """Return the time of others over ours, with geometric means."""
+    lines = []
+    ratios: dict[str, list[float]] = {name: [] for name in others}
+    for title, problem in measured(rows, goal):
+        cells = [title, f"{problem[OURS]['p50_ms']:.3g}"]
+        for name in others:
+            row = problem.get(name)
+            cells.append("-" if row is None else _ratio(row))
+            ratios[name] += [] if row is None else [row["ratio"][OURS]]
+        lines.append([*cells, _error(problem)])
+    if lines:
+        means = [f"{math.exp(sum(map(math.log, v)) / len(v)):.2f}" if v else "-" for v in ratios.values()]
+        lines.append(["geometric mean", "", *means, ""])
+    return _markdown(["dtype, M K N r", "afa_kernels ms", *(_NAMES[name] for name in others), "error"], lines)
+
+
+def _ratio(row: dict) -> str:
+    return f"{row['ratio'][OURS]:.2f}{_interval(row['ratio_interval'].get(OURS), 1, 2)}"
+
+
+def _error(problem: Measured) -> str:
+    """Return the distance of ``afa`` from itself and its interval, in percent."""
+    again = problem.get(AGAIN)
+    if again is None:
+        return "-"
+    around_zero = [value - 1 for value in again["ratio_interval"].get(OURS, [])]
+    return f"{100 * (again['ratio'][OURS] - 1):+.1f}{_interval(around_zero, 100, 1)}"
+
+
+def _interval(interval: list[float] | None, factor: float, digits: int) -> str:
+    if not interval:
+        return ""
+    low, high = (f"{factor * value:.{digits}f}" for value in interval)
+    return f" [{low}, {high}]"
+
+
+def _includes_one(interval: list[float]) -> bool:
+    return interval[0] <= 1 <= interval[1]
+
+
+def _self_check_text(check: dict) -> str:
+    return (
+        f"self-check: afa measured twice; of {check['pairs']} intervals of its ratio to itself {check['include_one']} "
+        f"include 1 (95% are meant to); the largest distance from 1 is {100 * check['largest']:.1f}%"
+    )
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> list[str]:
+    if not lines:
+        return []
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
+
+
+def section(files: Iterable[Path]) -> dict[str, str]:
+    """Return what stands in the README between the marks of each goal: how it was measured, and its table."""
+    result = {}
+    for path in files:
+        records = read(path)
+        rows = [record for record in records if record["kind"] == "row"]
+        environment = records[0]
+        isa, torch_version = environment["isa"]["afa_kernels"], environment["packages"]["torch"]
+        how = (
+            f"Measured by `{environment['command'].partition(' --out')[0]}`, {environment['cpu']}, "
+            f"{environment['threads']} threads, {isa}, torch {torch_version}, "
+            f"commit {environment['commit'][:7]}."
+        )
+        for goal, make in ((LAYER, _layer_table), (BRANCH, _branch_table), (DECODE, _decode_table)):
+            table = make(rows)
+            if table:
+                result[goal.title] = "\n".join([how, "", *table])
+    return result
+
+
+def written(readme: str, sections: dict[str, str]) -> str:
+    """Return ``readme`` with each section between its marks.
+
+    Raises:
+        ValueError: the marks of a section are missing.
+    """
+    for title, text in sections.items():
+        begin, end = f"<!-- {title} -->\n", f"\n<!-- end of {title} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        if len(pattern.findall(readme)) != 1:
+            raise ValueError(f"README.md: expected one {begin.strip()} ... {end.strip()}")
+        readme = pattern.sub(lambda _, new=begin + text + end: new, readme)
+    return readme
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.goals", description=__doc__)
+    parser.add_argument("results", type=Path, nargs="*", help="default: goals and decode in bench/results")
+    parser.add_argument("--readme", action="store_true", help="also write the tables into README.md")
+    arguments = parser.parse_args(argv)
+    files = arguments.results or [path for path in FILES if path.exists()]
+    rows = [record for path in files for record in read(path) if record["kind"] == "row"]
+    for text in report(rows):
+        print(text)
+    if arguments.readme:
+        README.write_text(written(README.read_text(), section(files)))
+        print(f"\nwritten into {README.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""``python -m bench.resident``: memory of a branch's forward and backward beyond operands, result and gradients.
+
+torch's own counters (memory.py) do not see what the CPU kernels allocate for themselves, so this watches the process:
+Linux keeps the peak of the resident set and lets the process reset it. Every allocation above a few pages gets a
+mapping of its own and returns it when freed, so that the peak is what was held at once. Needs Linux and glibc; run in a
+process that does nothing else.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.problem import Problem
+from bench.providers import providers
+from bench.runner import Runner, build
+from bench.shapes import DTYPES, Case
+
+_M_MMAP_THRESHOLD = -3  # of mallopt(3), in glibc's malloc.h
+_OWN_MAPPING_BYTES = 1 << 14
+_REPEATS = 2
+
+
+def bound(case: Case, threads: int) -> int:
+    """Return the most bytes that the CPU kernels may take: z and a quarter of it, and each thread's partial sums of dA
+    and dB, all in float32."""
+    return 4 * (case.m * case.r * 5 // 4 + threads * case.r * (case.k + case.n))
+
+
+def extra_bytes(runner: Runner) -> int:
+    """Return the peak of the resident set in a forward and backward, over its start, without result and gradients.
+
+    Raises:
+        OSError: the system does not keep or reset the peak.
+    """
+    results = sum(t.nbytes for t in (runner.problem.dy, *runner.inputs))
+    return min(_peak(runner) for _ in range(_REPEATS)) - results
+
+
+def _peak(runner: Runner) -> int:
+    base = runner.prepare()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
+    before = _status("VmRSS")
+    runner.backward(runner.forward(base))
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.resident", description=__doc__)
+    add = parser.add_argument
+    add("--shape", default="16384,1024,1024,32", help="M,K,N,r")
+    add("--dtype", choices=[*DTYPES], default="f32")
+    add("--providers", default="eager,afa.torch,afa.cpu")
+    add("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args(argv)
+    if not ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES):
+        parser.error("the C library does not map large allocations apart: this needs glibc")
+    torch.set_num_threads(arguments.threads)
+    m, k, n, r = map(int, arguments.shape.split(","))
+    dtype = arguments.dtype
+    case = Case("branch", "resident", m, k, n, r, False, dtype, dtype, 0.5, "silu", 0.0, "cpu")
+    problem = Problem.of(case)
+    extra = {}
+    for name in arguments.providers.split(","):
+        runner = build(providers()[name], problem)
+        _peak(runner)  # what happens once, such as starting threads, is not counted
+        extra[name] = extra_bytes(runner)
+    print(json.dumps({"bound": bound(case, arguments.threads), "extra": extra}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

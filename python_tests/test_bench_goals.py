@@ -1,0 +1,55 @@
+"""What is made of the rows: verdicts on the goals, and the tables of the README."""
+
+import pytest
+from bench_rows import TINY, example_row
+
+from bench import goals
+
+
+def _goal_rows(interval=(0.8, 0.9)) -> list[dict]:
+    """Rows of one goal's problem in which afa takes 0.85 of the others' time and a tenth more than the frozen layer."""
+    base = example_row() | TINY._asdict() | dict(zip("mkn", (2048,) * 3, strict=True), r=16)
+    base |= {"pass": "both", "cache": "hot", "launch": "eager"}
+    names = ("frozen", "peft", "eager", "afa", "afa.again")
+    rows = []
+    for name in names:
+        tax = {} if name == "frozen" else {"tax": 0.1 if name == "afa" else 0.2, "tax_interval": [0.05, 0.15]}
+        value, low, high = (1.01, 0.99, 1.03) if name == "afa.again" else (1.18, 1.1, 1.25)
+        ratio = {"ratio": {"afa": value}, "ratio_interval": {"afa": [low, high]}}
+        if name == "afa":
+            ratio = {
+                "ratio": {"peft": 0.85, "eager": 1.1},
+                "ratio_interval": dict.fromkeys(("peft", "eager"), interval),
+            }
+        rows.append(base | {"provider": name, "floor_tax": 0.03} | tax | ratio)
+    return rows
+
+
+def test_goals_are_judged_from_rows():
+    text = "\n".join(goals.report(_goal_rows()))
+    assert "| fp32 2048 2048 2048 16 | 1 | 20.0 | 20.0 | **10.0** [5.0, 15.0] | 3.0 | +1.0 [-1.0, 3.0] |" in text
+    assert "goals, adapter tax: 1 of 2 met" in text
+    assert "afa / peft       0.850 [0.800, 0.900]: met" in text and "afa / eager      1.100" in text
+    assert "of 1 intervals of its ratio to itself 1 include 1" in text and "distance from 1 is 1.0%" in text
+    unsure = "\n".join(goals.report(_goal_rows((0.8, 1.2))))
+    assert "[0.800, 1.200]: met, within the error" in unsure and ": not met, within the error" in unsure
+    assert ": met, without an interval" in "\n".join(goals.report(_goal_rows(())))
+    assert not list(goals.report([row | {"r": 17} for row in _goal_rows() if row["provider"] != "afa.again"]))
+
+
+def test_geometric_means_are_of_the_shapes():
+    rows = [row | {"scope": "branch"} for row in _goal_rows()]
+    wide = [row | {"m": 4096, "k": 1024, "n": 4096} for row in _goal_rows()]
+    wide = [row | {"scope": "branch", "ratio": {"afa": 4.72}} for row in wide if row["provider"] != "afa"]
+    wide += [row | {"scope": "branch", "m": 4096, "k": 1024, "n": 4096} for row in rows if row["provider"] == "afa"]
+    assert "| geometric mean |  | 2.36 | - |  |" in "\n".join(goals.report(rows + wide))
+
+
+def test_the_readme_quotes_the_recorded_results():
+    files = [path for path in goals.FILES if path.exists()]
+    readme = goals.README.read_text()
+    sections = goals.section(files)
+    assert sections.keys() == {goal.title for goal in goals.GOALS}
+    assert goals.written(readme, sections) == readme, "python -m bench.goals --readme"
+    with pytest.raises(ValueError, match="adapter tax"):
+        goals.written("", sections)
