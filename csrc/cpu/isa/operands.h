@@ -122,17 +122,25 @@ static void pack_slab(const Matrix& p, bool transposed, int64_t col, int64_t col
                       typename E::Elem* expand_panel) {
     const int64_t stride_j = transposed ? p.col_stride : p.row_stride;
     const int64_t stride_l = transposed ? p.row_stride : p.col_stride;
+    using Elem = typename E::Elem;
     with_dtype(p.dtype, [&](auto* type) {
         using Src = std::remove_pointer_t<decltype(type)>;
         const Src* data = static_cast<const Src*>(p.data) + col * stride_l;
         for (int64_t c = 0; c < cols; c += E::kTile) {
             const int count = static_cast<int>(min_of<int64_t>(E::kTile, cols - c));
-            read_tile<T>(data + c * stride_l, stride_j, stride_l, r, rp, count, scratch);
             const int64_t offset = c * rp, expand_offset = c * E::expand_rank(rp);
-            if (dot_panel != nullptr)
-                E::pack_dot(scratch, rp, dot_panel + offset);
-            if (expand_panel != nullptr && expand_panel != dot_panel)
-                E::pack_expand(scratch, rp, expand_panel + expand_offset);
+            // One panel for both products is the tile itself.
+            Elem* panel = dot_panel != nullptr ? dot_panel : expand_panel;
+            float* tile = scratch;
+            if constexpr (E::kOnePanel)
+                tile = panel + offset;
+            read_tile<T>(data + c * stride_l, stride_j, stride_l, r, rp, count, tile);
+            if constexpr (!E::kOnePanel) {
+                if (dot_panel != nullptr)
+                    E::pack_dot(scratch, rp, dot_panel + offset);
+                if (expand_panel != nullptr)
+                    E::pack_expand(scratch, rp, expand_panel + expand_offset);
+            }
         }
     });
 }

@@ -15,12 +15,6 @@ struct Wide : RowGroups<Wide> {
     static constexpr int kSlab = 256;
     static constexpr bool kOnePanel = true;
 
-    static void pack_dot(const float* tile, int64_t rp, Elem* panel) {
-        memcpy(panel, tile, rp * kTile * sizeof(float));
-    }
-    static void pack_expand(const float* tile, int64_t rp, Elem* panel) {
-        pack_dot(tile, rp, panel);
-    }
     static int64_t coefficient_bytes(int64_t, int64_t) { return 0; }
     static Coefficients<Wide> view_coefficients(const float* h, int64_t, int64_t, void*) {
         return {h, nullptr, nullptr};
