@@ -114,8 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     if record is None:
         record = pretrain(settings, chosen.output)
     print(
-        f"{chosen.output}: {record['parameters']:,} parameters, {record['held_out_nats_per_byte']:.3f} nats per byte on "
-        f"held-out files, {record['cpu_seconds']:.0f} s of processor time"
+        f"{chosen.output}: {record['parameters']:,} parameters, {record['held_out_nats_per_byte']:.3f} nats per byte "
+        f"on held-out files, {record['cpu_seconds']:.0f} s of processor time"
     )
     return 0
 

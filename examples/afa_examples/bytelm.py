@@ -97,8 +97,8 @@ def standard_library_source(root: Path | None = None) -> tuple[Tensor, Tensor]:
     return train, held_out
 
 
-def topics(seed: int = 0) -> Text:
-    """Return the texts of ``pydoc_data.topics`` (the help on the language), split by topic.
+def topic_texts(seed: int = 0) -> dict[str, str]:
+    """Return ``pydoc_data.topics`` (the help on the language) as train, validation and test text, split by topic.
 
     Topics share paragraphs: a held-out paragraph that a part before it has is dropped.
     """
@@ -114,12 +114,17 @@ def topics(seed: int = 0) -> Text:
         if part in room:
             room[part] -= len(texts[topic])
     seen: set[str] = set()
-    ids = {}
+    joined = {}
     for part, members in chosen.items():
         own = [paragraph for topic in members for paragraph in (*texts[topic].split("\n\n"), "")]
-        ids[part] = encode("\n\n".join(p for p in own if p not in seen))
+        joined[part] = "\n\n".join(p for p in own if p not in seen)
         seen |= {paragraph for paragraph in own if paragraph}
-    return Text(ids["train"], ids["validation"], ids["test"])
+    return joined
+
+
+def topics(seed: int = 0) -> Text:
+    """Return the ids of :func:`topic_texts`."""
+    return Text(**{part: encode(text) for part, text in topic_texts(seed).items()})
 
 
 def batch(ids: Tensor, size: int, length: int, seed: int, step: int) -> Tensor:

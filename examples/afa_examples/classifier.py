@@ -75,12 +75,15 @@ class Batch:
 class Encoded:
     """Tokenised examples and their labels."""
 
-    def __init__(self, examples: Sequence[Example], labels: Sequence[str], path: str | Path):
+    def __init__(
+        self, examples: Sequence[Example], labels: Sequence[str], path: str | Path, max_tokens: int = MAX_TOKENS
+    ):
         tokenizer = AutoTokenizer.from_pretrained(path)
         texts = [example.text for example in examples]
-        self._ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        self._ids = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
         self._labels = [labels.index(example.label) for example in examples]
         self._padding = tokenizer.pad_token_id or 0
+        self._shuffled: tuple[tuple[int, int] | None, list[int]] = (None, [])
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -102,6 +105,17 @@ class Encoded:
             if len(order) < size:
                 order = generator.sample(range(len(self)), len(self))
             yield self.batch([order.pop() for _ in range(size)])
+
+    def training_batch(self, size: int, seed: int, step: int) -> Batch:
+        """Return the batch of ``step``, without those before it; no example is repeated before all were used."""
+        places = range(step * size, (step + 1) * size)
+        return self.batch([self._order(seed, place // len(self))[place % len(self)] for place in places])
+
+    def _order(self, seed: int, epoch: int) -> list[int]:
+        if self._shuffled[0] != (seed, epoch):
+            order = random.Random(f"{seed} {epoch}").sample(range(len(self)), len(self))
+            self._shuffled = ((seed, epoch), order)
+        return self._shuffled[1]
 
     def evaluation_batches(self, size: int = 64, limit: int | None = None) -> Iterator[Batch]:
         """Yield the first ``limit`` examples, those of like length together: little padding."""

@@ -13,6 +13,30 @@ _BACKGROUND = "#ffffff"
 _COLOURS = ("#7f7f7f", "#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 
 
+def draw_runs(runs: dict[str, list[dict]], ylabel: str, file: Path) -> None:
+    """Draw the mean score of each method over its seeds, its range as a band, and below it alpha_t."""
+    figure, (above, below) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(7.5, 5.5), height_ratios=(3, 1), facecolor=_BACKGROUND
+    )
+    for number, (name, own) in enumerate(runs.items()):
+        colour = f"C{number}"
+        steps = own[0]["progress"]["steps"]
+        scores = list(zip(*(run["progress"]["scores"] for run in own), strict=True))
+        middle = [sum(values) / len(values) for values in scores]
+        if len(steps) == 1:
+            above.axhline(middle[0], color=colour, linestyle="--", linewidth=1, label=name)
+            continue
+        above.plot(steps, middle, color=colour, linewidth=1.2, label=name)
+        above.fill_between(steps, *zip(*((min(v), max(v)) for v in scores), strict=True), color=colour, alpha=0.15)
+        alpha_t = own[0]["progress"]["alpha_t"]
+        if any(alpha_t):
+            below.plot(range(len(alpha_t)), alpha_t, color=colour, linewidth=1.2)
+    above.set(ylabel=ylabel)
+    above.legend(loc="upper right", frameon=False, fontsize=8)
+    below.set(xlabel="optimizer step", ylabel="alpha_t", ylim=(-0.05, 1.05))
+    _finish(figure, (above, below), file)
+
+
 def draw(curves: dict[str, Curve], identity_step: int | None, title: str, file: Path) -> None:
     """Draw accuracy of each method above, alpha_t of those that anneal below, and save ``file``."""
     figure, (above, below) = pyplot.subplots(
@@ -33,7 +57,11 @@ def draw(curves: dict[str, Curve], identity_step: int | None, title: str, file: 
             fontsize=8,
             loc="right",
         )
-    for axes in (above, below):
+    _finish(figure, (above, below), file)
+
+
+def _finish(figure, all_axes, file: Path) -> None:
+    for axes in all_axes:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

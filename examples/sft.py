@@ -1,0 +1,179 @@
+"""Compare ways to fine-tune a pretrained model: LoRA, AFA-LoRA, full fine-tuning.
+
+    python examples/sft.py --config examples/configs/sft_lm.yaml
+    python examples/sft.py --config examples/configs/sft_lm.yaml --tune    choose the learning rates
+    torchrun --nproc-per-node 2 examples/sft.py --config examples/configs/sft_lm.yaml
+
+Every method and seed is a cell: a finished cell is not run again, an interrupted one goes on from its last checkpoint
+with the same numbers. A merged model that does not agree with its adapter ends the command with exit code 1.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+# Before transformers is imported: --model and --data may name things on the hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "0")
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from afa_examples import picture, report, sft_config, sft_tasks, sft_training, statistics
+from afa_examples.adaptation import METHODS
+from afa_examples.sft_config import Settings
+from afa_examples.sft_tasks import Task
+
+BASELINE = "lora"
+CEILINGS = ("full", "full_adapted")
+
+
+def main(argv: list[str] | None = None) -> int:
+    chosen = arguments(argv)
+    try:
+        settings = sft_config.from_flags(chosen)
+        task = sft_tasks.make(settings)
+    except ValueError as error:
+        raise SystemExit(f"sft.py: {error}") from None
+    accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no", cpu=not _has_accelerator())
+    if settings.batch_size % accelerator.num_processes:
+        raise SystemExit(
+            f"sft.py: batch_size: expected a multiple of {accelerator.num_processes} processes, "
+            f"got {settings.batch_size}"
+        )
+    set_seed(0)
+    try:
+        if chosen.tune:
+            return tune(settings, task, accelerator, chosen.quiet)
+        return compare(settings, task, accelerator, chosen.quiet)
+    except sft_training.MergeMismatch as error:
+        print(f"FAILED: {error}", file=sys.stderr)
+        return 1
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    sft_config.add_flags(parser)
+    parser.add_argument("--tune", action="store_true", help="run the grids of the file on the validation split")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser.parse_args(argv)
+
+
+def compare(settings: Settings, task: Task, accelerator: Accelerator, quiet: bool) -> int:
+    """Run every method with every seed, print the table, write JSON and picture."""
+    missing = [m for m in settings.methods if m not in settings.learning_rates and not _needs_no_rate(m, task)]
+    if missing:
+        raise SystemExit(f"sft.py: learning_rates: none for {', '.join(missing)}; --tune chooses them")
+    runs = []
+    for seed in range(settings.seeds):
+        for method in settings.methods:
+            rate = settings.learning_rates.get(method, 0.0)
+            cell = sft_training.Cell(method, seed, rate, settings)
+            runs.append(sft_training.run(cell, task, accelerator, quiet, save_merged=seed == 0))
+    if not accelerator.is_main_process:
+        return 0
+    metrics = [task.metric, *(name for name in runs[0]["score"] if name != task.metric)]
+    summary = {
+        metric: statistics.compare(
+            {m: [r["score"][metric] for r in runs if r["method"] == m] for m in settings.methods}, BASELINE, CEILINGS
+        )
+        for metric in metrics
+    }
+    output = Path(settings.output)
+    result = {
+        "environment": report.environment(),
+        "settings": settings.as_dict(),
+        "fingerprint": task.fingerprint(),
+        "summary": summary,
+        "runs": [_short(r) for r in runs],
+    }
+    report.write_json(output / "sft.json", result)
+    picture.draw_runs(
+        {METHODS[m].title: [r for r in runs if r["method"] == m] for m in settings.methods},
+        f"validation: {task.metric}",
+        output / "sft.png",
+    )
+    print("\n" + table(summary, runs, task.metric))
+    print(f"\nWritten: {output}/sft.json, sft.png, and of seed 0: adapter/, merged/")
+    return 0
+
+
+def tune(settings: Settings, task: Task, accelerator: Accelerator, quiet: bool) -> int:
+    """Run the grids on the validation split, print and write them and the best rates."""
+    rows = []
+    tuned = replace(settings, test_examples=None)
+    for method in settings.methods:
+        for rate in settings.grids.get(method, ()):
+            cell = sft_training.Cell(method, settings.tuning_seed, rate, tuned, part="validation")
+            result = sft_training.run(cell, task, accelerator, quiet)
+            rows.append({"method": method, "learning_rate": rate, **result["score"]})
+            if accelerator.is_main_process:
+                print(f"{method:<14} {rate:<8g} {result['score'][task.metric]:.4f}", flush=True)
+    if not accelerator.is_main_process:
+        return 0
+    best = best_rates(rows, task.metric)
+    for method, rate in best.items():
+        grid = settings.grids[method]
+        edge = " (an end of the grid)" if len(grid) > 1 and rate in (min(grid), max(grid)) else ""
+        print(f"{method}: {rate:g}{edge}")
+    result = {"environment": report.environment(), "settings": settings.as_dict(), "rows": rows, "best": best}
+    report.write_json(Path(settings.output) / "tune.json", result)
+    return 0
+
+
+def best_rates(rows: list[dict], metric: str) -> dict[str, float]:
+    """Return the rate with the lowest score of each method; what diverged (not a number) is never the best."""
+    best: dict[str, dict] = {}
+    for row in rows:
+        held = best.get(row["method"])
+        if row[metric] == row[metric] and (held is None or row[metric] < held[metric]):
+            best[row["method"]] = row
+    return {method: row["learning_rate"] for method, row in best.items()}
+
+
+def table(summary: dict, runs: list[dict], metric: str) -> str:
+    """Return mean and spread of every method and the gaps closed, as a Markdown table."""
+    rows = []
+    others = [name for name in summary if name != metric]
+    for method, row in summary[metric].items():
+        own = [r for r in runs if r["method"] == method]
+        cells = [METHODS[method].title, f"{row['mean']:.4f} ± {row['spread']:.4f}"]
+        for name in others:
+            cells.append(f"{summary[name][method]['mean']:.4f} ± {summary[name][method]['spread']:.4f}")
+        cells.append(_with_interval(row, "minus_baseline", "{:+.4f}"))
+        cells += [_with_interval(row, f"gap_closed_to_{ceiling}", "{:+.1%}") for ceiling in CEILINGS]
+        cells += [f"{own[0]['learning_rate']:g}", f"{own[0]['trainable_parameters']:,}"]
+        cells.append(f"{statistics.mean([r['progress']['cpu_seconds'] for r in own]):.0f}")
+        rows.append(cells)
+    header = ["method", metric, *others, "minus LoRA", *(f"gap to {c} closed" for c in CEILINGS)]
+    return report.markdown((*header, "peak lr", "trained", "cpu s"), rows)
+
+
+def _with_interval(row: dict, name: str, form: str) -> str:
+    if name not in row:
+        return ""
+    low, high = row[f"{name}_interval"]
+    return f"{form.format(row[name])} [{form.format(low)}, {form.format(high)}]"
+
+
+def _needs_no_rate(method: str, task: Task) -> bool:
+    return METHODS[method].trains == "head"  # the head has a rate of its own
+
+
+def _short(run: dict) -> dict:
+    """Return a run without its values of every step, which stay in its cell."""
+    progress = {name: run["progress"][name] for name in ("steps", "scores", "cpu_seconds", "seconds")}
+    rounded = [round(score, 5) for score in progress["scores"]]
+    kept = {name: value for name, value in run.items() if name not in ("identity", "progress")}
+    return kept | {"progress": progress | {"scores": rounded}}
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
