@@ -158,7 +158,7 @@ def _with_interval(row: dict, name: str, form: str) -> str:
 
 
 def _needs_no_rate(method: str, task: Task) -> bool:
-    return METHODS[method].trains == "head"  # the head has a rate of its own
+    return METHODS[method].trains == "head" and task.head is None
 
 
 def _short(run: dict) -> dict:

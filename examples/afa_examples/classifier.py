@@ -54,6 +54,19 @@ class Classifier(nn.Module):
             self.encoder.pooler = None  # its output is not used
         self.head = nn.Linear(self.encoder.config.hidden_size, labels)
 
+    def keep_layers(self, count: int) -> None:
+        """Drop all layers of the encoder but the first ``count``.
+
+        Raises:
+            ValueError: the encoder has no such list of layers, or not so many.
+        """
+        blocks = getattr(getattr(self.encoder, "encoder", None), "layer", None)
+        if not isinstance(blocks, nn.ModuleList) or not 1 <= count <= len(blocks):
+            have = len(blocks) if isinstance(blocks, nn.ModuleList) else "no"
+            raise ValueError(f"keep_layers: expected at most the {have} layers of the encoder, got {count}")
+        self.encoder.encoder.layer = blocks[:count]
+        self.encoder.config.num_hidden_layers = count
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits ``(batch, labels)`` of tokens ``(batch, length)``."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state

@@ -10,6 +10,7 @@ from matplotlib import pyplot
 from afa_examples.training import Curve
 
 _BACKGROUND = "#ffffff"
+_AVERAGED = 5  # steps
 _COLOURS = ("#7f7f7f", "#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 
 
@@ -33,6 +34,24 @@ def draw_runs(runs: dict[str, list[dict]], ylabel: str, file: Path) -> None:
             below.plot(range(len(alpha_t)), alpha_t, color=colour, linewidth=1.2)
     above.set(ylabel=ylabel)
     above.legend(loc="upper right", frameon=False, fontsize=8)
+    below.set(xlabel="optimizer step", ylabel="alpha_t", ylim=(-0.05, 1.05))
+    _finish(figure, (above, below), file)
+
+
+def draw_differences(curves: dict[str, tuple[list[float], list[float]]], ylabel: str, file: Path) -> None:
+    """Draw differences of the loss, averaged over some steps, above, and alpha_t below."""
+    figure, (above, below) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(7.5, 5.5), height_ratios=(3, 1), facecolor=_BACKGROUND
+    )
+    for number, (name, (differences, alpha_t)) in enumerate(curves.items()):
+        windows = [differences[max(0, i - _AVERAGED + 1) : i + 1] for i in range(len(differences))]
+        above.plot([sum(w) / len(w) for w in windows], color=f"C{number}", linewidth=1.2, label=name)
+        below.plot(alpha_t, color=f"C{number}", linewidth=1.2)
+        if 0.0 in alpha_t:
+            above.axvline(alpha_t.index(0.0), color=f"C{number}", linestyle=":", linewidth=1)
+    above.axhline(0.0, color="#333333", linewidth=0.8)
+    above.set(ylabel=f"{ylabel} (mean of {_AVERAGED} steps)")
+    above.legend(frameon=False, fontsize=8)
     below.set(xlabel="optimizer step", ylabel="alpha_t", ylim=(-0.05, 1.05))
     _finish(figure, (above, below), file)
 

@@ -12,6 +12,7 @@ import afa_kernels as afa
 from afa_examples.adaptation import METHODS
 
 TASKS = ("lm", "classification")
+_OPTIONAL_COUNTS = ("keep_layers", "test_examples")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Settings:
     task: str = "lm"  # lm or classification
     model: str | None = None  # Hugging Face id or folder; default: the small model of the task
     data: str | None = None  # Hugging Face id, file or folder; default: text of this Python
+    keep_layers: int | None = None  # only the first layers of an encoder, for classification; default: all
     text_column: str = "text"  # of --data
     label_column: str = "label"  # of --data, for classification
     methods: tuple[str, ...] = tuple(METHODS)  # what is compared
@@ -39,7 +41,7 @@ class Settings:
     anneal_end_frac: float = 0.6  # of the steps, where alpha_t reaches 0
     warmup_frac: float = 0.1  # of the steps, where the learning rate rises
     decay_from_frac: float = 0.6  # of the steps, from where the learning rate falls
-    head_learning_rate: float = 1e-2  # of a new head, in every method
+    head_learning_rate: float = 1e-2  # of a new head, in every method that trains more
     learning_rates: dict[str, float] = field(default_factory=dict)  # peak of each method
     grids: dict[str, list[float]] = field(default_factory=dict)  # tried by --tune, in the file only
     tuning_seed: int = 1000  # of --tune, no seed of the comparison
@@ -103,7 +105,7 @@ def _typed(name: str, value: Any, default: Any) -> Any:
         return value
     if isinstance(default, float):
         return _number(name, value)
-    if isinstance(default, int) or name == "test_examples":
+    if isinstance(default, int) or name in _OPTIONAL_COUNTS:
         if (value is not None or default is not None) and (isinstance(value, bool) or not isinstance(value, int)):
             raise ValueError(f"{name}: expected a whole number, got {value!r}")
         return value
@@ -135,7 +137,9 @@ def _check(s: Settings) -> None:
     for name in ("seeds", "steps", "batch_size", "evaluate_every", "curve_examples", "r", "checkpoint_every"):
         expect(name, getattr(s, name) >= 1, "at least 1")
     expect("length", s.length >= 2, "at least 2 tokens")
-    expect("test_examples", s.test_examples is None or s.test_examples >= 1, "at least 1")
+    for name in _OPTIONAL_COUNTS:
+        expect(name, getattr(s, name) is None or getattr(s, name) >= 1, "at least 1")
+    expect("keep_layers", s.keep_layers is None or s.task == "classification", "nothing but for classification")
     expect("warmup_frac", 0 <= s.warmup_frac <= 1, "a fraction in [0, 1]")
     expect("decay_from_frac", 0 <= s.decay_from_frac <= 1, "a fraction in [0, 1]")
     expect("head_learning_rate", s.head_learning_rate > 0, "a positive rate")
@@ -155,7 +159,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         elif item.default is False:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
         else:
-            kind = int if item.name == "test_examples" else type(item.default) if item.default is not None else str
+            kind = int if item.name in _OPTIONAL_COUNTS else type(item.default) if item.default is not None else str
             parser.add_argument(flag, type=kind, help=f"({item.default})")
     parser.add_argument(
         "--learning-rate", nargs="+", default=[], metavar="METHOD=RATE", help="peak learning rates, such as lora=3e-3"

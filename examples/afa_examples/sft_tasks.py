@@ -128,7 +128,10 @@ class Classification:
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)  # of the head
-        return Classifier(self.path, len(self.labels))
+        model = Classifier(self.path, len(self.labels))
+        if self._settings.keep_layers is not None:
+            model.keep_layers(self._settings.keep_layers)
+        return model
 
     def batch(self, size: int, seed: int, step: int) -> Batch:
         """Return random examples; none is repeated before all were used."""

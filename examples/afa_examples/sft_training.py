@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 import afa_kernels as afa
-from afa_examples import adaptation
+from afa_examples import adaptation, prototypes
 from afa_examples.classifier import Batch
 from afa_examples.report import write_json
 from afa_examples.sft_config import Settings
@@ -27,6 +27,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _NOT_OF_A_CELL = ("methods", "seeds", "learning_rates", "grids", "tuning_seed", "checkpoint_every", "output", "model")
 _OF_ANNEALING = ("schedule", "schedule_options", "anneal_end_frac")
 _OF_ADAPTERS = ("r", "lora_alpha")
+
+
+METHODS = adaptation.METHODS | prototypes.PROTOTYPES
 
 
 class MergeMismatch(RuntimeError):
@@ -46,13 +49,15 @@ class Cell:
     def identity(self, task: Task) -> dict[str, Any]:
         """Return all that its result depends on."""
         settings = self.settings.as_dict()
-        method = adaptation.METHODS[self.method]
+        method = METHODS[self.method]
         unused = list(_NOT_OF_A_CELL)
         if method.activation is None:
             unused += _OF_ANNEALING
         if method.trains != "adapters":
             unused += _OF_ADAPTERS
-        used = {name: value for name, value in settings.items() if name not in unused}
+        if method.trains == "head":
+            unused.append("head_learning_rate")
+        used = {name: value for name, value in settings.items() if name not in unused and value is not None}
         own = {"method": asdict(method), "seed": self.seed, "learning_rate": self.learning_rate, "part": self.part}
         return own | task.fingerprint() | used
 
@@ -67,7 +72,7 @@ class Cell:
         )
 
     def annealing(self) -> afa.AnnealSchedule | None:
-        if adaptation.METHODS[self.method].activation is None:
+        if METHODS[self.method].activation is None:
             return None
         s = self.settings
         return afa.AnnealSchedule(s.steps, s.schedule, end_frac=s.anneal_end_frac, **s.schedule_options)
@@ -91,15 +96,18 @@ class Run:
     def __init__(self, cell: Cell, task: Task, accelerator: Accelerator):
         self.cell, self.task, self.accelerator = cell, task, accelerator
         settings = cell.settings
-        method = adaptation.METHODS[cell.method]
+        method = METHODS[cell.method]
         self.plain = task.model(cell.seed)
         torch.manual_seed(cell.seed)  # of the adapters: the same in every method
         adapter = adaptation.Adapter(settings.r, settings.lora_alpha, settings.target_modules)
         self.adapted = adaptation.adapt(self.plain, method, adapter, task.head)
+        if isinstance(method, prototypes.Prototype):
+            prototypes.use_prototype(self.plain, method)
         if settings.bf16:
             adaptation.freeze_in_bfloat16(self.plain)
         self.plain.to(accelerator.device)
-        groups = adaptation.parameter_groups(self.plain, task.head, cell.learning_rate, settings.head_learning_rate)
+        head_rate = cell.learning_rate if method.trains == "head" else settings.head_learning_rate
+        groups = adaptation.parameter_groups(self.plain, task.head, cell.learning_rate, head_rate)
         self.progress = Progress()
         self.step = 0
         self.schedule = cell.annealing()
