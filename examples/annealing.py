@@ -40,7 +40,7 @@ class Variant:
         return sft_training.Cell(self.method, seed, settings.learning_rates[rate_of], replace(settings, **self.changes))
 
 
-def schedules() -> list[Variant]:
+def schedules(settings: Settings) -> list[Variant]:
     """Return the kinds of schedule, all ending at the same step."""
     kinds = ("cosine", "exponential", "polynomial", "sigmoid", "step", "constant")
     return [
@@ -50,7 +50,7 @@ def schedules() -> list[Variant]:
     ]
 
 
-def ends() -> list[Variant]:
+def ends(settings: Settings) -> list[Variant]:
     """Return where annealing ends, with a learning rate that falls from the warmup on or only from there."""
     rows = []
     for end in (0.3, 0.6, 0.8):
@@ -65,7 +65,7 @@ def ends() -> list[Variant]:
     return [row if row.method == "lora" else replace(row, against=f"LoRA, {row.label.split(', ')[1]}") for row in rows]
 
 
-def ranks() -> list[Variant]:
+def ranks(settings: Settings) -> list[Variant]:
     rows = []
     for r in (1, 2, 8):
         changes = {"r": r, "lora_alpha": 2.0 * r}  # the same scale
@@ -74,18 +74,19 @@ def ranks() -> list[Variant]:
     return rows
 
 
-def longer() -> list[Variant]:
+def longer(settings: Settings) -> list[Variant]:
     """Return trainings of more steps, evaluated as often."""
     rows = []
     for factor in (1, LONGER):
-        changes = {} if factor == 1 else {"steps": 100 * factor, "evaluate_every": 20 * factor}
-        name = f"{100 * factor} steps"
+        steps = factor * settings.steps
+        changes = {"steps": steps, "evaluate_every": factor * settings.evaluate_every}
+        name = f"{steps} steps"
         rows += [Variant(f"LoRA, {name}", "lora", changes)]
         rows += [Variant(f"silu, {name}", changes=changes, against=f"LoRA, {name}")]
     return rows
 
 
-def blends() -> list[Variant]:
+def blends(settings: Settings) -> list[Variant]:
     """Return the blends that the package does not have."""
     rows = [Variant("LoRA", "lora"), Variant("silu", against="LoRA"), Variant("gelu", "afa_gelu", against="LoRA")]
     for name, method in prototypes.PROTOTYPES.items():
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
             rows = inputs(settings, task, accelerator, chosen.seeds)
             print(f"\n{name}\n\n{inputs_table(rows)}", flush=True)
         else:
-            rows = study(STUDIES[name](), settings, task, accelerator, chosen)
+            rows = study(STUDIES[name](settings), settings, task, accelerator, chosen)
             print(f"\n{name}\n\n{table(rows, task.metric)}", flush=True)
         result["studies"][name] = rows
         report.write_json(file, result)
@@ -214,8 +215,8 @@ def inputs_table(rows: list[dict]) -> str:
 
 def draw(settings: Settings, task: Task, seeds: int, file: Path) -> None:
     """Draw the training loss of AFA-LoRA minus that of LoRA on the same batches, for the finished runs there are."""
-    variants = [Variant(name, name) for name in MEASURED] + [
-        replace(v, label=v.label) for v in ends() if v.method == ANNEALED and v.label.endswith("10%")
+    variants = [Variant(sft_training.METHODS[name].title, name) for name in MEASURED] + [
+        v for v in ends(settings) if v.method == ANNEALED and v.label.endswith("10%")
     ]
     curves = {}
     for variant in variants:

@@ -100,7 +100,8 @@ def standard_library_source(root: Path | None = None) -> tuple[Tensor, Tensor]:
 def topic_texts(seed: int = 0) -> dict[str, str]:
     """Return ``pydoc_data.topics`` (the help on the language) as train, validation and test text, split by topic.
 
-    Topics share paragraphs: a held-out paragraph that a part before it has is dropped.
+    Topics share paragraphs: a held-out paragraph that a part before it has, line breaks included, is dropped. What is
+    left in common is 3 % of the validation and 1 % of the test text.
     """
     from pydoc_data.topics import topics as texts
 
