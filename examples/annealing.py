@@ -87,10 +87,11 @@ def longer(settings: Settings) -> list[Variant]:
 
 
 def blends(settings: Settings) -> list[Variant]:
-    """Return the blends that the package does not have."""
-    rows = [Variant("LoRA", "lora"), Variant("silu", against="LoRA"), Variant("gelu", "afa_gelu", against="LoRA")]
+    """Return the blends that the package does not have, compared with those that it has."""
+    rows = [Variant("LoRA", "lora")]
+    rows += [Variant(sft_training.METHODS[name].activation, name, against="LoRA") for name in MEASURED]
     for name, method in prototypes.PROTOTYPES.items():
-        rows.append(Variant(method.title, name, against=method.activation))
+        rows.append(Variant(method.title, name, against="LoRA" if method.kept else method.activation))
     return rows
 
 

@@ -138,9 +138,7 @@ def table(summary: dict, runs: list[dict], metric: str) -> str:
     others = [name for name in summary if name != metric]
     for method, row in summary[metric].items():
         own = [r for r in runs if r["method"] == method]
-        cells = [METHODS[method].title, f"{row['mean']:.4f} ± {row['spread']:.4f}"]
-        for name in others:
-            cells.append(f"{summary[name][method]['mean']:.4f} ± {summary[name][method]['spread']:.4f}")
+        cells = [METHODS[method].title, *(_with_spread(summary[name][method]) for name in (metric, *others))]
         cells.append(_with_interval(row, "minus_baseline", "{:+.4f}"))
         cells += [_with_interval(row, f"gap_closed_to_{ceiling}", "{:+.1%}") for ceiling in CEILINGS]
         cells += [f"{own[0]['learning_rate']:g}", f"{own[0]['trainable_parameters']:,}"]
@@ -148,6 +146,10 @@ def table(summary: dict, runs: list[dict], metric: str) -> str:
         rows.append(cells)
     header = ["method", metric, *others, "minus LoRA", *(f"gap to {c} closed" for c in CEILINGS)]
     return report.markdown((*header, "peak lr", "trained", "cpu s"), rows)
+
+
+def _with_spread(row: dict) -> str:
+    return f"{row['mean']:.4f}" if row["spread"] is None else f"{row['mean']:.4f} ± {row['spread']:.4f}"
 
 
 def _with_interval(row: dict, name: str, form: str) -> str:

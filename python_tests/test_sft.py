@@ -17,6 +17,7 @@ pytest.importorskip("yaml")
 
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import afa_kernels as afa
 import annealing
@@ -66,6 +67,13 @@ def settings(model_folder, tmp_path) -> sft_config.Settings:
             "output": str(tmp_path / "out"),
         }
     )
+
+
+@pytest.fixture(autouse=True)
+def _a_fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def license_text(folder: Path) -> Path:
@@ -364,7 +372,72 @@ def test_a_merge_that_is_not_saved_right_fails(settings, tmp_path, monkeypatch):
     afa.set_alpha_t(model, 0.0)
     monkeypatch.setattr(task, "load", lambda folder: task.model(0))  # without what was learned
     with pytest.raises(sft_training.MergeMismatch, match="x: the logits of the loaded again model"):
-        sft_training.merge_check(model, task, "x", tmp_path)
+        sft_training.merge_check(model, task, "x", tmp_path, Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("task", ["lm", "classification"])
+def test_bfloat16_keeps_what_trains_in_float32(task, settings, tmp_path):
+    changes = {"bf16": True}
+    if task == "classification":
+        changes |= {"task": task, "model": str(tiny_bert(tmp_path)), "data": str(rows_of_two_labels(tmp_path))}
+    settings = dataclasses.replace(settings, **changes)
+    made, accelerator = sft_tasks.make(settings), Accelerator(mixed_precision="bf16", cpu=True)
+    run = sft_training.Run(cell(settings, "afa_silu"), made, accelerator)
+    run.train(tmp_path / "none", quiet=True)
+    dtypes = {p.requires_grad: set() for p in run.plain.parameters()}
+    for p in run.plain.parameters():
+        dtypes[p.requires_grad].add(p.dtype)
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+    assert all(map(math.isfinite, run.progress.loss))
+    result = sft_training.merge_check(run.plain, made, "afa_silu", tmp_path / "x", accelerator)
+    assert set(result["largest_difference"]) == {"merged", "loaded again"}
+
+
+def tiny_bert(folder: Path) -> Path:
+    """A BERT of two layers with random weights that reads bytes."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=bytelm.VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    transformers.BertModel(config).save_pretrained(folder / "bert")
+    bytelm.tokenizer().save_pretrained(folder / "bert")
+    return folder / "bert"
+
+
+def rows_of_two_labels(folder: Path) -> Path:
+    file = folder / "rows.jsonl"
+    rows = [{"text": f"{'ab'[i % 2] * 4} {i}", "label": "ab"[i % 2]} for i in range(60)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def test_classification_of_rows_learns_them(settings, tmp_path):
+    entries = {"task": "classification", "model": str(tiny_bert(tmp_path)), "data": str(rows_of_two_labels(tmp_path))}
+    changes = {"keep_layers": 1, "steps": 40, "batch_size": 8, "test_examples": None, "methods": ("frozen", "lora")}
+    settings = dataclasses.replace(settings, **entries, **changes)
+    task, accelerator = sft_tasks.make(settings), Accelerator(cpu=True)
+    result = sft_training.run(cell(settings, "lora"), task, accelerator, quiet=True, save_merged=True)
+    assert result["score"]["accuracy"] == 1.0 and result["score"]["nats per label"] < 0.5
+    merged = task.load(Path(settings.output) / "merged" / "lora")
+    assert len(merged.encoder.encoder.layer) == 1
+    assert task.score(merged, "test")["nats per label"] == pytest.approx(result["score"]["nats per label"], abs=1e-4)
+    with pytest.raises(ValueError, match="keep_layers: expected at most the 2 layers"):
+        sft_tasks.make(dataclasses.replace(settings, keep_layers=3)).model(0)
+
+
+def test_batches_of_examples_depend_on_seed_and_step_alone(settings, tmp_path):
+    entries = {"task": "classification", "model": str(tiny_bert(tmp_path)), "data": str(rows_of_two_labels(tmp_path))}
+    task = sft_tasks.make(dataclasses.replace(settings, **entries))
+    epoch = [task.batch(6, 0, step).input_ids for step in range(8)]  # 48 examples to train
+    again = task.batch(6, 0, 5).input_ids
+    assert torch.equal(again, epoch[5]) and not torch.equal(epoch[0][:, :4], task.batch(6, 1, 0).input_ids[:, :4])
+    assert len({tuple(row[row > 1].tolist()) for batch in epoch for row in batch}) == 48
 
 
 @pytest.mark.slow
@@ -476,11 +549,20 @@ def test_a_model_of_no_size_is_refused(hidden, layers, name):
 
 def test_a_blend_with_gain_has_slope_one_at_zero():
     z = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    for method in prototypes.PROTOTYPES.values():
+    smooth = [m for m in prototypes.PROTOTYPES.values() if m.activation != "relu"]
+    for method in smooth:
         for alpha_t in (0.0, 0.5, 1.0):
             phi = prototypes.blend(z, alpha_t, method.activation, method.gain, method.scale)
             (slope,) = torch.autograd.grad(phi.sum(), z)
             assert slope.tolist() == pytest.approx([1.0 + alpha_t * (method.gain / 2 - 1)] * 3)
+
+
+def test_a_kept_activation_is_not_annealed(settings):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    afa.inject(model, ["0"], r=2)
+    prototypes.use_prototype(model, prototypes.PROTOTYPES["relu_kept"])
+    afa.AnnealSchedule(1).attach(model).step()
+    assert model[0].alpha_t == 1.0
 
 
 def test_a_prototype_without_gain_and_scale_is_the_package(settings):

@@ -4,6 +4,8 @@ silu and gelu have slope 1/2 at 0, so a branch of small z has half the gain of a
 And where z is small they are nearly linear. The prototypes correct the gain, or let the activation see a larger z:
 
     phi(z) = (1 - alpha_t) z + alpha_t gain act(scale z) / scale
+
+Two are never annealed: they show what the non-linear branch itself is worth, merging aside.
 """
 
 from dataclasses import dataclass
@@ -20,10 +22,11 @@ _ACTIVATIONS = {"relu": functional.relu, "silu": functional.silu, "gelu": functi
 
 @dataclass(frozen=True)
 class Prototype(Method):
-    """An AFA-LoRA of another blend."""
+    """An AFA-LoRA of another blend; with ``kept`` alpha_t stays 1, which no merge can follow."""
 
     gain: float = 1.0
     scale: float = 1.0
+    kept: bool = False
 
 
 PROTOTYPES = {
@@ -31,6 +34,8 @@ PROTOTYPES = {
     "gelu_gain": Prototype("gelu, slope 1 at 0", "adapters", "gelu", gain=2.0),
     "silu_scale": Prototype("silu of 4 z", "adapters", "silu", scale=4.0),
     "silu_both": Prototype("silu of 4 z, slope 1 at 0", "adapters", "silu", gain=2.0, scale=4.0),
+    "relu_kept": Prototype("relu, never annealed", "adapters", "relu", kept=True),
+    "silu_kept": Prototype("silu, never annealed", "adapters", "silu", kept=True),
 }
 
 
@@ -54,7 +59,7 @@ class PrototypeLinear(nn.Module):
         self.alpha_t = 1.0
 
     def set_alpha_t(self, value: float) -> None:
-        self.alpha_t = value
+        self.alpha_t = 1.0 if self.method.kept else value
 
     def forward(self, x: Tensor) -> Tensor:
         z = functional.linear(x, self.lora_a)

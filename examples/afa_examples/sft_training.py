@@ -249,7 +249,7 @@ def run(cell: Cell, task: Task, accelerator: Accelerator, quiet: bool = False, s
 
 
 def merge_check(
-    model: nn.Module, task: Task, name: str, folder: Path | None, accelerator: Accelerator | None = None
+    model: nn.Module, task: Task, name: str, folder: Path | None, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Merge ``model`` in place, take its AFA layers out, and compare its logits with those before.
 
@@ -261,17 +261,22 @@ def merge_check(
         MergeMismatch: the largest difference is more than rounding makes.
     """
     dtype = next(m for m in model.modules() if isinstance(m, afa.AFALinear)).weight.dtype
-    writes = folder is not None and (accelerator is None or accelerator.is_main_process)
-    before = task.logits(model)
+    writes = folder is not None and accelerator.is_main_process
+
+    def logits(of: nn.Module) -> torch.Tensor:
+        with accelerator.autocast():
+            return task.logits(of)
+
+    before = logits(model)
     if writes:
         afa.save_adapter(model, folder / "adapter" / name)
     afa.merge(model)
     afa.unload(model)
-    differences = {"merged": (task.logits(model) - before).abs().max().item()}
+    differences = {"merged": (logits(model) - before).abs().max().item()}
     if writes:
         task.save(model, folder / "merged" / name)
         loaded = task.load(folder / "merged" / name).to(next(model.parameters()).device)
-        differences["loaded again"] = (task.logits(loaded) - before).abs().max().item()
+        differences["loaded again"] = (logits(loaded) - before).abs().max().item()
     largest = before.abs().max().item()
     for what, difference in differences.items():
         if not difference <= TOLERANCE[dtype] * largest:  # also where it is not a number

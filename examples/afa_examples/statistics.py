@@ -56,8 +56,13 @@ def compare(scores: dict[str, list[float]], baseline: str, ceilings: Sequence[st
     """
     result = {}
     for name, values in scores.items():
-        row: dict[str, Any] = {"mean": mean(values), "spread": spread(values), "seeds": len(values)}
-        if name != baseline and baseline in scores and len(values) > 1:
+        several = len(values) > 1
+        row: dict[str, Any] = {
+            "mean": mean(values),
+            "spread": spread(values) if several else None,
+            "seeds": len(values),
+        }
+        if name != baseline and baseline in scores and several:
             base = scores[baseline]
             row["minus_baseline"] = mean(values) - mean(base)
             row["minus_baseline_interval"] = paired_bootstrap(lambda a, b: a - b, values, base)
