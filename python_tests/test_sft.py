@@ -491,6 +491,28 @@ def test_without_the_pretrained_model_the_command_says_how_to_make_it(monkeypatc
         sft.main(["--quiet"])
 
 
+def test_a_model_with_tokens_of_its_own(settings, tmp_path):
+    import tokenizers
+    import transformers
+
+    splitter = tokenizers.pre_tokenizers.Whitespace()
+    words = sorted({word for word, _ in splitter.pre_tokenize_str(license_text(tmp_path).read_text())})
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(["[UNK]", *words])}, "[UNK]")
+    )
+    tokenizer.pre_tokenizer = splitter
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "words")
+    config = bytelm.config(32, 1)
+    config.vocab_size = len(words) + 1
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "words")
+    task = sft_tasks.make(dataclasses.replace(settings, model=str(tmp_path / "words")))
+    assert task.metric == "nats per token"
+    assert set(task.score(task.model(0), "test", 2)) == {"nats per token"}
+    assert max(part.max() for part in task.parts.values()) > bytelm.VOCABULARY
+    with pytest.raises(ValueError, match="data: expected at least 10000 tokens to train, got"):
+        sft_tasks.make(dataclasses.replace(settings, length=10_000))
+
+
 def test_a_hidden_word_is_gone_from_its_place():
     examples = [keywords.data.Example(f"def f{i}(x): return x if x else {i}", "m", ("f", "f")) for i in range(40)]
     hidden = keywords.hide(examples, "[MASK]", seed=0)
