@@ -42,7 +42,7 @@ class Variant:
 
 def schedules(settings: Settings) -> list[Variant]:
     """Return the kinds of schedule, all ending at the same step."""
-    kinds = ("cosine", "exponential", "polynomial", "sigmoid", "step", "constant")
+    kinds = ("cosine", "exponential", "sigmoid", "constant")
     return [
         Variant("LoRA", "lora"),
         Variant("linear", against="LoRA"),
