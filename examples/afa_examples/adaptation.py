@@ -18,7 +18,7 @@ class Method:
 
 
 METHODS = {
-    "frozen": Method("frozen (new head only)", "head"),
+    "frozen": Method("frozen, but for a new head", "head"),
     "lora": Method("LoRA", "adapters"),
     "afa_relu": Method("AFA-LoRA relu", "adapters", "relu"),
     "afa_silu": Method("AFA-LoRA silu", "adapters", "silu"),

@@ -58,7 +58,8 @@ class Cell:
         if method.trains == "head":
             unused.append("head_learning_rate")
         used = {name: value for name, value in settings.items() if name not in unused and value is not None}
-        own = {"method": asdict(method), "seed": self.seed, "learning_rate": self.learning_rate, "part": self.part}
+        definition = {name: value for name, value in asdict(method).items() if name != "title"}
+        own = {"method": definition, "seed": self.seed, "learning_rate": self.learning_rate, "part": self.part}
         return own | task.fingerprint() | used
 
     def file(self, task: Task) -> Path:
