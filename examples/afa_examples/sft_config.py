@@ -15,39 +15,43 @@ TASKS = ("lm", "classification")
 _OPTIONAL_COUNTS = ("keep_layers", "test_examples")
 
 
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that a run of ``sft.py`` depends on."""
 
-    task: str = "lm"  # lm or classification
-    model: str | None = None  # Hugging Face id or folder; default: the small model of the task
-    data: str | None = None  # Hugging Face id, file or folder; default: text of this Python
-    keep_layers: int | None = None  # only the first layers of an encoder, for classification; default: all
-    text_column: str = "text"  # of --data
-    label_column: str = "label"  # of --data, for classification
-    methods: tuple[str, ...] = tuple(METHODS)  # what is compared
-    seeds: int = 5  # runs of each method, seeds 0, 1, ...
-    steps: int = 150  # optimizer steps
-    batch_size: int = 8  # samples in a step, over all processes
-    length: int = 128  # tokens of a sample at most
-    evaluate_every: int = 15  # steps between the points of the curve
-    curve_examples: int = 64  # validation samples of a point of the curve
-    test_examples: int | None = None  # test samples of the final score; default: all
-    r: int = 2  # rank of the adapters
-    lora_alpha: float = 4.0  # their scale is lora_alpha / r
-    target_modules: str = "all-linear"  # what the adapters adapt, as in afa_kernels.inject
-    schedule: str = "linear"  # kind of afa_kernels.AnnealSchedule
-    schedule_options: dict[str, float] = field(default_factory=dict)  # its option, in the file only
-    anneal_end_frac: float = 0.6  # of the steps, where alpha_t reaches 0
-    warmup_frac: float = 0.1  # of the steps, where the learning rate rises
-    decay_from_frac: float = 0.6  # of the steps, from where the learning rate falls
-    head_learning_rate: float = 1e-2  # of a new head, in every method that trains more
-    learning_rates: dict[str, float] = field(default_factory=dict)  # peak of each method
-    grids: dict[str, list[float]] = field(default_factory=dict)  # tried by --tune, in the file only
-    tuning_seed: int = 1000  # of --tune, no seed of the comparison
-    bf16: bool = False  # bfloat16 autocast; what is frozen is stored in bfloat16
-    checkpoint_every: int = 50  # steps between checkpoints of an unfinished run
-    output: str = "outputs/sft"  # folder of all results
+    task: str = _setting("lm", "lm or classification")
+    model: str | None = _setting(None, "Hugging Face id or folder; default: the small model of the task")
+    data: str | None = _setting(None, "Hugging Face id, file or folder; default: text of this Python")
+    keep_layers: int | None = _setting(None, "only the first layers of an encoder, for classification; default: all")
+    text_column: str = _setting("text", "of --data")
+    label_column: str = _setting("label", "of --data, for classification")
+    methods: tuple[str, ...] = _setting(tuple(METHODS), "what is compared")
+    seeds: int = _setting(5, "runs of each method, seeds 0, 1, ...")
+    steps: int = _setting(150, "optimizer steps")
+    batch_size: int = _setting(8, "samples in a step, over all processes")
+    length: int = _setting(128, "tokens of a sample at most")
+    evaluate_every: int = _setting(15, "steps between the points of the curve")
+    curve_examples: int = _setting(64, "validation samples of a point of the curve")
+    test_examples: int | None = _setting(None, "test samples of the final score; default: all")
+    r: int = _setting(2, "rank of the adapters")
+    lora_alpha: float = _setting(4.0, "their scale is lora_alpha / r")
+    target_modules: str = _setting("all-linear", "what the adapters adapt, as in afa_kernels.inject")
+    schedule: str = _setting("linear", "kind of afa_kernels.AnnealSchedule")
+    schedule_options: dict[str, float] = field(default_factory=dict, metadata={"help": "its option, in the file only"})
+    anneal_end_frac: float = _setting(0.6, "of the steps, where alpha_t reaches 0")
+    warmup_frac: float = _setting(0.1, "of the steps, where the learning rate rises")
+    decay_from_frac: float = _setting(0.6, "of the steps, from where the learning rate falls")
+    head_learning_rate: float = _setting(1e-2, "of a new head, in every method that trains more")
+    learning_rates: dict[str, float] = field(default_factory=dict, metadata={"help": "peak of each method"})
+    grids: dict[str, list[float]] = field(default_factory=dict, metadata={"help": "tried by --tune, in the file only"})
+    tuning_seed: int = _setting(1000, "of --tune, no seed of the comparison")
+    bf16: bool = _setting(False, "bfloat16 autocast; what is frozen is stored in bfloat16")
+    checkpoint_every: int = _setting(50, "steps between checkpoints of an unfinished run")
+    output: str = _setting("outputs/sft", "folder of all results")
 
     def __post_init__(self):
         _check(self)
@@ -154,13 +158,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         flag = f"--{item.name.replace('_', '-')}"
         if item.default is MISSING:
             continue
+        help_text = item.metadata["help"] + ("" if item.default is None else f" ({item.default})")
         if item.name == "methods":
-            parser.add_argument(flag, nargs="+", choices=list(METHODS))
+            help_text = f"{item.metadata['help']}: {', '.join(METHODS)} (all)"
+            parser.add_argument(flag, nargs="+", choices=list(METHODS), metavar="METHOD", help=help_text)
         elif item.default is False:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
         else:
             kind = int if item.name in _OPTIONAL_COUNTS else type(item.default) if item.default is not None else str
-            parser.add_argument(flag, type=kind, help=f"({item.default})")
+            parser.add_argument(flag, type=kind, help=help_text)
     parser.add_argument(
         "--learning-rate", nargs="+", default=[], metavar="METHOD=RATE", help="peak learning rates, such as lora=3e-3"
     )
