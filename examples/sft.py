@@ -140,11 +140,12 @@ def table(summary: dict, runs: list[dict], metric: str) -> str:
         own = [r for r in runs if r["method"] == method]
         cells = [METHODS[method].title, *(_with_spread(summary[name][method]) for name in (metric, *others))]
         cells.append(_with_interval(row, "minus_baseline", "{:+.4f}"))
+        cells.append(f"{row['better_seeds']} of {row['seeds']}" if "better_seeds" in row else "")
         cells += [_with_interval(row, f"gap_closed_to_{ceiling}", "{:+.1%}") for ceiling in CEILINGS]
         cells += [f"{own[0]['learning_rate']:g}", f"{own[0]['trainable_parameters']:,}"]
         cells.append(f"{statistics.mean([r['progress']['cpu_seconds'] for r in own]):.0f}")
         rows.append(cells)
-    header = ["method", metric, *others, "minus LoRA", *(f"gap to {c} closed" for c in CEILINGS)]
+    header = ["method", metric, *others, "minus LoRA", "better seeds", *(f"gap to {c} closed" for c in CEILINGS)]
     return report.markdown((*header, "peak lr", "trained", "cpu s"), rows)
 
 
