@@ -87,15 +87,26 @@ def longer(settings: Settings) -> list[Variant]:
 
 
 def blends(settings: Settings) -> list[Variant]:
-    """Return the blends that the package does not have, compared with those that it has."""
+    """Return the annealed blends that the package does not have, compared with those that it has."""
     rows = [Variant("LoRA", "lora")]
     rows += [Variant(sft_training.METHODS[name].activation, name, against="LoRA") for name in MEASURED]
     for name, method in prototypes.PROTOTYPES.items():
-        rows.append(Variant(method.title, name, against="LoRA" if method.kept else method.activation))
+        if not method.kept:
+            rows.append(Variant(method.title, name, against=method.activation))
     return rows
 
 
-STUDIES = {"schedules": schedules, "ends": ends, "blends": blends, "ranks": ranks, "longer": longer}
+def kept(settings: Settings) -> list[Variant]:
+    """Return branches that stay non-linear, which cannot be merged: what is there to gain before annealing?"""
+    rows = [Variant("LoRA", "lora")]
+    for name, method in prototypes.PROTOTYPES.items():
+        if method.kept:
+            rows.append(Variant(f"{method.activation}, annealed", f"afa_{method.activation}", against="LoRA"))
+            rows.append(Variant(method.title, name, against="LoRA"))
+    return rows
+
+
+STUDIES = {"schedules": schedules, "ends": ends, "blends": blends, "kept": kept, "ranks": ranks, "longer": longer}
 
 
 def main(argv: list[str] | None = None) -> int:
