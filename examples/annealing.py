@@ -153,7 +153,7 @@ def study(
     rows = []
     for variant in variants:
         values = scores[variant.label]
-        row = {"label": variant.label, "against": variant.against, "scores": values, "cpu_seconds": seconds}
+        row = {"label": variant.label, "against": variant.against, "scores": values}
         row |= {"mean": statistics.mean(values), "spread": statistics.spread(values), "seeds": len(values)}
         row["cpu_seconds"] = seconds[variant.label]
         if variant.against is not None and len(values) > 1:
