@@ -76,7 +76,10 @@ def compare(settings: Settings, task: Task, accelerator: Accelerator, quiet: boo
     metrics = [task.metric, *(name for name in runs[0]["score"] if name != task.metric)]
     summary = {
         metric: statistics.compare(
-            {m: [r["score"][metric] for r in runs if r["method"] == m] for m in settings.methods}, BASELINE, CEILINGS
+            {m: [r["score"][metric] for r in runs if r["method"] == m] for m in settings.methods},
+            BASELINE,
+            CEILINGS,
+            higher_is_better=metric == "accuracy",
         )
         for metric in metrics
     }

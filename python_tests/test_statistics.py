@@ -51,4 +51,5 @@ def test_the_comparison_of_methods():
     assert row["gap_closed_to_full_interval"] == pytest.approx((0.1, 0.1))
     assert row["gap_closed_to_full_adapted"] == pytest.approx(0.2)
     assert "gap_closed_to_full" not in result["full"]
+    assert statistics.compare(scores, "lora", ("full",), higher_is_better=True)["afa_silu"]["better_seeds"] == 0
     assert result["full_adapted"]["gap_closed_to_full"] == pytest.approx(0.5)

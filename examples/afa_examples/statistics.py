@@ -50,10 +50,13 @@ def paired_bootstrap(
     return float(low), float(high)
 
 
-def compare(scores: dict[str, list[float]], baseline: str, ceilings: Sequence[str]) -> dict[str, Any]:
-    """Return for each method its mean and spread, its difference to ``baseline``, and the gap to each ceiling that it
-    closes, each with its interval. Values are lists over the same seeds; lower is better.
+def compare(
+    scores: dict[str, list[float]], baseline: str, ceilings: Sequence[str], higher_is_better: bool = False
+) -> dict[str, Any]:
+    """Return for each method its mean and spread, its difference to ``baseline``, in how many seeds it is better, and
+    the gap to each ceiling that it closes, with intervals. Values are lists over the same seeds.
     """
+    sign = -1.0 if higher_is_better else 1.0
     result = {}
     for name, values in scores.items():
         several = len(values) > 1
@@ -66,7 +69,7 @@ def compare(scores: dict[str, list[float]], baseline: str, ceilings: Sequence[st
             base = scores[baseline]
             row["minus_baseline"] = mean(values) - mean(base)
             row["minus_baseline_interval"] = paired_bootstrap(lambda a, b: a - b, values, base)
-            row["better_seeds"] = sum(a < b for a, b in zip(values, base, strict=True))
+            row["better_seeds"] = sum(sign * a < sign * b for a, b in zip(values, base, strict=True))
             for ceiling in ceilings:
                 if ceiling in scores and ceiling != name:
                     columns = (values, base, scores[ceiling])
