@@ -226,10 +226,19 @@ def inputs_table(rows: list[dict]) -> str:
 
 
 def draw(settings: Settings, task: Task, seeds: int, file: Path) -> None:
-    """Draw the training loss of AFA-LoRA minus that of LoRA on the same batches, for the finished runs there are."""
-    variants = [Variant(sft_training.METHODS[name].title, name) for name in MEASURED] + [
-        v for v in ends(settings) if v.method == ANNEALED and v.label.endswith("10%")
-    ]
+    """Draw the training loss of AFA-LoRA minus that of LoRA on the same batches: where annealing ends at several steps,
+    or, before that study was run, of the activations."""
+    where = [variant for variant in ends(settings) if variant.method == ANNEALED and variant.label.endswith("10%")]
+    what = [Variant(sft_training.METHODS[name].title, name) for name in MEASURED]
+    curves = _differences(where, settings, task, seeds) or _differences(what, settings, task, seeds)
+    if curves:
+        picture.draw_differences(curves, "training loss minus LoRA's", file)
+
+
+def _differences(
+    variants: list[Variant], settings: Settings, task: Task, seeds: int
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Return the mean difference of every step, and alpha_t, of the variants that are finished."""
     curves = {}
     for variant in variants:
         pairs = []
@@ -242,12 +251,9 @@ def draw(settings: Settings, task: Task, seeds: int, file: Path) -> None:
                 [a - b for a, b in zip(one["progress"]["loss"], other["progress"]["loss"], strict=True)]
                 for one, other in pairs
             ]
-            curves[variant.label] = (
-                [statistics.mean(step) for step in zip(*differences, strict=True)],
-                pairs[0][0]["progress"]["alpha_t"],
-            )
-    if curves:
-        picture.draw_differences(curves, "training loss minus LoRA's", file)
+            mean = [statistics.mean(step) for step in zip(*differences, strict=True)]
+            curves[variant.label] = (mean, pairs[0][0]["progress"]["alpha_t"])
+    return curves
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from matplotlib import pyplot
 from afa_examples.training import Curve
 
 _BACKGROUND = "#ffffff"
-_AVERAGED = 5  # steps
+_AVERAGED = 10  # steps
 _COLOURS = ("#7f7f7f", "#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 
 
@@ -51,7 +51,7 @@ def draw_differences(curves: dict[str, tuple[list[float], list[float]]], ylabel:
             above.axvline(alpha_t.index(0.0), color=f"C{number}", linestyle=":", linewidth=1)
     above.axhline(0.0, color="#333333", linewidth=0.8)
     above.set(ylabel=f"{ylabel} (mean of {_AVERAGED} steps)")
-    above.legend(frameon=False, fontsize=8)
+    above.legend(framealpha=1.0, edgecolor="none", fontsize=8)
     below.set(xlabel="optimizer step", ylabel="alpha_t", ylim=(-0.05, 1.05))
     _finish(figure, (above, below), file)
 
