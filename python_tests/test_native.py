@@ -301,6 +301,30 @@ def test_cpu_comes_before_torch():
     assert names.index("cpu") < names.index("torch")
 
 
+@pytest.mark.parametrize(
+    ("isa", "dtype", "m", "r", "dropout", "wanted"),
+    [
+        ("avx512bf16", torch.bfloat16, 512, 64, False, "torch"),
+        ("amx", torch.bfloat16, 512, 64, False, "cpu"),
+        ("avx512bf16", torch.float32, 512, 64, False, "cpu"),
+        ("avx512bf16", torch.bfloat16, 16, 64, False, "cpu"),
+        ("avx512bf16", torch.bfloat16, 512, 63, False, "cpu"),
+        ("avx512bf16", torch.bfloat16, 512, 64, True, "cpu"),
+    ],
+)
+def test_what_torch_does_faster_is_left_to_it(monkeypatch, isa, dtype, m, r, dropout, wanted):
+    monkeypatch.setattr(cpu, "_isa", lambda: isa)
+    call = Call("cpu", dtype, m, 4096, 4096, r, "silu", dropout)
+    registry.select.cache_clear()
+    try:
+        chosen, reason = registry.select(call, None)
+        assert chosen.name == wanted
+        assert ("torch's GEMMs" in reason) == (wanted == "torch"), reason
+        assert registry.select(call, "cpu").backend.name == "cpu", "forced, it takes the call"
+    finally:
+        registry.select.cache_clear()
+
+
 def test_one_openmp_runtime():
     with open("/proc/self/maps") as maps:
         runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line or "libiomp" in line}
