@@ -33,7 +33,7 @@ def draw_runs(runs: dict[str, list[dict]], ylabel: str, file: Path) -> None:
         if any(alpha_t):
             below.plot(range(len(alpha_t)), alpha_t, color=colour, linewidth=1.2)
     above.set(ylabel=ylabel)
-    above.legend(loc="upper right", framealpha=1.0, edgecolor="none", fontsize=8)
+    above.legend(loc="best", framealpha=1.0, edgecolor="none", fontsize=8)
     below.set(xlabel="optimizer step", ylabel="alpha_t", ylim=(-0.05, 1.05))
     _finish(figure, (above, below), file)
 

@@ -49,6 +49,7 @@ class Settings:
     learning_rates: dict[str, float] = field(default_factory=dict, metadata={"help": "peak of each method"})
     grids: dict[str, list[float]] = field(default_factory=dict, metadata={"help": "tried by --tune, in the file only"})
     tuning_seed: int = _setting(1000, "of --tune, no seed of the comparison")
+    tuning_seeds: int = _setting(1, "of --tune, from --tuning-seed on; rates are chosen by the mean score")
     bf16: bool = _setting(False, "bfloat16 autocast; what is frozen is stored in bfloat16")
     checkpoint_every: int = _setting(50, "steps between checkpoints of an unfinished run")
     output: str = _setting("outputs/sft", "folder of all results")
@@ -60,8 +61,8 @@ class Settings:
         return asdict(self) | {"methods": list(self.methods)}
 
 
-def read(file: Path, **overrides: Any) -> Settings:
-    """Return the settings of a YAML file, with ``overrides`` in place of what it says.
+def read(file: Path, kind: type[Settings] = Settings, **overrides: Any) -> Settings:
+    """Return the settings of a YAML file, with ``overrides`` in place of what it says; ``kind`` is their class.
 
     Raises:
         ValueError: the file is missing or no mapping, has an unknown entry, or a value does not fit.
@@ -74,16 +75,16 @@ def read(file: Path, **overrides: Any) -> Settings:
         raise ValueError(f"config: {file} is no YAML: {error}") from None
     if not isinstance(entries, dict):
         raise ValueError(f"config: expected entries such as 'steps: 100' in {file}, got {type(entries).__name__}")
-    return make(entries | overrides)
+    return make(entries | overrides, kind)
 
 
-def make(entries: dict[str, Any]) -> Settings:
+def make(entries: dict[str, Any], kind: type[Settings] = Settings) -> Settings:
     """Return the settings with these entries; others have their defaults.
 
     Raises:
         ValueError: as in :func:`read`.
     """
-    defaults = Settings()
+    defaults = kind()
     unknown = sorted(set(entries) - set(asdict(defaults)))
     if unknown:
         raise ValueError(f"{unknown[0]}: unknown setting; known are {', '.join(asdict(defaults))}")
@@ -138,7 +139,16 @@ def _check(s: Settings) -> None:
     expect("learning_rates", set(s.learning_rates) <= set(METHODS), f"rates of {known}")
     expect("grids", set(s.grids) <= set(METHODS), f"grids of {known}")
     expect("learning_rates", all(rate > 0 for rate in s.learning_rates.values()), "positive rates")
-    for name in ("seeds", "steps", "batch_size", "evaluate_every", "curve_examples", "r", "checkpoint_every"):
+    for name in (
+        "seeds",
+        "steps",
+        "batch_size",
+        "evaluate_every",
+        "curve_examples",
+        "r",
+        "checkpoint_every",
+        "tuning_seeds",
+    ):
         expect(name, getattr(s, name) >= 1, "at least 1")
     expect("length", s.length >= 2, "at least 2 tokens")
     for name in _OPTIONAL_COUNTS:
@@ -151,10 +161,10 @@ def _check(s: Settings) -> None:
     afa.AnnealSchedule(s.steps, s.schedule, end_frac=s.anneal_end_frac, **s.schedule_options)  # says what does not fit
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser, kind: type[Settings] = Settings) -> None:
     """Add ``--config`` and a flag for every setting that is no mapping."""
     parser.add_argument("--config", type=Path, help="YAML file; flags override it")
-    for item in fields(Settings):
+    for item in fields(kind):
         flag = f"--{item.name.replace('_', '-')}"
         if item.default is MISSING:
             continue
@@ -165,22 +175,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         elif item.default is False:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
         else:
-            kind = int if item.name in _OPTIONAL_COUNTS else type(item.default) if item.default is not None else str
-            parser.add_argument(flag, type=kind, help=help_text)
+            value = int if item.name in _OPTIONAL_COUNTS else type(item.default) if item.default is not None else str
+            parser.add_argument(flag, type=value, help=help_text)
     parser.add_argument(
         "--learning-rate", nargs="+", default=[], metavar="METHOD=RATE", help="peak learning rates, such as lora=3e-3"
     )
 
 
-def from_flags(chosen: argparse.Namespace) -> Settings:
+def from_flags(chosen: argparse.Namespace, kind: type[Settings] = Settings) -> Settings:
     """Return the settings of the parsed flags.
 
     Raises:
         ValueError: as in :func:`read`.
     """
-    names = [item.name for item in fields(Settings)]
+    names = [item.name for item in fields(kind)]
     given = {name: getattr(chosen, name) for name in names if getattr(chosen, name, None) is not None}
-    settings = read(chosen.config, **given) if chosen.config else make(given)
+    settings = read(chosen.config, kind, **given) if chosen.config else make(given, kind)
     return replace(settings, learning_rates=settings.learning_rates | _rates(chosen.learning_rate))
 
 

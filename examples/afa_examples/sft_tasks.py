@@ -19,10 +19,11 @@ _FINGERPRINT_BYTES = 2**20  # of each weight file: more would take long for a la
 
 
 class Task(Protocol):
-    """A pretrained model and data; lower scores are better."""
+    """A pretrained model and data."""
 
     head: str | None  # name of the new module that every method trains
     metric: str  # what is compared, a key of every score
+    higher_is_better: tuple[str, ...]  # the scores of which that is so; of others, lower is better
 
     def fingerprint(self) -> dict[str, Any]: ...
 
@@ -49,6 +50,7 @@ class LanguageModelling:
     """A causal language model; the score is the mean loss of the next token."""
 
     head = None
+    higher_is_better = ()
 
     def __init__(self, settings: Settings):
         self.path = settings.model or bytelm.DEFAULT_FOLDER
@@ -102,6 +104,7 @@ class Classification:
 
     head = "head"
     metric = "nats per label"
+    higher_is_better = ("accuracy",)
 
     def __init__(self, settings: Settings):
         self.path = settings.model or packaged_model()

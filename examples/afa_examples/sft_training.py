@@ -24,7 +24,17 @@ from afa_examples.training import Recipe, trainable_parameters
 # Largest difference of logits, as a part of the largest logit, that rounding may make in a merge.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 # Settings that say what is run or where, not what comes out of one fine-tuning.
-_NOT_OF_A_CELL = ("methods", "seeds", "learning_rates", "grids", "tuning_seed", "checkpoint_every", "output", "model")
+_NOT_OF_A_CELL = (
+    "methods",
+    "seeds",
+    "learning_rates",
+    "grids",
+    "tuning_seed",
+    "tuning_seeds",
+    "checkpoint_every",
+    "output",
+    "model",
+)
 _OF_ANNEALING = ("schedule", "schedule_options", "anneal_end_frac")
 _OF_ADAPTERS = ("r", "lora_alpha")
 
@@ -278,6 +288,15 @@ def merge_check(
         task.save(model, folder / "merged" / name)
         loaded = task.load(folder / "merged" / name).to(next(model.parameters()).device)
         differences["loaded again"] = (logits(loaded) - before).abs().max().item()
+    return agreement(name, before, differences, dtype)
+
+
+def agreement(name: str, before: torch.Tensor, differences: dict[str, float], dtype: torch.dtype) -> dict[str, Any]:
+    """Return the largest differences to the logits ``before``, by what was compared.
+
+    Raises:
+        MergeMismatch: one is more than rounding in ``dtype`` makes.
+    """
     largest = before.abs().max().item()
     for what, difference in differences.items():
         if not difference <= TOLERANCE[dtype] * largest:  # also where it is not a number
