@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from afa_kernels import reference
+from afa_kernels import afa_lora, reference
 from afa_kernels.activation import ACTIVATIONS, phi
 from afa_kernels.backend import cpu, linear, native, registry, torch_ops
 from afa_kernels.backend.registry import Call, Spec
@@ -244,6 +244,25 @@ def test_db_alone_over_many_blocks_of_rows():
     want = db(1)
     for _ in range(10):
         assert torch.equal(db(4), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinity_and_nan_go_where_the_sums_go_and_nowhere_else(dtype):
+    """No zero of a padding may meet them: infinity times 0 is NaN."""
+    x, dy, base = torch.randn(200, 100), torch.randn(200, 70), torch.randn(200, 70)
+    x[3, 7], x[150, 2], base[9, 3], dy[20, 4] = float("inf"), float("nan"), float("inf"), float("inf")
+    leaves = [
+        x.to(dtype).requires_grad_(),
+        torch.randn(5, 100, requires_grad=True),
+        torch.randn(70, 5, requires_grad=True),
+    ]
+    found = []
+    for backend in ("cpu", "reference"):
+        y = afa_lora(*leaves, 0.5, base=base.to(dtype), backend=backend)
+        found.append([torch.isfinite(t) for t in (y, *torch.autograd.grad(y, leaves, dy.to(dtype)))])
+    for got, wanted in zip(*found, strict=True):
+        assert torch.equal(got, wanted)
+    assert not found[0][0].all() and found[0][0].sum() > 197 * 69
 
 
 def test_gradients_of_float32_factors_are_not_rounded_to_the_dtype_of_x():
