@@ -8,7 +8,6 @@ exists already is kept if it was made with the same settings (``--force`` makes 
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -83,21 +82,6 @@ def pretrain(settings: Settings, folder: Path, quiet: bool = False) -> dict:
     return result
 
 
-def existing(folder: Path, settings: Settings) -> dict | None:
-    """Return the record of a finished ``folder``, or None if there is none.
-
-    Raises:
-        SystemExit: it was made with other settings.
-    """
-    file = folder / RECORD
-    if not file.is_file():
-        return None
-    record = json.loads(file.read_text(encoding="utf-8"))
-    if record["settings"] != asdict(settings):
-        raise SystemExit(f"{folder} was made with {record['settings']}; --force makes it again, --output elsewhere")
-    return record
-
-
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in asdict(Settings()).items():
@@ -110,7 +94,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     chosen = arguments(argv)
     settings = Settings(**{name: getattr(chosen, name) for name in asdict(Settings())})
-    record = None if chosen.force else existing(chosen.output, settings)
+    record = None if chosen.force else report.finished(chosen.output / RECORD, asdict(settings))
     if record is None:
         record = pretrain(settings, chosen.output)
     print(

@@ -7,7 +7,6 @@ About a minute each on one core. A folder that was made with the same settings i
 """
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -84,21 +83,6 @@ def train(settings: Settings, folder: Path, quiet: bool = False) -> dict:
     return result
 
 
-def existing(folder: Path, settings: Settings) -> dict | None:
-    """Return the record of a finished ``folder``, or None if there is none.
-
-    Raises:
-        SystemExit: it was made with other settings.
-    """
-    file = folder / RECORD
-    if not file.is_file():
-        return None
-    record = json.loads(file.read_text(encoding="utf-8"))
-    if record["settings"] != asdict(settings):
-        raise SystemExit(f"{folder} was made with {record['settings']}; --force makes it again, --output elsewhere")
-    return record
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=list(DEFAULTS))
@@ -118,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (Path(settings.model) / "config.json").is_file():
         raise SystemExit(f"no model in {settings.model}: examples/README.md says how pretrain.py makes it")
     folder = chosen.output or FOLDERS[chosen.task]
-    record = None if chosen.force else existing(folder, settings)
+    record = None if chosen.force else report.finished(folder / RECORD, asdict(settings))
     if record is None:
         record = train(settings, folder)
     print(

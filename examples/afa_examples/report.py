@@ -14,6 +14,21 @@ import torch
 import afa_kernels as afa
 
 
+def finished(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record that a command left in ``file`` at its end, or None if there is none.
+
+    Raises:
+        SystemExit: it was made with other settings.
+    """
+    if not file.is_file():
+        return None
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if record["settings"] != settings:
+        made = record["settings"]
+        raise SystemExit(f"{file.parent} was made with {made}; --force makes it again, --output elsewhere")
+    return record
+
+
 def environment() -> dict[str, Any]:
     """Return versions, processor, threads and the backends that can run."""
     packages = ("torch", "transformers", "peft", "safetensors")
