@@ -28,7 +28,9 @@ def _goal_rows(interval=(0.8, 0.9)) -> list[dict]:
 def test_goals_are_judged_from_rows():
     text = "\n".join(goals.report(_goal_rows()))
     assert "| fp32 2048 2048 2048 16 | 1 | 20.0 | 20.0 | **10.0** [5.0, 15.0] | 3.0 | +1.0 [-1.0, 3.0] |" in text
-    assert "goals, adapter tax: 1 of 2 met" in text
+    assert "goals, adapter tax: 1 of 3 met" in text and "tax / floor 3.33, at most 1.5: not met" in text
+    near = "\n".join(goals.report([row | {"floor_tax": 0.07} for row in _goal_rows()]))
+    assert "tax / floor 1.43, at most 1.5: met" in near
     assert "afa / peft       0.850 [0.800, 0.900]: met" in text and "afa / eager      1.100" in text
     assert "of 1 intervals of its ratio to itself 1 include 1" in text and "distance from 1 is 1.0%" in text
     unsure = "\n".join(goals.report(_goal_rows((0.8, 1.2))))
@@ -42,7 +44,9 @@ def test_geometric_means_are_of_the_shapes():
     wide = [row | {"m": 4096, "k": 1024, "n": 4096} for row in _goal_rows()]
     wide = [row | {"scope": "branch", "ratio": {"afa": 4.72}} for row in wide if row["provider"] != "afa"]
     wide += [row | {"scope": "branch", "m": 4096, "k": 1024, "n": 4096} for row in rows if row["provider"] == "afa"]
-    assert "| geometric mean |  | 2.36 | - |  |" in "\n".join(goals.report(rows + wide))
+    text = "\n".join(goals.report(rows + wide))
+    assert "| geometric mean |  | 2.36 | - |  |" in text
+    assert "eager / afa 2.36, at least 3.0: not met" in text and "afa.torch / afa" not in text
 
 
 def test_the_readme_quotes_the_recorded_results():

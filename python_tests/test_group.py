@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import DTYPES, assert_as_accurate_as_torch
+from helpers import DTYPES, assert_as_accurate_as_torch, relative_error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -635,7 +635,8 @@ def test_adapters_of_a_grouped_model_are_those_of_any_other(tmp_path):
     assert configs[0] == configs[1]
     x = torch.randn(3, 8)
     fresh = afa.inject(copy.deepcopy(model), r=2, group=True)
-    torch.testing.assert_close(afa.load_adapter(fresh, tmp_path / "plain")(x), plain(x))
+    # In norm: single elements cancel, and a group sums in another order.
+    assert relative_error(afa.load_adapter(fresh, tmp_path / "plain")(x), plain(x)) < 1e-5
 
 
 @pytest.mark.parametrize(
