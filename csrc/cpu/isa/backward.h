@@ -216,10 +216,9 @@ class Backward {
         const int64_t slab = col / E::kSlab, offset = col % E::kSlab;
         const Coefficients<E> dz_rows = coefficients(dz, dz_packed, i, rows);
         if (p.da.data != nullptr) {
-            float* sums = scratch.get<float>(da_sums) + slab * slab_elements + offset;
+            float* sums = scratch.get<float>(da_sums) + slab * slab_elements + offset * rp;
             if (row + i == 0)
-                for (int64_t j = 0; j < rp; ++j)
-                    memset(sums + j * E::kSlab, 0, round_up(cols, E::kTile) * sizeof(float));
+                memset(sums, 0, round_up(cols, E::kTile) * rp * sizeof(float));
             const Block<E> x = stage<E, T>(p.x, row + i, rows, col, cols, dropout, stage_of(team));
             add_outer(team, dz_rows, rows, x, cols, sums);
             if (row + i + rows == p.m) {
@@ -249,11 +248,13 @@ class Backward {
     void write_da(int64_t col, int64_t cols, const float* sums) {
         with_dtype(p.da.dtype, [&](auto* type) {
             using Dst = std::remove_pointer_t<decltype(type)>;
-            for (int64_t j = 0; j < p.r; ++j) {
-                Dst* out = element<Dst>(p.da, j, col);
-                for (int64_t c = 0; c < cols; ++c)
-                    from_float(sums[j * E::kSlab + c], out + c);
-            }
+            for (int64_t c = 0; c < cols; c += E::kTile)
+                for (int64_t j = 0; j < p.r; ++j) {
+                    const float* row = sums + c * rp + j * E::kTile;
+                    Dst* out = element<Dst>(p.da, j, col + c);
+                    for (int64_t i = 0; i < min_of<int64_t>(E::kTile, cols - c); ++i)
+                        from_float(row[i], out + i);
+                }
         });
     }
 
@@ -263,7 +264,7 @@ class Backward {
             using Dst = std::remove_pointer_t<decltype(type)>;
             for (int64_t c = 0; c < cols; c += E::kTile) {
                 for (int64_t j = 0; j < rp; j += kGroup)
-                    transpose4(sums + j * E::kSlab + c, E::kSlab, E::kTile, rows + j, rp);
+                    transpose4(sums + c * rp + j * E::kTile, E::kTile, E::kTile, rows + j, rp);
                 const int64_t count = min_of<int64_t>(E::kTile, cols - c);
                 for (int64_t i = 0; i < count; ++i) {
                     Dst* out = element<Dst>(p.db, slab * E::kSlab + c + i, 0);

@@ -89,14 +89,14 @@ struct RowGroups {
         }
     }
 
-    // sums[rp][kSlab] += h^T x over the first `cols` columns, whole tiles. `packed` holds one tile
-    // of kBlockRows rows.
+    // sums[tile][rp][kTile] += h^T x over the first `cols` columns, whole tiles. `packed` holds one
+    // tile of kBlockRows rows.
     template <class Elem>
     static void outer(const Coefficients<E>& h, int64_t rows, int64_t rp, const Elem* x,
                       int64_t ldx, int64_t cols, float* sums, Elem* packed) {
         for (int64_t c = 0; c < cols; c += E::kTile) {
             E::pack_outer(x + c, ldx, rows, packed);
-            E::outer_tile(h, rows, rp, packed, sums + c);
+            E::outer_tile(h, rows, rp, packed, sums + c * rp);
         }
     }
     // Brings finished sums into the order of the columns.

@@ -154,7 +154,7 @@ struct Pair : RowGroups<Pair> {
             }
             for (int g = 0; g < kGroup; ++g)
                 for (int v = 0; v < kVectors; v += 2)
-                    add_interleaved(sums + (j + g) * kSlab + v * kLanes, acc[g][v], acc[g][v + 1]);
+                    add_interleaved(sums + (j + g) * kTile + v * kLanes, acc[g][v], acc[g][v + 1]);
         }
     }
 

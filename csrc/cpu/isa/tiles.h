@@ -59,7 +59,7 @@ struct Tiles {
     static constexpr int kUnit = 2 * kLanes;               // columns that `expand` writes at a time
     static constexpr int64_t kTileElements = 16 * kDepth;  // of a left or right tile
     static constexpr int64_t kRightStride = kTileBytes;    // of the tiles of a panel
-    static constexpr int64_t kSlabStride = kSlab * sizeof(float);
+    static constexpr int64_t kSumsStride = kTile * sizeof(float);
 
     // The product with P contracts over r, whole tiles of it.
     static int64_t expand_rank(int64_t rp) { return round_up(rp, kDepth); }
@@ -185,12 +185,12 @@ struct Tiles {
             for (int64_t half = 0; half < kTile; half += kDepth) {
                 const Elem* right =
                     packed + half / kDepth * (kBlockRows / kDepth) * 2 * kTileElements;
-                float* out = sums + c + half;
+                float* out = sums + c * rp + half;
                 int64_t j = 0;
                 for (; j + 32 <= rp; j += 32)
-                    outer_tiles<2>(h.columns + j * kBlockRows, rows, right, out + j * kSlab);
+                    outer_tiles<2>(h.columns + j * kBlockRows, rows, right, out + j * kTile);
                 if (j < rp)
-                    outer_tiles<1>(h.columns + j * kBlockRows, rows, right, out + j * kSlab);
+                    outer_tiles<1>(h.columns + j * kBlockRows, rows, right, out + j * kTile);
             }
         }
     }
@@ -202,13 +202,12 @@ struct Tiles {
             _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
         const __m512i second_half =
             _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-        for (int64_t j = 0; j < rp; ++j)
-            for (int64_t c = 0; c < cols; c += 2 * kLanes) {
-                float* p = sums + j * kSlab + c;
-                const Vec low = load(p), high = load(p + kLanes);
-                store(p, _mm512_permutex2var_ps(low, first_half, high));
-                store(p + kLanes, _mm512_permutex2var_ps(low, second_half, high));
-            }
+        float* end = sums + round_up(cols, kTile) * rp;
+        for (float* p = sums; p < end; p += 2 * kLanes) {
+            const Vec low = load(p), high = load(p + kLanes);
+            store(p, _mm512_permutex2var_ps(low, first_half, high));
+            store(p + kLanes, _mm512_permutex2var_ps(low, second_half, high));
+        }
     }
 
   private:
@@ -323,7 +322,7 @@ struct Tiles {
     template <int kRanks>
     static void outer_tiles(const bf16* columns, int64_t rows, const Elem* packed, float* sums) {
         each<2 * kRanks>(
-            [&](auto s) { tile_load<s>(sums + s / 2 * 16 * kSlab + s % 2 * 16, kSlabStride); });
+            [&](auto s) { tile_load<s>(sums + s / 2 * 16 * kTile + s % 2 * 16, kSumsStride); });
         for (int64_t m = 0; m < rows; m += kDepth, packed += 2 * kTileElements) {
             tile_load<6>(packed, kRightStride);
             tile_load<7>(packed + kTileElements, kRightStride);
@@ -334,7 +333,7 @@ struct Tiles {
             });
         }
         each<2 * kRanks>(
-            [&](auto s) { tile_store<s>(sums + s / 2 * 16 * kSlab + s % 2 * 16, kSlabStride); });
+            [&](auto s) { tile_store<s>(sums + s / 2 * 16 * kTile + s % 2 * 16, kSumsStride); });
     }
 
     template <int kIndex>

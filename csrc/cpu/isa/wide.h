@@ -116,7 +116,7 @@ struct Wide : RowGroups<Wide> {
                 }
                 for (int g = 0; g < kGroup; ++g)
                     for (int v = 0; v < kWidth; ++v) {
-                        float* sum = sums + (j + g) * kSlab + (v0 + v) * kLanes;
+                        float* sum = sums + (j + g) * kTile + (v0 + v) * kLanes;
                         store(sum, load(sum) + acc[g][v]);
                     }
             }
