@@ -636,7 +636,7 @@ def test_adapters_of_a_grouped_model_are_those_of_any_other(tmp_path):
     x = torch.randn(3, 8)
     fresh = afa.inject(copy.deepcopy(model), r=2, group=True)
     # In norm: single elements cancel, and a group sums in another order.
-    assert relative_error(afa.load_adapter(fresh, tmp_path / "plain")(x), plain(x)) < 1e-5
+    assert relative_error(afa.load_adapter(fresh, tmp_path / "plain")(x), plain(x)) < 1.3e-6
 
 
 @pytest.mark.parametrize(

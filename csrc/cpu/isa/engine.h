@@ -3,9 +3,9 @@
 // An engine E is a set of static functions and formats: Wide (float32), Pair (bfloat16 pairs) or
 // Tiles (AMX). The passes of forward.h and backward.h are written once, for any of them:
 //
-//   E::dot      z += x P^T         x (rows, cols), P (r, cols)
-//   E::expand   out = base + s h P h (rows, r)
-//   E::outer    sums += h^T x      h (rows, r), x (rows, cols)
+//   E::dot      z += x P^T, x (rows, cols), P (r, cols)
+//   E::expand   out = base + s h P, h (rows, r)
+//   E::outer    sums += h^T x, h (rows, r), x (rows, cols)
 //
 // P is read from panels, slab by slab of E::kSlab columns; h and dz come as Coefficients; x and dY
 // directly or staged (operands.h).
