@@ -2,9 +2,12 @@
 registry for a backend.
 
 A torch device has one operator, whatever backend serves it, so torch.compile sees an opaque call
-and never the choice. Operands are flat and already checked (checks.py); tensors that are not needed
-come back with 0 elements, because an operator must return a fixed number of them. They run below
-autograd: autograd.py gives them their derivative.
+and never the choice. Operands are flat and already checked (checks.py). They run below autograd:
+autograd.py gives them their derivative.
+
+Where the dispatcher would only pass a call on, it goes to the implementation straight away
+(_direct.py). What is not needed comes back as None then; an operator has to return a fixed number
+of tensors, and gives one with 0 elements.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from afa_kernels._direct import direct_or
 from afa_kernels.backend import linear, registry
 from afa_kernels.backend.registry import IDENTITY, Backend, Call, Selection, Spec
 
@@ -73,25 +77,26 @@ def _lora_forward(base, x, a, b, *options):
 
 
 def _lora_forward_(base, x, a, b, *options):
-    return _write_branch(base, base, x, a, b, *options)
+    z = _write_branch(base, base, x, a, b, *options)
+    if not base.is_inference():  # such a tensor has no version
+        torch.autograd.graph.increment_version(base)
+    return z
 
 
-def _write_branch(out, base, x, a, b, alpha_t, seed, activation, scaling, dropout, save_z, backend) -> Tensor:
+def _write_branch(out, base, x, a, b, alpha_t, seed, activation, scaling, dropout, save_z, backend):
     with plain_precision(x):
         chosen, spec = _chosen(x, a, b, activation, scaling, dropout, backend)
         if x.shape[0] == 0:
-            return _fake_z(x, a, save_z)
-        z = chosen.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=save_z)
-    return _or_nothing(z, x)
+            return _empty(x, 0, a.shape[0]) if save_z else None
+        return chosen.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=save_z)
 
 
 def _linear_forward(weight, bias, x, a, b, alpha_t, seed, activation, scaling, dropout, save_z, backend):
     with plain_precision(x):
         chosen, spec = _chosen(x, a, b, activation, scaling, dropout, backend)
         if x.shape[0] == 0:
-            return _empty(x, 0, b.shape[0]), _fake_z(x, a, save_z)
-        y, z = linear.linear_forward(chosen, x, weight, bias, a, b, alpha_t, seed, spec, save_z=save_z)
-    return y, _or_nothing(z, x)
+            return _empty(x, 0, b.shape[0]), _empty(x, 0, a.shape[0]) if save_z else None
+        return linear.linear_forward(chosen, x, weight, bias, a, b, alpha_t, seed, spec, save_z=save_z)
 
 
 def _lora_backward(dy, x, a, b, z, alpha_t, seed, activation, scaling, dropout, backend, need_dx, need_da, need_db):
@@ -99,20 +104,9 @@ def _lora_backward(dy, x, a, b, z, alpha_t, seed, activation, scaling, dropout, 
         return _gradients_of_no_rows(x, a, b, need_dx, need_da, need_db)
     with plain_precision(x):
         chosen, spec = _chosen(x, a, b, activation, scaling, dropout, backend)
-        dx, da, db = chosen.backward(
-            dy,
-            x,
-            a,
-            b,
-            z,
-            alpha_t,
-            seed,
-            spec,
-            need_dx=need_dx,
-            need_da=need_da,
-            need_db=need_db,
-        )
-    return _or_nothing(dx, x), _or_nothing(da, a), _or_nothing(db, b)
+        return chosen.backward(
+            dy, x, a, b, z, alpha_t, seed, spec, need_dx=need_dx, need_da=need_da, need_db=need_db
+        )  # fmt: skip
 
 
 def _linear_backward(weight, dy, x, a, b, z, alpha_t, seed, activation, scaling, dropout, backend, need_da, need_db):
@@ -120,10 +114,9 @@ def _linear_backward(weight, dy, x, a, b, z, alpha_t, seed, activation, scaling,
         return _gradients_of_no_rows(x, a, b, True, need_da, need_db)
     with plain_precision(x):
         chosen, spec = _chosen(x, a, b, activation, scaling, dropout, backend)
-        dx, da, db = linear.linear_backward(
+        return linear.linear_backward(
             chosen, dy, x, weight, a, b, z, alpha_t, seed, spec, need_da=need_da, need_db=need_db
-        )
-    return dx, _or_nothing(da, a), _or_nothing(db, b)
+        )  # fmt: skip
 
 
 def _gradients_of_no_rows(x, a, b, need_dx, need_da, need_db):
@@ -166,39 +159,67 @@ def _fake_linear_backward(weight, dy, x, a, b, *options):
 
 
 def _define(name: str, signature: str, implementation, fake):
+    """Define an operator and return it."""
     _library.define(f"{name}{signature}")
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(torch.ops.afa_kernels, name).default
 
 
-lora_forward = _define(
+def _define_direct(name: str, signature: str, implementation, fake, tensors: int, likes: tuple[int, ...]):
+    """Define an operator and return the function that calls it or its implementation.
+
+    Args:
+        tensors: how many arguments, from the first on, are tensors or None.
+        likes: for each result, the place of the argument whose dtype and device it has.
+    """
+
+    def operator(*arguments):
+        results = implementation(*arguments)
+        if not isinstance(results, tuple):
+            return _or_nothing(results, arguments[likes[0]])
+        return tuple(_or_nothing(t, arguments[like]) for t, like in zip(results, likes, strict=True))
+
+    return direct_or(_define(name, signature, operator, fake), implementation, tensors)
+
+
+lora_forward = _define_direct(
     "lora_forward",
     f"(Tensor? base, {_BRANCH}) -> (Tensor y, Tensor z)",
     _lora_forward,
     _fake_lora_forward,
+    tensors=6,
+    likes=(1, 1),
 )
-lora_forward_ = _define(
+lora_forward_ = _define_direct(
     "lora_forward_",
     f"(Tensor(a!) base, {_BRANCH}) -> Tensor z",
     _lora_forward_,
     _fake_lora_forward_,
+    tensors=6,
+    likes=(1,),
 )
-linear_forward = _define(
+linear_forward = _define_direct(
     "linear_forward",
     f"(Tensor weight, Tensor? bias, {_BRANCH}) -> (Tensor y, Tensor z)",
     _linear_forward,
     _fake_linear_forward,
+    tensors=7,
+    likes=(2, 2),
 )
-lora_backward = _define(
+lora_backward = _define_direct(
     "lora_backward",
     f"({_SAVED}, bool need_dx, bool need_da, bool need_db) -> {_GRADIENTS}",
     _lora_backward,
     _fake_lora_backward,
+    tensors=7,
+    likes=(1, 2, 3),
 )
-linear_backward = _define(
+linear_backward = _define_direct(
     "linear_backward",
     f"(Tensor weight, {_SAVED}, bool need_da, bool need_db) -> {_GRADIENTS}",
     _linear_backward,
     _fake_linear_backward,
+    tensors=8,
+    likes=(2, 3, 4),
 )

@@ -166,7 +166,7 @@ def _options(x, alpha_t, activation, scaling, dropout_p, dropout_seed, save) -> 
 def autocast(t: Tensor) -> Tensor:
     """Round to the autocast dtype where autocast is on; float64 stays, as in torch's own linear."""
     device_type = t.device.type
-    if torch.is_autocast_enabled(device_type) and t.dtype != torch.float64:
+    if device_type != "meta" and torch.is_autocast_enabled(device_type) and t.dtype != torch.float64:
         return t.to(torch.get_autocast_dtype(device_type))
     return t
 

@@ -24,11 +24,11 @@ def operands(dtype=torch.float32, dropout=64):
 def test_opcheck_forward(dtype, save_z):
     p, options = operands(dtype)
     branch = (p.x, p.lora_a, p.lora_b, *options, save_z, None)
-    opcheck(_ops.lora_forward, (p.base, *branch))
-    opcheck(_ops.lora_forward, (None, *branch))
-    opcheck(_ops.lora_forward_, (p.base, *branch))
-    opcheck(_ops.linear_forward, (p.weight, p.bias, *branch))
-    opcheck(_ops.linear_forward, (p.weight, None, *branch))
+    opcheck(torch.ops.afa_kernels.lora_forward, (p.base, *branch))
+    opcheck(torch.ops.afa_kernels.lora_forward, (None, *branch))
+    opcheck(torch.ops.afa_kernels.lora_forward_, (p.base, *branch))
+    opcheck(torch.ops.afa_kernels.linear_forward, (p.weight, p.bias, *branch))
+    opcheck(torch.ops.afa_kernels.linear_forward, (p.weight, None, *branch))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -38,8 +38,8 @@ def test_opcheck_backward(dtype, needed):
     z = p.x @ p.lora_a.T
     for kept in (z, None):
         saved = (p.dy, p.x, p.lora_a, p.lora_b, kept, *options, None)
-        opcheck(_ops.lora_backward, (*saved, *needed))
-        opcheck(_ops.linear_backward, (p.weight, *saved, *needed[1:]))
+        opcheck(torch.ops.afa_kernels.lora_backward, (*saved, *needed))
+        opcheck(torch.ops.afa_kernels.linear_backward, (p.weight, *saved, *needed[1:]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
