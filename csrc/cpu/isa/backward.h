@@ -125,17 +125,16 @@ class Backward {
     }
 
     void pack(Team& team) {
-        float* memory = scratch.get<float>(tile) + team.id() * rp * E::kTile;
         const int64_t a_count = need_a_dot || need_a_expand ? k_slabs : 0;
         team.share(a_count + (need_dz ? n_slabs : 0), [&](int64_t i) {
             if (i < a_count) {
                 Elem* for_dot = need_a_dot ? panel(a_dot, i) : nullptr;
                 Elem* for_expand = need_a_expand ? a_expand_panel(i) : nullptr;
-                pack_slab<T, E>(p.a, false, i * E::kSlab, slab_cols(p.k, i), p.r, rp, memory,
-                                for_dot, for_expand);
+                pack_slab<T, E>(p.a, false, i * E::kSlab, slab_cols(p.k, i), p.r, rp, for_dot,
+                                for_expand);
             } else {
                 const int64_t slab = i - a_count;
-                pack_slab<T, E>(p.b, true, slab * E::kSlab, slab_cols(p.n, slab), p.r, rp, memory,
+                pack_slab<T, E>(p.b, true, slab * E::kSlab, slab_cols(p.n, slab), p.r, rp,
                                 panel(b_panels, slab), nullptr);
             }
         });

@@ -29,7 +29,6 @@ class Forward {
         streams = p.out.data != p.base.data && can_stream<T>(p.out, p.m, p.n);
 
         staged = scratch.reserve(threads * E::kBlockRows * staged_ld<E>() * sizeof(Elem));
-        tile = scratch.reserve(threads * rp * E::kTile * sizeof(float));
         rows = scratch.reserve(threads * 2 * block_rows * rp * sizeof(float));
         coefficients = scratch.reserve(threads * E::coefficient_bytes(block_rows, rp));
         a_panels = scratch.reserve((few_rows ? threads : k_slabs) * a_slab * sizeof(Elem));
@@ -54,12 +53,11 @@ class Forward {
 
   private:
     void by_rows(Team& team) {
-        float* tile_memory = tile_of(team);
         team.share(k_slabs + n_slabs, [&](int64_t i) {
             if (i < k_slabs)
-                pack_a(i, tile_memory, a_panel(i));
+                pack_a(i, a_panel(i));
             else
-                pack_b(i - k_slabs, tile_memory, b_panel(i - k_slabs));
+                pack_b(i - k_slabs, b_panel(i - k_slabs));
         });
         team.barrier();
         float* z = rows_of(team);
@@ -75,12 +73,11 @@ class Forward {
     }
 
     void by_slabs(Team& team) {
-        float* tile_memory = tile_of(team);
         float* sums = scratch.get<float>(partial);
-        team.share(k_slabs, [&](int64_t slab) {
+        team.split(k_slabs, [&](int64_t slab) {
             float* z = sums + slab * block_rows * rp;
             memset(z, 0, block_rows * rp * sizeof(float));
-            pack_a(slab, tile_memory, a_panel(team.id()));
+            pack_a(slab, a_panel(team.id()));
             dot_slab(team, slab, 0, p.m, a_panel(team.id()), z);
         });
         team.barrier();
@@ -90,19 +87,17 @@ class Forward {
             for (int64_t i = 0; i < p.m * rp; ++i)
                 z[i] += sums[slab * block_rows * rp + i];
         const Coefficients<E> h = activate(team, 0, p.m, z, team.id() == 0);
-        team.share(n_slabs, [&](int64_t slab) {
-            pack_b(slab, tile_memory, b_panel(team.id()));
+        team.split(n_slabs, [&](int64_t slab) {
+            pack_b(slab, b_panel(team.id()));
             expand_slab(slab, 0, p.m, h, b_panel(team.id()));
         });
     }
 
-    void pack_a(int64_t slab, float* tile_memory, Elem* out) {
-        pack_slab<T, E>(p.a, false, slab * E::kSlab, slab_cols(p.k, slab), p.r, rp, tile_memory,
-                        out, nullptr);
+    void pack_a(int64_t slab, Elem* out) {
+        pack_slab<T, E>(p.a, false, slab * E::kSlab, slab_cols(p.k, slab), p.r, rp, out, nullptr);
     }
-    void pack_b(int64_t slab, float* tile_memory, Elem* out) {
-        pack_slab<T, E>(p.b, true, slab * E::kSlab, slab_cols(p.n, slab), p.r, rp, tile_memory,
-                        nullptr, out);
+    void pack_b(int64_t slab, Elem* out) {
+        pack_slab<T, E>(p.b, true, slab * E::kSlab, slab_cols(p.n, slab), p.r, rp, nullptr, out);
     }
 
     void dot_slab(Team& team, int64_t slab, int64_t row, int64_t count, const Elem* packed,
@@ -151,7 +146,6 @@ class Forward {
     }
     Elem* a_panel(int64_t i) { return scratch.get<Elem>(a_panels) + i * a_slab; }
     Elem* b_panel(int64_t i) { return scratch.get<Elem>(b_panels) + i * b_slab; }
-    float* tile_of(Team& team) { return scratch.get<float>(tile) + team.id() * rp * E::kTile; }
     float* rows_of(Team& team) {
         return scratch.get<float>(rows) + team.id() * 2 * block_rows * rp;
     }
@@ -167,7 +161,7 @@ class Forward {
     int64_t a_slab, b_slab;
     bool streams;
     Scratch scratch;
-    int64_t staged, tile, rows, coefficients, a_panels, b_panels, partial;
+    int64_t staged, rows, coefficients, a_panels, b_panels, partial;
 };
 
 }  // namespace afa::cpu::AFA_ISA

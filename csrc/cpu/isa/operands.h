@@ -115,32 +115,22 @@ static void read_tile(const Src* p, int64_t stride_j, int64_t stride_l, int64_t 
     }
 }
 
-// The slab of P that starts at `col`; `scratch` holds one tile of floats. Either panel may be null.
+// The slab of P that starts at `col`. Either panel may be null.
 template <class T, class E>
 static void pack_slab(const Matrix& p, bool transposed, int64_t col, int64_t cols, int64_t r,
-                      int64_t rp, float* scratch, typename E::Elem* dot_panel,
-                      typename E::Elem* expand_panel) {
+                      int64_t rp, typename E::Elem* dot_panel, typename E::Elem* expand_panel) {
     const int64_t stride_j = transposed ? p.col_stride : p.row_stride;
     const int64_t stride_l = transposed ? p.row_stride : p.col_stride;
-    using Elem = typename E::Elem;
     with_dtype(p.dtype, [&](auto* type) {
         using Src = std::remove_pointer_t<decltype(type)>;
         const Src* data = static_cast<const Src*>(p.data) + col * stride_l;
-        for (int64_t c = 0; c < cols; c += E::kTile) {
-            const int count = static_cast<int>(min_of<int64_t>(E::kTile, cols - c));
-            const int64_t offset = c * rp, expand_offset = c * E::expand_rank(rp);
-            // One panel for both products is the tile itself.
-            Elem* panel = dot_panel != nullptr ? dot_panel : expand_panel;
-            float* tile = scratch;
-            if constexpr (E::kOnePanel)
-                tile = panel + offset;
-            read_tile<T>(data + c * stride_l, stride_j, stride_l, r, rp, count, tile);
-            if constexpr (!E::kOnePanel) {
-                if (dot_panel != nullptr)
-                    E::pack_dot(scratch, rp, dot_panel + offset);
-                if (expand_panel != nullptr)
-                    E::pack_expand(scratch, rp, expand_panel + expand_offset);
-            }
+        if constexpr (E::kOnePanel) {
+            typename E::Elem* panel = dot_panel != nullptr ? dot_panel : expand_panel;
+            for (int64_t c = 0; c < cols; c += E::kTile)
+                read_tile<T>(data + c * stride_l, stride_j, stride_l, r, rp,
+                             static_cast<int>(min_of<int64_t>(E::kTile, cols - c)), panel + c * rp);
+        } else {
+            E::pack(data, stride_j, stride_l, r, rp, cols, dot_panel, expand_panel);
         }
     });
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/isa/engine.h"
+#include "cpu/isa/pairs.h"
 
 #if AFA_ISA_LEVEL >= 3
 
@@ -27,14 +28,30 @@ struct Pair : RowGroups<Pair> {
         return reinterpret_cast<__m512bh>(_mm512_set1_epi32(both));
     }
 
-    // Dot panel: [row of P][kTile]; expand panel: [pair of rows of P][kTile][2].
-    static void pack_dot(const float* tile, int64_t rp, Elem* panel) {
-        for (int64_t i = 0; i < rp * kTile; i += kLanes)
-            store(panel + i, load(tile + i));
-    }
-    static void pack_expand(const float* tile, int64_t rp, Elem* panel) {
-        for (int64_t j = 0; j < rp; j += 2)
-            pack_pairs(tile + j * kTile, tile + (j + 1) * kTile, kTile, panel + j * kTile);
+    // One slab of P, tile by tile. dot: [row of P][kTile]; expand: [pair of rows of P][kTile][2].
+    template <class Src>
+    static void pack(const Src* p, int64_t stride_j, int64_t stride_l, int64_t r, int64_t rp,
+                     int64_t cols, Elem* dot, Elem* expand) {
+        const int64_t padded = round_up(cols, kTile);
+        __m512i block[16];
+        for (int64_t j = 0; j < rp && dot != nullptr; j += 16)
+            for (int64_t c = 0; c < padded; c += kPairLanes) {
+                by_rows(PairBlock<Src>{p + j * stride_j + c * stride_l, stride_l, stride_j,
+                                       part_of(cols, c, kPairLanes), part_of(r, j, 16)},
+                        block);
+                Elem* out = dot + round_down(c, kTile) * rp + j * kTile + c % kTile;
+                for (int64_t i = 0; i < min_of<int64_t>(16, rp - j); ++i)
+                    _mm512_storeu_si512(out + i * kTile, block[i]);
+            }
+        for (int64_t j = 0; j < rp && expand != nullptr; j += 32)
+            for (int64_t c = 0; c < padded; c += kLanes) {
+                by_pairs(PairBlock<Src>{p + j * stride_j + c * stride_l, stride_j, stride_l,
+                                        part_of(r, j, 32), part_of(cols, c, kLanes)},
+                         block);
+                Elem* out = expand + round_down(c, kTile) * rp + j * kTile + c % kTile * 2;
+                for (int64_t i = 0; i < min_of<int64_t>(16, (rp - j) / 2); ++i)
+                    _mm512_storeu_si512(out + i * 2 * kTile, block[i]);
+            }
     }
     static int64_t coefficient_bytes(int64_t rows, int64_t ld) {
         return (rows + round_up(rows, 2)) * ld * static_cast<int64_t>(sizeof(bf16));
@@ -159,14 +176,6 @@ struct Pair : RowGroups<Pair> {
     }
 
   private:
-    // Interleaves two rows of `count` floats into pairs.
-    static void pack_pairs(const float* even, const float* odd, int64_t count, bf16* out) {
-        for (int64_t i = 0; i < count; ++i) {
-            from_float(even[i], out + 2 * i);
-            from_float(odd[i], out + 2 * i + 1);
-        }
-    }
-
     // Unpacking leaves each 128-bit quarter of `low` four columns before the same quarter of
     // `high`.
     static void add_interleaved(float* sums, Vec low, Vec high) {

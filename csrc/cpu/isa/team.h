@@ -105,6 +105,14 @@ class Team {
         return {count * id_ / threads_, count * (id_ + 1) / threads_};
     }
 
+    // Runs f on this thread's run of [0, count).
+    template <class F>
+    void split(int64_t count, F&& f) const {
+        const Range run = part(count);
+        for (int64_t i = run.begin; i < run.end; ++i)
+            f(i);
+    }
+
   private:
     int id_, threads_;
     int64_t* counters_;

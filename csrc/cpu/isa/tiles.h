@@ -7,43 +7,11 @@
 
 #include "cpu/isa/amx.h"
 #include "cpu/isa/engine.h"
+#include "cpu/isa/pairs.h"
 
 #if AFA_ISA_LEVEL >= 4
 
 namespace afa::cpu::AFA_ISA {
-
-// Neighbouring bfloat16 of two vectors: out = {even[0], odd[0], even[1], odd[1], ...}.
-static inline __m512i interleave(Vec even, Vec odd) {
-    const __m512i low = _mm512_cvtepu16_epi32(narrow_bf16(even));
-    const __m512i high = _mm512_cvtepu16_epi32(narrow_bf16(odd));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
-
-// rows[i] lane j = rows[j] lane i, 32-bit lanes.
-static inline void transpose16(__m512i (&rows)[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int e = 0; e < 2; ++e) {
-            rows[i + 2 * e] = _mm512_unpacklo_epi64(t[i + e], t[i + e + 2]);
-            rows[i + 2 * e + 1] = _mm512_unpackhi_epi64(t[i + e], t[i + e + 2]);
-        }
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xDD);
-        t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xDD);
-    }
-    for (int i = 0; i < 4; ++i) {
-        rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
-        rows[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
-    }
-}
 
 struct Tiles {
     using Elem = bf16;
@@ -64,28 +32,28 @@ struct Tiles {
     // The product with P contracts over r, whole tiles of it.
     static int64_t expand_rank(int64_t rp) { return round_up(rp, kDepth); }
 
-    // [kDepth columns][16 rows of P] as a right tile: [pair of columns][row of P][2].
-    static void pack_dot(const float* tile, int64_t rp, Elem* panel) {
-        for (int64_t c = 0; c < kTile; c += kDepth)
-            for (int64_t j = 0; j < rp; j += 16, panel += kTileElements) {
-                __m512i rows[16];
-                for (int i = 0; i < 16; ++i) {
-                    const float* p = tile + (j + i) * kTile + c;
-                    rows[i] = narrow_pair(load(p), load(p + kLanes));
-                }
-                transpose16(rows);
-                for (int i = 0; i < 16; ++i)
-                    _mm512_storeu_si512(panel + i * 2 * kLanes, rows[i]);
-            }
-    }
-    // [16 columns][kDepth rows of P] as a right tile: [pair of rows of P][column][2].
-    static void pack_expand(const float* tile, int64_t rp, Elem* panel) {
-        for (int64_t c = 0; c < kTile; c += kLanes)
-            for (int64_t j = 0; j < expand_rank(rp); j += 2, panel += 2 * kLanes) {
-                const float* p = tile + j * kTile + c;
-                _mm512_storeu_si512(panel, j < rp ? interleave(load(p), load(p + kTile))
-                                                  : _mm512_setzero_si512());
-            }
+    // One slab of P. dot: [kDepth columns][16 rows of P] as right tiles, [pair of columns][row of
+    // P][2]. expand: [16 columns][kDepth rows of P], [pair of rows of P][column][2].
+    template <class Src>
+    static void pack(const Src* p, int64_t stride_j, int64_t stride_l, int64_t r, int64_t rp,
+                     int64_t cols, Elem* dot, Elem* expand) {
+        const int64_t padded = round_up(cols, kTile), depth = expand_rank(rp);
+        const auto put = [](const PairBlock<Src>& block, Elem* out) {
+            __m512i pairs[16];
+            by_pairs(block, pairs);
+            for (int i = 0; i < 16; ++i)
+                _mm512_storeu_si512(out + i * kDepth, pairs[i]);
+        };
+        for (int64_t j = 0; j < rp && dot != nullptr; j += 16)
+            for (int64_t c = 0; c < padded; c += kDepth)
+                put({p + j * stride_j + c * stride_l, stride_l, stride_j, part_of(cols, c, kDepth),
+                     part_of(r, j, 16)},
+                    dot + c * rp + j * kDepth);
+        for (int64_t j = 0; j < depth && expand != nullptr; j += kDepth)
+            for (int64_t c = 0; c < padded; c += 16)
+                put({p + j * stride_j + c * stride_l, stride_j, stride_l, part_of(r, j, kDepth),
+                     part_of(cols, c, 16)},
+                    expand + c * depth + j * 16);
     }
 
     // rows: [row][expand_rank], whole tiles of rows; columns: [row of P][kBlockRows].
@@ -296,10 +264,6 @@ struct Tiles {
                         : fma(t.scale, sums[c], to_float(base[m * t.base_row + c * t.base_col]));
                 from_float(value, out + m * t.out_row + c * t.out_col);
             }
-    }
-
-    static __m512i narrow_pair(Vec low, Vec high) {
-        return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
     }
 
     // Rows as pairs: [kDepth columns][kDepth rows][half][pair of rows][16 columns][2].
