@@ -213,5 +213,7 @@ def _extent(t: Tensor) -> tuple[int, int]:
     if t.numel() == 0:
         return 0, 0
     first = t.data_ptr()
+    if t.is_contiguous():
+        return first, first + t.nbytes
     span = 1 + sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True))
     return first, first + span * t.element_size()

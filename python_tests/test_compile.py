@@ -9,7 +9,6 @@ from torch.library import opcheck
 
 import afa_kernels as afa
 from afa_kernels import _group_ops as _ops_of_group
-from afa_kernels import _ops
 
 OPTIONS = ("gelu", 1.5)
 
