@@ -14,10 +14,10 @@
 namespace afa::cpu::AFA_ISA {
 
 // Fewer at a high rank: the partial sums of dz take super_rows * r floats for each slab of N, and
-// with 96 rows they stay below half of the panels.
+// are to stay well below the panels.
 template <class E>
 static inline int64_t super_rows_for(int64_t rp) {
-    return (rp <= 32 ? 4 : 2) * E::kBlockRows;
+    return (rp <= 32 ? 4 : rp <= 64 ? 2 : 1) * E::kBlockRows;
 }
 
 template <class T, class E>
@@ -43,7 +43,6 @@ class Backward {
         staged = scratch.reserve(threads * E::kBlockRows * staged_ld<E>() * sizeof(Elem));
         outer_tile = scratch.reserve(threads * E::kBlockRows * E::kTile * sizeof(Elem));
         tile = scratch.reserve(threads * rp * E::kTile * sizeof(float));
-        z = scratch.reserve(row_elements * sizeof(float));
         h = scratch.reserve(row_elements * sizeof(float));
         slope = scratch.reserve(need_dz ? row_elements * sizeof(float) : 0);
         dz = scratch.reserve(need_dz ? row_elements * sizeof(float) : 0);
@@ -58,7 +57,11 @@ class Backward {
             E::kOnePanel
                 ? a_dot
                 : scratch.reserve(need_a_expand ? k_slabs * expand_elements * sizeof(Elem) : 0);
-        partial = scratch.reserve(need_dz ? n_slabs * row_elements * sizeof(float) : 0);
+        own_slabs = n_slabs > threads ? part_of_team(n_slabs, 0, threads).end : 1;
+        const int64_t sums = need_dz ? 1 + n_slabs - own_slabs : 1;
+        partial = scratch.reserve(sums * row_elements * sizeof(float));
+        z = partial;  // z is done with when the sums begin
+        dots = scratch.reserve(need_dz ? E::kBlockRows * rp * sizeof(float) : 0);
         db_sums = scratch.reserve(need_db ? n_slabs * slab_elements * sizeof(float) : 0);
         da_sums =
             scratch.reserve(p.da.data != nullptr ? k_slabs * slab_elements * sizeof(float) : 0);
@@ -174,12 +177,8 @@ class Backward {
         const int64_t cols = slab_cols(p.n, slab);
         const Block<E> dy =
             stage<E, T>(p.dy, row + i, rows, slab * E::kSlab, cols, Dropout{}, stage_of(team));
-        if (need_dz) {
-            float* dots = scratch.get<float>(partial) + slab * row_elements + i * rp;
-            memset(dots, 0, round_up(rows, E::kRowStep) * rp * sizeof(float));
-            E::dot(dy.data, dy.ld, rows, panel(b_panels, slab), rp, ceil_div(cols, E::kTile), dots,
-                   rp);
-        }
+        if (need_dz)
+            add_dots(slab, i, rows, dy, cols);
         if (!need_db)
             return;
         float* sums = scratch.get<float>(db_sums) + slab * slab_elements;
@@ -192,18 +191,32 @@ class Backward {
         }
     }
 
+    // The slabs are added up in their order whoever computes them. The first thread's run comes
+    // first, so it needs only one sum; each further slab keeps its own.
+    void add_dots(int64_t slab, int64_t i, int64_t rows, const Block<E>& dy, int64_t cols) {
+        const int64_t elements = round_up(rows, E::kRowStep) * rp;
+        float* sum = scratch.get<float>(partial) + i * rp;
+        if (slab >= own_slabs)
+            sum += (1 + slab - own_slabs) * row_elements;
+        float* out = slab > 0 && slab < own_slabs ? scratch.get<float>(dots) : sum;
+        memset(out, 0, elements * sizeof(float));
+        E::dot(dy.data, dy.ld, rows, panel(b_panels, slab), rp, ceil_div(cols, E::kTile), out, rp);
+        for (int64_t e = 0; e < elements && out != sum; ++e)
+            sum[e] += out[e];
+    }
+
     void finish_dz(int64_t i, int64_t count) {
-        const float* dots = scratch.get<float>(partial) + i * rp;
+        float* sum = scratch.get<float>(partial) + i * rp;
         const float* slopes = scratch.get<float>(slope) + i * rp;
         float* dz_rows = scratch.get<float>(dz) + i * rp;
         const float scale = dropout.threshold > 0 ? p.scaling * inverse_keep : p.scaling;
-        for (int64_t e = 0; e < count * rp; ++e)
-            dz_rows[e] = dots[e];
-        for (int64_t slab = 1; slab < n_slabs; ++slab)
+        for (int64_t slab = own_slabs; slab < n_slabs; ++slab) {
+            const float* other = sum + (1 + slab - own_slabs) * row_elements;
             for (int64_t e = 0; e < count * rp; ++e)
-                dz_rows[e] += dots[slab * row_elements + e];
+                sum[e] += other[e];
+        }
         for (int64_t e = 0; e < count * rp; ++e)
-            dz_rows[e] *= scale * slopes[e];
+            dz_rows[e] = sum[e] * (scale * slopes[e]);
         for (int64_t m = 0; m < count; ++m)
             for (int64_t j = p.r; j < rp; ++j)
                 dz_rows[m * rp + j] = 0.0f;
@@ -302,10 +315,10 @@ class Backward {
     float inverse_keep;
     int threads;
     bool streams;
-    int64_t slab_elements, expand_elements, row_elements;
+    int64_t slab_elements, expand_elements, row_elements, own_slabs;
     Scratch scratch;
     int64_t staged, outer_tile, tile, z, h, slope, dz, h_packed, dz_packed, b_panels, a_dot,
-        a_expand, partial, db_sums, da_sums;
+        a_expand, partial, dots, db_sums, da_sums;
 };
 
 }  // namespace afa::cpu::AFA_ISA

@@ -68,6 +68,11 @@ struct Range {
     int64_t begin, end;
 };
 
+// The run of [0, count) of one thread of a team.
+static inline Range part_of_team(int64_t count, int id, int threads) {
+    return {count * id / threads, count * (id + 1) / threads};
+}
+
 // The threads of one parallel region. They share out tasks in index order; what a task computes
 // depends on its index alone, so results do not depend on which thread takes it or on how many
 // threads there are.
@@ -101,9 +106,7 @@ class Team {
     }
 
     // This thread's run of [0, count).
-    Range part(int64_t count) const {
-        return {count * id_ / threads_, count * (id_ + 1) / threads_};
-    }
+    Range part(int64_t count) const { return part_of_team(count, id_, threads_); }
 
     // Runs f on this thread's run of [0, count).
     template <class F>
