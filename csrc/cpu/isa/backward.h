@@ -62,7 +62,10 @@ class Backward {
         partial = scratch.reserve(sums * row_elements * sizeof(float));
         z = partial;  // z is done with when the sums begin
         dots = scratch.reserve(need_dz ? E::kBlockRows * rp * sizeof(float) : 0);
-        db_sums = scratch.reserve(need_db ? n_slabs * slab_elements * sizeof(float) : 0);
+        // The sums of a tile and its rows of dB take the same memory, if both are of float32.
+        db_in_place = p.db.dtype == Dtype::f32 && rp == p.r && p.n % E::kTile == 0;
+        db_sums =
+            scratch.reserve(need_db && !db_in_place ? n_slabs * slab_elements * sizeof(float) : 0);
         da_sums =
             scratch.reserve(p.da.data != nullptr ? k_slabs * slab_elements * sizeof(float) : 0);
         scratch.allocate();
@@ -181,9 +184,10 @@ class Backward {
             add_dots(slab, i, rows, dy, cols);
         if (!need_db)
             return;
-        float* sums = scratch.get<float>(db_sums) + slab * slab_elements;
+        float* sums = (db_in_place ? static_cast<float*>(p.db.data) : scratch.get<float>(db_sums)) +
+                      slab * slab_elements;
         if (row + i == 0)
-            memset(sums, 0, slab_elements * sizeof(float));
+            memset(sums, 0, round_up(cols, E::kTile) * rp * sizeof(float));
         add_outer(team, coefficients(h, h_packed, i, rows), rows, dy, cols, sums);
         if (row + i + rows == p.m) {
             E::finish_sums(sums, rp, cols);
@@ -270,6 +274,7 @@ class Backward {
         });
     }
 
+    // Tile by tile through a transposed copy, since the sums may lie where the rows go.
     void write_db(Team& team, int64_t slab, int64_t cols, const float* sums) {
         float* rows = scratch.get<float>(tile) + team.id() * rp * E::kTile;
         with_dtype(p.db.dtype, [&](auto* type) {
@@ -307,7 +312,7 @@ class Backward {
     }
 
     const BackwardParams& p;
-    bool need_dz, need_db, need_a_dot, need_a_expand;
+    bool need_dz, need_db, need_a_dot, need_a_expand, db_in_place;
     int64_t rp, k_slabs, n_slabs;
     float alpha_t;
     int64_t super_rows;
