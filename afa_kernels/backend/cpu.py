@@ -13,8 +13,8 @@ from afa_kernels.backend.registry import IDENTITY, MAX_RANK, Backend, BackendSta
 
 # The enum Dtype of csrc/cpu/params.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-# From here on torch's GEMMs beat the kernels in bfloat16 on a CPU with vdpbf16ps but without AMX: the backward took 1.2
-# to 1.6 times theirs on a Zen 5.
+# From here on torch's GEMMs beat the kernels in bfloat16 on a CPU with vdpbf16ps at full width but without AMX: the
+# backward took 1.2 to 1.6 times theirs on a Zen 5. At half the width, on a Zen 4, the kernels are the faster ones.
 _GEMM_RANK, _GEMM_ROWS = 64, 256
 # At identity alpha_t is 0, and then phi(z) = z whatever the activation.
 _ACTIVATION_IDS = {name: activation.id for name, activation in ACTIVATIONS.items()} | {IDENTITY: 0}
@@ -39,13 +39,13 @@ def _refuses(call: Call) -> str | None:
     return None
 
 
-def _isa() -> str:
-    return native._C.cpu_isa()
+def _gemms_win() -> bool:
+    return native._C.cpu_isa() == "avx512bf16" and "avx512_halved" not in native._C.cpu_features()
 
 
 def _leaves(call: Call) -> tuple[str, str] | None:
     wide = call.r >= _GEMM_RANK and call.m >= _GEMM_ROWS and not call.dropout
-    if not wide or call.dtype != torch.bfloat16 or _isa() != "avx512bf16":
+    if not wide or call.dtype != torch.bfloat16 or not _gemms_win():
         return None
     return "torch", f"leaves bfloat16 at ranks from {_GEMM_RANK} on to torch's GEMMs on a CPU without AMX"
 

@@ -38,6 +38,7 @@ namespace {
 #if defined(AFA_X86_64)
 struct Features {
     bool avx2 = false, avx512 = false, avx512_bf16 = false, amx_tile = false, amx_bf16 = false;
+    bool avx512_halved = false;  // a 512-bit instruction runs as two of 256 bits
 };
 
 // XCR0: the register files that the operating system saves on a context switch.
@@ -45,6 +46,16 @@ uint64_t enabled_state() {
     uint32_t low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+// AMD's family 19h is Zen 3, without AVX-512, and Zen 4.
+bool is_zen4() {
+    uint32_t a, b, c, d;
+    if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || c != signature_AMD_ecx ||
+        d != signature_AMD_edx || !__get_cpuid(1, &a, &b, &c, &d))
+        return false;
+    const uint32_t family = (a >> 8) & 0xF, extended_family = (a >> 20) & 0xFF;
+    return family + extended_family == 0x19;
 }
 
 Features detect() {
@@ -70,6 +81,7 @@ Features detect() {
     found.amx_bf16 = found.amx_tile && (d & (1u << 22));
     if (max_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d))
         found.avx512_bf16 = found.avx512 && (a & (1u << 5));
+    found.avx512_halved = found.avx512 && is_zen4();
     return found;
 }
 
@@ -185,6 +197,8 @@ std::vector<std::string> machine_features() {
         names.push_back("avx512");
     if (f.avx512_bf16)
         names.push_back("avx512_bf16");
+    if (f.avx512_halved)
+        names.push_back("avx512_halved");
     if (f.amx_tile)
         names.push_back("amx_tile");
     if (f.amx_bf16)
