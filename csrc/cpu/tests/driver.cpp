@@ -30,6 +30,9 @@ double epsilon_of(Dtype dtype) {
     return dtype == Dtype::bf16 ? 0x1p-8 : dtype == Dtype::f16 ? 0x1p-11 : 0x1p-22;
 }
 
+// The least step between values, below which relative errors mean nothing.
+double least_step_of(Dtype dtype) { return dtype == Dtype::f16 ? 0x1p-24 : 1e-30; }
+
 double read(const void* p, Dtype dtype) {
     if (dtype == Dtype::f64)
         return *static_cast<const double*>(p);
@@ -138,8 +141,9 @@ afa::ValueSlope phi(int activation, double z, float alpha_t) {
 
 int failures = 0;
 
-void expect(const char* what, uint64_t seed, double got, double wanted, double allowed) {
-    if (std::fabs(got - wanted) <= allowed + 1e-30)
+void expect(const char* what, uint64_t seed, Dtype dtype, double got, double wanted,
+            double allowed) {
+    if (std::fabs(got - wanted) <= allowed + least_step_of(dtype))
         return;
     if (++failures <= 20)
         std::printf("seed %llu: %s is %.9g, expected %.9g within %.3g\n",
@@ -208,7 +212,7 @@ void check(uint64_t seed) {
                 const double term = inverse * keep[i * k + c] * x.get(i, c) * a.get(j, c);
                 sum += term, sizes += std::fabs(term);
             }
-            expect("z", seed, z.get(i, j), sum, eps * sizes);
+            expect("z", seed, dtype, z.get(i, j), sum, eps * sizes);
             const afa::ValueSlope value = phi(f.activation, z.get(i, j), alpha_t);
             h[i * r + j] = value.value, slope[i * r + j] = value.slope;
             // The kernels compute the activations in their own way, to act_error.
@@ -228,7 +232,7 @@ void check(uint64_t seed) {
                 sum += f.scaling * h[i * r + j] * b.get(c, j);
                 sizes += std::fabs(f.scaling * h_size[i * r + j] * b.get(c, j));
             }
-            expect("y", seed, out.get(i, c), sum, eps * sizes);
+            expect("y", seed, dtype, out.get(i, c), sum, eps * sizes);
         }
     for (int64_t i = 0; i < m && (needs & 1); ++i)
         for (int64_t c = 0; c < k; ++c) {
@@ -237,7 +241,7 @@ void check(uint64_t seed) {
                 sum += keep[i * k + c] * dz[i * r + j] * a.get(j, c);
                 sizes += std::fabs(dz_size[i * r + j] * a.get(j, c));
             }
-            expect("dx", seed, dx.get(i, c), sum, eps * sizes);
+            expect("dx", seed, dtype, dx.get(i, c), sum, eps * sizes);
         }
     // dz carries the 1 / (1 - p) of both gradients, so dA has it once.
     for (int64_t j = 0; j < r; ++j) {
@@ -247,7 +251,7 @@ void check(uint64_t seed) {
                 sum += keep[i * k + c] * dz[i * r + j] * x.get(i, c);
                 sizes += std::fabs(dz_size[i * r + j] * x.get(i, c));
             }
-            expect("dA", seed, da.get(j, c), sum,
+            expect("dA", seed, da.matrix.dtype, da.get(j, c), sum,
                    std::fmax(eps, 4 * epsilon_of(da.matrix.dtype)) * sizes);
         }
         for (int64_t c = 0; c < n && (needs & 4); ++c) {
@@ -256,7 +260,7 @@ void check(uint64_t seed) {
                 sum += f.scaling * dy.get(i, c) * h[i * r + j];
                 sizes += std::fabs(f.scaling * dy.get(i, c) * h_size[i * r + j]);
             }
-            expect("dB", seed, db.get(c, j), sum,
+            expect("dB", seed, db.matrix.dtype, db.get(c, j), sum,
                    std::fmax(eps, 4 * epsilon_of(db.matrix.dtype)) * sizes);
         }
     }
