@@ -41,7 +41,7 @@ class Backward {
                   can_stream<T>(p.dx, p.m, p.k);
 
         staged = scratch.reserve(threads * E::kBlockRows * staged_ld<E>() * sizeof(Elem));
-        outer_tile = scratch.reserve(threads * E::kBlockRows * E::kTile * sizeof(Elem));
+        outer_tile = scratch.reserve(threads * 2 * E::kBlockRows * E::kTile * sizeof(Elem));
         tile = scratch.reserve(threads * rp * E::kTile * sizeof(float));
         h = scratch.reserve(row_elements * sizeof(float));
         slope = scratch.reserve(need_dz ? row_elements * sizeof(float) : 0);
@@ -86,9 +86,7 @@ class Backward {
                         [&](int64_t i, int64_t rows) { activate(team, row, i, rows); });
                 team.barrier();
                 by_columns(team, p.n, E::kSlab, count,
-                           [&](int64_t col, int64_t, int64_t i, int64_t rows) {
-                               dy_slab(team, col / E::kSlab, row, i, rows);
-                           });
+                           [&](const Part& part) { dy_slab(team, row, part); });
                 // The next rows of h overwrite what these products read.
                 team.barrier();
                 if (!need_dz)
@@ -98,9 +96,7 @@ class Backward {
                 // No barrier behind: until the next block's dz the other phases touch nothing that
                 // this one reads.
                 by_columns(team, p.k, E::kTile, count,
-                           [&](int64_t col, int64_t cols, int64_t i, int64_t rows) {
-                               x_part(team, col, cols, row, i, rows);
-                           });
+                           [&](const Part& part) { x_part(team, row, part); });
             }
             if (streams)
                 stream_fence();
@@ -115,6 +111,12 @@ class Backward {
         });
     }
 
+    // Columns [col, col + cols), within one slab, of rows [i, i + rows) of a super block, and where
+    // the part begins that the same thread takes next.
+    struct Part {
+        int64_t col, cols, i, rows, next_col, next_i;
+    };
+
     // Each thread takes a run of columns, in multiples of `unit`, through all blocks of rows. Runs
     // and not slabs in turn: the prefetchers of a core read on beyond the end of a slab, and would
     // take away the lines that another core is writing.
@@ -125,7 +127,9 @@ class Backward {
             for (int64_t col = run.begin * unit; col < min_of(run.end * unit, length);) {
                 const int64_t end =
                     min_of(round_down(col, E::kSlab) + E::kSlab, min_of(run.end * unit, length));
-                f(col, end - col, i, min_of(E::kBlockRows, count - i));
+                const bool last = end == min_of(run.end * unit, length);
+                f(Part{col, end - col, i, min_of(E::kBlockRows, count - i),
+                       last ? run.begin * unit : end, last ? i + E::kBlockRows : i});
                 col = end;
             }
     }
@@ -175,9 +179,9 @@ class Backward {
             E::pack_coefficients(hs, count, rp, packed(h_packed, i));
     }
 
-    // Rows [row + i, row + i + rows) of one slab of dY: its part of dY B and its columns of dB.
-    void dy_slab(Team& team, int64_t slab, int64_t row, int64_t i, int64_t rows) {
-        const int64_t cols = slab_cols(p.n, slab);
+    // One slab of dY: its part of dY B and its columns of dB.
+    void dy_slab(Team& team, int64_t row, const Part& part) {
+        const int64_t slab = part.col / E::kSlab, cols = part.cols, i = part.i, rows = part.rows;
         const Block<E> dy =
             stage<E, T>(p.dy, row + i, rows, slab * E::kSlab, cols, Dropout{}, stage_of(team));
         if (need_dz)
@@ -227,8 +231,9 @@ class Backward {
         E::pack_coefficients(dz_rows, count, rp, packed(dz_packed, i));
     }
 
-    // Rows [row + i, row + i + rows) of columns [col, col + cols) of x and dX, within one slab.
-    void x_part(Team& team, int64_t col, int64_t cols, int64_t row, int64_t i, int64_t rows) {
+    // One part of x and dX.
+    void x_part(Team& team, int64_t row, const Part& part) {
+        const int64_t col = part.col, cols = part.cols, i = part.i, rows = part.rows;
         const int64_t slab = col / E::kSlab, offset = col % E::kSlab;
         const Coefficients<E> dz_rows = coefficients(dz, dz_packed, i, rows);
         if (p.da.data != nullptr) {
@@ -246,9 +251,14 @@ class Backward {
             return;
         T* dx = element<T>(p.dx, row + i, col);
         const T* dx_base = p.accumulate_dx ? dx : nullptr;
-        const Target<T> target{dx,      p.dx.row_stride, p.dx.col_stride,
-                               dx_base, p.dx.row_stride, p.dx.col_stride,
-                               1.0f,    streams};
+        Target<T> target{dx,      p.dx.row_stride, p.dx.col_stride,
+                         dx_base, p.dx.row_stride, p.dx.col_stride,
+                         1.0f,    streams};
+        // At higher ranks the panels need the L1 cache that this would take.
+        if (p.da.data != nullptr && p.x.col_stride == 1 && rp <= 32) {
+            target.ahead = element<T>(p.x, row + part.next_i, part.next_col);
+            target.ahead_row = p.x.row_stride;
+        }
         E::expand(dz_rows, rows, rp, p.r, a_expand_panel(slab) + offset * E::expand_rank(rp),
                   target, cols);
         if (dropout.threshold > 0)
@@ -258,7 +268,7 @@ class Backward {
     void add_outer(Team& team, const Coefficients<E>& left, int64_t rows, const Block<E>& x,
                    int64_t cols, float* sums) {
         E::outer(left, rows, rp, x.data, x.ld, cols, sums,
-                 scratch.get<Elem>(outer_tile) + team.id() * E::kBlockRows * E::kTile);
+                 scratch.get<Elem>(outer_tile) + team.id() * 2 * E::kBlockRows * E::kTile);
     }
 
     void write_da(int64_t col, int64_t cols, const float* sums) {

@@ -24,13 +24,14 @@ struct Coefficients {
 };
 
 // What an engine inherits that takes a few rows at a time and keeps their sums in vectors. It has
-// dot_rows<n>, expand_rows<n>, pack_outer and outer_tile.
+// dot_rows<n>, expand_rows<n>, pack_outer (kOuterRows rows at a time) and outer_tile.
 template <class E>
 struct RowGroups {
-    static constexpr int64_t kBlockRows = 48;  // rows that are staged together
-    static constexpr int64_t kRowStep = 1;     // rows of a staged block are padded to this
-    static constexpr int64_t kRankStep = 4;    // r is padded to this
-    struct Scope {};                           // what a thread holds while it runs products
+    static constexpr int64_t kBlockRows = 48;       // rows that are staged together
+    static constexpr int64_t kRowStep = 1;          // rows of a staged block are padded to this
+    static constexpr int64_t kRankStep = 4;         // r is padded to this
+    static constexpr int64_t kL1Panels = 16 << 10;  // bytes of panels that stay in L1
+    struct Scope {};                                // what a thread holds while it runs products
 
     static int64_t expand_rank(int64_t rp) { return rp; }
 
@@ -59,44 +60,66 @@ struct RowGroups {
         }
     }
 
-    // The first `rows` rows and `cols` columns of the target, within one slab.
+    // The first `rows` rows and `cols` columns of the target, within one slab: a few tiles at a
+    // time whose panels stay in L1, and of those each group of rows from left to right, as
+    // prefetchers like it.
     template <class Elem, class T>
     static void expand(const Coefficients<E>& h, int64_t rows, int64_t rp, int64_t r,
                        const Elem* panel, const Target<T>& target, int64_t cols) {
-        for (int64_t c = 0; c < cols; c += E::kTile)
-            expand_tile(h, rows, rp, r, panel + c * rp, target, c,
-                        static_cast<int>(min_of<int64_t>(E::kTile, cols - c)));
+        const int64_t tile_bytes = rp * E::kTile * static_cast<int64_t>(sizeof(Elem));
+        const int64_t chunk = E::kTile * (tile_bytes < kL1Panels ? kL1Panels / tile_bytes : 1);
+        for (int64_t c = 0; c < cols; c += chunk)
+            expand_tiles(h, rows, rp, r, panel, target, c, min_of(c + chunk, cols));
+    }
+    template <int kRows, class Elem, class T>
+    static void expand_group(const Coefficients<E>& h, int64_t row, int64_t rp, int64_t r,
+                             const Elem* panel, const Target<T>& target, int64_t begin,
+                             int64_t end) {
+        for (int64_t c = begin; c < end; c += E::kTile)
+            E::template expand_rows<kRows>(h, row, rp, r, panel + c * rp, target, row, c,
+                                           static_cast<int>(min_of<int64_t>(E::kTile, end - c)));
     }
     template <class Elem, class T>
-    static void expand_tile(const Coefficients<E>& h, int64_t rows, int64_t rp, int64_t r,
-                            const Elem* panel, const Target<T>& target, int64_t col, int cols) {
+    static void expand_tiles(const Coefficients<E>& h, int64_t rows, int64_t rp, int64_t r,
+                             const Elem* panel, const Target<T>& target, int64_t begin,
+                             int64_t end) {
         int64_t m = 0;
         for (; m + kRowGroup <= rows; m += kRowGroup)
-            E::template expand_rows<kRowGroup>(h, m, rp, r, panel, target, m, col, cols);
+            expand_group<kRowGroup>(h, m, rp, r, panel, target, begin, end);
         switch (rows - m) {
         case 1:
-            return E::template expand_rows<1>(h, m, rp, r, panel, target, m, col, cols);
+            return expand_group<1>(h, m, rp, r, panel, target, begin, end);
         case 2:
-            return E::template expand_rows<2>(h, m, rp, r, panel, target, m, col, cols);
+            return expand_group<2>(h, m, rp, r, panel, target, begin, end);
 #if AFA_ISA_LEVEL >= 2
         case 3:
-            return E::template expand_rows<3>(h, m, rp, r, panel, target, m, col, cols);
+            return expand_group<3>(h, m, rp, r, panel, target, begin, end);
         case 4:
-            return E::template expand_rows<4>(h, m, rp, r, panel, target, m, col, cols);
+            return expand_group<4>(h, m, rp, r, panel, target, begin, end);
         case 5:
-            return E::template expand_rows<5>(h, m, rp, r, panel, target, m, col, cols);
+            return expand_group<5>(h, m, rp, r, panel, target, begin, end);
 #endif
         }
     }
 
-    // sums[tile][rp][kTile] += h^T x over the first `cols` columns, whole tiles. `packed` holds one
-    // tile of kBlockRows rows.
+    // sums[tile][rp][kTile] += h^T x over the first `cols` columns, whole tiles. `packed` holds two
+    // tiles of kBlockRows rows: while one is multiplied, the next is packed.
     template <class Elem>
     static void outer(const Coefficients<E>& h, int64_t rows, int64_t rp, const Elem* x,
                       int64_t ldx, int64_t cols, float* sums, Elem* packed) {
+        Elem* next = packed + kBlockRows * E::kTile;
+        for (int64_t m = 0; m < rows; m += E::kOuterRows)
+            E::pack_outer(x, ldx, rows, m, packed);
         for (int64_t c = 0; c < cols; c += E::kTile) {
-            E::pack_outer(x + c, ldx, rows, packed);
-            E::outer_tile(h, rows, rp, packed, sums + c * rp);
+            float* tile = sums + c * rp;
+            if (c + E::kTile < cols)
+                E::template outer_tile<true>(h, rows, rp, packed, tile, x + c + E::kTile, ldx,
+                                             next);
+            else
+                E::template outer_tile<false>(h, rows, rp, packed, tile, x, ldx, next);
+            Elem* done = packed;
+            packed = next;
+            next = done;
         }
     }
     // Brings finished sums into the order of the columns.

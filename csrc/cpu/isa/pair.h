@@ -87,6 +87,8 @@ struct Pair : RowGroups<Pair> {
                     acc[m][g] = zero();
             for (int64_t t = 0; t < tiles; ++t) {
                 const bf16* p = panel + (t * rp + j) * kTile;
+                if (j == 0)
+                    prefetch_tile<kL2>(x + kRows * ldx + t * kTile, ldx, kRows);
 #pragma GCC unroll 2
                 for (int v = 0; v < kTile; v += kPairLanes) {
                     __m512bh left[kRows];
@@ -112,7 +114,7 @@ struct Pair : RowGroups<Pair> {
     static void expand_rows(const Coefficients<Pair>& h, int64_t row, int64_t ld, int64_t r,
                             const Elem* panel, const Target<T>& target, int64_t out_row,
                             int64_t out_col, int cols) {
-        prefetch_next_tile(target, out_row, out_col, kRows);
+        prefetch_next(target, out_row, out_col, kRows);
         const bf16* coefficients = h.rows + row * ld;
         Vec acc[kRows][kVectors];
         for (int m = 0; m < kRows; ++m)
@@ -134,48 +136,62 @@ struct Pair : RowGroups<Pair> {
         write_tile(target, out_row, out_col, acc, cols);
     }
 
-    // One tile of columns of `rows` rows as pairs of rows, packed; an odd last row is paired with
+    // Rows m and m + 1 of one tile of columns as pairs, packed; an odd last row is paired with
     // zeros.
-    static void pack_outer(const Elem* x, int64_t ldx, int64_t rows, Elem* packed) {
-        for (int64_t m = 0; m < rows; m += 2)
-            for (int v = 0; v < kVectors; v += 2) {
-                const bf16* even = x + m * ldx + v * kLanes;
-                const __m512i row0 = _mm512_loadu_si512(even);
-                const __m512i row1 =
-                    m + 1 < rows ? _mm512_loadu_si512(even + ldx) : _mm512_setzero_si512();
-                bf16* out = packed + m * kTile + v * kPairLanes;
-                _mm512_storeu_si512(out, _mm512_unpacklo_epi16(row0, row1));
-                _mm512_storeu_si512(out + kPairLanes, _mm512_unpackhi_epi16(row0, row1));
-            }
-    }
-
-    static void outer_tile(const Coefficients<Pair>& h, int64_t rows, int64_t ld,
-                           const Elem* packed, float* sums) {
-        for (int64_t j = 0; j < ld; j += kGroup) {
-            Vec acc[kGroup][kVectors];
-            for (int g = 0; g < kGroup; ++g)
-                for (int v = 0; v < kVectors; ++v)
-                    acc[g][v] = zero();
-            for (int64_t m = 0; m < rows; m += 2) {
-                __m512bh right[kVectors];
-#pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v)
-                    right[v] = pairs(packed + m * kTile + v * kPairLanes);
-#pragma GCC unroll 4
-                for (int g = 0; g < kGroup; ++g) {
-                    const __m512bh left = broadcast_pair(h.columns + m * ld + 2 * (j + g));
-#pragma GCC unroll 4
-                    for (int v = 0; v < kVectors; ++v)
-                        acc[g][v] = _mm512_dpbf16_ps(acc[g][v], left, right[v]);
-                }
-            }
-            for (int g = 0; g < kGroup; ++g)
-                for (int v = 0; v < kVectors; v += 2)
-                    add_interleaved(sums + (j + g) * kTile + v * kLanes, acc[g][v], acc[g][v + 1]);
+    static constexpr int kOuterRows = 2;
+    static inline __attribute__((always_inline)) void
+    pack_outer(const Elem* x, int64_t ldx, int64_t rows, int64_t m, Elem* packed) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; v += 2) {
+            const bf16* even = x + m * ldx + v * kLanes;
+            const __m512i row0 = _mm512_loadu_si512(even);
+            const __m512i row1 =
+                m + 1 < rows ? _mm512_loadu_si512(even + ldx) : _mm512_setzero_si512();
+            bf16* out = packed + m * kTile + v * kPairLanes;
+            _mm512_storeu_si512(out, _mm512_unpacklo_epi16(row0, row1));
+            _mm512_storeu_si512(out + kPairLanes, _mm512_unpackhi_epi16(row0, row1));
         }
     }
 
+    // sums[j][tile columns] += sum over rows of h[row][j] * x[row][column], x packed
+    template <bool kPackNext>
+    static void outer_tile(const Coefficients<Pair>& h, int64_t rows, int64_t ld,
+                           const Elem* packed, float* sums, const Elem* x, int64_t ldx,
+                           Elem* next) {
+        outer_group<kPackNext>(h, rows, ld, 0, packed, sums, x, ldx, next);
+        for (int64_t j = kGroup; j < ld; j += kGroup)
+            outer_group<false>(h, rows, ld, j, packed, sums, x, ldx, next);
+    }
+
   private:
+    template <bool kPackNext>
+    static inline __attribute__((always_inline)) void
+    outer_group(const Coefficients<Pair>& h, int64_t rows, int64_t ld, int64_t j,
+                const Elem* packed, float* sums, const Elem* x, int64_t ldx, Elem* next) {
+        Vec acc[kGroup][kVectors];
+        for (int g = 0; g < kGroup; ++g)
+            for (int v = 0; v < kVectors; ++v)
+                acc[g][v] = zero();
+        for (int64_t m = 0; m < rows; m += kOuterRows) {
+            if constexpr (kPackNext)
+                pack_outer(x, ldx, rows, m, next);
+            __m512bh right[kVectors];
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v)
+                right[v] = pairs(packed + m * kTile + v * kPairLanes);
+#pragma GCC unroll 4
+            for (int g = 0; g < kGroup; ++g) {
+                const __m512bh left = broadcast_pair(h.columns + m * ld + 2 * (j + g));
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v)
+                    acc[g][v] = _mm512_dpbf16_ps(acc[g][v], left, right[v]);
+            }
+        }
+        for (int g = 0; g < kGroup; ++g)
+            for (int v = 0; v < kVectors; v += 2)
+                add_interleaved(sums + (j + g) * kTile + v * kLanes, acc[g][v], acc[g][v + 1]);
+    }
+
     // Unpacking leaves each 128-bit quarter of `low` four columns before the same quarter of
     // `high`.
     static void add_interleaved(float* sums, Vec low, Vec high) {

@@ -23,7 +23,9 @@ struct Target {
     const T* base;  // null: zero
     int64_t base_row, base_col;
     float scale;
-    bool streams;  // the result bypasses the cache
+    bool streams;              // the result bypasses the cache
+    const T* ahead = nullptr;  // what is read after this block, row by row; null: not known
+    int64_t ahead_row = 0;
 };
 
 // From this size on a fresh result (not one that is accumulated into) bypasses the cache: each line
@@ -105,22 +107,27 @@ write_tile(const Target<T>& t, int64_t row, int64_t col, const Vec (&acc)[kRows]
     write_partial(t, row, col, tile, kRows, cols);
 }
 
-// Asks for the next tile of the rows that are about to be written: rows lie pages apart, so no
-// hardware prefetcher follows, and by the time the other rows of this tile are done the lines have
-// come.
-template <class T>
-static inline void prefetch_next_tile(const Target<T>& t, int64_t row, int64_t col, int rows) {
+// Asks for `rows` rows of one tile, into L1 or only as far as L2.
+constexpr int kL1 = 3, kL2 = 2;
+template <int kLocality, class T>
+static inline void prefetch_tile(const T* p, int64_t row_stride, int rows) {
     constexpr int kStep = 64 / sizeof(T);
-    const T* out = t.out + row * t.out_row + (col + kVectors * kLanes) * t.out_col;
-    for (int m = 0; m < rows && !t.streams; ++m)
-        for (int c = 0; c < kVectors * kLanes; c += kStep)
-            __builtin_prefetch(out + m * t.out_row + c, 1);
-    if (t.base == nullptr || t.base == t.out)
-        return;
-    const T* base = t.base + row * t.base_row + (col + kVectors * kLanes) * t.base_col;
     for (int m = 0; m < rows; ++m)
         for (int c = 0; c < kVectors * kLanes; c += kStep)
-            __builtin_prefetch(base + m * t.base_row + c);
+            __builtin_prefetch(p + m * row_stride + c, 0, kLocality);
+}
+
+// Asks for what comes next while there is arithmetic to hide it behind: the next tile of the rows
+// that are about to be written, and the same tile of the block that is read afterwards.
+template <class T>
+static inline void prefetch_next(const Target<T>& t, int64_t row, int64_t col, int rows) {
+    const int64_t next = col + kVectors * kLanes;
+    if (!t.streams)
+        prefetch_tile<kL1>(t.out + row * t.out_row + next * t.out_col, t.out_row, rows);
+    if (t.base != nullptr && t.base != t.out)
+        prefetch_tile<kL1>(t.base + row * t.base_row + next * t.base_col, t.base_row, rows);
+    if (t.ahead != nullptr)
+        prefetch_tile<kL1>(t.ahead + row * t.ahead_row + col, t.ahead_row, rows);
 }
 
 }  // namespace afa::cpu::AFA_ISA

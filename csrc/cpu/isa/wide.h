@@ -34,6 +34,8 @@ struct Wide : RowGroups<Wide> {
                     acc[m][g] = zero();
             for (int64_t t = 0; t < tiles; ++t) {
                 const float* p = panel + (t * rp + j) * kTile;
+                if (j == 0)
+                    prefetch_tile<kL2>(x + kRows * ldx + t * kTile, ldx, kRows);
 #pragma GCC unroll 4
                 for (int v = 0; v < kVectors; ++v) {
                     Vec left[kRows];
@@ -60,7 +62,7 @@ struct Wide : RowGroups<Wide> {
     static void expand_rows(const Coefficients<Wide>& h, int64_t row, int64_t ld, int64_t r,
                             const Elem* panel, const Target<T>& target, int64_t out_row,
                             int64_t out_col, int cols) {
-        prefetch_next_tile(target, out_row, out_col, kRows);
+        prefetch_next(target, out_row, out_col, kRows);
         const float* coefficients = h.wide + row * ld;
         Vec acc[kRows][kVectors];
         for (int m = 0; m < kRows; ++m)
@@ -82,43 +84,60 @@ struct Wide : RowGroups<Wide> {
         write_tile(target, out_row, out_col, acc, cols);
     }
 
-    // One tile of columns of `rows` rows, packed. Rows of x lie a power of two apart more often
-    // than not, and then fall into one set of the L1 cache: without the copy each group of rows of
-    // P would fetch them from L2 again.
-    static void pack_outer(const Elem* x, int64_t ldx, int64_t rows, Elem* packed) {
-        for (int64_t m = 0; m < rows; ++m)
-            for (int v = 0; v < kVectors; ++v)
-                store(packed + m * kTile + v * kLanes, load(x + m * ldx + v * kLanes));
+    // Row m of one tile of columns, packed. Rows of x lie a power of two apart more often than
+    // not, and then fall into one set of the L1 cache: without the copy each group of rows of P
+    // would fetch them from L2 again.
+    static constexpr int kOuterRows = 1;
+    static inline __attribute__((always_inline)) void pack_outer(const Elem* x, int64_t ldx,
+                                                                 int64_t, int64_t m, Elem* packed) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v)
+            store(packed + m * kTile + v * kLanes, load(x + m * ldx + v * kLanes));
     }
 
     // sums[j][tile columns] += sum over rows of h[row][j] * x[row][column], x packed
+    template <bool kPackNext>
     static void outer_tile(const Coefficients<Wide>& h, int64_t rows, int64_t ld,
-                           const Elem* packed, float* sums) {
+                           const Elem* packed, float* sums, const Elem* x, int64_t ldx,
+                           Elem* next) {
         constexpr int kWidth = AFA_ISA_LEVEL >= 2 ? 4 : 2;
-        for (int v0 = 0; v0 < kVectors; v0 += kWidth)
-            for (int64_t j = 0; j < ld; j += kGroup) {
-                Vec acc[kGroup][kWidth];
-                for (int g = 0; g < kGroup; ++g)
-                    for (int v = 0; v < kWidth; ++v)
-                        acc[g][v] = zero();
-                for (int64_t m = 0; m < rows; ++m) {
-                    Vec right[kWidth];
+        outer_group<kPackNext, kWidth>(h, rows, ld, 0, packed, sums, x, ldx, next);
+        for (int64_t j = kGroup; j < ld; j += kGroup)
+            outer_group<false, kWidth>(h, rows, ld, j, packed, sums, x, ldx, next);
+        for (int v = kWidth; v < kVectors; v += kWidth)
+            for (int64_t j = 0; j < ld; j += kGroup)
+                outer_group<false, kWidth>(h, rows, ld, j, packed + v * kLanes, sums + v * kLanes,
+                                           x, ldx, next);
+    }
+
+  private:
+    template <bool kPackNext, int kWidth>
+    static inline __attribute__((always_inline)) void
+    outer_group(const Coefficients<Wide>& h, int64_t rows, int64_t ld, int64_t j,
+                const Elem* packed, float* sums, const Elem* x, int64_t ldx, Elem* next) {
+        Vec acc[kGroup][kWidth];
+        for (int g = 0; g < kGroup; ++g)
+            for (int v = 0; v < kWidth; ++v)
+                acc[g][v] = zero();
+        for (int64_t m = 0; m < rows; ++m) {
+            if constexpr (kPackNext)
+                pack_outer(x, ldx, rows, m, next);
+            Vec right[kWidth];
 #pragma GCC unroll 4
-                    for (int v = 0; v < kWidth; ++v)
-                        right[v] = load(packed + m * kTile + (v0 + v) * kLanes);
+            for (int v = 0; v < kWidth; ++v)
+                right[v] = load(packed + m * kTile + v * kLanes);
 #pragma GCC unroll 4
-                    for (int g = 0; g < kGroup; ++g) {
-                        const Vec left = broadcast(h.wide[m * ld + j + g]);
+            for (int g = 0; g < kGroup; ++g) {
+                const Vec left = broadcast(h.wide[m * ld + j + g]);
 #pragma GCC unroll 4
-                        for (int v = 0; v < kWidth; ++v)
-                            acc[g][v] = fma(left, right[v], acc[g][v]);
-                    }
-                }
-                for (int g = 0; g < kGroup; ++g)
-                    for (int v = 0; v < kWidth; ++v) {
-                        float* sum = sums + (j + g) * kTile + (v0 + v) * kLanes;
-                        store(sum, load(sum) + acc[g][v]);
-                    }
+                for (int v = 0; v < kWidth; ++v)
+                    acc[g][v] = fma(left, right[v], acc[g][v]);
+            }
+        }
+        for (int g = 0; g < kGroup; ++g)
+            for (int v = 0; v < kWidth; ++v) {
+                float* sum = sums + (j + g) * kTile + v * kLanes;
+                store(sum, load(sum) + acc[g][v]);
             }
     }
 };
