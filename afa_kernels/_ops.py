@@ -57,9 +57,8 @@ def _chosen(x, a, b, activation, scaling, dropout, backend) -> tuple[Backend, Sp
 def plain_precision(x: Tensor) -> AbstractContextManager:
     """Switch autocast off inside an operator: its operands are rounded already, and its float32
     sums must stay float32."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
     return _no_context
 
 

@@ -58,9 +58,10 @@ def branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
 
 
 def same_device(x: Tensor, **others: Tensor | None) -> None:
+    device = x.device
     for name, other in others.items():
-        if other is not None and other.device != x.device:
-            raise ValueError(f"{name}: expected on {x.device}, the device of x, got {other.device}")
+        if other is not None and other.device != device:
+            raise ValueError(f"{name}: expected on {device}, the device of x, got {other.device}")
 
 
 def base(value: Tensor, x: Tensor, n: int, *, inplace: bool) -> None:

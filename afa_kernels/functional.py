@@ -176,7 +176,9 @@ def _alpha(alpha_t: float | Tensor, activation: str, x: Tensor) -> tuple[Tensor,
     the number 0."""
     if isinstance(alpha_t, Tensor):
         checks.alpha_tensor(alpha_t)
-        return alpha_t.to(x.device, non_blocking=True), activation
+        if alpha_t.device != x.device:
+            alpha_t = alpha_t.to(x.device, non_blocking=True)
+        return alpha_t, activation
     value = checks.alpha_value(alpha_t)
     return torch.full((), value, dtype=torch.float32, device=x.device), IDENTITY if value == 0.0 else activation
 

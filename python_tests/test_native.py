@@ -85,6 +85,7 @@ SHAPES = (
     (49, 100, 129, 7),  # one row more than a block; odd rank
     (390, 70, 66, 33),  # more rows than a super block
     (19, 130, 140, 256),  # the largest rank
+    (6, 640, 130, 20),  # so few rows that A is read where it lies
     (33, 17, 19, 1),  # the smallest rank
 )
 
@@ -155,8 +156,8 @@ def strided(t, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["transposed", "gaps", "window"])
 def test_strides_change_nothing(kind, dtype):
-    for m in (3, 70):
-        operands = problem(m, 130, 75, 6, dtype)
+    for m, k, r in ((3, 130, 6), (3, 640, 8), (70, 130, 6)):
+        operands = problem(m, k, 75, r, dtype)
         plain = run(*operands, Spec("silu", 1.5, 30), seed=torch.tensor(4))
         copies = [strided(t, kind) for t in operands]
         kept = [t.clone() for t in copies]

@@ -27,35 +27,48 @@ struct Coefficients {
 // dot_rows<n>, expand_rows<n>, pack_outer (kOuterRows rows at a time) and outer_tile.
 template <class E>
 struct RowGroups {
-    static constexpr int64_t kBlockRows = 48;       // rows that are staged together
-    static constexpr int64_t kRowStep = 1;          // rows of a staged block are padded to this
-    static constexpr int64_t kRankStep = 4;         // r is padded to this
+    static constexpr int64_t kBlockRows = 48;  // rows that are staged together
+    static constexpr int64_t kRowStep = 1;     // rows of a staged block are padded to this
+    static constexpr int64_t kRankStep = 4;    // r is padded to this
+    static constexpr bool kHasDotInPlace = true;
     static constexpr int64_t kL1Panels = 16 << 10;  // bytes of panels that stay in L1
     struct Scope {};                                // what a thread holds while it runs products
 
     static int64_t expand_rank(int64_t rp) { return rp; }
 
-    // z[rows][rp] += x P^T over `tiles` tiles of columns.
+    // z[rows][rp] += x P^T over `tiles` tiles of columns, P in a panel.
     template <class Elem>
     static void dot(const Elem* x, int64_t ldx, int64_t rows, const Elem* panel, int64_t rp,
                     int64_t tiles, float* z, int64_t ldz) {
+        dot_by_rows<true>(x, ldx, rows, panel, 0, rp, tiles, z, ldz);
+    }
+    // The same with P where it lies, its rows ldp apart.
+    template <class Elem>
+    static void dot_in_place(const Elem* x, int64_t ldx, int64_t rows, const Elem* p, int64_t ldp,
+                             int64_t rp, int64_t tiles, float* z, int64_t ldz) {
+        dot_by_rows<false>(x, ldx, rows, p, ldp, rp, tiles, z, ldz);
+    }
+    template <bool kPanel, class Elem>
+    static void dot_by_rows(const Elem* x, int64_t ldx, int64_t rows, const Elem* p, int64_t ldp,
+                            int64_t rp, int64_t tiles, float* z, int64_t ldz) {
         int64_t m = 0;
         for (; m + kRowGroup <= rows; m += kRowGroup)
-            E::template dot_rows<kRowGroup>(x + m * ldx, ldx, panel, rp, tiles, z + m * ldz, ldz);
+            E::template dot_rows<kRowGroup, kPanel>(x + m * ldx, ldx, p, ldp, rp, tiles,
+                                                    z + m * ldz, ldz);
         x += m * ldx;
         z += m * ldz;
         switch (rows - m) {
         case 1:
-            return E::template dot_rows<1>(x, ldx, panel, rp, tiles, z, ldz);
+            return E::template dot_rows<1, kPanel>(x, ldx, p, ldp, rp, tiles, z, ldz);
         case 2:
-            return E::template dot_rows<2>(x, ldx, panel, rp, tiles, z, ldz);
+            return E::template dot_rows<2, kPanel>(x, ldx, p, ldp, rp, tiles, z, ldz);
 #if AFA_ISA_LEVEL >= 2
         case 3:
-            return E::template dot_rows<3>(x, ldx, panel, rp, tiles, z, ldz);
+            return E::template dot_rows<3, kPanel>(x, ldx, p, ldp, rp, tiles, z, ldz);
         case 4:
-            return E::template dot_rows<4>(x, ldx, panel, rp, tiles, z, ldz);
+            return E::template dot_rows<4, kPanel>(x, ldx, p, ldp, rp, tiles, z, ldz);
         case 5:
-            return E::template dot_rows<5>(x, ldx, panel, rp, tiles, z, ldz);
+            return E::template dot_rows<5, kPanel>(x, ldx, p, ldp, rp, tiles, z, ldz);
 #endif
         }
     }

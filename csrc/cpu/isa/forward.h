@@ -77,8 +77,10 @@ class Forward {
         team.split(k_slabs, [&](int64_t slab) {
             float* z = sums + slab * block_rows * rp;
             memset(z, 0, block_rows * rp * sizeof(float));
-            pack_a(slab, a_panel(team.id()));
-            dot_slab(team, slab, 0, p.m, a_panel(team.id()), z);
+            if (!dot_in_place(team, slab, z)) {
+                pack_a(slab, a_panel(team.id()));
+                dot_slab(team, slab, 0, p.m, a_panel(team.id()), z);
+            }
         });
         team.barrier();
         float* z = rows_of(team);
@@ -103,9 +105,28 @@ class Forward {
     void dot_slab(Team& team, int64_t slab, int64_t row, int64_t count, const Elem* packed,
                   float* z) {
         const int64_t cols = slab_cols(p.k, slab);
-        Elem* memory = scratch.get<Elem>(staged) + team.id() * E::kBlockRows * staged_ld<E>();
-        const Block<E> x = stage<E, T>(p.x, row, count, slab * E::kSlab, cols, dropout, memory);
+        const Block<E> x =
+            stage<E, T>(p.x, row, count, slab * E::kSlab, cols, dropout, stage_of(team));
         E::dot(x.data, x.ld, count, packed, rp, ceil_div(cols, E::kTile), z, rp);
+    }
+
+    // Like dot_slab for a few rows, with A where it lies: each element of A is read only once, so
+    // that packing would cost more than it saves. False where a panel is needed.
+    bool dot_in_place([[maybe_unused]] Team& team, [[maybe_unused]] int64_t slab,
+                      [[maybe_unused]] float* z) {
+        if constexpr (E::kHasDotInPlace && sizeof(T) == sizeof(Elem)) {
+            const int64_t cols = slab_cols(p.k, slab);
+            if (p.m > kRowGroup || p.a.dtype != p.dtype || p.a.col_stride != 1 || rp != p.r ||
+                cols % E::kTile != 0)
+                return false;
+            const Block<E> x =
+                stage<E, T>(p.x, 0, p.m, slab * E::kSlab, cols, dropout, stage_of(team));
+            const T* a = element<T>(p.a, 0, slab * E::kSlab);
+            E::dot_in_place(x.data, x.ld, p.m, reinterpret_cast<const Elem*>(a), p.a.row_stride, rp,
+                            cols / E::kTile, z, rp);
+            return true;
+        }
+        return false;
     }
 
     // Rounds z, stores it if wanted, and returns h; both are rows of rp with zeros beyond r.
@@ -146,6 +167,9 @@ class Forward {
     }
     Elem* a_panel(int64_t i) { return scratch.get<Elem>(a_panels) + i * a_slab; }
     Elem* b_panel(int64_t i) { return scratch.get<Elem>(b_panels) + i * b_slab; }
+    Elem* stage_of(Team& team) {
+        return scratch.get<Elem>(staged) + team.id() * E::kBlockRows * staged_ld<E>();
+    }
     float* rows_of(Team& team) {
         return scratch.get<float>(rows) + team.id() * 2 * block_rows * rp;
     }

@@ -77,16 +77,17 @@ struct Pair : RowGroups<Pair> {
         return view_coefficients(h, rows, ld, memory);
     }
 
-    template <int kRows>
-    static void dot_rows(const bf16* x, int64_t ldx, const Elem* panel, int64_t rp, int64_t tiles,
-                         float* z, int64_t ldz) {
-        for (int64_t j = 0; j < rp; j += kGroup) {
+    template <int kRows, bool kPanel>
+    static void dot_rows(const bf16* x, int64_t ldx, const Elem* p, int64_t ldp, int64_t rp,
+                         int64_t tiles, float* z, int64_t ldz) {
+        const int64_t row = kPanel ? kTile : ldp, step = kPanel ? rp * kTile : kTile;
+        for (int64_t j = 0; j < rp; j += kGroup, p += kGroup * row) {
             Vec acc[kRows][kGroup];
             for (int m = 0; m < kRows; ++m)
                 for (int g = 0; g < kGroup; ++g)
                     acc[m][g] = zero();
             for (int64_t t = 0; t < tiles; ++t) {
-                const bf16* p = panel + (t * rp + j) * kTile;
+                const bf16* tile = p + t * step;
                 if (j == 0)
                     prefetch_tile<kL2>(x + kRows * ldx + t * kTile, ldx, kRows);
 #pragma GCC unroll 2
@@ -97,7 +98,7 @@ struct Pair : RowGroups<Pair> {
                         left[m] = pairs(x + m * ldx + t * kTile + v);
 #pragma GCC unroll 4
                     for (int g = 0; g < kGroup; ++g) {
-                        const __m512bh right = pairs(p + g * kTile + v);
+                        const __m512bh right = pairs(tile + g * row + v);
 #pragma GCC unroll 8
                         for (int m = 0; m < kRows; ++m)
                             acc[m][g] = _mm512_dpbf16_ps(acc[m][g], left[m], right);

@@ -21,6 +21,7 @@ struct Tiles {
     static constexpr int64_t kBlockRows = 64;
     static constexpr int64_t kRowStep = kTileRows;
     static constexpr int64_t kRankStep = 16;
+    static constexpr bool kHasDotInPlace = false;
     using Scope = TileScope;
 
     static constexpr int64_t kDepth = 32;                  // contracted by one instruction

@@ -24,16 +24,17 @@ struct Wide : RowGroups<Wide> {
         return view_coefficients(h, rows, ld, memory);
     }
 
-    template <int kRows>
-    static void dot_rows(const float* x, int64_t ldx, const Elem* panel, int64_t rp, int64_t tiles,
-                         float* z, int64_t ldz) {
-        for (int64_t j = 0; j < rp; j += kGroup) {
+    template <int kRows, bool kPanel>
+    static void dot_rows(const float* x, int64_t ldx, const Elem* p, int64_t ldp, int64_t rp,
+                         int64_t tiles, float* z, int64_t ldz) {
+        const int64_t row = kPanel ? kTile : ldp, step = kPanel ? rp * kTile : kTile;
+        for (int64_t j = 0; j < rp; j += kGroup, p += kGroup * row) {
             Vec acc[kRows][kGroup];
             for (int m = 0; m < kRows; ++m)
                 for (int g = 0; g < kGroup; ++g)
                     acc[m][g] = zero();
             for (int64_t t = 0; t < tiles; ++t) {
-                const float* p = panel + (t * rp + j) * kTile;
+                const float* tile = p + t * step;
                 if (j == 0)
                     prefetch_tile<kL2>(x + kRows * ldx + t * kTile, ldx, kRows);
 #pragma GCC unroll 4
@@ -44,7 +45,7 @@ struct Wide : RowGroups<Wide> {
                         left[m] = load(x + m * ldx + t * kTile + v * kLanes);
 #pragma GCC unroll 4
                     for (int g = 0; g < kGroup; ++g) {
-                        const Vec right = load(p + g * kTile + v * kLanes);
+                        const Vec right = load(tile + g * row + v * kLanes);
 #pragma GCC unroll 8
                         for (int m = 0; m < kRows; ++m)
                             acc[m][g] = fma(left[m], right, acc[m][g]);
