@@ -17,7 +17,7 @@
 namespace afa::cpu::AFA_ISA {
 
 // Below this many multiply-adds a second thread costs more than it brings.
-constexpr int64_t kWorthThreads = 100000;
+constexpr int64_t kWorthThreads = 200000;
 
 // One allocation, cut into aligned pieces: reserve() all of them, allocate(), then get() each by
 // its offset.
