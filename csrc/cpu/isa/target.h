@@ -29,9 +29,9 @@ struct Target {
 };
 
 // From this size on a fresh result (not one that is accumulated into) bypasses the cache: each line
-// would first be read from memory, and has left the cache again before long. 4 MB were faster past
-// 32 MB of L3 (Zen 4, bfloat16: 5 to 15%) even where the next operation reads them at once; behind
-// the 480 MB of a Xeon 8 MB were not.
+// would first be read from memory, and has left the cache again before long. With 32 MB of L3 (Zen
+// 4) 4 MB gained 5 to 15% in bfloat16, even where the next operation reads them at once; with the
+// 480 MB of a Xeon the limit was at 12 MB.
 static inline int64_t stream_bytes() {
     constexpr int64_t kLeast = int64_t{4} << 20, kMost = int64_t{12} << 20;
     int64_t share = 0;
