@@ -24,7 +24,8 @@ struct Coefficients {
 };
 
 // What an engine inherits that takes a few rows at a time and keeps their sums in vectors. It has
-// dot_rows<n>, expand_rows<n>, pack_outer (kOuterRows rows at a time) and outer_tile.
+// dot_rows<n>, expand_rows<n>, and for `outer`, which takes kOuterRows rows of x and h at once:
+// pack_outer, outer_left, outer_right, multiply_add of two Operands, and add_outer.
 template <class E>
 struct RowGroups {
     static constexpr int64_t kBlockRows = 48;  // rows that are staged together
@@ -126,15 +127,56 @@ struct RowGroups {
         for (int64_t c = 0; c < cols; c += E::kTile) {
             float* tile = sums + c * rp;
             if (c + E::kTile < cols)
-                E::template outer_tile<true>(h, rows, rp, packed, tile, x + c + E::kTile, ldx,
-                                             next);
+                outer_tile<true>(h, rows, rp, packed, tile, x + c + E::kTile, ldx, next);
             else
-                E::template outer_tile<false>(h, rows, rp, packed, tile, x, ldx, next);
+                outer_tile<false>(h, rows, rp, packed, tile, x, ldx, next);
             Elem* done = packed;
             packed = next;
             next = done;
         }
     }
+    // sums[j][tile columns] += sum over rows of h[row][j] * x[row][column], x packed; meanwhile the
+    // next tile, whose rows begin at `x`, is packed into `next`.
+    template <bool kPackNext, class Elem>
+    static void outer_tile(const Coefficients<E>& h, int64_t rows, int64_t ld, const Elem* packed,
+                           float* sums, const Elem* x, int64_t ldx, Elem* next) {
+        constexpr int kWidth = AFA_ISA_LEVEL >= 2 ? 4 : 2;
+        outer_group<kPackNext, kWidth>(h, rows, ld, 0, packed, sums, x, ldx, next);
+        for (int64_t j = kGroup; j < ld; j += kGroup)
+            outer_group<false, kWidth>(h, rows, ld, j, packed, sums, x, ldx, next);
+        for (int v = kWidth; v < kVectors; v += kWidth)
+            for (int64_t j = 0; j < ld; j += kGroup)
+                outer_group<false, kWidth>(h, rows, ld, j, packed + v * kLanes, sums + v * kLanes,
+                                           x, ldx, next);
+    }
+    template <bool kPackNext, int kWidth, class Elem>
+    static inline __attribute__((always_inline)) void
+    outer_group(const Coefficients<E>& h, int64_t rows, int64_t ld, int64_t j, const Elem* packed,
+                float* sums, const Elem* x, int64_t ldx, Elem* next) {
+        constexpr int kRows = E::kOuterRows;
+        Vec acc[kGroup][kWidth];
+        for (int g = 0; g < kGroup; ++g)
+            for (int v = 0; v < kWidth; ++v)
+                acc[g][v] = zero();
+        for (int64_t m = 0; m < rows; m += kRows) {
+            if constexpr (kPackNext)
+                E::pack_outer(x, ldx, rows, m, next);
+            typename E::Operand right[kWidth];
+#pragma GCC unroll 4
+            for (int v = 0; v < kWidth; ++v)
+                right[v] = E::outer_right(packed + m * E::kTile + v * kRows * kLanes);
+#pragma GCC unroll 4
+            for (int g = 0; g < kGroup; ++g) {
+                const typename E::Operand left = E::outer_left(h, m * ld + kRows * (j + g));
+#pragma GCC unroll 4
+                for (int v = 0; v < kWidth; ++v)
+                    acc[g][v] = E::multiply_add(left, right[v], acc[g][v]);
+            }
+        }
+        for (int g = 0; g < kGroup; ++g)
+            E::add_outer(sums + (j + g) * E::kTile, acc[g]);
+    }
+
     // Brings finished sums into the order of the columns.
     static void finish_sums(float*, int64_t, int64_t) {}
 };

@@ -154,45 +154,22 @@ struct Pair : RowGroups<Pair> {
         }
     }
 
-    // sums[j][tile columns] += sum over rows of h[row][j] * x[row][column], x packed
-    template <bool kPackNext>
-    static void outer_tile(const Coefficients<Pair>& h, int64_t rows, int64_t ld,
-                           const Elem* packed, float* sums, const Elem* x, int64_t ldx,
-                           Elem* next) {
-        outer_group<kPackNext>(h, rows, ld, 0, packed, sums, x, ldx, next);
-        for (int64_t j = kGroup; j < ld; j += kGroup)
-            outer_group<false>(h, rows, ld, j, packed, sums, x, ldx, next);
+    using Operand = __m512bh;
+    static Operand outer_right(const Elem* packed) { return pairs(packed); }
+    static Operand outer_left(const Coefficients<Pair>& h, int64_t i) {
+        return broadcast_pair(h.columns + i);
+    }
+    static Vec multiply_add(Operand left, Operand right, Vec sum) {
+        return _mm512_dpbf16_ps(sum, left, right);
+    }
+    template <int kWidth>
+    static inline __attribute__((always_inline)) void add_outer(float* sums,
+                                                                const Vec (&acc)[kWidth]) {
+        for (int v = 0; v < kWidth; v += 2)
+            add_interleaved(sums + v * kLanes, acc[v], acc[v + 1]);
     }
 
   private:
-    template <bool kPackNext>
-    static inline __attribute__((always_inline)) void
-    outer_group(const Coefficients<Pair>& h, int64_t rows, int64_t ld, int64_t j,
-                const Elem* packed, float* sums, const Elem* x, int64_t ldx, Elem* next) {
-        Vec acc[kGroup][kVectors];
-        for (int g = 0; g < kGroup; ++g)
-            for (int v = 0; v < kVectors; ++v)
-                acc[g][v] = zero();
-        for (int64_t m = 0; m < rows; m += kOuterRows) {
-            if constexpr (kPackNext)
-                pack_outer(x, ldx, rows, m, next);
-            __m512bh right[kVectors];
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v)
-                right[v] = pairs(packed + m * kTile + v * kPairLanes);
-#pragma GCC unroll 4
-            for (int g = 0; g < kGroup; ++g) {
-                const __m512bh left = broadcast_pair(h.columns + m * ld + 2 * (j + g));
-#pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v)
-                    acc[g][v] = _mm512_dpbf16_ps(acc[g][v], left, right[v]);
-            }
-        }
-        for (int g = 0; g < kGroup; ++g)
-            for (int v = 0; v < kVectors; v += 2)
-                add_interleaved(sums + (j + g) * kTile + v * kLanes, acc[g][v], acc[g][v + 1]);
-    }
-
     // Unpacking leaves each 128-bit quarter of `low` four columns before the same quarter of
     // `high`.
     static void add_interleaved(float* sums, Vec low, Vec high) {

@@ -96,50 +96,17 @@ struct Wide : RowGroups<Wide> {
             store(packed + m * kTile + v * kLanes, load(x + m * ldx + v * kLanes));
     }
 
-    // sums[j][tile columns] += sum over rows of h[row][j] * x[row][column], x packed
-    template <bool kPackNext>
-    static void outer_tile(const Coefficients<Wide>& h, int64_t rows, int64_t ld,
-                           const Elem* packed, float* sums, const Elem* x, int64_t ldx,
-                           Elem* next) {
-        constexpr int kWidth = AFA_ISA_LEVEL >= 2 ? 4 : 2;
-        outer_group<kPackNext, kWidth>(h, rows, ld, 0, packed, sums, x, ldx, next);
-        for (int64_t j = kGroup; j < ld; j += kGroup)
-            outer_group<false, kWidth>(h, rows, ld, j, packed, sums, x, ldx, next);
-        for (int v = kWidth; v < kVectors; v += kWidth)
-            for (int64_t j = 0; j < ld; j += kGroup)
-                outer_group<false, kWidth>(h, rows, ld, j, packed + v * kLanes, sums + v * kLanes,
-                                           x, ldx, next);
+    using Operand = Vec;
+    static Operand outer_right(const Elem* packed) { return load(packed); }
+    static Operand outer_left(const Coefficients<Wide>& h, int64_t i) {
+        return broadcast(h.wide[i]);
     }
-
-  private:
-    template <bool kPackNext, int kWidth>
-    static inline __attribute__((always_inline)) void
-    outer_group(const Coefficients<Wide>& h, int64_t rows, int64_t ld, int64_t j,
-                const Elem* packed, float* sums, const Elem* x, int64_t ldx, Elem* next) {
-        Vec acc[kGroup][kWidth];
-        for (int g = 0; g < kGroup; ++g)
-            for (int v = 0; v < kWidth; ++v)
-                acc[g][v] = zero();
-        for (int64_t m = 0; m < rows; ++m) {
-            if constexpr (kPackNext)
-                pack_outer(x, ldx, rows, m, next);
-            Vec right[kWidth];
-#pragma GCC unroll 4
-            for (int v = 0; v < kWidth; ++v)
-                right[v] = load(packed + m * kTile + v * kLanes);
-#pragma GCC unroll 4
-            for (int g = 0; g < kGroup; ++g) {
-                const Vec left = broadcast(h.wide[m * ld + j + g]);
-#pragma GCC unroll 4
-                for (int v = 0; v < kWidth; ++v)
-                    acc[g][v] = fma(left, right[v], acc[g][v]);
-            }
-        }
-        for (int g = 0; g < kGroup; ++g)
-            for (int v = 0; v < kWidth; ++v) {
-                float* sum = sums + (j + g) * kTile + v * kLanes;
-                store(sum, load(sum) + acc[g][v]);
-            }
+    static Vec multiply_add(Operand left, Operand right, Vec sum) { return fma(left, right, sum); }
+    template <int kWidth>
+    static inline __attribute__((always_inline)) void add_outer(float* sums,
+                                                                const Vec (&acc)[kWidth]) {
+        for (int v = 0; v < kWidth; ++v)
+            store(sums + v * kLanes, load(sums + v * kLanes) + acc[v]);
     }
 };
 
