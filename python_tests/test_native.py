@@ -339,9 +339,7 @@ def test_cpu_comes_before_torch():
     ],
 )
 def test_what_torch_does_faster_is_left_to_it(monkeypatch, isa, features, dtype, m, r, dropout, wanted):
-    machine = SimpleNamespace(
-        cpu_isa=lambda: isa, cpu_isas=lambda: [isa], cpu_features=lambda: features, build_info=dict
-    )
+    machine = SimpleNamespace(cpu_isa=lambda: isa, cpu_isas=list, cpu_features=lambda: features, build_info=dict)
     monkeypatch.setattr(native, "_C", machine)
     call = Call("cpu", dtype, m, 4096, 4096, r, "silu", dropout)
     registry.select.cache_clear()

@@ -30,8 +30,8 @@ double epsilon_of(Dtype dtype) {
     return dtype == Dtype::bf16 ? 0x1p-8 : dtype == Dtype::f16 ? 0x1p-11 : 0x1p-22;
 }
 
-// The least step between values, below which relative errors mean nothing.
-double least_step_of(Dtype dtype) { return dtype == Dtype::f16 ? 0x1p-24 : 1e-30; }
+// The rounding of a subnormal number, which no relative error covers.
+double least_rounding_of(Dtype dtype) { return dtype == Dtype::f16 ? 0x1p-25 : 1e-30; }
 
 double read(const void* p, Dtype dtype) {
     if (dtype == Dtype::f64)
@@ -143,7 +143,7 @@ int failures = 0;
 
 void expect(const char* what, uint64_t seed, Dtype dtype, double got, double wanted,
             double allowed) {
-    if (std::fabs(got - wanted) <= allowed + least_step_of(dtype))
+    if (std::fabs(got - wanted) <= allowed + least_rounding_of(dtype))
         return;
     if (++failures <= 20)
         std::printf("seed %llu: %s is %.9g, expected %.9g within %.3g\n",
