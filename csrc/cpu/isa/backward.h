@@ -95,8 +95,11 @@ class Backward {
                 team.barrier();
                 // No barrier behind: until the next block's dz the other phases touch nothing that
                 // this one reads.
-                by_columns(team, p.k, E::kTile, count,
-                           [&](const Part& part) { x_part(team, row, part); });
+                if (p.da.data != nullptr)
+                    by_columns(team, p.k, E::kTile, count,
+                               [&](const Part& part) { x_part(team, row, part); });
+                if (p.dx.data != nullptr)
+                    write_dx(team, row, count);
             }
             if (streams)
                 stream_fence();
@@ -117,9 +120,8 @@ class Backward {
         int64_t col, cols, i, rows, next_col, next_i;
     };
 
-    // Each thread takes a run of columns, in multiples of `unit`, through all blocks of rows. Runs
-    // and not slabs in turn: the prefetchers of a core read on beyond the end of a slab, and would
-    // take away the lines that another core is writing.
+    // Each thread takes a run of columns, in multiples of `unit`, through all blocks of rows, so
+    // that its columns of dA or dB stay in its caches.
     template <class F>
     void by_columns(Team& team, int64_t length, int64_t unit, int64_t count, F&& f) {
         const Range run = team.part(ceil_div(length, unit));
@@ -192,7 +194,7 @@ class Backward {
                       slab * slab_elements;
         if (row + i == 0)
             memset(sums, 0, round_up(cols, E::kTile) * rp * sizeof(float));
-        add_outer(team, coefficients(h, h_packed, i, rows), rows, dy, cols, sums);
+        add_outer(team, coefficients(h, h_packed, i, rows), rows, dy, cols, sums, nullptr);
         if (row + i + rows == p.m) {
             E::finish_sums(sums, rp, cols);
             write_db(team, slab, cols, sums);
@@ -231,44 +233,62 @@ class Backward {
         E::pack_coefficients(dz_rows, count, rp, packed(dz_packed, i));
     }
 
-    // One part of x and dX.
+    // One part of x: its columns of dA.
     void x_part(Team& team, int64_t row, const Part& part) {
         const int64_t col = part.col, cols = part.cols, i = part.i, rows = part.rows;
-        const int64_t slab = col / E::kSlab, offset = col % E::kSlab;
-        const Coefficients<E> dz_rows = coefficients(dz, dz_packed, i, rows);
-        if (p.da.data != nullptr) {
-            float* sums = scratch.get<float>(da_sums) + slab * slab_elements + offset * rp;
-            if (row + i == 0)
-                memset(sums, 0, round_up(cols, E::kTile) * rp * sizeof(float));
-            const Block<E> x = stage<E, T>(p.x, row + i, rows, col, cols, dropout, stage_of(team));
-            add_outer(team, dz_rows, rows, x, cols, sums);
-            if (row + i + rows == p.m) {
-                E::finish_sums(sums, rp, cols);
-                write_da(col, cols, sums);
-            }
+        float* sums =
+            scratch.get<float>(da_sums) + col / E::kSlab * slab_elements + col % E::kSlab * rp;
+        if (row + i == 0)
+            memset(sums, 0, round_up(cols, E::kTile) * rp * sizeof(float));
+        const Block<E> x = stage<E, T>(p.x, row + i, rows, col, cols, dropout, stage_of(team));
+        const Elem* after = nullptr;
+        if constexpr (sizeof(T) == sizeof(Elem))
+            if (x.data == reinterpret_cast<const Elem*>(element<T>(p.x, row + i, col)))
+                after = reinterpret_cast<const Elem*>(
+                    element<T>(p.x, row + part.next_i, part.next_col));
+        add_outer(team, coefficients(dz, dz_packed, i, rows), rows, x, cols, sums, after);
+        if (row + i + rows == p.m) {
+            E::finish_sums(sums, rp, cols);
+            write_da(col, cols, sums);
         }
-        if (p.dx.data == nullptr)
-            return;
-        T* dx = element<T>(p.dx, row + i, col);
-        const T* dx_base = p.accumulate_dx ? dx : nullptr;
-        Target<T> target{dx,      p.dx.row_stride, p.dx.col_stride,
-                         dx_base, p.dx.row_stride, p.dx.col_stride,
-                         1.0f,    streams};
-        // At higher ranks the panels need the L1 cache that this would take.
-        if (p.da.data != nullptr && p.x.col_stride == 1 && rp <= 32) {
-            target.ahead = element<T>(p.x, row + part.next_i, part.next_col);
-            target.ahead_row = p.x.row_stride;
+    }
+
+    // Rows [row, row + count) of dX, shared out by rows, not by columns as x is: a core prefetches
+    // beyond the end of its part of a row, and would take away the lines that another one is
+    // writing. Up to 2.5 times as long was measured.
+    void write_dx(const Team& team, int64_t row, int64_t count) {
+        const Cell cell = team.grid(ceil_div(count, E::kExpandRows), k_slabs);
+        const int64_t last = min_of(cell.rows.end * E::kExpandRows, count);
+        for (int64_t i = cell.rows.begin * E::kExpandRows; i < last;) {
+            const int64_t block = round_down(i, E::kBlockRows);
+            const int64_t end = min_of(block + E::kBlockRows, last);
+            const Coefficients<E> dz_rows =
+                from_row(coefficients(dz, dz_packed, block, min_of(E::kBlockRows, count - block)),
+                         i - block, rp);
+            for (int64_t slab = cell.cols.begin; slab < cell.cols.end; ++slab)
+                write_dx_slab(slab, row + i, end - i, dz_rows);
+            i = end;
         }
-        E::expand(dz_rows, rows, rp, p.r, a_expand_panel(slab) + offset * E::expand_rank(rp),
-                  target, cols);
+    }
+    void write_dx_slab(int64_t slab, int64_t row, int64_t rows, const Coefficients<E>& dz_rows) {
+        const int64_t col = slab * E::kSlab, cols = slab_cols(p.k, slab);
+        T* dx = element<T>(p.dx, row, col);
+        const Target<T> target{dx,
+                               p.dx.row_stride,
+                               p.dx.col_stride,
+                               p.accumulate_dx ? dx : nullptr,
+                               p.dx.row_stride,
+                               p.dx.col_stride,
+                               streams};
+        E::expand(dz_rows, rows, rp, p.r, a_expand_panel(slab), target, cols);
         if (dropout.threshold > 0)
-            drop(dropout, row + i, rows, col, cols, dx, p.dx.row_stride);
+            drop(dropout, row, rows, col, cols, dx, p.dx.row_stride);
     }
 
     void add_outer(Team& team, const Coefficients<E>& left, int64_t rows, const Block<E>& x,
-                   int64_t cols, float* sums) {
+                   int64_t cols, float* sums, const Elem* after) {
         E::outer(left, rows, rp, x.data, x.ld, cols, sums,
-                 scratch.get<Elem>(outer_tile) + team.id() * 2 * E::kBlockRows * E::kTile);
+                 scratch.get<Elem>(outer_tile) + team.id() * 2 * E::kBlockRows * E::kTile, after);
     }
 
     void write_da(int64_t col, int64_t cols, const float* sums) {

@@ -23,16 +23,25 @@ struct Coefficients {
     const typename E::Elem* columns;  // as the left factor of dY or x, contracted over the rows
 };
 
+// What expand reads of them from row m on, a multiple of E::kExpandRows.
+template <class E>
+static inline Coefficients<E> from_row(const Coefficients<E>& h, int64_t m, int64_t rp) {
+    return {h.wide + m * rp, h.rows == nullptr ? nullptr : h.rows + m * E::expand_rank(rp),
+            nullptr};
+}
+
 // What an engine inherits that takes a few rows at a time and keeps their sums in vectors. It has
 // dot_rows<n>, expand_rows<n>, and for `outer`, which takes kOuterRows rows of x and h at once:
-// pack_outer, outer_left, outer_right, multiply_add of two Operands, and add_outer.
+// pack_outer, outer_left, outer_right, and multiply_add of two Operands.
 template <class E>
 struct RowGroups {
-    static constexpr int64_t kBlockRows = 48;  // rows that are staged together
-    static constexpr int64_t kRowStep = 1;     // rows of a staged block are padded to this
-    static constexpr int64_t kRankStep = 4;    // r is padded to this
+    static constexpr int64_t kBlockRows = 48;          // rows that are staged together
+    static constexpr int64_t kRowStep = 1;             // rows of a staged block are padded to this
+    static constexpr int64_t kRankStep = 4;            // r is padded to this
+    static constexpr int64_t kExpandRows = kRowGroup;  // that expand takes at once
     static constexpr bool kHasDotInPlace = true;
     static constexpr int64_t kL1Panels = 16 << 10;  // bytes of panels that stay in L1
+    static constexpr int64_t kTilesAhead = 4;       // are asked for before they are written
     struct Scope {};                                // what a thread holds while it runs products
 
     static int64_t expand_rank(int64_t rp) { return rp; }
@@ -85,13 +94,26 @@ struct RowGroups {
         for (int64_t c = 0; c < cols; c += chunk)
             expand_tiles(h, rows, rp, r, panel, target, c, min_of(c + chunk, cols));
     }
+    // Meanwhile the tile is on its way that comes kTilesAhead later, in this group of rows, in the
+    // next one, or in the next chunk.
     template <int kRows, class Elem, class T>
-    static void expand_group(const Coefficients<E>& h, int64_t row, int64_t rp, int64_t r,
-                             const Elem* panel, const Target<T>& target, int64_t begin,
+    static void expand_group(const Coefficients<E>& h, int64_t row, int64_t rows, int64_t rp,
+                             int64_t r, const Elem* panel, const Target<T>& target, int64_t begin,
                              int64_t end) {
-        for (int64_t c = begin; c < end; c += E::kTile)
+        const int64_t width = round_up(end - begin, E::kTile), skip = kTilesAhead * E::kTile;
+        int64_t next_row = row + skip / width * kRows, next_col = begin + skip % width;
+        for (int64_t c = begin; c < end; c += E::kTile, next_col += E::kTile) {
+            if (next_col >= begin + width) {
+                next_col -= width;
+                next_row += kRows;
+            }
+            if (next_row < rows)
+                prefetch_target(target, next_row, next_col, kRows);
+            else
+                prefetch_target(target, next_row - rows, next_col + width, kRows);
             E::template expand_rows<kRows>(h, row, rp, r, panel + c * rp, target, row, c,
                                            static_cast<int>(min_of<int64_t>(E::kTile, end - c)));
+        }
     }
     template <class Elem, class T>
     static void expand_tiles(const Coefficients<E>& h, int64_t rows, int64_t rp, int64_t r,
@@ -99,60 +121,66 @@ struct RowGroups {
                              int64_t end) {
         int64_t m = 0;
         for (; m + kRowGroup <= rows; m += kRowGroup)
-            expand_group<kRowGroup>(h, m, rp, r, panel, target, begin, end);
+            expand_group<kRowGroup>(h, m, rows, rp, r, panel, target, begin, end);
         switch (rows - m) {
         case 1:
-            return expand_group<1>(h, m, rp, r, panel, target, begin, end);
+            return expand_group<1>(h, m, rows, rp, r, panel, target, begin, end);
         case 2:
-            return expand_group<2>(h, m, rp, r, panel, target, begin, end);
+            return expand_group<2>(h, m, rows, rp, r, panel, target, begin, end);
 #if AFA_ISA_LEVEL >= 2
         case 3:
-            return expand_group<3>(h, m, rp, r, panel, target, begin, end);
+            return expand_group<3>(h, m, rows, rp, r, panel, target, begin, end);
         case 4:
-            return expand_group<4>(h, m, rp, r, panel, target, begin, end);
+            return expand_group<4>(h, m, rows, rp, r, panel, target, begin, end);
         case 5:
-            return expand_group<5>(h, m, rp, r, panel, target, begin, end);
+            return expand_group<5>(h, m, rows, rp, r, panel, target, begin, end);
 #endif
         }
     }
 
     // sums[tile][rp][kTile] += h^T x over the first `cols` columns, whole tiles. `packed` holds two
-    // tiles of kBlockRows rows: while one is multiplied, the next is packed.
+    // tiles of kBlockRows rows: while one is multiplied, the next is packed, and the one that comes
+    // kTilesAhead later is on its way; behind x that is `after`. Null: x is in the cache.
     template <class Elem>
     static void outer(const Coefficients<E>& h, int64_t rows, int64_t rp, const Elem* x,
-                      int64_t ldx, int64_t cols, float* sums, Elem* packed) {
+                      int64_t ldx, int64_t cols, float* sums, Elem* packed, const Elem* after) {
         Elem* next = packed + kBlockRows * E::kTile;
         for (int64_t m = 0; m < rows; m += E::kOuterRows)
             E::pack_outer(x, ldx, rows, m, packed);
         for (int64_t c = 0; c < cols; c += E::kTile) {
+            const int64_t later = c + kTilesAhead * E::kTile;
+            const Elem* ahead = after == nullptr ? nullptr
+                                : later < cols   ? x + later
+                                                 : after + (later - cols);
             float* tile = sums + c * rp;
             if (c + E::kTile < cols)
-                outer_tile<true>(h, rows, rp, packed, tile, x + c + E::kTile, ldx, next);
+                outer_tile<true>(h, rows, rp, packed, tile, x + c + E::kTile, ldx, next, ahead);
             else
-                outer_tile<false>(h, rows, rp, packed, tile, x, ldx, next);
+                outer_tile<false>(h, rows, rp, packed, tile, x, ldx, next, ahead);
             Elem* done = packed;
             packed = next;
             next = done;
         }
     }
     // sums[j][tile columns] += sum over rows of h[row][j] * x[row][column], x packed; meanwhile the
-    // next tile, whose rows begin at `x`, is packed into `next`.
+    // next tile, whose rows begin at `x`, is packed into `next`, and the one at `ahead` asked for.
     template <bool kPackNext, class Elem>
     static void outer_tile(const Coefficients<E>& h, int64_t rows, int64_t ld, const Elem* packed,
-                           float* sums, const Elem* x, int64_t ldx, Elem* next) {
+                           float* sums, const Elem* x, int64_t ldx, Elem* next, const Elem* ahead) {
         constexpr int kWidth = AFA_ISA_LEVEL >= 2 ? 4 : 2;
-        outer_group<kPackNext, kWidth>(h, rows, ld, 0, packed, sums, x, ldx, next);
+        const Elem* none = nullptr;
+        outer_group<kPackNext, kWidth>(h, rows, ld, 0, packed, sums, x, ldx, next, ahead);
         for (int64_t j = kGroup; j < ld; j += kGroup)
-            outer_group<false, kWidth>(h, rows, ld, j, packed, sums, x, ldx, next);
+            outer_group<false, kWidth>(h, rows, ld, j, packed, sums, x, ldx, next, none);
         for (int v = kWidth; v < kVectors; v += kWidth)
             for (int64_t j = 0; j < ld; j += kGroup)
                 outer_group<false, kWidth>(h, rows, ld, j, packed + v * kLanes, sums + v * kLanes,
-                                           x, ldx, next);
+                                           x, ldx, next, none);
     }
     template <bool kPackNext, int kWidth, class Elem>
     static inline __attribute__((always_inline)) void
     outer_group(const Coefficients<E>& h, int64_t rows, int64_t ld, int64_t j, const Elem* packed,
-                float* sums, const Elem* x, int64_t ldx, Elem* next) {
+                float* sums, const Elem* x, int64_t ldx, Elem* next, const Elem* ahead) {
         constexpr int kRows = E::kOuterRows;
         Vec acc[kGroup][kWidth];
         for (int g = 0; g < kGroup; ++g)
@@ -161,6 +189,8 @@ struct RowGroups {
         for (int64_t m = 0; m < rows; m += kRows) {
             if constexpr (kPackNext)
                 E::pack_outer(x, ldx, rows, m, next);
+            if (ahead != nullptr)
+                prefetch_tile(ahead + m * ldx, ldx, kRows);
             typename E::Operand right[kWidth];
 #pragma GCC unroll 4
             for (int v = 0; v < kWidth; ++v)
@@ -174,7 +204,10 @@ struct RowGroups {
             }
         }
         for (int g = 0; g < kGroup; ++g)
-            E::add_outer(sums + (j + g) * E::kTile, acc[g]);
+            for (int v = 0; v < kWidth; ++v) {
+                float* out = sums + (j + g) * E::kTile + v * kLanes;
+                store(out, load(out) + acc[g][v]);
+            }
     }
 
     // Brings finished sums into the order of the columns.

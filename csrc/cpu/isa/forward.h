@@ -129,7 +129,8 @@ class Forward {
         return false;
     }
 
-    // Rounds z, stores it if wanted, and returns h; both are rows of rp with zeros beyond r.
+    // Rounds z, stores it if wanted, and returns scaling * h; both are rows of rp with zeros beyond
+    // r.
     Coefficients<E> activate(Team& team, int64_t row, int64_t count, float* z, bool store_z) {
         for (int64_t i = 0; i < count * rp; ++i)
             z[i] = round_to<T>(dropout.threshold > 0 ? inverse_keep * z[i] : z[i]);
@@ -140,8 +141,8 @@ class Forward {
         float* h = z + block_rows * rp;
         phi(p.activation, z, count * rp, alpha_t, h, nullptr);
         for (int64_t m = 0; m < count; ++m)
-            for (int64_t j = p.r; j < rp; ++j)
-                h[m * rp + j] = 0.0f;
+            for (int64_t j = 0; j < rp; ++j)
+                h[m * rp + j] = j < p.r ? p.scaling * h[m * rp + j] : 0.0f;
         char* memory =
             scratch.get<char>(coefficients) + team.id() * E::coefficient_bytes(block_rows, rp);
         return E::pack_coefficients(h, count, rp, memory);
@@ -157,7 +158,6 @@ class Forward {
                                base,
                                p.base.row_stride,
                                p.base.col_stride,
-                               p.scaling,
                                streams};
         E::expand(h, count, rp, p.r, packed, target, cols);
     }

@@ -89,7 +89,7 @@ struct Pair : RowGroups<Pair> {
             for (int64_t t = 0; t < tiles; ++t) {
                 const bf16* tile = p + t * step;
                 if (j == 0)
-                    prefetch_tile<kL2>(x + kRows * ldx + t * kTile, ldx, kRows);
+                    prefetch_tile(x + kRows * ldx + t * kTile, ldx, kRows);
 #pragma GCC unroll 2
                 for (int v = 0; v < kTile; v += kPairLanes) {
                     __m512bh left[kRows];
@@ -115,7 +115,6 @@ struct Pair : RowGroups<Pair> {
     static void expand_rows(const Coefficients<Pair>& h, int64_t row, int64_t ld, int64_t r,
                             const Elem* panel, const Target<T>& target, int64_t out_row,
                             int64_t out_col, int cols) {
-        prefetch_next(target, out_row, out_col, kRows);
         const bf16* coefficients = h.rows + row * ld;
         Vec acc[kRows][kVectors];
         for (int m = 0; m < kRows; ++m)
@@ -162,23 +161,8 @@ struct Pair : RowGroups<Pair> {
     static Vec multiply_add(Operand left, Operand right, Vec sum) {
         return _mm512_dpbf16_ps(sum, left, right);
     }
-    template <int kWidth>
-    static inline __attribute__((always_inline)) void add_outer(float* sums,
-                                                                const Vec (&acc)[kWidth]) {
-        for (int v = 0; v < kWidth; v += 2)
-            add_interleaved(sums + v * kLanes, acc[v], acc[v + 1]);
-    }
-
-  private:
-    // Unpacking leaves each 128-bit quarter of `low` four columns before the same quarter of
-    // `high`.
-    static void add_interleaved(float* sums, Vec low, Vec high) {
-        const __m512i first_half =
-            _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-        const __m512i second_half =
-            _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-        store(sums, load(sums) + _mm512_permutex2var_ps(low, first_half, high));
-        store(sums + kLanes, load(sums + kLanes) + _mm512_permutex2var_ps(low, second_half, high));
+    static void finish_sums(float* sums, int64_t rp, int64_t cols) {
+        sort_columns(sums, round_up(cols, kTile) * rp);
     }
 };
 

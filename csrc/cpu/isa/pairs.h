@@ -41,10 +41,6 @@ static inline void transpose16(__m512i (&rows)[16]) {
     }
 }
 
-static inline __m512i narrow_pair(Vec low, Vec high) {
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-}
-
 // {even[0], odd[0], even[1], odd[1], ...}
 static inline __m512i interleave(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even),
@@ -63,7 +59,7 @@ static inline __m512i load32(const bf16* p, int count) {
 }
 static inline __m512i load32(const float* p, int count) {
     const Vec low = load_first(p, min_of(count, kLanes));
-    return narrow_pair(low, count > kLanes ? load_first(p + kLanes, count - kLanes) : zero());
+    return narrow2<bf16>(low, count > kLanes ? load_first(p + kLanes, count - kLanes) : zero());
 }
 
 // A block of P: element (d, f) at p[d * d_stride + f * f_stride], of which `depth` (up to 32) by
@@ -89,6 +85,20 @@ static inline void pairs_down(const PairBlock<Src>& b, __m512i (&v)[16]) {
     };
     for (int i = 0; i < 16; ++i)
         v[i] = interleave(row(2 * i), row(2 * i + 1));
+}
+
+// Sums over rows that were interleaved by unpacking come as columns 0-3, 8-11, ... in one vector
+// and 4-7, 12-15, ... in the next: brings them into order.
+static inline void sort_columns(float* sums, int64_t count) {
+    const __m512i first_half =
+        _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second_half =
+        _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (float* p = sums; p < sums + count; p += 2 * kLanes) {
+        const Vec low = load(p), high = load(p + kLanes);
+        store(p, _mm512_permutex2var_ps(low, first_half, high));
+        store(p + kLanes, _mm512_permutex2var_ps(low, second_half, high));
+    }
 }
 
 // How many of `count` elements are left for a block of `most` at `begin`.

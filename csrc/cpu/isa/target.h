@@ -14,18 +14,14 @@ constexpr int kVectors = 4;                            // per tile
 constexpr int kGroup = 4;                              // rows of P at a time
 constexpr int kRowGroup = AFA_ISA_LEVEL >= 2 ? 6 : 3;  // rows of x or h at a time
 
-// Where a product H P is written: out = base + scale * (H P), T at the top left corner of the
-// block.
+// Where a product H P is written: out = base + H P, T at the top left corner of the block.
 template <class T>
 struct Target {
     T* out;
     int64_t out_row, out_col;
     const T* base;  // null: zero
     int64_t base_row, base_col;
-    float scale;
-    bool streams;              // the result bypasses the cache
-    const T* ahead = nullptr;  // what is read after this block, row by row; null: not known
-    int64_t ahead_row = 0;
+    bool streams;  // the result bypasses the cache
 };
 
 // From this size on a fresh result (not one that is accumulated into) bypasses the cache: each line
@@ -48,15 +44,6 @@ static inline bool can_stream(const Matrix& out, int64_t rows, int64_t cols) {
            out.row_stride * size % 64 == 0 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
 }
 
-// One vector of the result into the cache or past it.
-template <class T>
-static inline void put(const Target<T>& t, T* out, Vec value) {
-    if (t.streams)
-        stream(out, value);
-    else
-        store(out, value);
-}
-
 // The first `cols` columns of a tile, of any strides.
 template <class T>
 static void write_partial(const Target<T>& t, int64_t row, int64_t col, const float* tile, int rows,
@@ -68,11 +55,33 @@ static void write_partial(const Target<T>& t, int64_t row, int64_t col, const fl
             t.base == nullptr ? nullptr : t.base + (row + m) * t.base_row + col * t.base_col;
         for (int c = 0; c < cols; ++c) {
             const float sum = tile[m * kTile + c];
-            const float value =
-                base == nullptr ? t.scale * sum : fma(t.scale, sum, to_float(base[c * t.base_col]));
-            from_float(value, out + c * t.out_col);
+            from_float(base == nullptr ? sum : sum + to_float(base[c * t.base_col]),
+                       out + c * t.out_col);
         }
     }
+}
+
+// A whole tile, dense along its rows.
+template <bool kStreams, bool kBase, int kRows, class T>
+static inline __attribute__((always_inline)) void
+write_whole(const Target<T>& t, int64_t row, int64_t col, const Vec (&acc)[kRows][kVectors]) {
+    T* out = t.out + row * t.out_row + col;
+    const T* base = kBase ? t.base + row * t.base_row + col : out;
+    const int64_t out_row = t.out_row, base_row = kBase ? t.base_row : out_row;
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m, out += out_row, base += base_row)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; v += 2) {
+            Vec low = acc[m][v], high = acc[m][v + 1];
+            if (kBase) {
+                low = low + load(base + v * kLanes);
+                high = high + load(base + (v + 1) * kLanes);
+            }
+            if (kStreams)
+                stream2(out + v * kLanes, low, high);
+            else
+                store2(out + v * kLanes, low, high);
+        }
 }
 
 template <int kRows, class T>
@@ -80,23 +89,12 @@ static inline __attribute__((always_inline)) void
 write_tile(const Target<T>& t, int64_t row, int64_t col, const Vec (&acc)[kRows][kVectors],
            int cols) {
     constexpr int kTile = kVectors * kLanes;
-    const Vec scale = broadcast(t.scale);
     if (cols == kTile && t.out_col == 1 && (t.base == nullptr || t.base_col == 1)) {
-#pragma GCC unroll 8
-        for (int m = 0; m < kRows; ++m) {
-            T* out = t.out + (row + m) * t.out_row + col;
-            if (t.base == nullptr) {
-#pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v)
-                    put(t, out + v * kLanes, scale * acc[m][v]);
-            } else {
-                const T* base = t.base + (row + m) * t.base_row + col;
-#pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v)
-                    put(t, out + v * kLanes, fma(scale, acc[m][v], load(base + v * kLanes)));
-            }
-        }
-        return;
+        if (t.streams)
+            return t.base == nullptr ? write_whole<true, false>(t, row, col, acc)
+                                     : write_whole<true, true>(t, row, col, acc);
+        return t.base == nullptr ? write_whole<false, false>(t, row, col, acc)
+                                 : write_whole<false, true>(t, row, col, acc);
     }
     float tile[kRows * kTile];
 #pragma GCC unroll 8
@@ -107,27 +105,22 @@ write_tile(const Target<T>& t, int64_t row, int64_t col, const Vec (&acc)[kRows]
     write_partial(t, row, col, tile, kRows, cols);
 }
 
-// Asks for `rows` rows of one tile, into L1 or only as far as L2.
-constexpr int kL1 = 3, kL2 = 2;
-template <int kLocality, class T>
+// Asks for `rows` rows of one tile, only as far as L2: L1 holds panels.
+template <class T>
 static inline void prefetch_tile(const T* p, int64_t row_stride, int rows) {
-    constexpr int kStep = 64 / sizeof(T);
+    constexpr int kStep = 64 / sizeof(T), kL2 = 2;
     for (int m = 0; m < rows; ++m)
         for (int c = 0; c < kVectors * kLanes; c += kStep)
-            __builtin_prefetch(p + m * row_stride + c, 0, kLocality);
+            __builtin_prefetch(p + m * row_stride + c, 0, kL2);
 }
 
-// Asks for what comes next while there is arithmetic to hide it behind: the next tile of the rows
-// that are about to be written, and the same tile of the block that is read afterwards.
+// The same for a tile that is going to be written, and for what is added to it.
 template <class T>
-static inline void prefetch_next(const Target<T>& t, int64_t row, int64_t col, int rows) {
-    const int64_t next = col + kVectors * kLanes;
+static inline void prefetch_target(const Target<T>& t, int64_t row, int64_t col, int rows) {
     if (!t.streams)
-        prefetch_tile<kL1>(t.out + row * t.out_row + next * t.out_col, t.out_row, rows);
+        prefetch_tile(t.out + row * t.out_row + col * t.out_col, t.out_row, rows);
     if (t.base != nullptr && t.base != t.out)
-        prefetch_tile<kL1>(t.base + row * t.base_row + next * t.base_col, t.base_row, rows);
-    if (t.ahead != nullptr)
-        prefetch_tile<kL1>(t.ahead + row * t.ahead_row + col, t.ahead_row, rows);
+        prefetch_tile(t.base + row * t.base_row + col * t.base_col, t.base_row, rows);
 }
 
 }  // namespace afa::cpu::AFA_ISA

@@ -68,6 +68,11 @@ struct Range {
     int64_t begin, end;
 };
 
+// The rows and columns of a grid that one thread takes.
+struct Cell {
+    Range rows, cols;
+};
+
 // The run of [0, count) of one thread of a team.
 static inline Range part_of_team(int64_t count, int id, int threads) {
     return {count * id / threads, count * (id + 1) / threads};
@@ -114,6 +119,14 @@ class Team {
         const Range run = part(count);
         for (int64_t i = run.begin; i < run.end; ++i)
             f(i);
+    }
+
+    // This thread's rows of a grid, and all their columns as long as there are rows for everyone.
+    Cell grid(int64_t rows, int64_t cols) const {
+        const int across = static_cast<int>(ceil_div(threads_, rows)), down = threads_ / across;
+        if (id_ >= down * across)
+            return {{0, 0}, {0, 0}};
+        return {part_of_team(rows, id_ / across, down), part_of_team(cols, id_ % across, across)};
     }
 
   private:

@@ -20,6 +20,7 @@ struct Tiles {
     static constexpr bool kOnePanel = false;
     static constexpr int64_t kBlockRows = 64;
     static constexpr int64_t kRowStep = kTileRows;
+    static constexpr int64_t kExpandRows = kTileRows;
     static constexpr int64_t kRankStep = 16;
     static constexpr bool kHasDotInPlace = false;
     using Scope = TileScope;
@@ -148,7 +149,7 @@ struct Tiles {
     }
 
     static void outer(const Coefficients<Tiles>& h, int64_t rows, int64_t rp, const Elem* x,
-                      int64_t ldx, int64_t cols, float* sums, Elem* packed) {
+                      int64_t ldx, int64_t cols, float* sums, Elem* packed, const Elem*) {
         for (int64_t c = 0; c < cols; c += kTile) {
             pack_outer(x + c, ldx, rows, packed);
             for (int64_t half = 0; half < kTile; half += kDepth) {
@@ -164,19 +165,8 @@ struct Tiles {
         }
     }
 
-    // The interleaving of two rows leaves columns 0-3, 8-11, ... in one tile and 4-7, 12-15, ... in
-    // the other.
     static void finish_sums(float* sums, int64_t rp, int64_t cols) {
-        const __m512i first_half =
-            _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-        const __m512i second_half =
-            _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-        float* end = sums + round_up(cols, kTile) * rp;
-        for (float* p = sums; p < end; p += 2 * kLanes) {
-            const Vec low = load(p), high = load(p + kLanes);
-            store(p, _mm512_permutex2var_ps(low, first_half, high));
-            store(p + kLanes, _mm512_permutex2var_ps(low, second_half, high));
-        }
+        sort_columns(sums, round_up(cols, kTile) * rp);
     }
 
   private:
@@ -218,7 +208,7 @@ struct Tiles {
         }
     }
 
-    // Columns [col, col + cols) of one unit: base + scale * sums.
+    // Columns [col, col + cols) of one unit: base + sums.
     template <class T>
     static void write_unit(const Target<T>& t, int64_t row, int64_t rows, int64_t col, int cols,
                            const float* sums) {
@@ -228,30 +218,26 @@ struct Tiles {
         if (!whole)
             write_part(t, out, base, rows, cols, sums);
         else if (t.streams)
-            write_whole(t, out, base, rows, sums, [](T* p, __m512i values) {
-                _mm512_stream_si512(reinterpret_cast<__m512i*>(p), values);
-            });
+            write_whole<true>(t, out, base, rows, sums);
         else
-            write_whole(t, out, base, rows, sums,
-                        [](T* p, __m512i values) { _mm512_storeu_si512(p, values); });
+            write_whole<false>(t, out, base, rows, sums);
     }
-    template <class T, class Put>
-    static inline __attribute__((always_inline)) void write_whole(const Target<T>& t, T* out,
-                                                                  const T* base, int64_t rows,
-                                                                  const float* sums, Put&& put) {
-        const Vec scale = broadcast(t.scale);
-        if (base == nullptr) {
-            for (int64_t m = 0; m < rows; ++m, sums += kUnit, out += t.out_row)
-                put(out, narrow_pair(scale * load(sums), scale * load(sums + kLanes)));
-            return;
-        }
-        for (int64_t m = 0; m < rows; ++m) {
-            __builtin_prefetch(base + kUnit, 1);
-            put(out, narrow_pair(fma(scale, load(sums), load(base)),
-                                 fma(scale, load(sums + kLanes), load(base + kLanes))));
-            sums += kUnit;
-            out += t.out_row;
-            base += t.base_row;
+    template <bool kStreams, class T>
+    static inline __attribute__((always_inline)) void
+    write_whole(const Target<T>& t, T* out, const T* base, int64_t rows, const float* sums) {
+        const int64_t out_row = t.out_row, base_row = t.base_row;
+        for (int64_t m = 0; m < rows; ++m, sums += kUnit, out += out_row) {
+            Vec low = load(sums), high = load(sums + kLanes);
+            if (base != nullptr) {
+                __builtin_prefetch(base + kUnit, 1);
+                low = low + load(base);
+                high = high + load(base + kLanes);
+                base += base_row;
+            }
+            if (kStreams)
+                stream2(out, low, high);
+            else
+                store2(out, low, high);
         }
     }
     template <class T>
@@ -259,10 +245,9 @@ struct Tiles {
                            const float* sums) {
         for (int64_t m = 0; m < rows; ++m, sums += kUnit)
             for (int c = 0; c < cols; ++c) {
-                const float value =
-                    base == nullptr
-                        ? t.scale * sums[c]
-                        : fma(t.scale, sums[c], to_float(base[m * t.base_row + c * t.base_col]));
+                const float value = base == nullptr
+                                        ? sums[c]
+                                        : sums[c] + to_float(base[m * t.base_row + c * t.base_col]);
                 from_float(value, out + m * t.out_row + c * t.out_col);
             }
     }

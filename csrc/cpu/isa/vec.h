@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if AFA_ISA_LEVEL >= 1 || defined(__SSE2__)
 #include <immintrin.h>
@@ -168,6 +169,29 @@ static inline void store(bf16* p, Vec v) {
 static inline void store(f16* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(v));
 }
+// Two vectors, one behind the other.
+template <class T>
+static inline __m512i narrow2(Vec low, Vec high) {
+#if AFA_ISA_LEVEL >= 3
+    if constexpr (std::is_same_v<T, bf16>)
+        return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+#endif
+    const auto narrow = [](Vec v) {
+        if constexpr (std::is_same_v<T, bf16>)
+            return narrow_bf16(v);
+        else
+            return narrow_f16(v);
+    };
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(low)), narrow(high), 1);
+}
+static inline void store2(float* p, Vec low, Vec high) {
+    store(p, low);
+    store(p + kLanes, high);
+}
+template <class T>
+static inline void store2(T* p, Vec low, Vec high) {
+    _mm512_storeu_si512(p, narrow2<T>(low, high));
+}
 static inline void store_first(float* p, Vec v, int count) {
     _mm512_mask_storeu_ps(p, first(count), v);
 }
@@ -234,6 +258,11 @@ static inline void store(T* p, Vec v) {
 #endif
 
 template <class T>
+static inline void store2(T* p, Vec low, Vec high) {
+    store(p, low);
+    store(p + kLanes, high);
+}
+template <class T>
 static inline Vec load_first(const T* p, int count) {
     T lanes[kLanes] = {};
     memcpy(lanes, p, count * sizeof(T));
@@ -248,32 +277,39 @@ static inline void store_first(T* p, Vec v, int count) {
 
 #endif
 
-// Stores that leave the cache alone, for results too large to stay in it: they save reading each
-// line before it is written. `p` is aligned to the bytes written; stream_fence() orders them before
+// store2 past the cache, for results too large to stay in it: it saves reading each line before it
+// is written. `p` is aligned to the bytes written; stream_fence() orders such stores before
 // anything that follows.
-static inline void stream(float* p, Vec v) {
+static inline void stream2(float* p, Vec low, Vec high) {
 #if AFA_ISA_LEVEL >= 2
-    _mm512_stream_ps(p, v);
+    _mm512_stream_ps(p, low);
+    _mm512_stream_ps(p + kLanes, high);
 #elif AFA_ISA_LEVEL == 1
-    _mm256_stream_ps(p, v);
+    _mm256_stream_ps(p, low);
+    _mm256_stream_ps(p + kLanes, high);
 #elif defined(__SSE2__)
-    _mm_stream_ps(p, v);
+    _mm_stream_ps(p, low);
+    _mm_stream_ps(p + kLanes, high);
 #else
-    store(p, v);
+    store2(p, low, high);
 #endif
 }
 template <class T>
-static inline void stream(T* p, Vec v) {
+static inline void stream2(T* p, Vec low, Vec high) {
 #if AFA_ISA_LEVEL >= 2
-    __m256i narrow;
-    store(reinterpret_cast<T*>(&narrow), v);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow2<T>(low, high));
 #elif AFA_ISA_LEVEL == 1
-    __m128i narrow;
-    store(reinterpret_cast<T*>(&narrow), v);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow);
+    alignas(32) T narrow[2 * kLanes];
+    store2(narrow, low, high);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                        _mm256_load_si256(reinterpret_cast<const __m256i*>(narrow)));
+#elif defined(__SSE2__)
+    alignas(16) T narrow[2 * kLanes];
+    store2(narrow, low, high);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_load_si128(reinterpret_cast<const __m128i*>(narrow)));
 #else
-    store(p, v);
+    store2(p, low, high);
 #endif
 }
 static inline void stream_fence() {

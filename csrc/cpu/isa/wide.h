@@ -36,7 +36,7 @@ struct Wide : RowGroups<Wide> {
             for (int64_t t = 0; t < tiles; ++t) {
                 const float* tile = p + t * step;
                 if (j == 0)
-                    prefetch_tile<kL2>(x + kRows * ldx + t * kTile, ldx, kRows);
+                    prefetch_tile(x + kRows * ldx + t * kTile, ldx, kRows);
 #pragma GCC unroll 4
                 for (int v = 0; v < kVectors; ++v) {
                     Vec left[kRows];
@@ -63,7 +63,6 @@ struct Wide : RowGroups<Wide> {
     static void expand_rows(const Coefficients<Wide>& h, int64_t row, int64_t ld, int64_t r,
                             const Elem* panel, const Target<T>& target, int64_t out_row,
                             int64_t out_col, int cols) {
-        prefetch_next(target, out_row, out_col, kRows);
         const float* coefficients = h.wide + row * ld;
         Vec acc[kRows][kVectors];
         for (int m = 0; m < kRows; ++m)
@@ -102,12 +101,6 @@ struct Wide : RowGroups<Wide> {
         return broadcast(h.wide[i]);
     }
     static Vec multiply_add(Operand left, Operand right, Vec sum) { return fma(left, right, sum); }
-    template <int kWidth>
-    static inline __attribute__((always_inline)) void add_outer(float* sums,
-                                                                const Vec (&acc)[kWidth]) {
-        for (int v = 0; v < kWidth; ++v)
-            store(sums + v * kLanes, load(sums + v * kLanes) + acc[v]);
-    }
 };
 
 }  // namespace afa::cpu::AFA_ISA
