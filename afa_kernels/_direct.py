@@ -11,7 +11,18 @@ from operator import or_
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey, DispatchKeySet
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _are_functorch_transforms_active,
+    _dispatch_keys,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.autograd import _profiler_enabled
+from torch.compiler import is_compiling
+
 
 _TYPES = (Tensor, torch.nn.Parameter)
 # The keys of a dense tensor. Any other stands for something that the dispatcher would do: negate or conjugate, fill in
@@ -40,18 +51,18 @@ def direct_or(operator: Callable, implementation: Callable, tensors: int) -> Cal
 def operators_are_watched() -> bool:
     """Whether something may see, record or replace operators: a compiler, a mode, a transform, a profiler."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
     )
 
 
 def are_ordinary(tensors: Iterable[Tensor | None]) -> bool:
     """Whether all are dense tensors of torch's own types (or None) whose memory holds their values."""
     for t in tensors:
-        if t is not None and (type(t) not in _TYPES or torch._C._dispatch_keys(t).raw_repr() & _OTHER_KEYS):
+        if t is not None and (type(t) not in _TYPES or _dispatch_keys(t).raw_repr() & _OTHER_KEYS):
             return False
     return True

@@ -54,22 +54,21 @@ def branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
         )
     if k == 0 or lora_b.shape[0] == 0:
         raise ValueError(f"x, lora_b: expected at least one feature, got K={k} and N={lora_b.shape[0]}")
-    same_device(x, lora_a=lora_a, lora_b=lora_b)
+    same_device("lora_a", lora_a, x)
+    same_device("lora_b", lora_b, x)
 
 
-def same_device(x: Tensor, **others: Tensor | None) -> None:
-    device = x.device
-    for name, other in others.items():
-        if other is not None and other.device != device:
-            raise ValueError(f"{name}: expected on {device}, the device of x, got {other.device}")
+def same_device(name: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise ValueError(f"{name}: expected on {x.device}, the device of x, got {value.device}")
 
 
 def base(value: Tensor, x: Tensor, n: int, *, inplace: bool) -> None:
     tensor("base", value)
     wanted = (*x.shape[:-1], n)
-    if tuple(value.shape) != wanted:
+    if value.shape != wanted:
         raise ValueError(f"base: expected shape {wanted}, got {tuple(value.shape)}")
-    same_device(x, base=value)
+    same_device("base", value, x)
     if not inplace:
         return
     if value.requires_grad and value.is_leaf and torch.is_grad_enabled():
@@ -102,15 +101,16 @@ def _overlaps_itself(t: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> None:
     tensor("weight", weight)
     k = x.shape[-1]
-    if tuple(weight.shape) != (n, k):
+    if weight.shape != (n, k):
         raise ValueError(f"weight: expected shape ({n}, {k}) to match lora_b and x, got {tuple(weight.shape)}")
     if weight.dtype != x.dtype:
         raise TypeError(f"weight: expected {_dtype(x)}, the dtype of x, got {_dtype(weight)}")
     if bias is not None:
         tensor("bias", bias)
-        if tuple(bias.shape) != (n,):
+        if bias.shape != (n,):
             raise ValueError(f"bias: expected shape ({n},), got {tuple(bias.shape)}")
-    same_device(x, weight=weight, bias=bias)
+        same_device("bias", bias, x)
+    same_device("weight", weight, x)
 
 
 def alpha_value(value: object, name: str = "alpha_t") -> float:

@@ -165,6 +165,8 @@ def _options(x, alpha_t, activation, scaling, dropout_p, dropout_seed, save) -> 
 
 def autocast(t: Tensor) -> Tensor:
     """Round to the autocast dtype where autocast is on; float64 stays, as in torch's own linear."""
+    if not torch._C._is_any_autocast_enabled():
+        return t
     device_type = t.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and t.dtype != torch.float64:
         return t.to(torch.get_autocast_dtype(device_type))
