@@ -197,6 +197,10 @@ static constexpr int64_t staged_ld() {
     return E::kSlab + 64 / static_cast<int64_t>(sizeof(typename E::Elem));
 }
 
+// Rows that are asked for before they are staged: prefetchers do not follow from one row to the
+// next.
+constexpr int64_t kRowsAhead = 4;
+
 template <class E, class T>
 static Block<E> stage(const Matrix& x, int64_t row, int64_t rows, int64_t col, int64_t cols,
                       const Dropout& dropout, typename E::Elem* memory) {
@@ -213,6 +217,9 @@ static Block<E> stage(const Matrix& x, int64_t row, int64_t rows, int64_t col, i
         Elem* to = memory + m * ld;
         int64_t c = 0;
         if (x.col_stride == 1) {
+            const T* next = from + kRowsAhead * x.row_stride;
+            for (int64_t line = 0; line < cols; line += 64 / static_cast<int64_t>(sizeof(T)))
+                __builtin_prefetch(next + line);
             if constexpr (sizeof(T) == sizeof(Elem)) {
                 memcpy(to, from, cols * sizeof(T));
                 c = cols;
