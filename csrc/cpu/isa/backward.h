@@ -66,8 +66,10 @@ class Backward {
         db_in_place = p.db.dtype == Dtype::f32 && rp == p.r && p.n % E::kTile == 0;
         db_sums =
             scratch.reserve(need_db && !db_in_place ? n_slabs * slab_elements * sizeof(float) : 0);
-        da_sums =
-            scratch.reserve(p.da.data != nullptr ? k_slabs * slab_elements * sizeof(float) : 0);
+        // Those of dA are its rows.
+        da_in_place = p.da.dtype == Dtype::f32 && rp == p.r && p.k % E::kTile == 0;
+        da_sums = scratch.reserve(
+            p.da.data != nullptr && !da_in_place ? k_slabs * slab_elements * sizeof(float) : 0);
         scratch.allocate();
     }
 
@@ -190,14 +192,15 @@ class Backward {
             add_dots(slab, i, rows, dy, cols);
         if (!need_db)
             return;
-        float* sums = (db_in_place ? static_cast<float*>(p.db.data) : scratch.get<float>(db_sums)) +
-                      slab * slab_elements;
+        const Sums sums =
+            tiles_of((db_in_place ? static_cast<float*>(p.db.data) : scratch.get<float>(db_sums)) +
+                     slab * slab_elements);
         if (row + i == 0)
-            memset(sums, 0, round_up(cols, E::kTile) * rp * sizeof(float));
+            clear(sums, cols);
         add_outer(team, coefficients(h, h_packed, i, rows), rows, dy, cols, sums, nullptr);
         if (row + i + rows == p.m) {
             E::finish_sums(sums, rp, cols);
-            write_db(team, slab, cols, sums);
+            write_db(team, slab, cols, sums.data);
         }
     }
 
@@ -236,10 +239,11 @@ class Backward {
     // One part of x: its columns of dA.
     void x_part(Team& team, int64_t row, const Part& part) {
         const int64_t col = part.col, cols = part.cols, i = part.i, rows = part.rows;
-        float* sums =
-            scratch.get<float>(da_sums) + col / E::kSlab * slab_elements + col % E::kSlab * rp;
+        const Sums sums = da_in_place
+                              ? Sums{element<float>(p.da, 0, col), E::kTile, p.da.row_stride}
+                              : tiles_of(scratch.get<float>(da_sums) + col * rp);
         if (row + i == 0)
-            memset(sums, 0, round_up(cols, E::kTile) * rp * sizeof(float));
+            clear(sums, cols);
         const Block<E> x = stage<E, T>(p.x, row + i, rows, col, cols, dropout, stage_of(team));
         const Elem* after = nullptr;
         if constexpr (sizeof(T) == sizeof(Elem))
@@ -249,7 +253,8 @@ class Backward {
         add_outer(team, coefficients(dz, dz_packed, i, rows), rows, x, cols, sums, after);
         if (row + i + rows == p.m) {
             E::finish_sums(sums, rp, cols);
-            write_da(col, cols, sums);
+            if (!da_in_place)
+                write_da(col, cols, sums);
         }
     }
 
@@ -286,17 +291,23 @@ class Backward {
     }
 
     void add_outer(Team& team, const Coefficients<E>& left, int64_t rows, const Block<E>& x,
-                   int64_t cols, float* sums, const Elem* after) {
+                   int64_t cols, const Sums& sums, const Elem* after) {
         E::outer(left, rows, rp, x.data, x.ld, cols, sums,
                  scratch.get<Elem>(outer_tile) + team.id() * 2 * E::kBlockRows * E::kTile, after);
     }
 
-    void write_da(int64_t col, int64_t cols, const float* sums) {
+    Sums tiles_of(float* data) const { return {data, rp * E::kTile, E::kTile}; }
+    void clear(const Sums& sums, int64_t cols) const {
+        for_each_row<E>(sums, rp, cols,
+                        [](float* row) { memset(row, 0, E::kTile * sizeof(float)); });
+    }
+
+    void write_da(int64_t col, int64_t cols, const Sums& sums) {
         with_dtype(p.da.dtype, [&](auto* type) {
             using Dst = std::remove_pointer_t<decltype(type)>;
             for (int64_t c = 0; c < cols; c += E::kTile)
                 for (int64_t j = 0; j < p.r; ++j) {
-                    const float* row = sums + c * rp + j * E::kTile;
+                    const float* row = sums.data + c / E::kTile * sums.tile + j * sums.row;
                     Dst* out = element<Dst>(p.da, j, col + c);
                     for (int64_t i = 0; i < min_of<int64_t>(E::kTile, cols - c); ++i)
                         from_float(row[i], out + i);
@@ -342,7 +353,7 @@ class Backward {
     }
 
     const BackwardParams& p;
-    bool need_dz, need_db, need_a_dot, need_a_expand, db_in_place;
+    bool need_dz, need_db, need_a_dot, need_a_expand, db_in_place, da_in_place;
     int64_t rp, k_slabs, n_slabs;
     float alpha_t;
     int64_t super_rows;

@@ -30,6 +30,21 @@ static inline Coefficients<E> from_row(const Coefficients<E>& h, int64_t m, int6
             nullptr};
 }
 
+// Sums over rows, rp of them for each column: those of tile t are rows of kTile floats, row j at
+// data + t * tile + j * row.
+struct Sums {
+    float* data;
+    int64_t tile, row;
+};
+
+// Calls f with each row of the tiles of `cols` columns.
+template <class E, class F>
+static inline void for_each_row(const Sums& sums, int64_t rp, int64_t cols, F&& f) {
+    for (int64_t t = 0; t < ceil_div(cols, E::kTile); ++t)
+        for (int64_t j = 0; j < rp; ++j)
+            f(sums.data + t * sums.tile + j * sums.row);
+}
+
 // What an engine inherits that takes a few rows at a time and keeps their sums in vectors. It has
 // dot_rows<n>, expand_rows<n>, and for `outer`, which takes kOuterRows rows of x and h at once:
 // pack_outer, outer_left, outer_right, and multiply_add of two Operands.
@@ -138,12 +153,13 @@ struct RowGroups {
         }
     }
 
-    // sums[tile][rp][kTile] += h^T x over the first `cols` columns, whole tiles. `packed` holds two
+    // sums += h^T x over the first `cols` columns, whole tiles. `packed` holds two
     // tiles of kBlockRows rows: while one is multiplied, the next is packed, and the one that comes
     // kTilesAhead later is on its way; behind x that is `after`. Null: x is in the cache.
     template <class Elem>
     static void outer(const Coefficients<E>& h, int64_t rows, int64_t rp, const Elem* x,
-                      int64_t ldx, int64_t cols, float* sums, Elem* packed, const Elem* after) {
+                      int64_t ldx, int64_t cols, const Sums& sums, Elem* packed,
+                      const Elem* after) {
         Elem* next = packed + kBlockRows * E::kTile;
         for (int64_t m = 0; m < rows; m += E::kOuterRows)
             E::pack_outer(x, ldx, rows, m, packed);
@@ -152,7 +168,7 @@ struct RowGroups {
             const Elem* ahead = after == nullptr ? nullptr
                                 : later < cols   ? x + later
                                                  : after + (later - cols);
-            float* tile = sums + c * rp;
+            const Sums tile{sums.data + c / E::kTile * sums.tile, 0, sums.row};
             if (c + E::kTile < cols)
                 outer_tile<true>(h, rows, rp, packed, tile, x + c + E::kTile, ldx, next, ahead);
             else
@@ -162,25 +178,30 @@ struct RowGroups {
             next = done;
         }
     }
-    // sums[j][tile columns] += sum over rows of h[row][j] * x[row][column], x packed; meanwhile the
-    // next tile, whose rows begin at `x`, is packed into `next`, and the one at `ahead` asked for.
+    // One tile: sums[j][column] += sum over rows of h[row][j] * x[row][column], x packed; meanwhile
+    // the next tile, whose rows begin at `x`, is packed into `next`, and the one at `ahead` asked
+    // for.
     template <bool kPackNext, class Elem>
     static void outer_tile(const Coefficients<E>& h, int64_t rows, int64_t ld, const Elem* packed,
-                           float* sums, const Elem* x, int64_t ldx, Elem* next, const Elem* ahead) {
+                           const Sums& sums, const Elem* x, int64_t ldx, Elem* next,
+                           const Elem* ahead) {
         constexpr int kWidth = AFA_ISA_LEVEL >= 2 ? 4 : 2;
         const Elem* none = nullptr;
-        outer_group<kPackNext, kWidth>(h, rows, ld, 0, packed, sums, x, ldx, next, ahead);
+        outer_group<kPackNext, kWidth>(h, rows, ld, 0, packed, sums.data, sums.row, x, ldx, next,
+                                       ahead);
         for (int64_t j = kGroup; j < ld; j += kGroup)
-            outer_group<false, kWidth>(h, rows, ld, j, packed, sums, x, ldx, next, none);
+            outer_group<false, kWidth>(h, rows, ld, j, packed, sums.data, sums.row, x, ldx, next,
+                                       none);
         for (int v = kWidth; v < kVectors; v += kWidth)
             for (int64_t j = 0; j < ld; j += kGroup)
-                outer_group<false, kWidth>(h, rows, ld, j, packed + v * kLanes, sums + v * kLanes,
-                                           x, ldx, next, none);
+                outer_group<false, kWidth>(h, rows, ld, j, packed + v * kLanes,
+                                           sums.data + v * kLanes, sums.row, x, ldx, next, none);
     }
     template <bool kPackNext, int kWidth, class Elem>
     static inline __attribute__((always_inline)) void
     outer_group(const Coefficients<E>& h, int64_t rows, int64_t ld, int64_t j, const Elem* packed,
-                float* sums, const Elem* x, int64_t ldx, Elem* next, const Elem* ahead) {
+                float* sums, int64_t ld_sums, const Elem* x, int64_t ldx, Elem* next,
+                const Elem* ahead) {
         constexpr int kRows = E::kOuterRows;
         Vec acc[kGroup][kWidth];
         for (int g = 0; g < kGroup; ++g)
@@ -205,13 +226,13 @@ struct RowGroups {
         }
         for (int g = 0; g < kGroup; ++g)
             for (int v = 0; v < kWidth; ++v) {
-                float* out = sums + (j + g) * E::kTile + v * kLanes;
+                float* out = sums + (j + g) * ld_sums + v * kLanes;
                 store(out, load(out) + acc[g][v]);
             }
     }
 
     // Brings finished sums into the order of the columns.
-    static void finish_sums(float*, int64_t, int64_t) {}
+    static void finish_sums(const Sums&, int64_t, int64_t) {}
 };
 
 }  // namespace afa::cpu::AFA_ISA

@@ -161,8 +161,8 @@ struct Pair : RowGroups<Pair> {
     static Vec multiply_add(Operand left, Operand right, Vec sum) {
         return _mm512_dpbf16_ps(sum, left, right);
     }
-    static void finish_sums(float* sums, int64_t rp, int64_t cols) {
-        sort_columns(sums, round_up(cols, kTile) * rp);
+    static void finish_sums(const Sums& sums, int64_t rp, int64_t cols) {
+        for_each_row<Pair>(sums, rp, cols, sort_columns);
     }
 };
 

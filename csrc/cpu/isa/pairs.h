@@ -9,7 +9,7 @@
 
 #include <type_traits>
 
-#include "cpu/isa/vec.h"
+#include "cpu/isa/target.h"
 
 #if AFA_ISA_LEVEL >= 3
 
@@ -88,13 +88,13 @@ static inline void pairs_down(const PairBlock<Src>& b, __m512i (&v)[16]) {
 }
 
 // Sums over rows that were interleaved by unpacking come as columns 0-3, 8-11, ... in one vector
-// and 4-7, 12-15, ... in the next: brings them into order.
-static inline void sort_columns(float* sums, int64_t count) {
+// and 4-7, 12-15, ... in the next: brings a tile's row of them into order.
+static inline void sort_columns(float* sums) {
     const __m512i first_half =
         _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i second_half =
         _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (float* p = sums; p < sums + count; p += 2 * kLanes) {
+    for (float* p = sums; p < sums + kVectors * kLanes; p += 2 * kLanes) {
         const Vec low = load(p), high = load(p + kLanes);
         store(p, _mm512_permutex2var_ps(low, first_half, high));
         store(p + kLanes, _mm512_permutex2var_ps(low, second_half, high));

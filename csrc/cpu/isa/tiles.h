@@ -29,7 +29,6 @@ struct Tiles {
     static constexpr int kUnit = 2 * kLanes;               // columns that `expand` writes at a time
     static constexpr int64_t kTileElements = 16 * kDepth;  // of a left or right tile
     static constexpr int64_t kRightStride = kTileBytes;    // of the tiles of a panel
-    static constexpr int64_t kSumsStride = kTile * sizeof(float);
 
     // The product with P contracts over r, whole tiles of it.
     static int64_t expand_rank(int64_t rp) { return round_up(rp, kDepth); }
@@ -149,24 +148,26 @@ struct Tiles {
     }
 
     static void outer(const Coefficients<Tiles>& h, int64_t rows, int64_t rp, const Elem* x,
-                      int64_t ldx, int64_t cols, float* sums, Elem* packed, const Elem*) {
+                      int64_t ldx, int64_t cols, const Sums& sums, Elem* packed, const Elem*) {
         for (int64_t c = 0; c < cols; c += kTile) {
             pack_outer(x + c, ldx, rows, packed);
             for (int64_t half = 0; half < kTile; half += kDepth) {
                 const Elem* right =
                     packed + half / kDepth * (kBlockRows / kDepth) * 2 * kTileElements;
-                float* out = sums + c * rp + half;
+                float* out = sums.data + c / kTile * sums.tile + half;
                 int64_t j = 0;
                 for (; j + 32 <= rp; j += 32)
-                    outer_tiles<2>(h.columns + j * kBlockRows, rows, right, out + j * kTile);
+                    outer_tiles<2>(h.columns + j * kBlockRows, rows, right, out + j * sums.row,
+                                   sums.row);
                 if (j < rp)
-                    outer_tiles<1>(h.columns + j * kBlockRows, rows, right, out + j * kTile);
+                    outer_tiles<1>(h.columns + j * kBlockRows, rows, right, out + j * sums.row,
+                                   sums.row);
             }
         }
     }
 
-    static void finish_sums(float* sums, int64_t rp, int64_t cols) {
-        sort_columns(sums, round_up(cols, kTile) * rp);
+    static void finish_sums(const Sums& sums, int64_t rp, int64_t cols) {
+        for_each_row<Tiles>(sums, rp, cols, sort_columns);
     }
 
   private:
@@ -270,9 +271,11 @@ struct Tiles {
     }
 
     template <int kRanks>
-    static void outer_tiles(const bf16* columns, int64_t rows, const Elem* packed, float* sums) {
+    static void outer_tiles(const bf16* columns, int64_t rows, const Elem* packed, float* sums,
+                            int64_t ld_sums) {
+        const int64_t stride = ld_sums * static_cast<int64_t>(sizeof(float));
         each<2 * kRanks>(
-            [&](auto s) { tile_load<s>(sums + s / 2 * 16 * kTile + s % 2 * 16, kSumsStride); });
+            [&](auto s) { tile_load<s>(sums + s / 2 * 16 * ld_sums + s % 2 * 16, stride); });
         for (int64_t m = 0; m < rows; m += kDepth, packed += 2 * kTileElements) {
             tile_load<6>(packed, kRightStride);
             tile_load<7>(packed + kTileElements, kRightStride);
@@ -283,7 +286,7 @@ struct Tiles {
             });
         }
         each<2 * kRanks>(
-            [&](auto s) { tile_store<s>(sums + s / 2 * 16 * kTile + s % 2 * 16, kSumsStride); });
+            [&](auto s) { tile_store<s>(sums + s / 2 * 16 * ld_sums + s % 2 * 16, stride); });
     }
 
     template <int kIndex>

@@ -155,7 +155,9 @@ void check(uint64_t seed) {
     random_engine.seed(seed);
     const int64_t limits[] = {3, 20, 70, 600};
     const auto size = [&] { return draw(1, limits[draw(0, 3)]); };
-    const int64_t m = size(), k = size(), n = size(), r = draw(1, draw(0, 9) ? 20 : 256);
+    // Whole tiles take other ways than ragged ones.
+    const auto length = [&] { return draw(0, 2) ? size() : 64 * draw(1, 10); };
+    const int64_t m = size(), k = length(), n = length(), r = draw(1, draw(0, 9) ? 20 : 256);
     const Dtype dtype = static_cast<Dtype>(draw(0, 2));
     const auto factor_dtype = [&] { return draw(0, 1) ? dtype : static_cast<Dtype>(draw(0, 3)); };
     const float alpha_t = static_cast<float>(draw(0, 2)) / 2;
