@@ -23,7 +23,6 @@ from torch._C import (
 from torch.autograd import _profiler_enabled
 from torch.compiler import is_compiling
 
-
 _TYPES = (Tensor, torch.nn.Parameter)
 # The keys of a dense tensor. Any other stands for something that the dispatcher would do: negate or conjugate, fill in
 # zeros, call a subclass, a mode or a transform, run the fake kernel on the meta device.
