@@ -388,8 +388,7 @@ def test_more_than_2_31_elements():
     for start in range(0, rows, 64):
         x[start : start + 64] = pattern[: min(64, rows - start)]
     a, b = torch.randn(r, cols) / cols**0.5, torch.randn(3, r)
-    alpha_t, spec = torch.tensor(0.5), Spec("silu", 1.0, 26)
-    seed, dy = torch.tensor(3), torch.randn(rows, 3).bfloat16()
+    alpha_t, seed, dy, spec = torch.tensor(0.5), torch.tensor(3), torch.randn(rows, 3).bfloat16(), Spec("silu", 1.0, 26)
     y = torch.empty(rows, 3, dtype=x.dtype)
     z = cpu.forward(x, a, b, alpha_t, seed, spec, base=None, out=y, save_z=True)
     dx, _, _ = cpu.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True)
