@@ -2,8 +2,8 @@
 //
 // Rows go in blocks of up to super_rows. For each: z and h by rows; dY by slabs of columns, where a
 // slab is read once for its part of dY B and for its columns of dB; dz by rows, as the sum over the
-// slabs in their order; x by slabs, where a slab gives its columns of dX and of dA. A slab of dA or
-// dB belongs to one task at a time and grows in the order of the rows, so nothing is summed across
+// slabs in their order; x by slabs, where a slab gives its columns of dA; dX by rows. A slab of dA
+// or dB belongs to one thread and grows in the order of the rows, so nothing is summed across
 // threads.
 #pragma once
 
