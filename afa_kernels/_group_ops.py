@@ -18,7 +18,8 @@ _MEMBERS = "Tensor[] lora_a, Tensor[] lora_b, Tensor[] alpha_t, str[] activation
 _LINEAR = Spec(IDENTITY, 1.0, 0)
 
 
-def _backends(x: Tensor, a: list[Tensor], b: list[Tensor], activations, name) -> list[Backend]:
+def _backends(x: Tensor, a: list[Tensor], b: list[Tensor], activations, backend) -> list[Backend]:
+    name = registry.requested(backend)
     return [
         _ops.choose(_ops.call_of(x, a_i, b_i, activation, 0), name).backend
         for a_i, b_i, activation in zip(a, b, activations, strict=True)

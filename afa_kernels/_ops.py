@@ -14,10 +14,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 
 from afa_kernels._direct import direct_or
 from afa_kernels.backend import linear, registry
-from afa_kernels.backend.registry import IDENTITY, Backend, Call, Selection, Spec
+from afa_kernels.backend.registry import IDENTITY, Backend, Call, Selection, Spec, remembered
 
 NAMESPACE = "afa_kernels"
 _BRANCH = (
@@ -41,23 +42,30 @@ def call_of(x: Tensor, a: Tensor, b: Tensor, activation: str, dropout: int) -> C
     return Call(device.type, x.dtype, m, k, n, r, activation, dropout > 0, device.index)
 
 
-def choose(call: Call, backend: str | None) -> Selection:
-    """Return the backend for ``call``: plain GEMMs at identity, unless another was asked for."""
-    name = registry.requested(backend)
+def choose(call: Call, name: str | None) -> Selection:
+    """Return the backend for ``call``: plain GEMMs at identity, unless another was requested by ``name``."""
     if name is None and call.activation == IDENTITY:
         return Selection(registry.get("torch"), "alpha_t is 0: plain GEMMs")
     return registry.select(call, name)
 
 
 def _chosen(x, a, b, activation, scaling, dropout, backend) -> tuple[Backend, Spec]:
-    selection = choose(call_of(x, a, b, activation, dropout), backend)
-    return selection.backend, Spec(activation, scaling, dropout)
+    m, k = x.shape
+    n, r = b.shape
+    name = registry.requested(backend)
+    return _choice(x.device, x.dtype, m, k, n, r, activation, scaling, dropout, name)
+
+
+@remembered
+def _choice(device, dtype, m, k, n, r, activation, scaling, dropout, name) -> tuple[Backend, Spec]:
+    call = Call(device.type, dtype, m, k, n, r, activation, dropout > 0, device.index)
+    return choose(call, name).backend, Spec(activation, scaling, dropout)
 
 
 def plain_precision(x: Tensor) -> AbstractContextManager:
     """Switch autocast off inside an operator: its operands are rounded already, and its float32
     sums must stay float32."""
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+    if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return _no_context
 

@@ -6,8 +6,10 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from afa_kernels.activation import ACTIVATIONS
+from afa_kernels.backend import native
 from afa_kernels.backend.registry import MAX_RANK, check_name
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -132,8 +134,8 @@ def alpha_tensor(value: Tensor) -> None:
     if value.requires_grad:
         raise ValueError("alpha_t: the operator is not differentiable in alpha_t, got a tensor that requires grad")
     # Reading a tensor of another device would wait for that device, and a traced one has no value.
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) is Tensor:
-        number = value.item()
+    if value.is_cpu and not is_compiling() and type(value) is Tensor:
+        number = native.value_of(value)
         if not 0.0 <= number <= 1.0:
             raise ValueError(f"alpha_t: expected a value in [0, 1], got {number}")
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from afa_kernels import _ops, checks, dropout
-from afa_kernels.backend.registry import IDENTITY
+from afa_kernels.backend.registry import IDENTITY, requested
 from afa_kernels.functional import autocast
 
 
@@ -63,7 +63,7 @@ def plan(
         activation = IDENTITY
     rows = autocast(x.detach()).reshape(-1, x.shape[-1])
     call = _ops.call_of(rows, lora_a, lora_b, activation, dropout.threshold_of(dropout_p))
-    chosen, reason = _ops.choose(call, backend)
+    chosen, reason = _ops.choose(call, requested(backend))
     gemm = activation == IDENTITY and chosen.name in ("torch", "reference")
     launches = () if chosen.launches is None or call.m == 0 else tuple(chosen.launches(call))
     return Plan(chosen.name, "gemm" if gemm else "fused", reason, launches)

@@ -1,9 +1,12 @@
-// The Python module afa_kernels._C: integers in, launchers called. It knows nothing of torch.
+// The Python module afa_kernels._C: checks what Python hands over and calls the kernels. It is
+// built without torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
+#include <string>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -12,6 +15,7 @@
 #include "common/activation.h"
 #include "common/philox.h"
 #include "cpu/cpu.h"
+#include "tensor.h"
 
 namespace py = pybind11;
 
@@ -59,85 +63,129 @@ py::dict activation_ids() {
     return ids;
 }
 
-afa::cpu::Matrix matrix(uintptr_t data, int64_t row_stride, int64_t col_stride, int dtype) {
-    return {reinterpret_cast<void*>(data), row_stride, col_stride,
-            static_cast<afa::cpu::Dtype>(dtype)};
+afa::cpu::Matrix matrix(const afa::TensorView& view, const char* name, int64_t rows, int64_t cols) {
+    if (view.dimensions != 2 || view.sizes[0] != rows || view.sizes[1] != cols)
+        throw py::value_error(std::string(name) + ": expected shape (" + std::to_string(rows) +
+                              ", " + std::to_string(cols) + ")");
+    if (view.element > afa::Element::f64)
+        throw py::type_error(std::string(name) + ": expected a floating dtype");
+    return {view.data, view.strides[0], view.strides[1],
+            static_cast<afa::cpu::Dtype>(static_cast<int>(view.element))};
 }
 
-void check_call(const afa::cpu::CommonParams& p) {
+// None: absent.
+afa::cpu::Matrix matrix(py::handle tensor, const char* name, int64_t rows, int64_t cols,
+                        afa::cpu::Dtype dtype) {
+    if (tensor.is_none())
+        return {};
+    const afa::cpu::Matrix found = matrix(afa::view_of(tensor, name), name, rows, cols);
+    if (found.dtype != dtype)
+        throw py::type_error(std::string(name) +
+                             ": expected the dtype of the operand it goes with");
+    return found;
+}
+
+// As matrix, of a tensor whose elements lie side by side.
+afa::cpu::Matrix dense(py::handle tensor, const char* name, int64_t rows, int64_t cols,
+                       afa::cpu::Dtype dtype) {
+    afa::cpu::Matrix found = matrix(tensor, name, rows, cols, dtype);
+    const bool adjacent =
+        (cols == 1 || found.col_stride == 1) && (rows == 1 || found.row_stride == cols);
+    if (found.data != nullptr && !adjacent)
+        throw py::value_error(std::string(name) + ": expected a contiguous tensor");
+    found.row_stride = cols;  // the strides of a single row or column can be anything
+    found.col_stride = 1;
+    return found;
+}
+
+template <class T>
+const T* scalar(py::handle tensor, const char* name, afa::Element element) {
+    const afa::TensorView view = afa::view_of(tensor, name);
+    if (view.dimensions != 0 || view.element != element || view.data == nullptr)
+        throw py::type_error(std::string(name) + ": expected a 0-dim " +
+                             (element == afa::Element::i64 ? "int64" : "float32") + " tensor");
+    return static_cast<const T*>(view.data);
+}
+
+// The part of a call that forward and backward share: x, A, B, the scalars and what follows from
+// them.
+template <class Params>
+Params common(py::handle x, py::handle a, py::handle b, py::handle alpha_t, py::handle seed,
+              int activation, int dropout, float scaling, int threads) {
+    if (activation < 0 || activation >= afa::kActivationCount)
+        throw std::invalid_argument("activation: unknown id");
+    if (dropout < 0 || dropout >= afa::kDropoutLevels)
+        throw std::invalid_argument("dropout: expected 0..255");
+    const afa::TensorView x_view = afa::view_of(x, "x"), b_view = afa::view_of(b, "lora_b");
+    Params p;
+    p.m = x_view.sizes[0];
+    p.k = x_view.sizes[1];
+    p.n = b_view.sizes[0];
+    p.r = b_view.sizes[1];
     if (p.m < 1 || p.k < 1 || p.n < 1 || p.r < 1 || p.r > 256)
         throw std::invalid_argument("sizes: expected M, K, N >= 1 and 1 <= r <= 256");
-    if (p.dtype == afa::cpu::Dtype::f64)
-        throw std::invalid_argument("dtype: the CPU kernels do not take float64");
-    if (p.alpha_t == nullptr || (p.dropout > 0 && p.seed == nullptr))
-        throw std::invalid_argument("alpha_t, seed: expected an address");
-    if (p.activation < 0 || p.activation >= afa::kActivationCount)
-        throw std::invalid_argument("activation: unknown id");
-    if (p.dropout < 0 || p.dropout >= afa::kDropoutLevels)
-        throw std::invalid_argument("dropout: expected 0..255");
-}
-
-template <class Params>
-Params common(int64_t m, int64_t k, int64_t n, int64_t r, int dtype, uintptr_t alpha_t,
-              uintptr_t seed, int activation, int dropout, float scaling, int threads) {
-    Params p;
-    p.m = m;
-    p.k = k;
-    p.n = n;
-    p.r = r;
-    p.dtype = static_cast<afa::cpu::Dtype>(dtype);
-    p.alpha_t = reinterpret_cast<const float*>(alpha_t);
-    p.seed = reinterpret_cast<const int64_t*>(seed);
+    p.x = matrix(x_view, "x", p.m, p.k);
+    p.a = matrix(afa::view_of(a, "lora_a"), "lora_a", p.r, p.k);
+    p.b = matrix(b_view, "lora_b", p.n, p.r);
+    if (p.x.dtype == afa::cpu::Dtype::f64)
+        throw std::invalid_argument("x: the CPU kernels do not take float64");
+    p.dtype = p.x.dtype;
+    p.alpha_t = scalar<float>(alpha_t, "alpha_t", afa::Element::f32);
+    p.seed = dropout > 0 ? scalar<int64_t>(seed, "seed", afa::Element::i64) : nullptr;
     p.activation = activation;
     p.dropout = dropout;
     p.scaling = scaling;
     p.threads = threads < 1 ? 1 : threads;
-    check_call(p);
     return p;
 }
 
-// Absent matrices have the address 0. Strides are in elements; dtypes as in cpu/params.h.
-void cpu_forward(int64_t m, int64_t k, int64_t n, int64_t r, int dtype, uintptr_t alpha_t,
-                 uintptr_t seed, int activation, int dropout, float scaling, int threads,
-                 uintptr_t x, int64_t x_row, int64_t x_col, uintptr_t a, int64_t a_row,
-                 int64_t a_col, int a_dtype, uintptr_t b, int64_t b_row, int64_t b_col, int b_dtype,
-                 uintptr_t base, int64_t base_row, int64_t base_col, uintptr_t out, int64_t out_row,
-                 int64_t out_col, uintptr_t z) {
-    auto p = common<afa::cpu::ForwardParams>(m, k, n, r, dtype, alpha_t, seed, activation, dropout,
-                                             scaling, threads);
-    p.x = matrix(x, x_row, x_col, dtype);
-    p.a = matrix(a, a_row, a_col, a_dtype);
-    p.b = matrix(b, b_row, b_col, b_dtype);
-    p.base = matrix(base, base_row, base_col, dtype);
-    p.out = matrix(out, out_row, out_col, dtype);
-    p.z = matrix(z, r, 1, dtype);
+// base and z may be None. out may be base.
+void cpu_forward(py::handle x, py::handle a, py::handle b, py::handle alpha_t, py::handle seed,
+                 int activation, int dropout, float scaling, int threads, py::handle base,
+                 py::handle out, py::handle z) {
+    auto p = common<afa::cpu::ForwardParams>(x, a, b, alpha_t, seed, activation, dropout, scaling,
+                                             threads);
+    p.base = matrix(base, "base", p.m, p.n, p.dtype);
+    p.out = matrix(out, "out", p.m, p.n, p.dtype);
+    p.z = dense(z, "z", p.m, p.r, p.dtype);
+    if (p.out.data == nullptr)
+        throw py::type_error("out: expected a torch.Tensor, got None");
     const py::gil_scoped_release unlocked;
     afa::cpu::forward(p);
 }
 
-// As cpu_forward. z, dx, da and db are dense; a missing z is recomputed, missing gradients are not
+// z, dx, da and db are contiguous or None: a missing z is recomputed, missing gradients are not
 // computed.
-void cpu_backward(int64_t m, int64_t k, int64_t n, int64_t r, int dtype, uintptr_t alpha_t,
-                  uintptr_t seed, int activation, int dropout, float scaling, int threads,
-                  uintptr_t dy, int64_t dy_row, int64_t dy_col, uintptr_t x, int64_t x_row,
-                  int64_t x_col, uintptr_t a, int64_t a_row, int64_t a_col, int a_dtype,
-                  uintptr_t b, int64_t b_row, int64_t b_col, int b_dtype, uintptr_t z, uintptr_t dx,
-                  uintptr_t da, uintptr_t db, bool accumulate_dx) {
-    auto p = common<afa::cpu::BackwardParams>(m, k, n, r, dtype, alpha_t, seed, activation, dropout,
-                                              scaling, threads);
-    p.dy = matrix(dy, dy_row, dy_col, dtype);
-    p.x = matrix(x, x_row, x_col, dtype);
-    p.a = matrix(a, a_row, a_col, a_dtype);
-    p.b = matrix(b, b_row, b_col, b_dtype);
-    p.z = matrix(z, r, 1, dtype);
-    p.dx = matrix(dx, k, 1, dtype);
-    p.da = matrix(da, k, 1, a_dtype);
-    p.db = matrix(db, r, 1, b_dtype);
+void cpu_backward(py::handle x, py::handle a, py::handle b, py::handle alpha_t, py::handle seed,
+                  int activation, int dropout, float scaling, int threads, py::handle dy,
+                  py::handle z, py::handle dx, py::handle da, py::handle db, bool accumulate_dx) {
+    auto p = common<afa::cpu::BackwardParams>(x, a, b, alpha_t, seed, activation, dropout, scaling,
+                                              threads);
+    p.dy = matrix(dy, "dy", p.m, p.n, p.dtype);
+    p.z = dense(z, "z", p.m, p.r, p.dtype);
+    p.dx = dense(dx, "dx", p.m, p.k, p.dtype);
+    p.da = dense(da, "da", p.r, p.k, p.a.dtype);
+    p.db = dense(db, "db", p.n, p.r, p.b.dtype);
     p.accumulate_dx = accumulate_dx;
+    if (p.dy.data == nullptr)
+        throw py::type_error("dy: expected a torch.Tensor, got None");
     if (accumulate_dx && dropout > 0)
         throw std::invalid_argument("accumulate_dx: not with dropout");
     const py::gil_scoped_release unlocked;
     afa::cpu::backward(p);
+}
+
+// What a tensor looks like to the kernels (for tests): address, sizes, strides, element type.
+py::tuple tensor_view(py::handle tensor, bool by_attributes) {
+    const afa::TensorView view =
+        by_attributes ? afa::view_by_attributes(tensor, "tensor") : afa::view_of(tensor, "tensor");
+    py::list sizes, strides;
+    for (int i = 0; i < view.dimensions; ++i) {
+        sizes.append(view.sizes[i]);
+        strides.append(view.strides[i]);
+    }
+    return py::make_tuple(reinterpret_cast<uintptr_t>(view.data), sizes, strides,
+                          static_cast<int>(view.element));
 }
 
 // Writes one byte per element: 1 where dropout keeps it.
@@ -157,7 +205,16 @@ void dropout_mask(uintptr_t out, int64_t rows, int64_t cols, int64_t seed, int t
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-    module.doc() = "Compiled kernels: raw pointers, sizes, strides and dtypes as integers.";
+    module.doc() = "Compiled kernels.";
+    module.def("use_torch", &afa::use_torch, "Learn torch's types; once, before any other call.");
+    module.def("has_exchange_table", &afa::has_exchange_table);
+    module.def("tensor_view", &tensor_view, py::arg("tensor"), py::arg("by_attributes") = false);
+    module.def(
+        "float_at", [](py::handle t) { return *scalar<float>(t, "tensor", afa::Element::f32); },
+        "The value of a 0-dim float32 CPU tensor.");
+    module.def(
+        "environment", [](const char* name) { return std::getenv(name); },
+        "The environment variable of that name, or None.");
     module.def("build_info", &build_info, "Compiler, OpenMP and CUDA of this build.");
     module.def("cpu_isas", &cpu_isas, "Instruction sets that build and machine have, best last.");
     module.def(

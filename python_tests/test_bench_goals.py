@@ -9,7 +9,7 @@ from bench import goals
 def _goal_rows(interval=(0.8, 0.9)) -> list[dict]:
     """Rows of one goal's problem in which afa takes 0.85 of the others' time and a tenth more than the frozen layer."""
     base = example_row() | TINY._asdict() | dict(zip("mkn", (2048,) * 3, strict=True), r=16)
-    base |= {"pass": "both", "cache": "hot", "launch": "eager"}
+    base |= {"pass": "both", "cache": "hot", "launch": "eager", "floor_ms": 1.0}
     names = ("frozen", "peft", "eager", "afa", "afa.again")
     rows = []
     for name in names:
@@ -47,6 +47,12 @@ def test_geometric_means_are_of_the_shapes():
     text = "\n".join(goals.report(rows + wide))
     assert "| geometric mean |  | 2.36 | - |  |" in text
     assert "eager / afa 2.36, at least 3.0: not met" in text and "afa.torch / afa" not in text
+
+
+def test_a_mean_is_shown_beside_the_one_at_the_floor():
+    rows = [row | {"scope": "branch", "p50_ms": 3.0, "floor_ms": 2.0} for row in _goal_rows()]
+    wide = [row | {"m": 4096, "k": 1024, "n": 4096, "p50_ms": 12.0} for row in rows]
+    assert "not met; eager / floor 3.00" in "\n".join(goals.report(rows + wide))
 
 
 def test_the_readme_quotes_the_recorded_results():

@@ -20,7 +20,7 @@ def call(r=16, k=64, n=64, dtype=torch.bfloat16):
 def table(monkeypatch):
     """A registry of cuda and triton on a GPU that this machine need not have."""
     monkeypatch.setattr(registry, "_BACKENDS", {})
-    registry.select.cache_clear()
+    registry.forget_choices()
 
     def fill(capability, triton=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
@@ -39,7 +39,7 @@ def table(monkeypatch):
         )
 
     yield fill
-    registry.select.cache_clear()
+    registry.forget_choices()
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])

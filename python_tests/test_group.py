@@ -270,7 +270,7 @@ def test_the_stacked_matrices_are_one_call_of_the_backend(monkeypatch, save_z):
         automatic=False,
     )  # fmt: skip
     monkeypatch.setitem(registry._BACKENDS, "spy", spy)
-    registry.select.cache_clear()
+    registry.forget_choices()
     layers = [layer(n, r=5, backend="spy", save="z" if save_z else "nothing") for n in (32, 16)]
     x = torch.randn(6, K, requires_grad=True)
     ys = afa.AFALinearGroup(layers)(x)
@@ -279,7 +279,7 @@ def test_the_stacked_matrices_are_one_call_of_the_backend(monkeypatch, save_z):
     sum(y.sum() for y in ys).backward()
     again = [] if save_z else [("forward", K)]
     assert seen == again + [("backward", 5), ("backward", 5), ("backward", K)]
-    registry.select.cache_clear()
+    registry.forget_choices()
 
 
 # --- explicit groups: what is refused

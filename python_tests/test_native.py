@@ -342,14 +342,14 @@ def test_what_torch_does_faster_is_left_to_it(monkeypatch, isa, features, dtype,
     machine = SimpleNamespace(cpu_isa=lambda: isa, cpu_isas=list, cpu_features=lambda: features, build_info=dict)
     monkeypatch.setattr(native, "_C", machine)
     call = Call("cpu", dtype, m, 4096, 4096, r, "silu", dropout)
-    registry.select.cache_clear()
+    registry.forget_choices()
     try:
         chosen, reason = registry.select(call, None)
         assert chosen.name == wanted
         assert ("torch's GEMMs" in reason) == (wanted == "torch"), reason
         assert registry.select(call, "cpu").backend.name == "cpu", "forced, it takes the call"
     finally:
-        registry.select.cache_clear()
+        registry.forget_choices()
 
 
 def test_one_openmp_runtime():

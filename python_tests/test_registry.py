@@ -30,9 +30,9 @@ def fake(name, *, devices=(), available=True, refuses=None, automatic=True):
 def table(monkeypatch):
     """An empty registry to fill; the real one comes back afterwards."""
     monkeypatch.setattr(registry, "_BACKENDS", {})
-    registry.select.cache_clear()
+    registry.forget_choices()
     yield registry.register
-    registry.select.cache_clear()
+    registry.forget_choices()
 
 
 def test_first_that_can_take_the_call_wins_and_says_why_the_others_did_not(table):

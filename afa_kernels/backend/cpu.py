@@ -1,4 +1,4 @@
-"""The ``cpu`` backend: the native kernels of csrc/cpu, called with addresses, sizes, strides and dtype numbers.
+"""The ``cpu`` backend: the native kernels of csrc/cpu.
 
 The forward passes once over x and once over y, the backward once over dY and once over x. Threads follow
 ``torch.get_num_threads()``, and no result depends on their number.
@@ -11,8 +11,7 @@ from afa_kernels.activation import ACTIVATIONS
 from afa_kernels.backend import native
 from afa_kernels.backend.registry import IDENTITY, MAX_RANK, Backend, BackendStatus, Call
 
-# The enum Dtype of csrc/cpu/params.h.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # From here on torch's GEMMs beat the kernels in bfloat16 on a CPU with vdpbf16ps at full width but without AMX: the
 # backward took 1.2 to 1.6 times theirs on a Zen 5. At half the width, on a Zen 4, the kernels are the faster ones.
 _GEMM_RANK, _GEMM_ROWS = 64, 256
@@ -32,7 +31,7 @@ def _status() -> BackendStatus:
 
 
 def _refuses(call: Call) -> str | None:
-    if call.dtype not in DTYPES or call.dtype == torch.float64:
+    if call.dtype not in _DTYPES:
         return f"takes float32, bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
     if call.r > MAX_RANK:
         return f"takes ranks up to {MAX_RANK}, got {call.r}"
@@ -51,21 +50,11 @@ def _leaves(call: Call) -> tuple[str, str] | None:
 
 
 def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
-    m, k = x.shape
-    n, r = b.shape
-    z = torch.empty((m, r), dtype=x.dtype) if save_z else None
-    if base is None:
-        base_args = (0, 0, 0)
-    else:
-        base_args = (base.data_ptr(), *base.stride())
+    z = torch.empty((x.shape[0], a.shape[0]), dtype=x.dtype) if save_z else None
     activation, scaling, dropout = spec
     native._C.cpu_forward(
-        m, k, n, r, DTYPES[x.dtype],
-        alpha_t.data_ptr(), seed.data_ptr() if dropout else 0, _ACTIVATION_IDS[activation],
-        dropout, scaling, torch.get_num_threads(), x.data_ptr(), *x.stride(),
-        a.data_ptr(), *a.stride(), DTYPES[a.dtype], b.data_ptr(), *b.stride(), DTYPES[b.dtype],
-        *base_args, out.data_ptr(), *out.stride(), 0 if z is None else z.data_ptr(),
-    )  # fmt: skip
+        x, a, b, alpha_t, seed, _ACTIVATION_IDS[activation], dropout, scaling, torch.get_num_threads(), base, out, z
+    )
     return z
 
 
@@ -75,19 +64,14 @@ def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
 
 
 def _backward(dy, x, a, b, z, alpha_t, seed, spec, dx, need_da, need_db, accumulate_dx):
-    m, k = x.shape
-    n, r = b.shape
-    da = torch.empty((r, k), dtype=a.dtype) if need_da else None
-    db = torch.empty((n, r), dtype=b.dtype) if need_db else None
+    da = torch.empty(a.shape, dtype=a.dtype) if need_da else None
+    db = torch.empty(b.shape, dtype=b.dtype) if need_db else None
     if z is not None and not z.is_contiguous():
         z = z.contiguous()
     activation, scaling, dropout = spec
     native._C.cpu_backward(
-        m, k, n, r, DTYPES[x.dtype],
-        alpha_t.data_ptr(), seed.data_ptr() if dropout else 0, _ACTIVATION_IDS[activation],
-        dropout, scaling, torch.get_num_threads(), dy.data_ptr(), *dy.stride(), x.data_ptr(), *x.stride(),
-        a.data_ptr(), *a.stride(), DTYPES[a.dtype], b.data_ptr(), *b.stride(), DTYPES[b.dtype],
-        *(0 if t is None else t.data_ptr() for t in (z, dx, da, db)), accumulate_dx,
+        x, a, b, alpha_t, seed, _ACTIVATION_IDS[activation], dropout, scaling, torch.get_num_threads(),
+        dy, z, dx, da, db, accumulate_dx,
     )  # fmt: skip
     return da, db
 

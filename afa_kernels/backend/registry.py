@@ -7,7 +7,6 @@ operands rounded to ``x.dtype``; ``z`` is stored in ``x.dtype``, rounded before 
 and backward see the same one. Nothing that a caller owns is written, except ``out``.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from afa_kernels.backend import native
 from afa_kernels.dropout import inverse_keep
 
 # The activation of a call whose alpha_t is known to be 0: phi(z) = z.
@@ -186,13 +186,25 @@ class Selection(NamedTuple):
 
 
 _BACKENDS: dict[str, Backend] = {}
+_remembered: list[Any] = []
 _requested: ContextVar[str | None] = ContextVar("afa_kernels_backend", default=None)
 
 
 def register(backend: Backend) -> None:
     """Add a backend. The order of registration is the order of choice."""
     _BACKENDS[backend.name] = backend
-    select.cache_clear()
+    forget_choices()
+
+
+def remembered(choice: Callable) -> Callable:
+    """Decorate a function of a call whose result holds until another backend is registered."""
+    _remembered.append(lru_cache(maxsize=4096)(choice))
+    return _remembered[-1]
+
+
+def forget_choices() -> None:
+    for choice in _remembered:
+        choice.cache_clear()
 
 
 def names() -> tuple[str, ...]:
@@ -228,7 +240,7 @@ def check_name(name: str | None) -> None:
 def requested(explicit: str | None) -> str | None:
     """Return the backend that was asked for: by the call, else by ``use_backend``, else by the
     environment."""
-    return explicit or _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    return explicit or _requested.get() or native.environment(ENVIRONMENT_VARIABLE) or None
 
 
 def _left(backend: Backend, call: Call) -> str | None:
@@ -241,7 +253,7 @@ def _left(backend: Backend, call: Call) -> str | None:
     return reason if other is not None and other.why_not(call) is None else None
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def select(call: Call, name: str | None) -> Selection:
     """Return the backend that takes ``call``: the named one, or the first in order that can.
 

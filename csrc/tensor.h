@@ -1,0 +1,37 @@
+// Reads torch tensors where they lie, without torch's headers or libraries: one build of the module
+// serves every torch.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+namespace afa {
+
+enum class Element : int { f32, bf16, f16, f64, i64, other };
+
+// A CPU tensor of at most two dimensions. Sizes and strides are in elements; a missing dimension
+// has size 1 and stride 0. It holds no reference: use it while the caller holds the tensor.
+struct TensorView {
+    void* data = nullptr;
+    int dimensions = 0;
+    int64_t sizes[2] = {1, 1};
+    int64_t strides[2] = {0, 0};
+    Element element = Element::other;
+};
+
+// Learns torch's types from the imported module, before any tensor is read.
+void use_torch(const pybind11::module_& torch);
+
+// Whether this torch lends tensors through DLPack's exchange table (2.10 and later do), which takes
+// a fraction of the time of its Python attributes.
+bool has_exchange_table();
+
+// Throws TypeError or ValueError with `name` unless `tensor` is a torch tensor on the CPU of at
+// most two dimensions.
+TensorView view_of(pybind11::handle tensor, const char* name);
+
+// As view_of, through the attributes that every torch has.
+TensorView view_by_attributes(pybind11::handle tensor, const char* name);
+
+}  // namespace afa

@@ -1,0 +1,111 @@
+"""What the compiled module reads of a tensor, through DLPack's exchange table and through Python's attributes."""
+
+import pytest
+import torch
+from helpers import Problem
+
+import afa_kernels as afa
+from afa_kernels.backend import native
+
+if native._C is None:
+    pytest.skip(native.load_error, allow_module_level=True)
+
+ELEMENTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def tensors():
+    for dtype in (*ELEMENTS, torch.int32):
+        t = torch.arange(60).reshape(5, 12).to(dtype)
+        yield from (t, t.T, t[1:, 3:], t[::2, ::3], t[2:3], t[:, 5:6], t[0], t[1, 2], t[:0])
+        yield t[0].expand(4, 12)
+        yield t[:, :1].expand(5, 7)
+    yield torch.nn.Parameter(torch.randn(3, 4))
+    yield torch.randn(3, 4).as_subclass(Subclass)
+    yield torch.randn(3, 4, requires_grad=True) * 2
+    with torch.inference_mode():
+        yield torch.randn(3, 4)
+
+
+@pytest.mark.parametrize("by_attributes", [False, True])
+def test_views_are_what_torch_says(by_attributes):
+    for t in tensors():
+        data, sizes, strides, element = native._C.tensor_view(t, by_attributes)
+        assert (sizes, strides) == (list(t.shape), list(t.stride()))
+        assert element == (ELEMENTS.index(t.dtype) if t.dtype in ELEMENTS else len(ELEMENTS))
+        assert data == t.data_ptr() or t.numel() == 0
+
+
+@pytest.mark.parametrize("by_attributes", [False, True])
+def test_what_is_no_matrix_in_memory_is_refused(by_attributes):
+    with pytest.raises(TypeError, match="tensor: expected a torch.Tensor, got float"):
+        native._C.tensor_view(0.5, by_attributes)
+    with pytest.raises(TypeError, match="tensor: expected a torch.Tensor, got NoneType"):
+        native._C.tensor_view(None, by_attributes)
+    with pytest.raises(ValueError, match="tensor: expected at most two dimensions, got 3"):
+        native._C.tensor_view(torch.zeros(2, 3, 4), by_attributes)
+    with pytest.raises((ValueError, RuntimeError, BufferError)):
+        native._C.tensor_view(torch.zeros(2, 3, device="meta"), by_attributes)
+
+
+@pytest.fixture
+def no_exchange_table(monkeypatch):
+    """Makes the module believe in a torch from before the table."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", None, raising=False)
+        native._C.use_torch(torch)
+        assert not native._C.has_exchange_table()
+        yield
+    native._C.use_torch(torch)
+
+
+def test_this_torch_has_the_table_where_it_should():
+    assert native._C.has_exchange_table() == hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+
+
+def step(p: Problem) -> list[torch.Tensor]:
+    x, a, b = (t.clone().requires_grad_() for t in (p.x, p.lora_a, p.lora_b))
+    y = afa.afa_linear(x, p.weight, p.bias, a, b, 0.5, dropout_p=0.25, dropout_seed=3, backend="cpu")
+    return [y.detach(), *torch.autograd.grad(y, (x, a, b), p.dy)]
+
+
+def test_either_way_gives_the_same_bits(request):
+    problem = Problem.random(19, 40, 24, 4)
+    expected = step(problem)
+    request.getfixturevalue("no_exchange_table")
+    for one, other in zip(step(problem), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_wrong_operands_are_named():
+    p = Problem.random(5, 16, 12, 4)
+    arguments = [p.x, p.lora_a, p.lora_b, torch.tensor(0.5), None, 1, 0, 1.0, 1, None, torch.empty(5, 12), None]
+    native._C.cpu_forward(*arguments)
+    for place, wrong, message in (
+        (1, p.lora_a.T, r"lora_a: expected shape \(4, 16\)"),
+        (3, torch.tensor(0.5, dtype=torch.float64), "alpha_t: expected a 0-dim float32 tensor"),
+        (3, torch.zeros(1), "alpha_t: expected a 0-dim float32 tensor"),
+        (3, torch._efficientzerotensor(()), "alpha_t: expected a 0-dim float32 tensor"),
+        (5, 99, "activation: unknown id"),
+        (9, torch.empty(5, 12).half(), "base: expected the dtype"),
+        (10, None, "out: expected a torch.Tensor, got None"),
+        (11, torch.empty(4, 5).T, "z: expected a contiguous tensor"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            native._C.cpu_forward(*arguments[:place], wrong, *arguments[place + 1 :])
+
+
+def test_values_are_read_from_memory_only_where_they_are_there():
+    assert native.value_of(torch.tensor([0.25, 0.5])[1]) == 0.5
+    assert native.value_of(torch.tensor(0.5)._neg_view()) == -0.5
+    assert native.value_of(torch._efficientzerotensor(())) == 0.0
+
+
+def test_environment_follows_os_environ(monkeypatch):
+    monkeypatch.delenv("AFA_KERNELS_BACKEND", raising=False)
+    assert native.environment("AFA_KERNELS_BACKEND") is None
+    monkeypatch.setenv("AFA_KERNELS_BACKEND", "torch")
+    assert native.environment("AFA_KERNELS_BACKEND") == "torch"
