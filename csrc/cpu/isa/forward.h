@@ -61,8 +61,14 @@ class Forward {
         });
         team.barrier();
         float* z = rows_of(team);
-        team.share(ceil_div(p.m, E::kBlockRows), [&](int64_t block) {
-            const int64_t row = block * E::kBlockRows, count = min_of(E::kBlockRows, p.m - row);
+        // As many blocks for each thread, of nearly as many rows: the last one of a few would
+        // otherwise keep everyone waiting.
+        const int64_t units = ceil_div(p.m, E::kExpandRows);
+        const int64_t blocks = min_of(round_up(ceil_div(p.m, E::kBlockRows), threads), units);
+        team.share(blocks, [&](int64_t block) {
+            const Range part = part_of_team(units, block, blocks);
+            const int64_t row = part.begin * E::kExpandRows;
+            const int64_t count = min_of(part.end * E::kExpandRows, p.m) - row;
             memset(z, 0, round_up(count, E::kRowStep) * rp * sizeof(float));
             for (int64_t slab = 0; slab < k_slabs; ++slab)
                 dot_slab(team, slab, row, count, a_panel(slab), z);

@@ -74,7 +74,7 @@ struct Cell {
 };
 
 // The run of [0, count) of one thread of a team.
-static inline Range part_of_team(int64_t count, int id, int threads) {
+static inline Range part_of_team(int64_t count, int64_t id, int64_t threads) {
     return {count * id / threads, count * (id + 1) / threads};
 }
 
