@@ -1,7 +1,7 @@
-"""A small case and a row of results, for the tests of the benchmarks."""
+"""A small case, a row of results and the roofs of a machine, for the tests of the benchmarks."""
 
 from bench.results import FIELDS
-from bench.shapes import Case
+from bench.shapes import DTYPES, Case
 
 TINY = Case(
     scope="layer",
@@ -18,6 +18,7 @@ TINY = Case(
     dropout=0.0,
     device="cpu",
 )
+ROOF = {"kind": "roof", "copy_gb_s": 10.0, "gemm_gflop_s": dict.fromkeys(DTYPES, 100.0)}
 
 
 def example_row() -> dict:

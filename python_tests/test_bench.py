@@ -1,5 +1,5 @@
-"""The benchmarks are right before they are fast: truth, clocks, records, pictures, and the counts
-that hold what a call does."""
+"""The benchmarks are right before they are fast: truth, records, cases, costs, and the counts that hold what a call
+does."""
 
 import argparse
 import dataclasses
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_rows import TINY, example_row
+from bench_rows import ROOF, TINY, example_row
 from helpers import eager
 
 from bench import __main__ as command
-from bench import compare, cost, counts, problem, scaling, suite
+from bench import cost, counts, problem, scaling, suite
 from bench.cases import PRESETS, cases
 from bench.memory import allocations, saved_bytes
 from bench.problem import SCALING, Problem, relative_error, truth
@@ -22,7 +22,6 @@ from bench.runner import Checker, build
 from bench.shapes import DTYPES, LAYERS, layers
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOF = {"kind": "roof", "copy_gb_s": 10.0, "gemm_gflop_s": dict.fromkeys(DTYPES, 100.0)}
 TINY_FLAGS = ["--shapes", "24x56", "--tokens", "40", "--ranks", "4", "--seconds", "0.02"]
 FEW = ["--providers", "frozen,eager,afa", "--device", "cpu", "--no-pictures"]
 
@@ -366,57 +365,3 @@ def test_the_counts_see_one_gemm_and_one_saved_tensor_more():
     assert {text.split(": ")[1].split()[0] for text in worse} >= {"gemms", "saved_bytes"}
     assert counts.compare({"layer": {"x": before}}, {"layer": {"x": after}})[0] == []
     assert counts.compare({"layer": {"x": before}}, {})[0] == ["layer, x: not recorded"]
-
-
-# Comparing commits and pictures
-
-
-def test_a_row_has_moved_if_ranges_are_apart_and_the_change_is_large():
-    old = compare.Range(9.0, 10.0, 11.0)
-    assert compare.moved(old, compare.Range(12.0, 13.0, 14.0), 0.05) == pytest.approx(1.3)
-    assert compare.moved(old, compare.Range(10.5, 13.0, 14.0), 0.05) is None  # within the noise
-    assert compare.moved(old, compare.Range(11.1, 11.2, 11.3), 0.25) is None  # too little
-    lines = compare.report(
-        {"a": old, "b": old, "gone": old},
-        {"a": compare.Range(4.0, 5.0, 6.0), "b": old, "new": old},
-        0.05,
-    )
-    assert [line.split() for line in lines] == [
-        ["0.50x", "faster", "a"],
-        ["gone", "gone"],
-        ["new", "new"],
-    ]
-
-
-def test_two_files_of_results_are_compared(tmp_path, capsys):
-    for name, factor in (("old", 1.0), ("new", 3.0)):
-        writer = Writer(tmp_path / f"{name}.jsonl")
-        times = {"p20_ms": 0.9 * factor, "p50_ms": factor, "p80_ms": 1.1 * factor}
-        writer.write(example_row() | times)
-    files = [str(tmp_path / f"{name}.jsonl") for name in ("old", "new")]
-    assert compare.main(files) == 0
-    out = capsys.readouterr().out
-    assert "3.00x  slower" in out and "1 compared, 1 moved" in out
-    with pytest.raises(SystemExit):
-        compare.main([files[0], "main"])
-
-
-def test_pictures_are_drawn_from_rows(tmp_path):
-    pytest.importorskip("matplotlib")
-    from bench import plot
-
-    writer = Writer(tmp_path / "rows.jsonl")
-    writer.write({"kind": "roof", "device": "cpu", "copy_bytes": 1, "gemm_size": {}} | ROOF)
-    base = example_row() | TINY._asdict() | {"pass": "both", "tax": 0.1, "floor_tax": 0.05, "rounds": 3}
-    for provider in ("eager", "afa"):
-        for m in (1, 2, 4):
-            writer.write(base | {"provider": provider, "m": m})
-        for r in (1, 2, 4):
-            writer.write(base | {"provider": provider, "r": r})
-        writer.write(base | {"provider": provider, "scope": "branch"})
-    written = plot.draw([writer.path], tmp_path)
-    names = {f"{name}.{kind}" for name in ("tax_tokens", "tax_rank", "roofline") for kind in ("png", "svg")}
-    assert {path.name for path in written} == names
-    for name in ("tax_tokens", "tax_rank", "roofline"):
-        assert "eager AFA" in (tmp_path / f"{name}.svg").read_text()
-    assert (tmp_path / "roofline.png").read_bytes()[:4] == b"\x89PNG"

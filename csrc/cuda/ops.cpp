@@ -5,32 +5,14 @@
 
 #include "common/activation.h"
 #include "cuda/tiles.h"
+#include "cuda/workspace.h"
 
 namespace afa {
 namespace {
 
-constexpr int kSmallThreads = 128;   // threads of the reduce and pack kernels
-constexpr int64_t kAlignment = 256;  // of each piece of scratch memory
+constexpr int kSmallThreads = 128;  // threads of the reduce and pack kernels
 // Limits that any supported GPU meets: scratch memory must not depend on the device.
 constexpr DeviceLimits kAnyDevice{1, 99 * 1024, 100 * 1024};
-
-// Hands out scratch memory; with a null base it only counts.
-class Workspace {
-  public:
-    explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
-    template <typename T>
-    T* take(int64_t count) {
-        char* piece = base_ ? base_ + used_ : nullptr;
-        used_ +=
-            (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
-        return reinterpret_cast<T*>(piece);
-    }
-    int64_t used() const { return used_; }
-
-  private:
-    char* base_;
-    int64_t used_ = 0;
-};
 
 struct Element {  // of T
     uint16_t bits;
