@@ -1,5 +1,5 @@
 """Every check of what a caller passes, once: each error names the argument, what came and what is
-wanted."""
+wanted. Operands that pass are recognized by csrc/checks.cpp where it can; it never refuses any."""
 
 import math
 from numbers import Real
@@ -37,6 +37,8 @@ def tensor(name: str, value: object) -> None:
 
 def branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     """Check the operands of the branch: types, dtypes, shapes and devices."""
+    if not is_compiling() and native.accepts_branch(x, lora_a, lora_b):
+        return
     tensor("x", x)
     tensor("lora_a", lora_a)
     tensor("lora_b", lora_b)
@@ -66,11 +68,12 @@ def same_device(name: str, value: Tensor, x: Tensor) -> None:
 
 
 def base(value: Tensor, x: Tensor, n: int, *, inplace: bool) -> None:
-    tensor("base", value)
-    wanted = (*x.shape[:-1], n)
-    if value.shape != wanted:
-        raise ValueError(f"base: expected shape {wanted}, got {tuple(value.shape)}")
-    same_device("base", value, x)
+    if is_compiling() or not native.accepts_base(value, x, n):
+        tensor("base", value)
+        wanted = (*x.shape[:-1], n)
+        if value.shape != wanted:
+            raise ValueError(f"base: expected shape {wanted}, got {tuple(value.shape)}")
+        same_device("base", value, x)
     if not inplace:
         return
     if value.requires_grad and value.is_leaf and torch.is_grad_enabled():
@@ -101,6 +104,8 @@ def _overlaps_itself(t: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> None:
+    if not is_compiling() and native.accepts_linear(x, weight, bias, n):
+        return
     tensor("weight", weight)
     k = x.shape[-1]
     if weight.shape != (n, k):

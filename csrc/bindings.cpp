@@ -12,6 +12,7 @@
 #include <omp.h>
 #endif
 
+#include "checks.h"
 #include "common/activation.h"
 #include "common/philox.h"
 #include "cpu/cpu.h"
@@ -69,6 +70,8 @@ afa::cpu::Matrix matrix(const afa::TensorView& view, const char* name, int64_t r
                               ", " + std::to_string(cols) + ")");
     if (view.element > afa::Element::f64)
         throw py::type_error(std::string(name) + ": expected a floating dtype");
+    if (view.data == nullptr)
+        throw py::value_error(std::string(name) + ": expected a tensor that has memory");
     return {view.data, view.strides[0], view.strides[1],
             static_cast<afa::cpu::Dtype>(static_cast<int>(view.element))};
 }
@@ -122,7 +125,7 @@ Params common(py::handle x, py::handle a, py::handle b, py::handle alpha_t, py::
     p.k = x_view.sizes[1];
     p.n = b_view.sizes[0];
     p.r = b_view.sizes[1];
-    if (p.m < 1 || p.k < 1 || p.n < 1 || p.r < 1 || p.r > 256)
+    if (p.m < 1 || p.k < 1 || p.n < 1 || p.r < 1 || p.r > afa::cpu::kMaxRank)
         throw std::invalid_argument("sizes: expected M, K, N >= 1 and 1 <= r <= 256");
     p.x = matrix(x_view, "x", p.m, p.k);
     p.a = matrix(afa::view_of(a, "lora_a"), "lora_a", p.r, p.k);
@@ -209,6 +212,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("use_torch", &afa::use_torch, "Learn torch's types; once, before any other call.");
     module.def("has_exchange_table", &afa::has_exchange_table);
     module.def("tensor_view", &tensor_view, py::arg("tensor"), py::arg("by_attributes") = false);
+    module.def("accepts_branch", &afa::accepts_branch);
+    module.def("accepts_base", &afa::accepts_base);
+    module.def("accepts_linear", &afa::accepts_linear);
     module.def(
         "float_at", [](py::handle t) { return *scalar<float>(t, "tensor", afa::Element::f32); },
         "The value of a 0-dim float32 CPU tensor.");

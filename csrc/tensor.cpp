@@ -2,8 +2,6 @@
 
 #include <string>
 
-#include "dlpack.h"
-
 namespace py = pybind11;
 
 namespace afa {
@@ -14,7 +12,7 @@ constexpr int kElements = static_cast<int>(Element::other);
 
 // What use_torch has learnt. The references are kept for good: types live as long as the process.
 struct Torch {
-    PyTypeObject* tensor_type = nullptr;
+    PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
     PyObject* dtypes[kElements] = {};
     const dlpack::ExchangeTable* table = nullptr;
     // Names of attributes, made once.
@@ -98,6 +96,8 @@ void use_torch(const py::module_& torch) {
     const char* const names[kElements] = {"float32", "bfloat16", "float16", "float64", "int64"};
     for (int i = 0; i < kElements; ++i)
         known.dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
+    known.parameter_type = reinterpret_cast<PyTypeObject*>(
+        py::object(torch.attr("nn").attr("Parameter")).release().ptr());
     known.shape = PyUnicode_InternFromString("shape");
     known.stride = PyUnicode_InternFromString("stride");
     known.dtype = PyUnicode_InternFromString("dtype");
@@ -125,6 +125,17 @@ TensorView view_of(py::handle tensor, const char* name) {
         view.strides[i] = lent.strides[i];
     }
     return view;
+}
+
+bool lend_plain(py::handle tensor, dlpack::Tensor* out) {
+    const PyTypeObject* type = Py_TYPE(tensor.ptr());
+    if (known.table == nullptr || (type != known.tensor_type && type != known.parameter_type))
+        return false;
+    if (known.table->tensor_from_object(tensor.ptr(), out) != 0) {
+        PyErr_Clear();  // a layout, wrapper or dtype that DLPack does not know
+        return false;
+    }
+    return out->device_type == dlpack::kDeviceCpu && element_of(out->dtype) <= Element::f64;
 }
 
 TensorView view_by_attributes(py::handle tensor, const char* name) {

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "dlpack.h"
+
 namespace afa {
 
 enum class Element : int { f32, bf16, f16, f64, i64, other };
@@ -33,5 +35,10 @@ TensorView view_of(pybind11::handle tensor, const char* name);
 
 // As view_of, through the attributes that every torch has.
 TensorView view_by_attributes(pybind11::handle tensor, const char* name);
+
+// A tensor of torch's own types, dense, on the CPU and of a floating dtype, of any dimensions;
+// false if it is anything else, or if this torch has no exchange table. Never throws. `out` is
+// valid while the caller holds the tensor.
+bool lend_plain(pybind11::handle tensor, dlpack::Tensor* out);
 
 }  // namespace afa

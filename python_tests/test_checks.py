@@ -6,8 +6,22 @@ import pytest
 import torch
 
 import afa_kernels as afa
+from afa_kernels import checks
+from afa_kernels.backend import native
 
 M, K, N, R = 3, 8, 6, 2
+
+
+RECOGNIZERS = ("accepts_branch", "accepts_base", "accepts_linear")
+
+
+@pytest.fixture(autouse=True, params=["native", "python"])
+def recognizer(request, monkeypatch):
+    """Every test with and without the compiled module's recognition of operands that pass."""
+    if request.param == "python":
+        for name in RECOGNIZERS:
+            monkeypatch.setattr(native, name, native._recognizes_nothing)
+    return request.param
 
 
 def good(**changes):
@@ -206,3 +220,26 @@ def test_nothing_is_written_when_refused():
 
 def test_good_call_is_accepted():
     assert afa.afa_lora(**good()).shape == (M, N)
+
+
+def operands(shape, dtype):
+    """Operands of a layer; for two dimensions strided ones."""
+    x = torch.randn(*shape, K).to(dtype)
+    x = x.T.contiguous().T if x.dim() == 2 else x
+    base = torch.randn(*shape, N).to(dtype)
+    weight, bias = torch.nn.Parameter(torch.randn(K, N).to(dtype)).T.detach(), torch.randn(2 * N).to(dtype)[::2]
+    return x, base, weight, bias, torch.nn.Parameter(torch.randn(R, K)), torch.randn(N, R, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", checks.FLOATING, ids=str)
+@pytest.mark.parametrize("shape", [(), (M,), (1,), (0,), (2, M), (2, 1, M)], ids=str)
+def test_what_is_right_passes_and_is_recognized(shape, dtype, recognizer):
+    x, base, weight, bias, a, b = operands(shape, dtype)
+    checks.branch(x, a, b)
+    checks.base(base, x, N, inplace=False)
+    checks.linear(x, weight, bias, N)
+    checks.linear(x, weight, None, N)
+    if recognizer == "native" and native._C is not None and native._C.has_exchange_table():
+        assert native.accepts_branch(x, a, b)
+        assert native.accepts_base(base, x, N)
+        assert native.accepts_linear(x, weight, bias, N) and native.accepts_linear(x, weight, None, N)

@@ -1,10 +1,13 @@
 """What the compiled module reads of a tensor, through DLPack's exchange table and through Python's attributes."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import Problem
 
 import afa_kernels as afa
+from afa_kernels import checks
 from afa_kernels.backend import native
 
 if native._C is None:
@@ -85,6 +88,7 @@ def test_wrong_operands_are_named():
     arguments = [p.x, p.lora_a, p.lora_b, torch.tensor(0.5), None, 1, 0, 1.0, 1, None, torch.empty(5, 12), None]
     native._C.cpu_forward(*arguments)
     for place, wrong, message in (
+        (0, torch._efficientzerotensor((5, 16)), "x: expected a tensor that has memory"),
         (1, p.lora_a.T, r"lora_a: expected shape \(4, 16\)"),
         (3, torch.tensor(0.5, dtype=torch.float64), "alpha_t: expected a 0-dim float32 tensor"),
         (3, torch.zeros(1), "alpha_t: expected a 0-dim float32 tensor"),
@@ -109,3 +113,39 @@ def test_environment_follows_os_environ(monkeypatch):
     assert native.environment("AFA_KERNELS_BACKEND") is None
     monkeypatch.setenv("AFA_KERNELS_BACKEND", "torch")
     assert native.environment("AFA_KERNELS_BACKEND") == "torch"
+
+
+def strange_tensors():
+    """Whatever may come in the place of an operand (2, 4)."""
+    yield from (None, 0.5, [[1.0] * 4] * 2, torch.Tensor, object())
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.complex64, torch.bool):
+        yield torch.ones(2, 4, dtype=dtype)
+    yield torch.ones(2, 4).to_sparse()
+    yield torch.ones(2, 4, device="meta")
+    if torch.backends.mkldnn.is_available():
+        yield torch.ones(2, 4).to_mkldnn()
+    yield from (torch.ones(4), torch.ones(1), torch.ones(()), torch.ones(4, 2), torch.ones(2, 4, 1), torch.ones(0, 4))
+    yield from (torch.ones(2, 4).as_subclass(type("Odd", (torch.Tensor,), {})), torch.nn.Parameter(torch.ones(2, 4)))
+    yield torch._efficientzerotensor((2, 4))
+
+
+def passes(check, *arguments, **options) -> bool:
+    try:
+        check(*arguments, **options)
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return True
+
+
+def test_nothing_wrong_is_recognized(monkeypatch):
+    """On every triple of strange tensors: what the compiled module accepts, the checks accept without it."""
+    for name in ("accepts_branch", "accepts_base", "accepts_linear"):
+        monkeypatch.setattr(native, name, native._recognizes_nothing)
+    for one, two, three in itertools.product(list(strange_tensors()), repeat=3):
+        if native._C.accepts_branch(one, two, three):
+            assert passes(checks.branch, one, two, three)
+        if native._C.accepts_linear(one, two, three, 2):
+            assert passes(checks.linear, one, two, three, 2)
+    for one, two in itertools.product(list(strange_tensors()), repeat=2):
+        if native._C.accepts_base(one, two, 4):
+            assert passes(checks.base, one, two, 4, inplace=False)

@@ -18,6 +18,16 @@ except ImportError as error:
     load_error = f"the compiled module afa_kernels._C cannot be loaded ({error}); build it with `pip install .`"
 
 
+def _recognizes_nothing(*_operands: object) -> bool:
+    return False
+
+
+# Whether operands pass the checks of checks.py; False may mean anything.
+accepts_branch = accepts_base = accepts_linear = _recognizes_nothing
+if _C is not None:
+    accepts_branch, accepts_base, accepts_linear = _C.accepts_branch, _C.accepts_base, _C.accepts_linear
+
+
 def environment(name: str) -> str | None:
     """Return an environment variable; a missing one costs ``os.environ`` as much as a small kernel."""
     return os.environ.get(name) if _C is None else _C.environment(name)

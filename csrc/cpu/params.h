@@ -9,6 +9,8 @@
 
 namespace afa::cpu {
 
+constexpr int64_t kMaxRank = 256;
+
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 
 struct Matrix {
