@@ -79,7 +79,9 @@ def _or_nothing(t: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _lora_forward(base, x, a, b, *options):
-    y = _empty(x, x.shape[0], b.shape[0])
+    # empty_like takes half as long, and keeps the strides of base, which are not always those of a result.
+    dense = base is not None and base.is_contiguous()
+    y = torch.empty_like(base) if dense else _empty(x, x.shape[0], b.shape[0])
     return y, _write_branch(y, base, x, a, b, *options)
 
 
