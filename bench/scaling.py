@@ -1,7 +1,8 @@
 """``python -m bench.scaling``: how the cost grows with M, K, N, r and the number of layers.
 
-Each variable is swept alone; the exponent is the slope of a least-squares line through the
-logarithms of the medians. 1 is linear growth; below 1, a constant part dominates.
+Each variable is swept alone, all its values in turn in every round, so that a slow minute of the machine bends no line.
+The exponent is the slope of a least-squares line through the logarithms of the medians. 1 is linear growth; below 1, a
+constant part dominates.
 """
 
 import argparse
@@ -75,20 +76,20 @@ def _works(arguments, chosen: dict[str, Provider], variable: str, value: int) ->
 def sweep(
     arguments, chosen: dict[str, Provider], variable: str, deadline: float | None = None
 ) -> Iterator[dict[str, object]]:
-    """Yield each provider's exponent in ``variable``, for forward and backward together, of the values that are begun
-    before ``deadline`` (of ``time.monotonic``)."""
-    values = []
-    times: dict[str, list[float]] = {name: [] for name in chosen}
-    for value in SWEEPS[variable]:
-        if (variable == "m" and value > arguments.largest) or (deadline and time.monotonic() > deadline):
-            break
-        values.append(value)
-        works = _works(arguments, chosen, variable, value)
-        measure(works, clock_of(arguments.device, arguments.clock), arguments.seconds, arguments.precision)
-        for name, work in works.items():
-            times[name].append(quantile(work.samples["both"], 0.5))
+    """Yield each provider's exponent in ``variable``, for forward and backward together; nothing after ``deadline`` (of
+    ``time.monotonic``)."""
+    if deadline and time.monotonic() > deadline:
+        return
+    values = [value for value in SWEEPS[variable] if variable != "m" or value <= arguments.largest]
     if len(values) < 2:
-        return  # the budget is spent: no line to fit
+        return  # no line to fit
+    works = {}
+    for value in values:
+        for name, work in _works(arguments, chosen, variable, value).items():
+            works[name, value] = work
+    clock = clock_of(arguments.device, arguments.clock)
+    measure(works, clock, arguments.seconds * len(values), arguments.precision)
+    times = {name: [quantile(works[name, value].samples["both"], 0.5) for value in values] for name in chosen}
     at = {"dtype": arguments.dtype, "device": arguments.device, "scope": arguments.scope}
     if variable == "layers":
         at |= {"scope": "model", "m": _LAYER_TOKENS, "r": CENTER["r"]}
@@ -117,9 +118,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", choices=[*DTYPES], default="f32")
     add("--device", default="cpu")
     add("--largest", type=int, default=8192, help="the largest M")
-    add("--seconds", type=float, default=4.0, help="of timing per point, at most")
-    add("--precision", type=float, default=0.02, help="of the ratios; a point ends when it is reached")
-    add("--budget", type=float, help="stop starting points after this many seconds")
+    add("--seconds", type=float, default=4.0, help="of timing per value, at most")
+    add("--precision", type=float, default=0.02, help="of the ratios; a sweep ends when it is reached")
+    add("--budget", type=float, help="stop starting sweeps after this many seconds")
     add("--threads", type=int, help="of torch (default: torch's own)")
     add("--clock", choices=["wall", "process"], default="wall", help="process: for one thread on a busy machine")
     add("--allocator", choices=allocator.NAMES, default="keep", help="whether freed memory is kept for the next call")

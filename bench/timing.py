@@ -10,7 +10,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -103,7 +103,7 @@ def sample(work: Work, clock: Clock, calls: int) -> dict[str, float]:
 
 
 def measure(
-    works: dict[str, Work],
+    works: dict[Hashable, Work],
     clock: Clock,
     seconds: float,
     precision: float = 0.0,
@@ -147,7 +147,7 @@ def measure(
     return rounds
 
 
-def _spread(works: dict[str, Work]) -> float:
+def _spread(works: dict[Hashable, Work]) -> float:
     """Return the widest half interval of a work's ratio to the first one, relative to the ratio."""
     first, *others = works.values()
     step = first.total or next(iter(first.steps))
