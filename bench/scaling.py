@@ -86,6 +86,7 @@ def sweep(
     works = {}
     for value in values:
         for name, work in _works(arguments, chosen, variable, value).items():
+            work.warm = True  # a small call would otherwise pay for what a large one left in the caches
             works[name, value] = work
     clock = clock_of(arguments.device, arguments.clock)
     measure(works, clock, arguments.seconds * len(values), arguments.precision)

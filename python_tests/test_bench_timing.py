@@ -56,6 +56,23 @@ def test_steps_are_timed_apart_and_summed():
     assert result["both"] == pytest.approx(result["forward"] + result["backward"])
 
 
+def test_the_first_of_several_calls_may_go_untimed():
+    class Clock(timing.CpuClock):
+        now = 0
+
+        def mark(self):
+            return self.now
+
+    def slow_at_first(state):
+        clock.now += 10**6 * (9 if len(durations) % 3 == 0 else 1)
+        durations.append(state)
+
+    clock, durations = Clock(), []
+    work = timing.Work(lambda: None, {"step": slow_at_first}, warm=True)
+    assert timing.sample(work, clock, 2) == {"step": 1.0} and len(durations) == 3
+    assert timing.sample(work, clock, 1) == {"step": 9.0} and len(durations) == 4
+
+
 def test_quantiles_interpolate():
     assert timing.quantile([4.0, 1.0, 2.0, 3.0], 0.5) == 2.5
     assert timing.quantile([1.0, 2.0, 3.0], 0.2) == pytest.approx(1.4)
