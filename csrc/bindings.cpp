@@ -64,6 +64,11 @@ py::dict activation_ids() {
     return ids;
 }
 
+static_assert(static_cast<int>(afa::Element::f32) == static_cast<int>(afa::cpu::Dtype::f32) &&
+              static_cast<int>(afa::Element::bf16) == static_cast<int>(afa::cpu::Dtype::bf16) &&
+              static_cast<int>(afa::Element::f16) == static_cast<int>(afa::cpu::Dtype::f16) &&
+              static_cast<int>(afa::Element::f64) == static_cast<int>(afa::cpu::Dtype::f64));
+
 afa::cpu::Matrix matrix(const afa::TensorView& view, const char* name, int64_t rows, int64_t cols) {
     if (view.dimensions != 2 || view.sizes[0] != rows || view.sizes[1] != cols)
         throw py::value_error(std::string(name) + ": expected shape (" + std::to_string(rows) +
@@ -209,7 +214,7 @@ void dropout_mask(uintptr_t out, int64_t rows, int64_t cols, int64_t seed, int t
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled kernels.";
-    module.def("use_torch", &afa::use_torch, "Learn torch's types; once, before any other call.");
+    module.def("use_torch", &afa::use_torch, "Learn torch's types, before any other call.");
     module.def("has_exchange_table", &afa::has_exchange_table);
     module.def("tensor_view", &tensor_view, py::arg("tensor"), py::arg("by_attributes") = false);
     module.def("accepts_branch", &afa::accepts_branch);

@@ -35,8 +35,8 @@ struct ExchangeTable {
     void* allocate;
     void* managed_from_object;
     void* managed_to_object;
-    int (*tensor_from_object)(void* object,
-                              Tensor* out);  // not 0: a Python error is set; may be null
+    // May be null. Sets a Python error unless it returns 0.
+    int (*tensor_from_object)(void* object, Tensor* out);
     void* current_stream;
 };
 

@@ -1,7 +1,6 @@
 """Layers on one x, and a block that calls them one by one, for the tests of groups."""
 
 import torch
-import torch._dynamo.testing
 from torch import nn
 
 import afa_kernels as afa

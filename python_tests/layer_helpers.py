@@ -1,7 +1,6 @@
 """The base layers of the tests of AFALinear, and a layer whose branch is not zero."""
 
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 

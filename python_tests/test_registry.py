@@ -65,6 +65,21 @@ def test_no_backend_at_all(table):
         registry.select(call(), None)
 
 
+def test_calls_forget_their_choice_when_a_backend_is_registered(table):
+    def writing(name, value):
+        def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
+            out.fill_(value)
+
+        return dataclasses.replace(fake(name), forward=forward)
+
+    operands = torch.randn(2, 4), torch.randn(1, 4), torch.randn(3, 1)
+    table(writing("one", 1.0))
+    assert torch.equal(afa.afa_lora(*operands, 0.5), torch.full((2, 3), 1.0))
+    registry._BACKENDS.clear()
+    table(writing("two", 2.0))
+    assert torch.equal(afa.afa_lora(*operands, 0.5), torch.full((2, 3), 2.0))
+
+
 def test_order_of_requests(monkeypatch):
     monkeypatch.setenv("AFA_KERNELS_BACKEND", "reference")
     assert registry.requested(None) == "reference"
