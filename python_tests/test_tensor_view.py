@@ -149,3 +149,11 @@ def test_nothing_wrong_is_recognized(monkeypatch):
     for one, two in itertools.product(list(strange_tensors()), repeat=2):
         if native._C.accepts_base(one, two, 4):
             assert passes(checks.base, one, two, 4, inplace=False)
+
+
+def test_subclasses_are_left_to_python():
+    """A subclass may answer for its shape or dtype itself."""
+    plain = torch.ones(2, 4)
+    odd = plain.as_subclass(Subclass)
+    assert native._C.accepts_base(plain, plain, 4) == native._C.has_exchange_table()
+    assert not native._C.accepts_base(odd, plain, 4) and not native._C.accepts_base(plain, odd, 4)
