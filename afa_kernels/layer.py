@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from afa_kernels import checks
 from afa_kernels.backend.registry import MAX_RANK
-from afa_kernels.dispatch import Plan, plan
 from afa_kernels.functional import afa_linear, afa_lora
+from afa_kernels.plan import Plan, plan
 
 SUPPORTED = "torch.nn.Linear or transformers' Conv1D with a floating-point weight"
 _SMALLEST_ALPHA = torch.finfo(torch.float32).tiny  # below it the float32 buffer would be subnormal or 0
