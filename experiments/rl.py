@@ -1,7 +1,7 @@
 """Compare LoRA, AFA-LoRA and full fine-tuning in reinforcement learning: GRPO with a reward that a program verifies.
 
     python -m experiments.pretrain --hidden 96 --layers 2 --steps 800 --output outputs/draft
-    python -m experiments.warm_up operations                                    the policy before
+    python -m experiments.warm_up operations                                       the policy before
     python -m experiments.rl --config experiments/configs/rl.yaml
     python -m experiments.rl --config experiments/configs/rl.yaml --tune           choose the learning rates
     torchrun --nproc-per-node 2 -m experiments.rl --config experiments/configs/rl.yaml

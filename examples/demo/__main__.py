@@ -1,7 +1,7 @@
 """Fine-tune a real pretrained transformer in four ways, anneal, merge, and load the result in PEFT.
 
-    python examples/demo.py            about two minutes on two cores
-    python examples/demo.py --quick    about half a minute: too short to compare the methods
+    python -m examples.demo            about two minutes on two cores
+    python -m examples.demo --quick    about half a minute: too short to compare the methods
 
 The model is all-MiniLM-L6-v2 (22M parameters), from an installed package; the text is the source of
 this Python's standard library; the task is to say which of 20 modules a function comes from. All

@@ -1,4 +1,4 @@
-"""Tiny models, data and settings for the tests of the examples that fine-tune."""
+"""Tiny models, data and settings for the tests that fine-tune."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The byte-level Llama of the examples, its text, its pretraining; the task of hidden words."""
+"""The byte-level Llama of the experiments, its text, its pretraining; the task of hidden words."""
 
 import math
 

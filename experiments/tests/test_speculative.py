@@ -14,7 +14,7 @@ pytest.importorskip("yaml")
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from experiments import sft
 from experiments import speculative as command
@@ -210,9 +210,9 @@ def test_the_published_settings_are_valid_and_every_method_is_tuned_alike():
 
 
 def test_a_draft_with_another_vocabulary_is_refused(settings, tmp_path):
-    from hf_models import llama
-
-    llama().save_pretrained(tmp_path / "other")
+    config = bytelm.config(16, 1)
+    config.vocab_size = 32
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
     bytelm.tokenizer().save_pretrained(tmp_path / "other")
     entries = settings.as_dict() | {"draft": str(tmp_path / "other")}
     with pytest.raises(ValueError, match="draft: expected the target's vocabulary of 259 tokens, got one of 32"):
