@@ -51,16 +51,9 @@ std::vector<std::string> cpu_isas() {
 }
 
 py::dict activation_ids() {
-    using afa::Activation;
     py::dict ids;
-    const auto add = [&](const char* name, Activation act) { ids[name] = static_cast<int>(act); };
-    add("relu", Activation::relu);
-    add("silu", Activation::silu);
-    add("gelu", Activation::gelu);
-    add("gelu_tanh", Activation::gelu_tanh);
-    add("leaky_relu", Activation::leaky_relu);
-    add("tanh", Activation::tanh);
-    add("sin", Activation::sin);
+    for (int id = 0; id < afa::kActivationCount; ++id)
+        ids[afa::kActivationNames[id]] = id;
     return ids;
 }
 
@@ -227,10 +220,11 @@ PYBIND11_MODULE(_C, module) {
         "environment", [](const char* name) { return std::getenv(name); },
         "The environment variable of that name, or None.");
     module.def("build_info", &build_info, "Compiler, OpenMP and CUDA of this build.");
+    // These three are cut to what AFA_CPU_ISA names; ValueError if it names an impossible one.
     module.def("cpu_isas", &cpu_isas, "Instruction sets that build and machine have, best last.");
     module.def(
         "cpu_isa", [] { return std::string(afa::cpu::isa_name(afa::cpu::selected_isa())); },
-        "The instruction set in use; ValueError if AFA_CPU_ISA names an impossible one.");
+        "The instruction set in use, the best of them.");
     module.def("cpu_features", &afa::cpu::machine_features, "Vector features of this machine.");
     module.def("cpu_forward", &cpu_forward);
     module.def("cpu_backward", &cpu_backward);

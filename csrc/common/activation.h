@@ -3,7 +3,10 @@
 //   phi(z) = (1 - alpha_t) * z + alpha_t * act(z)
 //   phi'(z) = (1 - alpha_t) + alpha_t * act'(z)
 //
-// The ids are those of afa_kernels/activation.py. Conventions at kinks are torch's: relu'(0) = 0.
+// To add an activation, give it a row at the end of AFA_ACTIVATIONS and a case in activate(). The
+// bindings, the CPU, CUDA and emulated kernels and their tests take it from here. Its row in
+// afa_kernels/activation.py holds the same id, which is the place in the list; a test compares
+// them. Conventions at kinks are torch's: relu'(0) = 0.
 #pragma once
 
 #include <cmath>
@@ -12,16 +15,24 @@
 
 namespace afa {
 
-enum class Activation : int {
-    relu = 0,
-    silu = 1,
-    gelu = 2,
-    gelu_tanh = 3,
-    leaky_relu = 4,
-    tanh = 5,
-    sin = 6
-};
-constexpr int kActivationCount = 7;
+#define AFA_ACTIVATIONS(ROW)                                                                       \
+    ROW(relu)                                                                                      \
+    ROW(silu)                                                                                      \
+    ROW(gelu)                                                                                      \
+    ROW(gelu_tanh)                                                                                 \
+    ROW(leaky_relu)                                                                                \
+    ROW(tanh)                                                                                      \
+    ROW(sin)
+
+#define AFA_ENUMERATOR(name) name,
+enum class Activation : int { AFA_ACTIVATIONS(AFA_ENUMERATOR) };
+#undef AFA_ENUMERATOR
+
+// By id.
+#define AFA_NAME(name) #name,
+constexpr const char* kActivationNames[] = {AFA_ACTIVATIONS(AFA_NAME)};
+#undef AFA_NAME
+constexpr int kActivationCount = sizeof(kActivationNames) / sizeof(kActivationNames[0]);
 
 struct ValueSlope {
     float value;
@@ -65,7 +76,7 @@ AFA_HOST_DEVICE ValueSlope activate(float z) {
         const float t = Math::tanh(z);
         return {t, 1.0f - t * t};
     } else {
-        static_assert(kAct == Activation::sin);
+        static_assert(kAct == Activation::sin, "an activation has no case in activate()");
         return {Math::sin(z), Math::cos(z)};
     }
 }
