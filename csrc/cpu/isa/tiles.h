@@ -62,10 +62,10 @@ struct Tiles {
         return (round_up(rows, kTileRows) * expand_rank(rp) + rp * kBlockRows) *
                static_cast<int64_t>(sizeof(bf16));
     }
-    static Coefficients<Tiles> view_coefficients(const float* h, int64_t rows, int64_t rp,
+    static Coefficients<Tiles> view_coefficients(const float*, int64_t rows, int64_t rp,
                                                  void* memory) {
         const bf16* by_rows = static_cast<const bf16*>(memory);
-        return {h, by_rows, by_rows + round_up(rows, kTileRows) * expand_rank(rp)};
+        return {by_rows, by_rows + round_up(rows, kTileRows) * expand_rank(rp)};
     }
     static Coefficients<Tiles> pack_coefficients(const float* h, int64_t rows, int64_t rp,
                                                  void* memory) {
