@@ -86,7 +86,7 @@ afa::cpu::Matrix matrix(py::handle tensor, const char* name, int64_t rows, int64
     return found;
 }
 
-// As matrix, of a tensor whose elements lie side by side.
+// As matrix, for a tensor that must be contiguous.
 afa::cpu::Matrix dense(py::handle tensor, const char* name, int64_t rows, int64_t cols,
                        afa::cpu::Dtype dtype) {
     afa::cpu::Matrix found = matrix(tensor, name, rows, cols, dtype);
@@ -108,8 +108,7 @@ const T* scalar(py::handle tensor, const char* name, afa::Element element) {
     return static_cast<const T*>(view.data);
 }
 
-// The part of a call that forward and backward share: x, A, B, the scalars and what follows from
-// them.
+// What forward and backward have in common: x, A, B, the scalars, and the sizes that follow.
 template <class Params>
 Params common(py::handle x, py::handle a, py::handle b, py::handle alpha_t, py::handle seed,
               int activation, int dropout, float scaling, int threads) {
@@ -155,8 +154,8 @@ void cpu_forward(py::handle x, py::handle a, py::handle b, py::handle alpha_t, p
     afa::cpu::forward(p);
 }
 
-// z, dx, da and db are contiguous or None: a missing z is recomputed, missing gradients are not
-// computed.
+// z, dx, da and db are contiguous or None. Without z it is recomputed; a gradient that is None is
+// not wanted.
 void cpu_backward(py::handle x, py::handle a, py::handle b, py::handle alpha_t, py::handle seed,
                   int activation, int dropout, float scaling, int threads, py::handle dy,
                   py::handle z, py::handle dx, py::handle da, py::handle db, bool accumulate_dx) {

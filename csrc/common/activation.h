@@ -3,10 +3,12 @@
 //   phi(z) = (1 - alpha_t) * z + alpha_t * act(z)
 //   phi'(z) = (1 - alpha_t) + alpha_t * act'(z)
 //
-// To add an activation, give it a row at the end of AFA_ACTIVATIONS and a case in activate(). The
-// bindings, the CPU, CUDA and emulated kernels and their tests take it from here. Its row in
-// afa_kernels/activation.py holds the same id, which is the place in the list; a test compares
-// them. Conventions at kinks are torch's: relu'(0) = 0.
+// To add an activation, write its name at the end of AFA_ACTIVATIONS and its formula into
+// activate(). The bindings, the CPU, CUDA and emulated kernels and their drivers follow from these
+// two. Its id is its place in the list, and stands in afa_kernels/activation.py too (a test
+// compares the two).
+//
+// Conventions at kinks are torch's: relu'(0) = 0.
 #pragma once
 
 #include <cmath>
@@ -28,7 +30,7 @@ namespace afa {
 enum class Activation : int { AFA_ACTIVATIONS(AFA_ENUMERATOR) };
 #undef AFA_ENUMERATOR
 
-// By id.
+// The names of the activations by their ids.
 #define AFA_NAME(name) #name,
 constexpr const char* kActivationNames[] = {AFA_ACTIVATIONS(AFA_NAME)};
 #undef AFA_NAME
@@ -88,7 +90,8 @@ AFA_HOST_DEVICE ValueSlope anneal(float z, float alpha_t) {
     return {(1.0f - alpha_t) * z + alpha_t * act.value, (1.0f - alpha_t) + alpha_t * act.slope};
 }
 
-// The same for an id known at run time only; where the id is uniform, so is the branch.
+// The same for an id that is known at run time only. On a GPU all threads of a warp have the same
+// id, so the branch costs little.
 template <int kId = 0>
 AFA_HOST_DEVICE ValueSlope anneal_by_id(int activation, float z, float alpha_t) {
     if constexpr (kId + 1 < kActivationCount) {

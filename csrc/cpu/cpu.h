@@ -29,8 +29,7 @@ const std::vector<Isa>& available_isas();
 // The one in use: the best of them.
 Isa selected_isa();
 
-// Names of the vector features that the machine and its operating system offer ("avx2", "amx_bf16",
-// ...).
+// The vector features that the machine and its operating system offer, by name.
 std::vector<std::string> machine_features();
 
 // Run on params.threads threads at most, whose number never changes a bit of the results.

@@ -1,10 +1,13 @@
 // dX = dropout(dz A), dA = dz^T dropout(x), dB = scaling dY^T h in one pass over dY and one over x.
 //
-// Rows go in blocks of up to super_rows. For each: z and h by rows; dY by slabs of columns, where a
-// slab is read once for its part of dY B and for its columns of dB; dz by rows, as the sum over the
-// slabs in their order; x by slabs, where a slab gives its columns of dA; dX by rows. A slab of dA
-// or dB belongs to one thread and grows in the order of the rows, so nothing is summed across
-// threads.
+// Rows go through five phases together, plan.super_rows of them at a time:
+//   1. by rows: z, h and the slope
+//   2. by slabs of the columns of dY: the slab's part of dY B, and its columns of dB
+//   3. by rows: dz from the parts of dY B, added up in the order of the slabs
+//   4. by columns of x: its columns of dA
+//   5. by rows: dX
+// A column of dA or dB belongs to one thread and is summed in the order of the rows. So no result
+// depends on the number of threads, and a row of dX not on the rows around it.
 #pragma once
 
 #include "cpu/isa/phi.h"
@@ -43,8 +46,8 @@ class Backward {
                     continue;
                 by_rows(team, count, [&](int64_t i, int64_t rows) { finish_dz(i, rows); });
                 team.barrier();
-                // No barrier behind: until the next block's dz the other phases touch nothing that
-                // this one reads.
+                // No barrier follows: what the last two phases read is written in the third, and
+                // the barriers of the next round's first two come before that.
                 if (plan.need_da)
                     by_columns(team, p.k, E::kTile, count,
                                [&](const Part& part) { x_part(team, row, part); });
@@ -64,8 +67,8 @@ class Backward {
         });
     }
 
-    // Columns [col, col + cols), within one slab, of rows [i, i + rows) of a super block, and where
-    // the part begins that the same thread takes next.
+    // Columns [col, col + cols), within one slab, of rows [i, i + rows). next_col and next_i are
+    // where the part begins that the same thread takes next.
     struct Part {
         int64_t col, cols, i, rows, next_col, next_i;
     };
@@ -153,8 +156,9 @@ class Backward {
         }
     }
 
-    // The slabs are added up in their order whoever computes them. The first thread's run comes
-    // first, so it needs only one sum; each further slab keeps its own.
+    // A slab's part of dY B. The parts are added up in the order of the slabs, whoever computes
+    // them: the first thread, whose slabs come first, adds its parts to one sum as it goes; every
+    // further slab keeps its part, and finish_dz adds them.
     void add_dots(int64_t slab, int64_t i, int64_t rows, const Block<E>& dy, int64_t cols) {
         const int64_t elements = round_up(rows, E::kRowStep) * rp;
         float* sum = scratch[plan.dz_sums] + i * rp;
@@ -208,9 +212,9 @@ class Backward {
         }
     }
 
-    // Rows [row, row + count) of dX, shared out by rows, not by columns as x is: a core prefetches
-    // beyond the end of its part of a row, and would take away the lines that another one is
-    // writing. Up to 2.5 times as long was measured.
+    // Rows [row, row + count) of dX. They are shared out by rows, not by columns as those of x are:
+    // a core prefetches beyond the end of its part of a row, and would take away the lines that
+    // another one is writing (up to 2.5 times as long was measured).
     void write_dx(const Team& team, int64_t row, int64_t count) {
         const Cell cell = team.grid(ceil_div(count, E::kExpandRows), plan.k_slabs);
         const int64_t last = min_of(cell.rows.end * E::kExpandRows, count);
@@ -265,7 +269,7 @@ class Backward {
         });
     }
 
-    // Tile by tile through a transposed copy, since the sums may lie where the rows go.
+    // Transposes the sums into dB, tile by tile through a copy, since they may lie where dB goes.
     void write_db(Team& team, int64_t slab, int64_t cols, const float* sums) {
         float* rows = scratch[plan.db_tile] + team.id() * rp * E::kTile;
         with_dtype(p.db.dtype, [&](auto* type) {

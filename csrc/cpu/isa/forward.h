@@ -1,8 +1,10 @@
 // y = base + scaling * phi(dropout(x) A^T) B^T in one pass over x and one over y.
 //
-// Many rows: a task is a block of rows, from x to y, with z and h in the caches. Few rows: tasks
-// are slabs of columns, first of A (partial sums of z), then of B. Both add the partial sums of z
-// in the order of the slabs of A: same bits.
+// With many rows a task is a block of rows: it goes from x to y, with z and h in the caches. With
+// few rows there are not enough blocks for the threads, so the tasks are slabs of columns: first
+// those of A, each for its part of the sum of z, then those of B, each for its columns of y. Either
+// way a slab's part of z is summed by itself and the parts are added up in the order of the slabs,
+// so that a row has the same bits whatever rows stand around it.
 #pragma once
 
 #include "cpu/isa/phi.h"
@@ -43,8 +45,8 @@ class Forward {
         });
         team.barrier();
         float* z = rows_of(team);
-        // As many blocks for each thread, of nearly as many rows: the last one of a few would
-        // otherwise keep everyone waiting.
+        // Each thread gets the same number of blocks, and all of nearly the same size: otherwise
+        // everyone would wait for the thread that has one more.
         const int64_t units = ceil_div(p.m, E::kExpandRows);
         const int64_t blocks = min_of(round_up(ceil_div(p.m, E::kBlockRows), plan.threads), units);
         team.share(blocks, [&](int64_t block) {
@@ -99,8 +101,8 @@ class Forward {
         E::dot(x.data, x.ld, count, packed, rp, ceil_div(cols, E::kTile), z, rp);
     }
 
-    // Like dot_slab for a few rows, with A where it lies: each element of A is read only once, so
-    // that packing would cost more than it saves. False where a panel is needed.
+    // dot_slab for so few rows that each element of A is read once: packing A would cost more than
+    // it saves, so A is read where it lies. Returns false where its layout does not allow that.
     bool dot_in_place([[maybe_unused]] Team& team, [[maybe_unused]] int64_t slab,
                       [[maybe_unused]] float* z) {
         if constexpr (E::kHasDotInPlace && sizeof(T) == sizeof(Elem)) {
@@ -118,8 +120,8 @@ class Forward {
         return false;
     }
 
-    // Rounds z, stores it if wanted, and returns scaling * h; both are rows of rp with zeros beyond
-    // r.
+    // Rounds z, stores it if wanted, and returns scaling * h. Rows of both have rp elements, zeros
+    // beyond r.
     Coefficients<E> activate(Team& team, int64_t row, int64_t count, float* z, bool store_z) {
         for (int64_t i = 0; i < count * rp; ++i)
             z[i] = round_to<T>(dropout.threshold > 0 ? inverse_keep * z[i] : z[i]);

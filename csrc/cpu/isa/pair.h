@@ -25,7 +25,7 @@ struct Pair : RowGroups<Pair> {
     }
     static Vec multiply_add(Operand a, Operand b, Vec sum) { return multiply_add_pairs(a, b, sum); }
 
-    // One slab of P, tile by tile. dot: [row of P][kTile]; expand: [pair of rows of P][kTile][2].
+    // One slab of P into the panels of row_groups.h, 16 x 32 elements at a time.
     template <class Src>
     static void pack(const Src* p, int64_t stride_j, int64_t stride_l, int64_t r, int64_t rp,
                      int64_t cols, Elem* dot, Elem* expand) {
@@ -74,8 +74,7 @@ struct Pair : RowGroups<Pair> {
         return view_coefficients(h, rows, ld, memory);
     }
 
-    // Rows m and m + 1 of one tile of columns as pairs, packed; an odd last row is paired with
-    // zeros.
+    // Rows m and m + 1 of one tile of columns as pairs; an odd last row is paired with zeros.
     static inline __attribute__((always_inline)) void
     pack_outer(const Elem* x, int64_t ldx, int64_t rows, int64_t m, Elem* packed) {
 #pragma GCC unroll 2
@@ -90,7 +89,8 @@ struct Pair : RowGroups<Pair> {
         }
     }
 
-    // pack_outer interleaved two rows by unpacking, which works within each quarter of a vector.
+    // pack_outer interleaves two rows by unpacking, which puts every other four columns into one
+    // vector.
     static void finish_sums(const Sums& sums, int64_t rp, int64_t cols) {
         for_each_row<Pair>(sums, rp, cols, sort_columns);
     }

@@ -116,7 +116,8 @@ static inline float round_to(float value) {
     return to_float(narrow);
 }
 
-// Rounded once where the vectors of this instruction set are, so that both give the same bits.
+// a * b + c, rounded as the vectors of this instruction set round it: once if they have a fused
+// multiply-add, else twice. So the scalar end of a loop has the bits of its vectors.
 static inline float fma(float a, float b, float c) {
 #if AFA_ISA_LEVEL >= 1
     return __builtin_fmaf(a, b, c);
@@ -299,9 +300,9 @@ static inline void store_first(T* p, Vec v, int count) {
 
 #endif
 
-// store2 past the cache, for results too large to stay in it: it saves reading each line before it
-// is written. `p` is aligned to the bytes written; stream_fence() orders such stores before
-// anything that follows.
+// store2 past the cache, for results too large to stay in it: no line is read from memory before it
+// is written. `p` is aligned to the bytes written. After such stores stream_fence() is due, before
+// another thread reads the result.
 static inline void stream2(float* p, Vec low, Vec high) {
 #if AFA_ISA_LEVEL >= 2
     _mm512_stream_ps(p, low);

@@ -1,11 +1,13 @@
 // Random problems for the CPU kernels; built with sanitizers by -DAFA_SANITIZE=ON.
 //
-//   driver [problems] [first seed]      the instruction set is that of AFA_CPU_ISA
+//   driver [instruction set] [problems] [first seed]
 //
-// Exit status: 0 all right, 1 a failure, 77 the machine or the build lacks the instruction set.
+// Without an instruction set the best one. Exit status: 0 all right, 1 a failure, 77 the machine or
+// the build lacks the instruction set, or AFA_CPU_ISA names a lesser one.
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <string>
 
 #include "cpu/cpu.h"
 #include "cpu/tests/checks.h"
@@ -13,6 +15,22 @@
 namespace {
 
 constexpr int kFailed = 1, kSkipped = 77;
+
+afa::cpu::Isa isa_of(const std::string& name) {
+    using afa::cpu::Isa;
+    for (const Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx})
+        if (name == afa::cpu::isa_name(isa))
+            return isa;
+    throw std::invalid_argument("no instruction set is called '" + name + "'");
+}
+
+// Makes `name` the instruction set in use, which is read once and later than this.
+void choose(const std::string& name) {
+    const char* cap = std::getenv("AFA_CPU_ISA");
+    if (cap != nullptr && *cap != '\0' && isa_of(cap) < isa_of(name))
+        throw afa::cpu::MissingIsa("AFA_CPU_ISA=" + std::string(cap) + " excludes " + name);
+    setenv("AFA_CPU_ISA", isa_name(isa_of(name)), 1);
+}
 
 int run(uint64_t problems, uint64_t first) {
     const char* isa = afa::cpu::isa_name(afa::cpu::selected_isa());
@@ -30,10 +48,11 @@ int run(uint64_t problems, uint64_t first) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    const uint64_t problems = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 200;
-    const uint64_t first = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
     try {
-        return run(problems, first);
+        if (argc > 1)
+            choose(argv[1]);
+        return run(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 200,
+                   argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 1);
     } catch (const afa::cpu::MissingIsa& missing) {
         std::fprintf(stderr, "skipped: %s\n", missing.what());
         return kSkipped;
