@@ -265,14 +265,6 @@ const RankKernels& rank_kernels(DType dtype, int rank) {
     }
 }
 
-std::string launch_error(const LaunchConfig& config, const char* what) {
-    const KernelPlan& plan = config.plan;
-    return std::string(plan.kernel) + " kernel failed: " + what + " (" + describe(config.shape) +
-           ", grid " + std::to_string(plan.grid_x) + " x " + std::to_string(plan.grid_y) + ", " +
-           std::to_string(plan.threads) + " threads, " + std::to_string(plan.shared_bytes) +
-           " bytes of shared memory)";
-}
-
 int64_t forward_workspace(const Shape& shape) {
     Workspace count(nullptr);
     ForwardScratch scratch(shape, plan_forward(shape, kAnyDevice), count);
