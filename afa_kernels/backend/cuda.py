@@ -40,6 +40,14 @@ def _readable(t: Tensor) -> Tensor:
     return t if _reads_in_place(t) else t.clone(memory_format=torch.contiguous_format)
 
 
+def _readable_z(z: Tensor) -> Tensor:
+    """Return ``z (M, r)`` as the kernels read it: packed, in pairs of elements where r is even. One row of a wider
+    matrix is packed wherever it starts."""
+    in_pairs = z.shape[1] % 2 == 0
+    fits = z.is_contiguous() and not (in_pairs and z.data_ptr() % (2 * z.element_size()))
+    return z if fits else z.clone(memory_format=torch.contiguous_format)
+
+
 def _matrix(t: Tensor | None) -> tuple[int, int]:
     return (0, 0) if t is None else (t.data_ptr(), t.stride(0))
 
@@ -115,8 +123,7 @@ class _Kernels:
     def backward(self, dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
         x, dy, wide_a, wide_b = _readable(x), _readable(dy), self._weight(a, x), self._weight(b, x)
         sizes = (x.shape[0], x.shape[1], b.shape[0], a.shape[0])
-        if z is not None and not z.is_contiguous():
-            z = z.contiguous()
+        z = None if z is None else _readable_z(z)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
         da = _gradient(a, x) if need_da else None
         db = _gradient(b, x) if need_db else None
