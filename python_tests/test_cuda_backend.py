@@ -140,6 +140,18 @@ def test_a_driver_that_the_runtime_refuses_all_the_same_is_a_reason(machine):
     assert reason.startswith("cuda: the driver (CUDA 13.0) is older than the CUDA 13 runtime")
 
 
+def test_the_real_runtime_tells_its_error_and_raises_nothing():
+    """Without a driver the runtime of this wheel says what it says of an old one."""
+    module, reason = cuda._device_module()
+    if module is None:
+        pytest.skip(reason)
+    error, text = module.kernel_image_failure(0)
+    if not torch.cuda.is_available():
+        assert error in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice") and text
+    driver, runtime = module.versions()
+    assert driver >= 0 and runtime >= 11000
+
+
 @pytest.mark.parametrize("error", ["cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction"])
 def test_a_gpu_without_an_image_is_a_reason(machine, error):
     machine((error, "no kernel image is available"))
