@@ -22,7 +22,7 @@ from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
 
 from afa_kernels.backend.triton import autotune, configs, launch  # noqa: E402
 from afa_kernels.backend.triton.configs import Device, Tile  # noqa: E402
-from bench.triton_aot import Problem  # noqa: E402
+from tools.triton_aot import Problem  # noqa: E402
 
 CALL = Call("cpu", torch.bfloat16, 64, 128, 128, 16, "silu")
 
