@@ -18,7 +18,10 @@ from afa_kernels.backend import cpu, linear, native, registry, torch_ops
 from afa_kernels.backend.registry import Call, Spec
 from afa_kernels.dropout import keep_mask
 
-pytestmark = pytest.mark.skipif(not cpu.BACKEND.status(), reason=cpu.BACKEND.status().reason)
+pytestmark = [
+    pytest.mark.fast,
+    pytest.mark.skipif(not cpu.BACKEND.status(), reason=cpu.BACKEND.status().reason),
+]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = native._C.cpu_isas() if native._C is not None else []
 NAN = float("nan")
@@ -107,6 +110,7 @@ def test_accuracy():
     accuracy_of_every_shape()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     script = (
@@ -120,6 +124,7 @@ def test_every_instruction_set(isa):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_impossible_instruction_set_is_an_error():
     script = (
         "from afa_kernels.backend import cpu\nstatus = cpu.BACKEND.status()\n"
@@ -352,6 +357,7 @@ def test_what_torch_does_faster_is_left_to_it(monkeypatch, isa, features, dtype,
         registry.forget_choices()
 
 
+@pytest.mark.long
 def test_one_openmp_runtime():
     """In a process of its own: other packages bring runtimes too."""
     script = (
