@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afa_kernels.backend import torch_ops
-from afa_kernels.backend.linear import linear_backward, linear_forward
-from afa_kernels.backend.registry import Spec
+from afa_kernels import _ops
+from afa_kernels.options import Options, Spec
 from bench.model.traffic import H100, Cost, Gpu, cost
 from tools.triton_aot import Problem
 
@@ -84,14 +83,11 @@ def _eager_overhead(problem: Problem, weight_dtype: torch.dtype, name: str) -> O
 def _torch_backend_overhead(problem: Problem) -> Overhead:
     m, k, n, r = problem.m, problem.k, problem.n, problem.r
     x, weight, a, b, dy = _meta(m, k), _meta(n, k), _meta(r, k), _meta(n, r), _meta(m, n)
-    alpha_t, spec = _meta(dtype=torch.float32), Spec("silu", 2.0, 0)
+    alpha_t, options = _meta(dtype=torch.float32), Options(Spec("silu", 2.0, 0), True, "torch")
     with _OpCosts(weight) as forward:
-        _, z = linear_forward(torch_ops.BACKEND, x, weight, None, a, b, alpha_t, None, spec, save_z=True)
+        _, z = _ops.linear_forward(True, weight, None, x, a, b, alpha_t, None, options)
     with _OpCosts(weight) as backward:
-        linear_backward(
-            torch_ops.BACKEND, dy, x, weight, a, b, z, alpha_t, None, spec, need_da=True,
-            need_db=True
-        )  # fmt: skip
+        _ops.linear_backward(True, weight, dy, x, a, b, z, alpha_t, None, options, True, True)
     return Overhead("afa_kernels, torch backend", forward.costs, backward.costs)
 
 
