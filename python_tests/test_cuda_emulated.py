@@ -14,7 +14,7 @@ from torch import nn
 
 import afa_kernels as afa
 from afa_kernels.backend import cuda, registry
-from afa_kernels.backend.registry import Spec
+from afa_kernels.options import Spec
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 RANKS = (5, 16, 32, 64, 128)
