@@ -102,7 +102,7 @@ def test_flags_that_are_named_exist():
         (text, folder, flag)
         for text, content in pages
         for folder, arguments in FLAGS.findall(content)
-        for flag in re.findall(r"(?<![\w-])--([a-z][a-z-]*)", arguments)
+        for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", arguments)
     }
 
     def exists(folder: str, flag: str) -> bool:
