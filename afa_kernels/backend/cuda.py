@@ -17,7 +17,8 @@ from torch import Tensor
 
 from afa_kernels.activation import ACTIVATIONS
 from afa_kernels.backend import native
-from afa_kernels.backend.registry import IDENTITY, Backend, BackendStatus, Call, Spec
+from afa_kernels.backend.registry import Backend, BackendStatus, Call
+from afa_kernels.options import Spec
 
 _MAX_RANK = 128
 _MIN_CAPABILITY = (8, 0)
@@ -86,13 +87,11 @@ class _Kernels:
 
     @staticmethod
     def _scalars(x: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec, workspace: Tensor) -> tuple[Any, ...]:
-        # alpha_t is 0 at identity, where (1 - alpha_t) * z + alpha_t * relu(z) is z.
-        activation = ACTIVATIONS["relu" if spec.activation == IDENTITY else spec.activation]
         on_gpu = x.is_cuda
         return (
             alpha_t.data_ptr(),
             _pointer(seed),
-            activation.id,
+            ACTIVATIONS[spec.activation].id,
             spec.dropout,
             spec.scaling,
             workspace.data_ptr(),

@@ -20,9 +20,9 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from afa_kernels.backend.registry import Spec
 from afa_kernels.backend.triton import configs, launch, passes
 from afa_kernels.backend.triton.configs import Device, Tile, Tiles
+from afa_kernels.options import Spec
 
 ENABLE_VARIABLE = "AFA_KERNELS_AUTOTUNE"
 CACHE_VARIABLE = "AFA_KERNELS_CACHE_DIR"

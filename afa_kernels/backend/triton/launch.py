@@ -13,10 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
-from afa_kernels.backend.registry import IDENTITY, Spec
 from afa_kernels.backend.triton import configs, forward_kernels
 from afa_kernels.backend.triton.configs import Device, Tile, Tiles, padded_rank
 from afa_kernels.dropout import COLUMNS_PER_CALL
+from afa_kernels.options import Spec
 
 INTERPRETED = not isinstance(forward_kernels.pack_kernel, triton.runtime.JITFunction)
 _PACK_BLOCK = 1024
@@ -103,8 +103,7 @@ class Context:
         self.tiles = tiles or configs.table_tiles(self.device.arch, x.element_size(), self.r)
         self.precision = "tf32" if x.dtype == torch.float32 and self.device.has_tf32 and _allow_tf32() else "ieee"
         self.emulate = INTERPRETED and x.dtype == torch.bfloat16
-        # At identity alpha_t is 0, and phi(z) = (1 - 0) * z + 0 * act(z) for any act.
-        self.act = "relu" if spec.activation == IDENTITY else spec.activation
+        self.act = spec.activation
         self.spec, self.alpha_t, self.seed = spec, alpha_t, seed if spec.dropout else None
         self.x = addressable(x)
         self.a, self.b = self._pack(a, b)
