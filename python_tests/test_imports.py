@@ -63,7 +63,7 @@ def cycle_through(start: str, edges: dict[str, set[str]]) -> list[str] | None:
 
 def test_no_module_imports_itself_by_a_detour():
     edges = graph(PACKAGE)
-    assert "afa_kernels.backend.triton.launch" in edges["afa_kernels.backend.triton.passes"], "imports are seen"
+    assert edges["afa_kernels.backend.triton.passes"], "its imports are seen"
     cycles = {tuple(way) for name in edges if (way := cycle_through(name, edges))}
     assert not cycles, "\n".join(" -> ".join(way) for way in sorted(cycles))
 

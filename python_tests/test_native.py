@@ -19,7 +19,10 @@ from afa_kernels.backend.registry import Call
 from afa_kernels.dropout import keep_mask
 from afa_kernels.options import Options, Spec
 
-pytestmark = pytest.mark.skipif(not cpu.BACKEND.status(), reason=cpu.BACKEND.status().reason)
+pytestmark = [
+    pytest.mark.fast,
+    pytest.mark.skipif(not cpu.BACKEND.status(), reason=cpu.BACKEND.status().reason),
+]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = native._C.cpu_isas() if cpu.BACKEND.status() else []
 NAN = float("nan")
@@ -108,6 +111,7 @@ def test_accuracy():
     accuracy_of_every_shape()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     run_on_isa(isa, "import test_native\ntest_native.accuracy_of_every_shape()")
@@ -118,6 +122,7 @@ FEATURES["avx512bf16"] = FEATURES["avx512"] | {"avx512_bf16"}
 FEATURES["amx"] = FEATURES["avx512bf16"] | {"amx_tile", "amx_bf16"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_cap_makes_a_machine_of_that_kind(isa):
     best = ISAS.index(isa) + 1
@@ -132,6 +137,7 @@ def test_the_cap_makes_a_machine_of_that_kind(isa):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["mmx", "amx"])
 def test_impossible_instruction_set_is_an_error(name):
     if name == "amx" and (name in ISAS or os.environ.get("AFA_CPU_ISA")):
@@ -369,6 +375,7 @@ def test_what_torch_does_faster_is_left_to_it(monkeypatch, isa, features, dtype,
         registry.forget_choices()
 
 
+@pytest.mark.long
 def test_one_openmp_runtime():
     """In a process of its own: other packages bring runtimes too."""
     script = (

@@ -8,6 +8,8 @@ from helpers import Problem, eager, relative_error
 
 import afa_kernels as afa
 
+pytestmark = pytest.mark.fast
+
 INPUTS = ("x", "lora_a", "lora_b")
 
 
@@ -213,6 +215,7 @@ def test_identity_runs_plain_gemms_and_saves_no_z():
         assert_close(leaves[name].grad, plain[name].grad, name)
 
 
+@pytest.mark.long
 def test_gradcheck_and_gradgradcheck():
     problem = Problem.random(5, 7, 6, 3, torch.float64)
     leaves = problem.leaves()

@@ -23,6 +23,8 @@ from helpers import DTYPES, run_on_isa
 from afa_kernels.backend import cpu, native, registry
 from afa_kernels.options import Spec
 
+pytestmark = pytest.mark.fast
+
 FUSED = [name for name in registry.names() if name not in ("torch", "reference")]
 ISAS = native._C.cpu_isas() if cpu.BACKEND.status() else []
 # Around the rows that the kernels take at once (3 or 6), a block of them (48, 64), and the blocks of the backward.
@@ -82,6 +84,7 @@ def check_cpu():
         Branch("cpu", dtype, 2000, 3168, 3168, 4).check([c for c in (1, 50, 100) if c > apart])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isa", ISAS)
 def test_cpu_rows_have_the_same_bits_in_any_call(isa):
     run_on_isa(isa, "import test_row_invariance\ntest_row_invariance.check_cpu()")

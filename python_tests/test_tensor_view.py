@@ -10,6 +10,8 @@ import afa_kernels as afa
 from afa_kernels import checks
 from afa_kernels.backend import native
 
+pytestmark = pytest.mark.fast
+
 if native._C is None:
     pytest.skip(native.load_error, allow_module_level=True)
 

@@ -18,10 +18,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from afa_kernels.backend.registry import Spec
 from afa_kernels.backend.triton import launch, passes
 from afa_kernels.backend.triton.configs import Device, Tiles
 from afa_kernels.backend.triton.launch import Launch
+from afa_kernels.options import Spec
 
 # Shared memory that one block may take, in bytes; registers and resident threads per multiprocessor
 # are 65536 and 2048 on these, from the compute-capability table of NVIDIA's CUDA C++ programming
