@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from helpers import run_on_isa
 
-from afa_kernels import afa_lora, reference
+from afa_kernels import _ops, afa_lora, reference
 from afa_kernels.activation import ACTIVATIONS, phi
-from afa_kernels.backend import cpu, linear, native, registry, torch_ops
-from afa_kernels.backend.registry import Call, Spec
+from afa_kernels.backend import cpu, native, registry, torch_ops
+from afa_kernels.backend.registry import Call
 from afa_kernels.dropout import keep_mask
+from afa_kernels.options import Options, Spec
 
 pytestmark = pytest.mark.skipif(not cpu.BACKEND.status(), reason=cpu.BACKEND.status().reason)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -217,11 +218,10 @@ def test_linear_is_the_frozen_gemm_plus_the_branch(dtype, dropout):
     truth = truth_of(x, a, b, dy, frozen, spec, alpha_t=0.4, seed=seed)
     truth = (truth[0], truth[1], truth[2] + dy.double() @ weight.double(), *truth[3:])
     results = []
-    for implementation in (cpu.BACKEND, torch_ops.BACKEND):
-        y, z = linear.linear_forward(implementation, x, weight, bias, a, b, alpha_t, seed, spec, save_z=True)
-        gradients = linear.linear_backward(
-            implementation, dy, x, weight, a, b, z, alpha_t, seed, spec, need_da=True, need_db=True
-        )
+    for backend in ("cpu", "torch"):
+        options = Options(spec, True, backend)
+        y, z = _ops.linear_forward(True, weight, bias, x, a, b, alpha_t, seed, options)
+        gradients = _ops.linear_backward(True, weight, dy, x, a, b, z, alpha_t, seed, options, True, True)
         results.append((y, z, *gradients))
     assert_accurate(*results, truth, dtype)
 
