@@ -71,6 +71,7 @@ $(VENV)/.demo: $(VENV)/.torch setup.py
 $(VENV)/.tests: $(VENV)/.demo
 	$(SAY) 'Installing what the tests need: TRL, Lightning, torchtune, Triton, linters'
 	$(INSTALL) ".[dev]"
+	$(PIP) install --no-deps "torchtune>=0.6.1,<0.7"
 	touch $@
 
 # ninja compiles what has changed. An environment variable named as an option of $(1) wins over it.

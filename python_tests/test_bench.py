@@ -3,6 +3,7 @@ does."""
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -232,6 +233,8 @@ def test_every_provider_runs_or_says_why_not():
         reason = provider.absent(TINY)
         assert reason is None or (isinstance(reason, str) and len(reason) > 5), name
     assert "GPU" in providers()["unsloth"].absent(TINY)
+    if importlib.util.find_spec("torchtune"):  # pyproject.toml lists what it imports: nothing may be missing
+        assert providers()["torchtune"].absent(TINY) is None
     assert "branch" in providers()["peft"].absent(TINY._replace(scope="branch"))
 
 
