@@ -10,10 +10,11 @@ import pytest
 import torch
 from conftest import skip_unless_available
 from helpers import Problem, eager, relative_error
+from torch import nn
 
 import afa_kernels as afa
 from afa_kernels.backend import cuda, registry
-from afa_kernels.backend.registry import Spec
+from afa_kernels.options import Spec
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 RANKS = (5, 16, 32, 64, 128)
@@ -220,6 +221,30 @@ def test_layouts_give_the_bits_of_contiguous_operands(r):
             assert torch.equal(value, before[key]), f"{name}: {key} was written"
 
 
+@pytest.mark.parametrize("r, rows", [(8, 1), (3, 1), (8, 5)])
+def test_z_may_be_columns_of_a_wider_matrix(r, rows):
+    """One row of such columns counts as contiguous, wherever it starts."""
+    problem = Problem.random(rows, 64, 72, r, torch.bfloat16)
+    z = torch.randn(rows, 3 + r).bfloat16()[:, 3:]
+    assert z.data_ptr() % 4 == 2
+    operands = (problem.dy, problem.x, problem.lora_a, problem.lora_b)
+    rest = (torch.tensor(0.3), None, Spec("silu", 1.5))
+    needs = {"need_dx": True, "need_da": True, "need_db": True}
+    backend = registry.get("cuda_emulated")
+    expected = backend.backward(*operands, z.clone(memory_format=torch.contiguous_format), *rest, **needs)
+    assert same(backend.backward(*operands, z, *rest, **needs), expected)
+
+
+def test_a_group_of_odd_and_even_ranks_trains_on_one_token():
+    layers = [afa.AFALinear(nn.Linear(64, 32, dtype=torch.bfloat16), r) for r in (3, 8)]
+    group = afa.AFALinearGroup(layers)
+    x = torch.randn(1, 64).bfloat16()
+    with afa.use_backend("cuda_emulated"):
+        sum(y.float().sum() for y in group(x)).backward()
+    for member in layers:
+        assert member.lora_b.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("columns", [slice(None), slice(8, 88), slice(0, 160, 2)], ids=["dense", "slice", "strided"])
 def test_out_may_be_any_view(columns):
     problem = Problem.random(37, 72, 80, 16, torch.bfloat16)
@@ -376,17 +401,18 @@ def test_it_is_never_chosen_by_itself():
     assert afa.plan(problem.x, problem.lora_a, problem.lora_b, 0.5).backend != "cuda_emulated"
 
 
-def test_misaligned_memory_is_an_error_and_no_crash(emulator):
-    x = torch.randn(9 * 64 + 1).bfloat16()[1:].view(9, 64)
-    a, b, y = (
-        torch.randn(16, 64).bfloat16(),
-        torch.randn(64, 16).bfloat16(),
-        torch.empty(9, 64).bfloat16(),
-    )
+@pytest.mark.parametrize("misaligned, message", [("x", "x: expected 16-byte aligned rows"), ("z", "z: expected")])
+def test_misaligned_memory_is_an_error_and_no_crash(emulator, misaligned, message):
+    def empty(rows, cols, name):
+        start = int(name == misaligned)
+        return torch.zeros(rows * cols + start).bfloat16()[start:].view(rows, cols)
+
+    x, z, y = empty(9, 64, "x"), empty(9, 16, "z"), empty(9, 64, "y")
+    a, b = torch.randn(16, 64).bfloat16(), torch.randn(64, 16).bfloat16()
     workspace = torch.empty(emulator.forward_workspace((9, 64, 64, 16)), dtype=torch.uint8)
     alpha_t = torch.tensor(0.5)
     operands = ((a.data_ptr(), 64, 1, False), (b.data_ptr(), 16, 1, False))
-    out = ((0, 0), (y.data_ptr(), 64), 0)
+    out = ((0, 0), (y.data_ptr(), 64), z.data_ptr())
     scalars = (alpha_t.data_ptr(), 0, 1, 0, 1.0, workspace.data_ptr(), 0, 0)
-    with pytest.raises(ValueError, match="x: expected 16-byte aligned rows"):
+    with pytest.raises(ValueError, match=message):
         emulator.forward(0, (9, 64, 64, 16), (x.data_ptr(), 64), *operands, *out, *scalars)

@@ -210,7 +210,7 @@ def test_the_published_settings_are_valid_and_every_method_is_tuned_alike():
 
 
 def test_a_draft_with_another_vocabulary_is_refused(settings, tmp_path):
-    config = bytelm.config(16, 1)
+    config = bytelm.config(32, 1)
     config.vocab_size = 32
     LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
     bytelm.tokenizer().save_pretrained(tmp_path / "other")
