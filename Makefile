@@ -16,7 +16,7 @@ SAY := @printf '\n== %s\n'
 
 .PHONY: help
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '  %s\n' '' \
 		'ARGS="..."    passed on to what a target runs: make test ARGS="-k dropout"' \
 		'ISA=avx2      as on a processor with no more than that: $(ISAS)' \
@@ -71,6 +71,7 @@ $(VENV)/.demo: $(VENV)/.torch setup.py
 $(VENV)/.tests: $(VENV)/.demo
 	$(SAY) 'Installing what the tests need: TRL, Lightning, torchtune, Triton, linters'
 	$(INSTALL) ".[dev]"
+	$(PIP) install --no-deps "torchtune>=0.6.1,<0.7"
 	touch $@
 
 # ninja compiles what has changed. An environment variable named as an option of $(1) wins over it.
@@ -91,14 +92,18 @@ build-tests: $(VENV)/.tests
 	$(call BUILD,-DAFA_BUILD_EMULATOR=ON -DAFA_BUILD_CUDA=auto -DAFA_CUDA_ARCHITECTURES=90-real)
 
 # --- Targets --------------------------------------------------------------------------------------------------------
-.PHONY: demo test test-fast lint format bench
+.PHONY: demo test test-experiments test-fast lint format bench
 demo: build-$(LEVEL)  ## fine-tune a real model, anneal, merge, load in stock PEFT (ARGS=--quick: shorter)
 	$(SAY) 'Fine-tuning a pretrained transformer'
 	$(RUN) -m examples.demo $(ARGS)
 
-test: lint sanitize-quick reports-quick  ## lint, the tests, sanitizers and machine-code reports: all that needs no GPU
-	$(SAY) 'Tests'
-	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-cpu,cuda_emulated} $(RUN) -m pytest -m "not slow" $(ARGS)
+test: lint reports-quick  ## lint, the tests of the package, machine code: ten minutes; .ci/run has what takes longer
+	$(SAY) 'Tests of the package'
+	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-cpu,cuda_emulated} $(RUN) -m pytest -m "not slow" python_tests $(ARGS)
+
+test-experiments: build-tests  ## the tests of experiments/, which train small models
+	$(SAY) 'Tests of the experiments'
+	$(RUN) -m pytest -m "not slow" experiments/tests $(ARGS)
 
 # Named, because looking for marked tests in every file would import TRL, Lightning and others.
 FAST_FILES = $(shell grep -l pytest.mark.fast python_tests/test_*.py)
@@ -127,7 +132,7 @@ sanitize-cpu: $(VENV)/.tests
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
-sanitize-quick: sanitize-cpu
+sanitize-quick: sanitize-cpu  ## sanitize with few random shapes
 	$(SAY) 'CUDA kernels on the emulator, under ASan, UBSan and ThreadSanitizer'
 	$(RUN) csrc/emulator/tests/sanitize.py --quick
 
@@ -151,7 +156,8 @@ triton-report: build-tests  ## the same for every row of the Triton tile table
 gpu-check: build-tests  ## on a machine with a GPU: everything that the tests cannot run without one
 	$(RUN) -m tools.gpu_check $(ARGS)
 
-wheel-check: $(VENV)/.tests  ## builds the wheel and trains with it in a fresh environment that has another torch
+wheel-check: build-tests  ## builds the wheel and trains with it in a fresh environment that has another torch
+	$(SAY) 'Building the wheel, which takes minutes'
 	$(RUN) -m pytest -m slow python_tests/test_wheel.py $(ARGS)
 
 clean:  ## remove what the targets made

@@ -28,10 +28,21 @@ _REPEATS = 2
 _PR_SET_THP_DISABLE = 41  # of prctl(2)
 
 
+# Of each thread, at ranks up to 64: 51 KiB of staged rows, 24 of packed tiles, 16 for a tile of dB, and its share of
+# the rows of h, act' and dz (72) and of the partial sums of dz, super_rows * r floats (24 KiB) for the first thread's
+# columns of N and each slab of 256 behind them: 9 of them with two threads at N = 4096 (csrc/cpu/isa/plan.h).
+_THREAD_BYTES = 256 << 10
+
+
 def bound(case: Case, threads: int) -> int:
-    """Return the most bytes that the CPU kernels may take: z and a quarter of it, and each thread's partial sums of dA
-    and dB, all in float32."""
-    return 4 * (case.m * case.r * 5 // 4 + threads * case.r * (case.k + case.n))
+    """Return the most bytes that the CPU kernels may take for a forward and backward at ranks up to 64.
+
+    z; the packed factors, r (K + N) floats, or half of that where the CPU multiplies bfloat16; the sums of dA and dB,
+    as many floats, unless the gradients are float32 and hold them; and what each thread works on.
+    """
+    factors = 4 * case.r * (case.k + case.n)
+    sums = 0 if case.dtype == "f32" else factors
+    return DTYPES[case.dtype].itemsize * case.m * case.r + factors + sums + threads * _THREAD_BYTES
 
 
 def resolution(cpus: int) -> int:

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 import afa_kernels
 from afa_kernels.backend import registry
+from bench.environment import available_bytes
 
 REQUIRED = {name for name in os.environ.get("AFA_KERNELS_REQUIRE", "").split(",") if name}
 # Executed one element or one instruction at a time: right, but thousands of times slower than a
@@ -31,6 +32,12 @@ def skip_unless_available(name: str) -> None:
     if name in REQUIRED:
         pytest.fail(f"AFA_KERNELS_REQUIRE names a backend that cannot run: {reason}")
     pytest.skip(reason)
+
+
+def skip_without_memory(gib: int) -> None:
+    free = available_bytes("cpu")
+    if free < gib << 30:
+        pytest.skip(f"needs {gib} GiB of free memory, has {free / 2**30:.1f}")
 
 
 def device_of(name: str) -> torch.device:

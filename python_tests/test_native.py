@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import skip_without_memory
 from helpers import run_on_isa
 
 from afa_kernels import _ops, afa_lora, reference
@@ -404,9 +405,7 @@ def test_random_problems():
 @pytest.mark.slow
 def test_more_than_2_31_elements():
     rows, cols, r = 70_000, 32_768, 2  # x has 2.3e9 elements, 4.6 GB
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if free < 16 << 30:
-        pytest.skip(f"needs 16 GB of free memory, has {free >> 30}")
+    skip_without_memory(16)
     x = torch.empty(rows, cols, dtype=torch.bfloat16)
     pattern = torch.randn(64, cols).bfloat16()
     for start in range(0, rows, 64):

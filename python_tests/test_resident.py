@@ -30,25 +30,25 @@ def measured(shape: str, dtype: str, threads: int, providers: str) -> tuple[int,
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_a_branch_takes_little_more_than_z(dtype):
-    # One thread: the kernels may take more with more of them.
+    # One thread: each further one takes 256 KiB more.
     bound, resolution, extra = measured("32768,256,256,64", dtype, 1, "eager,afa.cpu")
-    z = 4 * 32768 * 64
-    assert bound == z * 5 // 4 + 4 * 64 * 512
+    z = 32768 * 64 * (4 if dtype == "f32" else 2)
+    assert bound <= 1.07 * z + (1 << 18)
     ours, eager = extra["afa.cpu"], extra["eager"]
     assert ours <= bound + resolution
-    assert z * (1 if dtype == "f32" else 0.5) - resolution <= ours  # z is in there: the measurement sees it
+    assert z - resolution <= ours  # z is in there: the measurement sees it
     assert eager > 1.5 * ours
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_few_rows_of_a_high_rank_stay_in_the_bound_too(dtype):
-    """Here the packed factors and the sums of their gradients are more than z is."""
-    bound, resolution, extra = measured("512,16384,16384,64", dtype, 2, "afa.cpu")
-    assert bound == 4 * (512 * 64 * 5 // 4 + 2 * 64 * 32768)
-    assert extra["afa.cpu"] <= bound + resolution
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+def test_few_rows_of_a_high_rank_stay_in_the_bound_too(dtype, threads):
+    """Here the packed factors and the sums of their gradients are more than z is.
 
-
-def test_sums_of_float32_gradients_lie_where_the_gradients_go():
-    """One thread stands at its bound with them there, and 4 MiB above it with those of dA elsewhere."""
-    bound, resolution, extra = measured("512,16384,16384,64", "f32", 1, "afa.cpu")
+    They are 5 MiB each. A second copy of the panels of A is 2 MiB at the least, sums of dA beside a dA of float32 are
+    4 MiB: more than the count may be off and what the kernels leave of the bound together.
+    """
+    bound, resolution, extra = measured("512,16384,4096,64", dtype, threads, "afa.cpu")
+    z = 512 * 64 * (4 if dtype == "f32" else 2)
+    assert bound == z + (5 << 20) * (1 if dtype == "f32" else 2) + threads * (1 << 18)
     assert extra["afa.cpu"] <= bound + resolution

@@ -60,7 +60,8 @@ void check_matrix(const char* name, const void* data, int64_t stride, const Shap
 // z [M, r] is read and written two elements at a time where r is even.
 void check_z(const void* z, const Shape& shape) {
     if (shape.r % 2 == 0 && reinterpret_cast<uintptr_t>(z) % 4)
-        throw std::invalid_argument("z: expected an address that is a multiple of 4 (" + describe(shape) + ")");
+        throw std::invalid_argument("z: expected an address that is a multiple of 4 (" +
+                                    describe(shape) + ")");
 }
 
 void check_call(const BranchCall& call) {
