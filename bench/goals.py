@@ -226,15 +226,16 @@ def _markdown(head: list[str], lines: list[list[str]]) -> list[str]:
 
 
 def _summary(rows: list[dict]) -> str:
-    """Return the outcome in two sentences, which the README begins with; none without rows."""
+    """Return the outcome in a few sentences, which the README begins with; none without rows."""
     layers = [problem for _, problem in measured(rows, LAYER) if problem.keys() >= {"peft", "eager"}]
     branches = [problem for _, problem in measured(rows, BRANCH) if "eager" in problem]
     if not layers or not branches:
         return ""
     peft, eager, ours = (_range([100 * p[name]["tax"] for p in layers], "%") for name in ("peft", "eager", OURS))
+    device = "CPU" if layers[0][OURS]["device"] == "cpu" else "GPU"
     faster = _range([p["eager"]["ratio"][OURS] for p in branches], "")
     return textwrap.fill(
-        f"On a CPU an AFA-LoRA adapter adds {ours} to the time that its frozen linear layer takes for forward and "
+        f"On a {device} an AFA-LoRA adapter adds {ours} to the time that its frozen linear layer takes for forward and "
         f"backward. The same adapter in ordinary PyTorch code adds {eager}, and PEFT's plain LoRA adds {peft}. The "
         f"branch alone, without the frozen layer, runs {faster} times as fast as ordinary PyTorch code.",
         120, break_on_hyphens=False,
@@ -251,10 +252,12 @@ def _short_layer_table(rows: list[dict]) -> list[str]:
     lines = []
     for title, problem in measured(rows, LAYER):
         if "tax" in problem[OURS]:
-            taxes = [f"{100 * problem[name]['tax']:.1f}%" if name in problem else "-" for name in names]
-            taxes[-1] = f"**{taxes[-1]}**"
+            taxes = {name: problem[name]["tax"] for name in names if name in problem}
+            least = min(taxes, key=taxes.get)
+            cells = [f"{100 * taxes[name]:.1f}%" if name in taxes else "-" for name in names]
+            cells[names.index(least)] = f"**{cells[names.index(least)]}**"
             floor = f"{100 * problem[OURS]['floor_tax']:.1f}%"
-            lines.append([*title.split(), f"{problem['frozen']['p50_ms']:.0f} ms", *taxes, floor])
+            lines.append([*title.split(), f"{problem['frozen']['p50_ms']:.0f} ms", *cells, floor])
     return _markdown(["dtype", *"MKNr", "frozen layer", *(_NAMES[name] for name in names), "floor"], lines)
 
 

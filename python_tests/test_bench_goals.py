@@ -66,6 +66,14 @@ def test_the_pages_quote_the_recorded_results():
             goals.written("", {goals.LAYER.title: texts[goals.LAYER.title]})
 
 
+def test_the_short_table_marks_the_least_tax_whoever_has_it():
+    assert goals._short_layer_table(_goal_rows())[-1] == (
+        "| fp32 | 2048 | 2048 | 2048 | 16 | 1 ms | 20.0% | 20.0% | - | **10.0%** | 3.0% |"
+    )
+    rows = [row | {"tax": 0.05} if row["provider"] == "peft" else row for row in _goal_rows()]
+    assert "| **5.0%** | 20.0% | - | 10.0% |" in goals._short_layer_table(rows)[-1]
+
+
 def test_the_outcome_is_that_of_the_rows():
     rows = [row | {"scope": scope} for scope in ("layer", "branch") for row in _goal_rows()]
     for row in rows:
