@@ -75,8 +75,6 @@ static inline void transpose4(const float* in, int64_t ld_in, int64_t count, flo
     }
 }
 
-constexpr int kMaxRank = 256;
-
 // One tile of P, rounded to T: rp rows of kTile floats, zero beyond r rows and `cols` columns.
 // P[j][l] is at p + j * stride_j + l * stride_l.
 template <class T, class Src>

@@ -118,7 +118,8 @@ struct BackwardPlan {
     int64_t panel_elements, expand_elements;  // of a panel for dot or outer, for expand
     int64_t super_elements;                   // of super_rows rows of rp
     bool da_in_place, db_in_place;            // the sums of dA or dB lie where the result goes
-    bool streams;                             // dX bypasses the cache
+    // dX bypasses the cache. Not with dropout, which reads dX again to drop elements.
+    bool streams;
     bool need_a_dot;
 
     Layout layout;
