@@ -109,7 +109,7 @@ test-experiments: build-tests  ## the tests of experiments/, which train small m
 FAST_FILES = $(shell grep -l pytest.mark.fast python_tests/test_*.py)
 test-fast: build-tests  ## the operator, the layers and the CPU kernels in 90 seconds: no processes, no training
 	$(SAY) 'Tests marked fast (pyproject.toml says what that means)'
-	AFA_KERNELS_REQUIRE=cpu $(RUN) -m pytest -m "fast and not (long or simulated)" $(FAST_FILES) $(ARGS)
+	AFA_KERNELS_REQUIRE=cpu $(RUN) -m pytest -m "fast and not (long or simulated or slow)" $(FAST_FILES) $(ARGS)
 
 lint: build-tests  ## ruff and clang-format, check only
 	$(SAY) 'Lint'
