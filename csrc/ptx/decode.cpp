@@ -1,0 +1,418 @@
+// From statements to instructions: names become executors, operands become places in a warp's
+// registers. Everything that can be resolved is resolved here.
+#include <algorithm>
+#include <limits>
+#include <sstream>
+
+#include "ptx/forms.h"
+#include "ptx/state.h"
+
+namespace ptx {
+namespace {
+
+constexpr uint32_t kLaneWords = kLanes;
+
+uint32_t align_up(uint32_t value, uint32_t alignment) {
+    return (value + alignment - 1) / alignment * alignment;
+}
+
+Width width_of_type(const std::string& type, const std::string& name) {
+    if (type == "pred")
+        return Width::predicate;
+    switch (bytes_of_type(type)) {
+    case 2:
+        return Width::bits16;
+    case 4:
+        return Width::bits32;
+    case 8:
+        return Width::bits64;
+    }
+    throw LoadError("register " + name + ": type '" + type + "' is not known");
+}
+
+struct Register {
+    uint32_t number, place;
+    Width width;
+};
+
+class KernelDecoder {
+  public:
+    KernelDecoder(const RawKernel& raw, const RawModule& module, const Program& program)
+        : raw_(raw), module_(module), program_(program) {}
+
+    std::unique_ptr<Kernel> run() {
+        kernel_ = std::make_unique<Kernel>();
+        kernel_->info.name = raw_.name;
+        kernel_->info.required_threads = raw_.required_threads;
+        kernel_->info.max_threads = raw_.max_threads;
+        lay_out_parameters();
+        lay_out_variables();
+        for (const RawRegister& r : raw_.registers)
+            registers_[r.name] = new_register(r.name, width_of_type(r.type, r.name));
+        for (const RawLabel& label : raw_.labels)
+            labels_[label.name] = static_cast<uint32_t>(label.position);
+        for (const RawInstruction& i : raw_.instructions) {
+            try {
+                instruction(i);
+            } catch (const LoadError& error) {
+                throw LoadError("PTX line " + std::to_string(i.line) + ": " + i.name + ": " +
+                                error.what() + " (kernel " + raw_.name + ")");
+            }
+        }
+        finish();
+        return std::move(kernel_);
+    }
+
+  private:
+    void lay_out_parameters() {
+        uint32_t at = 0;
+        for (const RawParameter& p : raw_.parameters) {
+            at = align_up(at, p.alignment);
+            kernel_->info.parameters.push_back({p.name, at, p.bytes, p.alignment});
+            symbols_[p.name] = at;
+            at += p.bytes;
+        }
+        kernel_->info.parameter_bytes = at;
+    }
+
+    void lay_out_variables() {
+        uint32_t shared = kSharedBase, local = kLocalBase;
+        const auto place = [&](const RawVariable& v) {
+            if (v.space == RawVariable::Space::global || v.dynamic)
+                return;
+            uint32_t& at = v.space == RawVariable::Space::shared ? shared : local;
+            at = align_up(at, v.alignment);
+            symbols_[v.name] = at;
+            at += v.bytes;
+        };
+        for (const RawVariable& v : module_.variables)
+            place(v);
+        for (const RawVariable& v : raw_.variables)
+            place(v);
+        for (const RawVariable& v : module_.variables)
+            if (v.dynamic)
+                symbols_[v.name] = shared = align_up(shared, v.alignment);
+        kernel_->info.static_shared_bytes = shared - kSharedBase;
+        kernel_->local_bytes = local == kLocalBase ? 0 : local - kLocalBase;
+        for (const auto& global : program_.globals)
+            symbols_[global->name] = reinterpret_cast<uint64_t>(global->storage.data());
+    }
+
+    Register new_register(const std::string& name, Width width) {
+        Register r{static_cast<uint32_t>(kernel_->register_names.size()), 0, width};
+        kernel_->register_names.push_back(name.substr(0, name.find('@')));
+        if (width == Width::predicate) {
+            if (predicates_left_ == 0) {
+                next_predicate_ = kernel_->register_words;
+                kernel_->register_words += kLaneWords;
+                predicates_left_ = kLaneWords;
+            }
+            r.place = next_predicate_++;
+            --predicates_left_;
+        } else {
+            r.place = kernel_->register_words;
+            kernel_->register_words += width == Width::bits64 ? 2 * kLaneWords : kLaneWords;
+        }
+        return r;
+    }
+
+    Register constant(uint64_t value, Width width) {
+        if (width == Width::predicate)
+            value = value ? kAllLanes : 0;
+        else if (width == Width::bits16)
+            value &= 0xFFFF;
+        else if (width == Width::bits32)
+            value &= 0xFFFFFFFF;
+        const std::string key =
+            std::to_string(static_cast<int>(width)) + ":" + std::to_string(value);
+        const auto found = registers_.find(key);
+        if (found != registers_.end())
+            return found->second;
+        const Register r = new_register("constant " + std::to_string(value), width);
+        kernel_->initial.push_back(
+            {InitialRegister::Kind::constant, r.number, r.place, width, value});
+        return registers_[key] = r;
+    }
+
+    bool special(const std::string& name, Register& result) {
+        using Kind = InitialRegister::Kind;
+        static const std::pair<const char*, Kind> table[] = {
+            {"%tid.x", Kind::tid_x},     {"%tid.y", Kind::tid_y},     {"%tid.z", Kind::tid_z},
+            {"%ctaid.x", Kind::ctaid_x}, {"%ctaid.y", Kind::ctaid_y}, {"%ctaid.z", Kind::ctaid_z},
+        };
+        for (const auto& [text, kind] : table) {
+            if (name != text)
+                continue;
+            const auto found = registers_.find(name);
+            if (found == registers_.end()) {
+                result = registers_[name] = new_register(name, Width::bits32);
+                kernel_->initial.push_back({kind, result.number, result.place, Width::bits32, 0});
+            } else {
+                result = found->second;
+            }
+            return true;
+        }
+        return false;
+    }
+
+    Register known(const std::string& name, Width width) const {
+        const auto found = registers_.find(name);
+        if (found == registers_.end())
+            throw LoadError("'" + name + "' is not a register");
+        if (found->second.width != width)
+            throw LoadError("'" + name + "' has not the width of the operand");
+        return found->second;
+    }
+
+    void read(const Register& r) {
+        ops_.push_back(r.place);
+        reads_.push_back(r.number);
+    }
+    void write(const Register& r) {
+        ops_.push_back(r.place);
+        writes_.push_back(r.number);
+    }
+
+    void source(const RawOperand& o, Width width) {
+        if (o.kind == RawOperand::Kind::number)
+            read(constant(o.value, width));
+        else if (o.kind == RawOperand::Kind::word)
+            read(known(o.text, width));
+        else
+            throw LoadError("an address where a register or a constant is expected");
+    }
+    void target(const RawOperand& o, Width width) {
+        if (o.kind != RawOperand::Kind::word)
+            throw LoadError("the result is not a register");
+        write(known(o.text, width));
+    }
+
+    // A register that may be wider than the type.
+    void loose(const RawOperand& o, uint32_t bytes, bool writes) {
+        if (o.kind == RawOperand::Kind::number && !writes) {
+            const Width width = bytes == 8   ? Width::bits64
+                                : bytes == 4 ? Width::bits32
+                                             : Width::bits16;
+            read(constant(o.value, width));
+            ops_.push_back(static_cast<uint32_t>(width));
+            return;
+        }
+        const auto found = registers_.find(o.text);
+        if (o.kind != RawOperand::Kind::word || found == registers_.end())
+            throw LoadError("'" + o.text + "' is not a register");
+        const Register r = found->second;
+        const uint32_t held = r.width == Width::bits64   ? 8
+                              : r.width == Width::bits32 ? 4
+                              : r.width == Width::bits16 ? 2
+                                                         : 0;
+        if (held < bytes)
+            throw LoadError("'" + o.text + "' is narrower than the type");
+        writes ? write(r) : read(r);
+        ops_.push_back(static_cast<uint32_t>(r.width));
+    }
+
+    void symbol_or_source(const RawOperand& o, Width width) {
+        Register r;
+        if (o.kind == RawOperand::Kind::word && width == Width::bits32 && special(o.text, r))
+            return read(r);
+        const auto symbol = symbols_.find(o.text);
+        if (o.kind == RawOperand::Kind::word && symbol != symbols_.end())
+            return read(constant(symbol->second, width));
+        source(o, width);
+    }
+
+    void address(const RawOperand& o) {
+        if (o.kind != RawOperand::Kind::address)
+            throw LoadError("an address is expected");
+        if (o.offset < std::numeric_limits<int32_t>::min() ||
+            o.offset > std::numeric_limits<int32_t>::max())
+            throw LoadError("the offset of an address has more than 32 bits");
+        const auto symbol = symbols_.find(o.text);
+        Register base;
+        if (symbol != symbols_.end()) {
+            base = constant(symbol->second, Width::bits64);
+        } else {
+            const auto found = registers_.find(o.text);
+            if (found == registers_.end())
+                throw LoadError("'" + o.text + "' is neither a register nor a variable");
+            base = found->second;
+            if (base.width != Width::bits32 && base.width != Width::bits64)
+                throw LoadError("'" + o.text + "' cannot hold an address");
+        }
+        read(base);
+        ops_.push_back(base.width == Width::bits64);
+        ops_.push_back(static_cast<uint32_t>(static_cast<int32_t>(o.offset)));
+    }
+
+    void operand(char letter, const RawOperand& o, uint32_t bytes) {
+        switch (letter) {
+        case 'P':
+            return target(o, Width::predicate);
+        case 'p':
+            return source(o, Width::predicate);
+        case 'H':
+            return target(o, Width::bits16);
+        case 'h':
+            return source(o, Width::bits16);
+        case 'D':
+            return target(o, Width::bits32);
+        case 'd':
+            return source(o, Width::bits32);
+        case 'Q':
+            return target(o, Width::bits64);
+        case 'q':
+            return source(o, Width::bits64);
+        case 'X':
+            return loose(o, bytes, true);
+        case 'x':
+            return loose(o, bytes, false);
+        case '_':
+        case '~':
+            if (o.kind == RawOperand::Kind::word && o.text == "_")
+                return ops_.push_back(kSink);
+            return target(o, letter == '_' ? Width::bits32 : Width::bits16);
+        case 's':
+            return symbol_or_source(o, Width::bits32);
+        case 'S':
+            return symbol_or_source(o, Width::bits64);
+        case 'm':
+            return address(o);
+        case 'r': {
+            const Register r = known(o.text, Width::bits32);
+            ops_.push_back(r.place);
+            return ops_.push_back(r.number);
+        }
+        case 'n':
+            if (o.kind != RawOperand::Kind::number)
+                throw LoadError("a constant is expected");
+            return ops_.push_back(static_cast<uint32_t>(o.value));
+        case 'b': {
+            const auto found = labels_.find(o.text);
+            if (found == labels_.end())
+                throw LoadError("label '" + o.text + "' is not defined");
+            return ops_.push_back(found->second);
+        }
+        }
+        throw LoadError(std::string("operand letter ") + letter);
+    }
+
+    // The operands one after the other, and how they are grouped: "o{oo}". Braces around a single
+    // one mean nothing.
+    static std::string flatten(const std::vector<RawOperand>& from,
+                               std::vector<const RawOperand*>& to) {
+        std::string shape;
+        for (const RawOperand& o : from) {
+            if (o.kind == RawOperand::Kind::vector) {
+                const std::string inner = flatten(o.parts, to);
+                shape += o.parts.size() == 1 ? inner : "{" + inner + "}";
+            } else {
+                to.push_back(&o);
+                shape += 'o';
+            }
+        }
+        return shape;
+    }
+
+    static bool matches(const char* letters, const std::string& shape) {
+        if (std::char_traits<char>::length(letters) != shape.size())
+            return false;
+        for (size_t k = 0; k < shape.size(); ++k) {
+            const bool brace = letters[k] == '{' || letters[k] == '}';
+            if (brace ? letters[k] != shape[k] : shape[k] != 'o')
+                return false;
+        }
+        return true;
+    }
+
+    void instruction(const RawInstruction& raw) {
+        const std::vector<Form>* candidates = forms().find(raw.name);
+        if (!candidates)
+            throw LoadError("the instruction is not known");
+        std::vector<const RawOperand*> operands;
+        const std::string shape = flatten(raw.operands, operands);
+        const Form* form = nullptr;
+        for (const Form& f : *candidates)
+            if (matches(f.operands, shape))
+                form = &f;
+        if (!form)
+            throw LoadError("operands of the form " + shape + " are not known");
+        ops_.clear();
+        reads_.clear();
+        writes_.clear();
+        size_t next = 0;
+        for (const char* letter = form->operands; *letter; ++letter)
+            if (*letter != '{' && *letter != '}')
+                operand(*letter, *operands[next++], form->bytes);
+        Instruction i;
+        i.execute = form->execute;
+        i.flow = form->flow;
+        i.line = raw.line;
+        i.source = raw.source;
+        if (!raw.guard.empty()) {
+            const Register guard = known(raw.guard, Width::predicate);
+            i.guarded = true;
+            i.guard_negated = raw.guard_negated;
+            i.guard = guard.place;
+            i.guard_number = guard.number;
+        }
+        if (i.flow == Flow::branch)
+            i.target = ops_[0];
+        i.read_count = static_cast<uint16_t>(reads_.size());
+        i.write_count = static_cast<uint16_t>(writes_.size());
+        starts_.push_back(kernel_->pool.size());
+        for (const auto* list : {&ops_, &reads_, &writes_})
+            kernel_->pool.insert(kernel_->pool.end(), list->begin(), list->end());
+        op_counts_.push_back(ops_.size());
+        kernel_->code.push_back(i);
+    }
+
+    // The pool has its final address only now.
+    void finish() {
+        for (size_t k = 0; k < kernel_->code.size(); ++k) {
+            Instruction& i = kernel_->code[k];
+            i.op = kernel_->pool.data() + starts_[k];
+            i.reads = i.op + op_counts_[k];
+            i.writes = i.reads + i.read_count;
+        }
+    }
+
+    const RawKernel& raw_;
+    const RawModule& module_;
+    const Program& program_;
+    std::unique_ptr<Kernel> kernel_;
+    std::unordered_map<std::string, Register> registers_;
+    std::unordered_map<std::string, uint64_t> symbols_;
+    std::unordered_map<std::string, uint32_t> labels_;
+    std::vector<uint32_t> ops_, reads_, writes_;
+    std::vector<size_t> starts_, op_counts_;
+    uint32_t next_predicate_ = 0, predicates_left_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Program> load(const std::string& text) {
+    const RawModule raw = parse(text);
+    auto program = std::make_unique<Program>();
+    program->target = raw.target;
+    program->files = raw.files;
+    std::istringstream stream(text);
+    for (std::string line; std::getline(stream, line);)
+        program->lines.push_back(line);
+    for (const RawVariable& v : raw.variables) {
+        if (v.space != RawVariable::Space::global)
+            continue;
+        auto global = std::make_unique<Global>();
+        global->name = v.name;
+        global->storage = v.initial;
+        global->storage.resize(v.bytes);
+        program->globals.push_back(std::move(global));
+    }
+    for (const RawKernel& kernel : raw.kernels) {
+        if (program->kernels.count(kernel.name))
+            throw LoadError("kernel " + kernel.name + " is defined twice");
+        program->kernels[kernel.name] = KernelDecoder(kernel, raw, *program).run();
+    }
+    return program;
+}
+
+}  // namespace ptx
