@@ -14,6 +14,9 @@ uint64_t identity_64(uint64_t a) { return a; }
 
 int64_t s64_of_s32(int32_t a) { return a; }
 uint64_t u64_of_u32(uint32_t a) { return a; }
+// The source may be a wider register, of which the low part counts.
+int64_t s64_of_low_s32(uint64_t a) { return static_cast<int32_t>(a); }
+uint64_t u64_of_low_u32(uint64_t a) { return static_cast<uint32_t>(a); }
 uint32_t u32_of_u64(uint64_t a) { return static_cast<uint32_t>(a); }
 uint32_t u16_of_u32(uint32_t a) { return a & 0xFFFF; }
 int32_t s32_of_s16(uint32_t a) { return static_cast<int16_t>(a); }
@@ -125,6 +128,8 @@ void add_move_forms(Forms& f) {
 void add_convert_forms(Forms& f) {
     f.add("cvt.s64.s32", "Qd", map<s64_of_s32>);
     f.add("cvt.u64.u32", "Qd", map<u64_of_u32>);
+    f.add("cvt.s64.s32", "Qq", map<s64_of_low_s32>);
+    f.add("cvt.u64.u32", "Qq", map<u64_of_low_u32>);
     f.add("cvt.u32.u64", "Dq", map<u32_of_u64>);
     f.add("cvt.u16.u32", "Hd", map<u16_of_u32>);
     f.add("cvt.u32.u16", "Dh", map<identity_32>);
@@ -134,6 +139,7 @@ void add_convert_forms(Forms& f) {
     f.add("cvt.rn.f32.s32", "Dd", map<f32_of_s32>);
     f.add("cvt.rn.f32.u32", "Dd", map<f32_of_u32>);
     f.add("cvt.rni.s32.f32", "Dd", map<s32_of_f32>);
+    f.add("cvt.rni.ftz.s32.f32", "Dd", map<s32_of_f32>);  // a subnormal rounds to 0 either way
     f.add("cvt.sat.f32.f32", "Dd", map<saturate>);
     f.add("cvt.f32.bf16", "Dh", map<bf16_to_float>);
     f.add("cvt.f32.f16", "Dh", map<f16_to_float>);

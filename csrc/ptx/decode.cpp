@@ -324,25 +324,36 @@ class KernelDecoder {
         return true;
     }
 
+    // The form whose operands these are; it leaves them in ops_, reads_ and writes_.
+    const Form* choose(const std::vector<Form>& candidates,
+                       const std::vector<const RawOperand*>& operands, const std::string& shape) {
+        std::string reason = "operands of the form " + shape + " are not known";
+        for (const Form& form : candidates) {
+            if (!matches(form.operands, shape))
+                continue;
+            ops_.clear();
+            reads_.clear();
+            writes_.clear();
+            try {
+                size_t next = 0;
+                for (const char* letter = form.operands; *letter; ++letter)
+                    if (*letter != '{' && *letter != '}')
+                        operand(*letter, *operands[next++], form.bytes);
+                return &form;
+            } catch (const LoadError& error) {
+                reason = error.what();
+            }
+        }
+        throw LoadError(reason);
+    }
+
     void instruction(const RawInstruction& raw) {
         const std::vector<Form>* candidates = forms().find(raw.name);
         if (!candidates)
             throw LoadError("the instruction is not known");
         std::vector<const RawOperand*> operands;
         const std::string shape = flatten(raw.operands, operands);
-        const Form* form = nullptr;
-        for (const Form& f : *candidates)
-            if (matches(f.operands, shape))
-                form = &f;
-        if (!form)
-            throw LoadError("operands of the form " + shape + " are not known");
-        ops_.clear();
-        reads_.clear();
-        writes_.clear();
-        size_t next = 0;
-        for (const char* letter = form->operands; *letter; ++letter)
-            if (*letter != '{' && *letter != '}')
-                operand(*letter, *operands[next++], form->bytes);
+        const Form* form = choose(*candidates, operands, shape);
         Instruction i;
         i.execute = form->execute;
         i.flow = form->flow;

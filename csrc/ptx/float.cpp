@@ -84,15 +84,36 @@ bool geu(float a, float b) { return !(a < b); }
 bool num(float a, float b) { return a == a && b == b; }
 bool nan(float a, float b) { return !num(a, b); }
 
-template <bool (*kCompare)(float, float)>
-bool of_halves(uint32_t a, uint32_t b) {
-    return kCompare(f16_to_float(a), f16_to_float(b));
+using Compare = bool (*)(float, float);
+using Widen = float (*)(uint32_t);
+
+template <Compare kCompare, Widen kWiden>
+bool of_narrow(uint32_t a, uint32_t b) {
+    return kCompare(kWiden(a), kWiden(b));
 }
 
-template <bool (*kCompare)(float, float)>
+// Two results: of the low halves and of the high ones.
+template <Compare kCompare, Widen kWiden>
+void of_pairs(Warp& warp, const Instruction& i) {
+    const uint32_t *a = warp.in<uint32_t>(i.op[2]), *b = warp.in<uint32_t>(i.op[3]);
+    uint32_t low = 0, high = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        low |= static_cast<uint32_t>(kCompare(kWiden(a[lane] & 0xFFFF), kWiden(b[lane] & 0xFFFF)))
+               << lane;
+        high |= static_cast<uint32_t>(kCompare(kWiden(a[lane] >> 16), kWiden(b[lane] >> 16)))
+                << lane;
+    }
+    warp.set_predicate(i.op[0], low);
+    warp.set_predicate(i.op[1], high);
+}
+
+template <Compare kCompare>
 void add_comparison(Forms& f, const std::string& name) {
     f.add("setp." + name + ".f32", "Pdd", map<kCompare>);
-    f.add("setp." + name + ".f16", "Phh", map<of_halves<kCompare>>);
+    f.add("setp." + name + ".f16", "Phh", map<of_narrow<kCompare, f16_to_float>>);
+    f.add("setp." + name + ".bf16", "Phh", map<of_narrow<kCompare, bf16_to_float>>);
+    f.add("setp." + name + ".f16x2", "{PP}dd", of_pairs<kCompare, f16_to_float>);
+    f.add("setp." + name + ".bf16x2", "{PP}dd", of_pairs<kCompare, bf16_to_float>);
 }
 
 }  // namespace
@@ -107,6 +128,7 @@ void add_float_forms(Forms& f) {
     f.add("add.ftz.f32", "Ddd", map<add_ftz>);
     f.add("sub.ftz.f32", "Ddd", map<sub_ftz>);
     f.add("mul.ftz.f32", "Ddd", map<mul_ftz>);
+    f.add("mul.rn.ftz.f32", "Ddd", map<mul_ftz>);
     f.add("fma.rn.f32", "Dddd", map<fused>);
     f.add("fma.rn.ftz.f32", "Dddd", map<fused_ftz>);
     f.add("fma.rm.f32", "Dddd", map<fused_down>);

@@ -72,6 +72,14 @@ u64 shr_u64(u64 a, u32 n) { return n > 63 ? 0 : a >> n; }
 s32 shr_s32(s32 a, u32 n) { return a >> (n > 31 ? 31 : n); }
 s64 shr_s64(s64 a, u32 n) { return a >> (n > 63 ? 63 : n); }
 
+// The upper (left) or lower (right) word of {b, a} shifted.
+u32 funnel_left(u32 a, u32 b, u32 n) {
+    return static_cast<u32>((static_cast<u64>(b) << 32 | a) << (n & 31) >> 32);
+}
+u32 funnel_right(u32 a, u32 b, u32 n) {
+    return static_cast<u32>((static_cast<u64>(b) << 32 | a) >> (n & 31));
+}
+
 u32 low(u32 a) { return a & 0xFFFF; }
 u32 shl_16(u32 a, u32 n) { return n > 15 ? 0 : low(a << n); }
 u32 shr_u16(u32 a, u32 n) { return n > 15 ? 0 : a >> n; }
@@ -136,6 +144,32 @@ void divide(Warp& warp, const Instruction& i) {
         else
             result[lane] = kRemainder ? a[lane] % b[lane] : a[lane] / b[lane];
     }
+    warp.out(i.op[0], result);
+}
+
+// d = low half of a * b, plus c; the carry is kept for the next instruction.
+void mad_lo_set_carry(Warp& warp, const Instruction& i) {
+    const u32 *a = warp.in<u32>(i.op[1]), *b = warp.in<u32>(i.op[2]), *c = warp.in<u32>(i.op[3]);
+    u32 result[kLanes], carry = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const u64 sum = static_cast<u64>(a[lane] * b[lane]) + c[lane];
+        result[lane] = static_cast<u32>(sum);
+        carry |= static_cast<u32>(sum >> 32) << lane;
+    }
+    warp.carry = (warp.carry & ~warp.active) | (carry & warp.active);
+    warp.carry_defined |= warp.active;
+    warp.out(i.op[0], result);
+}
+
+// d = high half of a * b, plus c and the carry.
+void mad_hi_add_carry(Warp& warp, const Instruction& i) {
+    const u32 *a = warp.in<u32>(i.op[1]), *b = warp.in<u32>(i.op[2]), *c = warp.in<u32>(i.op[3]);
+    if (warp.active & ~warp.carry_defined)
+        throw Fault{__builtin_ctz(warp.active & ~warp.carry_defined),
+                    "reads the carry, which nothing has written"};
+    u32 result[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane)
+        result[lane] = mul_hi_u32(a[lane], b[lane]) + c[lane] + (warp.carry >> lane & 1);
     warp.out(i.op[0], result);
 }
 
@@ -225,6 +259,8 @@ void add_integer_forms(Forms& f) {
         f.add("sub." + t, "Hhh", map<sub_16>);
         f.add("mul.lo." + t, "Hhh", map<mul_lo_16>);
     }
+    f.add("mad.lo.cc.u32", "Dddd", mad_lo_set_carry);
+    f.add("madc.hi.u32", "Dddd", mad_hi_add_carry);
     f.add("mul.hi.u32", "Ddd", map<mul_hi_u32>);
     f.add("mul.wide.u32", "Qdd", map<mul_wide_u32>);
     f.add("mul.wide.s32", "Qdd", map<mul_wide_s32>);
@@ -261,6 +297,8 @@ void add_integer_forms(Forms& f) {
     f.add("shr.u64", "Qqd", map<shr_u64>);
     f.add("shr.b64", "Qqd", map<shr_u64>);
     f.add("shr.s64", "Qqd", map<shr_s64>);
+    f.add("shf.l.wrap.b32", "Dddd", map<funnel_left>);
+    f.add("shf.r.wrap.b32", "Dddd", map<funnel_right>);
     f.add("bfe.u32", "Dddd", map<bfe_u32>);
     f.add("bfe.s32", "Dddd", map<bfe_s32>);
     f.add("bfi.b32", "Ddddd", map<bfi<u32>>);

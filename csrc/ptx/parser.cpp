@@ -316,6 +316,11 @@ class Parser {
             o.value = number();
         } else {
             o.text = resolve(word());
+            if (accept("|")) {  // the two results of a setp on pairs
+                RawOperand second;
+                second.text = resolve(word());
+                o = {RawOperand::Kind::vector, "", 0, 0, {o, second}};
+            }
         }
         return o;
     }

@@ -72,6 +72,8 @@ struct Warp {
     uint32_t segment = 0;  // see SharedMemory
     uint32_t executed = 0;
 
+    uint32_t carry = 0, carry_defined = 0;  // by lane
+
     uint32_t commits[kLanes] = {};  // of cp.async, per lane
     std::vector<AsyncCopies> copies;
 
