@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 
 from afa_kernels import _ops, reference
-from afa_kernels.backend import registry
-from afa_kernels.backend.registry import IDENTITY, Backend, Call, Spec
+from afa_kernels.backend import frozen, registry
+from afa_kernels.backend.registry import Backend, Call
+from afa_kernels.options import IDENTITY, Spec
 from afa_kernels.reference import compute_dtype
 
 _MEMBERS = "Tensor[] lora_a, Tensor[] lora_b, Tensor[] alpha_t, str[] activations, float[] scalings"
+# z and dx of all members are plain products: a branch whose phi is the identity.
 _LINEAR = Spec(IDENTITY, 1.0, 0)
 
 
-def _backends(x: Tensor, a: list[Tensor], b: list[Tensor], activations, backend) -> list[Backend]:
-    name = registry.requested(backend)
+def _backends(x: Tensor, a: list[Tensor], b: list[Tensor], specs: list[Spec], name: str | None) -> list[Backend]:
     return [
-        _ops.choose(_ops.call_of(x, a_i, b_i, activation, 0), name).backend
-        for a_i, b_i, activation in zip(a, b, activations, strict=True)
+        registry.select(_ops.call_of(x, a_i, b_i, spec), name).backend
+        for a_i, b_i, spec in zip(a, b, specs, strict=True)
     ]
 
 
@@ -40,53 +41,68 @@ class _Group:
         self.x, self.a, self.b, self.alpha_t = x, a, b, alpha_t
         self.ranks = [a_i.shape[0] for a_i in a]
         self.specs = [Spec(*pair) for pair in zip(activations, scalings, strict=True)]
-        self.chosen = _backends(x, a, b, activations, backend)
+        self.chosen = _backends(x, a, b, self.specs, backend)
         self.unit = torch.eye(sum(self.ranks), dtype=x.dtype, device=x.device)
 
-    def _stacked(self, members: list[int]) -> tuple[Backend, Tensor, Tensor, Tensor]:
+    def _stacked(self, members: list[int]) -> tuple[Backend, Tensor, Tensor, Tensor | None, Spec]:
+        """Return the backend of the members' stacked A, that A, a unit matrix for B, alpha_t and the spec."""
         a = torch.cat([self.a[i] for i in members])
         r, k = a.shape
         # A member whose activation is on names the backend: identity alone would name torch.
         leader = next((i for i in members if self.specs[i].activation != IDENTITY), members[0])
-        activation = self.specs[leader].activation
-        chosen = _able(self.chosen[leader], self.x, k, r, r, activation)
-        return chosen, a, self.unit[:r, :r], torch.zeros_like(self.alpha_t[0])
+        chosen = _able(self.chosen[leader], self.x, k, r, r, self.specs[leader].activation)
+        return a, self.unit[:r, :r], *_ops.as_taken(chosen, self.x, None, _LINEAR)
+
+    def _member(self, i: int) -> tuple[Backend, Tensor | None, Spec]:
+        """Return the backend of member i's branch on z, alpha_t and the spec."""
+        spec, r, n = self.specs[i], self.ranks[i], self.b[i].shape[0]
+        chosen = _able(self.chosen[i], self.x, r, n, r, spec.activation)
+        alpha_t = None if spec.activation == IDENTITY else self.alpha_t[i]
+        return _ops.as_taken(chosen, self.x, alpha_t, spec)
 
     def project(self) -> Tensor:
         """Return ``z = x @ A.T`` with the stacked A, ``(M, R)``."""
-        chosen, a, unit, zero = self._stacked(list(range(len(self.a))))
+        a, unit, chosen, alpha_t, spec = self._stacked(list(range(len(self.a))))
         z = torch.empty(self.x.shape[0], a.shape[0], dtype=self.x.dtype, device=self.x.device)
-        chosen.forward(self.x, a, unit, zero, None, _LINEAR, base=None, out=z, save_z=False)
+        chosen.forward(self.x, a, unit, alpha_t, None, spec, base=None, out=z, save_z=False)
         return z
 
-    def branch(self, i: int, z: Tensor, base: Tensor | None, out: Tensor) -> None:
-        """Write ``base + scaling * phi(z) @ B.T`` of member i into ``out``."""
-        r, n = z.shape[1], self.b[i].shape[0]
-        chosen = _able(self.chosen[i], self.x, r, n, r, self.specs[i].activation)
-        chosen.forward(
-            z, self.unit[:r, :r], self.b[i], self.alpha_t[i], None, self.specs[i],
-            base=base, out=out, save_z=False,
-        )  # fmt: skip
+    def forward(self, i: int, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the output of member i from its z."""
+        chosen, alpha_t, spec = self._member(i)
+        unit = self.unit[: z.shape[1], : z.shape[1]]
+
+        def branch(base: Tensor | None, out: Tensor) -> None:
+            chosen.forward(z, unit, self.b[i], alpha_t, None, spec, base=base, out=out, save_z=False)
+
+        return frozen.forward(chosen, spec, self.x, weight, bias, branch)[0]
 
     def branch_backward(self, i: int, dy: Tensor, z: Tensor, need_dz: bool, need_db: bool):
         """Return dz and db of member i: one pass over its dy."""
-        r, n = z.shape[1], self.b[i].shape[0]
-        chosen = _able(self.chosen[i], self.x, r, n, r, self.specs[i].activation)
+        chosen, alpha_t, spec = self._member(i)
+        unit = self.unit[: z.shape[1], : z.shape[1]]
         dz, _, db = chosen.backward(
-            dy, z, self.unit[:r, :r], self.b[i], z, self.alpha_t[i], None, self.specs[i],
-            need_dx=need_dz, need_da=False, need_db=need_db,
+            dy, z, unit, self.b[i], z, alpha_t, None, spec, need_dx=need_dz, need_da=False, need_db=need_db
         )  # fmt: skip
         return dz, db
 
-    def project_backward(self, members: list[int], dz: list[Tensor], need_dx: bool, need_da: bool):
-        """Return ``dx = dz @ A`` and dA of ``members``: one pass over x."""
-        chosen, a, unit, zero = self._stacked(members)
-        dz_all = torch.cat(dz, 1)
-        dx, da, _ = chosen.backward(
-            dz_all, self.x, a, unit, dz_all, zero, None, _LINEAR,
-            need_dx=need_dx, need_da=need_da, need_db=False,
-        )  # fmt: skip
-        return dx, None if da is None else da.split([self.ranks[i] for i in members])
+    def backward(self, dz: dict[int, Tensor], products: list[tuple[Tensor, Tensor]], need_dx: bool, need_da: bool):
+        """Return dx, the sum of ``dz_i @ A_i`` and of ``dy @ weight`` over ``products``, and dA by member: one pass
+        over x."""
+        a, unit, chosen, alpha_t, spec = self._stacked(list(dz))
+        dz_all = torch.cat(list(dz.values()), 1)
+
+        def branch(dx: Tensor | None):
+            into = {} if dx is None else {"dx": dx}
+            dx, da, _ = chosen.backward(
+                dz_all, self.x, a, unit, dz_all, alpha_t, None, spec,
+                need_dx=need_dx, need_da=need_da, need_db=False, **into,
+            )  # fmt: skip
+            return dx, da
+
+        dx, da = frozen.backward(chosen, spec, products, branch) if need_dx else branch(None)
+        stacked = () if da is None else da.split([self.ranks[i] for i in dz])
+        return dx, dict(zip(dz, stacked, strict=False))
 
 
 def _group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend) -> list[Tensor]:
@@ -97,10 +113,7 @@ def _group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, sav
         z = group.project()
         ys = []
         for i, z_i in enumerate(z.split(group.ranks, 1)):
-            y = x.new_empty(x.shape[0], weights[i].shape[0])
-            base = None if biases[i] is None else biases[i].to(x.dtype).expand_as(y)
-            group.branch(i, z_i, base, y)
-            ys.append(y.addmm_(x, weights[i].T))
+            ys.append(group.forward(i, z_i, weights[i], biases[i]))
     return [*ys, z if save_z else x.new_empty(0)]
 
 
@@ -127,13 +140,10 @@ def _group_backward(
                 db[i] = db_i
         dx = None
         if dz:
-            dx, stacked = group.project_backward(list(dz), list(dz.values()), need_dx, any(need_da[i] for i in dz))
-            if stacked is not None:
-                # Copies: results of an operator may not be views of one tensor.
-                da = {i: t.to(a[i].dtype, copy=True) for i, t in zip(dz, stacked, strict=True) if need_da[i]}
-        if need_dx:
-            for i in dz:
-                dx.addmm_(dys[i], weights[i])
+            products = [(dys[i], weights[i]) for i in dz]
+            dx, stacked = group.backward(dz, products, need_dx, any(need_da[i] for i in dz))
+            # Copies: results of an operator may not be views of one tensor.
+            da = {i: t.to(a[i].dtype, copy=True) for i, t in stacked.items() if need_da[i]}
     results = [dx, *(da.get(i) for i in range(len(a))), *(db.get(i) for i in range(len(b)))]
     return [f if t is None else t for t, f in zip(results, fake, strict=True)]
 
@@ -174,13 +184,13 @@ def differentiable_backward(dys, x, weights, a, b, alpha_t, activations, scaling
     return dx.to(x.dtype), da, db
 
 
-group_forward = _ops._define(
+group_forward = _ops.define(
     "group_forward",
     f"(Tensor x, Tensor[] weights, Tensor?[] biases, {_MEMBERS}, bool save_z, str? backend) -> Tensor[]",
     _group_forward,
     _fake_group_forward,
 )
-group_backward = _ops._define(
+group_backward = _ops.define(
     "group_backward",
     "(Tensor?[] dys, Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor? z, "
     "Tensor[] alpha_t, str[] activations, float[] scalings, str? backend, bool need_dx, "

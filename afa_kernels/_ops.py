@@ -1,71 +1,83 @@
-"""The torch.library operators: schemas, fake kernels, and the one implementation that asks the
-registry for a backend.
+"""The torch.library operators: schemas, fake kernels, and one implementation of each, which calls the backend.
 
-A torch device has one operator, whatever backend serves it, so torch.compile sees an opaque call
-and never the choice. Operands are flat and already checked (checks.py). They run below autograd:
-autograd.py gives them their derivative.
+A torch device has one operator, whatever backend serves it, so torch.compile sees an opaque call and never the choice.
+Operands are flat and already checked (checks.py). They run below autograd: autograd.py gives them their derivative.
 
-Where the dispatcher would only pass a call on, it goes to the implementation straight away
-(_direct.py). What is not needed comes back as None then; an operator has to return a fixed number
-of tensors, and gives one with 0 elements.
+Each operator has a function of its name here. With ``direct`` it calls the implementation straight away: the
+dispatcher takes a third of what a small call costs above its kernels, and several times as long where a large GEMM has
+just emptied the caches. What is not needed comes back as None then; an operator has to return a fixed number of
+tensors, and gives one with 0 elements.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch._C import _is_any_autocast_enabled
+from torch.compiler import is_compiling
 
-from afa_kernels._direct import direct_or
-from afa_kernels.backend import linear, registry
-from afa_kernels.backend.registry import IDENTITY, Backend, Call, Selection, Spec, remembered
+from afa_kernels import torch_private
+from afa_kernels.backend import frozen, registry
+from afa_kernels.backend.registry import Backend, Call, remembered
+from afa_kernels.options import Options, Spec, at_identity
 
 NAMESPACE = "afa_kernels"
-_BRANCH = (
-    "Tensor x, Tensor lora_a, Tensor lora_b, Tensor alpha_t, Tensor? seed, "
-    "str activation, float scaling, int dropout, bool save_z, str? backend"
-)
-_SAVED = (
-    "Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? z, Tensor alpha_t, Tensor? seed, "
-    "str activation, float scaling, int dropout, str? backend"
-)
+_OPTIONS = "str activation, float scaling, int dropout, bool save_z, str? backend"
+_BRANCH = f"Tensor x, Tensor lora_a, Tensor lora_b, Tensor? alpha_t, Tensor? seed, {_OPTIONS}"
+_SAVED = f"Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? z, Tensor? alpha_t, Tensor? seed, {_OPTIONS}"
 _GRADIENTS = "(Tensor dx, Tensor da, Tensor db)"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _no_context = nullcontext()
 
 
-def call_of(x: Tensor, a: Tensor, b: Tensor, activation: str, dropout: int) -> Call:
+# --- the choice of a backend
+
+
+def call_of(x: Tensor, a: Tensor, b: Tensor, spec: Spec) -> Call:
     m, k = x.shape
     n, r = b.shape
     device = x.device
-    return Call(device.type, x.dtype, m, k, n, r, activation, dropout > 0, device.index)
+    return Call(device.type, x.dtype, m, k, n, r, spec.activation, spec.dropout > 0, device.index)
 
 
-def choose(call: Call, name: str | None) -> Selection:
-    """Return the backend for ``call``: plain GEMMs at identity, unless another was requested by ``name``."""
-    if name is None and call.activation == IDENTITY:
-        return Selection(registry.get("torch"), "alpha_t is 0: plain GEMMs")
-    return registry.select(call, name)
+def resolved(x: Tensor, a: Tensor, b: Tensor, options: Options, identity: bool) -> Options:
+    """Return ``options`` with all decided that the operands decide: identity, and the backend of forward and backward.
 
-
-def _chosen(x, a, b, activation, scaling, dropout, backend) -> tuple[Backend, Spec]:
-    m, k = x.shape
-    n, r = b.shape
-    name = registry.requested(backend)
-    return _choice(x.device, x.dtype, m, k, n, r, activation, scaling, dropout, name)
+    In a trace the backend stays None unless one was requested: the operators choose it when they run, by the same rule
+    in both directions.
+    """
+    name = registry.requested(options.backend)
+    if is_compiling():
+        return (at_identity(options) if identity else options)._replace(backend=name)
+    return _resolved(x.device, x.dtype, *x.shape, *b.shape, options, identity, name)
 
 
 @remembered
-def _choice(device, dtype, m, k, n, r, activation, scaling, dropout, name) -> tuple[Backend, Spec]:
-    call = Call(device.type, dtype, m, k, n, r, activation, dropout > 0, device.index)
-    return choose(call, name).backend, Spec(activation, scaling, dropout)
+def _resolved(device, dtype, m, k, n, r, options, identity, name) -> Options:
+    options = at_identity(options) if identity else options
+    spec = options.spec
+    call = Call(device.type, dtype, m, k, n, r, spec.activation, spec.dropout > 0, device.index)
+    return options._replace(backend=registry.select(call, name).backend.name)
+
+
+def as_taken(backend: Backend, x: Tensor, alpha_t: Tensor | None, spec: Spec) -> tuple[Backend, Tensor | None, Spec]:
+    """Return ``backend``, and alpha_t and the spec as it takes them: at identity, those of a relu with alpha_t = 0."""
+    if alpha_t is None and not backend.knows_identity:
+        return backend, torch.zeros((), device=x.device), spec._replace(activation="relu")
+    return backend, alpha_t, spec
+
+
+def _backend(x: Tensor, alpha_t: Tensor | None, options: Options) -> tuple[Backend, Tensor | None, Spec]:
+    return as_taken(registry.get(options.backend), x, alpha_t, options.spec)
+
+
+# --- the implementations
 
 
 def plain_precision(x: Tensor) -> AbstractContextManager:
     """Switch autocast off inside an operator: its operands are rounded already, and its float32
     sums must stay float32."""
-    if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+    if torch_private.autocast_may_be_on() and torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return _no_context
 
@@ -74,63 +86,69 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape)
 
 
-def _or_nothing(t: Tensor | None, like: Tensor) -> Tensor:
-    return _empty(like, 0) if t is None else t
-
-
-def _lora_forward(base, x, a, b, *options):
+def _lora_forward(base, x, a, b, alpha_t, seed, options):
     # empty_like takes half as long, and keeps the strides of base, which are not always those of a result.
     dense = base is not None and base.is_contiguous()
     y = torch.empty_like(base) if dense else _empty(x, x.shape[0], b.shape[0])
-    return y, _write_branch(y, base, x, a, b, *options)
+    return y, _write_branch(y, base, x, a, b, alpha_t, seed, options)
 
 
-def _lora_forward_(base, x, a, b, *options):
-    z = _write_branch(base, base, x, a, b, *options)
+def _lora_forward_(base, x, a, b, alpha_t, seed, options):
+    z = _write_branch(base, base, x, a, b, alpha_t, seed, options)
     if not base.is_inference():  # such a tensor has no version
         torch.autograd.graph.increment_version(base)
     return z
 
 
-def _write_branch(out, base, x, a, b, alpha_t, seed, activation, scaling, dropout, save_z, backend):
+def _write_branch(out, base, x, a, b, alpha_t, seed, options):
+    if x.shape[0] == 0:
+        return _empty(x, 0, a.shape[0]) if options.save_z else None
     with plain_precision(x):
-        chosen, spec = _chosen(x, a, b, activation, scaling, dropout, backend)
-        if x.shape[0] == 0:
-            return _empty(x, 0, a.shape[0]) if save_z else None
-        return chosen.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=save_z)
+        backend, alpha_t, spec = _backend(x, alpha_t, options)
+        return backend.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=options.save_z)
 
 
-def _linear_forward(weight, bias, x, a, b, alpha_t, seed, activation, scaling, dropout, save_z, backend):
+def _linear_forward(weight, bias, x, a, b, alpha_t, seed, options):
+    if x.shape[0] == 0:
+        return _empty(x, 0, b.shape[0]), _empty(x, 0, a.shape[0]) if options.save_z else None
     with plain_precision(x):
-        chosen, spec = _chosen(x, a, b, activation, scaling, dropout, backend)
-        if x.shape[0] == 0:
-            return _empty(x, 0, b.shape[0]), _empty(x, 0, a.shape[0]) if save_z else None
-        return linear.linear_forward(chosen, x, weight, bias, a, b, alpha_t, seed, spec, save_z=save_z)
+        backend, alpha_t, spec = _backend(x, alpha_t, options)
+
+        def branch(base: Tensor | None, out: Tensor) -> Tensor | None:
+            return backend.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=options.save_z)
+
+        return frozen.forward(backend, spec, x, weight, bias, branch)
 
 
-def _lora_backward(dy, x, a, b, z, alpha_t, seed, activation, scaling, dropout, backend, need_dx, need_da, need_db):
+def _lora_backward(dy, x, a, b, z, alpha_t, seed, options, need_dx, need_da, need_db):
     if x.shape[0] == 0:
         return _gradients_of_no_rows(x, a, b, need_dx, need_da, need_db)
     with plain_precision(x):
-        chosen, spec = _chosen(x, a, b, activation, scaling, dropout, backend)
-        return chosen.backward(
-            dy, x, a, b, z, alpha_t, seed, spec, need_dx=need_dx, need_da=need_da, need_db=need_db
-        )  # fmt: skip
+        backend, alpha_t, spec = _backend(x, alpha_t, options)
+        needs = {"need_dx": need_dx, "need_da": need_da, "need_db": need_db}
+        return backend.backward(dy, x, a, b, z, alpha_t, seed, spec, **needs)
 
 
-def _linear_backward(weight, dy, x, a, b, z, alpha_t, seed, activation, scaling, dropout, backend, need_da, need_db):
+def _linear_backward(weight, dy, x, a, b, z, alpha_t, seed, options, need_da, need_db):
     if x.shape[0] == 0:
         return _gradients_of_no_rows(x, a, b, True, need_da, need_db)
     with plain_precision(x):
-        chosen, spec = _chosen(x, a, b, activation, scaling, dropout, backend)
-        return linear.linear_backward(
-            chosen, dy, x, weight, a, b, z, alpha_t, seed, spec, need_da=need_da, need_db=need_db
-        )  # fmt: skip
+        backend, alpha_t, spec = _backend(x, alpha_t, options)
+        needs = {"need_dx": True, "need_da": need_da, "need_db": need_db}
+
+        def branch(dx: Tensor | None):
+            into = {} if dx is None else {"dx": dx}
+            return backend.backward(dy, x, a, b, z, alpha_t, seed, spec, **needs, **into)
+
+        return frozen.backward(backend, spec, [(dy, weight)], branch)
 
 
 def _gradients_of_no_rows(x, a, b, need_dx, need_da, need_db):
     dx, da, db = _fake_gradients(x, a, b, need_dx, need_da, need_db)
     return dx, da.zero_(), db.zero_()
+
+
+# --- the fake kernels: shapes and dtypes of the results
 
 
 def _fake_z(x, a, save_z):
@@ -167,7 +185,10 @@ def _fake_linear_backward(weight, dy, x, a, b, *options):
     return _fake_gradients(x, a, b, True, *options[-2:])
 
 
-def _define(name: str, signature: str, implementation, fake):
+# --- the operators
+
+
+def define(name: str, signature: str, implementation, fake):
     """Define an operator and return it."""
     _library.define(f"{name}{signature}")
     _library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -175,21 +196,38 @@ def _define(name: str, signature: str, implementation, fake):
     return getattr(torch.ops.afa_kernels, name).default
 
 
-def _define_direct(name: str, signature: str, implementation, fake, tensors: int, likes: tuple[int, ...]):
-    """Define an operator and return the function that calls it or its implementation.
+def _define_direct(name: str, signature: str, implementation, fake, tensors: int, x: int, likes: tuple[int, ...]):
+    """Define an operator and return the function ``call(direct, *tensors, options, *needs)`` that stands for it.
 
     Args:
         tensors: how many arguments, from the first on, are tensors or None.
+        x: the place of x among them; A and B follow it.
         likes: for each result, the place of the argument whose dtype and device it has.
     """
 
     def operator(*arguments):
-        results = implementation(*arguments)
+        operands, (activation, scaling, dropout, save_z, backend, *needs) = arguments[:tensors], arguments[tensors:]
+        options = Options(Spec(activation, scaling, dropout), save_z, backend)
+        selected = registry.select(call_of(*operands[x : x + 3], options.spec), backend)
+        results = implementation(*operands, options._replace(backend=selected.backend.name), *needs)
         if not isinstance(results, tuple):
             return _or_nothing(results, arguments[likes[0]])
         return tuple(_or_nothing(t, arguments[like]) for t, like in zip(results, likes, strict=True))
 
-    return direct_or(_define(name, signature, operator, fake), implementation, tensors)
+    defined = define(name, signature, operator, fake)
+
+    def call(direct: bool, *arguments):
+        if direct:
+            return implementation(*arguments)
+        options: Options = arguments[tensors]
+        needs = arguments[tensors + 1 :]
+        return defined(*arguments[:tensors], *options.spec, options.save_z, options.backend, *needs)
+
+    return call
+
+
+def _or_nothing(t: Tensor | None, like: Tensor) -> Tensor:
+    return _empty(like, 0) if t is None else t
 
 
 lora_forward = _define_direct(
@@ -198,6 +236,7 @@ lora_forward = _define_direct(
     _lora_forward,
     _fake_lora_forward,
     tensors=6,
+    x=1,
     likes=(1, 1),
 )
 lora_forward_ = _define_direct(
@@ -206,6 +245,7 @@ lora_forward_ = _define_direct(
     _lora_forward_,
     _fake_lora_forward_,
     tensors=6,
+    x=1,
     likes=(1,),
 )
 linear_forward = _define_direct(
@@ -214,6 +254,7 @@ linear_forward = _define_direct(
     _linear_forward,
     _fake_linear_forward,
     tensors=7,
+    x=2,
     likes=(2, 2),
 )
 lora_backward = _define_direct(
@@ -222,6 +263,7 @@ lora_backward = _define_direct(
     _lora_backward,
     _fake_lora_backward,
     tensors=7,
+    x=1,
     likes=(1, 2, 3),
 )
 linear_backward = _define_direct(
@@ -230,5 +272,6 @@ linear_backward = _define_direct(
     _linear_backward,
     _fake_linear_backward,
     tensors=8,
+    x=2,
     likes=(2, 3, 4),
 )

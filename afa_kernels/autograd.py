@@ -1,43 +1,42 @@
-"""AFALoRAFunction: what is saved, which gradients are needed, and double backward. It does no
-arithmetic of its own.
+"""AFALoRAFunction: what is saved, which gradients are needed, and double backward. It does no arithmetic of its own.
 
-Saved for the backward: x, A, B and z (``save="z"``) or x, A and B only (``save="nothing"``; z is
-recomputed), plus references to the frozen weight and to the two scalars alpha_t and seed. Never h,
-act'(z), a mask or a copy of x or y.
+Saved for the backward: x, A, B and z (``save="z"``) or x, A and B only (``save="nothing"``; z is recomputed), plus
+references to the frozen weight and to the two scalars alpha_t and seed. Never h, act'(z), a mask or a copy of x or y.
 """
 
 import torch
 
-from afa_kernels import _ops, reference
-from afa_kernels.backend.registry import Spec
+from afa_kernels import _ops, reference, torch_private
+from afa_kernels.options import Options
 
 
 class AFALoRAFunction(torch.autograd.Function):
-    """``apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, activation, scaling, dropout,
-    save_z, inplace, backend)`` on checked operands: ``x (M, K)``, ``weight (N, K)`` or None, ``bias
-    (N,)`` or None, ``lora_a (r, K)``, ``lora_b (N, r)``, ``base`` None or ``(M, N)`` (any shape
-    with M * N elements and rows of N where ``inplace``).
+    """``apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace, direct)`` on checked operands.
 
-    Returns the layer's output: ``x @ weight.T + bias + branch`` with a weight, ``base + branch``
-    without. :func:`afa_kernels.afa_lora` and :func:`afa_kernels.afa_linear` are the checked ways to
-    call it.
+    ``x (M, K)``, ``weight (N, K)`` or None, ``bias (N,)`` or None, ``lora_a (r, K)``, ``lora_b (N, r)``, ``base`` None
+    or ``(M, N)`` (any shape with M * N elements and rows of N where ``inplace``); ``alpha_t`` a 0-dim float32 tensor,
+    None at identity; ``options`` as :func:`afa_kernels._ops.resolved` returns them; ``direct`` whether the forward may
+    skip torch's dispatcher.
+
+    Returns the layer's output: ``x @ weight.T + bias + branch`` with a weight, ``base + branch`` without.
+    :func:`afa_kernels.afa_lora` and :func:`afa_kernels.afa_linear` are the checked ways to call it.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, base, alpha_t, seed, *options):
-        activation, scaling, dropout, save_z, inplace, backend = options
+    def forward(ctx, x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options: Options, inplace, direct):
         need_x, need_weight, _, need_a, need_b, _ = ctx.needs_input_grad[:6]
-        save_z = save_z and (need_x or need_a or need_b)
-        spec = (activation, scaling, dropout)
-        branch = (x, lora_a, lora_b, alpha_t, seed, *spec, save_z, backend)
+        save_z = options.save_z and (need_x or need_a or need_b)
+        if save_z != options.save_z:
+            options = options._replace(save_z=save_z)
+        branch = (x, lora_a, lora_b, alpha_t, seed, options)
         if weight is not None:
-            y, z = _ops.linear_forward(weight, bias, *branch)
+            y, z = _ops.linear_forward(direct, weight, bias, *branch)
         elif inplace:
-            z = _ops.lora_forward_(base.view(-1, lora_b.shape[0]), *branch)
+            z = _ops.lora_forward_(direct, base.view(-1, lora_b.shape[0]), *branch)
             ctx.mark_dirty(base)
             y = base
         else:
-            y, z = _ops.lora_forward(base, *branch)
+            y, z = _ops.lora_forward(direct, base, *branch)
         ctx.save_for_backward(
             x if need_x or need_a or need_b or need_weight else None,
             weight if need_x else None,
@@ -47,8 +46,7 @@ class AFALoRAFunction(torch.autograd.Function):
             alpha_t,
             seed,
         )
-        ctx.spec = spec
-        ctx.backend = backend
+        ctx.options, ctx.direct = options, direct
         ctx.rows = x.shape[0]
         ctx.weight_dtype = None if weight is None else weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -61,13 +59,17 @@ class AFALoRAFunction(torch.autograd.Function):
         dx = dweight = dbias = da = db = None
         dy = grad_output.reshape(ctx.rows, lora_b.shape[0])
         if need_x or need_a or need_b:
-            saved = (dy, x, lora_a, lora_b, z, alpha_t, seed, *ctx.spec, ctx.backend)
+            saved = (dy, x, lora_a, lora_b, z, alpha_t, seed, ctx.options)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                dx, da, db = _differentiable(dy, x, weight, lora_a, lora_b, alpha_t, seed, ctx.spec)
-            elif weight is not None:
-                dx, da, db = _ops.linear_backward(weight, *saved, need_a, need_b)
+                dx, da, db = _differentiable(dy, x, weight, lora_a, lora_b, alpha_t, seed, ctx.options.spec)
             else:
-                dx, da, db = _ops.lora_backward(*saved, need_x, need_a, need_b)
+                # Hooks of saved tensors may have put others in the place of those that the forward saw.
+                direct = ctx.direct and not torch_private.operators_are_watched()
+                direct = direct and torch_private.are_ordinary((*saved[:-1], weight))
+                if weight is not None:
+                    dx, da, db = _ops.linear_backward(direct, weight, *saved, need_a, need_b)
+                else:
+                    dx, da, db = _ops.lora_backward(direct, *saved, need_x, need_a, need_b)
         if need_weight:
             dweight = (dy.T @ x).to(ctx.weight_dtype)
         if need_bias:
@@ -79,12 +81,12 @@ class AFALoRAFunction(torch.autograd.Function):
             da if need_a else None,
             db if need_b else None,
             grad_output if need_base else None,
-            *(None,) * 8,
+            *(None,) * 5,
         )
 
 
 def _differentiable(dy, x, weight, lora_a, lora_b, alpha_t, seed, spec):
     """Return the gradients as plain torch ops, for whoever differentiates them once more."""
     with _ops.plain_precision(x):
-        dx, da, db = reference.backward(dy, x, lora_a, lora_b, alpha_t, seed, Spec(*spec))
+        dx, da, db = reference.backward(dy, x, lora_a, lora_b, alpha_t, seed, spec)
         return (dx if weight is None else dx + dy @ weight), da, db

@@ -1,5 +1,8 @@
-"""Every check of what a caller passes, once: each error names the argument, what came and what is
-wanted. Operands that pass are recognized by csrc/checks.cpp where it can; it never refuses any."""
+"""Every check of what a caller passes, once: each error names the argument, what came and what is wanted.
+
+On the CPU, operands that pass cost more to check in Python than a small call's kernels take. csrc/checks.cpp recognizes
+the common ones; what it does not recognize is checked here, and only here are errors made.
+"""
 
 import math
 from numbers import Real
@@ -8,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from afa_kernels import torch_private
 from afa_kernels.activation import ACTIVATIONS
 from afa_kernels.backend import native
-from afa_kernels.backend.registry import MAX_RANK, check_name
+from afa_kernels.backend.registry import check_name, remembered
+from afa_kernels.dropout import threshold_of
+from afa_kernels.options import Options, Spec
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FLOATING_NAMES = "float64, float32, bfloat16 or float16"
@@ -35,10 +41,33 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
 
 
+def lora(x: Tensor, lora_a: Tensor, lora_b: Tensor, base: Tensor | None, *, inplace: bool) -> bool:
+    """Check the operands of :func:`afa_kernels.afa_lora`; return whether they may skip torch's dispatcher."""
+    watched = torch_private.operators_are_watched()
+    recognized = not watched and native.recognizes_lora(x, lora_a, lora_b, base)
+    if not recognized:
+        branch(x, lora_a, lora_b)
+        if base is not None:
+            _base(base, x, lora_b.shape[0])
+    if inplace:
+        if base is None:
+            raise ValueError("inplace: expected a base to accumulate into, got base=None")
+        _can_be_written(base)
+    return recognized or (not watched and torch_private.are_ordinary((x, lora_a, lora_b, base)))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Check the operands of :func:`afa_kernels.afa_linear`; return whether they may skip torch's dispatcher."""
+    watched = torch_private.operators_are_watched()
+    if not watched and native.recognizes_linear(x, weight, bias, lora_a, lora_b):
+        return True
+    branch(x, lora_a, lora_b)
+    _frozen(x, weight, bias, lora_b.shape[0])
+    return not watched and torch_private.are_ordinary((x, weight, bias, lora_a, lora_b))
+
+
 def branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     """Check the operands of the branch: types, dtypes, shapes and devices."""
-    if not is_compiling() and native.accepts_branch(x, lora_a, lora_b):
-        return
     tensor("x", x)
     tensor("lora_a", lora_a)
     tensor("lora_b", lora_b)
@@ -49,8 +78,8 @@ def branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     if lora_a.dim() != 2 or lora_a.shape[1] != k:
         raise ValueError(f"lora_a: expected shape (r, {k}) to match x {tuple(x.shape)}, got {tuple(lora_a.shape)}")
     r = lora_a.shape[0]
-    if not 1 <= r <= MAX_RANK:
-        raise ValueError(f"lora_a: expected a rank from 1 to {MAX_RANK}, got shape {tuple(lora_a.shape)}")
+    if r < 1:
+        raise ValueError(f"lora_a: expected a rank of at least 1, got shape {tuple(lora_a.shape)}")
     if lora_b.dim() != 2 or lora_b.shape[1] != r:
         raise ValueError(
             f"lora_b: expected shape (out_features, {r}) to match lora_a {tuple(lora_a.shape)}, "
@@ -67,25 +96,25 @@ def same_device(name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: expected on {x.device}, the device of x, got {value.device}")
 
 
-def base(value: Tensor, x: Tensor, n: int, *, inplace: bool) -> None:
-    if is_compiling() or not native.accepts_base(value, x, n):
-        tensor("base", value)
-        wanted = (*x.shape[:-1], n)
-        if value.shape != wanted:
-            raise ValueError(f"base: expected shape {wanted}, got {tuple(value.shape)}")
-        same_device("base", value, x)
-    if not inplace:
-        return
-    if value.requires_grad and value.is_leaf and torch.is_grad_enabled():
+def _base(value: Tensor, x: Tensor, n: int) -> None:
+    tensor("base", value)
+    wanted = (*x.shape[:-1], n)
+    if value.shape != wanted:
+        raise ValueError(f"base: expected shape {wanted}, got {tuple(value.shape)}")
+    same_device("base", value, x)
+
+
+def _can_be_written(base: Tensor) -> None:
+    if base.requires_grad and base.is_leaf and torch.is_grad_enabled():
         raise ValueError(
             "base: a leaf that requires grad cannot be accumulated into; "
             "pass inplace=False, or a result of an operation"
         )
-    if _overlaps_itself(value):
+    if _overlaps_itself(base):
         raise ValueError(
             "base: an expanded view cannot be accumulated into "
-            f"(shape {tuple(value.shape)}, strides "
-            f"{value.stride()}); pass inplace=False, or base.contiguous()"
+            f"(shape {tuple(base.shape)}, strides "
+            f"{base.stride()}); pass inplace=False, or base.contiguous()"
         )
 
 
@@ -103,9 +132,7 @@ def _overlaps_itself(t: Tensor) -> bool:
     return False
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> None:
-    if not is_compiling() and native.accepts_linear(x, weight, bias, n):
-        return
+def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> None:
     tensor("weight", weight)
     k = x.shape[-1]
     if weight.shape != (n, k):
@@ -145,8 +172,18 @@ def alpha_tensor(value: Tensor) -> None:
             raise ValueError(f"alpha_t: expected a value in [0, 1], got {number}")
 
 
-def options(activation: str, scaling: float, dropout_p: float, save: str, backend: str | None) -> None:
-    if activation not in ACTIVATIONS:
+def options(activation: str, scaling: float, dropout_p: float, save: str, backend: str | None) -> Options:
+    """Return the options of a call, checked; the same ones again cost a look into a table."""
+    if not is_compiling():  # a compiler looks through the table, and warns of it
+        try:
+            return _known_options(activation, scaling, dropout_p, save, backend)
+        except TypeError:  # it may be unhashable, and then it has no place in the table
+            pass
+    return _checked_options(activation, scaling, dropout_p, save, backend)
+
+
+def _checked_options(activation, scaling, dropout_p, save, backend) -> Options:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if not _is_number(scaling):
         raise TypeError(f"scaling: expected a float, got {type(scaling).__name__}")
@@ -156,12 +193,18 @@ def options(activation: str, scaling: float, dropout_p: float, save: str, backen
         raise TypeError(f"dropout_p: expected a float in [0, 1), got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
-    if save not in SAVE:
+    if not isinstance(save, str) or save not in SAVE:
         raise ValueError(f"save: expected 'z' or 'nothing', got {save!r}")
     check_name(backend)
+    return Options(Spec(activation, float(scaling), threshold_of(dropout_p)), save == "z", backend)
+
+
+_known_options = remembered(_checked_options)
 
 
 def seed(value: object) -> None:
+    if value is None:
+        return
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.dim() != 0:
             raise TypeError(

@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from afa_kernels import _ops, checks, dropout
-from afa_kernels.backend.registry import IDENTITY, requested
-from afa_kernels.functional import autocast
+from afa_kernels import _ops, checks
+from afa_kernels.backend import registry
+from afa_kernels.functional import alpha_of, autocast
+from afa_kernels.options import Options, at_identity
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,18 @@ def plan(
     unknown = _shared.keys() - {"base", "inplace", "dropout_seed"}
     if unknown:
         raise TypeError(f"plan: unexpected arguments {', '.join(sorted(unknown))}")
+    options = checks.options(activation, scaling, dropout_p, save, backend)
+    return plan_of(x, lora_a, lora_b, alpha_of(alpha_t) is None, options)
+
+
+def plan_of(x: Tensor, lora_a: Tensor, lora_b: Tensor, identity: bool, options: Options) -> Plan:
+    """:func:`plan` with options that are checked already: what layers call."""
     checks.branch(x, lora_a, lora_b)
-    checks.options(activation, scaling, dropout_p, save, backend)
-    if isinstance(alpha_t, Tensor):
-        checks.alpha_tensor(alpha_t)
-    elif checks.alpha_value(alpha_t) == 0.0:
-        activation = IDENTITY
-    rows = autocast(x.detach()).reshape(-1, x.shape[-1])
-    call = _ops.call_of(rows, lora_a, lora_b, activation, dropout.threshold_of(dropout_p))
-    chosen, reason = _ops.choose(call, requested(backend))
-    gemm = activation == IDENTITY and chosen.name in ("torch", "reference")
+    rows = autocast("x", x.detach()).reshape(-1, x.shape[-1])
+    if identity:
+        options = at_identity(options)
+    call = _ops.call_of(rows, lora_a, lora_b, options.spec)
+    chosen, reason = registry.select(call, registry.requested(options.backend))
+    gemm = identity and chosen.knows_identity
     launches = () if chosen.launches is None or call.m == 0 else tuple(chosen.launches(call))
     return Plan(chosen.name, "gemm" if gemm else "fused", reason, launches)

@@ -3,11 +3,11 @@ frozen layer."""
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
-from afa_kernels import _ops, checks, dropout
+from afa_kernels import _ops, checks, torch_private
 from afa_kernels.autograd import AFALoRAFunction
-from afa_kernels.backend.registry import IDENTITY
+from afa_kernels.options import Options
 
 
 def afa_lora(
@@ -34,7 +34,7 @@ def afa_lora(
     Args:
         x: ``(..., K)``, float64, float32, bfloat16 or float16; any strides. Under autocast it is
             rounded to the autocast dtype first.
-        lora_a: ``(r, K)`` with r from 1 to 256, of any floating dtype. It is rounded to the dtype
+        lora_a: ``(r, K)`` with any r from 1 on, of any floating dtype. It is rounded to the dtype
             of x, products accumulate in float32 (float64 for float64), and its gradient comes back
             in its own dtype.
         lora_b: ``(N, r)``, likewise.
@@ -62,25 +62,9 @@ def afa_lora(
             wanted.
         BackendUnavailable: ``backend`` was named and cannot take this call; the message says why.
     """
-    checks.branch(x, lora_a, lora_b)
-    checks.options(activation, scaling, dropout_p, save, backend)
-    n = lora_b.shape[0]
-    if base is not None:
-        checks.base(base, x, n, inplace=inplace)
-    elif inplace:
-        raise ValueError("inplace: expected a base to accumulate into, got base=None")
-    x = autocast(x)
-    options = _options(x, alpha_t, activation, scaling, dropout_p, dropout_seed, save)
-    rows = _as_rows(x)
-    if base is None or (base.dtype == x.dtype and not inplace):
-        flat_base = None if base is None else _as_rows(base)
-        return _like(_apply(rows, None, None, lora_a, lora_b, flat_base, options, backend), x, n)
-    if inplace and base.dtype == x.dtype and _can_accumulate(base, x, lora_a, lora_b):
-        return _apply(rows, None, None, lora_a, lora_b, base, options, backend, inplace=True)
-    # The base has another dtype, cannot be viewed as rows, overlaps an operand, or is being
-    # traced: one more pass over it.
-    y = _like(_apply(rows, None, None, lora_a, lora_b, None, options, backend), x, n)
-    return base.add_(y) if inplace else base + y.to(base.dtype)
+    options = checks.options(activation, scaling, dropout_p, save, backend)
+    checks.seed(dropout_seed)
+    return lora(x, lora_a, lora_b, alpha_of(alpha_t), options, base=base, inplace=inplace, seed=dropout_seed)
 
 
 def afa_linear(
@@ -118,31 +102,75 @@ def afa_linear(
     Raises:
         TypeError, ValueError, BackendUnavailable: as in :func:`afa_lora`.
     """
-    checks.branch(x, lora_a, lora_b)
-    checks.options(activation, scaling, dropout_p, save, backend)
-    checks.tensor("weight", weight)
-    x, weight = autocast(x), autocast(weight)
+    options = checks.options(activation, scaling, dropout_p, save, backend)
+    checks.seed(dropout_seed)
+    return linear(x, weight, bias, lora_a, lora_b, alpha_of(alpha_t), options, seed=dropout_seed)
+
+
+def lora(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor, alpha_t: float | Tensor | None, options: Options,
+    *, base: Tensor | None = None, inplace: bool = False, seed: int | Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """:func:`afa_lora` with options that are checked already, and ``alpha_t`` None at identity: what layers call."""
+    x = autocast("x", x)
+    direct = checks.lora(x, lora_a, lora_b, base, inplace=inplace)
     n = lora_b.shape[0]
-    checks.linear(x, weight, bias, n)
-    options = _options(x, alpha_t, activation, scaling, dropout_p, dropout_seed, save)
-    return _like(_apply(_as_rows(x), weight, bias, lora_a, lora_b, None, options, backend), x, n)
+    if base is None or (base.dtype == x.dtype and not inplace):
+        flat_base = None if base is None else _as_rows(base)
+        return _like(_apply(x, None, None, lora_a, lora_b, flat_base, alpha_t, seed, options, False, direct), x, n)
+    if inplace and base.dtype == x.dtype and _can_accumulate(base, x, lora_a, lora_b):
+        return _apply(x, None, None, lora_a, lora_b, base, alpha_t, seed, options, True, direct)
+    # The base has another dtype, cannot be viewed as rows, overlaps an operand, or is being
+    # traced: one more pass over it.
+    y = _like(_apply(x, None, None, lora_a, lora_b, None, alpha_t, seed, options, False, direct), x, n)
+    return base.add_(y) if inplace else base + y.to(base.dtype)
 
 
-def _apply(x, weight, bias, lora_a, lora_b, base, options, backend, inplace=False) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, alpha_t: float | Tensor | None,
+    options: Options, *, seed: int | Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """:func:`afa_linear` with options that are checked already, and ``alpha_t`` None at identity: what layers call."""
+    x, weight = autocast("x", x), autocast("weight", weight)
+    direct = checks.linear(x, weight, bias, lora_a, lora_b)
+    y = _apply(x, weight, bias, lora_a, lora_b, None, alpha_t, seed, options, False, direct)
+    return _like(y, x, lora_b.shape[0])
+
+
+def _apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace, direct) -> Tensor:
+    """Decide what the operands decide, and call the operator, through autograd where something is differentiated."""
+    rows = _as_rows(x)
+    identity = alpha_t is None
+    alpha_t = None if identity else _on_device(alpha_t, torch.float32, x.device)
+    seed = _seed(seed, x.device) if options.spec.dropout else None
+    direct = direct and torch_private.are_ordinary((alpha_t, seed))
+    options = _ops.resolved(rows, lora_a, lora_b, options, identity)
     differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, lora_a, lora_b, base)
     )
     # Under forward-mode differentiation the Function refuses; the operators alone would drop the
     # tangents in silence.
-    if differentiated or forward_ad._current_level >= 0:
-        return AFALoRAFunction.apply(x, weight, bias, lora_a, lora_b, base, *options, inplace, backend)
-    branch = (x, lora_a, lora_b, *options[:-1], False, backend)
+    if differentiated or torch_private.in_forward_mode():
+        return AFALoRAFunction.apply(
+            rows, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace, direct
+        )  # fmt: skip
+    if options.save_z:
+        options = options._replace(save_z=False)
+    branch = (rows, lora_a, lora_b, alpha_t, seed, options)
     if weight is not None:
-        return _ops.linear_forward(weight, bias, *branch)[0]
+        return _ops.linear_forward(direct, weight, bias, *branch)[0]
     if inplace:
-        _ops.lora_forward_(base.view(-1, lora_b.shape[0]), *branch)
+        _ops.lora_forward_(direct, base.view(-1, lora_b.shape[0]), *branch)
         return base
-    return _ops.lora_forward(base, *branch)[0]
+    return _ops.lora_forward(direct, base, *branch)[0]
+
+
+def alpha_of(alpha_t: float | Tensor) -> float | Tensor | None:
+    """Return a checked alpha_t: None where it is the number 0, which selects plain GEMMs."""
+    if isinstance(alpha_t, Tensor):
+        checks.alpha_tensor(alpha_t)
+        return alpha_t
+    return checks.alpha_value(alpha_t) or None
 
 
 def _as_rows(t: Tensor) -> Tensor:
@@ -153,52 +181,43 @@ def _like(rows: Tensor, x: Tensor, n: int) -> Tensor:
     return rows if x.dim() == 2 else rows.view(*x.shape[:-1], n)
 
 
-def _options(x, alpha_t, activation, scaling, dropout_p, dropout_seed, save) -> tuple:
-    """Return alpha_t, seed, activation, scaling, dropout threshold and save_z for the operators."""
-    alpha_t, activation = _alpha(alpha_t, activation, x)
-    if dropout_seed is not None:
-        checks.seed(dropout_seed)
-    seed, threshold = (None, 0) if dropout_p == 0.0 else _dropout(dropout_p, dropout_seed, x)
-    save_z = save == "z" and activation != IDENTITY
-    return alpha_t, seed, activation, float(scaling), threshold, save_z
-
-
-def autocast(t: Tensor) -> Tensor:
+def autocast(name: str, t: Tensor) -> Tensor:
     """Round to the autocast dtype where autocast is on; float64 stays, as in torch's own linear."""
-    if not torch._C._is_any_autocast_enabled():
+    if not torch_private.autocast_may_be_on():
         return t
+    checks.tensor(name, t)
     device_type = t.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and t.dtype != torch.float64:
         return t.to(torch.get_autocast_dtype(device_type))
     return t
 
 
-def _alpha(alpha_t: float | Tensor, activation: str, x: Tensor) -> tuple[Tensor, str]:
-    """Return alpha_t as a tensor on the device of x, and the activation: identity where alpha_t is
-    the number 0."""
-    if isinstance(alpha_t, Tensor):
-        checks.alpha_tensor(alpha_t)
-        if alpha_t.device != x.device:
-            alpha_t = alpha_t.to(x.device, non_blocking=True)
-        return alpha_t, activation
-    value = checks.alpha_value(alpha_t)
-    return torch.full((), value, dtype=torch.float32, device=x.device), IDENTITY if value == 0.0 else activation
+def _on_device(scalar: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return ``scalar`` as a 0-dim tensor of ``dtype`` on ``device``, without waiting for the device.
+
+    The value of a CPU tensor goes to a GPU as the argument of a fill. A copy would have to wait, or, from pinned
+    memory, might run after the caller has written the next value; and a captured graph cannot hold a copy from pageable
+    memory.
+    """
+    if isinstance(scalar, Tensor):
+        if scalar.device == device:
+            return scalar
+        if not scalar.is_cpu or is_compiling() or type(scalar) is not Tensor:  # a traced or fake one has no value
+            return scalar.to(device)
+        scalar = scalar.item()
+    return torch.full((), scalar, dtype=dtype, device=device)
 
 
-def _dropout(p: float, seed: int | Tensor | None, x: Tensor) -> tuple[Tensor, int]:
+def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         # From the generator of x's device, so that manual_seed, checkpointing and CUDA graphs
         # see it.
-        seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
-    elif isinstance(seed, Tensor):
-        seed = seed.to(x.device, non_blocking=True)
-    else:
-        seed = torch.full((), seed, dtype=torch.int64, device=x.device)
-    return seed, dropout.threshold_of(p)
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    return _on_device(seed, torch.int64, device)
 
 
 def _can_accumulate(base: Tensor, *operands: Tensor) -> bool:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False  # the traced form is out of place; functionalization removes the extra pass
     first, last = _extent(base)
     for t in operands:

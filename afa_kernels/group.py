@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from afa_kernels import _group_ops, checks
-from afa_kernels.backend.registry import IDENTITY
+from afa_kernels.backend.registry import requested
 from afa_kernels.functional import _as_rows, _like, autocast
 from afa_kernels.layer import AFALinear
+from afa_kernels.options import IDENTITY
+from afa_kernels.torch_private import in_forward_mode, saved_tensor_hooks, version_of
 
 # Children of one module that common transformer code calls with the same tensor.
 PATTERNS = (
@@ -127,7 +128,7 @@ class _Modes(NamedTuple):
 
 class _Pending(NamedTuple):
     x: Tensor
-    version: int
+    version: object
     modes: _Modes
     outputs: dict[int, Tensor]
 
@@ -159,7 +160,7 @@ class SharedInput:
         self._handles = ()
 
     def open(self, _parent: nn.Module, _arguments: tuple) -> None:
-        self._pending, self._saved_tensor_hooks = None, _saved_tensor_hooks()
+        self._pending, self._saved_tensor_hooks = None, saved_tensor_hooks()
         if self.enabled:
             # Set for the time of the call only: a copied or pickled layer stands alone.
             for layer in self.layers:
@@ -175,7 +176,7 @@ class SharedInput:
     def take(self, layer: AFALinear, x: Tensor) -> Tensor | None:
         """Return the output of ``layer`` for ``x``, or None if it has to compute it itself."""
         # A member in a region of activation checkpointing of its own must save its own tensors.
-        if self._saved_tensor_hooks != _saved_tensor_hooks():
+        if self._saved_tensor_hooks != saved_tensor_hooks():
             return None
         pending = self._pending
         if pending is None:
@@ -208,21 +209,12 @@ def _may_be_shared(x: Tensor, layers: list[AFALinear]) -> bool:
     return not x.is_inference()
 
 
-def _version(x: Tensor) -> int:
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+def _version(x: Tensor) -> object:
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else version_of(x)
 
 
 def _modes(x: Tensor) -> _Modes:
     return _Modes(torch.is_grad_enabled(), _autocast_dtype(x))
-
-
-def _saved_tensor_hooks() -> object:
-    """Return the innermost hooks of saved tensors, None in a trace and where torch (2.6) does not
-    show them."""
-    if torch.compiler.is_compiling():
-        return None
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return None if top is None else top(False)
 
 
 def why_separate(layers: list[AFALinear], x: Tensor) -> str | None:
@@ -231,7 +223,7 @@ def why_separate(layers: list[AFALinear], x: Tensor) -> str | None:
         return f"x is a {type(x).__name__}"
     if x.layout != torch.strided or x.dim() == 0 or x.shape[-1] != layers[0].in_features:
         return f"x has shape {tuple(x.shape)} and layout {x.layout}"
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         return "forward-mode differentiation"
     first, dtype = layers[0], _autocast_dtype(x)
     for layer in layers:
@@ -284,13 +276,12 @@ def _check_layers(layers: list[AFALinear]) -> None:
 
 def _linear(layers: list[AFALinear], x: Tensor) -> list[Tensor]:
     """Return the outputs of ``layers`` (``why_separate`` is None) on the same x."""
-    x = autocast(x)
+    x = autocast("x", x)
     rows = _as_rows(x)
-    weights = [autocast(m.base_layer.weight.T if m.transposed else m.base_layer.weight) for m in layers]
+    weights = [autocast("weight", m.base_layer.weight.T if m.transposed else m.base_layer.weight) for m in layers]
     for layer, weight in zip(layers, weights, strict=True):
-        checks.branch(x, layer.lora_a, layer.lora_b)
-        checks.linear(x, weight, layer.base_layer.bias, layer.out_features)
-    activations = [IDENTITY if m._identity else m.activation for m in layers]
+        checks.linear(x, weight, layer.base_layer.bias, layer.lora_a, layer.lora_b)
+    activations = [IDENTITY if m.identity else m.activation for m in layers]
     tensors = [
         *weights,
         *(m.base_layer.bias for m in layers),
@@ -302,7 +293,7 @@ def _linear(layers: list[AFALinear], x: Tensor) -> list[Tensor]:
         activations,
         [m.scaling for m in layers],
         layers[0].save == "z" and any(name != IDENTITY for name in activations),
-        layers[0].backend,
+        requested(layers[0].backend),  # now, so that the backward runs where the forward ran
     )
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
     if differentiated:

@@ -2,18 +2,17 @@
 
 import math
 from numbers import Integral, Real
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from afa_kernels import checks
-from afa_kernels.backend.registry import MAX_RANK
-from afa_kernels.dispatch import Plan, plan
-from afa_kernels.functional import afa_linear, afa_lora
+from afa_kernels.alpha import Annealed, normal
+from afa_kernels.dispatch import Plan, plan_of
+from afa_kernels.functional import linear, lora
+from afa_kernels.options import Options, without_dropout
 
 SUPPORTED = "torch.nn.Linear or transformers' Conv1D with a floating-point weight"
-_SMALLEST_ALPHA = torch.finfo(torch.float32).tiny  # below it the float32 buffer would be subnormal or 0
 _MERGED_KEY = "merged"
 
 
@@ -39,7 +38,20 @@ def why_unsupported(module: nn.Module) -> str | None:
     return None
 
 
-class AFALinear(nn.Module):
+class _Option:
+    """An attribute of AFALinear that its calls depend on: setting it makes the layer's options anew."""
+
+    def __set_name__(self, owner: type, name: str):
+        self.name = name
+
+    def __get__(self, layer: "AFALinear | None", owner: type):
+        return self if layer is None else layer._chosen[self.name]
+
+    def __set__(self, layer: "AFALinear", value):
+        layer._choose(**{self.name: value})
+
+
+class AFALinear(Annealed):
     """A frozen linear layer with a trainable AFA-LoRA branch.
 
     ``y = base_layer(x) + scaling * phi(dropout(x) @ lora_a.T) @ lora_b.T`` with
@@ -50,7 +62,7 @@ class AFALinear(nn.Module):
     Args:
         base_layer: ``torch.nn.Linear`` or transformers' ``Conv1D``. Its parameters are frozen; the
             layer keeps it.
-        r: rank of the branch, from 1 to 256.
+        r: rank of the branch, 1 or more.
         lora_alpha: numerator of ``scaling = lora_alpha / r``.
         activation: a name from :func:`afa_kernels.activations`.
         dropout: probability of LoRA dropout, in training only; rounded to 1/256 (see
@@ -72,6 +84,12 @@ class AFALinear(nn.Module):
     A merged layer runs its base layer and nothing else: lora_a and lora_b get no gradient and must
     not be changed.
     """
+
+    activation = _Option()
+    scaling = _Option()
+    dropout = _Option()
+    save = _Option()
+    backend = _Option()
 
     def __init__(
         self,
@@ -103,17 +121,13 @@ class AFALinear(nn.Module):
         self.r = int(r)
         self.lora_alpha = lora_alpha
         self.use_rslora = bool(use_rslora)
-        self.scaling = float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
-        self.activation = activation
-        self.dropout = float(dropout)
-        self.save = save
-        self.backend = backend
+        self._chosen = {}
+        scaling = float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
+        self._choose(activation=activation, scaling=scaling, dropout=float(dropout), save=save, backend=backend)
         self.lora_a = nn.Parameter(torch.empty(self.r, self.in_features, dtype=dtype, device=weight.device))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, self.r, dtype=dtype, device=weight.device))
-        self.register_buffer("alpha_t_buffer", torch.ones((), dtype=torch.float32, device=weight.device))
+        self.start_alpha_t(1.0, weight.device, persistent=True)
         self.register_buffer("_original_weight", None, persistent=False)
-        self._alpha_t = 1.0
-        self._identity = False
         self._merged = False
         self._shared_input = None  # set by group.SharedInput for the time of a call of the block
         self._parallel = None  # set by the styles of parallel.py: the forward on local shards
@@ -136,11 +150,6 @@ class AFALinear(nn.Module):
         return self.base_layer.bias
 
     @property
-    def alpha_t(self) -> float:
-        """The blend coefficient as a Python number; reading it does not touch the device."""
-        return self._alpha_t
-
-    @property
     def merged(self) -> bool:
         """Whether the branch is part of the base layer's weight."""
         return self._merged
@@ -153,14 +162,10 @@ class AFALinear(nn.Module):
             TypeError, ValueError: ``value`` is no number in [0, 1], or is not 0 while the layer is
             merged.
         """
-        value = checks.alpha_value(value)
-        if value < _SMALLEST_ALPHA:
-            value = 0.0
+        value = normal(checks.alpha_value(value))
         if self._merged and value != 0.0:
             raise ValueError(f"alpha_t: a merged layer is an ordinary linear layer, got {value}; unmerge() first")
-        with torch.no_grad():
-            self.alpha_t_buffer.fill_(value)
-        self._note_alpha(value)
+        self.write_alpha_t(value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``base_layer(x)`` plus the branch: ``(..., K) -> (..., N)``."""
@@ -173,28 +178,31 @@ class AFALinear(nn.Module):
             if y is not None:
                 return y
         base_layer = self.base_layer
-        alpha_t = 0.0 if self._identity else self.alpha_t_buffer
-        branch = (self.lora_a, self.lora_b, alpha_t)
+        branch = (self.lora_a, self.lora_b, self.coefficient(), self.options)
         if self._base_is_plain():
             weight = base_layer.weight.T if self.transposed else base_layer.weight
-            return afa_linear(x, weight, base_layer.bias, *branch, **self._options())
-        base, inplace = base_layer(x), self._base_output_is_ours()
-        return afa_lora(x, *branch, base=base, inplace=inplace, **self._options())
+            return linear(x, weight, base_layer.bias, *branch)
+        base = base_layer(x)
+        return lora(x, *branch, base=base, inplace=self._base_output_is_ours())
 
     def plan(self, x: Tensor) -> Plan:
         """Return what ``self(x)`` would do."""
         if self._merged:
             return Plan("torch", "merged", "the branch is part of the frozen weight")
-        return plan(x, self.lora_a, self.lora_b, self._alpha_t, **self._options())
+        return plan_of(x, self.lora_a, self.lora_b, self.identity, self.options)
 
-    def _options(self) -> dict[str, Any]:
-        return {
-            "activation": self.activation,
-            "scaling": self.scaling,
-            "dropout_p": self.dropout if self.training else 0.0,
-            "save": self.save,
-            "backend": self.backend,
-        }
+    @property
+    def options(self) -> Options:
+        """The options of a call of this layer: dropout acts in training only."""
+        return self._options if self.training else self._options_in_evaluation
+
+    def _choose(self, **changes) -> None:
+        chosen = {**self._chosen, **changes}
+        self._options = checks.options(
+            chosen["activation"], chosen["scaling"], chosen["dropout"], chosen["save"], chosen["backend"]
+        )
+        self._options_in_evaluation = without_dropout(self._options)
+        self._chosen = chosen
 
     def merge(self, *, keep_original: bool = False) -> None:
         """Add ``scaling * lora_b @ lora_a`` to the weight: afterwards the layer costs one GEMM.
@@ -243,7 +251,7 @@ class AFALinear(nn.Module):
         Raises:
             ValueError: as in :meth:`merge`.
         """
-        if not self._identity:
+        if not self.identity:
             raise ValueError(
                 f"merge: alpha_t is {self._alpha_t}, so the branch is not linear in x and no "
                 "weight equals it; anneal to alpha_t = 0 first"
@@ -284,22 +292,6 @@ class AFALinear(nn.Module):
         base = self.base_layer
         return type(base).forward is nn.Linear.forward and "forward" not in base.__dict__ and not base._forward_hooks
 
-    def _note_alpha(self, value: float) -> None:
-        self._alpha_t = value
-        # Written only on a change: a compiled forward is guarded on this flag alone.
-        if self._identity != (value == 0.0):
-            self._identity = value == 0.0
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        buffer = self.alpha_t_buffer
-        if buffer.dtype != torch.float32:
-            self.alpha_t_buffer = torch.full((), self._alpha_t, dtype=torch.float32, device=buffer.device)
-        elif buffer.device.type != "meta":
-            with torch.no_grad():
-                buffer.fill_(self._alpha_t)  # to_empty() leaves it undefined
-        return self
-
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._merged:
@@ -310,28 +302,22 @@ class AFALinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        alpha_key = prefix + "alpha_t_buffer"
-        alpha = state_dict.get(alpha_key)
         merged = prefix + _MERGED_KEY in state_dict
         brings_branch = any(prefix + name in state_dict for name in ("lora_a", "lora_b", "alpha_t_buffer"))
         if (self._merged or merged) and brings_branch and prefix + "base_layer.weight" not in state_dict:
             error_msgs.append(f"{prefix}lora_a: a branch of a merged layer cannot be loaded without its weight")
             return
-        value = self._alpha_t
-        if alpha is not None:
-            try:
-                value = checks.alpha_value(float(alpha), alpha_key)
-            except (TypeError, ValueError, RuntimeError) as error:
-                error_msgs.append(str(error))
-                return
+        try:
+            value = self._loaded_alpha_t(state_dict, prefix)
+        except (TypeError, ValueError, RuntimeError) as error:
+            error_msgs.append(str(error))
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if prefix + _MERGED_KEY in unexpected_keys:
             unexpected_keys.remove(prefix + _MERGED_KEY)
-        if self.alpha_t_buffer.dtype != torch.float32:  # load_state_dict(assign=True) takes the dtype that it finds
-            self.alpha_t_buffer = self.alpha_t_buffer.to(torch.float32)
-        self._note_alpha(value)
+        self._take_loaded_alpha_t(value)
         if brings_branch:
             self._merged = merged
             self._original_weight = None
@@ -347,9 +333,9 @@ class AFALinear(nn.Module):
 
 def check_options(r, lora_alpha, activation, dropout, save, backend) -> None:
     if isinstance(r, bool) or not isinstance(r, Integral):
-        raise TypeError(f"r: expected an int from 1 to {MAX_RANK}, got {type(r).__name__}")
-    if not 1 <= r <= MAX_RANK:
-        raise ValueError(f"r: expected a rank from 1 to {MAX_RANK}, got {r}")
+        raise TypeError(f"r: expected a positive int, got {type(r).__name__}")
+    if r < 1:
+        raise ValueError(f"r: expected a rank of at least 1, got {r}")
     if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, Real):
         raise TypeError(f"lora_alpha: expected a number, got {type(lora_alpha).__name__}")
     if not math.isfinite(lora_alpha):

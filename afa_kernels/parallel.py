@@ -26,7 +26,7 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from afa_kernels.functional import afa_linear, afa_lora
+from afa_kernels.functional import linear, lora
 from afa_kernels.layer import AFALinear
 
 
@@ -126,14 +126,14 @@ class ColwiseAFA(_StyleAFA):
     @staticmethod
     def _forward(layer: AFALinear, x: DTensor) -> DTensor:
         mesh, everywhere = x.device_mesh, [Partial()]
-        y = afa_linear(
+        y = linear(
             x.to_local(grad_placements=everywhere),
             _local_weight(layer),
             _local(layer.base_layer.bias),
             layer.lora_a.to_local(grad_placements=everywhere),
             layer.lora_b.to_local(),
-            _alpha(layer),
-            **layer._options(),
+            layer.coefficient(),
+            layer.options,
         )
         return DTensor.from_local(y, mesh, [Shard(x.dim() - 1)], run_check=False)
 
@@ -181,7 +181,7 @@ class RowwiseAFA(_StyleAFA):
         # The branch on z itself: with A = I its z is exactly the one given.
         unit = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
         b = layer.lora_b.to_local()
-        y = afa_lora(z, unit, b, _alpha(layer), base=y, inplace=True, **layer._options())
+        y = lora(z, unit, b, layer.coefficient(), layer.options, base=y, inplace=True)
         return DTensor.from_local(y, mesh, [Partial()], run_check=False)
 
 
@@ -204,7 +204,3 @@ def _local(t: Tensor | None) -> Tensor | None:
 def _local_weight(layer: AFALinear) -> Tensor:
     weight = layer.base_layer.weight.to_local()
     return weight.T if layer.transposed else weight
-
-
-def _alpha(layer: AFALinear) -> Tensor | float:
-    return 0.0 if layer._identity else layer.alpha_t_buffer

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from afa_kernels.activation import phi, phi_slope
-from afa_kernels.backend.registry import IDENTITY, Backend, BackendStatus, Call, Spec
 from afa_kernels.dropout import keep_mask
+from afa_kernels.options import IDENTITY, Spec
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,7 +30,7 @@ def _drop(x: Tensor, seed: Tensor | None, spec: Spec) -> Tensor:
     return x * keep_mask(seed, *x.shape, spec.dropout) * spec.inverse_keep
 
 
-def _phi(z: Tensor, alpha_t: Tensor, spec: Spec) -> Tensor:
+def _phi(z: Tensor, alpha_t: Tensor | None, spec: Spec) -> Tensor:
     return z if spec.activation == IDENTITY else phi(z, alpha_t.to(z.dtype), spec.activation)
 
 
@@ -38,7 +38,7 @@ def forward(
     x: Tensor,
     a: Tensor,
     b: Tensor,
-    alpha_t: Tensor,
+    alpha_t: Tensor | None,
     seed: Tensor | None,
     spec: Spec,
     base: Tensor | None,
@@ -58,7 +58,7 @@ def backward(
     x: Tensor,
     a: Tensor,
     b: Tensor,
-    alpha_t: Tensor,
+    alpha_t: Tensor | None,
     seed: Tensor | None,
     spec: Spec,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,28 +82,3 @@ def backward(
     da = dz.T @ x_dropped
     db = spec.scaling * (wide_dy.T @ _phi(z, alpha_t, spec))
     return dx.to(dtype), da.to(a.dtype), db.to(b.dtype)
-
-
-def _backend_forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
-    y, z = forward(x, a, b, alpha_t, seed, spec, base)
-    out.copy_(y)
-    return z if save_z else None
-
-
-def _backend_backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
-    dx, da, db = backward(dy, x, a, b, alpha_t, seed, spec)
-    return dx if need_dx else None, da if need_da else None, db if need_db else None
-
-
-def _refuses(call: Call) -> str | None:
-    return None
-
-
-BACKEND = Backend(
-    name="reference",
-    devices=frozenset(),
-    status=lambda: BackendStatus(True, details={"torch": torch.__version__}),
-    refuses=_refuses,
-    forward=_backend_forward,
-    backward=_backend_backward,
-)

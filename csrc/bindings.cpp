@@ -217,9 +217,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("use_torch", &afa::use_torch, "Learn torch's types, before any other call.");
     module.def("has_exchange_table", &afa::has_exchange_table);
     module.def("tensor_view", &tensor_view, py::arg("tensor"), py::arg("by_attributes") = false);
-    module.def("accepts_branch", &afa::accepts_branch);
-    module.def("accepts_base", &afa::accepts_base);
-    module.def("accepts_linear", &afa::accepts_linear);
+    module.def("recognizes_lora", &afa::recognizes_lora);
+    module.def("recognizes_linear", &afa::recognizes_linear);
     module.def(
         "float_at", [](py::handle t) { return *scalar<float>(t, "tensor", afa::Element::f32); },
         "The value of a 0-dim float32 CPU tensor.");

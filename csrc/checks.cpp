@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "cpu/params.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -17,30 +16,36 @@ bool is_matrix(const dlpack::Tensor& t, int64_t rows, int64_t cols) {
 
 int64_t last_size(const dlpack::Tensor& t) { return t.sizes[t.dimensions - 1]; }
 
-}  // namespace
-
-bool accepts_branch(py::handle x, py::handle a, py::handle b) {
-    dlpack::Tensor xs, as, bs;
-    if (!lend_plain(x, &xs) || !lend_plain(a, &as) || !lend_plain(b, &bs))
+// Reads x and whether A and B fit it; *n is N.
+bool fits(py::handle x, py::handle a, py::handle b, dlpack::Tensor* xs, int64_t* n) {
+    dlpack::Tensor as, bs;
+    if (!lend_plain(x, xs) || !lend_plain(a, &as) || !lend_plain(b, &bs))
         return false;
-    if (xs.dimensions < 1 || as.dimensions != 2 || bs.dimensions != 2)
+    if (xs->dimensions < 1 || as.dimensions != 2 || bs.dimensions != 2)
         return false;
-    const int64_t k = last_size(xs), r = as.sizes[0], n = bs.sizes[0];
-    return k >= 1 && n >= 1 && r >= 1 && r <= cpu::kMaxRank && is_matrix(as, r, k) &&
-           is_matrix(bs, n, r);
+    const int64_t k = last_size(*xs), r = as.sizes[0];
+    *n = bs.sizes[0];
+    return k >= 1 && *n >= 1 && r >= 1 && is_matrix(as, r, k) && is_matrix(bs, *n, r);
 }
 
-bool accepts_base(py::handle base, py::handle x, int64_t n) {
-    dlpack::Tensor bases, xs;
-    if (!lend_plain(base, &bases) || !lend_plain(x, &xs))
+}  // namespace
+
+bool recognizes_lora(py::handle x, py::handle a, py::handle b, py::handle base) {
+    dlpack::Tensor xs, bases;
+    int64_t n;
+    if (!fits(x, a, b, &xs, &n))
         return false;
-    return xs.dimensions >= 1 && bases.dimensions == xs.dimensions && last_size(bases) == n &&
+    if (base.is_none())
+        return true;
+    return lend_plain(base, &bases) && bases.dimensions == xs.dimensions && last_size(bases) == n &&
            std::equal(xs.sizes, xs.sizes + xs.dimensions - 1, bases.sizes);
 }
 
-bool accepts_linear(py::handle x, py::handle weight, py::handle bias, int64_t n) {
+bool recognizes_linear(py::handle x, py::handle weight, py::handle bias, py::handle a,
+                       py::handle b) {
     dlpack::Tensor xs, weights, biases;
-    if (!lend_plain(x, &xs) || !lend_plain(weight, &weights) || xs.dimensions < 1)
+    int64_t n;
+    if (!fits(x, a, b, &xs, &n) || !lend_plain(weight, &weights))
         return false;
     const bool same_dtype =
         xs.dtype.code == weights.dtype.code && xs.dtype.bits == weights.dtype.bits;

@@ -1,21 +1,18 @@
-// The checks of afa_kernels/checks.py for operands that pass them: on the CPU they cost more than a
-// small call's kernels when Python does them. A false may mean anything; Python then finds out, and
-// names what is wrong.
+// Recognizes operands that pass the checks of afa_kernels/checks.py. For a small call those checks
+// cost more than the kernels when Python does them. True: everything is in order. False: not
+// recognized, and Python checks it and finds the words for what is wrong, if anything is.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
-
 namespace afa {
 
-// x (..., K), A (r, K), B (N, r).
-bool accepts_branch(pybind11::handle x, pybind11::handle a, pybind11::handle b);
+// x (..., K), A (r, K), B (N, r), base (..., N) with the leading sizes of x or None.
+bool recognizes_lora(pybind11::handle x, pybind11::handle a, pybind11::handle b,
+                     pybind11::handle base);
 
-// base (..., N) with the leading sizes of x.
-bool accepts_base(pybind11::handle base, pybind11::handle x, int64_t n);
-
-// weight (N, K) in the dtype of x, bias (N,) or None.
-bool accepts_linear(pybind11::handle x, pybind11::handle weight, pybind11::handle bias, int64_t n);
+// x (..., K), weight (N, K) in the dtype of x, bias (N,) or None, A (r, K), B (N, r).
+bool recognizes_linear(pybind11::handle x, pybind11::handle weight, pybind11::handle bias,
+                       pybind11::handle a, pybind11::handle b);
 
 }  // namespace afa

@@ -1,5 +1,6 @@
 #include "tensor.h"
 
+#include <algorithm>
 #include <string>
 
 namespace py = pybind11;
@@ -17,7 +18,7 @@ struct Torch {
     const dlpack::ExchangeTable* table = nullptr;
     // Names of attributes, made once.
     PyObject *shape = nullptr, *stride = nullptr, *dtype = nullptr, *data_ptr = nullptr,
-             *is_cpu = nullptr;
+             *is_cpu = nullptr, *is_neg = nullptr;
 };
 Torch known;
 
@@ -81,6 +82,19 @@ py::object call(py::handle tensor, PyObject* method) {
     return py::reinterpret_steal<py::object>(value);
 }
 
+// DLPack lends the memory of a lazily negated tensor without a word of the sign.
+bool holds_its_values(py::handle tensor, const dlpack::Tensor& lent) {
+    const bool empty =
+        std::any_of(lent.sizes, lent.sizes + lent.dimensions, [](int64_t n) { return n == 0; });
+    if (lent.data == nullptr && !empty)
+        return false;
+    PyObject* negated = PyObject_CallMethodNoArgs(tensor.ptr(), known.is_neg);
+    Py_XDECREF(negated);
+    if (negated == nullptr)
+        PyErr_Clear();
+    return negated == Py_False;
+}
+
 int64_t integer(PyObject* value) {
     const long long number = PyLong_AsLongLong(value);
     if (number == -1 && PyErr_Occurred())
@@ -103,6 +117,7 @@ void use_torch(const py::module_& torch) {
     known.dtype = PyUnicode_InternFromString("dtype");
     known.data_ptr = PyUnicode_InternFromString("data_ptr");
     known.is_cpu = PyUnicode_InternFromString("is_cpu");
+    known.is_neg = PyUnicode_InternFromString("is_neg");
     known.tensor_type = reinterpret_cast<PyTypeObject*>(py::object(tensor_type).release().ptr());
 }
 
@@ -135,7 +150,8 @@ bool lend_plain(py::handle tensor, dlpack::Tensor* out) {
         PyErr_Clear();  // a layout, wrapper or dtype that DLPack does not know
         return false;
     }
-    return out->device_type == dlpack::kDeviceCpu && element_of(out->dtype) <= Element::f64;
+    return out->device_type == dlpack::kDeviceCpu && element_of(out->dtype) <= Element::f64 &&
+           holds_its_values(tensor, *out);
 }
 
 TensorView view_by_attributes(py::handle tensor, const char* name) {

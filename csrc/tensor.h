@@ -36,9 +36,10 @@ TensorView view_of(pybind11::handle tensor, const char* name);
 // As view_of, through the attributes that every torch has.
 TensorView view_by_attributes(pybind11::handle tensor, const char* name);
 
-// A tensor of torch's own types, dense, on the CPU and of a floating dtype, of any dimensions;
-// false if it is anything else, or if this torch has no exchange table. Never throws. `out` is
-// valid while the caller holds the tensor.
+// A tensor of torch's own types, dense, on the CPU and of a floating dtype, of any dimensions,
+// whose memory holds its values (torch can negate one lazily, and keep zeros without memory); false
+// if it is anything else, or if this torch has no exchange table. Never throws. `out` is valid
+// while the caller holds the tensor.
 bool lend_plain(pybind11::handle tensor, dlpack::Tensor* out);
 
 }  // namespace afa

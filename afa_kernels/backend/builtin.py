@@ -1,7 +1,6 @@
 """Registers the backends in the order of choice; ``reference`` and ``torch`` can take any call."""
 
-from afa_kernels import reference
-from afa_kernels.backend import cpu, cuda, registry, torch_ops
+from afa_kernels.backend import cpu, cuda, oracle, registry, torch_ops
 from afa_kernels.backend.triton import backend as triton
 
 for _backend in (
@@ -9,7 +8,7 @@ for _backend in (
     triton.BACKEND,
     cpu.BACKEND,
     torch_ops.BACKEND,
-    reference.BACKEND,
+    oracle.BACKEND,
     cuda.EMULATED,
 ):
     registry.register(_backend)

@@ -5,18 +5,17 @@ The forward passes once over x and once over y, the backward once over dY and on
 """
 
 import torch
-import torch.nn.functional as F
 
 from afa_kernels.activation import ACTIVATIONS
 from afa_kernels.backend import native
-from afa_kernels.backend.registry import IDENTITY, MAX_RANK, Backend, BackendStatus, Call
+from afa_kernels.backend.registry import Backend, BackendStatus, Call
+from afa_kernels.options import Spec
 
+_MAX_RANK = 256  # kMaxRank of csrc/cpu/params.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # From here on torch's GEMMs beat the kernels in bfloat16 on a CPU with vdpbf16ps at full width but without AMX: the
 # backward took 1.2 to 1.6 times theirs on a Zen 5. At half the width, on a Zen 4, the kernels are the faster ones.
 _GEMM_RANK, _GEMM_ROWS = 64, 256
-# At identity alpha_t is 0, and then phi(z) = z whatever the activation.
-_ACTIVATION_IDS = {name: activation.id for name, activation in ACTIVATIONS.items()} | {IDENTITY: 0}
 
 
 def _status() -> BackendStatus:
@@ -33,8 +32,8 @@ def _status() -> BackendStatus:
 def _refuses(call: Call) -> str | None:
     if call.dtype not in _DTYPES:
         return f"takes float32, bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
-    if call.r > MAX_RANK:
-        return f"takes ranks up to {MAX_RANK}, got {call.r}"
+    if call.r > _MAX_RANK:
+        return f"takes ranks up to {_MAX_RANK}, got {call.r}"
     return None
 
 
@@ -49,51 +48,40 @@ def _leaves(call: Call) -> tuple[str, str] | None:
     return "torch", f"leaves bfloat16 at ranks from {_GEMM_RANK} on to torch's GEMMs on a CPU without AMX"
 
 
+def _gemm_first(spec: Spec, dtype: torch.dtype, backward: bool) -> bool:
+    """Whether the frozen GEMM had better run before the branch.
+
+    Forward: oneDNN's bfloat16 GEMM with beta = 1 takes 3 to 9% longer than with beta = 0 (Zen 5, shapes of
+    bench.goals), more than the read of y that the other order saves; in float32 the two orders are within 1% of each
+    other. Backward: with dropout the mask falls on the branch's part of dx alone, so that part has to be written first.
+    In float32 that order is the faster one anyway (by 1 to 2% on the shapes of bench.goals), in 16 bits the slower one.
+    """
+    return not backward or not (spec.dropout or dtype == torch.float32)
+
+
 def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
     z = torch.empty((x.shape[0], a.shape[0]), dtype=x.dtype) if save_z else None
     activation, scaling, dropout = spec
     native._C.cpu_forward(
-        x, a, b, alpha_t, seed, _ACTIVATION_IDS[activation], dropout, scaling, torch.get_num_threads(), base, out, z
+        x, a, b, alpha_t, seed, ACTIVATIONS[activation].id, dropout, scaling, torch.get_num_threads(), base, out, z
     )
     return z
 
 
-def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
-    dx = torch.empty(x.shape, dtype=x.dtype) if need_dx else None
-    return dx, *_backward(dy, x, a, b, z, alpha_t, seed, spec, dx, need_da, need_db, False)
-
-
-def _backward(dy, x, a, b, z, alpha_t, seed, spec, dx, need_da, need_db, accumulate_dx):
+def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db, dx=None):
+    accumulate_dx = dx is not None
+    if need_dx and dx is None:
+        dx = torch.empty(x.shape, dtype=x.dtype)
     da = torch.empty(a.shape, dtype=a.dtype) if need_da else None
     db = torch.empty(b.shape, dtype=b.dtype) if need_db else None
     if z is not None and not z.is_contiguous():
         z = z.contiguous()
     activation, scaling, dropout = spec
     native._C.cpu_backward(
-        x, a, b, alpha_t, seed, _ACTIVATION_IDS[activation], dropout, scaling, torch.get_num_threads(),
+        x, a, b, alpha_t, seed, ACTIVATIONS[activation].id, dropout, scaling, torch.get_num_threads(),
         dy, z, dx, da, db, accumulate_dx,
     )  # fmt: skip
-    return da, db
-
-
-def linear_forward(x, weight, bias, a, b, alpha_t, seed, spec, *, save_z):
-    """Return y and z: the frozen GEMM first, then the branch accumulates into its result.
-
-    oneDNN's bfloat16 GEMM with beta = 1 takes 3 to 9% longer than with beta = 0 (Zen 5, shapes of bench.goals),
-    more than the read of y that the other order saves; in float32 the two orders are within 1% of each other.
-    """
-    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return y, forward(x, a, b, alpha_t, seed, spec, base=y, out=y, save_z=save_z)
-
-
-def linear_backward(dy, x, weight, a, b, z, alpha_t, seed, spec, *, need_da, need_db):
-    # With dropout the mask falls on the branch's part of dx alone, so that part has to be written first. In float32
-    # that order is the faster one anyway (by 1 to 2% on the shapes of bench.goals), in 16 bits the slower one.
-    if spec.dropout or x.dtype == torch.float32:
-        dx, da, db = backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=need_da, need_db=need_db)
-        return dx.addmm_(dy, weight), da, db
-    dx = torch.mm(dy, weight)
-    return dx, *_backward(dy, x, a, b, z, alpha_t, seed, spec, dx, need_da, need_db, True)
+    return dx, da, db
 
 
 BACKEND = Backend(
@@ -104,6 +92,5 @@ BACKEND = Backend(
     leaves=_leaves,
     forward=forward,
     backward=backward,
-    linear_forward=linear_forward,
-    linear_backward=linear_backward,
+    gemm_first=_gemm_first,
 )

@@ -9,6 +9,8 @@ from types import ModuleType
 
 import torch
 
+from afa_kernels import torch_private
+
 _C: ModuleType | None = None
 load_error = ""
 try:
@@ -22,10 +24,10 @@ def _recognizes_nothing(*_operands: object) -> bool:
     return False
 
 
-# Whether operands pass the checks of checks.py; False may mean anything.
-accepts_branch = accepts_base = accepts_linear = _recognizes_nothing
+# Whether operands are ordinary CPU tensors that pass the checks of checks.py. False means only: not recognized.
+recognizes_lora = recognizes_linear = _recognizes_nothing
 if _C is not None:
-    accepts_branch, accepts_base, accepts_linear = _C.accepts_branch, _C.accepts_base, _C.accepts_linear
+    recognizes_lora, recognizes_linear = _C.recognizes_lora, _C.recognizes_linear
 
 
 def environment(name: str) -> str | None:
@@ -35,6 +37,6 @@ def environment(name: str) -> str | None:
 
 def value_of(scalar: torch.Tensor) -> float:
     """Return the value of a 0-dim float32 tensor on the CPU, past the dispatcher if it is in memory as it is."""
-    if _C is None or scalar.is_neg() or scalar._is_zerotensor():
+    if _C is None or scalar.is_neg() or torch_private.is_zero_tensor(scalar):
         return scalar.item()
     return _C.float_at(scalar)

@@ -1,45 +1,33 @@
 """What a backend is, which ones exist, and which one takes a call.
 
-A backend computes on flat, checked operands: ``x (M, K)``, ``a (r, K)``, ``b (N, r)``, ``dy (M,
-N)``, of any strides. ``alpha_t`` is a 0-dim float32 and ``seed`` a 0-dim int64 tensor (None without
-dropout), both on the device of ``x``. Products accumulate in float32 (float64 for float64) from
-operands rounded to ``x.dtype``; ``z`` is stored in ``x.dtype``, rounded before phi, so that forward
-and backward see the same one. Nothing that a caller owns is written, except ``out``.
+A backend computes on flat, checked operands: ``x (M, K)``, ``a (r, K)``, ``b (N, r)``, ``dy (M, N)``, of any strides.
+``alpha_t`` is a 0-dim float32 and ``seed`` a 0-dim int64 tensor (None without dropout), both on the device of ``x``.
+At identity ``spec.activation`` is IDENTITY and ``alpha_t`` None for backends that say ``knows_identity``; for the
+others they are ``"relu"`` and a tensor of 0. Products accumulate in float32 (float64 for float64) from operands rounded
+to ``x.dtype``; ``z`` is stored in ``x.dtype``, rounded before phi, so that forward and backward see the same one.
+Nothing that a caller owns is written, except ``out``.
 """
 
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from afa_kernels.backend import native
-from afa_kernels.dropout import inverse_keep
+from afa_kernels.options import IDENTITY, Spec
 
-# The activation of a call whose alpha_t is known to be 0: phi(z) = z.
-IDENTITY = "identity"
-MAX_RANK = 256
 ENVIRONMENT_VARIABLE = "AFA_KERNELS_BACKEND"
 
 
 class BackendUnavailable(ValueError):
     """A backend was asked for by name and cannot take the call; the message says why."""
-
-
-class Spec(NamedTuple):
-    """The compile-time part of a call."""
-
-    activation: str
-    scaling: float
-    dropout: int = 0  # dropped values out of 256
-
-    @property
-    def inverse_keep(self) -> float:
-        return inverse_keep(self.dropout)
 
 
 class Call(NamedTuple):
@@ -75,7 +63,7 @@ class Forward(Protocol):
         x: Tensor,
         a: Tensor,
         b: Tensor,
-        alpha_t: Tensor,
+        alpha_t: Tensor | None,
         seed: Tensor | None,
         spec: Spec,
         *,
@@ -100,56 +88,22 @@ class Backward(Protocol):
         a: Tensor,
         b: Tensor,
         z: Tensor | None,
-        alpha_t: Tensor,
+        alpha_t: Tensor | None,
         seed: Tensor | None,
         spec: Spec,
         *,
         need_dx: bool,
         need_da: bool,
         need_db: bool,
+        dx: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return ``dx (M, K)`` in ``x.dtype``, ``da`` in ``a.dtype`` and ``db`` in ``b.dtype``;
         None where not needed.
 
-        ``z`` is what forward returned, or None: then it is recomputed, bit for bit. ``dx`` is a
-        fresh tensor.
+        ``z`` is what forward returned, or None: then it is recomputed, bit for bit. A given ``dx`` is accumulated into
+        and returned (only for a backend that says ``gemm_first`` of a backward); otherwise the result is a fresh
+        tensor.
         """
-
-
-class LinearForward(Protocol):
-    def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        alpha_t: Tensor,
-        seed: Tensor | None,
-        spec: Spec,
-        *,
-        save_z: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return ``y = x @ weight.T + bias + branch`` and ``z`` if asked for."""
-
-
-class LinearBackward(Protocol):
-    def __call__(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        a: Tensor,
-        b: Tensor,
-        z: Tensor | None,
-        alpha_t: Tensor,
-        seed: Tensor | None,
-        spec: Spec,
-        *,
-        need_da: bool,
-        need_db: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return ``dx = dy @ weight + branch``, ``da`` and ``db``."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +114,10 @@ class Backend:
     refuses: Callable[[Call], str | None]  # why this backend cannot take a call that its device allows; None if it can
     forward: Forward
     backward: Backward
-    # A backend with a better order of passes than backend/linear.py brings its own.
-    linear_forward: LinearForward | None = None
-    linear_backward: LinearBackward | None = None
+    # Whether the GEMM of a frozen layer had better run before the branch, and the branch accumulate into its result:
+    # gemm_first(spec, dtype of x, is it the backward). See backend/frozen.py for the two orders.
+    gemm_first: Callable[[Spec, torch.dtype, bool], bool] = lambda spec, dtype, backward: False
+    knows_identity: bool = False
     automatic: bool = True  # False: only on request
     # The kernels of a call with their launch parameters, for ``plan``.
     launches: Callable[[Call], list[dict[str, Any]]] | None = None
@@ -187,7 +142,16 @@ class Selection(NamedTuple):
 
 _BACKENDS: dict[str, Backend] = {}
 _remembered: list[Any] = []
-_requested: ContextVar[str | None] = ContextVar("afa_kernels_backend", default=None)
+
+
+class _Request(threading.local):
+    """The backend that use_backend asked for on this thread. Not a ContextVar: torch.compile cannot trace one, but
+    compiles again when this attribute changes."""
+
+    name: str | None = None
+
+
+_request = _Request()
 
 
 def register(backend: Backend) -> None:
@@ -198,7 +162,8 @@ def register(backend: Backend) -> None:
 
 def remembered(choice: Callable) -> Callable:
     """Decorate a function of a call whose result holds until another backend is registered."""
-    _remembered.append(lru_cache(maxsize=4096)(choice))
+    # Typed: 1 and True are equal, but not equally good as a number.
+    _remembered.append(lru_cache(maxsize=4096, typed=True)(choice))
     return _remembered[-1]
 
 
@@ -222,14 +187,16 @@ def backends() -> dict[str, BackendStatus]:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Request a backend for the calls inside the ``with`` block, as ``backend=`` does for one
-    call."""
+    """Request a backend for the calls inside the ``with`` block, as ``backend=`` does for one call.
+
+    It holds on this thread, and for the backward of those calls wherever that runs.
+    """
     check_name(name)
-    token = _requested.set(name)
+    before, _request.name = _request.name, name
     try:
         yield
     finally:
-        _requested.reset(token)
+        _request.name = before
 
 
 def check_name(name: str | None) -> None:
@@ -240,7 +207,8 @@ def check_name(name: str | None) -> None:
 def requested(explicit: str | None) -> str | None:
     """Return the backend that was asked for: by the call, else by ``use_backend``, else by the
     environment."""
-    return explicit or _requested.get() or native.environment(ENVIRONMENT_VARIABLE) or None
+    environment = os.environ.get if is_compiling() else native.environment
+    return explicit or _request.name or environment(ENVIRONMENT_VARIABLE) or None
 
 
 def _left(backend: Backend, call: Call) -> str | None:
@@ -262,6 +230,8 @@ def select(call: Call, name: str | None) -> Selection:
         ValueError: no backend is called ``name``.
     """
     check_name(name)
+    if name is None and call.activation == IDENTITY:
+        return Selection(_BACKENDS["torch"], "alpha_t is 0: plain GEMMs")
     if name is not None:
         why_not = _BACKENDS[name].why_not(call)
         if why_not is not None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from afa_kernels.activation import phi, phi_slope
-from afa_kernels.backend.registry import IDENTITY, Backend, BackendStatus, Call, Spec
+from afa_kernels.backend.registry import Backend, BackendStatus, Call
 from afa_kernels.dropout import keep_mask
+from afa_kernels.options import IDENTITY, Spec
 from afa_kernels.reference import compute_dtype
 
 
@@ -29,7 +30,7 @@ def _z(x_dropped: Tensor, a: Tensor, spec: Spec) -> Tensor:
     return z.mul_(spec.inverse_keep) if spec.dropout else z
 
 
-def _h(z: Tensor, alpha_t: Tensor, spec: Spec) -> Tensor:
+def _h(z: Tensor, alpha_t: Tensor | None, spec: Spec) -> Tensor:
     if spec.activation == IDENTITY:
         return z
     wide = compute_dtype(z.dtype)
@@ -94,4 +95,5 @@ BACKEND = Backend(
     refuses=_refuses,
     forward=forward,
     backward=backward,
+    knows_identity=True,
 )

@@ -13,12 +13,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from afa_kernels import checks
+from afa_kernels import checks, torch_private
 from afa_kernels.activation import phi
-from afa_kernels.backend.registry import MAX_RANK
-from afa_kernels.functional import afa_lora
+from afa_kernels.alpha import normal
+from afa_kernels.functional import lora
 from afa_kernels.layer import is_conv1d
-from afa_kernels.peft.state import SMALLEST_ALPHA, AdapterState, device_of
+from afa_kernels.options import Options
+from afa_kernels.peft.state import AdapterState, device_of
 from afa_kernels.schedule import AnnealSchedule
 
 # PEFT's layers whose forward goes through variants. The others (AWQ, AQLM, EETQ, Transformer
@@ -42,7 +43,7 @@ class AFALoraVariant(LoraVariant):
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, config=None, **_: Any) -> None:
-        reason = why_not(module, adapter_name)
+        reason = why_not(module)
         if reason is not None:
             raise ValueError(f"AFALoraConfig: {reason}")
         module.lora_afa[adapter_name] = AdapterState(config, device_of(module, adapter_name))
@@ -59,19 +60,16 @@ class AFALoraVariant(LoraVariant):
             return _composed(x, lora_a, lora_b, dropout, scaling, state, result)
         if lora_b.bias is not None:
             result = result + scaling * lora_b.bias.to(result.dtype)
-        options = {
-            "activation": state.activation,
-            "scaling": scaling,
-            "dropout_p": dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
-            "save": state.save,
-        }
-        branch = (lora_a.weight, lora_b.weight, state.coefficient())
+        dropout_p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        # PEFT owns the scaling and the dropout, and may change them between two calls.
+        options = checks.options(state.activation, scaling, dropout_p, state.save, None)
+        branch = (lora_a.weight, lora_b.weight, state.coefficient(), options)
         base_layer = module.get_base_layer()
         if torch.compiler.is_compiling() or base_layer._forward_hooks:
-            return afa_lora(x, *branch, base=result, **options)
-        if result._is_view():
-            return _accumulate_into_view(x, branch, result, _is_dense(base_layer), options)
-        return afa_lora(x, *branch, base=result, inplace=True, **options)
+            return lora(x, *branch, base=result)
+        if torch_private.is_view(result):
+            return _accumulate_into_view(x, branch, result, _is_dense(base_layer))
+        return lora(x, *branch, base=result, inplace=True)
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -88,20 +86,22 @@ class AFALoraVariant(LoraVariant):
         return (orig_weight - delta).to(orig_weight.dtype)
 
 
-def _accumulate_into_view(x: Tensor, branch: tuple, result: Tensor, dense: bool, options: dict[str, Any]) -> Tensor:
+def _accumulate_into_view(
+    x: Tensor, branch: tuple[Tensor, Tensor, Tensor | None, Options], result: Tensor, dense: bool
+) -> Tensor:
     """Add the branch to the output of a base layer that is a view of another tensor.
 
     A dense layer with a bias returns a 3-D view of its 2-D product. Writing into the product itself
     spares autograd the copies that it makes for a write through a view. A view that is made inside
     an autograd Function must not be written at all: that would cut off the Function.
     """
-    whole = result._base
+    whole = torch_private.base_of(result)
     rows = (result.numel() // result.shape[-1], result.shape[-1])
-    shares_rows = tuple(whole.shape) == rows and whole.is_contiguous() and result.is_contiguous()
+    shares_rows = whole is not None and tuple(whole.shape) == rows and whole.is_contiguous() and result.is_contiguous()
     if not dense or not shares_rows or whole.requires_grad != result.requires_grad:
-        return afa_lora(x, *branch, base=result, **options)
+        return lora(x, *branch, base=result)
     flat_x = x.reshape(-1, x.shape[-1])
-    return afa_lora(flat_x, *branch, base=whole, inplace=True, **options).view(result.shape)
+    return lora(flat_x, *branch, base=whole, inplace=True).view(result.shape)
 
 
 def _is_dense(base_layer: nn.Module) -> bool:
@@ -127,7 +127,7 @@ def _is_plain(module: nn.Module) -> bool:
 def _composed(x, lora_a, lora_b, dropout, scaling, state, result) -> Tensor:
     """The branch through calls of its two layers, for those whose weights must not be touched."""
     z = lora_a(dropout(x).to(next(lora_a.parameters()).dtype))
-    h = z if state.identity else phi(z, state.alpha_t, state.activation)
+    h = z if state.identity else phi(z, state.alpha_t_buffer, state.activation)
     return result + (lora_b(h) * scaling).to(result.dtype)
 
 
@@ -148,7 +148,7 @@ class AFALoraLayer:
     @property
     def alpha_t(self) -> float:
         """The blend coefficient of the active adapters; 0 if none of them is annealed."""
-        return max((state.number for state in self._annealed().values()), default=0.0)
+        return max((state.alpha_t for state in self._annealed().values()), default=0.0)
 
     def schedule(self, total_steps: int) -> AnnealSchedule | None:
         """Return the schedule that the configuration of the active adapter describes, if one is
@@ -164,15 +164,13 @@ class AFALoraLayer:
             TypeError, ValueError: ``value`` is no number in [0, 1], or is not 0 while the adapter
             is merged.
         """
-        value = checks.alpha_value(value)
-        if value < SMALLEST_ALPHA:
-            value = 0.0
+        value = normal(checks.alpha_value(value))
         annealed = self._annealed()
         for name in annealed:
             if name in self.merged_adapters and value != 0.0:
                 raise ValueError(f"alpha_t: adapter {name!r} is merged, got {value}; unmerge_adapter() first")
         for state in annealed.values():
-            state.set(value)
+            state.write_alpha_t(value)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for name in self._ours(adapter_names or self.active_adapters):
@@ -199,7 +197,7 @@ class AFALoraLayer:
         state = self.lora_afa[adapter]
         if not state.identity:
             raise ValueError(
-                f"{what}: alpha_t of adapter {adapter!r} is {state.number:g}, so its branch is not "
+                f"{what}: alpha_t of adapter {adapter!r} is {state.alpha_t:g}, so its branch is not "
                 "linear in x and no weight equals it; anneal to alpha_t = 0 first"
             )
 
@@ -217,7 +215,7 @@ class AFALoraLayer:
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         kwargs.pop("alora_offsets", None)  # PEFT's, for another variant
         result = self.base_layer(x, *args, **kwargs)
-        if result._is_view():  # of a quantized layer's own tensor: not to be written
+        if torch_private.is_view(result):  # of a quantized layer's own tensor: not to be written
             result = result.clone()
         for name in dict.fromkeys(adapter_names):
             if name == _BASE_MODEL or name not in self.lora_A:
@@ -239,17 +237,14 @@ class AFALoraLayer:
         return result
 
 
-def why_not(layer: nn.Module, adapter_name: str) -> str | None:
-    """Return why the branch of an adapter cannot run on this package, or None if it can."""
+def why_not(layer: nn.Module) -> str | None:
+    """Return why the branches of a layer's adapters cannot run on this package, or None if they can."""
     stock = stock_class(type(layer))
     if stock.__name__ not in ROUTED or not stock.__module__.startswith("peft.tuners.lora."):
         return (
             f"a {stock.__name__} layer of PEFT has no seam for another branch; expected target "
             f"modules that become one of {', '.join(ROUTED)}"
         )
-    r = layer.r.get(adapter_name, 0)
-    if r > MAX_RANK:
-        return f"r: expected a rank from 1 to {MAX_RANK}, got {r}"
     return None
 
 
@@ -305,7 +300,7 @@ def install(layer: LoraLayer, adapter_name: str, config) -> None:
     Raises:
         ValueError: it cannot; the message says why.
     """
-    reason = why_not(layer, adapter_name)
+    reason = why_not(layer)
     if reason is not None:
         raise ValueError(f"AFALoraConfig: {reason}")
     adopt(layer)

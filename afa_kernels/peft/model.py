@@ -14,7 +14,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     Every plain LoRA adapter of a layer that has PEFT's seam for it is taken over; it computes what
     it did before (``alpha_t = 0``: plain GEMMs, accumulated in place). Adapters with an
     :class:`AFALoraConfig` that PEFT before 0.19 added to existing layers get their activation.
-    Everything else (DoRA, embeddings, convolutions, ranks over 256) stays as it is. :func:`restore`
+    Everything else (DoRA, embeddings, convolutions) stays as it is. :func:`restore`
     undoes it.
 
     Returns:
@@ -26,7 +26,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     install_annealed(model)
     reasons: set[str] = set()
     for layer, name in _plain_adapters(model):
-        reason = why_not(layer, name)
+        reason = why_not(layer)
         if reason is None:
             install(layer, name, None)
         else:

@@ -1,0 +1,32 @@
+"""The ``reference`` backend: afa_kernels/reference.py as a backend, for any call."""
+
+import torch
+
+from afa_kernels import reference
+from afa_kernels.backend.registry import Backend, BackendStatus, Call
+
+
+def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
+    y, z = reference.forward(x, a, b, alpha_t, seed, spec, base)
+    out.copy_(y)
+    return z if save_z else None
+
+
+def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
+    dx, da, db = reference.backward(dy, x, a, b, alpha_t, seed, spec)
+    return dx if need_dx else None, da if need_da else None, db if need_db else None
+
+
+def _refuses(call: Call) -> str | None:
+    return None
+
+
+BACKEND = Backend(
+    name="reference",
+    devices=frozenset(),
+    status=lambda: BackendStatus(True, details={"torch": torch.__version__}),
+    refuses=_refuses,
+    forward=forward,
+    backward=backward,
+    knows_identity=True,
+)

@@ -1,0 +1,42 @@
+"""What a caller chooses for a call beside its tensors: checked once, then carried whole to the backend."""
+
+from typing import NamedTuple
+
+from afa_kernels.dropout import inverse_keep
+
+# The activation of a call whose alpha_t is known to be 0: phi(z) = z. Such a call carries no tensor for alpha_t.
+IDENTITY = "identity"
+
+
+class Spec(NamedTuple):
+    """What the arithmetic of a call depends on beside its tensors."""
+
+    activation: str
+    scaling: float
+    dropout: int = 0  # dropped values out of 256
+
+    @property
+    def inverse_keep(self) -> float:
+        return inverse_keep(self.dropout)
+
+
+class Options(NamedTuple):
+    """The options of a call, made by :func:`afa_kernels.checks.options`.
+
+    ``backend`` is the name that the caller gave or None; from the choice of a backend on
+    (:func:`afa_kernels._ops.resolved`) the name of the one that runs forward and backward.
+    """
+
+    spec: Spec
+    save_z: bool
+    backend: str | None
+
+
+def at_identity(options: Options) -> Options:
+    """Return the options of the same call at ``alpha_t = 0``: no activation, and z is recomputed in the backward."""
+    return options._replace(spec=options.spec._replace(activation=IDENTITY), save_z=False)
+
+
+def without_dropout(options: Options) -> Options:
+    """Return the options of the same call in evaluation."""
+    return options._replace(spec=options.spec._replace(dropout=0))

@@ -1,0 +1,116 @@
+"""All that this package uses of torch that is not public, and what is done in a torch that lacks it.
+
+No name here is needed for a right result: where one is missing, the answer is the one that takes the ordinary path.
+"""
+
+from collections.abc import Iterable
+from functools import reduce
+from operator import or_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+
+def _find(path: str) -> Any:
+    """Return ``torch.<path>``, or None in a torch that has no such name."""
+    found = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+_autocast_state = _find("_C._is_any_autocast_enabled")
+_hooks_of_saved_tensors = _find("_C._autograd._top_saved_tensors_default_hooks")
+_dispatch_keys = _find("_C._dispatch_keys")
+# What may see, record or replace operators: modes, transforms, traces and profilers.
+_WATCHERS = (
+    _find("_C._len_torch_dispatch_stack"),
+    _find("_C._len_torch_function_stack"),
+    _find("_C._are_functorch_transforms_active"),
+    _find("_C._get_tracing_state"),
+    _find("autograd._profiler_enabled"),
+)
+# The keys of a dense tensor. Any other stands for something that the dispatcher would do: negate or conjugate, fill in
+# zeros, call a subclass, a mode or a transform, run the fake kernel on the meta device.
+_DENSE_KEYS = ("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
+_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _other_keys() -> int | None:
+    """Return the set of all dispatch keys that a dense tensor has not, as a number."""
+    key_set, key = _find("_C.DispatchKeySet"), _find("_C.DispatchKey")
+    try:
+        _dispatch_keys(torch.empty(0)).raw_repr()
+        return ~reduce(or_, (key_set(getattr(key, name)) for name in _DENSE_KEYS)).raw_repr()
+    except (AttributeError, TypeError):
+        return None
+
+
+_OTHER_KEYS = _other_keys()
+_CAN_SKIP = _OTHER_KEYS is not None and None not in _WATCHERS
+if _CAN_SKIP:
+    _dispatch_modes, _function_modes, _transforms, _trace, _profiler = _WATCHERS
+
+
+def operators_are_watched() -> bool:
+    """Whether something may see, record or replace operators: a compiler, a mode, a transform, a trace, a profiler."""
+    return (
+        is_compiling()
+        or not _CAN_SKIP
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _transforms()
+        or _trace() is not None
+        or _profiler()
+    )
+
+
+def are_ordinary(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all are dense tensors of torch's own types (or None) whose memory holds their values."""
+    if not _CAN_SKIP:
+        return False
+    for t in tensors:
+        if t is not None and (type(t) not in _TENSOR_TYPES or _dispatch_keys(t).raw_repr() & _OTHER_KEYS):
+            return False
+    return True
+
+
+def autocast_may_be_on() -> bool:
+    """Whether autocast may be on for some device: False spares asking for the one in question."""
+    return True if _autocast_state is None else _autocast_state()
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation may be going on."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def saved_tensor_hooks() -> object:
+    """Return the innermost hooks of saved tensors, or None where there are none, in a trace, and where torch (2.6) does
+    not tell."""
+    if _hooks_of_saved_tensors is None or is_compiling():
+        return None
+    return _hooks_of_saved_tensors(False)
+
+
+def is_zero_tensor(t: Tensor) -> bool:
+    """Whether ``t`` is one of autograd's zeros without memory."""
+    return hasattr(t, "_is_zerotensor") and t._is_zerotensor()
+
+
+def version_of(t: Tensor) -> object:
+    """Return what changes with every write to ``t``."""
+    return t._version if hasattr(t, "_version") else object()
+
+
+def is_view(t: Tensor) -> bool:
+    """Whether ``t`` may be a view of another tensor."""
+    return t._is_view() if hasattr(t, "_is_view") else True
+
+
+def base_of(t: Tensor) -> Tensor | None:
+    """Return the tensor of which ``t`` is a view, if it is one and torch tells."""
+    return getattr(t, "_base", None)
