@@ -75,6 +75,11 @@ void leave(Warp& warp, uint32_t lanes) {
         throw Fault{busy, "returns with a cp.async that has not been waited for"};
     if (!warp.group_reads.empty())
         throw Fault{-1, "returns with a wgmma that has not been waited for"};
+    for (const Group& other : warp.groups)
+        if (other.parked)
+            throw Fault{__builtin_ctz(lanes),
+                        "returns while other lanes of its warp wait for it at PTX line " +
+                            std::to_string(warp.kernel->code[other.pc].line)};
     warp.live &= ~lanes;
     Group& group = warp.groups[warp.current];
     group.lanes &= ~lanes;

@@ -101,14 +101,16 @@ void SharedMemory::check_write(const Warp& warp, int lane, uint32_t place, bool 
     if (group_reads_total_ && group_reads_[place])
         throw Fault{lane, "writes " + where(place) +
                               ", which a wgmma that has not been waited for may still read"};
-    if (written >= barrier_stamp_) {
+    // Threads that hold the same element may all store it (Triton's replicated layouts do): equal
+    // bytes are no conflict, whoever comes first.
+    if (written >= barrier_stamp_ && !same_bytes) {
         if (written >> 8 == warp.segment) {
-            if ((written & kLaneBits) != static_cast<uint32_t>(lane) && !same_bytes)
+            if ((written & kLaneBits) != static_cast<uint32_t>(lane))
                 throw Fault{lane, "race: writes " + where(place) + ", where " + who(written) +
                                       " has written something else, without bar.warp.sync between"};
         } else if (warp_of(written) != warp.index) {
-            throw Fault{lane, "race: writes " + where(place) + ", which " + who(written) +
-                                  " has written, without a barrier between"};
+            throw Fault{lane, "race: writes " + where(place) + ", where " + who(written) +
+                                  " has written something else, without a barrier between"};
         }
     }
     if (read >= barrier_stamp_) {
