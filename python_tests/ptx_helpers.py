@@ -1,8 +1,12 @@
 """Small PTX kernels of one CTA, for the tests of the machine that executes them."""
 
+import re
+
 import numpy as np
 
 from afa_kernels import _ptx
+
+EXECUTED: set[str] = set()  # words of all kernels that were launched, among them the names of their instructions
 
 _BITS = {2: "b16", 4: "b32", 8: "b64"}
 HEADER = """
@@ -37,6 +41,7 @@ def kernel(body: str, *, parameters: int = 1, shared: int = 0, threads: int = 32
 
 def launch(text: str, *arrays: np.ndarray, threads: int = 32, grid: int = 1, seed: int = 0, writable=True) -> dict:
     """Run kernel ``k`` on numpy arrays, each exactly one allocation."""
+    EXECUTED.update(re.findall(r"[a-z][\w.:]*\w", text))
     parameters = np.array([a.ctypes.data for a in arrays], dtype=np.uint64).tobytes()
     allocations = [(a.ctypes.data, a.nbytes, writable, f"array {i}") for i, a in enumerate(arrays)]
     return _ptx.Module(text).launch("k", (grid, 1, 1), (threads, 1, 1), parameters, 0, allocations, seed)

@@ -7,7 +7,7 @@ import torch
 
 _ptx = pytest.importorskip("afa_kernels._ptx", reason="built with the emulator only (AFA_BUILD_EMULATOR=1)")
 
-from ptx_helpers import HEADER, kernel, launch, per_lane  # noqa: E402
+from ptx_helpers import EXECUTED, HEADER, kernel, launch, per_lane  # noqa: E402
 
 RANDOM = np.random.default_rng(6)
 TYPES = {"b16": 2, "u16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8}
@@ -18,6 +18,50 @@ def registers(kind: str, count: int, first: int = 20) -> str:
     letter = {2: "%h", 4: "%r", 8: "%rd"}[TYPES[kind]]
     names = [f"{letter}{first + i}" for i in range(count)]
     return names[0] if count == 1 else "{" + ", ".join(names) + "}"
+
+
+@pytest.mark.parametrize("kind, vector", VECTORS)
+def test_loads_of_parameters(kind, vector):
+    size = TYPES[kind] * vector
+    dots = f".v{vector}.{kind}" if vector > 1 else f".{kind}"
+    values = registers(kind, vector)
+    body = f"mov.b64 %rd50, p; ld.param{dots} {values}, [%rd50+16]; st.global{dots} [%rd0], {values};"
+    text = kernel(body).replace("k(", "k(.param .align 16 .b8 p[32], ")
+    out, data = np.zeros(size, np.uint8), RANDOM.integers(0, 256, 32, dtype=np.uint8)
+    parameters = data.tobytes() + np.uint64(out.ctypes.data).tobytes()
+    EXECUTED.add(f"ld.param{dots}")
+    _ptx.Module(text).launch("k", (1, 1, 1), (32, 1, 1), parameters, 0, [(out.ctypes.data, size, True, "out")])
+    np.testing.assert_array_equal(out, data[16 : 16 + size])
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_asynchronous_copies_of_some_bytes(size):
+    """Of 32 copies, number i takes i % (size + 1) bytes and fills the rest with zeros."""
+    data, out = RANDOM.integers(1, 256, (32, size), dtype=np.uint8), np.zeros((2, 32, size), dtype=np.uint8)
+    values = {4: "%r20", 8: "{%r20, %r21}", 16: "{%r20, %r21, %r22, %r23}"}[size]
+    dots = {4: ".b32", 8: ".v2.b32", 16: ".v4.b32"}[size]
+    body = f"""
+    mad.wide.u32 %rd50, %r0, {size}, %rd0;
+    mad.wide.u32 %rd51, %r0, {size}, %rd1;
+    mov.b32 %r50, tile;
+    mad.lo.u32 %r51, %r0, {size}, %r50;
+    rem.u32 %r52, %r0, {size + 1};
+    cp.async.ca.shared.global [%r51 + 0], [%rd50 + 0], {size:#x}, %r52;
+    cp.async.ca.shared.global [%r51 + {32 * size}], [%rd50 + 0], {size};
+    cp.async.commit_group;
+    cp.async.wait_group 0;
+    bra.uni copied;
+    trap_here: st.global.b32 [%rd1+-4], %r0;
+    copied: ld.shared{dots} {values}, [%r51];
+    st.global{dots} [%rd51], {values};
+    ld.shared{dots} {values}, [%r51+{32 * size}];
+    st.global{dots} [%rd51+{32 * size}], {values};
+    """
+    counters = launch(kernel(body, parameters=2, shared=64 * size), data, out)
+    wanted = np.arange(32) % (size + 1)
+    np.testing.assert_array_equal(out[0], np.where(np.arange(size) < wanted[:, None], data, 0))
+    np.testing.assert_array_equal(out[1], data)
+    assert counters["async_copies"] == 64 and counters["async_copy_bytes"] == wanted.sum() + 32 * size
 
 
 @pytest.mark.parametrize("kind, vector", VECTORS)
@@ -95,6 +139,7 @@ def test_parameters_keep_their_offsets():
     parameters[8:32] = bytes(range(100, 124))
     parameters[32:36] = np.float32(1.5).tobytes()
     parameters[40:48] = np.uint64(out.ctypes.data).tobytes()
+    EXECUTED.add("ld.param.u8")
     module.launch("k", (1, 1, 1), (1, 1, 1), bytes(parameters), 0, [(out.ctypes.data, 36, True, "out")])
     words = np.frombuffer(bytes(range(108, 124)), dtype=np.uint32)
     assert out[0] == 2**32 - 7 and list(out[1:3]) == list(words[:2]) and out[3:4].view(np.float32)[0] == 1.5
@@ -165,10 +210,10 @@ def layout(shape, stride):
 
 
 # CuTe's SM80_16x8x16 and SM80_16x8x8 (tf32): (thread, value) -> column-major offset in A, B (N x K) and C.
-A16, B16 = layout((4, 8, 2, 2, 2), (32, 1, 16, 8, 128)).reshape(8, 32).T, layout(
-    (4, 8, 2, 2), (16, 1, 8, 64)
-).reshape(4, 32).T
-A8, B8 = layout((4, 8, 2, 2), (16, 1, 8, 64)).reshape(4, 32).T, layout((4, 8, 2), (8, 1, 32)).reshape(2, 32).T
+A16 = layout((4, 8, 2, 2, 2), (32, 1, 16, 8, 128)).reshape(8, 32).T
+B16 = layout((4, 8, 2, 2), (16, 1, 8, 64)).reshape(4, 32).T
+A8 = layout((4, 8, 2, 2), (16, 1, 8, 64)).reshape(4, 32).T
+B8 = layout((4, 8, 2), (8, 1, 32)).reshape(2, 32).T
 C = layout((4, 8, 2, 2), (32, 1, 16, 8)).reshape(4, 32).T
 ELEMENTS = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
 

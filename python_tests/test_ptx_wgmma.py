@@ -9,7 +9,7 @@ import torch
 
 _ptx = pytest.importorskip("afa_kernels._ptx", reason="built with the emulator only (AFA_BUILD_EMULATOR=1)")
 
-from ptx_helpers import kernel, launch  # noqa: E402
+from ptx_helpers import EXECUTED, kernel, launch  # noqa: E402
 
 ELEMENTS = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
 MODES = {16: 0, 128: 1, 64: 2, 32: 3}  # bits 62 and 63 of a descriptor, by the bytes of a swizzled row
@@ -242,3 +242,12 @@ def test_broken_asynchronous_products(fault):
     changes, message = BROKEN[fault]
     with pytest.raises(_ptx.ExecutionError, match=message):
         run_asynchronous(changes)
+
+
+def test_no_instruction_is_untested(request):
+    """Runs last of the files that test the machine."""
+    files = {item.path.name for item in request.session.items}
+    whole = {f"test_ptx_{name}.py" for name in ("hazards", "instructions", "memory", "wgmma")}
+    if not whole <= files or request.config.option.keyword:
+        pytest.skip("some tests of the machine were left out")
+    assert set(_ptx.instruction_names()) - EXECUTED == set()
