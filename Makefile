@@ -9,7 +9,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
-PYTHON_CODE := afa_kernels python_tests bench examples setup.py
+PYTHON_CODE := afa_kernels python_tests bench tools examples experiments setup.py
 
 .PHONY: help test lint format demo bench sanitize triton-report cuda-report mutation gpu-check wheel-check clean
 
@@ -33,8 +33,8 @@ $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 test: lint  ## lint, the tests, sanitizers and machine-code reports: all that needs no GPU
 	$(RUN) csrc/emulator/tests/sanitize.py --quick
 	$(MAKE) --no-print-directory sanitize-cpu
-	$(if $(shell command -v nvcc),$(RUN) bench/cuda_report.py --quick,@echo "no nvcc: the CUDA machine code is not checked")
-	env -u TRITON_INTERPRET $(RUN) -m bench.triton_report --quick
+	$(if $(shell command -v nvcc),$(RUN) -m tools.cuda_report --quick,@echo "no nvcc: the CUDA machine code is not checked")
+	env -u TRITON_INTERPRET $(RUN) -m tools.triton_report --quick
 	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-cpu,cuda_emulated} $(RUN) -m pytest -m "not slow" $(ARGS)
 
 lint: $(VENV)/.built  ## ruff and clang-format, check only
@@ -48,7 +48,7 @@ format: $(VENV)/.built  ## rewrite the sources as lint wants them
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 demo: $(VENV)/.built  ## fine-tune a real model, anneal, merge, load in stock PEFT (ARGS=--quick: under a minute)
-	$(RUN) examples/demo.py $(ARGS)
+	$(RUN) -m examples.demo $(ARGS)
 
 bench: $(VENV)/.built  ## time every provider of this machine (ARGS=--quick: within two minutes)
 	$(RUN) -m bench $(ARGS)
@@ -65,13 +65,13 @@ mutation: $(VENV)/.built  ## plants faults in the CUDA kernels and shows that ea
 	$(RUN) csrc/emulator/tests/mutation.py $(ARGS)
 
 cuda-report: $(VENV)/.built  ## registers, spills, shared memory and instructions of every CUDA kernel
-	$(RUN) bench/cuda_report.py $(ARGS)
+	$(RUN) -m tools.cuda_report $(ARGS)
 
 triton-report: $(VENV)/.built  ## the same for every row of the Triton tile table
-	env -u TRITON_INTERPRET $(RUN) -m bench.triton_report $(ARGS)
+	env -u TRITON_INTERPRET $(RUN) -m tools.triton_report $(ARGS)
 
 gpu-check: $(VENV)/.built  ## on a machine with a GPU: everything that the tests cannot run without one
-	$(RUN) -m bench.gpu_check $(ARGS)
+	$(RUN) -m tools.gpu_check $(ARGS)
 
 wheel-check: $(VENV)/.built  ## builds the wheel and trains with it in a fresh environment that has another torch
 	$(RUN) -m pytest -m slow python_tests/test_wheel.py $(ARGS)

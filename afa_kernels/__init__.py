@@ -8,11 +8,11 @@ from afa_kernels.autograd import AFALoRAFunction
 from afa_kernels.backend import builtin as _builtin  # noqa: F401 - registers the backends
 from afa_kernels.backend.registry import BackendStatus, BackendUnavailable, backends, use_backend
 from afa_kernels.checkpoint import load_adapter, save_adapter
-from afa_kernels.dispatch import Plan, plan
 from afa_kernels.functional import afa_linear, afa_lora
 from afa_kernels.group import AFALinearGroup
 from afa_kernels.layer import AFALinear
 from afa_kernels.model import inject, merge, set_alpha_t, unload, unmerge
+from afa_kernels.plan import Plan, plan
 from afa_kernels.schedule import AnnealSchedule
 
 __version__ = "0.1.0"

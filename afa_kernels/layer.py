@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from afa_kernels import checks
 from afa_kernels.alpha import Annealed, normal
-from afa_kernels.dispatch import Plan, plan_of
 from afa_kernels.functional import linear, lora
 from afa_kernels.options import Options, without_dropout
+from afa_kernels.plan import Plan, plan_of
 
 SUPPORTED = "torch.nn.Linear or transformers' Conv1D with a floating-point weight"
 _MERGED_KEY = "merged"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import allocator, goals, model_rows, suite, table
+from bench import allocator, goals, suite, table, transformer_suite
 from bench.cases import PRESETS, cases
 from bench.environment import available_bytes, environment, roofs
 from bench.providers import Provider, by_default, providers
@@ -187,7 +187,7 @@ def _why_skip(case: Case, arguments: argparse.Namespace, elapsed: float) -> str 
 def _records(case, arguments, chosen, roof) -> Iterable[dict[str, object]]:
     if case.scope == "model":
         options = suite.Options(arguments.seconds, arguments.precision, True, False, clock=arguments.clock)
-        yield from model_rows.run_case(case, chosen, options, roof, _say)
+        yield from transformer_suite.run_case(case, chosen, options, roof, _say)
         return
     for options in _options(case, arguments):
         yield from suite.run_case(case, chosen, options, roof, _say)

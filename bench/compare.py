@@ -1,7 +1,7 @@
 """``python -m bench.compare OLD NEW``: what moved between two commits, or two files of results.
 
 Two commits: each is checked out into a folder of its own and its kernels are built there; then the
-pytest-benchmark twins of *this* checkout run on both, in turn (old, new, old, new, ...), so that a
+pytest benchmarks of *this* checkout run on both, in turn (old, new, old, new, ...), so that a
 slow minute of the machine hits both. Two files: rows of the same key are compared.
 
 A row has moved if its medians differ by more than ``--threshold`` and its ranges (of the rounds, or
@@ -76,8 +76,8 @@ def check_out(commit: str, folder: Path) -> None:
     _run("cmake", "--build", "build", cwd=folder)
 
 
-def run_twins(folder: Path, output: Path, arguments: list[str]) -> dict[str, float]:
-    """Run the twins of this checkout on the package in ``folder``; return medians in seconds."""
+def run_pytest(folder: Path, output: Path, arguments: list[str]) -> dict[str, float]:
+    """Run the pytest benchmarks of this checkout on the package in ``folder``; return medians in seconds."""
     command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-only", *arguments]
     command += [f"--benchmark-json={output}"]
     # In the folder, because python -m puts the working directory before any installed package.
@@ -94,7 +94,7 @@ def _run(*command: str, **options) -> None:
 def compare_commits(
     commits: tuple[str, str], rounds: int, arguments: list[str]
 ) -> tuple[dict[str, Range], dict[str, Range]]:
-    """Return each twin's range of medians over ``rounds`` for the two commits."""
+    """Return each benchmark's range of medians over ``rounds`` for the two commits."""
     medians: tuple[dict, dict] = (defaultdict(list), defaultdict(list))
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / side for side in ("old", "new")]
@@ -104,7 +104,7 @@ def compare_commits(
             for _ in range(rounds):
                 for side, folder in enumerate(folders):
                     output = Path(temporary) / "benchmark.json"
-                    for name, median in run_twins(folder, output, arguments).items():
+                    for name, median in run_pytest(folder, output, arguments).items():
                         medians[side][name].append(median)
         finally:
             for folder in folders:
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     add("old", help="a commit, or a file of results (.jsonl)")
     add("new", help="likewise")
     add("--threshold", type=float, default=0.05, help="smallest change that counts (0.05: 5%%)")
-    add("--rounds", type=int, default=3, help="runs of the twins on each commit")
+    add("--rounds", type=int, default=3, help="runs of the pytest benchmarks on each commit")
     add("--pytest", nargs=argparse.REMAINDER, default=[], help="the rest goes to pytest")
     arguments = parser.parse_args(argv)
     files = [name.endswith(".jsonl") for name in (arguments.old, arguments.new)]

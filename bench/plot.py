@@ -1,4 +1,4 @@
-"""``python -m bench.plot``: pictures of results, as PNG and SVG.
+"""``python -m bench.plot``: pictures of results.
 
 The adapter tax against tokens and against rank, per provider, with the intervals of the medians; and a roofline with
 the measured points of the branch.
@@ -42,18 +42,16 @@ def draw(results: list[Path], folder: Path) -> list[Path]:
     files = [read(path) for path in results]
     by_file = [[record for record in records if record["kind"] == "row"] for records in files]
     folder.mkdir(parents=True, exist_ok=True)
-    plt.rcParams["svg.fonttype"] = "none"
-    plt.rcParams["svg.hashsalt"] = "afa_kernels"  # the same rows give the same file
     written = []
     for variable, label in (("m", "tokens M"), ("r", "rank r")):
         sweeps = [sweep for rows in by_file for sweep in _sweeps(rows, variable)]
         if sweeps:
             figure = _tax_figure(sweeps, variable, label)
-            written += _save(figure, folder, f"tax_{'tokens' if variable == 'm' else 'rank'}")
+            written.append(_save(figure, folder, f"tax_{'tokens' if variable == 'm' else 'rank'}"))
     points = [row for rows in by_file for row in rows if _on_roofline(row)]
     if points:
         roofs = [record for records in files for record in records if record["kind"] == "roof"]
-        written += _save(_roofline(_highest(roofs, points[0]["device"]), points), folder, "roofline")
+        written.append(_save(_roofline(_highest(roofs, points[0]["device"]), points), folder, "roofline"))
     return written
 
 
@@ -166,12 +164,11 @@ def _intensity(row: dict) -> float:
     return least.flop / least.nbytes
 
 
-def _save(figure, folder: Path, name: str) -> list[Path]:
-    paths = [folder / f"{name}.{suffix}" for suffix in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+def _save(figure, folder: Path, name: str) -> Path:
+    path = folder / f"{name}.png"
+    figure.savefig(path, dpi=120)
     plt.close(figure)
-    return paths
+    return path
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -91,7 +91,7 @@ FIELDS: dict[str, dict[str, object]] = {
         "gpus": int,
         "implementation": str,
         "milliseconds": _NUMBER,
-        "tax": _NUMBER,
+        "overhead": _NUMBER,
         "assumptions": dict,
     },
 }

@@ -21,9 +21,9 @@ from bench.providers import Provider, providers
 from bench.results import Writer
 from bench.runner import build
 from bench.shapes import DTYPES, Case
+from bench.timed_calls import training_work
 from bench.timing import Work, clock_of, measure, quantile
 from bench.transformer import HIDDEN, INTERMEDIATE, Step
-from bench.works import training_work
 
 CENTER = {"m": 1024, "k": 1024, "n": 1024, "r": 16}
 SWEEPS = {

@@ -10,8 +10,8 @@ from bench.problem import Problem
 from bench.providers import Provider
 from bench.runner import Check, Checker, Runner, build
 from bench.shapes import Case
+from bench.timed_calls import inference_work, training_work
 from bench.timing import Work, clock_of, measure, quantile
-from bench.works import inference_work, training_work
 
 FROZEN = "frozen"  # the provider that taxes are counted over
 

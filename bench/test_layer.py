@@ -3,8 +3,8 @@
 import pytest
 
 from bench.problem import Problem
+from bench.pytest_cases import NAMES, ROUNDS, WARMUP_ROUNDS, case, provider_or_skip
 from bench.runner import build
-from bench.twins import NAMES, ROUNDS, WARMUP_ROUNDS, case, provider_or_skip
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,8 +2,8 @@
 
 import pytest
 
+from bench.pytest_cases import NAMES, case, provider_or_skip
 from bench.transformer import HIDDEN, INTERMEDIATE, Step
-from bench.twins import NAMES, case, provider_or_skip
 
 
 @pytest.mark.parametrize("name", NAMES)

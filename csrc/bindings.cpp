@@ -51,16 +51,9 @@ std::vector<std::string> cpu_isas() {
 }
 
 py::dict activation_ids() {
-    using afa::Activation;
     py::dict ids;
-    const auto add = [&](const char* name, Activation act) { ids[name] = static_cast<int>(act); };
-    add("relu", Activation::relu);
-    add("silu", Activation::silu);
-    add("gelu", Activation::gelu);
-    add("gelu_tanh", Activation::gelu_tanh);
-    add("leaky_relu", Activation::leaky_relu);
-    add("tanh", Activation::tanh);
-    add("sin", Activation::sin);
+    for (int id = 0; id < afa::kActivationCount; ++id)
+        ids[afa::kActivationNames[id]] = id;
     return ids;
 }
 
@@ -93,7 +86,7 @@ afa::cpu::Matrix matrix(py::handle tensor, const char* name, int64_t rows, int64
     return found;
 }
 
-// As matrix, of a tensor whose elements lie side by side.
+// As matrix, for a tensor that must be contiguous.
 afa::cpu::Matrix dense(py::handle tensor, const char* name, int64_t rows, int64_t cols,
                        afa::cpu::Dtype dtype) {
     afa::cpu::Matrix found = matrix(tensor, name, rows, cols, dtype);
@@ -115,8 +108,7 @@ const T* scalar(py::handle tensor, const char* name, afa::Element element) {
     return static_cast<const T*>(view.data);
 }
 
-// The part of a call that forward and backward share: x, A, B, the scalars and what follows from
-// them.
+// What forward and backward have in common: x, A, B, the scalars, and the sizes that follow.
 template <class Params>
 Params common(py::handle x, py::handle a, py::handle b, py::handle alpha_t, py::handle seed,
               int activation, int dropout, float scaling, int threads) {
@@ -162,8 +154,8 @@ void cpu_forward(py::handle x, py::handle a, py::handle b, py::handle alpha_t, p
     afa::cpu::forward(p);
 }
 
-// z, dx, da and db are contiguous or None: a missing z is recomputed, missing gradients are not
-// computed.
+// z, dx, da and db are contiguous or None. Without z it is recomputed; a gradient that is None is
+// not wanted.
 void cpu_backward(py::handle x, py::handle a, py::handle b, py::handle alpha_t, py::handle seed,
                   int activation, int dropout, float scaling, int threads, py::handle dy,
                   py::handle z, py::handle dx, py::handle da, py::handle db, bool accumulate_dx) {
@@ -226,10 +218,11 @@ PYBIND11_MODULE(_C, module) {
         "environment", [](const char* name) { return std::getenv(name); },
         "The environment variable of that name, or None.");
     module.def("build_info", &build_info, "Compiler, OpenMP and CUDA of this build.");
+    // These three are cut to what AFA_CPU_ISA names; ValueError if it names an impossible one.
     module.def("cpu_isas", &cpu_isas, "Instruction sets that build and machine have, best last.");
     module.def(
         "cpu_isa", [] { return std::string(afa::cpu::isa_name(afa::cpu::selected_isa())); },
-        "The instruction set in use; ValueError if AFA_CPU_ISA names an impossible one.");
+        "The instruction set in use, the best of them.");
     module.def("cpu_features", &afa::cpu::machine_features, "Vector features of this machine.");
     module.def("cpu_forward", &cpu_forward);
     module.def("cpu_backward", &cpu_backward);

@@ -1,7 +1,11 @@
 """Problems, the plain PyTorch they are compared with, and the one measure of accuracy."""
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -133,3 +137,13 @@ def assert_matches(function, plain, problem: Problem, names: tuple[str, ...], *,
 
 def _reversed(t: Tensor) -> Tensor:
     return t.flip(tuple(range(t.dim())))
+
+
+def run_on_isa(isa: str, script: str) -> None:
+    """Run ``script`` in a process of its own whose CPU is believed to have ``isa`` at best; fail if it fails."""
+    here = Path(__file__).parent
+    path = os.pathsep.join((str(here), str(here.parent), os.environ.get("PYTHONPATH", "")))
+    check = f"from afa_kernels.backend import native\nassert native._C.cpu_isa() == {isa!r}\n"
+    environment = os.environ | {"AFA_CPU_ISA": isa, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", check + script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

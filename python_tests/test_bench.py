@@ -12,9 +12,10 @@ from bench_rows import ROOF, TINY, example_row
 from helpers import eager
 
 from bench import __main__ as command
-from bench import cost, counts, problem, scaling, suite
+from bench import cost, problem, scaling, suite
 from bench.cases import PRESETS, cases
 from bench.memory import allocations, saved_bytes
+from bench.model import counts
 from bench.problem import SCALING, Problem, relative_error, truth
 from bench.providers import by_default, providers
 from bench.results import KEY, Writer, read, recorded, validate
@@ -287,9 +288,9 @@ def test_the_scaling_command_sweeps_every_variable(tmp_path, monkeypatch, small_
 
 def test_modelled_cases_are_labelled_and_add_communication(tmp_path, capsys):
     pytest.importorskip("triton")
-    from bench import modelled
+    from bench.model import multi_gpu_overhead
 
-    assert modelled.main(["--ranks", "16", "--out", str(tmp_path)]) == 0
+    assert multi_gpu_overhead.main(["--ranks", "16", "--out", str(tmp_path)]) == 0
     assert "MODELLED, not measured" in capsys.readouterr().out
     records = read(tmp_path / "modelled.jsonl")
     for record in records:
@@ -300,7 +301,7 @@ def test_modelled_cases_are_labelled_and_add_communication(tmp_path, capsys):
         single = times["llama-3-8b, single, r=16", name]
         parallel = times["llama-3-8b, data parallel, r=16", name]
         # 7 linear layers in 32 blocks; float32 gradients pass each of 8 GPUs' links 1.75 times.
-        parameters = 32 * 16 * sum(count * (k + n) for count, k, n, _ in modelled.LLAMA_8B.linears())
+        parameters = 32 * 16 * sum(count * (k + n) for count, k, n, _ in multi_gpu_overhead.LLAMA_8B.linears())
         sent = 1.75 * 4 * parameters / 450e9 * 1e3
         assert parallel["assumptions"]["adapter_parameters_per_gpu"] == parameters
         assert parallel["milliseconds"] - single["milliseconds"] == pytest.approx(sent, rel=0.1)
@@ -309,7 +310,7 @@ def test_modelled_cases_are_labelled_and_add_communication(tmp_path, capsys):
 
 
 def test_tensor_parallelism_splits_every_layer_of_the_model_once():
-    from bench.modelled import LLAMA_70B
+    from bench.model.multi_gpu_overhead import LLAMA_70B
 
     linears = LLAMA_70B.linears()
     weights = sum(count * k * n for count, k, n, _ in linears) * LLAMA_70B.blocks
@@ -338,7 +339,7 @@ def test_saved_bytes_count_a_storage_once_and_no_operand():
 
 def test_no_call_does_more_than_recorded():
     worse, _ = counts.compare(counts.measure(), json.loads(counts.RECORDED.read_text()))
-    assert not worse, "\n".join([*worse, "if this is meant: python -m bench.counts --write"])
+    assert not worse, "\n".join([*worse, "if this is meant: python -m bench.model.counts --write"])
 
 
 def test_the_counts_see_one_gemm_and_one_saved_tensor_more():

@@ -36,7 +36,7 @@ def test_opcheck_backward(dtype, needed):
     p, options = operands(dtype)
     z = p.x @ p.lora_a.T
     for kept in (z, None):
-        saved = (p.dy, p.x, p.lora_a, p.lora_b, kept, *options, None)
+        saved = (p.dy, p.x, p.lora_a, p.lora_b, kept, *options, kept is not None, None)
         opcheck(torch.ops.afa_kernels.lora_backward, (*saved, *needed))
         opcheck(torch.ops.afa_kernels.linear_backward, (p.weight, *saved, *needed[1:]))
 

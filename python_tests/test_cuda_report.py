@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import cuda_report
+from tools import cuda_report
 
 MANGLED = "_ZN3afa14project_kernelINS_4Bf16ELi64ELb1EEEvNS_13ProjectParamsE"
 PTXAS = f"""\

@@ -15,11 +15,11 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
 import afa_kernels as afa
-import demo
-from afa_examples import checks, data, tuning
-from afa_examples.classifier import Classifier, Encoded
-from afa_examples.methods import METHODS, Adapter, annealing, prepare
-from afa_examples.training import Recipe, accuracy, train
+from examples.demo import __main__ as demo
+from examples.demo import checks, data, tuning
+from examples.demo.classifier import Classifier, Encoded
+from examples.demo.methods import METHODS, Adapter, annealing, prepare
+from examples.demo.training import Recipe, accuracy, train
 
 RECIPE = Recipe(steps=20, batch_size=8, evaluate_every=10, curve_examples=16)
 

@@ -1,4 +1,5 @@
-"""The documents are right: their examples run, in order, and what they link to exists.
+"""The documents are right: their examples run, in order, and what they link to, and the commands and files that they
+name, exist.
 
 A block starts with three backticks and ``python``. The blocks of a page share one namespace, as a
 reader would type them. ``python cuda`` marks a block that needs such a device.
@@ -16,6 +17,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python *(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+FOLDERS = ("afa_kernels", "bench", "csrc", "docs", "examples", "experiments", "python_tests", "tools")
+COMMAND = re.compile(rf"-m ((?:{'|'.join(FOLDERS)})(?:\.\w+)*)")
+FILE = re.compile(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./]*\.(?:cpp|h|json|md|png|py|yaml)\b")
+
+
+def texts() -> list[Path]:
+    """Return what tells a reader of commands and files: every page, the Makefile and the sources."""
+    pages = [ROOT / "CONTRIBUTING.md", *PAGES, *(p for f in FOLDERS for p in (ROOT / f).rglob("README.md"))]
+    sources = [p for f in FOLDERS for kind in ("py", "yaml") for p in (ROOT / f).rglob(f"*.{kind}")]
+    return [*pages, *(ROOT / "experiments" / "results").glob("*.md"), ROOT / "Makefile", *sources]
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -61,7 +72,17 @@ def test_every_page_of_an_integration_has_an_example():
         assert blocks(ROOT / "docs" / f"{name}.md"), name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    for target in LINK.findall(page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), f"{page.name}: {target}"
+def test_links_lead_somewhere():
+    pages = [text for text in texts() if text.suffix == ".md"]
+    targets = [(page, target) for page in pages for target in LINK.findall(page.read_text(encoding="utf-8"))]
+    broken = [f"{page}: {target}" for page, target in targets if not (page.parent / target).exists()]
+    assert not broken and len(targets) > 40, broken
+
+
+def test_commands_and_files_that_are_named_exist():
+    named = [(text, text.read_text(encoding="utf-8")) for text in texts()]
+    commands = {(text, module) for text, content in named for module in COMMAND.findall(content)}
+    missing = [f"{text}: -m {module}" for text, module in commands if importlib.util.find_spec(module) is None]
+    files = {(text, file) for text, content in named for file in FILE.findall(content)}
+    missing += [f"{text}: {file}" for text, file in files if not (ROOT / file).exists()]
+    assert not missing and len(commands) > 40 and len(files) > 20, missing

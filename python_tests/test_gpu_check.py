@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import skip_unless_available
 
-from bench import gpu_check, gpu_steps
+from tools import gpu_check, gpu_steps
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

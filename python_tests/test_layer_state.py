@@ -156,7 +156,7 @@ def test_load_state_dict_restores_the_number_and_the_flag(alpha_t, assign):
     layer.set_alpha_t(1.0 if alpha_t == 0 else 0.0)
     layer.load_state_dict(saved.state_dict(), assign=assign)
     assert layer.alpha_t == pytest.approx(alpha_t)
-    assert layer._identity == (alpha_t == 0.0)
+    assert layer.identity == (alpha_t == 0.0)
     x = torch.randn(7, 12)
     assert torch.equal(layer(x), saved(x))
     if alpha_t == 0.0:

@@ -5,22 +5,23 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import run_on_isa
 
-from afa_kernels import afa_lora, reference
+from afa_kernels import _ops, afa_lora, reference
 from afa_kernels.activation import ACTIVATIONS, phi
-from afa_kernels.backend import cpu, linear, native, registry, torch_ops
-from afa_kernels.backend.registry import Call, Spec
+from afa_kernels.backend import cpu, native, registry, torch_ops
+from afa_kernels.backend.registry import Call
 from afa_kernels.dropout import keep_mask
+from afa_kernels.options import Options, Spec
 
 pytestmark = pytest.mark.skipif(not cpu.BACKEND.status(), reason=cpu.BACKEND.status().reason)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = native._C.cpu_isas() if native._C is not None else []
+ISAS = native._C.cpu_isas() if cpu.BACKEND.status() else []
 NAN = float("nan")
 
 
@@ -109,23 +110,40 @@ def test_accuracy():
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
-    script = (
-        "import test_native\nfrom afa_kernels.backend import native\n"
-        f"assert native._C.cpu_isa() == {isa!r}\ntest_native.accuracy_of_every_shape()\n"
-    )
-    here = Path(__file__).parent
-    path = os.pathsep.join((str(here), str(here.parent), os.environ.get("PYTHONPATH", "")))
-    environment = os.environ | {"AFA_CPU_ISA": isa, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_on_isa(isa, "import test_native\ntest_native.accuracy_of_every_shape()")
 
 
-def test_impossible_instruction_set_is_an_error():
-    script = (
-        "from afa_kernels.backend import cpu\nstatus = cpu.BACKEND.status()\n"
-        "assert not status and 'mmx' in status.reason and 'generic' in status.reason, status\n"
+FEATURES = {"generic": set(), "avx2": {"avx2"}, "avx512": {"avx2", "avx512", "avx512_halved"}}
+FEATURES["avx512bf16"] = FEATURES["avx512"] | {"avx512_bf16"}
+FEATURES["amx"] = FEATURES["avx512bf16"] | {"amx_tile", "amx_bf16"}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_cap_makes_a_machine_of_that_kind(isa):
+    best = ISAS.index(isa) + 1
+    run_on_isa(
+        isa,
+        "import afa_kernels\nfrom afa_kernels.backend import native\n"
+        f"assert native._C.cpu_isas() == {ISAS[:best]!r}, native._C.cpu_isas()\n"
+        "assert afa_kernels.backends()['cpu'].details['isas'] == native._C.cpu_isas()\n"
+        "features = set(native._C.cpu_features())\n"
+        f"assert features <= {FEATURES[isa]!r}, features\n"
+        f"assert {isa!r} in ('generic', 'avx512bf16', 'amx') or {isa!r} in features, features\n",
     )
-    environment = os.environ | {"AFA_CPU_ISA": "mmx"}
+
+
+@pytest.mark.parametrize("name", ["mmx", "amx"])
+def test_impossible_instruction_set_is_an_error(name):
+    if name == "amx" and (name in ISAS or os.environ.get("AFA_CPU_ISA")):
+        pytest.skip("this machine has it, or a cap hides whether it has")
+    script = (
+        "from afa_kernels.backend import cpu, native\nstatus = cpu.BACKEND.status()\n"
+        f"assert not status and {name!r} in status.reason and 'generic' in status.reason, status\n"
+        "try:\n    native._C.cpu_isas()\n"
+        f"except ValueError as error:\n    assert {name!r} in str(error), error\n"
+        "else:\n    raise AssertionError('no error')\n"
+    )
+    environment = os.environ | {"AFA_CPU_ISA": name}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -200,11 +218,10 @@ def test_linear_is_the_frozen_gemm_plus_the_branch(dtype, dropout):
     truth = truth_of(x, a, b, dy, frozen, spec, alpha_t=0.4, seed=seed)
     truth = (truth[0], truth[1], truth[2] + dy.double() @ weight.double(), *truth[3:])
     results = []
-    for implementation in (cpu.BACKEND, torch_ops.BACKEND):
-        y, z = linear.linear_forward(implementation, x, weight, bias, a, b, alpha_t, seed, spec, save_z=True)
-        gradients = linear.linear_backward(
-            implementation, dy, x, weight, a, b, z, alpha_t, seed, spec, need_da=True, need_db=True
-        )
+    for backend in ("cpu", "torch"):
+        options = Options(spec, True, backend)
+        y, z = _ops.linear_forward(True, weight, bias, x, a, b, alpha_t, seed, options)
+        gradients = _ops.linear_backward(True, weight, dy, x, a, b, z, alpha_t, seed, options, True, True)
         results.append((y, z, *gradients))
     assert_accurate(*results, truth, dtype)
 

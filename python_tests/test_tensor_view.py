@@ -128,32 +128,43 @@ def strange_tensors():
     yield from (torch.ones(2, 4).as_subclass(type("Odd", (torch.Tensor,), {})), torch.nn.Parameter(torch.ones(2, 4)))
     yield torch._efficientzerotensor((2, 4))
 
+    yield torch.ones(2, 4)._neg_view()
 
-def passes(check, *arguments, **options) -> bool:
+
+def may_skip_the_dispatcher(check, *arguments, **options) -> bool:
     try:
-        check(*arguments, **options)
+        return check(*arguments, **options)
     except (TypeError, ValueError, AttributeError):
         return False
-    return True
 
 
 def test_nothing_wrong_is_recognized(monkeypatch):
-    """On every triple of strange tensors: what the compiled module accepts, the checks accept without it."""
-    for name in ("accepts_branch", "accepts_base", "accepts_linear"):
+    """With strange tensors in any three places: what the compiled module recognizes passes the checks without it, and
+    is what the checks say that it is, of torch's own types and in its memory."""
+    for name in ("recognizes_lora", "recognizes_linear"):
         monkeypatch.setattr(native, name, native._recognizes_nothing)
-    for one, two, three in itertools.product(list(strange_tensors()), repeat=3):
-        if native._C.accepts_branch(one, two, three):
-            assert passes(checks.branch, one, two, three)
-        if native._C.accepts_linear(one, two, three, 2):
-            assert passes(checks.linear, one, two, three, 2)
-    for one, two in itertools.product(list(strange_tensors()), repeat=2):
-        if native._C.accepts_base(one, two, 4):
-            assert passes(checks.base, one, two, 4, inplace=False)
+    right = torch.ones(4, 4)
+    for check, recognizes, count in (
+        (lambda *t: checks.lora(*t, inplace=False), native._C.recognizes_lora, 4),
+        (checks.linear, native._C.recognizes_linear, 5),
+    ):
+        recognized = 0
+        for places in itertools.combinations(range(count), 3):
+            for strange in itertools.product([*strange_tensors(), right, right[0]], repeat=3):
+                operands = [right] * count
+                for place, t in zip(places, strange, strict=True):
+                    operands[place] = t
+                if recognizes(*operands):
+                    recognized += 1
+                    assert may_skip_the_dispatcher(check, *operands)
+        assert recognized > 0 or not native._C.has_exchange_table()
 
 
 def test_subclasses_are_left_to_python():
     """A subclass may answer for its shape or dtype itself."""
     plain = torch.ones(2, 4)
     odd = plain.as_subclass(Subclass)
-    assert native._C.accepts_base(plain, plain, 4) == native._C.has_exchange_table()
-    assert not native._C.accepts_base(odd, plain, 4) and not native._C.accepts_base(plain, odd, 4)
+    square = torch.ones(4, 4)
+    assert native._C.recognizes_lora(plain, square, square, plain) == native._C.has_exchange_table()
+    assert not native._C.recognizes_lora(odd, square, square, plain)
+    assert not native._C.recognizes_lora(plain, square, square, odd)

@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 
 from afa_kernels.backend.triton import autotune, configs  # noqa: E402
 from afa_kernels.backend.triton.configs import Device, Tile  # noqa: E402
-from bench.triton_aot import Problem  # noqa: E402
+from tools.triton_aot import Problem  # noqa: E402
 
 CALL = Call("cpu", torch.bfloat16, 64, 128, 128, 16, "silu")
 

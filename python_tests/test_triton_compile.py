@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 
 from afa_kernels.backend.registry import Spec  # noqa: E402
 from afa_kernels.backend.triton import configs, launch, passes  # noqa: E402
-from bench import triton_aot, triton_report  # noqa: E402
-from bench.triton_aot import Problem, compile_launch, compiling_for, device_for  # noqa: E402
+from tools import triton_aot, triton_report  # noqa: E402
+from tools.triton_aot import Problem, compile_launch, compiling_for, device_for  # noqa: E402
 
 compiles = pytest.mark.skipif(launch.INTERPRETED, reason="run by test_in_a_process_that_compiles")
 

@@ -8,8 +8,9 @@ import torch
 from conftest import SIMULATED, skip_unless_available
 from helpers import DTYPES, assert_as_accurate_as_torch, relative_error
 
-from afa_kernels import dropout, reference
-from afa_kernels.backend import registry, torch_ops
+import afa_kernels as afa
+from afa_kernels import dropout
+from afa_kernels.backend import oracle, torch_ops
 from afa_kernels.backend.registry import Spec
 from afa_kernels.backend.triton import backend
 
@@ -57,7 +58,7 @@ def run(module, spec, x, a, b, base, dy, *, out=None, alpha_t=0.3):
 def assert_accurate(got, spec, given):
     plain = run(torch_ops, spec, **given)
     wide = {name: t.double() for name, t in given.items()}
-    truth = run(reference.BACKEND, spec, **wide)
+    truth = run(oracle.BACKEND, spec, **wide)
     for what in RESULTS:
         dtype = given["x"].dtype
         assert_as_accurate_as_torch(got[what], plain[what], truth[what], what, dtype)
@@ -159,7 +160,7 @@ def test_activations_keep_their_relative_accuracy_near_zero(activation):
     spec = Spec(activation, 1.0)
     wide = {name: t.double() for name, t in given.items()}
     got = run(backend, spec, **given, alpha_t=1.0)
-    truth = run(reference.BACKEND, spec, **wide, alpha_t=1.0)
+    truth = run(oracle.BACKEND, spec, **wide, alpha_t=1.0)
     for what in RESULTS:
         assert relative_error(got[what], truth[what]) < 1e-6, what
 
@@ -186,9 +187,9 @@ def test_a_call_without_backward_needs_compiles_no_gradient():
 
 def test_identity_asked_for_by_name_is_the_linear_branch():
     given = operands(33, 40, 24, 16, torch.float32)
-    got = run(backend, Spec(registry.IDENTITY, 2.0), **given, alpha_t=0.0)
-    want = given["base"] + 2 * (given["x"] @ given["a"].T) @ given["b"].T
-    torch.testing.assert_close(got["y"], want)
+    x, a, b, base = (given[name] for name in ("x", "a", "b", "base"))
+    got = afa.afa_lora(x, a, b, 0.0, base=base, scaling=2.0, backend="triton")
+    torch.testing.assert_close(got, base + 2 * (x @ a.T) @ b.T)
 
 
 def test_no_context_is_needed_for_the_cpu():

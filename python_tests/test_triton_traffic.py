@@ -12,9 +12,9 @@ pytest.importorskip("triton")
 
 from afa_kernels.backend.registry import Spec  # noqa: E402
 from afa_kernels.backend.triton import backend, launch  # noqa: E402
-from bench import adapter_tax, traffic_model  # noqa: E402
-from bench.traffic_model import H100  # noqa: E402
-from bench.triton_aot import Problem  # noqa: E402
+from bench.model import layer_overhead, traffic  # noqa: E402
+from bench.model.traffic import H100  # noqa: E402
+from tools.triton_aot import Problem  # noqa: E402
 
 
 class _Counter:
@@ -95,41 +95,42 @@ def test_the_model_counts_every_byte(monkeypatch, m, k, n, r, dtype, weight_dtyp
         backend.backward(dy, x, a, b, None, alpha_t, seed, spec, need_dx=True, need_da=False, need_db=False)
     assert len(counted) >= 8
     for entry, counter in counted:
-        modelled = traffic_model.accesses(entry)
+        modelled = traffic.accesses(entry)
         for name in modelled.keys() | counter.read.keys() | counter.written.keys():
-            access = modelled.get(name, traffic_model.Access())
+            access = modelled.get(name, traffic.Access())
             made = (counter.read[name], counter.written[name])
             assert made == tuple(access), (entry.name, name, made, access)
 
 
-def modelled_tax(r: int) -> dict[str, float]:
+def modelled_overhead(r: int) -> dict[str, float]:
     problem = Problem(8192, 4096, 4096, r, base=False)
-    return {tax.implementation: adapter_tax.percent(tax, problem, H100)[2] for tax in adapter_tax.taxes(problem, H100)}
+    overheads = layer_overhead.overheads(problem, H100)
+    return {each.implementation: layer_overhead.percent(each, problem, H100)[2] for each in overheads}
 
 
-def test_modelled_tax_at_rank_16():
+def test_modelled_overhead_at_rank_16():
     """The target: at most 18.2% where PEFT pays 57% and the floor is 16.2%."""
-    tax = modelled_tax(16)
-    assert 16.2 <= tax["afa_kernels, triton backend"] <= 18.2
-    assert tax["PEFT, bfloat16 a and b"] == pytest.approx(57.5, abs=0.5)
-    assert tax["PEFT, float32 a and b"] == pytest.approx(147, abs=1)
-    assert tax["Unsloth's order of passes"] == pytest.approx(37, abs=0.5)
+    overhead = modelled_overhead(16)
+    assert 16.2 <= overhead["afa_kernels, triton backend"] <= 18.2
+    assert overhead["PEFT, bfloat16 a and b"] == pytest.approx(57.5, abs=0.5)
+    assert overhead["PEFT, float32 a and b"] == pytest.approx(147, abs=1)
+    assert overhead["Unsloth's order of passes"] == pytest.approx(37, abs=0.5)
 
 
 @pytest.mark.parametrize("r, most", [(32, 19.6), (64, 22.6), (128, 24.0)])
-def test_modelled_tax_at_larger_ranks(r, most):
-    tax = modelled_tax(r)
-    assert tax["afa_kernels, triton backend"] <= most
-    assert tax["afa_kernels, triton backend"] <= min(tax.values())
+def test_modelled_overhead_at_larger_ranks(r, most):
+    overhead = modelled_overhead(r)
+    assert overhead["afa_kernels, triton backend"] <= most
+    assert overhead["afa_kernels, triton backend"] <= min(overhead.values())
 
 
 def test_launches():
     """One launch forward and four backward, at any rank, where rows fill the device."""
     for r in (16, 32, 64, 128):
-        ours = adapter_tax.our_tax(Problem(8192, 4096, 4096, r, base=False), H100)
+        ours = layer_overhead.our_overhead(Problem(8192, 4096, 4096, r, base=False), H100)
         assert (len(ours.forward), len(ours.backward)) == (1, 4)
 
 
 def test_the_report_says_that_it_is_modelled(capsys):
-    adapter_tax.main(["--r", "16"])
+    layer_overhead.main(["--r", "16"])
     assert capsys.readouterr().out.startswith("MODELLED, not measured")

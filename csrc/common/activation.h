@@ -3,7 +3,12 @@
 //   phi(z) = (1 - alpha_t) * z + alpha_t * act(z)
 //   phi'(z) = (1 - alpha_t) + alpha_t * act'(z)
 //
-// The ids are those of afa_kernels/activation.py. Conventions at kinks are torch's: relu'(0) = 0.
+// To add an activation, write its name at the end of AFA_ACTIVATIONS and its formula into
+// activate(). The bindings, the CPU, CUDA and emulated kernels and their drivers follow from these
+// two. Its id is its place in the list, and stands in afa_kernels/activation.py too (a test
+// compares the two).
+//
+// Conventions at kinks are torch's: relu'(0) = 0.
 #pragma once
 
 #include <cmath>
@@ -12,16 +17,24 @@
 
 namespace afa {
 
-enum class Activation : int {
-    relu = 0,
-    silu = 1,
-    gelu = 2,
-    gelu_tanh = 3,
-    leaky_relu = 4,
-    tanh = 5,
-    sin = 6
-};
-constexpr int kActivationCount = 7;
+#define AFA_ACTIVATIONS(ROW)                                                                       \
+    ROW(relu)                                                                                      \
+    ROW(silu)                                                                                      \
+    ROW(gelu)                                                                                      \
+    ROW(gelu_tanh)                                                                                 \
+    ROW(leaky_relu)                                                                                \
+    ROW(tanh)                                                                                      \
+    ROW(sin)
+
+#define AFA_ENUMERATOR(name) name,
+enum class Activation : int { AFA_ACTIVATIONS(AFA_ENUMERATOR) };
+#undef AFA_ENUMERATOR
+
+// The names of the activations by their ids.
+#define AFA_NAME(name) #name,
+constexpr const char* kActivationNames[] = {AFA_ACTIVATIONS(AFA_NAME)};
+#undef AFA_NAME
+constexpr int kActivationCount = sizeof(kActivationNames) / sizeof(kActivationNames[0]);
 
 struct ValueSlope {
     float value;
@@ -65,7 +78,7 @@ AFA_HOST_DEVICE ValueSlope activate(float z) {
         const float t = Math::tanh(z);
         return {t, 1.0f - t * t};
     } else {
-        static_assert(kAct == Activation::sin);
+        static_assert(kAct == Activation::sin, "an activation has no case in activate()");
         return {Math::sin(z), Math::cos(z)};
     }
 }
@@ -77,7 +90,8 @@ AFA_HOST_DEVICE ValueSlope anneal(float z, float alpha_t) {
     return {(1.0f - alpha_t) * z + alpha_t * act.value, (1.0f - alpha_t) + alpha_t * act.slope};
 }
 
-// The same for an id known at run time only; where the id is uniform, so is the branch.
+// The same for an id that is known at run time only. On a GPU all threads of a warp have the same
+// id, so the branch costs little.
 template <int kId = 0>
 AFA_HOST_DEVICE ValueSlope anneal_by_id(int activation, float z, float alpha_t) {
     if constexpr (kId + 1 < kActivationCount) {

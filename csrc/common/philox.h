@@ -32,8 +32,8 @@ AFA_HOST_DEVICE Philox4 philox4x32_10(uint64_t seed, uint64_t counter) {
     return {{c0, c1, c2, c3}};
 }
 
-// The 16 mask bytes for columns [16 * group, 16 * group + 16) of `row`; calls_per_row = ceil(K /
-// 16).
+// The mask bytes of the 16 columns from 16 * group on of `row`. A row has K columns and
+// calls_per_row = ceil(K / 16) groups.
 AFA_HOST_DEVICE Philox4 dropout_bytes(uint64_t seed, int64_t row, int64_t calls_per_row,
                                       int64_t group) {
     return philox4x32_10(seed, static_cast<uint64_t>(row) * static_cast<uint64_t>(calls_per_row) +

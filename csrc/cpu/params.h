@@ -1,8 +1,8 @@
 // What a call of the CPU kernels consists of: raw pointers, int64 sizes and strides in elements.
 //
-//   y = base + scaling * h B^T,  h = phi(z),  z = dropout(x) A^T
-//   dB = scaling * dY^T h,  dz = scaling * (dY B) * phi'(z),  dA = dz^T dropout(x),  dX =
-//   dropout(dz A)
+//   z = dropout(x) A^T,  h = phi(z),  y = base + scaling * h B^T
+//   dz = scaling * (dY B) * phi'(z),  dX = dropout(dz A)
+//   dA = dz^T dropout(x),  dB = scaling * dY^T h
 #pragma once
 
 #include <cstdint>

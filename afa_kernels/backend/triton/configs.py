@@ -2,7 +2,7 @@
 defaults for the rest.
 
 Which rows compile without a spill, and what registers and shared memory they take, is what ``make
-triton-report`` prints; what they cost in memory traffic is in bench/traffic_model.py. Their speed
+triton-report`` prints; what they cost in memory traffic is in bench/model/traffic.py. Their speed
 has not been measured on a GPU.
 """
 

@@ -1,9 +1,9 @@
 // The AMX instructions that the engine of tiles.h needs, or the same in plain loops.
 //
-// A tile register holds 16 rows of 64 bytes. AFA_EMULATE_AMX puts loops in their place, so that a
-// machine without AMX runs the engine and the sanitizers see what it reads and writes. Inline
-// assembly and not the compiler's intrinsics: those take the number of a register as a token, not
-// as a template argument.
+// A tile register holds 16 rows of 64 bytes. The instructions are inline assembly and not the
+// compiler's intrinsics, which take the number of a register as a token, not as a template
+// argument. AFA_EMULATE_BF16 puts loops in their place, so that a machine without AMX runs the
+// engine and the sanitizers see what it reads and writes.
 #pragma once
 
 #include "cpu/isa/vec.h"
@@ -15,7 +15,7 @@ namespace afa::cpu::AFA_ISA {
 constexpr int kTileRows = 16;
 constexpr int kTileBytes = 64;  // of a row
 
-#if defined(AFA_EMULATE_AMX)
+#if defined(AFA_EMULATE_BF16)
 
 struct TileRegister {
     alignas(64) char bytes[kTileRows * kTileBytes];

@@ -9,7 +9,7 @@
 
 #include "cpu/isa/vec.h"
 
-// A call left in the loop would undo it all.
+// One call that is left in a loop keeps all of it from being vectorised.
 #define AFA_ALWAYS_INLINE inline __attribute__((always_inline))
 
 namespace afa::cpu::AFA_ISA {

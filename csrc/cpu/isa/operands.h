@@ -1,5 +1,6 @@
-// Brings operands of any dtype and strides into the formats of the products: panels, and staged
-// rows with dropout.
+// Brings operands of any dtype and strides into the formats that the products read: factors A and B
+// into panels; rows of x and dY, where they cannot be read as they lie, into a staged copy, to
+// which dropout is applied.
 #pragma once
 
 #include <type_traits>
@@ -29,8 +30,7 @@ static inline void with_dtype(Dtype dtype, F&& f) {
     }
 }
 
-// --- panels
-// ---------------------------------------------------------------------------------------------------------
+// --- panels --------------------------------------------------------------------------------------
 
 // `count` neighbouring elements, rounded to T, as floats.
 template <class T>
@@ -77,8 +77,8 @@ static inline void transpose4(const float* in, int64_t ld_in, int64_t count, flo
 
 constexpr int kMaxRank = 256;
 
-// tile[j][kTile] = P[j][col + 0..cols) rounded to T, zero elsewhere; P is (r, L) with strides
-// (stride_j, stride_l).
+// One tile of P, rounded to T: rp rows of kTile floats, zero beyond r rows and `cols` columns.
+// P[j][l] is at p + j * stride_j + l * stride_l.
 template <class T, class Src>
 static void read_tile(const Src* p, int64_t stride_j, int64_t stride_l, int64_t r, int64_t rp,
                       int cols, float* tile) {
@@ -115,7 +115,8 @@ static void read_tile(const Src* p, int64_t stride_j, int64_t stride_l, int64_t 
     }
 }
 
-// The slab of P that starts at `col`. Either panel may be null.
+// Packs the slab of P that starts at column `col`: P is the matrix p, or its transpose. A panel
+// that is not wanted is null.
 template <class T, class E>
 static void pack_slab(const Matrix& p, bool transposed, int64_t col, int64_t cols, int64_t r,
                       int64_t rp, typename E::Elem* dot_panel, typename E::Elem* expand_panel) {
@@ -135,8 +136,7 @@ static void pack_slab(const Matrix& p, bool transposed, int64_t col, int64_t col
     });
 }
 
-// --- dropout
-// --------------------------------------------------------------------------------------------------------
+// --- dropout -------------------------------------------------------------------------------------
 
 struct Dropout {
     int threshold = 0;  // of 256; 0: none
@@ -146,8 +146,7 @@ struct Dropout {
 
 constexpr int kMaxSlab = 512;
 
-// bytes[0 .. 16 * groups): the Philox bytes of a row, from column 16 * group on; up to kMaxSlab of
-// them.
+// The mask bytes of the columns from 16 * group on of a row, 16 * groups of them, kMaxSlab at most.
 static void dropout_run(const Dropout& d, int64_t row, int64_t group, int64_t groups,
                         uint8_t* bytes) {
     constexpr int kCalls = kMaxSlab / kDropoutColumns;
@@ -165,8 +164,8 @@ static void dropout_run(const Dropout& d, int64_t row, int64_t group, int64_t gr
                 bytes[i * 16 + w * 4 + byte] = static_cast<uint8_t>(words[i][w] >> (8 * byte));
 }
 
-// Zeros the dropped elements of the slab of rows [row, row + rows) that starts at `col`, a multiple
-// of 16.
+// Zeros the dropped elements of rows [row, row + rows) and columns [col, col + cols) within a slab;
+// `col` is a multiple of 16.
 template <class T>
 static void drop(const Dropout& d, int64_t row, int64_t rows, int64_t col, int64_t cols, T* block,
                  int64_t ld) {
@@ -180,8 +179,7 @@ static void drop(const Dropout& d, int64_t row, int64_t rows, int64_t col, int64
     }
 }
 
-// --- staged rows
-// ----------------------------------------------------------------------------------------------------
+// --- staged rows ---------------------------------------------------------------------------------
 
 // A block of rows as the products read it: the matrix itself, or a staged copy.
 template <class E>
@@ -190,15 +188,15 @@ struct Block {
     int64_t ld;
 };
 
-// Room for staged rows: one cache line more than a slab, so that rows do not fall into one set of
-// the cache.
+// The distance of staged rows: a slab and one cache line, so that they do not all fall into one set
+// of the cache.
 template <class E>
 static constexpr int64_t staged_ld() {
     return E::kSlab + 64 / static_cast<int64_t>(sizeof(typename E::Elem));
 }
 
-// Rows that are asked for before they are staged: prefetchers do not follow from one row to the
-// next.
+// So many rows before its turn a row is prefetched: the hardware does not follow from the end of
+// one row to the beginning of the next.
 constexpr int64_t kRowsAhead = 4;
 
 template <class E, class T>

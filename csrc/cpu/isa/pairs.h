@@ -1,10 +1,12 @@
-// Packs a factor P in bfloat16, 32 x 16 elements at a time, as neighbours along the contracted
-// dimension: what vdpbf16ps and the AMX tiles read.
+// Packs a factor P into bfloat16 for vdpbf16ps and the AMX tiles, 32 x 16 elements at a time.
 //
-// Of P, (r, L) of any strides, d is the dimension that a product contracts and f the other one. A
-// block comes either as pairs, [pair of d][16 f][2], or as rows, [16 f][32 d]. One of the two is
-// how a contiguous P lies in memory, up to an interleaving of two rows, and the other is its
-// transpose.
+// Both multiply pairs of elements that are neighbours along the dimension that a product sums over:
+// the columns of P for x P^T, its rows for h P. Here d is the index along that dimension, and f the
+// one along the other. An engine asks for a block of 32 d by 16 f in one of two orders:
+//   by_rows    [f][d]                 pairs lie side by side in a row
+//   by_pairs   [pair of d][f][2]      pairs of all f lie side by side
+// Where P is contiguous along d it is loaded as rows, and where it is contiguous along f two rows
+// at a time are interleaved into pairs. transpose16 makes one order from the other.
 #pragma once
 
 #include <type_traits>
@@ -71,13 +73,13 @@ struct PairBlock {
     int depth, width;
 };
 
-// v[i] = elements d of f = i, contiguous along d.
+// v = [16 f][32 d], from a block that is contiguous along d.
 template <class Src>
 static inline void rows_along(const PairBlock<Src>& b, __m512i (&v)[16]) {
     for (int i = 0; i < 16; ++i)
         v[i] = i < b.width ? load32(b.p + i * b.f_stride, b.depth) : _mm512_setzero_si512();
 }
-// v[i] = pairs of d = 2 i and 2 i + 1, contiguous along f.
+// v = [pair of d][16 f][2], from a block that is contiguous along f.
 template <class Src>
 static inline void pairs_down(const PairBlock<Src>& b, __m512i (&v)[16]) {
     const auto row = [&](int d) {
@@ -87,8 +89,9 @@ static inline void pairs_down(const PairBlock<Src>& b, __m512i (&v)[16]) {
         v[i] = interleave(row(2 * i), row(2 * i + 1));
 }
 
-// Sums over rows that were interleaved by unpacking come as columns 0-3, 8-11, ... in one vector
-// and 4-7, 12-15, ... in the next: brings a tile's row of them into order.
+// Brings one row of a tile of sums into the order of the columns. unpacklo and unpackhi, which made
+// pairs of two rows of 32 columns, left columns 0-3, 8-11, 16-19 and 24-27 in one vector of sums,
+// and the others in the next.
 static inline void sort_columns(float* sums) {
     const __m512i first_half =
         _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
@@ -106,7 +109,8 @@ static inline int part_of(int64_t count, int64_t begin, int most) {
     return static_cast<int>(begin < count ? min_of<int64_t>(most, count - begin) : 0);
 }
 
-// Calls f with a block that has a contiguous dimension of bfloat16 or float32: `b` or a copy of it.
+// Calls f with a block of bfloat16 or float32 that is contiguous along d or f: `b` itself or a
+// copy.
 template <class Src, class F>
 static inline void with_contiguous(const PairBlock<Src>& b, F&& f) {
     if constexpr (std::is_same_v<Src, bf16> || std::is_same_v<Src, float>)

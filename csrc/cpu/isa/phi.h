@@ -23,24 +23,14 @@ static void phi_loop(const float* __restrict z, int64_t count, float alpha_t,
 }
 
 // value[i] = phi(z[i]) and, where wanted, slope[i] = phi'(z[i]). The arrays do not overlap.
+template <int kId = 0>
 static void phi(int activation, const float* z, int64_t count, float alpha_t, float* value,
                 float* slope) {
-    switch (static_cast<Activation>(activation)) {
-    case Activation::relu:
-        return phi_loop<Activation::relu>(z, count, alpha_t, value, slope);
-    case Activation::silu:
-        return phi_loop<Activation::silu>(z, count, alpha_t, value, slope);
-    case Activation::gelu:
-        return phi_loop<Activation::gelu>(z, count, alpha_t, value, slope);
-    case Activation::gelu_tanh:
-        return phi_loop<Activation::gelu_tanh>(z, count, alpha_t, value, slope);
-    case Activation::leaky_relu:
-        return phi_loop<Activation::leaky_relu>(z, count, alpha_t, value, slope);
-    case Activation::tanh:
-        return phi_loop<Activation::tanh>(z, count, alpha_t, value, slope);
-    case Activation::sin:
-        return phi_loop<Activation::sin>(z, count, alpha_t, value, slope);
+    if constexpr (kId + 1 < kActivationCount) {
+        if (activation != kId)
+            return phi<kId + 1>(activation, z, count, alpha_t, value, slope);
     }
+    phi_loop<static_cast<Activation>(kId)>(z, count, alpha_t, value, slope);
 }
 
 }  // namespace afa::cpu::AFA_ISA

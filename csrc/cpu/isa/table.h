@@ -1,5 +1,5 @@
-// Chooses the types of a call and runs it; the only thing that leaves the namespace of the
-// instruction set.
+// The table of kernels of one instruction set, all that dispatch.cpp sees of it. A kernel chooses
+// the engine by dtype and number of rows.
 #pragma once
 
 #include "cpu/isa/backward.h"
@@ -14,7 +14,8 @@ static void run(const Params& params) {
     switch (params.dtype) {
     case Dtype::bf16:
 #if AFA_ISA_LEVEL >= 4
-        // Packing the factors for AMX is worth it from a few rows on.
+        // Below, packing the factors for AMX costs more than it saves. The two engines sum in
+        // different orders, so here alone the bits of a row depend on how many rows a call has.
         if (params.m > Tiles::kBlockRows)
             return Pass<bf16, Tiles>(params).run();
 #endif

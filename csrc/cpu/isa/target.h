@@ -1,5 +1,5 @@
-// Where the rows of a product go: columns of any strides, added to a base or not, into the cache or
-// past it.
+// Where the rows of a product are written: with any strides, added to a base or not, into the cache
+// or past it.
 #pragma once
 
 #if defined(__unix__)
@@ -14,7 +14,7 @@ constexpr int kVectors = 4;                            // per tile
 constexpr int kGroup = 4;                              // rows of P at a time
 constexpr int kRowGroup = AFA_ISA_LEVEL >= 2 ? 6 : 3;  // rows of x or h at a time
 
-// Where a product H P is written: out = base + H P, T at the top left corner of the block.
+// out = base + H P. The pointers are those of the first element of the block that is written.
 template <class T>
 struct Target {
     T* out;
@@ -24,10 +24,11 @@ struct Target {
     bool streams;  // the result bypasses the cache
 };
 
-// From this size on a fresh result (not one that is accumulated into) bypasses the cache: each line
-// would first be read from memory, and has left the cache again before long. With 32 MB of L3 (Zen
-// 4) 4 MB gained 5 to 15% in bfloat16, even where the next operation reads them at once; with the
-// 480 MB of a Xeon the limit was at 12 MB.
+// From this size on a result bypasses the cache, unless it is accumulated into: an ordinary store
+// first reads the line from memory, and a large result has left the cache again before long. The
+// limit, an eighth of L3, is measured: with 32 MB of L3 (Zen 4) results of 4 MB gained 5 to 15% in
+// bfloat16, even where the next operation reads them at once; on a Xeon with 480 MB results gained
+// from 12 MB on.
 static inline int64_t stream_bytes() {
     constexpr int64_t kLeast = int64_t{4} << 20, kMost = int64_t{12} << 20;
     int64_t share = 0;

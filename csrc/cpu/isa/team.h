@@ -1,68 +1,13 @@
-// Memory and threads of one call.
+// The threads of one call.
 #pragma once
-
-#include <cstdlib>
-#include <new>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
 
-#include "cpu/isa/vec.h"
+#include "cpu/isa/scratch.h"
 
 namespace afa::cpu::AFA_ISA {
-
-// Below this many multiply-adds a second thread costs more than it brings.
-constexpr int64_t kWorthThreads = 200000;
-
-// One allocation, cut into aligned pieces: reserve() all of them, allocate(), then get() each by
-// its offset.
-class Scratch {
-  public:
-    Scratch() = default;
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    ~Scratch() { free(memory_); }
-
-    int64_t reserve(int64_t bytes) {
-        const int64_t offset = size_;
-        size_ += round_up(bytes, kAlignment);
-        return offset;
-    }
-    void allocate() {
-        memory_ = static_cast<char*>(aligned_alloc(kAlignment, size_ > 0 ? size_ : kAlignment));
-        if (memory_ == nullptr)
-            throw std::bad_alloc();
-    }
-    template <class T>
-    T* get(int64_t offset) const {
-        return reinterpret_cast<T*>(memory_ + offset);
-    }
-
-  private:
-    static constexpr int64_t kAlignment = 64;
-    char* memory_ = nullptr;
-    int64_t size_ = 0;
-};
-
-// Asks for huge pages under a large result before its first touch: faulting 16 MB in by 4 KB pages
-// took longer (7 ms) than the whole backward of a 2048 x 2048 layer at r = 16 (5 ms).
-static inline void advise_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr int64_t kHugePage = int64_t{2} << 20;
-    const int64_t address = reinterpret_cast<int64_t>(data);
-    const int64_t begin = round_up(address, kHugePage),
-                  end = (address + bytes) / kHugePage * kHugePage;
-    if (end - begin >= 2 * kHugePage)
-        madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
-}
 
 struct Range {
     int64_t begin, end;
@@ -141,10 +86,10 @@ template <class F>
 static void run_team(int threads, int64_t phases, F&& f) {
 #if defined(_OPENMP)
     if (threads > 1) {
-        Scratch memory;
-        memory.reserve(phases * static_cast<int64_t>(sizeof(int64_t)));
-        memory.allocate();
-        int64_t* counters = memory.get<int64_t>(0);
+        Layout layout;
+        const Piece<int64_t> counter = layout.reserve<int64_t>(phases);
+        const Scratch memory(layout);
+        int64_t* counters = memory[counter];
         memset(counters, 0, phases * sizeof(int64_t));
 #pragma omp parallel num_threads(threads)
         f(Team(omp_get_thread_num(), omp_get_num_threads(), counters));

@@ -1,8 +1,8 @@
 // The three products on AMX tiles of bfloat16: 16 x 16 sums += (16 x 32) (32 x 16), in float32.
 //
-// One instruction does what 128 vdpbf16ps do, so what is left is moving: x and dY go into the
-// left or right tiles as they lie in memory or after one interleaving of two rows, and the sums
-// leave through a buffer in the L1 cache.
+// One instruction does what 128 vdpbf16ps do, so most of the time goes into moving operands. x and
+// dY are left operands as they lie in memory, and right operands after the interleaving of two
+// rows; the sums leave the tile registers through a buffer in the L1 cache.
 #pragma once
 
 #include "cpu/isa/amx.h"
@@ -33,8 +33,9 @@ struct Tiles {
     // The product with P contracts over r, whole tiles of it.
     static int64_t expand_rank(int64_t rp) { return round_up(rp, kDepth); }
 
-    // One slab of P. dot: [kDepth columns][16 rows of P] as right tiles, [pair of columns][row of
-    // P][2]. expand: [16 columns][kDepth rows of P], [pair of rows of P][column][2].
+    // One slab of P as right tiles of 16 x 32 elements. For dot a tile is kDepth columns of 16 rows
+    // of P, [pair of columns][row][2]; for expand 16 columns of kDepth rows, [pair of
+    // rows][column][2].
     template <class Src>
     static void pack(const Src* p, int64_t stride_j, int64_t stride_l, int64_t r, int64_t rp,
                      int64_t cols, Elem* dot, Elem* expand) {
@@ -62,10 +63,10 @@ struct Tiles {
         return (round_up(rows, kTileRows) * expand_rank(rp) + rp * kBlockRows) *
                static_cast<int64_t>(sizeof(bf16));
     }
-    static Coefficients<Tiles> view_coefficients(const float* h, int64_t rows, int64_t rp,
+    static Coefficients<Tiles> view_coefficients(const float*, int64_t rows, int64_t rp,
                                                  void* memory) {
         const bf16* by_rows = static_cast<const bf16*>(memory);
-        return {h, by_rows, by_rows + round_up(rows, kTileRows) * expand_rank(rp)};
+        return {by_rows, by_rows + round_up(rows, kTileRows) * expand_rank(rp)};
     }
     static Coefficients<Tiles> pack_coefficients(const float* h, int64_t rows, int64_t rp,
                                                  void* memory) {
@@ -114,9 +115,9 @@ struct Tiles {
                             ldz);
     }
 
-    // Units of 16 rows by kDepth columns, along the rows, so that the prefetchers can follow. While
-    // the vectors write unit u, the sums of unit u + 1 leave their registers and those of unit u +
-    // 2 come into being: none of the three waits for another.
+    // Units of 16 rows by kDepth columns, along the rows, so that the prefetchers can follow. Three
+    // units are under way, none of which waits for another: while vector instructions write unit u,
+    // the sums of unit u + 1 leave the tile registers, and those of unit u + 2 are computed.
     template <class T>
     static void expand(const Coefficients<Tiles>& h, int64_t rows, int64_t rp, int64_t,
                        const Elem* panel, const Target<T>& target, int64_t cols) {
@@ -171,8 +172,8 @@ struct Tiles {
     }
 
   private:
-    // kRows x kRanks tiles of sums in registers 0 to 3, left tiles in 4 and 5, right ones in 6 and
-    // 7.
+    // kRows x kRanks tiles of sums. Tile registers: sums in 0 to 3, left operands in 4 and 5, right
+    // operands in 6 and 7.
     template <int kRows, int kRanks>
     static void dot_tiles(const bf16* x, int64_t ldx, const Elem* panel, int64_t step,
                           int64_t chunks, float* z, int64_t ldz) {
@@ -253,7 +254,9 @@ struct Tiles {
             }
     }
 
-    // Rows as pairs: [kDepth columns][kDepth rows][half][pair of rows][16 columns][2].
+    // One tile of columns as pairs of rows: [kDepth columns][kDepth rows][half][pair of
+    // rows][column of the half][2]. Unpacking puts every other four columns into one half;
+    // finish_sums undoes that.
     static void pack_outer(const Elem* x, int64_t ldx, int64_t rows, Elem* packed) {
         const int64_t chunks = ceil_div(rows, kDepth);
         for (int64_t m = 0; m < chunks * kDepth; m += 2)

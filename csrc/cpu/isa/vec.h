@@ -1,10 +1,13 @@
-// One vector of floats in the instruction set that the including file is compiled for, and its
-// memory formats.
+// A vector of floats, Vec, in the instruction set that the including file is compiled for: loading
+// and storing it as float32, bfloat16 or float16, and arithmetic.
 //
-// AFA_ISA names the namespace, AFA_ISA_LEVEL is 0 (portable, SSE2 on x86-64), 1 (AVX2 + FMA +
-// F16C), 2 (AVX-512) or 3 (AVX-512 with BF16). Only static functions and builtin types here:
-// anything that the linker may merge across files compiled for different instruction sets would run
-// on a machine that lacks them.
+// The including file defines AFA_ISA, the name of its namespace, and AFA_ISA_LEVEL: 0 (portable,
+// SSE2 on x86-64), 1 (AVX2, FMA, F16C), 2 (AVX-512), 3 (AVX-512 with BF16) or 4 (that and AMX).
+// Every function here is static. The linker merges equal inline functions of several files into
+// one, and if it kept the one compiled for AVX-512, the program would crash on a machine without.
+//
+// AFA_EMULATE_BF16 puts plain AVX-512 code in the place of the BF16 instructions, so that a machine
+// without them runs the kernels of levels 3 and 4 (for tests).
 #pragma once
 
 #include <cstdint>
@@ -16,6 +19,12 @@
 #endif
 
 #include "cpu/params.h"
+
+#if AFA_ISA_LEVEL >= 3 && !defined(AFA_EMULATE_BF16)
+#define AFA_BF16_INSTRUCTIONS 1
+#else
+#define AFA_BF16_INSTRUCTIONS 0
+#endif
 
 namespace afa::cpu::AFA_ISA {
 
@@ -49,8 +58,7 @@ static inline int64_t ceil_div(int64_t value, int64_t divisor) {
     return (value + divisor - 1) / divisor;
 }
 
-// --- scalar conversions
-// ---------------------------------------------------------------------------------------------
+// --- scalar conversions --------------------------------------------------------------------------
 
 template <class To, class From>
 static inline To bit_cast(const From& from) {
@@ -108,7 +116,8 @@ static inline float round_to(float value) {
     return to_float(narrow);
 }
 
-// Rounded once where the vectors of this instruction set are, so that both give the same bits.
+// a * b + c, rounded as the vectors of this instruction set round it: once if they have a fused
+// multiply-add, else twice. So the scalar end of a loop has the bits of its vectors.
 static inline float fma(float a, float b, float c) {
 #if AFA_ISA_LEVEL >= 1
     return __builtin_fmaf(a, b, c);
@@ -117,8 +126,7 @@ static inline float fma(float a, float b, float c) {
 #endif
 }
 
-// --- vectors
-// --------------------------------------------------------------------------------------------------------
+// --- vectors -------------------------------------------------------------------------------------
 
 #if AFA_ISA_LEVEL >= 2
 
@@ -147,7 +155,7 @@ static inline Vec load_first(const f16* p, int count) {
 }
 
 static inline __m256i narrow_bf16(Vec v) {
-#if AFA_ISA_LEVEL >= 3
+#if AFA_BF16_INSTRUCTIONS
     return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
 #else
     const __m512i bits = _mm512_castps_si512(v);
@@ -172,7 +180,7 @@ static inline void store(f16* p, Vec v) {
 // Two vectors, one behind the other.
 template <class T>
 static inline __m512i narrow2(Vec low, Vec high) {
-#if AFA_ISA_LEVEL >= 3
+#if AFA_BF16_INSTRUCTIONS
     if constexpr (std::is_same_v<T, bf16>)
         return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 #endif
@@ -201,6 +209,21 @@ static inline void store_first(bf16* p, Vec v, int count) {
 static inline void store_first(f16* p, Vec v, int count) {
     _mm256_mask_storeu_epi16(p, first(count), narrow_f16(v));
 }
+
+#if AFA_ISA_LEVEL >= 3
+// sum + a0 b0 + a1 b1 in each lane, where (a0, a1) and (b0, b1) are pairs of bfloat16: vdpbf16ps.
+static inline Vec multiply_add_pairs(__m512i a, __m512i b, Vec sum) {
+#if AFA_BF16_INSTRUCTIONS
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#else
+    const auto low = [](__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); };
+    const auto high = [](__m512i v) {
+        return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(-65536)));
+    };
+    return fma(high(a), high(b), fma(low(a), low(b), sum));
+#endif
+}
+#endif
 
 #else  // below AVX-512: tails go through a few stack bytes
 
@@ -277,9 +300,9 @@ static inline void store_first(T* p, Vec v, int count) {
 
 #endif
 
-// store2 past the cache, for results too large to stay in it: it saves reading each line before it
-// is written. `p` is aligned to the bytes written; stream_fence() orders such stores before
-// anything that follows.
+// store2 past the cache, for results too large to stay in it: no line is read from memory before it
+// is written. `p` is aligned to the bytes written. After such stores stream_fence() is due, before
+// another thread reads the result.
 static inline void stream2(float* p, Vec low, Vec high) {
 #if AFA_ISA_LEVEL >= 2
     _mm512_stream_ps(p, low);

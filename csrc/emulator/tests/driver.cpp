@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "common/activation.h"
 #include "emulator/device.h"
 #include "emulator/simt.h"
 #include "emulator/tests/problem.h"
@@ -21,6 +22,7 @@ extern "C" const char* __asan_default_options() { return "detect_stack_use_after
 namespace {
 
 using afa::DType;
+using afa::kActivationCount;
 using afa::Shape;
 using afa::test::Options;
 using afa::test::Problem;
@@ -81,7 +83,7 @@ const afa::DeviceLimits kDevices[] = {{132, 227 * 1024, 228 * 1024}, {48, 99 * 1
 
 bool run_case(const Case& c, uint64_t seed) {
     const DType dtype = seed % 2 ? DType::fp16 : DType::bf16;
-    Problem problem(c.shape, dtype, static_cast<int>(seed % 7), c.options, seed);
+    Problem problem(c.shape, dtype, static_cast<int>(seed % kActivationCount), c.options, seed);
     std::vector<uint8_t> first;
     for (int i = 0; i < 2; ++i) {
         simt::set_options({static_cast<simt::Schedule>(i), seed});

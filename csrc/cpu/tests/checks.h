@@ -1,0 +1,16 @@
+// The checks of the CPU kernels. Each makes a random problem from its seed, prints what is wrong,
+// and returns the number of failures.
+#pragma once
+
+#include <cstdint>
+
+namespace afa::cpu::test {
+
+// Forward and backward against double loops: random shape, dtypes, strides, dropout, threads and
+// subset of gradients.
+int check_problem(uint64_t seed);
+
+// A row of y, z and dX has the same bits whatever rows stand around it and wherever it stands.
+int check_rows(uint64_t seed);
+
+}  // namespace afa::cpu::test

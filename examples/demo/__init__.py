@@ -1,0 +1,1 @@
+"""The demo, ``python -m examples.demo``: data, a classifier, the training loop, the checks, the report."""

@@ -1,0 +1,63 @@
+"""The scripts in examples/ that a user copies run as they stand, learn, and leave an ordinary LoRA behind.
+
+``accelerate_ddp.py`` runs on two processes in test_distributed.py, the demo in test_demo.py.
+"""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(monkeypatch, script: str, *options: object) -> dict[str, object]:
+    """Run a script as ``python examples/SCRIPT`` would; return its names."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+    return runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
+def assert_plain_lora(folder: Path) -> None:
+    """Nothing in what PEFT reads says that this adapter was anything but a LoRA."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["peft_type"] == "LORA" and "afa_lora" not in config
+    assert json.loads((folder / "afa_config.json").read_text(encoding="utf-8"))["alpha_t"] == 0.0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_peft_script(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, "peft_lora.py", "--steps", 20, "--output", tmp_path)
+    printed = capsys.readouterr().out
+    rows = re.findall(r"alpha_t (\S+)  loss (\S+)", printed)
+    assert [rows[0][0], rows[-1][0]] == ["1.00", "0.00"]
+    assert float(rows[-1][1]) < float(rows[0][1]) - 0.3
+    assert "stock PEFT and the merged model agree" in printed
+    assert_plain_lora(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_the_trl_script(monkeypatch, tmp_path):
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, set_seed
+
+    set_seed(0)
+    script = run(monkeypatch, "trl_sft.py", "--steps", 10, "--output", tmp_path)
+    assert_plain_lora(tmp_path / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    set_seed(0)  # the weights that the script drew
+    base = script["base_model"](script["word_tokenizer"]()).eval()
+    tokens = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        before = base(input_ids=tokens).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(input_ids=tokens).logits
+        torch.testing.assert_close(merged(input_ids=tokens).logits, adapted, rtol=1e-3, atol=1e-3)
+    assert (adapted - before).abs().max() > 0.05, "nothing was learned"

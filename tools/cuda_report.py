@@ -1,0 +1,277 @@
+"""Static proof about the CUDA kernels, from the compiler alone: no GPU is needed.
+
+    python -m tools.cuda_report [--quick] [--arch 80,90,100,120] [--json FILE]
+
+Compiles every kernel for every architecture and checks: no spills, registers and shared memory
+within the budget below, tensor-core instructions (HMMA), asynchronous copies (LDGSTS) and ldmatrix
+(LDSM) in the SASS. Prints one table with the occupancy; exit status 1 if a check fails. cuobjdump
+comes from PATH, from the CUDA toolkit or from the triton package.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+SOURCES = ("rank16", "rank32", "rank64", "rank128", "reduce")
+QUICK_ARCHITECTURES = ("80", "90")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Limits of one SM, for occupancy; the card is the one whose SM count the table uses."""
+
+    card: str
+    sm_count: int
+    shared_per_block: int
+    shared_per_sm: int
+    threads_per_sm: int
+
+
+GPUS = {
+    "80": Gpu("A100", 108, 163 << 10, 164 << 10, 2048),
+    "90": Gpu("H100", 132, 227 << 10, 228 << 10, 2048),
+    "100": Gpu("B200", 148, 227 << 10, 228 << 10, 2048),
+    "120": Gpu("RTX 5090", 170, 99 << 10, 100 << 10, 1536),
+}
+REGISTERS_PER_SM = 65536
+RESERVED_SHARED = 1024
+SMALL_THREADS = 128
+
+# Registers per thread that a kernel may take: launch_plan says it for those that use tensor cores.
+SMALL_KERNELS = {"reduce": 80, "pack": 40}
+# sinf and cosf reduce large arguments through a small array in local memory: a stack, and no spill.
+STACK_BUDGET = 48
+SHOWN_OPCODES = ("HMMA", "LDGSTS", "LDSM")  # tensor cores, asynchronous copies, ldmatrix
+OPCODES = (*SHOWN_OPCODES, "LDL", "STL")
+
+_ENTRY = re.compile(r"afa\d+(\w+?)_kernelINS_4(Bf16|Fp16)E(?:Li(\d+)E)?(?:Lb([01])E)?")
+
+
+@dataclass
+class Row:
+    """One kernel on one architecture."""
+
+    arch: str
+    kernel: str
+    rank: int
+    dtype: str
+    registers: int = 0
+    register_budget: int = 0
+    stack: int = 0
+    spill_bytes: int = 0
+    threads: int = 0
+    stages: int = 0
+    shared_bytes: int = 0
+    blocks_per_sm: int = 0
+    occupancy: float = 0.0
+    opcodes: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+def find_tool(name: str) -> str:
+    """Return the path of a CUDA binary tool, or end with what to install."""
+    places = [shutil.which(name)]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        places.append(str(Path(nvcc).resolve().parent / name))
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin:
+        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name))
+    for place in places:
+        if place and os.access(place, os.X_OK):
+            return place
+    raise SystemExit(f"cuda-report: {name} was not found on PATH, beside nvcc, or in the triton package")
+
+
+def planner():
+    """Return the module whose launch_plan says how a kernel is launched."""
+    for name, attribute in (("afa_kernels._C", "cuda"), ("afa_kernels._emulator", None)):
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        if attribute is None or hasattr(module, attribute):
+            return module if attribute is None else getattr(module, attribute)
+    raise SystemExit("cuda-report: build the package with AFA_BUILD_EMULATOR=1 (or with nvcc) first")
+
+
+def identify(mangled: str) -> tuple[str, int, str] | None:
+    """Return kernel, rank class and dtype of a mangled entry name."""
+    match = _ENTRY.search(mangled)
+    if match is None:
+        return None
+    kernel, dtype, rank, transposed = match.groups()
+    return kernel + ("_dy" if transposed == "1" else ""), int(rank or 0), dtype.lower()
+
+
+def parse_ptxas(text: str, arch: str) -> dict[str, Row]:
+    """Return what ``ptxas -v`` says, by mangled name."""
+    rows: dict[str, Row] = {}
+    current = None
+    for line in text.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)'", line):
+            identity = identify(match[1])
+            current = None if identity is None else rows.setdefault(match[1], Row(arch, *identity))
+        elif current is None:
+            continue
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            current.stack, current.spill_bytes = int(match[1]), int(match[2]) + int(match[3])
+        elif match := re.search(r"Used (\d+) registers", line):
+            current.registers = int(match[1])
+    return rows
+
+
+def count_opcodes(sass: str) -> dict[str, dict[str, int]]:
+    """Return how often each opcode of interest occurs, by mangled name."""
+    counts: dict[str, dict[str, int]] = {}
+    current: dict[str, int] = {}
+    for line in sass.splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            current = counts.setdefault(match[1], dict.fromkeys(OPCODES, 0))
+        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", line):
+            if match[1] in OPCODES:
+                current[match[1]] += 1
+    return counts
+
+
+def compile_one(source: str, arch: str, folder: Path, tool: str) -> list[Row]:
+    cubin = folder / f"{source}.{arch}.cubin"
+    command = ["nvcc", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", f"-I{CSRC}"]
+    done = subprocess.run(
+        [*command, str(CSRC / "cuda" / f"{source}.cu"), "-o", str(cubin)],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"cuda-report: nvcc failed for {source}.cu, sm_{arch}\n{done.stderr}")
+    rows = parse_ptxas(done.stderr, arch)
+    sass = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    for name, counts in count_opcodes(sass).items():
+        if name in rows:
+            rows[name].opcodes = counts
+    return list(rows.values())
+
+
+def add_launch(row: Row, plans: dict[tuple[str, str, int], dict]) -> None:
+    """Add threads, shared memory and occupancy."""
+    gpu = GPUS[row.arch]
+    if row.kernel in SMALL_KERNELS:
+        row.threads, row.register_budget = SMALL_THREADS, SMALL_KERNELS[row.kernel]
+    else:
+        plan = plans[row.arch, row.kernel, row.rank]
+        row.threads, row.stages, row.shared_bytes = (
+            plan["threads"],
+            plan["stages"],
+            plan["shared_bytes"],
+        )
+        row.register_budget = plan["registers"]
+    registers = -(-row.registers // 8) * 8 * row.threads
+    row.blocks_per_sm = min(
+        REGISTERS_PER_SM // max(registers, 1),
+        gpu.shared_per_sm // (row.shared_bytes + RESERVED_SHARED),
+        gpu.threads_per_sm // row.threads,
+    )
+    row.occupancy = row.blocks_per_sm * row.threads / gpu.threads_per_sm
+
+
+def check(row: Row) -> None:
+    gpu = GPUS[row.arch]
+    if row.spill_bytes:
+        row.faults.append(f"{row.spill_bytes} bytes of spills")
+    if row.registers > row.register_budget:
+        row.faults.append(f"{row.registers} registers, budget {row.register_budget}")
+    if row.stack > STACK_BUDGET:
+        row.faults.append(f"{row.stack} bytes of stack, budget {STACK_BUDGET}")
+    if row.shared_bytes > gpu.shared_per_block:
+        row.faults.append(f"{row.shared_bytes} bytes of shared memory, the block gets {gpu.shared_per_block}")
+    if row.blocks_per_sm < 1:
+        row.faults.append("no block fits an SM")
+    for opcode in SHOWN_OPCODES:
+        if row.kernel not in SMALL_KERNELS and not row.opcodes.get(opcode):
+            row.faults.append(f"no {opcode} in the SASS")
+
+
+def launch_plans(architectures: list[str]) -> dict[tuple[str, str, int], dict]:
+    """Return the launch of every kernel by architecture, kernel and rank: many rows, and few for
+    the split forward."""
+    native = planner()
+    plans = {}
+    for arch in architectures:
+        gpu = GPUS[arch]
+        for rank in (16, 32, 64, 128):
+            for m in (16384, 256):
+                for plan in native.launch_plan(
+                    (m, 4096, 4096, rank), gpu.sm_count, gpu.shared_per_block, gpu.shared_per_sm
+                ):
+                    plans.setdefault((arch, plan["kernel"], rank), plan)
+    return plans
+
+
+def print_table(rows: list[Row]) -> None:
+    columns = {
+        "arch": lambda row: f"sm_{row.arch}",
+        "kernel": lambda row: row.kernel,
+        "r": lambda row: row.rank or "-",
+        "dtype": lambda row: row.dtype,
+        "registers": lambda row: f"{row.registers}/{row.register_budget}",
+        "stack": lambda row: row.stack,
+        "spilled": lambda row: row.spill_bytes,
+        "threads": lambda row: row.threads,
+        "stages": lambda row: row.stages or "-",
+        "shared KB": lambda row: f"{row.shared_bytes / 1024:.1f}",
+        "blocks/SM": lambda row: row.blocks_per_sm,
+        "occupancy": lambda row: f"{row.occupancy:.0%}",
+        **{name: lambda row, name=name: row.opcodes.get(name, 0) for name in SHOWN_OPCODES},
+        "verdict": lambda row: "; ".join(row.faults) or "ok",
+    }
+    cells = [list(columns), *([str(value(row)) for value in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"architectures {', '.join(QUICK_ARCHITECTURES)} only")
+    parser.add_argument("--arch", help="comma-separated architectures")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    options = parser.parse_args()
+    if shutil.which("nvcc") is None:
+        print("cuda-report: nvcc is not on PATH; nothing was checked", file=sys.stderr)
+        return 2
+    architectures = options.arch.split(",") if options.arch else list(QUICK_ARCHITECTURES if options.quick else GPUS)
+    if unknown := [arch for arch in architectures if arch not in GPUS]:
+        parser.error(f"--arch: expected some of {', '.join(GPUS)}, got {', '.join(unknown)}")
+    tool, plans = find_tool("cuobjdump"), launch_plans(architectures)
+    os.environ["PATH"] += os.pathsep + str(Path(tool).parent)  # cuobjdump calls nvdisasm
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [
+            pool.submit(compile_one, source, arch, Path(folder), tool) for arch in architectures for source in SOURCES
+        ]
+        rows = [row for job in jobs for row in job.result()]
+    for row in rows:
+        add_launch(row, plans)
+        check(row)
+    rows.sort(key=lambda row: (int(row.arch), row.kernel, row.rank, row.dtype))
+    print_table(rows)
+    faulty = [row for row in rows if row.faults]
+    on = ", ".join(f"sm_{arch} ({GPUS[arch].card})" for arch in architectures)
+    print(f"{len(rows)} kernels on {on}: {len(faulty)} faulty")
+    if options.json:
+        options.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    return int(bool(faulty) or not rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,199 @@
+"""Compile every row of the Triton tile table for GPUs that are not here, print what the machine
+code uses, and check it.
+
+Run as ``python -m tools.triton_report`` (``--quick`` for a subset). Exits with 1 if a kernel
+spills, if a product of 16-bit operands has no tensor-core instruction, or if a kernel takes more
+shared memory than its architecture has. Registers, spills and instructions are read from the
+machine code; nothing here says how fast it runs.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+
+from afa_kernels.backend.registry import Call
+from afa_kernels.backend.triton import autotune, configs
+from afa_kernels.backend.triton.backend import BACKEND
+from afa_kernels.backend.triton.launch import Launch
+from tools.triton_aot import (
+    SHARED_MEMORY,
+    MachineCode,
+    Problem,
+    compile_launch,
+    compiling_for,
+    device_for,
+    examine,
+    examine_amd,
+)
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+AMD = ("gfx942",)
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+}
+_DEFAULT_SHARED = 64 * 1024  # what the default rows have to fit into, on any GPU
+_DROPPED = 26  # of 256
+_TOKENS = (16384, 512)  # one pass over x, and the split kernels
+_PRODUCTS = (
+    "project",
+    "xa_phi",
+    "phi_hb",
+    "dyb",
+    "dy_pass",
+    "x_pass",
+)  # kernels with a matrix product
+
+
+class Variant(NamedTuple):
+    """A row of the table in one use: the same tiles make other kernels with a mask, or from
+    unpadded float32 weights."""
+
+    arch: str
+    row: str  # arch, or "default"
+    dtype: str
+    rank: int
+    dropout: int
+    rows: int  # M: few rows take the split kernels
+
+    def is_taken(self) -> bool:
+        problem = Call("meta", _DTYPES[self.dtype], 1, 1, 1, self.rank, "silu", self.dropout > 0)
+        return BACKEND.refuses(problem) is None
+
+    def record(self) -> list[Launch]:
+        tiles = configs.TABLE[self.row][_DTYPES[self.dtype].itemsize, self.rank]
+        # float32 a and b beside 16-bit x, as PEFT has them, bring in the packing kernel and float32
+        # gradients.
+        problem = Problem(
+            m=self.rows,
+            r=self.rank,
+            dtype=_DTYPES[self.dtype],
+            dropout=self.dropout,
+            weight_dtype=torch.float32,
+        )
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = self.dtype == "tf32"
+        try:
+            with autotune.use_tiles(tiles):
+                return problem.record(device_for(self.arch))
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+
+class Row(NamedTuple):
+    variant: Variant
+    launch: Launch
+    code: MachineCode
+    faults: list[str]
+
+
+def variants(
+    archs: Collection[str], dtypes: Collection[str] = tuple(_DTYPES), quick: bool = False
+) -> Iterator[Variant]:
+    """Yield every use of every row that the backend takes; with ``quick`` bfloat16 alone, at ranks
+    16 and 64 on sm_90 and 16 elsewhere."""
+    for arch in archs:
+        rows = (arch,) if arch in AMD else (arch, configs.DEFAULT)
+        for row, dtype, rank, dropout, tokens in itertools.product(rows, dtypes, configs.RANKS, (0, _DROPPED), _TOKENS):
+            variant = Variant(arch, row, dtype, rank, dropout, tokens)
+            if variant.is_taken() and not (quick and not _is_quick(variant)):
+                yield variant
+
+
+def _is_quick(variant: Variant) -> bool:
+    if variant.dtype != "bf16" or variant.row == configs.DEFAULT:
+        return False
+    ranks = (16, 64) if variant.arch == "sm_90" else (16,)
+    return variant.rank in ranks and (variant.dropout == 0 or variant.rows > 512)
+
+
+def faults(variant: Variant, launch: Launch, code: MachineCode) -> list[str]:
+    """Return what is wrong with a kernel; an empty list if nothing is."""
+    found = []
+    if code.spills:
+        found.append(f"{code.spills} spills")
+    limit = _DEFAULT_SHARED if variant.row == configs.DEFAULT else SHARED_MEMORY[variant.arch]
+    if code.shared > limit:
+        found.append(f"{code.shared} bytes of shared memory, {limit} available")
+    if variant.dtype in ("bf16", "fp16") and launch.name.startswith(_PRODUCTS) and not code.tensor_core:
+        found.append("no tensor-core instruction")
+    return found
+
+
+def report(archs: Collection[str], dtypes: Collection[str], quick: bool) -> Iterator[Row]:
+    """Compile the variants, each kernel once, and yield what their machine code holds."""
+    seen = set()
+    for variant in variants(archs, dtypes, quick):
+        amd = variant.arch in AMD
+        for launch in variant.record():
+            given = tuple(name for name, value in launch.arguments.items() if value is None)
+            key = (
+                variant.arch,
+                variant.dtype,
+                launch.name,
+                str(launch.constants),
+                given,
+                launch.warps,
+                launch.stages,
+            )
+            if key in seen:
+                continue
+            seen.add(key)
+            with compiling_for(variant.arch):
+                compiled = compile_launch(launch)
+            code = examine_amd(compiled) if amd else examine(compiled, variant.arch, launch.warps)
+            yield Row(variant, launch, code, faults(variant, launch, code))
+
+
+_HEADER = (
+    f"{'arch':7}{'row':8}{'dtype':6}{'r':>4} {'drop':5}{'kernel':26}{'tile':>9}{'warps':>6}"
+    f"{'stages':>7}{'regs':>5}{'spill':>6}{'smem KB':>8}{'CTA/SM':>7}{'occup.':>7}  "
+    f"{'tensor core':22}{'async':>6}{'LDG':>5}{'SASS':>6}"
+)
+
+
+def _line(row: Row) -> str:
+    variant, launch, code = row.variant, row.launch, row.code
+    constants = launch.constants
+    tile = f"{constants.get('BLOCK_M', '-')}x{constants.get('BLOCK_L', constants.get('BLOCK_N', '-'))}"
+    tensor_core = " ".join(f"{name} {count}" for name, count in sorted(code.tensor_core.items())) or "-"
+    if variant.arch in AMD:
+        resident, occupancy, tensor_core = "-", "-", f"v_mfma {sum(code.tensor_core.values())}"
+    else:
+        resident, occupancy = str(code.blocks_per_multiprocessor), f"{code.occupancy:.0%}"
+    return (
+        f"{variant.arch:7}{variant.row:8}{variant.dtype:6}{variant.rank:>4} "
+        f"{'yes' if variant.dropout else 'no':5}{launch.name.removesuffix('_kernel'):26}{tile:>9}"
+        f"{launch.warps:>6}{launch.stages:>7}{code.registers:>5}{code.spills:>6}"
+        f"{code.shared / 1024:>8.1f}{resident:>7}{occupancy:>7}  {tensor_core:22}"
+        f"{code.async_copies:>6}{code.plain_loads:>5}{code.instructions:>6}"
+        + "".join(f"  FAULT: {fault}" for fault in row.faults)
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a subset that takes about a minute")
+    parser.add_argument("--arch", action="append", choices=(*NVIDIA, *AMD), help="only this one (may be repeated)")
+    parser.add_argument("--dtype", action="append", choices=tuple(_DTYPES), help="only this one (may be repeated)")
+    options = parser.parse_args(arguments)
+    print(f"triton {triton.__version__}, torch {torch.__version__}; compiled without a GPU, nothing was run")
+    print(_HEADER)
+    kernels = faulty = 0
+    for row in report(options.arch or (*NVIDIA, *AMD), options.dtype or tuple(_DTYPES), options.quick):
+        print(_line(row), flush=True)
+        kernels += 1
+        faulty += bool(row.faults)
+    print(f"{kernels} kernels, {faulty} with faults")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
