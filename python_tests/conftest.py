@@ -15,8 +15,12 @@ elif not torch.cuda.is_available():
     # where asked for by name.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import ptx_cuda
+
 import afa_kernels
 from afa_kernels.backend import registry
+
+ptx_cuda.register()
 
 REQUIRED = {name for name in os.environ.get("AFA_KERNELS_REQUIRE", "").split(",") if name}
 # Executed one element or one instruction at a time: right, but thousands of times slower than a

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "ptx/counters.h"
 #include "ptx/machine.h"
 
 namespace py = pybind11;
@@ -24,30 +25,6 @@ py::dict describe(const ptx::KernelInfo& info) {
     d["static_shared_bytes"] = info.static_shared_bytes;
     d["required_threads"] = info.required_threads;
     d["max_threads"] = info.max_threads;
-    return d;
-}
-
-py::dict describe(const ptx::Counters& c) {
-    py::dict d, loads, stores;
-    for (int k = 0; k < 5; ++k) {
-        loads[py::int_(1 << k)] = c.global_loads[k];
-        stores[py::int_(1 << k)] = c.global_stores[k];
-    }
-    d["global_loads"] = loads;
-    d["global_stores"] = stores;
-    d["instructions"] = c.instructions;
-    d["global_read_bytes"] = c.global_read_bytes;
-    d["global_write_bytes"] = c.global_write_bytes;
-    d["async_copies"] = c.async_copies;
-    d["async_copy_bytes"] = c.async_copy_bytes;
-    d["shared_read_bytes"] = c.shared_read_bytes;
-    d["shared_write_bytes"] = c.shared_write_bytes;
-    d["bank_conflicts"] = c.bank_conflicts;
-    d["matrix_loads"] = c.matrix_loads;
-    d["matrix_stores"] = c.matrix_stores;
-    d["multiply_adds"] = c.multiply_adds;
-    d["group_multiply_adds"] = c.group_multiply_adds;
-    d["block_barriers"] = c.block_barriers;
     return d;
 }
 
@@ -74,7 +51,7 @@ py::dict launch(const ptx::Module& module, const std::string& kernel, const Trip
         const py::gil_scoped_release released;
         counters = module.launch(l);
     }
-    return describe(counters);
+    return ptx::counters_dict(counters);
 }
 
 }  // namespace
