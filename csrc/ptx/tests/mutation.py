@@ -1,0 +1,198 @@
+"""Plant faults in nvcc's PTX, one at a time, and show that the machine or the results tell each.
+
+``python csrc/ptx/tests/mutation.py`` (``--count 100 --seed 1``): kernels and faults take turns, places are drawn. A fault
+that nothing tells is printed with its line, and the exit status is 1. A barrier may be one too many, and a comparison may
+never be at its edge: those of EQUIVALENT have been read, and are no fault.
+"""
+
+import argparse
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "python_tests"))
+
+import ptx_cuda  # noqa: E402
+from helpers import Problem  # noqa: E402
+
+from afa_kernels import _cuda_on_ptx  # noqa: E402
+from afa_kernels.backend import registry  # noqa: E402
+from afa_kernels.backend.registry import Spec  # noqa: E402
+
+Edit = Callable[[str], str]
+
+
+def removed(line: str) -> str:
+    return ""
+
+
+def swapped_fragment(line: str) -> str:
+    """Exchange the second and the third register of A."""
+    head, a, rest = re.fullmatch(r"(.*?\}, \{)(.*?)(\}.*)", line).groups()
+    a = a.split(", ")
+    a[1], a[2] = a[2], a[1]
+    return head + ", ".join(a) + rest
+
+
+def swapped_accumulators(line: str) -> str:
+    head, c, rest = re.fullmatch(r"(.*?\{)(.*?)(\}.*)", line).groups()
+    c = c.split(", ")
+    c[1], c[2] = c[2], c[1]
+    return head + ", ".join(c) + rest
+
+
+def transposed(line: str) -> str:
+    return line.replace(".x4.trans.", ".x4.") if ".trans." in line else line.replace(".x4.", ".x4.trans.")
+
+
+def shifted(line: str) -> str:
+    """Move an address by 16 bytes."""
+    return re.sub(r"\[(%\w+)(\+-?\d+)?\]", lambda m: f"[{m[1]}+{int(m[2] or 0) + 16}]", line, count=1)
+
+
+def always_copies(line: str) -> str:
+    return re.sub(r", 16, %r\d+;", ", 16;", line)
+
+
+def copies_half(line: str) -> str:
+    return re.sub(r", 16, %r\d+;", ", 16, 8;", line)
+
+
+def waits_for_less(line: str) -> str:
+    return re.sub(r"wait_group (\d+)", lambda m: f"wait_group {int(m[1]) + 1}", line)
+
+
+def swapped_pair(line: str) -> str:
+    return re.sub(r"(%f\d+), (%f\d+);", r"\2, \1;", line)
+
+
+def off_by_one(line: str) -> str:
+    return line.replace(".lt.", ".le.").replace(".ge.", ".gt.") if ".lt." in line or ".ge." in line else line
+
+
+# Name -> (the lines it may change, the change)
+FAULTS: dict[str, tuple[str, Callable[[str], str]]] = {
+    "barrier removed": (r"bar\.sync", removed),
+    "wait removed": (r"cp\.async\.wait_group", removed),
+    "wait for one group less": (r"cp\.async\.wait_group", waits_for_less),
+    "commit removed": (r"cp\.async\.commit_group", removed),
+    "A fragment swapped": (r"mma\.sync", swapped_fragment),
+    "accumulators swapped": (r"mma\.sync", swapped_accumulators),
+    "product removed": (r"mma\.sync", removed),
+    "transposition wrong": (r"ldmatrix", transposed),
+    "matrix 16 bytes off": (r"ldmatrix", shifted),
+    "copy without its mask": (r"cp\.async\.cg", always_copies),
+    "half a copy": (r"cp\.async\.cg", copies_half),
+    "packed halves swapped": (r"cvt\.rn\.b?f16x2", swapped_pair),
+    "shared load 16 bytes off": (r"ld\.shared", shifted),
+    "shared store 16 bytes off": (r"st\.shared", shifted),
+    "global load 16 bytes off": (r"ld\.global", shifted),
+    "global store 16 bytes off": (r"st\.global", shifted),
+}
+
+
+def entries(text: str) -> Iterator[tuple[str, int, int]]:
+    """Yield each kernel's name and the range of its lines."""
+    lines, start, name = text.splitlines(), None, ""
+    for number, line in enumerate(lines):
+        found = re.search(r"\.entry (\w+)", line)
+        if found:
+            name, start = found[1], number
+        if line.startswith("}") and start is not None:
+            yield name, start, number
+            start = None
+
+
+class Planter:
+    """Edits one place of one kernel, and remembers which."""
+
+    def __init__(self, kernel: str, fault: str, draw: random.Random):
+        self.kernel, self.fault, self.draw = kernel, fault, draw
+        self.place: tuple[int, str] | None = None
+
+    def __call__(self, text: str) -> str:
+        lines = text.splitlines()
+        pattern, change = FAULTS[self.fault]
+        for name, first, last in entries(text):
+            if name != self.kernel:
+                continue
+            places = [
+                i for i in range(first, last) if re.search(pattern, lines[i]) and change(lines[i]) != lines[i]
+            ]
+            if places:
+                chosen = self.draw.choice(places)
+                self.place = (chosen + 1, lines[chosen].strip())
+                lines[chosen] = change(lines[chosen])
+        return "\n".join(lines)
+
+
+def results(kernel: str) -> list[torch.Tensor]:
+    """Run problems that reach a kernel: of its dtype and rank, in one pass and split, with a mask and without."""
+    dtype = torch.bfloat16 if "Bf16" in kernel else torch.float16
+    mark = re.search(r"ELi(\d+)", kernel)
+    rank = int(mark[1]) if mark else 20
+    backend, found = registry.get(ptx_cuda.NAME), []
+    alpha_t, seed = torch.tensor(0.3), torch.tensor(5)
+    adapter = torch.float32 if "pack" in kernel else dtype
+    for shape, dropout in (((75, 264, 136), 0), ((75, 136, 264), 77), ((40, 904, 136), 0)):
+        torch.manual_seed(1)
+        p = Problem.random(*shape, rank, dtype, adapter_dtype=adapter)
+        spec = Spec("silu", 1.5, dropout)
+        y = torch.full_like(p.base, torch.nan)
+        operands = (p.x, p.lora_a, p.lora_b)
+        z = backend.forward(*operands, alpha_t, seed, spec, base=p.base, out=y, save_z=dropout == 0)
+        gradients = backend.backward(
+            p.dy, *operands, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True
+        )
+        found += [y, *gradients]
+    return found
+
+
+def told(planter: Planter, right: list[torch.Tensor]) -> str:
+    """Return how the fault shows: "report", "result" or "" for not at all."""
+    _cuda_on_ptx.set_edit(planter)
+    try:
+        wrong = results(planter.kernel)
+    except RuntimeError:
+        return "report"
+    finally:
+        _cuda_on_ptx.set_edit(lambda text: text)
+    return "" if all(torch.equal(a, b) for a, b in zip(right, wrong, strict=True)) else "result"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    ptx_cuda.register()
+    kernels = [name for name in _cuda_on_ptx.kernel_names() if "primitive_check" not in name]
+    draw = random.Random(arguments.seed)
+    plan = [(kernels[i % len(kernels)], list(FAULTS)[i % len(FAULTS)]) for i in range(2 * arguments.count)]
+    right: dict[str, list[torch.Tensor]] = {}
+    planted, reports, silent = 0, 0, []
+    for kernel, fault in plan:
+        if planted == arguments.count:
+            break
+        if kernel not in right:
+            right[kernel] = results(kernel)
+        planter = Planter(kernel, fault, draw)
+        how = told(planter, right[kernel])
+        if planter.place is None:
+            continue  # the kernel has no such instruction
+        planted += 1
+        reports += how == "report"
+        if not how:
+            silent.append((kernel, fault, *planter.place))
+            print(f"NOT TOLD  {fault}: {kernel}, line {planter.place[0]}: {planter.place[1]}")
+    caught = planted - len(silent)
+    print(f"{planted} planted in {len(right)} kernels, {caught} told: {reports} by a report, {caught - reports} by a result")
+    return bool(silent)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
