@@ -6,9 +6,7 @@ import os
 import pytest
 import torch
 
-# "sm_80", "sm_90": Triton compiles for this GPU, and the machine of csrc/ptx executes the PTX on CPU tensors.
-SIMULATED_GPU = os.environ.get("AFA_TEST_SIMULATED_GPU", "")
-if SIMULATED_GPU:
+if os.environ.get("AFA_TEST_SIMULATED_GPU"):
     os.environ["TRITON_INTERPRET"] = "0"
 elif not torch.cuda.is_available():
     # Before triton is imported: its kernels then run in the interpreter, on CPU tensors, and only
@@ -22,6 +20,8 @@ from afa_kernels.backend import registry
 
 ptx_cuda.register()
 
+# "sm_80", "sm_90": Triton compiles for this GPU, and the machine of csrc/ptx executes the PTX on CPU tensors.
+SIMULATED_GPU = os.environ.get("AFA_TEST_SIMULATED_GPU", "")
 REQUIRED = {name for name in os.environ.get("AFA_KERNELS_REQUIRE", "").split(",") if name}
 # Executed one element or one instruction at a time: right, but thousands of times slower than a
 # kernel.

@@ -52,7 +52,7 @@ def per_lane(code: str, inputs: list[np.ndarray], outputs: list[np.dtype]) -> li
     elements, results go to {d0}, {d1}, ...; a bool result is a predicate."""
     names, body, count = {}, [], 0
     arrays = [np.ascontiguousarray(a) for a in inputs]
-    results = [np.zeros(32, dtype=np.uint32 if t == bool else t) for t in outputs]
+    results = [np.zeros(32, dtype=np.uint32 if t is bool else t) for t in outputs]
     letter = {2: "%h", 4: "%r", 8: "%rd"}
 
     def register(size: int) -> str:
@@ -65,14 +65,30 @@ def per_lane(code: str, inputs: list[np.ndarray], outputs: list[np.dtype]) -> li
         body.append(f"mad.wide.u32 %rd99, %r0, {array.itemsize}, %rd{i};")
         body.append(f"ld.global.{_BITS[array.itemsize]} {names[f'a{i}']}, [%rd99];")
     for i, result in enumerate(results):
-        names[f"d{i}"] = f"%p{i}" if outputs[i] == bool else register(result.itemsize)
+        names[f"d{i}"] = f"%p{i}" if outputs[i] is bool else register(result.itemsize)
     body.append(code.format(**names))
     for i, result in enumerate(results):
         value = names[f"d{i}"]
-        if outputs[i] == bool:
+        if outputs[i] is bool:
             body.append(f"selp.b32 %r5, 1, 0, {value};")
             value = "%r5"
         body.append(f"mad.wide.u32 %rd99, %r0, {result.itemsize}, %rd{len(arrays) + i};")
         body.append(f"st.global.{_BITS[result.itemsize]} [%rd99], {value};")
     launch(kernel("\n".join(body), parameters=len(arrays) + len(results)), *arrays, *results)
-    return [r.astype(bool) if t == bool else r for r, t in zip(results, outputs, strict=True)]
+    return [r.astype(bool) if t is bool else r for r, t in zip(results, outputs, strict=True)]
+
+
+COMPARISONS = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal
+}  # fmt: skip
+_RANDOM = np.random.default_rng(4)
+
+
+def bits(dtype, *edges) -> np.ndarray:
+    """Return 32 values: the edges of the type, some given ones, and random bits."""
+    size = np.dtype(dtype).itemsize
+    integer = np.dtype(f"u{size}")
+    ends = [0, 1, 2, (1 << 8 * size - 1) - 1, 1 << 8 * size - 1, (1 << 8 * size) - 1, *edges]
+    rest = _RANDOM.integers(0, np.iinfo(integer).max, 32 - len(ends), dtype=integer, endpoint=True)
+    values = np.concatenate([np.array(ends, dtype=integer), rest])
+    return _RANDOM.permutation(values).view(dtype)

@@ -72,7 +72,8 @@ FAULTS = {
         "st.shared.b32 [%r1], %r0; bar.warp.sync -1; ld.shared.b32 %r5, [%r2];", "race: reads|nothing has written"
     ),
     "overwritten while another warp may read": (
-        "st.shared.b32 [%r1], %r0; bar.sync 0; ld.shared.b32 %r5, [%r2]; add.s32 %r5, %r5, 1; st.shared.b32 [%r1], %r5;",
+        "st.shared.b32 [%r1], %r0; bar.sync 0; ld.shared.b32 %r5, [%r2]; add.s32 %r5, %r5, 1; "
+        "st.shared.b32 [%r1], %r5;",
         "race: (writes shared memory at offset .*has read|reads)",
     ),
     "overwritten while another lane may read": (
@@ -101,7 +102,8 @@ FAULTS = {
         "cp.async that has not been waited for",
     ),
     "copy read by others without a barrier": (
-        COPY + "cp.async.wait_group 0;" + OTHERS + "ld.shared.b32 %r10, [%r5];", "race: reads|not been waited for|nothing"
+        COPY + "cp.async.wait_group 0;" + OTHERS + "ld.shared.b32 %r10, [%r5];", "race: reads|not "
+        "been waited for|nothing"
     ),
     "wait after the barrier": (
         COPY + "bar.sync 0; cp.async.wait_group 0;" + OTHERS + "ld.shared.b32 %r10, [%r5];",
@@ -120,10 +122,12 @@ FAULTS = {
     ),
     "copy from a misaligned address": ("cp.async.cg.shared.global [%r4], [%rd2+4], 16;", "not a multiple"),
     "copy to a misaligned address": ("cp.async.cg.shared.global [%r4+4], [%rd2], 16;", "not a multiple"),
-    "copy past the end": ("cp.async.cg.shared.global [%r4], [%rd2+3584], 16; cp.async.commit_group; cp.async.wait_group 0;",
+    "copy past the end": ("cp.async.cg.shared.global [%r4], [%rd2+3584], 16; cp.async.commit_group; "
+        "cp.async.wait_group 0;",
                           "copies 16 bytes .* behind its end"),
     "copy of 8 bytes past level 1": ("cp.async.cg.shared.global [%r4], [%rd2], 8;", "cannot copy 8 bytes"),
-    "load past the end": ("ld.global.b32 %r5, [%rd1+3844];", "loads 4 bytes .* outside every allocation.*'array 0', 4096"),
+    "load past the end": ("ld.global.b32 %r5, [%rd1+3844];", "loads 4 bytes .* outside every "
+        "allocation.*'array 0', 4096"),
     "load before the start": ("ld.global.b32 %r5, [%rd1+-4];", "4 bytes before it"),
     "vector across the end": ("ld.global.v4.b32 {%r5, %r6, %r7, %r8}, [%rd0+4088];", "whose end the access crosses"),
     "store past the end": ("st.global.b32 [%rd1+4096], %r0;", "stores 4 bytes"),
@@ -135,7 +139,8 @@ FAULTS = {
     "matrix past the end": (
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r10, %r11, %r12, %r13}, [%r4+4096];", "of which the CTA has 4096"
     ),
-    "parameters past the end": ("mov.b64 %rd5, k_param_0; ld.param.u64 %rd6, [%rd5+8];", "bytes of the parameters at 8"),
+    "parameters past the end": ("mov.b64 %rd5, k_param_0; "
+        "ld.param.u64 %rd6, [%rd5+8];", "bytes of the parameters at 8"),
     "uninitialized register": ("add.s32 %r5, %r6, 1;", "lane 0: reads %r6, which nothing has written"),
     "register of some lanes": (
         "setp.lt.u32 %p1, %r0, 40; @%p1 mov.b32 %r5, 1; add.s32 %r6, %r5, 1;", "lane 8: reads %r5, which nothing has"
@@ -145,7 +150,8 @@ FAULTS = {
     "uninitialized carry": ("madc.hi.u32 %r5, %r0, %r0, 0;", "reads the carry"),
     "division by zero": ("div.s32 %r5, 7, %r0;", "lane 0: divides by zero"),
     "barrier of some lanes": (
-        "setp.gt.u32 %p1, %r0, 40; @%p1 bra out; bar.sync 0; out: add.s32 %r5, %r0, 1;", "returns while other lanes of its warp wait for it"
+        "setp.gt.u32 %p1, %r0, 40; @%p1 bra out; bar.sync 0; "
+        "out: add.s32 %r5, %r0, 1;", "returns while other lanes of its warp wait for it"
     ),
     "barrier skipped by predicate": ("setp.gt.u32 %p1, %r0, 40; @%p1 bar.sync 0;", "which this lane skips"),
     "lanes at different barriers": (
@@ -196,7 +202,9 @@ def test_store_to_memory_that_is_read_only():
 
 
 def test_a_message_says_where():
-    text = kernel(PLACES + "\n.loc 1 77 3\nadd.s32 %r5, %r0, 1;\nld.global.b32 %r5, [%rd1+4096];\n", threads=64, shared=64)
+    text = kernel(
+        PLACES + "\n.loc 1 77 3\nadd.s32 %r5, %r0, 1;\nld.global.b32 %r5, [%rd1+4096];\n", threads=64, shared=64
+    )
     text += '.file 1 "/somewhere/source.cuh"\n'
     line = text.splitlines().index("ld.global.b32 %r5, [%rd1+4096];") + 1
     with pytest.raises(_ptx.ExecutionError) as caught:
@@ -300,7 +308,9 @@ def test_lanes_that_return_early():
 
 
 def test_threads_of_a_block_in_three_dimensions():
-    text = HEADER + """
+    text = (
+        HEADER
+        + """
 .visible .entry k(.param .u64 out)
 {
     .reg .b32 %r<20>; .reg .b64 %rd<4>;
@@ -315,6 +325,7 @@ def test_threads_of_a_block_in_three_dimensions():
     st.global.u32 [%rd1], %r9;
     ret;
 }"""
+    )
     out = np.zeros(30 * 12, np.uint32)
     parameters = np.uint64(out.ctypes.data).tobytes()
     _ptx.Module(text).launch("k", (3, 2, 2), (5, 3, 2), parameters, 0, [(out.ctypes.data, out.nbytes, True, "out")])

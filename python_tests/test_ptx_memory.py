@@ -112,7 +112,9 @@ def test_registers_wider_than_the_type():
 
 
 def test_parameters_keep_their_offsets():
-    text = HEADER + """
+    text = (
+        HEADER
+        + """
 .visible .entry k(.param .u32 a, .param .align 8 .b8 s[24], .param .f32 f, .param .u64 .ptr .global .align 1 out)
 {
     .reg .b16 %h<3>; .reg .b32 %r<9>; .reg .b64 %rd<9>;
@@ -130,6 +132,7 @@ def test_parameters_keep_their_offsets():
     st.global.b32 [%rd0+32], %r4;
     ret;
 }"""
+    )
     module = _ptx.Module(text)
     offsets = {p["name"]: (p["offset"], p["bytes"]) for p in module.kernels()["k"]["parameters"]}
     assert offsets == {"a": (0, 4), "s": (8, 24), "f": (32, 4), "out": (40, 8)}
@@ -291,7 +294,8 @@ def test_matrix_loads_and_stores(count, transposed):
     """
     counters = launch(kernel(body, parameters=3, shared=256 * count), data, loaded, stored)
     np.testing.assert_array_equal(stored, data)
-    # CuTe's SM75_U32x1_LDSM: thread t holds elements 2t and 2t + 1 of the rows; transposed, rows 2q, 2q + 1 of column g.
+    # CuTe's SM75_U32x1_LDSM: thread t holds elements 2t and 2t + 1 of the rows; transposed, rows 2q and 2q + 1 of
+    # column g.
     lanes = np.arange(32)
     matrices = data.transpose(0, 2, 1) if transposed else data
     pairs = matrices.reshape(count, 32, 2).astype(np.uint32)
@@ -315,9 +319,12 @@ def test_bank_conflicts_of_matrix_loads(pitch, conflicts):
 
 
 @pytest.mark.parametrize(
-    "stride, size, conflicts", [(4, 4, 0), (8, 4, 1), (128, 4, 31), (0, 4, 0), (8, 8, 0), (16, 8, 2), (16, 16, 0), (32, 16, 4)]
+    "stride, size, conflicts",
+    [(4, 4, 0), (8, 4, 1), (128, 4, 31), (0, 4, 0), (8, 8, 0), (16, 8, 2), (16, 16, 0), (32, 16, 4)],
 )
 def test_bank_conflicts_of_plain_accesses(stride, size, conflicts):
-    kind = {4: "b32 [%r51], %r52", 8: "v2.b32 [%r51], {%r52, %r52}", 16: "v4.b32 [%r51], {%r52, %r52, %r52, %r52}"}[size]
+    kind = {4: "b32 [%r51], %r52", 8: "v2.b32 [%r51], {%r52, %r52}", 16: "v4.b32 [%r51], {%r52, %r52, %r52, %r52}"}[
+        size
+    ]
     body = f"mov.b32 %r50, tile; mad.lo.u32 %r51, %r0, {stride}, %r50; mov.b32 %r52, 0; st.shared.{kind};"
     assert launch(kernel(body, parameters=0, shared=4096))["bank_conflicts"] == conflicts

@@ -18,7 +18,8 @@ void copy(Warp& warp, const Instruction& i) {
     copies.lanes = warp.active;
     copies.bytes = bytes;
     const auto address = [&](const uint32_t* op, int lane) {
-        const uint64_t base = op[1] ? warp.in<uint64_t>(op[0])[lane] : warp.in<uint32_t>(op[0])[lane];
+        const uint64_t base =
+            op[1] ? warp.in<uint64_t>(op[0])[lane] : warp.in<uint32_t>(op[0])[lane];
         return base + static_cast<uint64_t>(static_cast<int64_t>(static_cast<int32_t>(op[2])));
     };
     Counters& counters = warp.cta->counters;

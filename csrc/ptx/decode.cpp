@@ -5,35 +5,15 @@
 #include <sstream>
 
 #include "ptx/forms.h"
+#include "ptx/registers.h"
 #include "ptx/state.h"
 
 namespace ptx {
 namespace {
 
-constexpr uint32_t kLaneWords = kLanes;
-
 uint32_t align_up(uint32_t value, uint32_t alignment) {
     return (value + alignment - 1) / alignment * alignment;
 }
-
-Width width_of_type(const std::string& type, const std::string& name) {
-    if (type == "pred")
-        return Width::predicate;
-    switch (bytes_of_type(type)) {
-    case 2:
-        return Width::bits16;
-    case 4:
-        return Width::bits32;
-    case 8:
-        return Width::bits64;
-    }
-    throw LoadError("register " + name + ": type '" + type + "' is not known");
-}
-
-struct Register {
-    uint32_t number, place;
-    Width width;
-};
 
 class KernelDecoder {
   public:
@@ -42,13 +22,14 @@ class KernelDecoder {
 
     std::unique_ptr<Kernel> run() {
         kernel_ = std::make_unique<Kernel>();
+        registers_ = std::make_unique<RegisterLayout>(*kernel_);
         kernel_->info.name = raw_.name;
         kernel_->info.required_threads = raw_.required_threads;
         kernel_->info.max_threads = raw_.max_threads;
         lay_out_parameters();
         lay_out_variables();
         for (const RawRegister& r : raw_.registers)
-            registers_[r.name] = new_register(r.name, width_of_type(r.type, r.name));
+            registers_->declare(r.name, r.type);
         for (const RawLabel& label : raw_.labels)
             labels_[label.name] = static_cast<uint32_t>(label.position);
         for (const RawInstruction& i : raw_.instructions) {
@@ -98,72 +79,6 @@ class KernelDecoder {
             symbols_[global->name] = reinterpret_cast<uint64_t>(global->storage.data());
     }
 
-    Register new_register(const std::string& name, Width width) {
-        Register r{static_cast<uint32_t>(kernel_->register_names.size()), 0, width};
-        kernel_->register_names.push_back(name.substr(0, name.find('@')));
-        if (width == Width::predicate) {
-            if (predicates_left_ == 0) {
-                next_predicate_ = kernel_->register_words;
-                kernel_->register_words += kLaneWords;
-                predicates_left_ = kLaneWords;
-            }
-            r.place = next_predicate_++;
-            --predicates_left_;
-        } else {
-            r.place = kernel_->register_words;
-            kernel_->register_words += width == Width::bits64 ? 2 * kLaneWords : kLaneWords;
-        }
-        return r;
-    }
-
-    Register constant(uint64_t value, Width width) {
-        if (width == Width::predicate)
-            value = value ? kAllLanes : 0;
-        else if (width == Width::bits16)
-            value &= 0xFFFF;
-        else if (width == Width::bits32)
-            value &= 0xFFFFFFFF;
-        const std::string key =
-            std::to_string(static_cast<int>(width)) + ":" + std::to_string(value);
-        const auto found = registers_.find(key);
-        if (found != registers_.end())
-            return found->second;
-        const Register r = new_register("constant " + std::to_string(value), width);
-        kernel_->initial.push_back(
-            {InitialRegister::Kind::constant, r.number, r.place, width, value});
-        return registers_[key] = r;
-    }
-
-    bool special(const std::string& name, Register& result) {
-        using Kind = InitialRegister::Kind;
-        static const std::pair<const char*, Kind> table[] = {
-            {"%tid.x", Kind::tid_x},     {"%tid.y", Kind::tid_y},     {"%tid.z", Kind::tid_z},
-            {"%ctaid.x", Kind::ctaid_x}, {"%ctaid.y", Kind::ctaid_y}, {"%ctaid.z", Kind::ctaid_z},
-        };
-        for (const auto& [text, kind] : table) {
-            if (name != text)
-                continue;
-            const auto found = registers_.find(name);
-            if (found == registers_.end()) {
-                result = registers_[name] = new_register(name, Width::bits32);
-                kernel_->initial.push_back({kind, result.number, result.place, Width::bits32, 0});
-            } else {
-                result = found->second;
-            }
-            return true;
-        }
-        return false;
-    }
-
-    Register known(const std::string& name, Width width) const {
-        const auto found = registers_.find(name);
-        if (found == registers_.end())
-            throw LoadError("'" + name + "' is not a register");
-        if (found->second.width != width)
-            throw LoadError("'" + name + "' has not the width of the operand");
-        return found->second;
-    }
-
     void read(const Register& r) {
         ops_.push_back(r.place);
         reads_.push_back(r.number);
@@ -175,16 +90,16 @@ class KernelDecoder {
 
     void source(const RawOperand& o, Width width) {
         if (o.kind == RawOperand::Kind::number)
-            read(constant(o.value, width));
+            read(registers_->constant(o.value, width));
         else if (o.kind == RawOperand::Kind::word)
-            read(known(o.text, width));
+            read(registers_->known(o.text, width));
         else
             throw LoadError("an address where a register or a constant is expected");
     }
     void target(const RawOperand& o, Width width) {
         if (o.kind != RawOperand::Kind::word)
             throw LoadError("the result is not a register");
-        write(known(o.text, width));
+        write(registers_->known(o.text, width));
     }
 
     // A register that may be wider than the type.
@@ -193,14 +108,13 @@ class KernelDecoder {
             const Width width = bytes == 8   ? Width::bits64
                                 : bytes == 4 ? Width::bits32
                                              : Width::bits16;
-            read(constant(o.value, width));
+            read(registers_->constant(o.value, width));
             ops_.push_back(static_cast<uint32_t>(width));
             return;
         }
-        const auto found = registers_.find(o.text);
-        if (o.kind != RawOperand::Kind::word || found == registers_.end())
-            throw LoadError("'" + o.text + "' is not a register");
-        const Register r = found->second;
+        if (o.kind != RawOperand::Kind::word)
+            throw LoadError("an address where a register is expected");
+        const Register r = registers_->known(o.text);
         const uint32_t held = r.width == Width::bits64   ? 8
                               : r.width == Width::bits32 ? 4
                               : r.width == Width::bits16 ? 2
@@ -213,11 +127,12 @@ class KernelDecoder {
 
     void symbol_or_source(const RawOperand& o, Width width) {
         Register r;
-        if (o.kind == RawOperand::Kind::word && width == Width::bits32 && special(o.text, r))
+        if (o.kind == RawOperand::Kind::word && width == Width::bits32 &&
+            registers_->special(o.text, r))
             return read(r);
         const auto symbol = symbols_.find(o.text);
         if (o.kind == RawOperand::Kind::word && symbol != symbols_.end())
-            return read(constant(symbol->second, width));
+            return read(registers_->constant(symbol->second, width));
         source(o, width);
     }
 
@@ -230,12 +145,9 @@ class KernelDecoder {
         const auto symbol = symbols_.find(o.text);
         Register base;
         if (symbol != symbols_.end()) {
-            base = constant(symbol->second, Width::bits64);
+            base = registers_->constant(symbol->second, Width::bits64);
         } else {
-            const auto found = registers_.find(o.text);
-            if (found == registers_.end())
-                throw LoadError("'" + o.text + "' is neither a register nor a variable");
-            base = found->second;
+            base = registers_->known(o.text);
             if (base.width != Width::bits32 && base.width != Width::bits64)
                 throw LoadError("'" + o.text + "' cannot hold an address");
         }
@@ -278,7 +190,7 @@ class KernelDecoder {
         case 'm':
             return address(o);
         case 'r': {
-            const Register r = known(o.text, Width::bits32);
+            const Register r = registers_->known(o.text, Width::bits32);
             ops_.push_back(r.place);
             return ops_.push_back(r.number);
         }
@@ -360,7 +272,7 @@ class KernelDecoder {
         i.line = raw.line;
         i.source = raw.source;
         if (!raw.guard.empty()) {
-            const Register guard = known(raw.guard, Width::predicate);
+            const Register guard = registers_->known(raw.guard, Width::predicate);
             i.guarded = true;
             i.guard_negated = raw.guard_negated;
             i.guard = guard.place;
@@ -391,12 +303,11 @@ class KernelDecoder {
     const RawModule& module_;
     const Program& program_;
     std::unique_ptr<Kernel> kernel_;
-    std::unordered_map<std::string, Register> registers_;
+    std::unique_ptr<RegisterLayout> registers_;
     std::unordered_map<std::string, uint64_t> symbols_;
     std::unordered_map<std::string, uint32_t> labels_;
     std::vector<uint32_t> ops_, reads_, writes_;
     std::vector<size_t> starts_, op_counts_;
-    uint32_t next_predicate_ = 0, predicates_left_ = 0;
 };
 
 }  // namespace

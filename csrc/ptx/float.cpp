@@ -11,9 +11,7 @@ namespace ptx {
 namespace {
 
 // ftz: subnormal inputs and results become zeros of their sign.
-float flush(float x) {
-    return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x;
-}
+float flush(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
 
 float add(float a, float b) { return a + b; }
 float sub(float a, float b) { return a - b; }

@@ -231,8 +231,9 @@ void combine_predicates(Warp& warp, const Instruction& i) {
         warp.set_predicate(i.op[0], ~a);
     } else {
         const uint32_t b = warp.predicate(i.op[2]);
-        warp.set_predicate(i.op[0],
-                           kOperation == 0 ? (a & b) : kOperation == 1 ? (a | b) : (a ^ b));
+        warp.set_predicate(i.op[0], kOperation == 0   ? (a & b)
+                                    : kOperation == 1 ? (a | b)
+                                                      : (a ^ b));
     }
 }
 

@@ -91,7 +91,8 @@ class Lexer {
         std::string digits = negative ? text.substr(1) : text;
         int base = 10;
         if (digits.size() > 1 && digits[0] == '0') {
-            const char kind = static_cast<char>(std::tolower(static_cast<unsigned char>(digits[1])));
+            const char kind =
+                static_cast<char>(std::tolower(static_cast<unsigned char>(digits[1])));
             if (kind == 'f' || kind == 'd' || kind == 'x') {
                 const size_t wanted = kind == 'f' ? 8 : 16;
                 digits = digits.substr(2);

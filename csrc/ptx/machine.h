@@ -55,8 +55,8 @@ struct Launch {
 
 // What a launch did, over all threads. An access of one lane counts once, by its bytes.
 struct Counters {
-    uint64_t instructions = 0;  // per warp
-    uint64_t global_loads[5] = {}, global_stores[5] = {};  // of 1, 2, 4, 8, 16 bytes
+    uint64_t instructions = 0;                               // per warp
+    uint64_t global_loads[5] = {}, global_stores[5] = {};    // of 1, 2, 4, 8, 16 bytes
     uint64_t global_read_bytes = 0, global_write_bytes = 0;  // asynchronous copies not included
     uint64_t async_copies = 0, async_copy_bytes = 0;
     uint64_t shared_read_bytes = 0, shared_write_bytes = 0;

@@ -10,8 +10,8 @@
 namespace ptx {
 
 // kFunction: a function of float, double or integers of 32 or 64 bits; a bool result is a
-// predicate. Registers of 16 bits are held in 32 with zeros above. Lanes that are not active compute
-// on whatever is there, and their results are dropped.
+// predicate. Registers of 16 bits are held in 32 with zeros above. Lanes that are not active
+// compute on whatever is there, and their results are dropped.
 template <auto kFunction>
 struct Map;
 

@@ -20,8 +20,10 @@ template <int kMatrices>
 Rows rows_of(Warp& warp, const uint32_t* op) {
     Rows rows;
     for (int lane = 0; lane < 8 * kMatrices; ++lane) {
-        const uint64_t base = op[1] ? warp.in<uint64_t>(op[0])[lane] : warp.in<uint32_t>(op[0])[lane];
-        const uint64_t address = base + static_cast<uint64_t>(static_cast<int64_t>(static_cast<int32_t>(op[2])));
+        const uint64_t base =
+            op[1] ? warp.in<uint64_t>(op[0])[lane] : warp.in<uint32_t>(op[0])[lane];
+        const uint64_t address =
+            base + static_cast<uint64_t>(static_cast<int64_t>(static_cast<int32_t>(op[2])));
         if (address > 0xFFFFFFFFull)
             throw Fault{lane, "the address of shared memory has more than 32 bits"};
         rows.address[lane] = static_cast<uint32_t>(address);
@@ -50,7 +52,8 @@ void load_matrix(Warp& warp, const Instruction& i) {
         uint16_t element[8][8];
         for (int row = 0; row < 8; ++row) {
             const int lane = 8 * matrix + row;
-            std::memcpy(element[row], warp.cta->shared.read(warp, lane, rows.address[lane], 16), 16);
+            std::memcpy(element[row], warp.cta->shared.read(warp, lane, rows.address[lane], 16),
+                        16);
         }
         uint32_t result[kLanes];
         for (int lane = 0; lane < kLanes; ++lane) {
@@ -149,8 +152,8 @@ void add_matrix_forms(Forms& f) {
     const char* operands = "{DDDD}{dddd}{dd}{dddd}";
     f.add("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", operands,
           multiply_add<Element::bf16>, Flow::collective);
-    f.add("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", operands,
-          multiply_add<Element::f16>, Flow::collective);
+    f.add("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", operands, multiply_add<Element::f16>,
+          Flow::collective);
     f.add("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", operands,
           multiply_add<Element::tf32>, Flow::collective);
 }

@@ -20,8 +20,7 @@ void for_active(const Warp& warp, F&& body) {
 struct Address {
     Address(const Warp& warp, const uint32_t* op)
         : narrow_(op[1] ? nullptr : warp.in<uint32_t>(op[0])),
-          wide_(op[1] ? warp.in<uint64_t>(op[0]) : nullptr),
-          offset_(static_cast<int32_t>(op[2])) {}
+          wide_(op[1] ? warp.in<uint64_t>(op[0]) : nullptr), offset_(static_cast<int32_t>(op[2])) {}
     uint64_t operator[](int lane) const {
         return (narrow_ ? narrow_[lane] : wide_[lane]) + static_cast<uint64_t>(offset_);
     }
@@ -44,8 +43,9 @@ void put(Warp& warp, const uint32_t* op, int lane, const unsigned char* from) {
     T value;
     std::memcpy(&value, from, sizeof(T));
     const uint64_t wide =
-        kSigned ? static_cast<uint64_t>(static_cast<int64_t>(static_cast<std::make_signed_t<T>>(value)))
-                : static_cast<uint64_t>(value);
+        kSigned
+            ? static_cast<uint64_t>(static_cast<int64_t>(static_cast<std::make_signed_t<T>>(value)))
+            : static_cast<uint64_t>(value);
     if (static_cast<Width>(op[1]) == Width::bits64)
         reinterpret_cast<uint64_t*>(warp.values + op[0])[lane] = wide;
     else if (static_cast<Width>(op[1]) == Width::bits32)
@@ -110,7 +110,8 @@ void store_global(Warp& warp, const Instruction& i) {
         const uint64_t to = address[lane];
         global(warp, lane, to, kBytes, true);
         for (int k = 0; k < kVector; ++k)
-            get<T>(warp, i.op + 3 + 2 * k, lane, reinterpret_cast<unsigned char*>(to) + k * sizeof(T));
+            get<T>(warp, i.op + 3 + 2 * k, lane,
+                   reinterpret_cast<unsigned char*>(to) + k * sizeof(T));
     });
     const uint64_t lanes = static_cast<uint64_t>(__builtin_popcount(warp.active));
     warp.cta->counters.global_stores[log2_of(kBytes)] += lanes;
@@ -188,7 +189,8 @@ void store_shared(Warp& warp, const Instruction& i) {
 unsigned char* local(Warp& warp, int lane, uint64_t address, uint32_t bytes) {
     const uint64_t offset = address - kLocalBase;
     if (address < kLocalBase || offset + bytes > warp.kernel->local_bytes)
-        throw Fault{lane, "accesses " + std::to_string(bytes) + " bytes of local memory at offset " +
+        throw Fault{lane, "accesses " + std::to_string(bytes) +
+                              " bytes of local memory at offset " +
                               std::to_string(static_cast<int64_t>(offset)) + ", of which it has " +
                               std::to_string(warp.kernel->local_bytes)};
     if (offset % bytes)

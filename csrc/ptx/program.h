@@ -26,7 +26,7 @@ enum class Flow : uint8_t {
 
 struct Instruction {
     Execute execute = nullptr;
-    const uint32_t* op = nullptr;  // in the order of the text: place of a register, or a literal
+    const uint32_t* op = nullptr;     // in the order of the text: place of a register, or a literal
     const uint32_t* reads = nullptr;  // numbers of the registers that must have been written
     const uint32_t* writes = nullptr;
     uint16_t read_count = 0, write_count = 0;

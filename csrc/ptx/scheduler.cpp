@@ -1,6 +1,6 @@
 // Runs the CTAs of a launch: warps take turns drawn from the seed, each with its own program
-// counter; lanes of a warp that have branched apart run one group after the other, the group that is
-// furthest behind in the text first, and meet again where their program counters do.
+// counter; lanes of a warp that have branched apart run one group after the other, the group that
+// is furthest behind in the text first, and meet again where their program counters do.
 #include <algorithm>
 #include <numeric>
 
@@ -170,8 +170,7 @@ Stop run_warp(Warp& warp, uint32_t turn) {
 class Runner {
   public:
     Runner(const Program& program, const Kernel& kernel, const Launch& launch)
-        : program_(program), kernel_(kernel), launch_(launch),
-          global_([&] {
+        : program_(program), kernel_(kernel), launch_(launch), global_([&] {
               std::vector<Allocation> all = launch.allocations;
               for (const auto& g : program.globals)
                   all.push_back({reinterpret_cast<uint64_t>(g->storage.data()), g->storage.size(),
@@ -269,7 +268,7 @@ class Runner {
             const size_t pick = static_cast<size_t>((draw & 0xFFFF) % ready.size());
             // Mostly a few instructions, at times many: both small and large overlaps occur.
             const uint32_t turn = static_cast<uint32_t>(draw >> 16 & 3 ? 1 + (draw >> 20 & 31)
-                                                                        : 1 + (draw >> 20 & 1023));
+                                                                       : 1 + (draw >> 20 & 1023));
             const Stop stop = guarded_run(*ready[pick], turn);
             if (stop == Stop::turn_over)
                 continue;
@@ -280,7 +279,8 @@ class Runner {
         try {
             check_warpgroups(cta_);
         } catch (const Fault& fault) {
-            throw ExecutionError(fault.what + " in " + kernel_.info.name + ", CTA " + join(cta_.id));
+            throw ExecutionError(fault.what + " in " + kernel_.info.name + ", CTA " +
+                                 join(cta_.id));
         }
         for (const Warp& warp : cta_.warps)
             cta_.counters.instructions += warp.executed;

@@ -218,8 +218,9 @@ const unsigned char* SharedMemory::group_read(const Warp& warp, uint32_t offset,
         // Written through the generic proxy. A fence orders it if the writer executed it after the
         // write and before a barrier, or if this warp did after the barrier behind the write.
         const uint32_t segment = record >> 8;
-        const bool fenced_here = own ? warp.proxy_fence > segment
-                                     : segment_barriers_[warp.proxy_fence] > segment_barriers_[segment];
+        const bool fenced_here =
+            own ? warp.proxy_fence > segment
+                : segment_barriers_[warp.proxy_fence] > segment_barriers_[segment];
         if (!fenced_here && published_fence_[static_cast<size_t>(warp_of(record))] <= segment)
             throw Fault{-1, "wgmma reads " + where(i) + ", which " + who(record) +
                                 " has written, without fence.proxy.async between"};

@@ -53,11 +53,11 @@ class SharedMemory {
     std::vector<uint32_t> written_, read_;
     std::vector<uint8_t> group_reads_;  // number of wgmma reads in flight
     uint32_t group_reads_total_ = 0;
-    std::vector<uint8_t> segment_warp_;      // by segment
+    std::vector<uint8_t> segment_warp_;       // by segment
     std::vector<uint32_t> segment_barriers_;  // by segment: barriers before it
-    std::vector<uint32_t> published_fence_;  // by warp: its proxy_fence at the last barrier
+    std::vector<uint32_t> published_fence_;   // by warp: its proxy_fence at the last barrier
     uint32_t barriers_ = 0;
-    uint32_t barrier_stamp_ = 0;             // records from here on are of this side of the barrier
+    uint32_t barrier_stamp_ = 0;  // records from here on are of this side of the barrier
 };
 
 }  // namespace ptx

@@ -43,8 +43,8 @@ struct AsyncCopies {
 
 // Reads of shared memory by wgmma instructions that no wait has completed.
 struct GroupReads {
-    uint32_t group = 0;           // number of the commit group
-    std::vector<uint32_t> units;  // addresses of 16 bytes each
+    uint32_t group = 0;                             // number of the commit group
+    std::vector<uint32_t> units;                    // addresses of 16 bytes each
     std::vector<uint32_t> accumulators, fragments;  // numbers of the registers in use
 };
 
@@ -61,10 +61,10 @@ struct Warp {
     std::vector<LaneBlock> storage;
     uint32_t* values = nullptr;  // the same as words
     std::vector<RegisterState> state;
-    std::vector<uint16_t> pinned;  // by register: number of wgmma in flight that use it,
+    std::vector<uint16_t> pinned;          // by register: number of wgmma in flight that use it,
     std::vector<uint16_t> pinned_columns;  // and the columns of their shape
-    uint32_t live = 0;    // lanes that have not returned
-    uint32_t active = 0;  // lanes that execute the current instruction
+    uint32_t live = 0;                     // lanes that have not returned
+    uint32_t active = 0;                   // lanes that execute the current instruction
     std::vector<Group> groups;
     size_t current = 0;  // index into groups
     bool at_barrier = false;

@@ -11,9 +11,9 @@ namespace ptx {
 struct RawOperand {
     enum class Kind { word, number, address, vector };
     Kind kind = Kind::word;
-    std::string text;               // word: register, symbol, label; address: its base, may be empty
-    uint64_t value = 0;             // number: integer, or the bits of a float
-    int64_t offset = 0;             // address: [text + offset]
+    std::string text;    // word: register, symbol, label; address: its base, may be empty
+    uint64_t value = 0;  // number: integer, or the bits of a float
+    int64_t offset = 0;  // address: [text + offset]
     std::vector<RawOperand> parts;  // vector: {a, b}
 };
 

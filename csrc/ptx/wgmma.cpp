@@ -98,9 +98,9 @@ void take_accumulators(Warp& warp, const uint32_t* op, int count, bool read, Gro
                 throw Fault{-1, "accumulator " + warp.kernel->register_names[number] +
                                     " is in use by another wgmma in flight"};
         } else if (read && state.defined != kAllLanes) {
-            throw Fault{__builtin_ctz(~state.defined),
-                        "reads " + warp.kernel->register_names[number] +
-                            ", which nothing has written"};
+            throw Fault{__builtin_ctz(~state.defined), "reads " +
+                                                           warp.kernel->register_names[number] +
+                                                           ", which nothing has written"};
         } else {
             require_fence(warp, number, "accumulator");
         }
@@ -144,14 +144,13 @@ void multiply_add(Warp& warp, const Instruction& i) {
         read_fragment_a<kElement>(warp, places, fragment);
     } else {
         const uint64_t* bits = warp.in<uint64_t>(a[0]);
-        read_matrix<kElement>(warp, Descriptor(bits[0]), transposed_a, first, 16, reads,
-                              [&](uint32_t row, uint32_t k, float value) {
-                                  fragment[row - first][k] = value;
-                              });
+        read_matrix<kElement>(
+            warp, Descriptor(bits[0]), transposed_a, first, 16, reads,
+            [&](uint32_t row, uint32_t k, float value) { fragment[row - first][k] = value; });
     }
     float b[kK][kColumns];
-    read_matrix<kElement>(warp, Descriptor(warp.in<uint64_t>(rest[0])[0]), transposed_b, 0, kColumns,
-                          reads,
+    read_matrix<kElement>(warp, Descriptor(warp.in<uint64_t>(rest[0])[0]), transposed_b, 0,
+                          kColumns, reads,
                           [&](uint32_t row, uint32_t k, float value) { b[k][row] = value; });
     take_accumulators(warp, c, kCount, add != 0, reads);
     float sum[16][kColumns] = {};

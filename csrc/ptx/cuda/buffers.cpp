@@ -11,8 +11,7 @@ namespace {
 template <typename Params, int R>
 std::vector<Allocation> listed(const void* parameters) {
     std::vector<Allocation> all;
-    for (const simt::Buffer& b :
-         afa::emulated_buffers<R>(*static_cast<const Params*>(parameters)))
+    for (const simt::Buffer& b : afa::emulated_buffers<R>(*static_cast<const Params*>(parameters)))
         all.push_back({reinterpret_cast<uint64_t>(b.data), b.bytes, b.writable, b.name});
     return all;
 }

@@ -1,5 +1,5 @@
-// afa_kernels._cuda_on_ptx: the compiled CUDA backend with the PTX machine for a GPU. For tests; not
-// part of a wheel.
+// afa_kernels._cuda_on_ptx: the compiled CUDA backend with the PTX machine for a GPU. For tests;
+// not part of a wheel.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

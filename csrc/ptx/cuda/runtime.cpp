@@ -10,7 +10,8 @@
 namespace ptx {
 namespace {
 
-// A translation unit's device code: nvcc's fat binary, which the build keeps uncompressed and to PTX.
+// A translation unit's device code: nvcc's fat binary, which the build keeps uncompressed and to
+// PTX.
 struct Unit {
     std::string text;
     std::unique_ptr<Module> module;
@@ -162,8 +163,7 @@ cudaError_t CUDARTAPI cudaFuncGetAttributes(cudaFuncAttributes* attributes, cons
 
 cudaError_t CUDARTAPI cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute,
                                            int value) {
-    const ptx::DeviceModel& model =
-        runtime_state().devices[static_cast<size_t>(registry().device)];
+    const ptx::DeviceModel& model = runtime_state().devices[static_cast<size_t>(registry().device)];
     if (!registry().kernels.count(function) ||
         attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
         value > model.shared_per_block)

@@ -1,5 +1,5 @@
-// A CUDA runtime whose device is the PTX machine. Linked in the place of cudart to the objects that a
-// wheel is made of, so that what they launch, and how, is what runs. "Device memory" is memory of
+// A CUDA runtime whose device is the PTX machine. Linked in the place of cudart to the objects that
+// a wheel is made of, so that what they launch, and how, is what runs. "Device memory" is memory of
 // this process.
 #pragma once
 
