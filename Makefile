@@ -11,7 +11,7 @@ RUN := $(BIN)/python
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 PYTHON_CODE := afa_kernels python_tests bench tools examples experiments setup.py
 
-.PHONY: help test lint format demo bench sanitize triton-report cuda-report mutation gpu-check wheel-check clean
+.PHONY: help test lint format demo bench sanitize triton-report cuda-report mutation ptx-check gpu-check wheel-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
@@ -63,6 +63,11 @@ sanitize: sanitize-cpu  ## CPU and CUDA kernels under ASan, UBSan and ThreadSani
 
 mutation: $(VENV)/.built  ## plants faults in the CUDA kernels and shows that each one is caught
 	$(RUN) csrc/emulator/tests/mutation.py $(ARGS)
+
+ptx-check: $(VENV)/.built  ## the compiled kernels on the PTX machine: random problems, schedules, faults planted in the PTX
+	$(RUN) -m pytest python_tests/test_ptx_*.py python_tests/test_numerics.py -k "ptx"
+	AFA_TEST_PTX_PROBLEMS=$${AFA_TEST_PTX_PROBLEMS:-150} $(RUN) -m pytest python_tests/test_ptx_triton.py
+	$(RUN) csrc/ptx/tests/mutation.py $(ARGS)
 
 cuda-report: $(VENV)/.built  ## registers, spills, shared memory and instructions of every CUDA kernel
 	$(RUN) -m tools.cuda_report $(ARGS)

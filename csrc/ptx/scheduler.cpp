@@ -98,7 +98,12 @@ inline uint32_t guarded_lanes(const Warp& warp, const Instruction& i, uint32_t l
     return lanes & (i.guard_negated ? ~holds : holds);
 }
 
+// A warp that has executed so many is taken for one that never ends.
+constexpr uint32_t kMostInstructions = 200'000'000;
+
 Stop run_warp(Warp& warp, uint32_t turn) {
+    if (warp.executed > kMostInstructions)
+        throw Fault{-1, "does not end: " + std::to_string(warp.executed) + " instructions"};
     const std::vector<Instruction>& code = warp.kernel->code;
     for (; turn; --turn) {
         Group* group = &warp.groups[warp.current];
