@@ -343,3 +343,8 @@ def test_errors_leave_the_module_usable():
                 module.launch(*arguments, allocations)
         else:
             module.launch(*arguments, allocations)
+
+
+def test_a_kernel_that_does_not_end():
+    with pytest.raises(_ptx.ExecutionError, match="does not end"):
+        launch(kernel("again: bra again;", parameters=0))

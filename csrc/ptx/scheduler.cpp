@@ -99,7 +99,7 @@ inline uint32_t guarded_lanes(const Warp& warp, const Instruction& i, uint32_t l
 }
 
 // A warp that has executed so many is taken for one that never ends.
-constexpr uint32_t kMostInstructions = 200'000'000;
+constexpr uint32_t kMostInstructions = 50'000'000;
 
 Stop run_warp(Warp& warp, uint32_t turn) {
     if (warp.executed > kMostInstructions)
