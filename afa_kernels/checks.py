@@ -199,7 +199,8 @@ def _checked_options(activation, scaling, dropout_p, save, backend) -> Options:
     return Options(Spec(activation, float(scaling), threshold_of(dropout_p)), save == "z", backend)
 
 
-_known_options = remembered(_checked_options)
+# Typed: 1 and True are equal, but not equally good as a number.
+_known_options = remembered(_checked_options, typed=True)
 
 
 def seed(value: object) -> None:

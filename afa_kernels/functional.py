@@ -141,21 +141,20 @@ def _apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplac
     """Decide what the operands decide, and call the operator, through autograd where something is differentiated."""
     rows = _as_rows(x)
     identity = alpha_t is None
-    alpha_t = None if identity else _on_device(alpha_t, torch.float32, x.device)
+    if not identity:
+        alpha_t = _on_device(alpha_t, torch.float32, x.device)
     seed = _seed(seed, x.device) if options.spec.dropout else None
     direct = direct and torch_private.are_ordinary((alpha_t, seed))
-    options = _ops.resolved(rows, lora_a, lora_b, options, identity)
     differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, lora_a, lora_b, base)
     )
+    options = _ops.resolved(rows, lora_a, lora_b, options, identity, differentiated)
     # Under forward-mode differentiation the Function refuses; the operators alone would drop the
     # tangents in silence.
     if differentiated or torch_private.in_forward_mode():
         return AFALoRAFunction.apply(
             rows, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace, direct
         )  # fmt: skip
-    if options.save_z:
-        options = options._replace(save_z=False)
     branch = (rows, lora_a, lora_b, alpha_t, seed, options)
     if weight is not None:
         return _ops.linear_forward(direct, weight, bias, *branch)[0]

@@ -61,12 +61,26 @@ def available_bytes(device: str) -> int:
     """Return the memory that is free on ``device``."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+                free = int(line.split()[1]) * 1024
+    return min(free, left_to_container(Path("/sys/fs/cgroup"), free))
+
+
+def left_to_container(cgroup: Path, otherwise: int) -> int:
+    """Return the bytes that the limit of a container leaves to it: /proc/meminfo is about the whole machine."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return max(0, int((cgroup / limit).read_text()) - int((cgroup / used).read_text()))
+        except (OSError, ValueError):  # no such version of cgroups, or the limit is "max"
+            continue
+    return otherwise
 
 
 def _git(*arguments: str) -> str:

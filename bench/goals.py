@@ -1,4 +1,4 @@
-"""``python -m bench.goals``: the tables of the README and whether the goals are met, from files of results.
+"""``python -m bench.goals``: the measured tables of the documents and whether the goals are met, from files of results.
 
 The presets "goals" and "decode" measure what is needed and print this at their end. The goals: ``afa`` takes less time
 than each other provider on each shape (met if the median ratio is below 1; "within the error" is added where the
@@ -11,6 +11,7 @@ import argparse
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,15 +19,16 @@ from typing import NamedTuple
 from bench.providers import AGAIN
 from bench.results import RESULTS, read
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+_ROOT = Path(__file__).resolve().parent.parent
+README, PERFORMANCE = _ROOT / "README.md", _ROOT / "docs" / "performance.md"
 FILES = (RESULTS / "goals.jsonl", RESULTS / "decode.jsonl")
 OURS = "afa"
 _NAMES = {
     "peft": "PEFT LoRA",
     "torchtune": "torchtune LoRA",
-    "eager": "eager AFA",
-    "compiled": "torch.compile",
-    "afa.torch": "best torch ops",
+    "eager": "eager AFA-LoRA",
+    "compiled": "compiled AFA-LoRA",
+    "afa.torch": "`torch` backend",
     OURS: "afa_kernels",
 }
 _DTYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "f64": "fp64"}
@@ -157,7 +159,7 @@ def _layer_table(rows: list[dict]) -> list[str]:
             cells.append(f"**{cell}**" if name == least else cell)
         cells[-1] += _interval(problem[OURS].get("tax_interval"), 100, 1)
         lines.append([*cells, f"{100 * problem[OURS]['floor_tax']:.1f}", _error(problem)])
-    head = ["dtype, M K N r", "frozen ms", *(_NAMES[name] for name in names), "floor", "error"]
+    head = ["dtype M K N r", "frozen ms", *(_NAMES[name] for name in names), "floor", "repeat"]
     return _markdown(head, lines)
 
 
@@ -183,7 +185,7 @@ def _ratio_table(rows: list[dict], goal: Goal, others: tuple[str, ...]) -> list[
     if lines:
         means = [f"{_geometric_mean(v):.2f}" if v else "-" for v in ratios.values()]
         lines.append(["geometric mean", "", *means, ""])
-    return _markdown(["dtype, M K N r", "afa_kernels ms", *(_NAMES[name] for name in others), "error"], lines)
+    return _markdown(["dtype M K N r", "afa_kernels ms", *(_NAMES[name] for name in others), "repeat"], lines)
 
 
 def _ratio(row: dict) -> str:
@@ -223,9 +225,45 @@ def _markdown(head: list[str], lines: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
 
 
-def section(files: Iterable[Path]) -> dict[str, str]:
-    """Return what stands in the README between the marks of each goal: how it was measured, and its table."""
-    result = {}
+def _summary(rows: list[dict]) -> str:
+    """Return the outcome in a few sentences, which the README begins with; none without rows."""
+    layers = [problem for _, problem in measured(rows, LAYER) if problem.keys() >= {"peft", "eager"}]
+    branches = [problem for _, problem in measured(rows, BRANCH) if "eager" in problem]
+    if not layers or not branches:
+        return ""
+    peft, eager, ours = (_range([100 * p[name]["tax"] for p in layers], "%") for name in ("peft", "eager", OURS))
+    device = "CPU" if layers[0][OURS]["device"] == "cpu" else "GPU"
+    faster = _range([p["eager"]["ratio"][OURS] for p in branches], "")
+    return textwrap.fill(
+        f"On a {device} an AFA-LoRA adapter adds {ours} to the time that its frozen linear layer takes for forward and "
+        f"backward. The same adapter in ordinary PyTorch code adds {eager}, and PEFT's plain LoRA adds {peft}. The "
+        f"branch alone, without the frozen layer, runs {faster} times as fast as ordinary PyTorch code.",
+        120, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _range(values: list[float], unit: str) -> str:
+    return f"{min(values):.1f}{unit} to {max(values):.1f}{unit}"
+
+
+def _short_layer_table(rows: list[dict]) -> list[str]:
+    """Return the adapter tax without its errors, for the README."""
+    names = ("peft", "eager", "compiled", OURS)
+    lines = []
+    for title, problem in measured(rows, LAYER):
+        if "tax" in problem[OURS]:
+            taxes = {name: problem[name]["tax"] for name in names if name in problem}
+            least = min(taxes, key=taxes.get)
+            cells = [f"{100 * taxes[name]:.1f}%" if name in taxes else "-" for name in names]
+            cells[names.index(least)] = f"**{cells[names.index(least)]}**"
+            floor = f"{100 * problem[OURS]['floor_tax']:.1f}%"
+            lines.append([*title.split(), f"{problem['frozen']['p50_ms']:.0f} ms", *cells, floor])
+    return _markdown(["dtype", *"MKNr", "frozen layer", *(_NAMES[name] for name in names), "floor"], lines)
+
+
+def sections(files: Iterable[Path]) -> dict[Path, dict[str, str]]:
+    """Return what stands between the marks of each page: the outcome; how it was measured, and a table."""
+    result: dict[Path, dict[str, str]] = {README: {}, PERFORMANCE: {}}
     for path in files:
         records = read(path)
         rows = [record for record in records if record["kind"] == "row"]
@@ -236,40 +274,49 @@ def section(files: Iterable[Path]) -> dict[str, str]:
             f"{environment['threads']} threads, {isa}, torch {torch_version}, "
             f"commit {environment['commit'][:7]}."
         )
-        for goal, make in ((LAYER, _layer_table), (BRANCH, _branch_table), (DECODE, _decode_table)):
+        summary = _summary(rows)
+        if summary:
+            result[README]["outcome"] = summary
+        for page, title, make in (
+            (README, LAYER.title, _short_layer_table),
+            (PERFORMANCE, LAYER.title, _layer_table),
+            (PERFORMANCE, BRANCH.title, _branch_table),
+            (PERFORMANCE, DECODE.title, _decode_table),
+        ):
             table = make(rows)
             if table:
-                result[goal.title] = "\n".join([how, "", *table])
+                result[page][title] = "\n".join([how, "", *table])
     return result
 
 
-def written(readme: str, sections: dict[str, str]) -> str:
-    """Return ``readme`` with each section between its marks.
+def written(page: str, texts: dict[str, str]) -> str:
+    """Return ``page`` with each text between the marks of its title.
 
     Raises:
-        ValueError: the marks of a section are missing.
+        ValueError: the marks of a title are missing.
     """
-    for title, text in sections.items():
+    for title, text in texts.items():
         begin, end = f"<!-- {title} -->\n", f"\n<!-- end of {title} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if len(pattern.findall(readme)) != 1:
-            raise ValueError(f"README.md: expected one {begin.strip()} ... {end.strip()}")
-        readme = pattern.sub(lambda _, new=begin + text + end: new, readme)
-    return readme
+        if len(pattern.findall(page)) != 1:
+            raise ValueError(f"expected one {begin.strip()} ... {end.strip()} in the page")
+        page = pattern.sub(lambda _, new=begin + text + end: new, page)
+    return page
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.goals", description=__doc__)
     parser.add_argument("results", type=Path, nargs="*", help="default: goals and decode in bench/results")
-    parser.add_argument("--readme", action="store_true", help="also write the tables into README.md")
+    parser.add_argument("--write", action="store_true", help="also write the tables into README.md and docs")
     arguments = parser.parse_args(argv)
     files = arguments.results or [path for path in FILES if path.exists()]
     rows = [record for path in files for record in read(path) if record["kind"] == "row"]
     for text in report(rows):
         print(text)
-    if arguments.readme:
-        README.write_text(written(README.read_text(), section(files)))
-        print(f"\nwritten into {README.name}")
+    if arguments.write:
+        for page, texts in sections(files).items():
+            page.write_text(written(page.read_text(), texts))
+            print(f"\nwritten into {page.relative_to(_ROOT)}")
     return 0
 
 

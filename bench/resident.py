@@ -2,14 +2,16 @@
 
 torch's own counters (memory.py) do not see what the CPU kernels allocate for themselves, so this watches the process:
 Linux keeps the peak of the resident set and lets the process reset it. Every allocation above a few pages gets a
-mapping of its own and returns it when freed, so that the peak is what was held at once. Needs Linux and glibc; run in a
-process that does nothing else.
+mapping of its own and returns it when freed, so that the peak is what was held at once. Huge pages are off: one touched
+byte would count as 2 MB. Linux counts pages in batches for each CPU, so the process stays on as many CPUs as it has
+threads, and prints how far the count may be off. Needs Linux and glibc; run in a process that does nothing else.
 """
 
 import argparse
 import ctypes
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,12 +25,33 @@ from bench.shapes import DTYPES, Case
 _M_MMAP_THRESHOLD = -3  # of mallopt(3), in glibc's malloc.h
 _OWN_MAPPING_BYTES = 1 << 14
 _REPEATS = 2
+_PR_SET_THP_DISABLE = 41  # of prctl(2)
+
+
+# Of each thread, at ranks up to 64: 51 KiB of staged rows, 24 of packed tiles, 16 for a tile of dB, and its share of
+# the rows of h, act' and dz (72) and of the partial sums of dz, super_rows * r floats (24 KiB) for the first thread's
+# columns of N and each slab of 256 behind them: 9 of them with two threads at N = 4096 (csrc/cpu/isa/plan.h).
+_THREAD_BYTES = 256 << 10
 
 
 def bound(case: Case, threads: int) -> int:
-    """Return the most bytes that the CPU kernels may take: z and a quarter of it, and each thread's partial sums of dA
-    and dB, all in float32."""
-    return 4 * (case.m * case.r * 5 // 4 + threads * case.r * (case.k + case.n))
+    """Return the most bytes that the CPU kernels may take for a forward and backward at ranks up to 64.
+
+    z; the packed factors, r (K + N) floats, or half of that where the CPU multiplies bfloat16; the sums of dA and dB,
+    as many floats, unless the gradients are float32 and hold them; and what each thread works on.
+    """
+    factors = 4 * case.r * (case.k + case.n)
+    sums = 0 if case.dtype == "f32" else factors
+    return DTYPES[case.dtype].itemsize * case.m * case.r + factors + sums + threads * _THREAD_BYTES
+
+
+def resolution(cpus: int) -> int:
+    """Return the bytes that the difference of two counts may be off on ``cpus`` CPUs.
+
+    Each CPU keeps back less than a batch of pages: 64 before Linux 6.2, since then 32 or two per CPU of the machine
+    (``percpu_counter_batch``).
+    """
+    return 2 * cpus * max(64, 2 * (os.cpu_count() or 1)) * os.sysconf("SC_PAGE_SIZE")
 
 
 def extra_bytes(runner: Runner) -> int:
@@ -65,8 +88,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--providers", default="eager,afa.torch,afa.cpu")
     add("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args(argv)
-    if not ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES):
+    libc = ctypes.CDLL(None)
+    if not libc.mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES):
         parser.error("the C library does not map large allocations apart: this needs glibc")
+    libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    cpus = sorted(os.sched_getaffinity(0))[: arguments.threads]
+    os.sched_setaffinity(0, cpus)
     torch.set_num_threads(arguments.threads)
     m, k, n, r = map(int, arguments.shape.split(","))
     dtype = arguments.dtype
@@ -77,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         runner = build(providers()[name], problem)
         _peak(runner)  # what happens once, such as starting threads, is not counted
         extra[name] = extra_bytes(runner)
-    print(json.dumps({"bound": bound(case, arguments.threads), "extra": extra}))
+    print(json.dumps({"bound": bound(case, arguments.threads), "resolution": resolution(len(cpus)), "extra": extra}))
     return 0
 
 

@@ -2,7 +2,9 @@
 machine."""
 
 import os
+import subprocess
 
+import isolation  # noqa: F401  before torch and transformers: it sets the environment
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ import ptx_cuda
 
 import afa_kernels
 from afa_kernels.backend import registry
+from bench.environment import available_bytes
 
 ptx_cuda.register()
 
@@ -41,6 +44,12 @@ def skip_unless_available(name: str) -> None:
     pytest.skip(reason)
 
 
+def skip_without_memory(gib: int) -> None:
+    free = available_bytes("cpu")
+    if free < gib << 30:
+        pytest.skip(f"needs {gib} GiB of free memory, has {free / 2**30:.1f}")
+
+
 def device_of(name: str) -> torch.device:
     if name == "cuda" or (name == "triton" and "triton" not in SIMULATED):
         return torch.device("cuda")
@@ -57,6 +66,24 @@ def simulated_gpu():
 
     with simulated(SIMULATED_GPU) as machine:
         yield machine
+
+
+def pytest_itemcollected(item) -> None:
+    """Mark what runs on a simulated backend, so that ``-m`` can leave it out."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    if any(isinstance(value, str) and value in SIMULATED for value in parameters):
+        item.add_marker("simulated")
+
+
+@pytest.fixture(autouse=True)
+def _fast_tests_start_no_process(request, monkeypatch):
+    """What the marker ``fast`` promises: a test that needs a process has the marker ``long``, which takes it out."""
+    if request.node.get_closest_marker("fast") and not request.node.get_closest_marker("long"):
+
+        def refuse(*_, **__):
+            raise AssertionError("a fast test starts a process: mark it with pytest.mark.long")
+
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
 @pytest.fixture(params=registry.names())

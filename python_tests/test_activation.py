@@ -6,6 +6,8 @@ import torch
 import afa_kernels as afa
 from afa_kernels.activation import ACTIVATIONS, phi, phi_slope
 
+pytestmark = pytest.mark.fast
+
 ALPHAS = (0.0, 0.3, 1.0)
 
 

@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import afa_kernels as afa
 from afa_kernels import functional
 
+pytestmark = pytest.mark.fast
+
 
 class Operators(TorchDispatchMode):
     """Keeps the names of the operators that are called inside."""

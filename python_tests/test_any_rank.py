@@ -7,6 +7,8 @@ from torch import nn
 
 import afa_kernels as afa
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("alpha_t", [0.3, 0.0])

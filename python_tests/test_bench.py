@@ -3,6 +3,7 @@ does."""
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from bench_rows import ROOF, TINY, example_row
 from helpers import eager
 
 from bench import __main__ as command
-from bench import cost, problem, scaling, suite
+from bench import cost, problem, scaling, suite, timing
 from bench.cases import PRESETS, cases
+from bench.environment import left_to_container
 from bench.memory import allocations, saved_bytes
 from bench.model import counts
 from bench.problem import SCALING, Problem, relative_error, truth
@@ -201,9 +203,11 @@ def test_numbers_are_written_with_five_digits(tmp_path):
     assert row["p50_ms"] == 1.2346 and row["ratio"] == {"eager": 0.66667}
 
 
-def test_the_same_provider_twice_is_a_check_of_the_measurement(tmp_path, small_roofs):
+def test_the_same_provider_twice_is_a_check_of_the_measurement(tmp_path, small_roofs, monkeypatch):
+    # Rounds enough for an interval, however long they take, and no more.
+    monkeypatch.setitem(timing.measure.__kwdefaults__, "most", 8)
     flags = ["--providers", "eager,afa,afa.again", "--device", "cpu", "--no-pictures", "--out", str(tmp_path)]
-    assert command.main([*TINY_FLAGS, *flags, "--seconds", "1"]) == 0
+    assert command.main([*TINY_FLAGS, *flags, "--seconds", "600"]) == 0
     *_, last = read(tmp_path / "custom.jsonl")
     validate(last)
     assert last["kind"] == "self_check" and last["pairs"] == 3 and 0 <= last["include_one"] <= 3
@@ -230,7 +234,25 @@ def test_every_provider_runs_or_says_why_not():
         reason = provider.absent(TINY)
         assert reason is None or (isinstance(reason, str) and len(reason) > 5), name
     assert "GPU" in providers()["unsloth"].absent(TINY)
+    if importlib.util.find_spec("torchtune"):  # pyproject.toml lists what it imports: nothing may be missing
+        assert providers()["torchtune"].absent(TINY) is None
     assert "branch" in providers()["peft"].absent(TINY._replace(scope="branch"))
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "1000", "memory.current": "300"}, 700),
+        ({"memory.max": "max", "memory.current": "300"}, 5000),
+        ({"memory/memory.limit_in_bytes": "1000", "memory/memory.usage_in_bytes": "1200"}, 0),
+        ({}, 5000),
+    ],
+)
+def test_a_container_has_the_memory_that_its_limit_leaves(tmp_path, files, left):
+    (tmp_path / "memory").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert left_to_container(tmp_path, 5000) == left
 
 
 # Costs

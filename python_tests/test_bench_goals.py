@@ -1,4 +1,4 @@
-"""What is made of the rows: verdicts on the goals, and the tables of the README."""
+"""What is made of the rows: verdicts on the goals, and the tables of the documents."""
 
 import pytest
 from bench_rows import TINY, example_row
@@ -55,11 +55,33 @@ def test_a_mean_is_shown_beside_the_one_at_the_floor():
     assert "not met; eager / floor 3.00" in "\n".join(goals.report(rows + wide))
 
 
-def test_the_readme_quotes_the_recorded_results():
-    files = [path for path in goals.FILES if path.exists()]
-    readme = goals.README.read_text()
-    sections = goals.section(files)
-    assert sections.keys() == {goal.title for goal in goals.GOALS}
-    assert goals.written(readme, sections) == readme, "python -m bench.goals --readme"
-    with pytest.raises(ValueError, match="adapter tax"):
-        goals.written("", sections)
+def test_the_pages_quote_the_recorded_results():
+    sections = goals.sections(path for path in goals.FILES if path.exists())
+    assert sections[goals.PERFORMANCE].keys() == {goal.title for goal in goals.GOALS}
+    assert sections[goals.README].keys() == {"outcome", goals.LAYER.title}
+    for page, texts in sections.items():
+        text = page.read_text()
+        assert goals.written(text, texts) == text, "python -m bench.goals --write"
+        with pytest.raises(ValueError, match="adapter tax"):
+            goals.written("", {goals.LAYER.title: texts[goals.LAYER.title]})
+
+
+def test_the_short_table_marks_the_least_tax_whoever_has_it():
+    assert goals._short_layer_table(_goal_rows())[-1] == (
+        "| fp32 | 2048 | 2048 | 2048 | 16 | 1 ms | 20.0% | 20.0% | - | **10.0%** | 3.0% |"
+    )
+    rows = [row | {"tax": 0.05} if row["provider"] == "peft" else row for row in _goal_rows()]
+    assert "| **5.0%** | 20.0% | - | 10.0% |" in goals._short_layer_table(rows)[-1]
+
+
+def test_the_outcome_is_that_of_the_rows():
+    rows = [row | {"scope": scope} for scope in ("layer", "branch") for row in _goal_rows()]
+    for row in rows:
+        row["tax"] = {"peft": 0.2, "eager": 0.25, "afa": 0.05}.get(row["provider"], 0)
+    expected = """
+        On a CPU an AFA-LoRA adapter adds 5.0% to 5.0% to the time that its frozen linear layer takes for forward and
+        backward. The same adapter in ordinary PyTorch code adds 25.0% to 25.0%, and PEFT's plain LoRA adds 20.0% to
+        20.0%. The branch alone, without the frozen layer, runs 1.2 to 1.2 times as fast as ordinary PyTorch code.
+    """
+    assert goals._summary(rows).split() == expected.split()
+    assert not goals._summary(rows[:5])

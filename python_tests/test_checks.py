@@ -9,6 +9,8 @@ import afa_kernels as afa
 from afa_kernels import checks
 from afa_kernels.backend import native
 
+pytestmark = pytest.mark.fast
+
 M, K, N, R = 3, 8, 6, 2
 
 

@@ -10,6 +10,8 @@ from helpers import Problem
 import afa_kernels as afa
 from afa_kernels.backend import registry
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def calls(monkeypatch):

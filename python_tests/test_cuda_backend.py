@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,30 +17,50 @@ def call(r=16, k=64, n=64, dtype=torch.bfloat16):
     return Call("cuda", dtype, 128, k, n, r, "silu", device_index=0)
 
 
+def fake_triton(available=True):
+    status = BackendStatus(available, "" if available else "triton is not installed")
+    return Backend("triton", frozenset({"cuda"}), lambda: status, lambda call: None, forward=None, backward=None)
+
+
 @pytest.fixture
-def table(monkeypatch):
-    """A registry of cuda and triton on a GPU that this machine need not have."""
+def empty_registry(monkeypatch):
     monkeypatch.setattr(registry, "_BACKENDS", {})
     registry.forget_choices()
+    yield
+    registry.forget_choices()
+
+
+@pytest.fixture
+def table(monkeypatch, empty_registry):
+    """A registry of cuda and triton on a GPU that this machine need not have."""
 
     def fill(capability, triton=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         available = BackendStatus(True)
-        missing = BackendStatus(False, "triton is not installed")
         registry.register(dataclasses.replace(cuda.BACKEND, status=lambda: available, refuses=cuda._refuses_shape))
-        registry.register(
-            Backend(
-                name="triton",
-                devices=frozenset({"cuda"}),
-                status=lambda: available if triton else missing,
-                refuses=lambda call: None,
-                forward=None,
-                backward=None,
-            )
-        )
+        registry.register(fake_triton(triton))
 
+    return fill
+
+
+@pytest.fixture
+def machine(monkeypatch, empty_registry):
+    """A registry of cuda and triton on a machine whose driver and runtime say what a test wants."""
+    pytest.importorskip("afa_kernels._C")
+
+    def fill(failure=("", ""), versions=(13000, 13000), device_name=lambda index: "Some GPU"):
+        module = SimpleNamespace(kernel_image_failure=lambda index: failure, versions=lambda: versions)
+        monkeypatch.setattr(cuda, "_device_module", lambda: (module, ""))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_name", device_name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+        registry.register(cuda.BACKEND)
+        registry.register(fake_triton())
+
+    cuda._refuses_device.cache_clear()
     yield fill
-    registry.forget_choices()
+    cuda._refuses_device.cache_clear()
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
@@ -90,6 +111,73 @@ def test_an_old_gpu_is_refused_by_its_capability(monkeypatch):
     cuda._refuses_device.cache_clear()
 
 
+OLD_DRIVER = (
+    "the driver (CUDA 12.4) is older than the CUDA 13 runtime this wheel was built with; "
+    "update the driver or install triton"
+)
+
+
+def test_on_a_machine_that_can_it_comes_first(machine):
+    machine()
+    assert registry.select(call(), None).backend.name == "cuda"
+
+
+@pytest.mark.parametrize("failure", [("", ""), ("cudaErrorInsufficientDriver", "CUDA driver version is insufficient")])
+def test_an_old_driver_is_a_reason_and_the_call_falls_back(machine, failure):
+    machine(failure, versions=(12040, 13000))
+    chosen, reason = registry.select(call(), None)
+    assert chosen.name == "triton" and reason == f"cuda: {OLD_DRIVER}"
+    with pytest.raises(afa.BackendUnavailable, match=re.escape(OLD_DRIVER)):
+        registry.select(call(), "cuda")
+    status = afa.backends()["cuda"]
+    assert not status.available and status.reason == OLD_DRIVER
+
+
+def test_a_driver_that_the_runtime_refuses_all_the_same_is_a_reason(machine):
+    machine(("cudaErrorInsufficientDriver", "CUDA driver version is insufficient"), versions=(13000, 13010))
+    chosen, reason = registry.select(call(), None)
+    assert chosen.name == "triton"
+    assert reason.startswith("cuda: the driver (CUDA 13.0) is older than the CUDA 13 runtime")
+
+
+def test_the_real_runtime_tells_its_error_and_raises_nothing():
+    """Without a driver the runtime of this wheel says what it says of an old one."""
+    module, reason = cuda._device_module()
+    if module is None:
+        pytest.skip(reason)
+    error, text = module.kernel_image_failure(0)
+    if not torch.cuda.is_available():
+        assert error in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice") and text
+    driver, runtime = module.versions()
+    assert driver >= 0 and runtime >= 11000
+
+
+@pytest.mark.parametrize("error", ["cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction"])
+def test_a_gpu_without_an_image_is_a_reason(machine, error):
+    machine((error, "no kernel image is available"))
+    chosen, reason = registry.select(call(), None)
+    assert (chosen.name, reason) == ("triton", "cuda: this build has no kernels for compute capability 9.0")
+
+
+def test_any_other_error_of_the_runtime_is_a_reason(machine):
+    machine(("cudaErrorSystemDriverMismatch", "system has unsupported display driver"))
+    chosen, reason = registry.select(call(), None)
+    assert chosen.name == "triton"
+    assert reason == (
+        "cuda: the CUDA runtime cannot use this device: system has unsupported display driver "
+        "(cudaErrorSystemDriverMismatch)"
+    )
+
+
+def test_a_broken_gpu_beside_the_one_in_use_is_listed_and_no_error(machine):
+    def broken(index):
+        raise RuntimeError("uncorrectable ECC error")
+
+    machine(device_name=broken)
+    assert registry.select(call(), None).backend.name == "cuda"
+    assert afa.backends()["cuda"].details["devices"] == ["unknown (uncorrectable ECC error)"]
+
+
 def test_without_a_device_the_status_says_what_is_missing():
     status = afa.backends()["cuda"]
     if status.available:
@@ -131,5 +219,4 @@ def test_every_primitive_has_a_twin():
 def test_the_emulator_compiles_every_kernel():
     included = (CSRC / "emulator" / "kernels.cpp").read_text()
     for path in (CSRC / "cuda").glob("*.cu"):
-        if "_kernel" in path.read_text() and path.name != "device.cu":
-            assert f'#include "cuda/{path.name}"' in included, path.name
+        assert f'#include "cuda/{path.name}"' in included, path.name

@@ -2,18 +2,19 @@
 decide.
 
 The numeric tests of test_numerics.py run on ``cuda_emulated`` as well; here are the ones that only
-the emulator can do.
+the emulator can do. What callers may hand over is in test_cuda_operands.py.
 """
 
 import numpy as np
 import pytest
 import torch
 from conftest import skip_unless_available
-from helpers import Problem, eager, relative_error
+from emulator_helpers import forward_and_backward, same
+from helpers import Problem
 
 import afa_kernels as afa
 from afa_kernels.backend import cuda, registry
-from afa_kernels.backend.registry import Spec
+from afa_kernels.options import Spec
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 RANKS = (5, 16, 32, 64, 128)
@@ -32,34 +33,6 @@ def emulator():
     yield module
     module.set_options("random", 1)
     module.set_device_limits(132, 227 << 10, 228 << 10)
-
-
-def forward_and_backward(problem, *, seed=None, spec=None, save_z=True, need=(True, True, True)):
-    """Call the backend itself, so that no autograd stands between; return (y, z, dx, da, db)."""
-    spec = spec or Spec("silu", 1.5)
-    alpha_t = torch.tensor(0.3)
-    backend = registry.get("cuda_emulated")
-    operands = (problem.x, problem.lora_a, problem.lora_b)
-    y = torch.empty_like(problem.base)
-    z = backend.forward(*operands, alpha_t, seed, spec, base=problem.base, out=y, save_z=save_z)
-    grads = backend.backward(
-        problem.dy,
-        *operands,
-        z,
-        alpha_t,
-        seed,
-        spec,
-        need_dx=need[0],
-        need_da=need[1],
-        need_db=need[2],
-    )
-    return (y, z, *grads)
-
-
-def same(left, right):
-    return all(
-        (a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in zip(left, right, strict=True)
-    )
 
 
 # --- Primitives, against the layouts that the vendor documents, in another formulation than the
@@ -186,73 +159,6 @@ def test_a_gradient_does_not_depend_on_which_others_are_needed(need, r):
         assert got is None or torch.equal(got, full)
 
 
-# --- Operands as callers hold them ---
-
-
-def variants(problem):
-    """Yield the problem with operands laid out in ways that the kernels cannot read in place."""
-    cases = {
-        "transposed x": {"x": problem.x.T.contiguous().T},
-        "rows apart": {"x": torch.randn(problem.x.shape[0], 200).to(problem.x.dtype)[:, :72]},
-        "odd row stride": {"x": torch.randn(problem.x.shape[0], 75).to(problem.x.dtype)[:, :72]},
-        "misaligned x": {"x": torch.randn(problem.x.numel() + 1).to(problem.x.dtype)[1:].view(-1, 72)},
-        "expanded dy": {"dy": torch.ones(1, 1, dtype=problem.dy.dtype).expand(problem.dy.shape)},
-        "transposed weights": {
-            "lora_a": problem.lora_a.T.contiguous().T,
-            "lora_b": problem.lora_b.T.contiguous().T,
-        },
-        "float64 weights": {"lora_a": problem.lora_a.double(), "lora_b": problem.lora_b.double()},
-        "float32 weights": {"lora_a": problem.lora_a.float(), "lora_b": problem.lora_b.float()},
-        "base of one row": {"base": torch.randn(1, 80).to(problem.base.dtype).expand(70, 80)},
-        "strided base": {"base": problem.base.T.contiguous().T},
-    }
-    for name, changed in cases.items():
-        yield name, Problem(**(vars(problem) | changed))
-
-
-@pytest.mark.parametrize("r", [16, 20])
-def test_layouts_give_the_bits_of_contiguous_operands(r):
-    for name, problem in variants(Problem.random(70, 72, 80, r, torch.bfloat16)):
-        plain = Problem(**{key: value.contiguous() for key, value in vars(problem).items()})
-        before = {key: value.clone() for key, value in vars(problem).items()}
-        assert same(forward_and_backward(problem), forward_and_backward(plain)), name
-        for key, value in vars(problem).items():
-            assert torch.equal(value, before[key]), f"{name}: {key} was written"
-
-
-@pytest.mark.parametrize("columns", [slice(None), slice(8, 88), slice(0, 160, 2)], ids=["dense", "slice", "strided"])
-def test_out_may_be_any_view(columns):
-    problem = Problem.random(37, 72, 80, 16, torch.bfloat16)
-    backend, alpha_t = registry.get("cuda_emulated"), torch.tensor(0.3)
-    operands = (problem.x, problem.lora_a, problem.lora_b, alpha_t, None, Spec("silu", 1.5))
-    expected = torch.empty_like(problem.base)
-    backend.forward(*operands, base=problem.base, out=expected, save_z=False)
-    storage = torch.full((37, 160 if columns != slice(None) else 80), 7.0, dtype=torch.bfloat16)
-    out = storage[:, columns]
-    out.copy_(problem.base)
-    backend.forward(*operands, base=out, out=out, save_z=False)
-    assert torch.equal(out, expected)
-    out.fill_(7.0)
-    assert (storage == 7.0).all(), "something beside the view was written"
-
-
-def test_gradients_of_float32_weights_keep_their_accumulators():
-    problem = Problem.random(200, 64, 64, 16, torch.bfloat16, adapter_dtype=torch.float32)
-    rounded = {name: getattr(problem, name).bfloat16() for name in ("lora_a", "lora_b")}
-    _, _, _, da, db = forward_and_backward(problem)
-    assert da.dtype == db.dtype == torch.float32
-    _, _, _, da16, db16 = forward_and_backward(Problem(**(vars(problem) | rounded)))
-    assert torch.equal(da.bfloat16(), da16) and torch.equal(db.bfloat16(), db16)
-    assert not torch.equal(da, da.bfloat16().float())
-
-
-def test_identity_is_plain_lora():
-    problem = Problem.random(33, 64, 72, 8, torch.bfloat16)
-    got = afa.afa_lora(problem.x, problem.lora_a, problem.lora_b, 0.0, backend="cuda_emulated")
-    double = [t.double() for t in (problem.x, problem.lora_a, problem.lora_b)]
-    assert relative_error(got, eager(*double, 0.0)) < 1e-2
-
-
 # --- What the kernels move, and how they are launched ---
 
 
@@ -376,17 +282,18 @@ def test_it_is_never_chosen_by_itself():
     assert afa.plan(problem.x, problem.lora_a, problem.lora_b, 0.5).backend != "cuda_emulated"
 
 
-def test_misaligned_memory_is_an_error_and_no_crash(emulator):
-    x = torch.randn(9 * 64 + 1).bfloat16()[1:].view(9, 64)
-    a, b, y = (
-        torch.randn(16, 64).bfloat16(),
-        torch.randn(64, 16).bfloat16(),
-        torch.empty(9, 64).bfloat16(),
-    )
+@pytest.mark.parametrize("misaligned, message", [("x", "x: expected 16-byte aligned rows"), ("z", "z: expected")])
+def test_misaligned_memory_is_an_error_and_no_crash(emulator, misaligned, message):
+    def empty(rows, cols, name):
+        start = int(name == misaligned)
+        return torch.zeros(rows * cols + start).bfloat16()[start:].view(rows, cols)
+
+    x, z, y = empty(9, 64, "x"), empty(9, 16, "z"), empty(9, 64, "y")
+    a, b = torch.randn(16, 64).bfloat16(), torch.randn(64, 16).bfloat16()
     workspace = torch.empty(emulator.forward_workspace((9, 64, 64, 16)), dtype=torch.uint8)
     alpha_t = torch.tensor(0.5)
     operands = ((a.data_ptr(), 64, 1, False), (b.data_ptr(), 16, 1, False))
-    out = ((0, 0), (y.data_ptr(), 64), 0)
+    out = ((0, 0), (y.data_ptr(), 64), z.data_ptr())
     scalars = (alpha_t.data_ptr(), 0, 1, 0, 1.0, workspace.data_ptr(), 0, 0)
-    with pytest.raises(ValueError, match="x: expected 16-byte aligned rows"):
+    with pytest.raises(ValueError, match=message):
         emulator.forward(0, (9, 64, 64, 16), (x.data_ptr(), 64), *operands, *out, *scalars)

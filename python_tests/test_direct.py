@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import afa_kernels as afa
 from afa_kernels import _ops, torch_private
 
+pytestmark = pytest.mark.fast
+
 OPTIONS = {"activation": "gelu", "scaling": 1.5}
 
 

@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = ROOT / "python_tests" / "distributed_worker.py"
-TIMEOUT = 300
+TIMEOUT = 1800  # seconds: ends a deadlock; a busy machine takes minutes
 CHECKS = [
     node.name
     for node in ast.parse(WORKER.read_text(encoding="utf-8")).body
@@ -68,7 +68,7 @@ def test_the_example_of_accelerate_runs_on_two_processes(tmp_path):
     pytest.importorskip("transformers")
     printed = launch(
         "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
-        "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", 0, "--mixed_precision", "no", "--dynamo_backend", "no",
         ROOT / "examples" / "accelerate_ddp.py", "--steps", 20, "--output", tmp_path,
         ACCELERATE_USE_CPU="true",
     )  # fmt: skip

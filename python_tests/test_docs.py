@@ -1,5 +1,5 @@
-"""The documents are right: their examples run, in order, and what they link to, and the commands and files that they
-name, exist.
+"""The documents are right: their examples run, in order, and what they link to and name exists: commands with their
+flags, targets of make, extras of the package, files, environment variables.
 
 A block starts with three backticks and ``python``. The blocks of a page share one namespace, as a
 reader would type them. ``python cuda`` marks a block that needs such a device.
@@ -19,6 +19,10 @@ BLOCK = re.compile(r"^```python *(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 FOLDERS = ("afa_kernels", "bench", "csrc", "docs", "examples", "experiments", "python_tests", "tools")
 COMMAND = re.compile(rf"-m ((?:{'|'.join(FOLDERS)})(?:\.\w+)*)")
+FLAGS = re.compile(rf"-m ((?:{'|'.join(FOLDERS)}))\b((?:\\\n|[^`#\n])*)")
+MAKE = re.compile(r"(?:^    |`|\$ )(?:[A-Z_]+=\S+ )*make ([a-z][a-z-]*)", re.MULTILINE)
+EXTRAS = re.compile(r"(?:afa-kernels|'\.|\.)\[([a-z,]+)\]'")
+VARIABLE = re.compile(r"\"(AFA_[A-Z_]+)\"|ENV\{(AFA_\w+)\}|foreach\(option ([A-Z_ ]+)\)")
 FILE = re.compile(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./]*\.(?:cpp|h|json|md|png|py|yaml)\b")
 
 
@@ -86,3 +90,52 @@ def test_commands_and_files_that_are_named_exist():
     files = {(text, file) for text, content in named for file in FILE.findall(content)}
     missing += [f"{text}: {file}" for text, file in files if not (ROOT / file).exists()]
     assert not missing and len(commands) > 40 and len(files) > 20, missing
+
+
+def test_flags_that_are_named_exist():
+    sources = {
+        folder: "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / folder).rglob("*.py"))
+        for folder in FOLDERS
+    }
+    pages = [(text, text.read_text(encoding="utf-8")) for text in texts() if text.suffix == ".md"]
+    named = {
+        (text, folder, flag)
+        for text, content in pages
+        for folder, arguments in FLAGS.findall(content)
+        for flag in re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", arguments)
+    }
+
+    def exists(folder: str, flag: str) -> bool:
+        # A parser's own, or made of a name: of a field of the settings, or a key of the defaults.
+        name = flag.replace("-", "_")
+        made = re.search(rf"^    {name}: |\"{name}\": |\b{name}=", sources[folder], re.MULTILINE)
+        return f'"--{flag}"' in sources[folder] or made is not None
+
+    missing = [f"{text}: -m {folder} --{flag}" for text, folder, flag in named if not exists(folder, flag)]
+    assert not missing and len(named) > 30, missing
+
+
+def test_targets_of_make_and_extras_that_are_named_exist():
+    pages = [(text, text.read_text(encoding="utf-8")) for text in texts() if text.suffix == ".md"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    asked = {(text, target) for text, content in pages for target in MAKE.findall(content)}
+    missing = [f"{text}: make {target}" for text, target in asked if target not in targets]
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = ", section, re.MULTILINE))
+    wanted = {
+        (text, extra) for text, content in pages for names in EXTRAS.findall(content) for extra in names.split(",")
+    }
+    missing += [f"{text}: extra {extra}" for text, extra in wanted if extra not in extras]
+    assert not missing and len(asked) > 10 and len(wanted) > 4, missing
+
+
+def test_every_environment_variable_is_documented():
+    sources = [*(p for f in FOLDERS for p in (ROOT / f).rglob("*") if p.suffix in (".py", ".cpp", ".h"))]
+    content = "\n".join(p.read_text(encoding="utf-8") for p in (*sources, ROOT / "setup.py", ROOT / "CMakeLists.txt"))
+    read = {name for names in VARIABLE.findall(content) for group in names for name in group.split()}
+    table = re.findall(
+        r"^\| `(AFA_\w+)` \|", (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert read == set(table) and len(table) == len(read) > 8, read ^ set(table)

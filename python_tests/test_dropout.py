@@ -7,6 +7,8 @@ import torch
 import afa_kernels as afa
 from afa_kernels import dropout
 
+pytestmark = pytest.mark.fast
+
 
 def philox_numpy(seed: int, counter: int) -> np.ndarray:
     """Philox4x32-10 straight from the paper, in Python integers: 16 bytes."""

@@ -9,6 +9,8 @@ from torch import nn
 import afa_kernels as afa
 from afa_kernels import group as grouping
 
+pytestmark = pytest.mark.fast
+
 
 def skip_unless_taken(backend, layers, x):
     """Skip where the backend refuses one of the layers, with its reason."""

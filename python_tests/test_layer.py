@@ -14,6 +14,8 @@ from torch.nn.utils import parametrizations
 
 import afa_kernels as afa
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(params=BASES, ids=str)
 def base(request):

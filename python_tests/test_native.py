@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import skip_without_memory
 from helpers import run_on_isa
 
 from afa_kernels import _ops, afa_lora, reference
@@ -19,7 +20,10 @@ from afa_kernels.backend.registry import Call
 from afa_kernels.dropout import keep_mask
 from afa_kernels.options import Options, Spec
 
-pytestmark = pytest.mark.skipif(not cpu.BACKEND.status(), reason=cpu.BACKEND.status().reason)
+pytestmark = [
+    pytest.mark.fast,
+    pytest.mark.skipif(not cpu.BACKEND.status(), reason=cpu.BACKEND.status().reason),
+]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = native._C.cpu_isas() if cpu.BACKEND.status() else []
 NAN = float("nan")
@@ -108,6 +112,7 @@ def test_accuracy():
     accuracy_of_every_shape()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     run_on_isa(isa, "import test_native\ntest_native.accuracy_of_every_shape()")
@@ -118,6 +123,7 @@ FEATURES["avx512bf16"] = FEATURES["avx512"] | {"avx512_bf16"}
 FEATURES["amx"] = FEATURES["avx512bf16"] | {"amx_tile", "amx_bf16"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_cap_makes_a_machine_of_that_kind(isa):
     best = ISAS.index(isa) + 1
@@ -132,6 +138,7 @@ def test_the_cap_makes_a_machine_of_that_kind(isa):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["mmx", "amx"])
 def test_impossible_instruction_set_is_an_error(name):
     if name == "amx" and (name in ISAS or os.environ.get("AFA_CPU_ISA")):
@@ -369,6 +376,7 @@ def test_what_torch_does_faster_is_left_to_it(monkeypatch, isa, features, dtype,
         registry.forget_choices()
 
 
+@pytest.mark.long
 def test_one_openmp_runtime():
     """In a process of its own: other packages bring runtimes too."""
     script = (
@@ -397,9 +405,7 @@ def test_random_problems():
 @pytest.mark.slow
 def test_more_than_2_31_elements():
     rows, cols, r = 70_000, 32_768, 2  # x has 2.3e9 elements, 4.6 GB
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if free < 16 << 30:
-        pytest.skip(f"needs 16 GB of free memory, has {free >> 30}")
+    skip_without_memory(16)
     x = torch.empty(rows, cols, dtype=torch.bfloat16)
     pattern = torch.randn(64, cols).bfloat16()
     for start in range(0, rows, 64):

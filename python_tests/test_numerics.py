@@ -8,6 +8,8 @@ from helpers import DTYPES, Problem, assert_matches, eager, mask_and_p, run
 
 import afa_kernels as afa
 
+pytestmark = pytest.mark.fast
+
 LORA = ("x", "lora_a", "lora_b", "base")
 LINEAR = ("x", "weight", "bias", "lora_a", "lora_b")
 
@@ -69,6 +71,7 @@ def test_shapes(backend, device, poisoned_memory, shape, dtype):
     assert_backend_matches(backend, Problem.random(*shape, dtype, device), 0.3, scaling=1.7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=shape_id)
 def test_large_shapes(backend, device, poisoned_memory, shape, dtype):

@@ -4,9 +4,12 @@ at identity."""
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import skip_without_memory
 from helpers import Problem, eager, relative_error
 
 import afa_kernels as afa
+
+pytestmark = pytest.mark.fast
 
 INPUTS = ("x", "lora_a", "lora_b")
 
@@ -213,6 +216,7 @@ def test_identity_runs_plain_gemms_and_saves_no_z():
         assert_close(leaves[name].grad, plain[name].grad, name)
 
 
+@pytest.mark.long
 def test_gradcheck_and_gradgradcheck():
     problem = Problem.random(5, 7, 6, 3, torch.float64)
     leaves = problem.leaves()
@@ -276,6 +280,7 @@ def test_vmap_and_forward_mode_are_refused():
 
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements():
+    skip_without_memory(12)
     m, k = 2**21 + 3, 1032  # M * K > 2^31; rows at both ends and past the boundary are compared
     x = torch.randn(m, 1, dtype=torch.bfloat16).expand(m, k).contiguous()
     a, b = torch.randn(2, k).bfloat16() / 32, torch.randn(8, 2).bfloat16()

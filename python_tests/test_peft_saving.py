@@ -25,7 +25,7 @@ import torch
 from peft import PeftModel
 sys.path.insert(0, sys.argv[1])
 net, x, wanted = torch.load(sys.argv[2], weights_only=False)
-warnings.simplefilter("error")
+warnings.simplefilter("error", UserWarning)  # not deprecations, of whatever library
 model = PeftModel.from_pretrained(net, sys.argv[3])
 assert not any(name.startswith("afa_kernels") for name in sys.modules), "not stock PEFT"
 assert type(model.peft_config["default"]).__name__ == "LoraConfig"
@@ -73,7 +73,7 @@ def test_an_adapter_saved_on_the_way_keeps_alpha_and_stock_peft_warns(tmp_path):
     with pytest.warns(UserWarning, match="afa_lora"):
         PeftModel.from_pretrained(copy.deepcopy(net), tmp_path)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         loaded = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path, config=AFALoraConfig.from_pretrained(tmp_path))
     assert loaded.q_proj.alpha_t == loaded.v_proj.alpha_t == 0.4
     torch.testing.assert_close(loaded(x), model(x))

@@ -37,6 +37,7 @@ LORA = ("x", "lora_a", "lora_b", "base")
 COUNT = int(os.environ.get("AFA_TEST_PTX_PROBLEMS", "16"))  # random problems; make ptx-check asks for more
 
 
+@pytest.mark.long
 @pytest.mark.skipif(bool(SIMULATED_GPU), reason="this process simulates a GPU")
 def test_on_simulated_gpus():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

@@ -9,6 +9,8 @@ import afa_kernels as afa
 from afa_kernels.backend import registry
 from afa_kernels.backend.registry import Backend, BackendStatus, Call
 
+pytestmark = pytest.mark.fast
+
 
 def call(device="cpu", dtype=torch.float32, r=8, activation="silu"):
     return Call(device, dtype, 4, 16, 8, r, activation)

@@ -11,8 +11,6 @@ import pytest
 from conftest import skip_unless_available
 
 ROOT = Path(__file__).resolve().parent.parent
-# Linux counts pages in batches for each thread.
-SLACK_BYTES = 1 << 19
 
 
 pytestmark = pytest.mark.skipif(
@@ -20,37 +18,37 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def measured(shape: str, dtype: str, threads: int, providers: str) -> tuple[int, dict[str, int]]:
-    """Return the bound of the CPU kernels and what each provider took, in bytes."""
+def measured(shape: str, dtype: str, threads: int, providers: str) -> tuple[int, int, dict[str, int]]:
+    """Return the bound of the CPU kernels, how far Linux's counts may be off, and what each provider took, in bytes."""
     skip_unless_available("cpu")
     flags = ["--shape", shape, "--dtype", dtype, "--threads", str(threads), "--providers", providers]
     command = [sys.executable, "-m", "bench.resident", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     got = json.loads(done.stdout.splitlines()[-1])
-    return got["bound"], got["extra"]
+    return got["bound"], got["resolution"], got["extra"]
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_a_branch_takes_little_more_than_z(dtype):
-    # One thread: the kernels may take more with more of them.
-    bound, extra = measured("32768,256,256,64", dtype, 1, "eager,afa.cpu")
-    z = 4 * 32768 * 64
-    assert bound == z * 5 // 4 + 4 * 64 * 512
+    # One thread: each further one takes 256 KiB more.
+    bound, resolution, extra = measured("32768,256,256,64", dtype, 1, "eager,afa.cpu")
+    z = 32768 * 64 * (4 if dtype == "f32" else 2)
+    assert bound <= 1.07 * z + (1 << 18)
     ours, eager = extra["afa.cpu"], extra["eager"]
-    assert ours <= bound + SLACK_BYTES
-    assert z * (1 if dtype == "f32" else 0.5) - SLACK_BYTES <= ours  # z is in there: the measurement sees it
+    assert ours <= bound + resolution
+    assert z - resolution <= ours  # z is in there: the measurement sees it
     assert eager > 1.5 * ours
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_few_rows_of_a_high_rank_stay_in_the_bound_too(dtype):
-    """Here the packed factors and the sums of their gradients are more than z is."""
-    bound, extra = measured("512,4096,4096,64", dtype, 2, "afa.cpu")
-    assert bound == 4 * (512 * 64 * 5 // 4 + 2 * 64 * 8192)
-    assert extra["afa.cpu"] <= bound
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+def test_few_rows_of_a_high_rank_stay_in_the_bound_too(dtype, threads):
+    """Here the packed factors and the sums of their gradients are more than z is.
 
-
-def test_sums_of_float32_gradients_lie_where_the_gradients_go():
-    """One thread stands at its bound with them there, and 1 MiB above it with those of dA elsewhere."""
-    bound, extra = measured("512,4096,4096,64", "f32", 1, "afa.cpu")
-    assert extra["afa.cpu"] <= bound + SLACK_BYTES
+    They are 5 MiB each. A second copy of the panels of A is 2 MiB at the least, sums of dA beside a dA of float32 are
+    4 MiB: more than the count may be off and what the kernels leave of the bound together.
+    """
+    bound, resolution, extra = measured("512,16384,4096,64", dtype, threads, "afa.cpu")
+    z = 512 * 64 * (4 if dtype == "f32" else 2)
+    assert bound == z + (5 << 20) * (1 if dtype == "f32" else 2) + threads * (1 << 18)
+    assert extra["afa.cpu"] <= bound + resolution

@@ -11,8 +11,8 @@ Where it ends today:
   order. The promise holds on either side.
 - ``cuda`` and ``triton``: how many parts the sum over K (and above rank 32 the one over N) is split into depends on M
   (csrc/cuda/plan.cpp: splits_of, one_pass; triton/launch.py: Context.splits). Rows agree between calls with the same
-  split. The interpreter multiplies with numpy, whose float32 GEMM depends on the size of the tile, so there only the
-  16-bit types are compared, in which those differences are rounded away.
+  split; the last test shows that they do not across two. Triton's interpreter multiplies with numpy, whose float32
+  GEMM depends on the size of the tile: there the 16-bit types alone are compared, in which z is rounded.
 """
 
 import pytest
@@ -22,6 +22,8 @@ from helpers import DTYPES, run_on_isa
 
 from afa_kernels.backend import cpu, native, registry
 from afa_kernels.options import Spec
+
+pytestmark = pytest.mark.fast
 
 FUSED = [name for name in registry.names() if name not in ("torch", "reference")]
 ISAS = native._C.cpu_isas() if cpu.BACKEND.status() else []
@@ -82,6 +84,7 @@ def check_cpu():
         Branch("cpu", dtype, 2000, 3168, 3168, 4).check([c for c in (1, 50, 100) if c > apart])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("isa", ISAS)
 def test_cpu_rows_have_the_same_bits_in_any_call(isa):
     run_on_isa(isa, "import test_row_invariance\ntest_row_invariance.check_cpu()")
@@ -91,12 +94,22 @@ def test_cpu_rows_have_the_same_bits_in_any_call(isa):
 @pytest.mark.parametrize("name", [name for name in FUSED if name != "cpu"])
 def test_rows_have_the_same_bits_in_calls_of_the_same_split(name, dtype):
     skip_unless_available(name)
-    if dtype == "f32" and (name in SIMULATED or registry.get(name).why_not(call_of(name, torch.float32)) is not None):
-        pytest.skip("float32: not taken, or not the kernel's arithmetic")
-    counts = (1, 15, 17, 65) if name in SIMULATED else COUNTS
-    for r in (16, 64) if name != "triton" else (16,):
-        Branch(name, DTYPES[dtype], 100 if name in SIMULATED else 400, 264, 136, r).check(counts)
+    call = registry.Call(device_of(name).type, DTYPES[dtype], 400, 264, 136, 16, "silu")
+    refused = registry.get(name).why_not(call)
+    if refused is not None:
+        pytest.skip(refused)
+    if name == "triton" and name in SIMULATED:
+        if dtype == "f32":
+            pytest.skip("numpy's float32 GEMM, not the kernel's")
+        Branch(name, DTYPES[dtype], 70, 264, 136, 16).check((1, 17))
+        return
+    rows, counts = (100, (1, 15, 17, 65)) if name in SIMULATED else (400, COUNTS)
+    for r in (16, 64):
+        Branch(name, DTYPES[dtype], rows, 264, 136, r).check(counts)
 
 
-def call_of(name, dtype):
-    return registry.Call(device_of(name).type, dtype, 400, 264, 136, 16, "silu")
+@pytest.mark.xfail(strict=True, reason="issue 15: the split of the sum over K depends on M")
+def test_rows_have_the_same_bits_on_either_side_of_a_split():
+    """96 tiles of 64 rows go through K in one pass, fewer in several."""
+    skip_unless_available("cuda_emulated")
+    Branch("cuda_emulated", torch.bfloat16, 96 * 64, 1032, 8, 16).check((100,))

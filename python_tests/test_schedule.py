@@ -11,6 +11,8 @@ from torch import nn
 import afa_kernels as afa
 from afa_kernels.schedule import KINDS
 
+pytestmark = pytest.mark.fast
+
 
 def linear_layers(count=2):
     return nn.Sequential(*(afa.AFALinear(nn.Linear(4, 4), r=2) for _ in range(count)))

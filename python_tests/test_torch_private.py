@@ -13,6 +13,8 @@ from helpers import Problem
 import afa_kernels
 from afa_kernels import torch_private
 
+pytestmark = pytest.mark.fast
+
 PACKAGE = Path(afa_kernels.__file__).parent
 PRIVATE = (
     "_C._is_any_autocast_enabled",
@@ -64,6 +66,7 @@ def test_without_a_name_the_ordinary_path_is_taken(path, monkeypatch):
     assert autocast == (path == PRIVATE[0])
 
 
+@pytest.mark.long
 def test_without_all_of_them_the_package_imports_and_trains():
     names = [f"torch.{path}" for path in PRIVATE]
     code = f"""

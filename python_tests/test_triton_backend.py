@@ -17,7 +17,10 @@ from afa_kernels.backend.triton import backend
 
 triton = pytest.importorskip("triton")
 
-from afa_kernels.backend.triton import autotune, configs  # noqa: E402
+from triton.compiler.errors import CompilationError, CompileTimeAssertionFailure  # noqa: E402
+from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
+
+from afa_kernels.backend.triton import autotune, configs, launch  # noqa: E402
 from afa_kernels.backend.triton.configs import Device, Tile  # noqa: E402
 from tools.triton_aot import Problem  # noqa: E402
 
@@ -187,33 +190,93 @@ def test_candidates_stay_within_what_the_kernels_take():
                 assert tile.warps in (4, 8) and tile.stages >= 1
 
 
-def test_tiles_can_be_forced(tuning):
+def test_a_context_has_the_tiles_that_it_is_given():
     forced = replace(configs.table_tiles("sm_90", 2, 8), project=Tile(32, 32, 4, 2))
-    with autotune.use_tiles(forced):
-        assert autotune.tiles(DEVICE, X, 128, 8) is forced
-    assert not tuning
+    found = {entry.constants["BLOCK_M"] for entry in Problem(m=64, k=64, n=64).record(DEVICE, tiles=forced)[:1]}
+    assert found == {32}
+    assert Problem(m=64, k=64, n=64).record(DEVICE)[0].constants["BLOCK_M"] == 64
 
 
-def test_a_timed_pass_runs(monkeypatch):
-    """The timer's own problem: every pass runs, and a tile that does not fit counts as infinite."""
+@pytest.fixture
+def timer(monkeypatch):
+    """Make a timer of each pass of a small problem, whose clock runs a pass and then does what a test wants."""
     if "triton" not in SIMULATED:
         pytest.skip("not in the interpreter")
-    import triton.testing
-    from triton.runtime.errors import OutOfResources
 
-    def once(function, return_mode):
-        function()
-        return 3.0
+    def make(clock):
+        def do_bench(function, return_mode):
+            function()
+            return clock()
 
-    monkeypatch.setattr(triton.testing, "do_bench", once)
-    row = configs.table_tiles(configs.INTERPRETER, 4, 16)
-    seconds = autotune.problem_timer(torch.device("cpu"), torch.float32, 8, 16, 16, 4)
+        monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+        return autotune.problem_timer(torch.device("cpu"), torch.float32, 8, 16, 16, 4)
+
+    return make
+
+
+ROW = configs.table_tiles(configs.INTERPRETER, 4, 16)
+
+
+def test_a_timed_pass_runs(timer):
+    seconds = timer(lambda: 3.0)
     for name in ("project", "dy_pass", "x_pass", "x_pass_dropout"):
-        assert seconds(name, row) == pytest.approx(3e-3)
+        assert seconds(name, ROW) == pytest.approx(3e-3)
 
-    def too_large(function, return_mode):
-        raise OutOfResources(300000, 200000, "shared memory")
 
-    monkeypatch.setattr(triton.testing, "do_bench", too_large)
-    seconds = autotune.problem_timer(torch.device("cpu"), torch.float32, 8, 16, 16, 4)
-    assert seconds("project", row) == float("inf")
+def test_the_timer_runs_the_tiles_that_it_is_given(timer, monkeypatch):
+    seconds = timer(lambda: 3.0)
+    monkeypatch.setattr(configs, "table_tiles", None)
+    launches = []
+    monkeypatch.setattr(launch.Launch, "run", lambda entry: launches.append(entry))
+    seconds("project", replace(ROW, project=Tile(64, 32, 4, 2)))
+    assert [(e.constants["BLOCK_M"], e.constants["BLOCK_L"]) for e in launches if "BLOCK_L" in e.constants] == [
+        (64, 32)
+    ]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResources(300000, 200000, "shared memory"),
+        PTXASError("Register allocation failed with register count of '255'"),
+        CompileTimeAssertionFailure(None, None, "BLOCK_M"),
+        CompilationError(None, None, "numel (2097152) exceeds triton maximum tensor numel (1048576)"),
+        RuntimeError("PassManager::run failed"),
+        RuntimeError("AMD LLVM 21: local memory (98304) exceeds limit (65536)"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_tile_that_does_not_compile_or_fit_is_never_the_fastest(timer, error):
+    def fails():
+        raise error
+
+    assert timer(fails)("project", ROW) == float("inf")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: an illegal memory access was encountered"), TypeError("a fault of ours")]
+)
+def test_any_other_error_of_a_timed_pass_is_raised(timer, error):
+    def fails():
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        timer(fails)("project", ROW)
+
+
+def test_tuning_leaves_the_random_numbers_of_the_caller_alone(timer, monkeypatch, tmp_path):
+    """The same dropout whether the tiles are timed or found in the cache."""
+    timer(lambda: 3.0)  # all are as fast: the row of the table stays
+    monkeypatch.setenv(autotune.ENABLE_VARIABLE, "1")
+    monkeypatch.setenv(autotune.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(autotune, "_tuned", {})
+    x, a, b = torch.randn(8, 16), torch.randn(4, 16), torch.randn(16, 4)
+
+    def two_calls():
+        torch.manual_seed(7)
+        return [afa.afa_lora(x, a, b, 0.5, dropout_p=0.5, backend="triton") for _ in range(2)]
+
+    cold = two_calls()
+    assert autotune._tuned
+    for one, other in zip(cold, two_calls(), strict=True):
+        assert torch.equal(one, other)

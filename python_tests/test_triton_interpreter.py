@@ -11,8 +11,8 @@ from helpers import DTYPES, assert_as_accurate_as_torch, relative_error
 import afa_kernels as afa
 from afa_kernels import dropout
 from afa_kernels.backend import oracle, torch_ops
-from afa_kernels.backend.registry import Spec
 from afa_kernels.backend.triton import backend
+from afa_kernels.options import Spec
 
 RESULTS = ("y", "z", "dx", "da", "db")
 

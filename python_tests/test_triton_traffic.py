@@ -10,8 +10,8 @@ from conftest import SIMULATED, skip_unless_available
 
 pytest.importorskip("triton")
 
-from afa_kernels.backend.registry import Spec  # noqa: E402
 from afa_kernels.backend.triton import backend, launch  # noqa: E402
+from afa_kernels.options import Spec  # noqa: E402
 from bench.model import layer_overhead, traffic  # noqa: E402
 from bench.model.traffic import H100  # noqa: E402
 from tools.triton_aot import Problem  # noqa: E402

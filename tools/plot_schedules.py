@@ -1,6 +1,6 @@
 """Draw every kind of annealing schedule: ``python -m tools.plot_schedules [--out docs]``.
 
-Writes ``schedules.png``, the picture of the README. Needs matplotlib.
+Writes ``schedules.png``, the picture of docs/annealing.md. Needs matplotlib.
 """
 
 import argparse

@@ -18,10 +18,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from afa_kernels.backend.registry import Spec
 from afa_kernels.backend.triton import launch, passes
-from afa_kernels.backend.triton.configs import Device
+from afa_kernels.backend.triton.configs import Device, Tiles
 from afa_kernels.backend.triton.launch import Launch
+from afa_kernels.options import Spec
 
 # Shared memory that one block may take, in bytes; registers and resident threads per multiprocessor
 # are 65536 and 2048 on these, from the compute-capability table of NVIDIA's CUDA C++ programming
@@ -97,9 +97,11 @@ class Problem:
     save_z: bool = True
     weight_dtype: torch.dtype | None = None  # of a and b; None: that of x
 
-    def record(self, device: Device, *, forward: bool = True, backward: bool = True) -> list[Launch]:
-        """Return the launches of one forward and one backward on ``device``, without running
-        any."""
+    def record(
+        self, device: Device, *, tiles: Tiles | None = None, forward: bool = True, backward: bool = True
+    ) -> list[Launch]:
+        """Return the launches of one forward and one backward on ``device``, without running any;
+        ``tiles`` in place of those of the table."""
 
         def meta(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
@@ -112,10 +114,10 @@ class Problem:
         base = meta(self.n).expand_as(dy) if self.base else None
         with launch.recording(device) as launches:
             if forward:
-                context = launch.Context(x, a, b, alpha_t, seed, spec)
+                context = launch.Context(x, a, b, alpha_t, seed, spec, tiles)
                 passes.forward(context, base, meta(self.m, self.n), self.save_z)
             if backward:
-                context = launch.Context(x, a, b, alpha_t, seed, spec)
+                context = launch.Context(x, a, b, alpha_t, seed, spec, tiles)
                 passes.backward(
                     context, dy, z, weight_dtype, weight_dtype, need_dx=True, need_da=True,
                     need_db=True

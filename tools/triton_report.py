@@ -17,7 +17,7 @@ import torch
 import triton
 
 from afa_kernels.backend.registry import Call
-from afa_kernels.backend.triton import autotune, configs
+from afa_kernels.backend.triton import configs
 from afa_kernels.backend.triton.backend import BACKEND
 from afa_kernels.backend.triton.launch import Launch
 from tools.triton_aot import (
@@ -81,8 +81,7 @@ class Variant(NamedTuple):
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = self.dtype == "tf32"
         try:
-            with autotune.use_tiles(tiles):
-                return problem.record(device_for(self.arch))
+            return problem.record(device_for(self.arch), tiles=tiles)
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
 

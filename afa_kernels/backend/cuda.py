@@ -17,10 +17,11 @@ from torch import Tensor
 
 from afa_kernels.activation import ACTIVATIONS
 from afa_kernels.backend import native
-from afa_kernels.backend.registry import IDENTITY, Backend, BackendStatus, Call, Spec
+from afa_kernels.backend.registry import Backend, BackendStatus, Call
+from afa_kernels.options import Spec
 
-MAX_RANK = 128
-MIN_CAPABILITY = (8, 0)
+_MAX_RANK = 128
+_MIN_CAPABILITY = (8, 0)
 # Beyond this rank the passes over x and dy are bound by mma.sync's issue rate, not by memory; on
 # these GPUs triton compiles them to the faster tensor-core instructions (a model: no GPU has
 # confirmed it).
@@ -38,6 +39,14 @@ def _reads_in_place(t: Tensor) -> bool:
 
 def _readable(t: Tensor) -> Tensor:
     return t if _reads_in_place(t) else t.clone(memory_format=torch.contiguous_format)
+
+
+def _readable_z(z: Tensor) -> Tensor:
+    """Return ``z (M, r)`` as the kernels read it: packed, in pairs of elements where r is even. One row of a wider
+    matrix is packed wherever it starts."""
+    in_pairs = z.shape[1] % 2 == 0
+    fits = z.is_contiguous() and not (in_pairs and z.data_ptr() % (2 * z.element_size()))
+    return z if fits else z.clone(memory_format=torch.contiguous_format)
 
 
 def _matrix(t: Tensor | None) -> tuple[int, int]:
@@ -78,13 +87,11 @@ class _Kernels:
 
     @staticmethod
     def _scalars(x: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec, workspace: Tensor) -> tuple[Any, ...]:
-        # alpha_t is 0 at identity, where (1 - alpha_t) * z + alpha_t * relu(z) is z.
-        activation = ACTIVATIONS["relu" if spec.activation == IDENTITY else spec.activation]
         on_gpu = x.is_cuda
         return (
             alpha_t.data_ptr(),
             _pointer(seed),
-            activation.id,
+            ACTIVATIONS[spec.activation].id,
             spec.dropout,
             spec.scaling,
             workspace.data_ptr(),
@@ -115,8 +122,7 @@ class _Kernels:
     def backward(self, dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
         x, dy, wide_a, wide_b = _readable(x), _readable(dy), self._weight(a, x), self._weight(b, x)
         sizes = (x.shape[0], x.shape[1], b.shape[0], a.shape[0])
-        if z is not None and not z.is_contiguous():
-            z = z.contiguous()
+        z = None if z is None else _readable_z(z)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
         da = _gradient(a, x) if need_da else None
         db = _gradient(b, x) if need_db else None
@@ -142,8 +148,8 @@ class _Kernels:
 def _refuses_shape(call: Call) -> str | None:
     if call.dtype not in _DTYPES:
         return f"takes bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
-    if call.r > MAX_RANK:
-        return f"takes ranks up to {MAX_RANK}, got {call.r} (plain GEMMs are as fast from there on)"
+    if call.r > _MAX_RANK:
+        return f"takes ranks up to {_MAX_RANK}, got {call.r} (plain GEMMs are as fast from there on)"
     if call.k % _VECTOR or call.n % _VECTOR:
         return f"takes K and N that are multiples of {_VECTOR}, got K={call.k} and N={call.n}"
     return None
@@ -188,24 +194,46 @@ def _status() -> BackendStatus:
     details = {
         "nvcc": info["cuda"],
         "architectures": info["cuda_architectures"],
-        "max_rank": MAX_RANK,
+        "max_rank": _MAX_RANK,
     }
     if torch.version.hip is not None:
         return BackendStatus(False, "the kernels are for NVIDIA GPUs, and this torch is built for AMD", details)
     if not torch.cuda.is_available():
         return BackendStatus(False, "torch sees no CUDA device", details)
-    details["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    driver, runtime = module.versions()
+    if driver // 1000 < runtime // 1000:  # within one major version any driver will do
+        return BackendStatus(False, _old_driver(driver, runtime), details)
+    details["devices"] = [_device_name(i) for i in range(torch.cuda.device_count())]
     return BackendStatus(True, details=details)
+
+
+def _old_driver(driver: int, runtime: int) -> str:
+    """Return what to do about a driver; versions are 1000 * major + 10 * minor."""
+    return (
+        f"the driver (CUDA {driver // 1000}.{driver % 1000 // 10}) is older than the CUDA {runtime // 1000} runtime "
+        "this wheel was built with; update the driver or install triton"
+    )
+
+
+def _device_name(index: int) -> str:
+    try:
+        return torch.cuda.get_device_name(index)
+    except RuntimeError as error:  # a call on another device need not fail because of this one
+        return f"unknown ({error})"
 
 
 @lru_cache(maxsize=64)
 def _refuses_device(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
-    if capability < MIN_CAPABILITY:
+    if capability < _MIN_CAPABILITY:
         return f"takes GPUs of compute capability 8.0 and later, got {capability[0]}.{capability[1]}"
-    if not _device_module()[0].has_kernel_image(index):
+    module = _device_module()[0]
+    error, text = module.kernel_image_failure(index)
+    if error == "cudaErrorInsufficientDriver":
+        return _old_driver(*module.versions())
+    if error in ("cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction"):
         return f"this build has no kernels for compute capability {capability[0]}.{capability[1]}"
-    return None
+    return f"the CUDA runtime cannot use this device: {text} ({error})" if error else None
 
 
 def _refuses(call: Call) -> str | None:
@@ -222,7 +250,7 @@ def _leaves(call: Call) -> tuple[str, str] | None:
 
 def _emulator_status() -> BackendStatus:
     module, reason = _emulator_module()
-    return BackendStatus(module is not None, reason, {"max_rank": MAX_RANK} if module else {})
+    return BackendStatus(module is not None, reason, {"max_rank": _MAX_RANK} if module else {})
 
 
 BACKEND = Backend(

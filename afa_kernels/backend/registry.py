@@ -160,10 +160,12 @@ def register(backend: Backend) -> None:
     forget_choices()
 
 
-def remembered(choice: Callable) -> Callable:
-    """Decorate a function of a call whose result holds until another backend is registered."""
-    # Typed: 1 and True are equal, but not equally good as a number.
-    _remembered.append(lru_cache(maxsize=4096, typed=True)(choice))
+def remembered(choice: Callable, *, typed: bool = False) -> Callable:
+    """Decorate a function of a call whose result holds until another backend is registered.
+
+    With ``typed``, arguments that are equal but of different types are different.
+    """
+    _remembered.append(lru_cache(maxsize=4096, typed=typed)(choice))
     return _remembered[-1]
 
 

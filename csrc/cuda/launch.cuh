@@ -6,12 +6,7 @@
 #include "cuda/launch.h"
 #include "cuda/reduce.cuh"
 
-#if defined(__CUDACC__)
-#include <cuda_runtime.h>
-
-#include <atomic>
-#include <stdexcept>
-#else
+#if !defined(__CUDACC__)
 #include "emulator/buffers.h"
 #endif
 
@@ -19,35 +14,12 @@ namespace afa {
 
 template <auto kKernel, int R, typename Params>
 void launch(const LaunchConfig& config, const Params& params) {
-    const KernelPlan& plan = config.plan;
 #if defined(__CUDACC__)
-    constexpr int kDefaultShared = 48 * 1024;  // beyond it a kernel must ask, once per device
-    constexpr int kDevices = 64;
-    static std::atomic<int> granted[kDevices];
-    cudaError_t error = cudaSuccess;
-    if (plan.shared_bytes > kDefaultShared) {
-        int device = 0;
-        error = cudaGetDevice(&device);
-        std::atomic<int>& shared = granted[device % kDevices];
-        if (error == cudaSuccess && (device >= kDevices || shared.load() < plan.shared_bytes)) {
-            error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         plan.shared_bytes);
-            shared.store(plan.shared_bytes);
-        }
-    }
-    if (error == cudaSuccess) {
-        void* arguments[] = {const_cast<Params*>(&params)};
-        error = cudaLaunchKernel(
-            reinterpret_cast<const void*>(kKernel),
-            dim3(static_cast<unsigned>(plan.grid_x), static_cast<unsigned>(plan.grid_y)),
-            dim3(static_cast<unsigned>(plan.threads)), arguments, plan.shared_bytes,
-            static_cast<cudaStream_t>(config.stream));
-    }
-    if (error != cudaSuccess) {
-        cudaGetLastError();  // the next launch must not report this one's error
-        throw std::runtime_error(launch_error(config, cudaGetErrorString(error)));
-    }
+    static SharedGrants grants;
+    launch_kernel(reinterpret_cast<const void*>(kKernel), grants, config,
+                  const_cast<Params*>(&params));
 #else
+    const KernelPlan& plan = config.plan;
     simt::Launch emulated{plan.kernel,       static_cast<int>(plan.grid_x),
                           plan.grid_y,       plan.threads,
                           plan.shared_bytes, emulated_buffers<R>(params)};
@@ -55,7 +27,7 @@ void launch(const LaunchConfig& config, const Params& params) {
     try {
         simt::launch(emulated, kernel, &params);
     } catch (const simt::Error& error) {
-        throw simt::Error(launch_error(config, error.what()));
+        throw simt::Error(kernel_failure(config, error.what()));
     }
 #endif
 }

@@ -2,6 +2,7 @@
 // templates.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <string>
 
@@ -45,9 +46,29 @@ void launch_primitive_check(DType dtype, const void* in, const float* values, ui
                             void* stream);
 
 // "forward kernel failed: <what> (M=..., grid ..., shared memory ...)".
-std::string launch_error(const LaunchConfig& config, const char* what);
+inline std::string kernel_failure(const LaunchConfig& config, const char* what) {
+    return std::string(config.plan.kernel) + " kernel failed: " + what + " (" +
+           describe(config.plan, config.shape) + ")";
+}
 
-// Makes `device` current for the launches of this thread until the end of the scope.
+// --- What device.cpp does on a device; the emulator has a DeviceScope and device_limits of its own
+
+// The dynamic shared memory that a kernel was granted, by device.
+struct SharedGrants {
+    static constexpr int kDevices = 64;
+    std::atomic<int> bytes[kDevices];
+};
+
+// Launches a kernel of one parameter on the current device. Raises std::runtime_error that says
+// whether the launch itself failed or a kernel before it.
+void launch_kernel(const void* kernel, SharedGrants& grants, const LaunchConfig& config,
+                   void* params);
+
+// Any kernel of this build, to ask the runtime about.
+const void* any_kernel();
+
+// Makes `device` current for the launches of this thread until the end of the scope. Only `device`
+// gets a context by that.
 class DeviceScope {
   public:
     explicit DeviceScope(int device);
@@ -56,12 +77,24 @@ class DeviceScope {
     DeviceScope& operator=(const DeviceScope&) = delete;
 
   private:
-    int previous_;
+    void* previous_ = nullptr;  // the context that was current, null: none
+    bool switched_ = false;
 };
 
 DeviceLimits device_limits(int device);
 
-// Whether this build has code that the device can run.
-bool has_kernel_image(int device);
+// A call of the CUDA runtime that failed, "cudaErrorInsufficientDriver" and what that means.
+struct RuntimeFailure {
+    std::string name, text;
+};
+
+// Why the device cannot run this build's kernels; two empty strings where it can. Raises nothing.
+RuntimeFailure kernel_image_failure(int device);
+
+// As 1000 * major + 10 * minor; the driver's is the newest CUDA that it supports, 0: no driver.
+struct CudaVersions {
+    int driver, runtime;
+};
+CudaVersions cuda_versions();
 
 }  // namespace afa

@@ -57,6 +57,13 @@ void check_matrix(const char* name, const void* data, int64_t stride, const Shap
                                     std::to_string(stride) + " (" + describe(shape) + ")");
 }
 
+// z [M, r] is read and written two elements at a time where r is even.
+void check_z(const void* z, const Shape& shape) {
+    if (shape.r % 2 == 0 && reinterpret_cast<uintptr_t>(z) % 4)
+        throw std::invalid_argument("z: expected an address that is a multiple of 4 (" +
+                                    describe(shape) + ")");
+}
+
 void check_call(const BranchCall& call) {
     if (call.activation < 0 || call.activation >= kActivationCount || call.threshold < 0 ||
         call.threshold > 255 || (call.threshold && !call.seed))
@@ -265,14 +272,6 @@ const RankKernels& rank_kernels(DType dtype, int rank) {
     }
 }
 
-std::string launch_error(const LaunchConfig& config, const char* what) {
-    const KernelPlan& plan = config.plan;
-    return std::string(plan.kernel) + " kernel failed: " + what + " (" + describe(config.shape) +
-           ", grid " + std::to_string(plan.grid_x) + " x " + std::to_string(plan.grid_y) + ", " +
-           std::to_string(plan.threads) + " threads, " + std::to_string(plan.shared_bytes) +
-           " bytes of shared memory)";
-}
-
 int64_t forward_workspace(const Shape& shape) {
     Workspace count(nullptr);
     ForwardScratch scratch(shape, plan_forward(shape, kAnyDevice), count);
@@ -291,6 +290,7 @@ void forward(const ForwardCall& call) {
     check_call(call);
     check_matrix("y", call.y, call.y_stride, call.shape);
     check_matrix("base", call.base, call.base_stride, call.shape);
+    check_z(call.z, call.shape);
     Workspace workspace(call.workspace);
     const ForwardScratch scratch(call.shape, plan, workspace);
     const Packed packed = pack_operands(call, plan.rank, scratch.a, scratch.b);
@@ -328,6 +328,7 @@ void backward(const BackwardCall& call) {
     check_call(call);
     check_matrix("dy", call.dy, call.dy_stride, call.shape);
     check_matrix("dx", call.dx, call.shape.k, call.shape);
+    check_z(call.z, call.shape);
     Workspace workspace(call.workspace);
     const BackwardScratch scratch(call.shape, forward, plan, !call.z, workspace);
     const Packed packed = pack_operands(call, plan.rank, scratch.a, scratch.b);

@@ -187,4 +187,10 @@ std::string describe(const Shape& shape) {
            ", N=" + std::to_string(shape.n) + ", r=" + std::to_string(shape.r);
 }
 
+std::string describe(const KernelPlan& plan, const Shape& shape) {
+    return describe(shape) + ", grid " + std::to_string(plan.grid_x) + " x " +
+           std::to_string(plan.grid_y) + ", " + std::to_string(plan.threads) + " threads, " +
+           std::to_string(plan.shared_bytes) + " bytes of shared memory";
+}
+
 }  // namespace afa

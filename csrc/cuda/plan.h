@@ -63,5 +63,6 @@ BackwardPlan plan_backward(const Shape& shape, const DeviceLimits& device);
 double waves(const KernelPlan& plan, const DeviceLimits& device);
 
 std::string describe(const Shape& shape);
+std::string describe(const KernelPlan& plan, const Shape& shape);
 
 }  // namespace afa

@@ -13,7 +13,7 @@ void set_emulated_device(const DeviceLimits& limits) { emulated = limits; }
 
 DeviceLimits device_limits(int) { return emulated; }
 
-DeviceScope::DeviceScope(int) : previous_(-1) {}
+DeviceScope::DeviceScope(int) {}
 DeviceScope::~DeviceScope() = default;
 
 }  // namespace afa

@@ -1,5 +1,6 @@
 """The training loop that every method shares, and evaluation."""
 
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -66,7 +67,8 @@ def train(
     learning_rate = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.learning_rate_factor)
     curve = Curve()
     batches = train_set.training_batches(recipe.steps, recipe.batch_size, recipe.seed)
-    bar = tqdm(total=recipe.steps, desc=f"{name:<9}", unit="step", disable=quiet, mininterval=0.5)
+    seconds = 0.5 if sys.stderr.isatty() else 10.0  # between two states of the bar: a log keeps all of them
+    bar = tqdm(total=recipe.steps, desc=f"{name:<9}", unit="step", disable=quiet, mininterval=seconds)
     model.train()
     for step, batch in enumerate(batches):
         if step % recipe.evaluate_every == 0:

@@ -1,5 +1,6 @@
 """What the tests of the experiments share."""
 
+import isolation  # noqa: F401  before torch and transformers: it sets the environment
 import pytest
 import torch
 

@@ -271,7 +271,7 @@ def test_two_processes_learn_as_one_does(config_file, settings, tmp_path):
         return json.loads((tmp_path / output / "sft.json").read_text())["runs"]
 
     one = command(sys.executable, output="one")
-    two = command(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", output="two")
+    two = command(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", output="two")
     for a, b in zip(one, two, strict=True):
         assert (a["processes"], b["processes"]) == (1, 2)
         assert b["score"]["nats per byte"] == pytest.approx(a["score"]["nats per byte"], rel=1e-3)

@@ -15,10 +15,10 @@ from functools import cache
 import torch
 
 from afa_kernels.backend.registry import Backend, BackendStatus, Call
+from afa_kernels.backend.triton.configs import MAX_RANK
 
 OLDEST_TRITON = (3, 2)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
-_MAX_RANK = 128
 _MAX_RANK_FLOAT32_DROPOUT = 64
 _OLDEST_CAPABILITY = (8, 0)
 
@@ -69,8 +69,8 @@ def status() -> BackendStatus:
 def _refuses(call: Call) -> str | None:
     if call.dtype == torch.float64:
         return "float64 has no tensor-core path here: float32, bfloat16 and float16 only"
-    if call.r > _MAX_RANK:
-        return f"rank {call.r} is above {_MAX_RANK}: compute-bound, which torch's GEMMs do faster"
+    if call.r > MAX_RANK:
+        return f"rank {call.r} is above {MAX_RANK}: compute-bound, which torch's GEMMs do faster"
     if call.dtype == torch.float32 and call.dropout and call.r > _MAX_RANK_FLOAT32_DROPOUT:
         return f"float32 with dropout above rank {_MAX_RANK_FLOAT32_DROPOUT} overflows the registers"
     if call.device == "cuda" and torch.version.hip is None:
@@ -88,18 +88,26 @@ def _on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.xpu.device(x.device) if x.device.type == "xpu" else contextlib.nullcontext()
 
 
+def _context(x, a, b, alpha_t, seed, spec):
+    # Here and below: these modules import Triton, which a process that never runs it need not have.
+    from afa_kernels.backend.triton import autotune, launch
+
+    tiles = autotune.tiles(launch.device_of(x), x, *b.shape)
+    return launch.Context(x, a, b, alpha_t, seed, spec, tiles)
+
+
 def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
-    from afa_kernels.backend.triton import launch, passes
+    from afa_kernels.backend.triton import passes
 
     with _on_device(x):
-        return passes.forward(launch.Context(x, a, b, alpha_t, seed, spec), base, out, save_z)
+        return passes.forward(_context(x, a, b, alpha_t, seed, spec), base, out, save_z)
 
 
 def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
-    from afa_kernels.backend.triton import launch, passes
+    from afa_kernels.backend.triton import passes
 
     with _on_device(x):
-        context = launch.Context(x, a, b, alpha_t, seed, spec)
+        context = _context(x, a, b, alpha_t, seed, spec)
         return passes.backward(context, dy, z, a.dtype, b.dtype, need_dx=need_dx, need_da=need_da, need_db=need_db)
 
 

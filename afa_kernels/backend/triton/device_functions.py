@@ -48,55 +48,40 @@ def _tanh(z):
 
 
 @triton.jit
-def _value(z, ACT: tl.constexpr):
+def _value_and_slope(z, ACT: tl.constexpr):
+    """Return act(z) and act'(z). A kernel that needs one of them pays for that one: the compiler drops the other."""
     if ACT == "relu":
-        return tl.where(z > 0, z, 0.0)
-    elif ACT == "silu":
-        return z * tl.sigmoid(z)
-    elif ACT == "gelu":
-        return z * (0.5 * (1.0 + tl.erf(z * _SQRT_HALF)))
-    elif ACT == "gelu_tanh":
-        return 0.5 * z * (1.0 + _tanh((z + z * z * z * _GELU_TANH_CUBIC) * _SQRT_2_OVER_PI))
-    elif ACT == "leaky_relu":
-        return tl.where(z > 0, z, z * _LEAKY_SLOPE)
-    elif ACT == "tanh":
-        return _tanh(z)
-    else:
-        tl.static_assert(ACT == "sin")
-        return tl.sin(z)
-
-
-@triton.jit
-def _slope(z, ACT: tl.constexpr):
-    if ACT == "relu":
-        return tl.where(z > 0, 1.0, 0.0)
+        return tl.where(z > 0, z, 0.0), tl.where(z > 0, 1.0, 0.0)
     elif ACT == "silu":
         sigmoid = tl.sigmoid(z)
-        return sigmoid * (1.0 + z * (1.0 - sigmoid))
+        return z * sigmoid, sigmoid * (1.0 + z * (1.0 - sigmoid))
     elif ACT == "gelu":
-        return 0.5 * (1.0 + tl.erf(z * _SQRT_HALF)) + z * _INV_SQRT_2PI * tl.exp(-0.5 * z * z)
+        cdf = 0.5 * (1.0 + tl.erf(z * _SQRT_HALF))
+        return z * cdf, cdf + z * _INV_SQRT_2PI * tl.exp(-0.5 * z * z)
     elif ACT == "gelu_tanh":
         t = _tanh((z + z * z * z * _GELU_TANH_CUBIC) * _SQRT_2_OVER_PI)
         inner = (1.0 + 3.0 * (z * z * _GELU_TANH_CUBIC)) * _SQRT_2_OVER_PI
-        return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner
+        return 0.5 * z * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner
     elif ACT == "leaky_relu":
-        return tl.where(z > 0, 1.0, _LEAKY_SLOPE)
+        return tl.where(z > 0, z, z * _LEAKY_SLOPE), tl.where(z > 0, 1.0, _LEAKY_SLOPE)
     elif ACT == "tanh":
         t = _tanh(z)
-        return 1.0 - t * t
+        return t, 1.0 - t * t
     else:
         tl.static_assert(ACT == "sin")
-        return tl.cos(z)
+        return tl.sin(z), tl.cos(z)
 
 
 @triton.jit
 def phi(z, alpha_t, ACT: tl.constexpr):
-    return (1.0 - alpha_t) * z + alpha_t * _value(z, ACT)
+    value, _ = _value_and_slope(z, ACT)
+    return (1.0 - alpha_t) * z + alpha_t * value
 
 
 @triton.jit
 def phi_slope(z, alpha_t, ACT: tl.constexpr):
-    return (1.0 - alpha_t) + alpha_t * _slope(z, ACT)
+    _, slope = _value_and_slope(z, ACT)
+    return (1.0 - alpha_t) + alpha_t * slope
 
 
 @triton.jit

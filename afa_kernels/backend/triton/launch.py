@@ -13,10 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
-from afa_kernels.backend.registry import IDENTITY, Spec
-from afa_kernels.backend.triton import autotune, configs, forward_kernels
+from afa_kernels.backend.triton import configs, forward_kernels
 from afa_kernels.backend.triton.configs import Device, Tile, Tiles, padded_rank
 from afa_kernels.dropout import COLUMNS_PER_CALL
+from afa_kernels.options import Spec
 
 INTERPRETED = not isinstance(forward_kernels.pack_kernel, triton.runtime.JITFunction)
 _PACK_BLOCK = 1024
@@ -81,22 +81,29 @@ def submit(kernel: Any, grid: tuple[int, ...], arguments: dict, constants: dict,
         recorder.launches.append(launch)
 
 
-class Context:
-    """What every launch of one call shares: operands made ready for the kernels, tiles, and
-    constants."""
+def device_of(x: Tensor) -> Device:
+    """Return the device for which the launches of a call with input ``x`` are made."""
+    recorder = _recording.get()
+    return configs.device_of(x.device) if recorder is None else recorder.device
 
-    def __init__(self, x: Tensor, a: Tensor, b: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec):
-        recorder = _recording.get()
-        self.device = configs.device_of(x.device) if recorder is None else recorder.device
+
+class Context:
+    """What every launch of one call shares: operands made ready for the kernels, tiles (by default
+    those of the table), and constants."""
+
+    def __init__(
+        self, x: Tensor, a: Tensor, b: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec,
+        tiles: Tiles | None = None,
+    ):  # fmt: skip
+        self.device = device_of(x)
         self.rows, self.k = x.shape
         self.n, self.r = b.shape
         self.padded = padded_rank(self.r)
         self.dtype = x.dtype
-        self.tiles: Tiles = autotune.tiles(self.device, x, self.n, self.r)
+        self.tiles = tiles or configs.table_tiles(self.device.arch, x.element_size(), self.r)
         self.precision = "tf32" if x.dtype == torch.float32 and self.device.has_tf32 and _allow_tf32() else "ieee"
         self.emulate = INTERPRETED and x.dtype == torch.bfloat16
-        # At identity alpha_t is 0, and phi(z) = (1 - 0) * z + 0 * act(z) for any act.
-        self.act = "relu" if spec.activation == IDENTITY else spec.activation
+        self.act = spec.activation
         self.spec, self.alpha_t, self.seed = spec, alpha_t, seed if spec.dropout else None
         self.x = addressable(x)
         self.a, self.b = self._pack(a, b)

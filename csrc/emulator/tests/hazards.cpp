@@ -114,6 +114,13 @@ void misaligned_vector(const Params& p) {
     store_global(p.out + thread_index(), static_cast<float>(v.word[0] != 0));
 }
 
+// A pair of 16-bit elements, as z is read.
+void misaligned_pair(const Params& p) {
+    const auto* halves = reinterpret_cast<const uint16_t*>(p.in) + (p.fault ? 1 : 0);
+    const uint32_t pair = load_global(reinterpret_cast<const uint32_t*>(halves));
+    store_global(p.out + thread_index(), static_cast<float>(pair != 0));
+}
+
 void beyond_shared_array(const Params& p) {
     SharedMemory shared;
     float* values = shared.take<float>(kThreads);
@@ -173,21 +180,14 @@ struct Hazard {
 
 #define HAZARD(kernel, ...) {#kernel, kernel, __VA_ARGS__}
 const Hazard kHazards[] = {
-    HAZARD(exchange_in_block, any),
-    HAZARD(exchange_in_warp, any),
-    HAZARD(copy_without_wait, any),
-    HAZARD(refill_while_read, thread),
-    HAZARD(ends_with_copies, any),
-    HAZARD(reads_beyond_buffer, any),
-    HAZARD(writes_beyond_buffer, any),
-    HAZARD(writes_input, any),
-    HAZARD(misaligned_vector, any),
-    HAZARD(beyond_shared_array, any),
-    HAZARD(takes_too_much, any),
-    HAZARD(barrier_of_some, any),
-    HAZARD(half_warp_collective, any),
-    HAZARD(divergent_collectives, any),
-    HAZARD(blocks_share_output, thread, 2),
+    HAZARD(exchange_in_block, any),     HAZARD(exchange_in_warp, any),
+    HAZARD(copy_without_wait, any),     HAZARD(refill_while_read, thread),
+    HAZARD(ends_with_copies, any),      HAZARD(reads_beyond_buffer, any),
+    HAZARD(writes_beyond_buffer, any),  HAZARD(writes_input, any),
+    HAZARD(misaligned_vector, any),     HAZARD(misaligned_pair, any),
+    HAZARD(beyond_shared_array, any),   HAZARD(takes_too_much, any),
+    HAZARD(barrier_of_some, any),       HAZARD(half_warp_collective, any),
+    HAZARD(divergent_collectives, any), HAZARD(blocks_share_output, thread, 2),
 };
 
 // In a child: whether the launch failed or left something that is not a number.

@@ -27,7 +27,6 @@ py::dict describe(const ptx::LaunchRecord& record) {
 PYBIND11_MODULE(_cuda_on_ptx, m) {
     m.doc() = "The CUDA kernels' PTX, launched by the wheel's own host code on the PTX machine.";
     afa::bind_ops(m);
-    m.def("has_kernel_image", &afa::has_kernel_image, py::arg("device"));
     m.def("kernel_names", &ptx::kernel_names);
     m.def("set_seed", [](uint64_t seed) { ptx::runtime_state().seed = seed; });
     m.def("take_launches", [] {

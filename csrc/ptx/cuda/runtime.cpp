@@ -1,5 +1,6 @@
 #include "ptx/cuda/runtime.h"
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -244,6 +245,25 @@ const char* CUDARTAPI cudaGetErrorString(cudaError_t error) {
     default:
         return "an error of the simulated runtime";
     }
+}
+
+// The two functions of the driver that the launch code asks for. One context, which is all that a
+// process on one device at a time needs.
+static CUresult CUDAAPI get_current_context(CUcontext* context) {
+    *context = reinterpret_cast<CUcontext>(&registry());
+    return CUDA_SUCCESS;
+}
+static CUresult CUDAAPI set_current_context(CUcontext) { return CUDA_SUCCESS; }
+
+cudaError_t CUDARTAPI cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
+                                                       unsigned long long,
+                                                       cudaDriverEntryPointQueryResult* result) {
+    const std::string wanted = name;
+    *function = wanted == "cuCtxGetCurrent"   ? reinterpret_cast<void*>(&get_current_context)
+                : wanted == "cuCtxSetCurrent" ? reinterpret_cast<void*>(&set_current_context)
+                                              : nullptr;
+    *result = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+    return cudaSuccess;
 }
 
 cudaError_t CUDARTAPI cudaDriverGetVersion(int* version) {

@@ -1,0 +1,24 @@
+"""The environment that every test sees, whatever the caller's is. The conftest files import this before torch.
+
+A run may choose the processor (``AFA_CPU_ISA``), the threads (``OMP_NUM_THREADS``), what may not be skipped
+(``AFA_KERNELS_REQUIRE``) and whether Triton interprets (``TRITON_INTERPRET``). What else a shell, a launcher or a
+notebook may have left goes, and nothing is asked of the network or kept in the caller's caches.
+"""
+
+import os
+import tempfile
+
+_CHANGES_RESULTS = ("AFA_KERNELS_BACKEND", "AFA_KERNELS_AUTOTUNE", "TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+_OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PREFIXES = ("ACCELERATE_", "FSDP_", "HF_", "TRANSFORMERS_", "TORCHELASTIC_")
+_CACHES = tempfile.TemporaryDirectory(prefix="afa-tests-")  # until this process ends
+
+for _name in list(os.environ):
+    if _name in _CHANGES_RESULTS + _OF_A_LAUNCHER or _name.startswith(_PREFIXES):
+        del os.environ[_name]
+# Processes that tests start inherit it.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HOME": os.path.join(_CACHES.name, "huggingface"),
+    "AFA_KERNELS_CACHE_DIR": os.path.join(_CACHES.name, "afa_kernels"),
+}

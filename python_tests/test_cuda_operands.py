@@ -1,0 +1,105 @@
+"""Operands of the CUDA kernels as callers hold them, on the emulator: any strides, addresses and dtypes."""
+
+import pytest
+import torch
+from conftest import skip_unless_available
+from emulator_helpers import forward_and_backward, same
+from helpers import Problem, eager, relative_error
+from torch import nn
+
+import afa_kernels as afa
+from afa_kernels.backend import registry
+from afa_kernels.options import Spec
+
+
+@pytest.fixture(autouse=True)
+def _emulator():
+    skip_unless_available("cuda_emulated")
+
+
+def variants(problem):
+    """Yield the problem with operands laid out in ways that the kernels cannot read in place."""
+    cases = {
+        "transposed x": {"x": problem.x.T.contiguous().T},
+        "rows apart": {"x": torch.randn(problem.x.shape[0], 200).to(problem.x.dtype)[:, :72]},
+        "odd row stride": {"x": torch.randn(problem.x.shape[0], 75).to(problem.x.dtype)[:, :72]},
+        "misaligned x": {"x": torch.randn(problem.x.numel() + 1).to(problem.x.dtype)[1:].view(-1, 72)},
+        "expanded dy": {"dy": torch.ones(1, 1, dtype=problem.dy.dtype).expand(problem.dy.shape)},
+        "transposed weights": {
+            "lora_a": problem.lora_a.T.contiguous().T,
+            "lora_b": problem.lora_b.T.contiguous().T,
+        },
+        "float64 weights": {"lora_a": problem.lora_a.double(), "lora_b": problem.lora_b.double()},
+        "float32 weights": {"lora_a": problem.lora_a.float(), "lora_b": problem.lora_b.float()},
+        "base of one row": {"base": torch.randn(1, 80).to(problem.base.dtype).expand(70, 80)},
+        "strided base": {"base": problem.base.T.contiguous().T},
+    }
+    for name, changed in cases.items():
+        yield name, Problem(**(vars(problem) | changed))
+
+
+@pytest.mark.parametrize("r", [16, 20])
+def test_layouts_give_the_bits_of_contiguous_operands(r):
+    for name, problem in variants(Problem.random(70, 72, 80, r, torch.bfloat16)):
+        plain = Problem(**{key: value.contiguous() for key, value in vars(problem).items()})
+        before = {key: value.clone() for key, value in vars(problem).items()}
+        assert same(forward_and_backward(problem), forward_and_backward(plain)), name
+        for key, value in vars(problem).items():
+            assert torch.equal(value, before[key]), f"{name}: {key} was written"
+
+
+@pytest.mark.parametrize("r, rows", [(8, 1), (3, 1), (8, 5)])
+def test_z_may_be_columns_of_a_wider_matrix(r, rows):
+    """One row of such columns counts as contiguous, wherever it starts."""
+    problem = Problem.random(rows, 64, 72, r, torch.bfloat16)
+    z = torch.randn(rows, 3 + r).bfloat16()[:, 3:]
+    assert z.data_ptr() % 4 == 2
+    operands = (problem.dy, problem.x, problem.lora_a, problem.lora_b)
+    rest = (torch.tensor(0.3), None, Spec("silu", 1.5))
+    needs = {"need_dx": True, "need_da": True, "need_db": True}
+    backend = registry.get("cuda_emulated")
+    expected = backend.backward(*operands, z.clone(memory_format=torch.contiguous_format), *rest, **needs)
+    assert same(backend.backward(*operands, z, *rest, **needs), expected)
+
+
+def test_a_group_of_odd_and_even_ranks_trains_on_one_token():
+    layers = [afa.AFALinear(nn.Linear(64, 32, dtype=torch.bfloat16), r) for r in (3, 8)]
+    group = afa.AFALinearGroup(layers)
+    x = torch.randn(1, 64).bfloat16()
+    with afa.use_backend("cuda_emulated"):
+        sum(y.float().sum() for y in group(x)).backward()
+    for member in layers:
+        assert member.lora_b.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("columns", [slice(None), slice(8, 88), slice(0, 160, 2)], ids=["dense", "slice", "strided"])
+def test_out_may_be_any_view(columns):
+    problem = Problem.random(37, 72, 80, 16, torch.bfloat16)
+    backend, alpha_t = registry.get("cuda_emulated"), torch.tensor(0.3)
+    operands = (problem.x, problem.lora_a, problem.lora_b, alpha_t, None, Spec("silu", 1.5))
+    expected = torch.empty_like(problem.base)
+    backend.forward(*operands, base=problem.base, out=expected, save_z=False)
+    storage = torch.full((37, 160 if columns != slice(None) else 80), 7.0, dtype=torch.bfloat16)
+    out = storage[:, columns]
+    out.copy_(problem.base)
+    backend.forward(*operands, base=out, out=out, save_z=False)
+    assert torch.equal(out, expected)
+    out.fill_(7.0)
+    assert (storage == 7.0).all(), "something beside the view was written"
+
+
+def test_gradients_of_float32_weights_keep_their_accumulators():
+    problem = Problem.random(200, 64, 64, 16, torch.bfloat16, adapter_dtype=torch.float32)
+    rounded = {name: getattr(problem, name).bfloat16() for name in ("lora_a", "lora_b")}
+    _, _, _, da, db = forward_and_backward(problem)
+    assert da.dtype == db.dtype == torch.float32
+    _, _, _, da16, db16 = forward_and_backward(Problem(**(vars(problem) | rounded)))
+    assert torch.equal(da.bfloat16(), da16) and torch.equal(db.bfloat16(), db16)
+    assert not torch.equal(da, da.bfloat16().float())
+
+
+def test_identity_is_plain_lora():
+    problem = Problem.random(33, 64, 72, 8, torch.bfloat16)
+    got = afa.afa_lora(problem.x, problem.lora_a, problem.lora_b, 0.0, backend="cuda_emulated")
+    double = [t.double() for t in (problem.x, problem.lora_a, problem.lora_b)]
+    assert relative_error(got, eager(*double, 0.0)) < 1e-2
