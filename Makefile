@@ -142,6 +142,12 @@ sanitize: sanitize-cpu  ## CPU and CUDA kernels under ASan, UBSan and ThreadSani
 mutation: build-tests  ## plants faults in the CUDA kernels and shows that each one is caught
 	$(RUN) csrc/emulator/tests/mutation.py $(ARGS)
 
+.PHONY: ptx-check
+ptx-check: build-tests  ## compiled kernels on the PTX machine: random problems, schedules, faults planted in the PTX
+	$(RUN) -m pytest python_tests/test_ptx_*.py python_tests/test_numerics.py -k ptx
+	AFA_TEST_PTX_PROBLEMS=$${AFA_TEST_PTX_PROBLEMS:-150} $(RUN) -m pytest python_tests/test_ptx_triton.py
+	$(RUN) csrc/ptx/tests/mutation.py $(ARGS)
+
 reports-quick: build-tests
 	$(SAY) 'Machine code of the CUDA and Triton kernels'
 	$(if $(shell command -v nvcc),$(RUN) -m tools.cuda_report --quick,@echo "no nvcc: the CUDA machine code is not checked")
