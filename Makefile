@@ -97,9 +97,12 @@ demo: build-$(LEVEL)  ## fine-tune a real model, anneal, merge, load in stock PE
 	$(SAY) 'Fine-tuning a pretrained transformer'
 	$(RUN) -m examples.demo $(ARGS)
 
+# Backends that a run of all tests may not skip. nvcc brings the compiled CUDA kernels on the PTX machine.
+REQUIRED := cpu,cuda_emulated$(if $(shell command -v nvcc),$(shell echo ,cuda_ptx))
+
 test: lint reports-quick  ## lint, the tests of the package, machine code: ten minutes; .ci/run has what takes longer
 	$(SAY) 'Tests of the package'
-	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-cpu,cuda_emulated} $(RUN) -m pytest -m "not slow" python_tests $(ARGS)
+	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-$(REQUIRED)} $(RUN) -m pytest -m "not slow" python_tests $(ARGS)
 
 test-experiments: build-tests  ## the tests of experiments/, which train small models
 	$(SAY) 'Tests of the experiments'

@@ -26,6 +26,8 @@ ptx_cuda.register()
 # "sm_80", "sm_90": Triton compiles for this GPU, and the machine of csrc/ptx executes the PTX on CPU tensors.
 SIMULATED_GPU = os.environ.get("AFA_TEST_SIMULATED_GPU", "")
 REQUIRED = {name for name in os.environ.get("AFA_KERNELS_REQUIRE", "").split(",") if name}
+if not REQUIRED <= set(registry.names()):
+    raise pytest.UsageError(f"AFA_KERNELS_REQUIRE: expected names among {registry.names()}, got {sorted(REQUIRED)}")
 # Executed one element or one instruction at a time: right, but thousands of times slower than a
 # kernel.
 SIMULATED = {"cuda_emulated", "cuda_ptx"}
