@@ -214,7 +214,9 @@ cudaError_t CUDARTAPI cudaLaunchKernel(const void* function, dim3 grid, dim3 blo
         runtime_state().launches.push_back(record);
     } catch (const std::exception& error) {
         registry().message = error.what();
-        return ends(cudaErrorLaunchFailure);
+        // Known at once, and of this launch. On hardware it would come up later, as a sticky error
+        // that the launch code must not blame on the kernel at hand.
+        return ends(cudaErrorUnknown);
     }
     return cudaSuccess;
 }
@@ -227,14 +229,14 @@ cudaError_t CUDARTAPI cudaGetLastError() {
 cudaError_t CUDARTAPI cudaPeekAtLastError() { return registry().last; }
 
 const char* CUDARTAPI cudaGetErrorName(cudaError_t error) {
-    return error == cudaErrorLaunchFailure ? "cudaErrorLaunchFailure" : "cudaError";
+    return error == cudaErrorUnknown ? "cudaErrorUnknown" : "cudaError";
 }
 // Of a failed launch, what the machine found.
 const char* CUDARTAPI cudaGetErrorString(cudaError_t error) {
     switch (error) {
     case cudaSuccess:
         return "no error";
-    case cudaErrorLaunchFailure:
+    case cudaErrorUnknown:
         return registry().message.c_str();
     case cudaErrorInvalidValue:
         return "invalid argument";
