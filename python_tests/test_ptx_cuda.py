@@ -161,7 +161,8 @@ def test_a_planted_fault_is_noticed(fault):
     assert any(not torch.equal(right[what], wrong[what]) for what in RESULTS)
 
 
-def test_a_failed_launch_says_what_happened_where():
+def test_a_failed_launch_says_what_happened_where(monkeypatch):
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")  # the double does not go on while a kernel runs
     problem = Problem.random(75, 72, 80, 16, torch.bfloat16)
     _cuda_on_ptx.set_edit(PLANTED["no wait"])
     with pytest.raises(RuntimeError, match=r"forward kernel(.|\n)*PTX line \d+, \w+\.cuh:\d+, kernel _ZN3afa14forward"):

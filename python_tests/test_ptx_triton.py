@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ class RandomProblem:
         matmul = torch.backends.cuda.matmul
         before, matmul.allow_tf32 = matmul.allow_tf32, self.name == "tf32"
         try:
-            with autotune.use_tiles(self.tiles):
+            with mock.patch.object(autotune, "tiles", lambda *_: self.tiles):
                 if self.name == "tf32":
                     return self._check_tf32()
                 assert_matches(self.call, self.plain, self.problem, LORA, reorder=not self.dropout)
