@@ -97,9 +97,12 @@ demo: build-$(LEVEL)  ## fine-tune a real model, anneal, merge, load in stock PE
 	$(SAY) 'Fine-tuning a pretrained transformer'
 	$(RUN) -m examples.demo $(ARGS)
 
+# Backends that a run of all tests may not skip. nvcc brings the compiled CUDA kernels on the PTX machine.
+REQUIRED := cpu,cuda_emulated$(if $(shell command -v nvcc),$(shell echo ,cuda_ptx))
+
 test: lint reports-quick  ## lint, the tests of the package, machine code: ten minutes; .ci/run has what takes longer
 	$(SAY) 'Tests of the package'
-	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-cpu,cuda_emulated} $(RUN) -m pytest -m "not slow" python_tests $(ARGS)
+	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-$(REQUIRED)} $(RUN) -m pytest -m "not slow" python_tests $(ARGS)
 
 test-experiments: build-tests  ## the tests of experiments/, which train small models
 	$(SAY) 'Tests of the experiments'
@@ -109,7 +112,7 @@ test-experiments: build-tests  ## the tests of experiments/, which train small m
 FAST_FILES = $(shell grep -l pytest.mark.fast python_tests/test_*.py)
 test-fast: build-tests  ## the operator, the layers and the CPU kernels in 90 seconds: no processes, no training
 	$(SAY) 'Tests marked fast (pyproject.toml says what that means)'
-	AFA_KERNELS_REQUIRE=cpu $(RUN) -m pytest -m "fast and not (long or simulated)" $(FAST_FILES) $(ARGS)
+	AFA_KERNELS_REQUIRE=cpu $(RUN) -m pytest -m "fast and not (long or simulated or slow)" $(FAST_FILES) $(ARGS)
 
 lint: build-tests  ## ruff and clang-format, check only
 	$(SAY) 'Lint'
@@ -141,6 +144,12 @@ sanitize: sanitize-cpu  ## CPU and CUDA kernels under ASan, UBSan and ThreadSani
 
 mutation: build-tests  ## plants faults in the CUDA kernels and shows that each one is caught
 	$(RUN) csrc/emulator/tests/mutation.py $(ARGS)
+
+.PHONY: ptx-check
+ptx-check: build-tests  ## compiled kernels on the PTX machine: random problems, schedules, faults planted in the PTX
+	$(RUN) -m pytest python_tests/test_ptx_*.py python_tests/test_numerics.py -k ptx
+	AFA_TEST_PTX_PROBLEMS=$${AFA_TEST_PTX_PROBLEMS:-150} $(RUN) -m pytest python_tests/test_ptx_triton.py
+	$(RUN) csrc/ptx/tests/mutation.py $(ARGS)
 
 reports-quick: build-tests
 	$(SAY) 'Machine code of the CUDA and Triton kernels'

@@ -8,19 +8,31 @@ import isolation  # noqa: F401  before torch and transformers: it sets the envir
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if os.environ.get("AFA_TEST_SIMULATED_GPU"):
+    os.environ["TRITON_INTERPRET"] = "0"
+elif not torch.cuda.is_available():
     # Before triton is imported: its kernels then run in the interpreter, on CPU tensors, and only
     # where asked for by name.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import ptx_cuda
 
 import afa_kernels
 from afa_kernels.backend import registry
 from bench.environment import available_bytes
 
+ptx_cuda.register()
+
+# "sm_80", "sm_90": Triton compiles for this GPU, and the machine of csrc/ptx executes the PTX on CPU tensors.
+SIMULATED_GPU = os.environ.get("AFA_TEST_SIMULATED_GPU", "")
 REQUIRED = {name for name in os.environ.get("AFA_KERNELS_REQUIRE", "").split(",") if name}
+if not REQUIRED <= set(registry.names()):
+    raise pytest.UsageError(f"AFA_KERNELS_REQUIRE: expected names among {registry.names()}, got {sorted(REQUIRED)}")
 # Executed one element or one instruction at a time: right, but thousands of times slower than a
 # kernel.
-SIMULATED = {"cuda_emulated"} | ({"triton"} if os.environ.get("TRITON_INTERPRET") == "1" else set())
+SIMULATED = {"cuda_emulated", "cuda_ptx"}
+if SIMULATED_GPU or os.environ.get("TRITON_INTERPRET") == "1":
+    SIMULATED.add("triton")
 
 
 def skip_unless_available(name: str) -> None:
@@ -44,6 +56,18 @@ def device_of(name: str) -> torch.device:
     if name == "cuda" or (name == "triton" and "triton" not in SIMULATED):
         return torch.device("cuda")
     return torch.device("cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def simulated_gpu():
+    """The simulated GPU on which the triton backend runs in this process, or None."""
+    if not SIMULATED_GPU:
+        yield None
+        return
+    from ptx_triton_driver import simulated
+
+    with simulated(SIMULATED_GPU) as machine:
+        yield machine
 
 
 def pytest_itemcollected(item) -> None:

@@ -98,13 +98,17 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
     return ((got.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-300)).item()
 
 
+def allowed_error(same_dtype: Tensor, truth: Tensor, rounding: torch.dtype) -> float:
+    return 2 * relative_error(same_dtype, truth) + torch.finfo(rounding).eps / 2
+
+
 def assert_as_accurate_as_torch(got: Tensor, same_dtype: Tensor, truth: Tensor, what: str, rounding: torch.dtype):
     """Fail unless ``got`` is at most twice as far from the float64 ``truth`` as plain torch, plus
     one rounding."""
     assert got.shape == truth.shape, (what, got.shape, truth.shape)
     assert got.dtype == same_dtype.dtype, (what, got.dtype, same_dtype.dtype)
     assert torch.isfinite(got).all(), f"{what}: not finite"
-    allowed = 2 * relative_error(same_dtype, truth) + torch.finfo(rounding).eps / 2
+    allowed = allowed_error(same_dtype, truth, rounding)
     error = relative_error(got, truth)
     assert math.isfinite(allowed) and error <= allowed, f"{what}: relative error {error:.3e}, allowed {allowed:.3e}"
 
@@ -122,21 +126,47 @@ def assert_matches(function, plain, problem: Problem, names: tuple[str, ...], *,
     """Compare output and gradients of ``function`` with ``plain`` in the same dtype and in float64.
 
     Where terms cancel, torch's error depends on its order of summation, which differs between
-    machines: with ``reorder`` the yardstick is the larger one of two orders, the second with every
-    dimension reversed. Not for a ``plain`` that holds tensors of its own, such as a mask.
+    machines: with ``reorder`` the yardstick is the largest error of several orders. Not for a
+    ``plain`` that holds tensors of its own, such as a mask.
     """
     got = run(function, problem, names)
-    orders = [run(plain, problem, names)]
-    if reorder:
-        orders.append(run(lambda **t: _reversed(plain(**{n: _reversed(v) for n, v in t.items()})), problem, names))
     truth = run(plain, problem, names, torch.float64)
+    seen = []
     for what, value in got.items():
-        same_dtype = max((order[what] for order in orders), key=lambda t: relative_error(t, truth[what]))
+        for order in range(len(ORDERS) if reorder else 1):
+            if order == len(seen):
+                seen.append(run(_in_order(plain, *ORDERS[order]), problem, names))
+            same_dtype = max((one[what] for one in seen), key=lambda t: relative_error(t, truth[what]))
+            if relative_error(value, truth[what]) <= allowed_error(same_dtype, truth[what], problem.x.dtype):
+                break
         assert_as_accurate_as_torch(value, same_dtype, truth[what], what, problem.x.dtype)
 
 
 def _reversed(t: Tensor) -> Tensor:
     return t.flip(tuple(range(t.dim())))
+
+
+def _halves_swapped(t: Tensor) -> Tensor:
+    return t.roll([size // 2 for size in t.shape], tuple(range(t.dim())))
+
+
+def _halves_swapped_back(t: Tensor) -> Tensor:
+    return t.roll([-(size // 2) for size in t.shape], tuple(range(t.dim())))
+
+
+# Of every dimension, with the way back. Two were too few: for sums of 203 products that nearly cancel, torch without
+# vector instructions is off by 3.8e-7, 2.9e-7, 5.8e-7 and 1.3e-6 in these four. Each is tried only if those before it
+# do not do.
+ORDERS = (
+    (lambda t: t, lambda t: t),
+    (_reversed, _reversed),
+    (_halves_swapped, _halves_swapped_back),
+    (lambda t: _halves_swapped(_reversed(t)), lambda t: _reversed(_halves_swapped_back(t))),
+)
+
+
+def _in_order(plain, there, back):
+    return lambda **tensors: back(plain(**{name: there(t) for name, t in tensors.items()}))
 
 
 def run_on_isa(isa: str, script: str) -> None:

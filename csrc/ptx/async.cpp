@@ -1,0 +1,91 @@
+// cp.async: data arrives when its thread waits for it, and until then the destination is poison.
+#include "ptx/async.h"
+
+#include <algorithm>
+
+#include "ptx/forms.h"
+
+namespace ptx {
+namespace {
+
+// Operands: [target], [source], bytes (, source bytes).
+template <bool kWithSourceBytes, bool kSixteenOnly>
+void copy(Warp& warp, const Instruction& i) {
+    const uint32_t bytes = i.op[6];
+    if (kSixteenOnly ? bytes != 16 : bytes != 4 && bytes != 8 && bytes != 16)
+        throw Fault{-1, "cannot copy " + std::to_string(bytes) + " bytes"};
+    AsyncCopies copies;
+    copies.lanes = warp.active;
+    copies.bytes = bytes;
+    const auto address = [&](const uint32_t* op, int lane) {
+        const uint64_t base =
+            op[1] ? warp.in<uint64_t>(op[0])[lane] : warp.in<uint32_t>(op[0])[lane];
+        return base + static_cast<uint64_t>(static_cast<int64_t>(static_cast<int32_t>(op[2])));
+    };
+    Counters& counters = warp.cta->counters;
+    for (uint32_t rest = warp.active; rest; rest &= rest - 1) {
+        const int lane = __builtin_ctz(rest);
+        const uint64_t target = address(i.op, lane), source = address(i.op + 3, lane);
+        const uint32_t wanted = kWithSourceBytes ? warp.in<uint32_t>(i.op[7])[lane] : bytes;
+        if (wanted > bytes)
+            throw Fault{lane, "copies " + std::to_string(wanted) + " of " + std::to_string(bytes) +
+                                  " bytes"};
+        if (source % bytes)
+            throw Fault{lane, "copies " + std::to_string(bytes) +
+                                  " bytes from an address that is not a multiple of their number"};
+        if (wanted && !warp.cta->global->find(source, wanted, warp.hint))
+            throw Fault{lane, "copies " + warp.cta->global->describe(source, wanted)};
+        if (target > 0xFFFFFFFFull)
+            throw Fault{lane, "the address of shared memory has more than 32 bits"};
+        copies.target[lane] = static_cast<uint32_t>(target);
+        copies.source[lane] = reinterpret_cast<const unsigned char*>(source);
+        copies.source_bytes[lane] = wanted;
+        copies.group[lane] = warp.commits[lane];
+        warp.cta->shared.issue(warp, lane, copies.target[lane], bytes);
+        ++counters.async_copies;
+        counters.async_copy_bytes += wanted;
+    }
+    warp.copies.push_back(copies);
+}
+
+void commit(Warp& warp, const Instruction&) {
+    for (int lane = 0; lane < kLanes; ++lane)
+        warp.commits[lane] += warp.active >> lane & 1;
+}
+
+void wait(Warp& warp, const Instruction& i) {
+    const uint32_t pending = i.op[0];
+    for (AsyncCopies& copies : warp.copies) {
+        for (uint32_t rest = copies.lanes & warp.active; rest; rest &= rest - 1) {
+            const int lane = __builtin_ctz(rest);
+            if (copies.group[lane] + pending >= warp.commits[lane])
+                continue;
+            warp.cta->shared.arrive(warp, lane, copies.target[lane], copies.bytes,
+                                    copies.source[lane], copies.source_bytes[lane]);
+            copies.lanes &= ~(1u << lane);
+        }
+    }
+    warp.copies.erase(std::remove_if(warp.copies.begin(), warp.copies.end(),
+                                     [](const AsyncCopies& c) { return c.lanes == 0; }),
+                      warp.copies.end());
+}
+
+}  // namespace
+
+int lane_with_copies(const Warp& warp, uint32_t lanes) {
+    for (const AsyncCopies& copies : warp.copies)
+        if (copies.lanes & lanes)
+            return __builtin_ctz(copies.lanes & lanes);
+    return -1;
+}
+
+void add_async_forms(Forms& f) {
+    f.add("cp.async.ca.shared.global", "mmn", copy<false, false>);
+    f.add("cp.async.ca.shared.global", "mmnd", copy<true, false>);
+    f.add("cp.async.cg.shared.global", "mmn", copy<false, true>);
+    f.add("cp.async.cg.shared.global", "mmnd", copy<true, true>);
+    f.add("cp.async.commit_group", "", commit);
+    f.add("cp.async.wait_group", "n", wait);
+}
+
+}  // namespace ptx

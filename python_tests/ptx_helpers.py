@@ -1,0 +1,94 @@
+"""Small PTX kernels of one CTA, for the tests of the machine that executes them."""
+
+import re
+
+import numpy as np
+
+from afa_kernels import _ptx
+
+EXECUTED: set[str] = set()  # words of all kernels that were launched, among them the names of their instructions
+
+_BITS = {2: "b16", 4: "b32", 8: "b64"}
+HEADER = """
+.version 8.4
+.target sm_90a
+.address_size 64
+"""
+
+
+def kernel(body: str, *, parameters: int = 1, shared: int = 0, threads: int = 32, registers: str = "") -> str:
+    """Return a module with kernel ``k``. Its parameters are pointers, in %rd0, %rd1, ...; %r0 is the thread."""
+    names = ", ".join(f".param .u64 k_param_{i}" for i in range(parameters))
+    loads = "\n".join(f"ld.param.u64 %rd{i}, [k_param_{i}];" for i in range(parameters))
+    array = f".shared .align 1024 .b8 tile[{shared}];" if shared else ""
+    return f"""{HEADER}
+.visible .entry k({names})
+.reqntid {threads}
+{{
+    .reg .pred %p<40>;
+    .reg .b16 %h<40>;
+    .reg .b32 %r<200>;
+    .reg .b64 %rd<100>;
+    {registers}
+    {array}
+    {loads}
+    mov.u32 %r0, %tid.x;
+    {body}
+    ret;
+}}
+"""
+
+
+def launch(text: str, *arrays: np.ndarray, threads: int = 32, grid: int = 1, seed: int = 0, writable=True) -> dict:
+    """Run kernel ``k`` on numpy arrays, each exactly one allocation."""
+    EXECUTED.update(re.findall(r"[a-z][\w.:]*\w", text))
+    parameters = np.array([a.ctypes.data for a in arrays], dtype=np.uint64).tobytes()
+    allocations = [(a.ctypes.data, a.nbytes, writable, f"array {i}") for i, a in enumerate(arrays)]
+    return _ptx.Module(text).launch("k", (grid, 1, 1), (threads, 1, 1), parameters, 0, allocations, seed)
+
+
+def per_lane(code: str, inputs: list[np.ndarray], outputs: list[np.dtype]) -> list[np.ndarray]:
+    """Run ``code`` on every lane of a warp and return its results. Inputs are in {a0}, {a1}, ..., of which each has 32
+    elements, results go to {d0}, {d1}, ...; a bool result is a predicate."""
+    names, body, count = {}, [], 0
+    arrays = [np.ascontiguousarray(a) for a in inputs]
+    results = [np.zeros(32, dtype=np.uint32 if t is bool else t) for t in outputs]
+    letter = {2: "%h", 4: "%r", 8: "%rd"}
+
+    def register(size: int) -> str:
+        nonlocal count
+        count += 1
+        return f"{letter[size]}{10 + count}"
+
+    for i, array in enumerate(arrays):
+        names[f"a{i}"] = register(array.itemsize)
+        body.append(f"mad.wide.u32 %rd99, %r0, {array.itemsize}, %rd{i};")
+        body.append(f"ld.global.{_BITS[array.itemsize]} {names[f'a{i}']}, [%rd99];")
+    for i, result in enumerate(results):
+        names[f"d{i}"] = f"%p{i}" if outputs[i] is bool else register(result.itemsize)
+    body.append(code.format(**names))
+    for i, result in enumerate(results):
+        value = names[f"d{i}"]
+        if outputs[i] is bool:
+            body.append(f"selp.b32 %r5, 1, 0, {value};")
+            value = "%r5"
+        body.append(f"mad.wide.u32 %rd99, %r0, {result.itemsize}, %rd{len(arrays) + i};")
+        body.append(f"st.global.{_BITS[result.itemsize]} [%rd99], {value};")
+    launch(kernel("\n".join(body), parameters=len(arrays) + len(results)), *arrays, *results)
+    return [r.astype(bool) if t is bool else r for r, t in zip(results, outputs, strict=True)]
+
+
+COMPARISONS = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal
+}  # fmt: skip
+_RANDOM = np.random.default_rng(4)
+
+
+def bits(dtype, *edges) -> np.ndarray:
+    """Return 32 values: the edges of the type, some given ones, and random bits."""
+    size = np.dtype(dtype).itemsize
+    integer = np.dtype(f"u{size}")
+    ends = [0, 1, 2, (1 << 8 * size - 1) - 1, 1 << 8 * size - 1, (1 << 8 * size) - 1, *edges]
+    rest = _RANDOM.integers(0, np.iinfo(integer).max, 32 - len(ends), dtype=integer, endpoint=True)
+    values = np.concatenate([np.array(ends, dtype=integer), rest])
+    return _RANDOM.permutation(values).view(dtype)
