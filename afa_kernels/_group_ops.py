@@ -44,8 +44,8 @@ class _Group:
         self.chosen = _backends(x, a, b, self.specs, backend)
         self.unit = torch.eye(sum(self.ranks), dtype=x.dtype, device=x.device)
 
-    def _stacked(self, members: list[int]) -> tuple[Backend, Tensor, Tensor, Tensor | None, Spec]:
-        """Return the backend of the members' stacked A, that A, a unit matrix for B, alpha_t and the spec."""
+    def _stacked(self, members: list[int]) -> tuple[Tensor, Tensor, Backend, Tensor | None, Spec]:
+        """Return the members' stacked A, a unit matrix for B, and the backend, alpha_t and spec of their product."""
         a = torch.cat([self.a[i] for i in members])
         r, k = a.shape
         # A member whose activation is on names the backend: identity alone would name torch.
