@@ -139,6 +139,7 @@ ProjectParams project_x(const BranchCall& call, const Packed& packed, const Forw
     p.partial = partial;
     p.m = call.shape.m;
     p.w = call.shape.k;
+    p.segment = plan.segment;
     p.splits = plan.splits;
     p.stages = plan.project.stages;
     p.dropout = {call.seed, call.threshold};
@@ -154,7 +155,7 @@ void launch_reduce_jobs(const BranchCall& call, ReduceParams& p) {
         launch_reduce(call.dtype, small_config("reduce", blocks, call), p);
 }
 
-// z as the forward computed it, bit for bit: the same splits, summed in the same order.
+// z as the forward computed it, bit for bit: the same segments, summed in the same order.
 void recompute_z(const BranchCall& call, const Packed& packed, const ForwardPlan& plan,
                  float* partial, void* z) {
     rank_kernels(call.dtype, plan.rank)
@@ -201,6 +202,7 @@ void launch_dy_passes(const BackwardCall& call, const BackwardPlan& plan, const 
         p.partial = scratch.dh;
         p.m = call.shape.m;
         p.w = call.shape.n;
+        p.segment = plan.segment;
         p.splits = plan.dh_parts;
         p.stages = plan.project_dy.stages;
         kernels.project_dy(config_of(plan.project_dy, call), p);

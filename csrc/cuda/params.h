@@ -12,7 +12,9 @@ struct DropoutParams {
     int threshold;  // of 256
 };
 
-// A product (M, W) x (W, R), summed over a part of W by each of `splits` blocks.
+// A product (M, W) x (W, R). W is summed in segments, and the sums of the segments are added in
+// order: by one block (splits 1), or by whoever reads the partial products of one block per
+// segment.
 struct ProjectParams {
     const void* wide;  // T [M, W], row stride wide_stride: x or dy
     int64_t wide_stride;
@@ -22,7 +24,8 @@ struct ProjectParams {
     float* partial;          // [splits, M, R]
     int64_t m;
     int w;
-    int splits;
+    int segment;  // columns, a multiple of the tiles' kDepth
+    int splits;   // blocks: 1, or one per segment
     int stages;
     DropoutParams dropout;
 };

@@ -11,8 +11,9 @@ namespace {
 // Blocks that fill the GPUs of today about twice; a constant, since the order of sums must not
 // depend on the device.
 constexpr int64_t kTargetBlocks = 256;
-constexpr int64_t kOnePassRowBlocks =
-    96;  // with fewer, one block per tile of rows leaves too much of a GPU idle
+// From here on one block per tile of rows has enough bytes under way to go through all segments;
+// with more, it makes y too.
+constexpr int64_t kWholeRowBlocks = 48, kOnePassRowBlocks = 96;
 constexpr int64_t kMaxChunks = 64;
 constexpr int64_t kMinChunkTiles = 2;  // what a block keeps and what it leaves behind must pay
 // Twice what bandwidth times latency asks of an SM of the largest GPUs.
@@ -66,9 +67,8 @@ void check(const Shape& shape) {
         throw std::invalid_argument("K and N must be multiples of 8: " + describe(shape));
 }
 
-int splits_of(int64_t row_blocks, int64_t tiles) {
-    return static_cast<int>(
-        clamp(ceil_div(kTargetBlocks, row_blocks), 1, std::max<int64_t>(1, tiles / 2)));
+int splits_of(int64_t row_blocks, int width) {
+    return row_blocks >= kWholeRowBlocks ? 1 : static_cast<int>(ceil_div(width, segment_of(width)));
 }
 
 // Chunks of rows beside `slabs` blocks of columns, and the rows of each.
@@ -85,18 +85,20 @@ template <int R>
 ForwardPlan forward_of(const Shape& shape, const DeviceLimits& device) {
     using Tile = RowTile<R>;
     const int64_t row_blocks = ceil_div(shape.m, Tile::kRows);
-    const int64_t depth_tiles = ceil_div(shape.k, Tile::kDepth),
-                  column_tiles = ceil_div(shape.n, Tile::kColumns);
+    const int64_t column_tiles = ceil_div(shape.n, Tile::kColumns);
     ForwardPlan plan{};
     plan.rank = R;
-    plan.one_pass = row_blocks >= kOnePassRowBlocks || (depth_tiles < 4 && column_tiles < 4);
-    plan.splits = plan.one_pass ? 1 : splits_of(row_blocks, depth_tiles);
+    plan.segment = segment_of(shape.k);
+    plan.one_pass =
+        row_blocks >= kOnePassRowBlocks || (shape.k <= plan.segment && column_tiles < 4);
+    plan.splits = plan.one_pass ? 1 : splits_of(row_blocks, shape.k);
     plan.forward = ring("forward", Tile::kThreads, Tile::kRegisters, device, Tile::forward_bytes);
     plan.forward.grid_x = row_blocks;
     plan.project = plan.forward;
     plan.project.kernel = "project";
     plan.project.grid_y = plan.splits;
-    plan.expand = ring("expand", Tile::kThreads, Tile::kRegisters, device, Tile::expand_bytes);
+    plan.expand =
+        ring("expand", Tile::kThreads, Tile::kExpandRegisters, device, Tile::expand_bytes);
     plan.expand.grid_x = row_blocks;
     plan.expand.grid_y =
         static_cast<int>(clamp(ceil_div(kTargetBlocks, row_blocks), 1, column_tiles));
@@ -126,7 +128,8 @@ BackwardPlan backward_of(const Shape& shape, const DeviceLimits& device) {
     } else {
         const int64_t row_blocks = ceil_div(shape.m, Row::kRows),
                       slabs = ceil_div(shape.n, Outer::kColumns);
-        plan.dh_parts = splits_of(row_blocks, ceil_div(shape.n, Row::kDepth));
+        plan.segment = segment_of(shape.n);
+        plan.dh_parts = splits_of(row_blocks, shape.n);
         plan.project_dy =
             ring("project_dy", Row::kThreads, Row::kRegisters, device, Row::dy_project_bytes);
         plan.project_dy.grid_x = row_blocks;
@@ -147,6 +150,11 @@ int rank_class(int r) {
             return rank;
     throw std::invalid_argument("rank: expected 1 to " + std::to_string(kMaxRank) + ", got " +
                                 std::to_string(r));
+}
+
+int segment_of(int width) {
+    const int64_t units = ceil_div(width, kSegmentUnit);
+    return static_cast<int>(ceil_div(units, kMaxSegments)) * kSegmentUnit;
 }
 
 ForwardPlan plan_forward(const Shape& shape, const DeviceLimits& device) {

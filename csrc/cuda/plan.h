@@ -1,7 +1,10 @@
 // Launch parameters as a pure function of shape and device: no CUDA, testable anywhere.
 //
-// What decides the order of a sum (splits, chunks) depends on the shape alone, so that results
-// agree bit for bit on all GPUs; the device decides only how many tiles are under way.
+// What decides the order of a sum depends on the shape alone, so that results agree bit for bit on
+// all GPUs; the device decides only how many tiles are under way. In the sums that make a row of y,
+// z or dx it does not even depend on M, so that a row has the same bits in any call: x and dy are
+// summed in segments whose length depends on K or N alone, and what M decides is whether one block
+// goes through all segments of a tile of rows or one block through each.
 #pragma once
 
 #include <cstdint>
@@ -37,13 +40,15 @@ struct KernelPlan {
 struct ForwardPlan {
     int rank;       // the rank class: r padded to 16, 32, 64 or 128
     bool one_pass;  // forward kernel; else project and expand
-    int splits;     // of the sum over K
+    int segment;    // columns of x that are summed for themselves
+    int splits;     // blocks that share the sum over K: 1, or one per segment
     KernelPlan forward, project, expand;
 };
 
 struct BackwardPlan {
     int rank;
     bool one_pass_dy;  // dy kernel; else project and db kernel
+    int segment;       // columns of dy that are summed for themselves (project kernel)
     int dh_parts;  // partial sums of dh: slabs of the dy kernel, or splits of the project kernel
     int db_chunks, da_chunks;
     int64_t db_rows, da_rows;  // rows of a chunk
@@ -51,6 +56,11 @@ struct BackwardPlan {
 };
 
 constexpr int kMaxRank = 128;
+
+// Columns of a segment of a sum over `width` columns: at most kMaxSegments segments, each a whole
+// number of kSegmentUnit columns. afa_kernels/backend/triton/launch.py has the same rule.
+constexpr int kMaxSegments = 8, kSegmentUnit = 256;
+int segment_of(int width);
 
 // The padded rank. Raises std::invalid_argument beyond kMaxRank.
 int rank_class(int r);

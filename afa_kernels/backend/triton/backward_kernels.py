@@ -28,9 +28,9 @@ def _store_dz(
     tl.store(target, dz, mask=(row < rows_left)[:, None])
 
 
-@triton.jit(do_not_specialize=["M", "alpha_ptr"])
+@triton.jit(do_not_specialize=["M", "segment_tiles", "alpha_ptr"])
 def dyb_dphi_backward_kernel(
-    dy_ptr, b_ptr, z_ptr, dz_ptr, alpha_ptr, M, N, r, stride_dym, stride_bn, stride_br, factor,
+    dy_ptr, b_ptr, z_ptr, dz_ptr, alpha_ptr, M, N, r, stride_dym, stride_bn, stride_br, factor, segment_tiles,
     ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,8 @@ def dyb_dphi_backward_kernel(
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
     dh = project(
-        dy_ptr, b_ptr, first_row, rows_left, 0, N, N, stride_dym, stride_br, stride_bn, 0, 0, 0,
+        dy_ptr, b_ptr, first_row, rows_left, 0, tl.cdiv(N, BLOCK_L), segment_tiles, N, stride_dym, stride_br, stride_bn,
+        0, 0, 0,
         BLOCK_M, BLOCK_L, R, False, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     _store_dz(dh, z_ptr, dz_ptr, alpha_ptr, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
