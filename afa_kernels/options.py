@@ -2,10 +2,8 @@
 
 from typing import NamedTuple
 
+from afa_kernels.activation import IDENTITY
 from afa_kernels.dropout import inverse_keep
-
-# The activation of a call whose alpha_t is known to be 0: phi(z) = z. Such a call carries no tensor for alpha_t.
-IDENTITY = "identity"
 
 
 class Spec(NamedTuple):
@@ -33,8 +31,9 @@ class Options(NamedTuple):
 
 
 def at_identity(options: Options) -> Options:
-    """Return the options of the same call at ``alpha_t = 0``: no activation, and z is recomputed in the backward."""
-    return options._replace(spec=options.spec._replace(activation=IDENTITY), save_z=False)
+    """Return the options of the same call at ``alpha_t = 0``: no activation. z is saved as before: making it again
+    costs more than the activation did."""
+    return options._replace(spec=options.spec._replace(activation=IDENTITY))
 
 
 def without_dropout(options: Options) -> Options:

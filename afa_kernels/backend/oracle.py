@@ -28,5 +28,4 @@ BACKEND = Backend(
     refuses=_refuses,
     forward=forward,
     backward=backward,
-    knows_identity=True,
 )

@@ -117,7 +117,7 @@ dy_kernel(const DyParams p) {
     const int64_t row_begin = block_y() * p.rows_per_chunk;
     const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
     const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
-    const float alpha_t = load_global(p.alpha_t);
+    const float alpha_t = alpha_of(p.alpha_t);
 
     const auto load = [&](int t, int slot) {
         if (t < tiles)

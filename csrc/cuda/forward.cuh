@@ -113,7 +113,7 @@ AFA_DEVICE void project(float (&total)[R / 8][4], const ProjectParams& p, T* wid
 template <typename T, int R, typename PairOf>
 AFA_DEVICE void finish_rows(T* tile, const ForwardParams& p, int64_t row0, bool store_z,
                             const PairOf& pair_of) {
-    const float alpha_t = load_global(p.alpha_t);
+    const float alpha_t = alpha_of(p.alpha_t);
     const int warp_row = warp_index() * 16;
     AFA_ROLLED
     for (int i = lane_index(); i < 16 * R / 2; i += kWarpSize) {

@@ -69,6 +69,9 @@ void check_call(const BranchCall& call) {
         call.threshold > 255 || (call.threshold && !call.seed))
         throw std::invalid_argument("activation or dropout out of range (" + describe(call.shape) +
                                     ")");
+    if (!call.alpha_t && call.activation != static_cast<int>(Activation::identity))
+        throw std::invalid_argument("alpha_t: expected a value where there is an activation (" +
+                                    describe(call.shape) + ")");
     check_matrix("x", call.x, call.x_stride, call.shape);
 }
 

@@ -42,7 +42,7 @@ struct ForwardParams {
     void* y;  // T [M, N], row stride y_stride
     int64_t y_stride;
     void* z;               // T [M, r]; null: not stored
-    const float* alpha_t;  // [1]
+    const float* alpha_t;  // [1]; null at identity
     int n, r;
     int column_blocks;  // blocks that share the columns of y (expand kernel)
     int activation;
@@ -56,7 +56,7 @@ struct DyParams {
     const void* b;  // T [N, R], row stride b_stride
     int64_t b_stride;
     const void* z;         // T [M, r]
-    const float* alpha_t;  // [1]
+    const float* alpha_t;  // [1]; null at identity
     float* dh;             // [slabs, M, R]; null: not needed
     float* db;             // [chunks, N, R]; null: not needed
     int64_t m, rows_per_chunk;

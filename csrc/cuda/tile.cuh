@@ -111,6 +111,11 @@ AFA_DEVICE void drop(T* piece, uint16_t* masks, int mask_pitch, const DropoutPar
     }
 }
 
+// alpha_t, which a call at identity does not have.
+AFA_DEVICE float alpha_of(const float* alpha_t) {
+    return alpha_t == nullptr ? 0.0f : load_global(alpha_t);
+}
+
 // phi of two elements, rounded to T.
 template <typename T>
 AFA_DEVICE uint32_t phi_pair(int activation, uint32_t pair, float alpha_t) {

@@ -6,6 +6,7 @@ import triton.language as tl
 from afa_kernels.backend.triton.device_functions import (
     dot,
     keep_mask,
+    load_alpha,
     load_z,
     phi,
     phi_slope,
@@ -22,7 +23,7 @@ def _store_dz(
 ):  # fmt: skip
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     z = load_z(z_ptr, first_row, rows_left, r, BLOCK_M, R)
-    dz = factor * dh * phi_slope(z, tl.load(alpha_ptr), ACT)
+    dz = factor * dh * phi_slope(z, load_alpha(alpha_ptr, ACT), ACT)
     dz = round_to(dz, dz_ptr.dtype.element_ty, EMULATE_BF16)
     target = dz_ptr + first_row * R + row[:, None] * R + rank[None, :]
     tl.store(target, dz, mask=(row < rows_left)[:, None])
@@ -77,7 +78,7 @@ def dy_pass_backward_kernel(
     row, rank, offset = tl.arange(0, BLOCK_M), tl.arange(0, R), tl.arange(0, BLOCK_L)
     col = slab * BLOCK_L + offset
     col_mask = (col < N)[None, :]
-    alpha_t = tl.load(alpha_ptr)
+    alpha_t = load_alpha(alpha_ptr, ACT)
     db = tl.zeros((R, BLOCK_L), tl.float32)
     if dh_ptr is not None:
         b = tl.load(b_ptr + col[None, :] * stride_bn + rank[:, None] * stride_br, mask=col_mask, other=0.0)

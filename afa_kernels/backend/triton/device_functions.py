@@ -73,15 +73,30 @@ def _value_and_slope(z, ACT: tl.constexpr):
 
 
 @triton.jit
+def load_alpha(alpha_ptr, ACT: tl.constexpr):
+    """Return alpha_t; at identity there is none, and 0.0 stands for it."""
+    if ACT == "identity":
+        return 0.0
+    else:
+        return tl.load(alpha_ptr)
+
+
+@triton.jit
 def phi(z, alpha_t, ACT: tl.constexpr):
-    value, _ = _value_and_slope(z, ACT)
-    return (1.0 - alpha_t) * z + alpha_t * value
+    if ACT == "identity":
+        return z
+    else:
+        value, _ = _value_and_slope(z, ACT)
+        return (1.0 - alpha_t) * z + alpha_t * value
 
 
 @triton.jit
 def phi_slope(z, alpha_t, ACT: tl.constexpr):
-    _, slope = _value_and_slope(z, ACT)
-    return (1.0 - alpha_t) + alpha_t * slope
+    if ACT == "identity":
+        return 1.0
+    else:
+        _, slope = _value_and_slope(z, ACT)
+        return (1.0 - alpha_t) + alpha_t * slope
 
 
 @triton.jit

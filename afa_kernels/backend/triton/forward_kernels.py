@@ -14,6 +14,7 @@ import triton.language as tl
 
 from afa_kernels.backend.triton.device_functions import (
     dot,
+    load_alpha,
     phi,
     project,
     round_to,
@@ -128,7 +129,7 @@ def xa_phi_hb_forward_kernel(
     if z_ptr is not None:
         _store_z(z_ptr, z, first_row, rows_left, r, BLOCK_M, R)
     if y_ptr is not None:
-        alpha_t = tl.load(alpha_ptr)
+        alpha_t = load_alpha(alpha_ptr, ACT)
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), x_ptr.dtype.element_ty, EMULATE_BF16)
         for start in range(0, N, BLOCK_N):
             _store_y(
@@ -182,7 +183,7 @@ def phi_hb_forward_kernel(
         z_rows = tl.where(column == 0, rows_left, 0)
         _store_z(z_ptr, z, first_row, z_rows, r, BLOCK_M, R)
     if y_ptr is not None:
-        alpha_t = tl.load(alpha_ptr)
+        alpha_t = load_alpha(alpha_ptr, ACT)
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), DTYPE, EMULATE_BF16)
         first = column * tiles * BLOCK_N
         for start in range(first, tl.minimum(first + tiles * BLOCK_N, N), BLOCK_N):
