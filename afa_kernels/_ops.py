@@ -49,21 +49,21 @@ def resolved(x: Tensor, a: Tensor, b: Tensor, options: Options, identity: bool, 
     """
     name = registry.requested(options.backend)
     if is_compiling():
-        return _decided(options, identity, differentiated)._replace(backend=name)
+        return _decided(options, identity, differentiated, name)
     return _resolved(x.device, x.dtype, *x.shape, *b.shape, options, identity, differentiated, name)
 
 
 @remembered
 def _resolved(device, dtype, m, k, n, r, options, identity, differentiated, name) -> Options:
-    options = _decided(options, identity, differentiated)
+    options = _decided(options, identity, differentiated, name)
     spec = options.spec
     call = Call(device.type, dtype, m, k, n, r, spec.activation, spec.dropout > 0, device.index)
-    return options._replace(backend=registry.select(call, name).backend.name)
+    return Options(spec, options.save_z, registry.select(call, name).backend.name)
 
 
-def _decided(options: Options, identity: bool, differentiated: bool) -> Options:
+def _decided(options: Options, identity: bool, differentiated: bool, name: str | None) -> Options:
     options = at_identity(options) if identity else options
-    return options if differentiated else options._replace(save_z=False)
+    return Options(options.spec, options.save_z and differentiated, name)
 
 
 def as_taken(backend: Backend, x: Tensor, alpha_t: Tensor | None, spec: Spec) -> tuple[Backend, Tensor | None, Spec]:

@@ -27,7 +27,7 @@ class AFALoRAFunction(torch.autograd.Function):
         need_x, need_weight, _, need_a, need_b, _ = ctx.needs_input_grad[:6]
         save_z = options.save_z and (need_x or need_a or need_b)
         if save_z != options.save_z:
-            options = options._replace(save_z=save_z)
+            options = Options(options.spec, save_z, options.backend)
         branch = (x, lora_a, lora_b, alpha_t, seed, options)
         if weight is not None:
             y, z = _ops.linear_forward(direct, weight, bias, *branch)

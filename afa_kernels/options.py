@@ -32,11 +32,16 @@ class Options(NamedTuple):
     backend: str | None
 
 
+# New tuples, not _replace: torch.compile traces these functions, and torch 2.6 cannot trace _replace.
+
+
 def at_identity(options: Options) -> Options:
     """Return the options of the same call at ``alpha_t = 0``: no activation, and z is recomputed in the backward."""
-    return options._replace(spec=options.spec._replace(activation=IDENTITY), save_z=False)
+    spec = options.spec
+    return Options(Spec(IDENTITY, spec.scaling, spec.dropout), False, options.backend)
 
 
 def without_dropout(options: Options) -> Options:
     """Return the options of the same call in evaluation."""
-    return options._replace(spec=options.spec._replace(dropout=0))
+    spec = options.spec
+    return Options(Spec(spec.activation, spec.scaling, 0), options.save_z, options.backend)

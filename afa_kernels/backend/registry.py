@@ -146,9 +146,10 @@ _remembered: list[Any] = []
 
 class _Request(threading.local):
     """The backend that use_backend asked for on this thread. Not a ContextVar: torch.compile cannot trace one, but
-    compiles again when this attribute changes."""
+    compiles again when this attribute changes. Not a default in the class: there torch 2.6 sees the default alone."""
 
-    name: str | None = None
+    def __init__(self):  # runs on every thread
+        self.name: str | None = None
 
 
 _request = _Request()
