@@ -33,14 +33,15 @@ _no_context = nullcontext()
 # --- the choice of a backend
 
 
-def call_of(x: Tensor, a: Tensor, b: Tensor, spec: Spec) -> Call:
-    m, k = x.shape
-    n, r = b.shape
-    device = x.device
-    return Call(device.type, x.dtype, m, k, n, r, spec.activation, spec.dropout > 0, device.index)
+def call_of(x: Tensor, b: Tensor, spec: Spec) -> Call:
+    return _call(x.device, x.dtype, *x.shape, *b.shape, spec)
 
 
-def resolved(x: Tensor, a: Tensor, b: Tensor, options: Options, identity: bool, differentiated: bool) -> Options:
+def _call(device: torch.device, dtype: torch.dtype, m: int, k: int, n: int, r: int, spec: Spec) -> Call:
+    return Call(device.type, dtype, m, k, n, r, spec.activation, spec.dropout > 0, device.index)
+
+
+def resolved(x: Tensor, b: Tensor, options: Options, identity: bool, differentiated: bool) -> Options:
     """Return ``options`` with all decided that the operands decide: identity, whether a backward may want z, and the
     backend of forward and backward.
 
@@ -55,10 +56,8 @@ def resolved(x: Tensor, a: Tensor, b: Tensor, options: Options, identity: bool, 
 
 @remembered
 def _resolved(device, dtype, m, k, n, r, options, identity, differentiated, name) -> Options:
-    options = _decided(options, identity, differentiated, name)
-    spec = options.spec
-    call = Call(device.type, dtype, m, k, n, r, spec.activation, spec.dropout > 0, device.index)
-    return Options(spec, options.save_z, registry.select(call, name).backend.name)
+    spec, save_z, name = _decided(options, identity, differentiated, name)
+    return Options(spec, save_z, registry.select(_call(device, dtype, m, k, n, r, spec), name).backend.name)
 
 
 def _decided(options: Options, identity: bool, differentiated: bool, name: str | None) -> Options:
@@ -214,7 +213,7 @@ def _define_direct(name: str, signature: str, implementation, fake, tensors: int
     def operator(*arguments):
         operands, (activation, scaling, dropout, save_z, backend, *needs) = arguments[:tensors], arguments[tensors:]
         options = Options(Spec(activation, scaling, dropout), save_z, backend)
-        selected = registry.select(call_of(*operands[x : x + 3], options.spec), backend)
+        selected = registry.select(call_of(operands[x], operands[x + 2], options.spec), backend)
         results = implementation(*operands, options._replace(backend=selected.backend.name), *needs)
         if not isinstance(results, tuple):
             return _or_nothing(results, arguments[likes[0]])

@@ -148,7 +148,7 @@ def _apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplac
     differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, lora_a, lora_b, base)
     )
-    options = _ops.resolved(rows, lora_a, lora_b, options, identity, differentiated)
+    options = _ops.resolved(rows, lora_b, options, identity, differentiated)
     # Under forward-mode differentiation the Function refuses; the operators alone would drop the
     # tangents in silence.
     if differentiated or torch_private.in_forward_mode():

@@ -111,9 +111,10 @@ class Backend:
     name: str
     devices: frozenset[str]  # empty: every device
     status: Callable[[], BackendStatus]
-    refuses: Callable[[Call], str | None]  # why this backend cannot take a call that its device allows; None if it can
     forward: Forward
     backward: Backward
+    # Why this backend cannot take a call that its device allows; None if it can.
+    refuses: Callable[[Call], str | None] = lambda call: None
     # Whether the GEMM of a frozen layer had better run before the branch, and the branch accumulate into its result:
     # gemm_first(spec, dtype of x, is it the backward). See backend/frozen.py for the two orders.
     gemm_first: Callable[[Spec, torch.dtype, bool], bool] = lambda spec, dtype, backward: False
