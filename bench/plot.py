@@ -153,7 +153,8 @@ def _roofline(roof: dict, rows: list[dict]):
         axis.set_xlabel("arithmetic intensity, FLOP per byte")
         axis.set_title(f"{dtype}: GEMM {peak:.0f} GFLOP/s, copy {bandwidth:.0f} GB/s", fontsize=9)
     axes[0][0].set_ylabel("GFLOP/s")
-    figure.suptitle(f"the adapter's branch alone on {roof['device']}: training (filled), decoding (hollow)", fontsize=10)
+    title = f"the adapter's branch alone on {roof['device']}: training (filled), decoding (hollow)"
+    figure.suptitle(title, fontsize=10)
     _legend_beside(figure, axes[0])
     return figure
 
