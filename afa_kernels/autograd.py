@@ -63,7 +63,8 @@ class AFALoRAFunction(torch.autograd.Function):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 dx, da, db = _differentiable(dy, x, weight, lora_a, lora_b, alpha_t, seed, ctx.options.spec)
             else:
-                # Hooks of saved tensors may have put others in the place of those that the forward saw.
+                # A hook on saved tensors may have returned other tensors than the forward saved, subclasses for
+                # example.
                 direct = ctx.direct and not torch_private.operators_are_watched()
                 direct = direct and torch_private.are_ordinary((*saved[:-1], weight))
                 if weight is not None:

@@ -120,8 +120,8 @@ def lora(
         return _like(_apply(x, None, None, lora_a, lora_b, flat_base, alpha_t, seed, options, False, direct), x, n)
     if inplace and base.dtype == x.dtype and _can_accumulate(base, x, lora_a, lora_b):
         return _apply(x, None, None, lora_a, lora_b, base, alpha_t, seed, options, True, direct)
-    # The base has another dtype, cannot be viewed as rows, overlaps an operand, or is being
-    # traced: one more pass over it.
+    # The base has another dtype, cannot be viewed as rows or overlaps an operand, or the call is being traced. The
+    # branch is then computed alone and added, in one more pass over the base.
     y = _like(_apply(x, None, None, lora_a, lora_b, None, alpha_t, seed, options, False, direct), x, n)
     return base.add_(y) if inplace else base + y.to(base.dtype)
 

@@ -115,19 +115,20 @@ class Backend:
     backward: Backward
     # Why this backend cannot take a call that its device allows; None if it can.
     refuses: Callable[[Call], str | None] = lambda call: None
-    # Whether the GEMM of a frozen layer had better run before the branch, and the branch accumulate into its result:
-    # gemm_first(spec, dtype of x, is it the backward). See backend/frozen.py for the two orders.
+    # gemm_first(spec, dtype of x, whether it is the backward): whether the GEMM of a frozen layer runs before the
+    # branch, which then accumulates into its result. backend/frozen.py explains the two orders.
     gemm_first: Callable[[Spec, torch.dtype, bool], bool] = lambda spec, dtype, backward: False
     knows_identity: bool = False
-    automatic: bool = True  # False: only on request
-    # The kernels of a call with their launch parameters, for ``plan``.
+    automatic: bool = True  # False: only where the caller names it
+    # What ``plan`` shows: the kernels of a call with their launch parameters.
     launches: Callable[[Call], list[dict[str, Any]]] | None = None
-    # The backend to which this one leaves a call that nobody forced, and why; None: to none.
+    # For a call that this backend can take, but for which another one is the better choice: the name of that one, and
+    # the reason, which ``plan`` shows; else None. It is not asked where the caller names a backend.
     leaves: Callable[[Call], tuple[str, str] | None] | None = None
 
     def why_not(self, call: Call) -> str | None:
         """Return why this backend cannot take ``call``, or None if it can."""
-        # Devices first: a call on the CPU must not wake a GPU's driver.
+        # The device comes first, because status() of a GPU backend initializes the driver.
         if self.devices and call.device not in self.devices:
             return f"runs on {', '.join(sorted(self.devices))} tensors, got {call.device}"
         status = self.status()

@@ -1,5 +1,5 @@
-// The table of kernels of one instruction set, all that dispatch.cpp sees of it. A kernel chooses
-// the engine by dtype and number of rows.
+// The table of kernels of one instruction set, which is all that dispatch.cpp sees of it. The
+// engine is chosen by dtype and number of rows.
 #pragma once
 
 #include "cpu/isa/backward.h"
