@@ -21,11 +21,8 @@ _MEMBERS = "Tensor[] lora_a, Tensor[] lora_b, Tensor[] alpha_t, str[] activation
 _LINEAR = Spec(IDENTITY, 1.0, 0)
 
 
-def _backends(x: Tensor, a: list[Tensor], b: list[Tensor], specs: list[Spec], name: str | None) -> list[Backend]:
-    return [
-        registry.select(_ops.call_of(x, a_i, b_i, spec), name).backend
-        for a_i, b_i, spec in zip(a, b, specs, strict=True)
-    ]
+def _backends(x: Tensor, b: list[Tensor], specs: list[Spec], name: str | None) -> list[Backend]:
+    return [registry.select(_ops.call_of(x, b_i, spec), name).backend for b_i, spec in zip(b, specs, strict=True)]
 
 
 def _able(backend: Backend, x: Tensor, k: int, n: int, r: int, activation: str) -> Backend:
@@ -42,7 +39,7 @@ class _Group:
         self.x, self.a, self.b, self.alpha_t = x, a, b, alpha_t
         self.ranks = [a_i.shape[0] for a_i in a]
         self.specs = [Spec(*pair) for pair in zip(activations, scalings, strict=True)]
-        self.chosen = _backends(x, a, b, self.specs, backend)
+        self.chosen = _backends(x, b, self.specs, backend)
         self.unit = torch.eye(sum(self.ranks), dtype=x.dtype, device=x.device)
 
     def _stacked(self, members: list[int]) -> tuple[Tensor, Tensor, Backend]:

@@ -33,14 +33,15 @@ _no_context = nullcontext()
 # --- the choice of a backend
 
 
-def call_of(x: Tensor, a: Tensor, b: Tensor, spec: Spec) -> Call:
-    m, k = x.shape
-    n, r = b.shape
-    device = x.device
-    return Call(device.type, x.dtype, m, k, n, r, spec.activation, spec.dropout > 0, device.index)
+def call_of(x: Tensor, b: Tensor, spec: Spec) -> Call:
+    return _call(x.device, x.dtype, *x.shape, *b.shape, spec)
 
 
-def resolved(x: Tensor, a: Tensor, b: Tensor, options: Options, identity: bool, differentiated: bool) -> Options:
+def _call(device: torch.device, dtype: torch.dtype, m: int, k: int, n: int, r: int, spec: Spec) -> Call:
+    return Call(device.type, dtype, m, k, n, r, spec.activation, spec.dropout > 0, device.index)
+
+
+def resolved(x: Tensor, b: Tensor, options: Options, identity: bool, differentiated: bool) -> Options:
     """Return ``options`` with all decided that the operands decide: identity, whether a backward may want z, and the
     backend of forward and backward.
 
@@ -49,21 +50,19 @@ def resolved(x: Tensor, a: Tensor, b: Tensor, options: Options, identity: bool, 
     """
     name = registry.requested(options.backend)
     if is_compiling():
-        return _decided(options, identity, differentiated)._replace(backend=name)
+        return _decided(options, identity, differentiated, name)
     return _resolved(x.device, x.dtype, *x.shape, *b.shape, options, identity, differentiated, name)
 
 
 @remembered
 def _resolved(device, dtype, m, k, n, r, options, identity, differentiated, name) -> Options:
-    options = _decided(options, identity, differentiated)
-    spec = options.spec
-    call = Call(device.type, dtype, m, k, n, r, spec.activation, spec.dropout > 0, device.index)
-    return options._replace(backend=registry.select(call, name).backend.name)
+    spec, save_z, name = _decided(options, identity, differentiated, name)
+    return Options(spec, save_z, registry.select(_call(device, dtype, m, k, n, r, spec), name).backend.name)
 
 
-def _decided(options: Options, identity: bool, differentiated: bool) -> Options:
+def _decided(options: Options, identity: bool, differentiated: bool, name: str | None) -> Options:
     options = at_identity(options) if identity else options
-    return options if differentiated else options._replace(save_z=False)
+    return Options(options.spec, options.save_z and differentiated, name)
 
 
 # --- the implementations
@@ -82,7 +81,8 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
 
 
 def _lora_forward(base, x, a, b, alpha_t, seed, options):
-    # empty_like takes half as long, and keeps the strides of base, which are not always those of a result.
+    # empty_like takes half the time of new_empty. It copies the strides of base, so it serves for a contiguous base
+    # only.
     dense = base is not None and base.is_contiguous()
     y = torch.empty_like(base) if dense else _empty(x, x.shape[0], b.shape[0])
     return y, _write_branch(y, base, x, a, b, alpha_t, seed, options)
@@ -203,7 +203,7 @@ def _define_direct(name: str, signature: str, implementation, fake, tensors: int
     def operator(*arguments):
         operands, (activation, scaling, dropout, save_z, backend, *needs) = arguments[:tensors], arguments[tensors:]
         options = Options(Spec(activation, scaling, dropout), save_z, backend)
-        selected = registry.select(call_of(*operands[x : x + 3], options.spec), backend)
+        selected = registry.select(call_of(operands[x], operands[x + 2], options.spec), backend)
         results = implementation(*operands, options._replace(backend=selected.backend.name), *needs)
         if not isinstance(results, tuple):
             return _or_nothing(results, arguments[likes[0]])

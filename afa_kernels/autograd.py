@@ -27,7 +27,7 @@ class AFALoRAFunction(torch.autograd.Function):
         need_x, need_weight, _, need_a, need_b, _ = ctx.needs_input_grad[:6]
         save_z = options.save_z and (need_x or need_a or need_b)
         if save_z != options.save_z:
-            options = options._replace(save_z=save_z)
+            options = Options(options.spec, save_z, options.backend)
         branch = (x, lora_a, lora_b, alpha_t, seed, options)
         if weight is not None:
             y, z = _ops.linear_forward(direct, weight, bias, *branch)
@@ -63,7 +63,8 @@ class AFALoRAFunction(torch.autograd.Function):
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 dx, da, db = _differentiable(dy, x, weight, lora_a, lora_b, alpha_t, seed, ctx.options.spec)
             else:
-                # Hooks of saved tensors may have put others in the place of those that the forward saw.
+                # A hook on saved tensors may have returned other tensors than the forward saved, subclasses for
+                # example.
                 direct = ctx.direct and not torch_private.operators_are_watched()
                 direct = direct and torch_private.are_ordinary((*saved[:-1], weight))
                 if weight is not None:

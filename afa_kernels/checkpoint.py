@@ -58,7 +58,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     sharded = any(_is_sharded(t) for t in tensors.values())
     tensors = {key: _whole(t).to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     if sharded and torch.distributed.get_rank() != 0:
-        torch.distributed.barrier()  # back when the files are there
+        torch.distributed.barrier()  # process 0 reaches it when it has written the files
         return
 
     state = {

@@ -28,7 +28,7 @@ def _dtype(t: Tensor) -> str:
 
 
 def _is_number(value: object) -> bool:
-    # The test by type alone first: an abstract class costs as much as a small kernel launch saves.
+    # The type is compared first, because isinstance with an abstract class is several times as slow.
     return type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
 
 
@@ -174,10 +174,10 @@ def alpha_tensor(value: Tensor) -> None:
 
 def options(activation: str, scaling: float, dropout_p: float, save: str, backend: str | None) -> Options:
     """Return the options of a call, checked; the same ones again cost a look into a table."""
-    if not is_compiling():  # a compiler looks through the table, and warns of it
+    if not is_compiling():  # torch.compile ignores lru_cache, with a warning
         try:
             return _known_options(activation, scaling, dropout_p, save, backend)
-        except TypeError:  # it may be unhashable, and then it has no place in the table
+        except TypeError:  # an argument is of a wrong type or cannot be hashed: checked below
             pass
     return _checked_options(activation, scaling, dropout_p, save, backend)
 
@@ -199,7 +199,7 @@ def _checked_options(activation, scaling, dropout_p, save, backend) -> Options:
     return Options(Spec(activation, float(scaling), threshold_of(dropout_p)), save == "z", backend)
 
 
-# Typed: 1 and True are equal, but not equally good as a number.
+# typed, because 1 == True, but True is refused as a number.
 _known_options = remembered(_checked_options, typed=True)
 
 

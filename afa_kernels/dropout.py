@@ -43,8 +43,8 @@ def keep_mask(seed: Tensor, rows: int, cols: int, threshold: int) -> Tensor:
     """
     calls = -(-cols // COLUMNS_PER_CALL)
     counter = torch.arange(rows * calls, dtype=torch.int64, device=seed.device)
-    # int64 lanes hold uint32 words; a product of two words wraps modulo 2^64, which is what the bit
-    # operations need.
+    # Each int64 holds a 32-bit word. The product of two words may overflow into the sign bit, which does no harm: its
+    # low and high 32 bits are extracted with & and >>, and they are those of the unsigned product.
     c = [counter & _LOW32, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]
     key = [seed & _LOW32, (seed >> 32) & _LOW32]
     for _ in range(_ROUNDS):

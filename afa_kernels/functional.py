@@ -29,7 +29,7 @@ def afa_lora(
     AFA-LoRA update.
 
     ``phi(z) = (1 - alpha_t) * z + alpha_t * act(z)``. At ``alpha_t == 0`` this is ordinary LoRA,
-    runs as plain GEMMs and can be merged. Source: Li et al., arXiv 2512.22455.
+    runs without an activation and can be merged. Source: Li et al., arXiv 2512.22455.
 
     Args:
         x: ``(..., K)``, float64, float32, bfloat16 or float16; any strides. Under autocast it is
@@ -39,8 +39,8 @@ def afa_lora(
             in its own dtype.
         lora_b: ``(N, r)``, likewise.
         alpha_t: float in [0, 1], or a 0-dim float32 tensor that the kernel reads, so that a new
-            value neither recompiles nor waits for the device. The float 0.0 takes the GEMM path; a
-            tensor never does.
+            value neither recompiles nor waits for the device. The float 0.0 leaves the activation
+            out; a tensor never does.
         activation: a name from :func:`afa_kernels.activations`.
         scaling: the factor ``s = lora_alpha / r``.
         base: ``(..., N)``, the output of the frozen layer, or None for 0.
@@ -120,8 +120,8 @@ def lora(
         return _like(_apply(x, None, None, lora_a, lora_b, flat_base, alpha_t, seed, options, False, direct), x, n)
     if inplace and base.dtype == x.dtype and _can_accumulate(base, x, lora_a, lora_b):
         return _apply(x, None, None, lora_a, lora_b, base, alpha_t, seed, options, True, direct)
-    # The base has another dtype, cannot be viewed as rows, overlaps an operand, or is being
-    # traced: one more pass over it.
+    # The base has another dtype, cannot be viewed as rows or overlaps an operand, or the call is being traced. The
+    # branch is then computed alone and added, in one more pass over the base.
     y = _like(_apply(x, None, None, lora_a, lora_b, None, alpha_t, seed, options, False, direct), x, n)
     return base.add_(y) if inplace else base + y.to(base.dtype)
 
@@ -148,7 +148,7 @@ def _apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplac
     differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, lora_a, lora_b, base)
     )
-    options = _ops.resolved(rows, lora_a, lora_b, options, identity, differentiated)
+    options = _ops.resolved(rows, lora_b, options, identity, differentiated)
     # Under forward-mode differentiation the Function refuses; the operators alone would drop the
     # tangents in silence.
     if differentiated or torch_private.in_forward_mode():
@@ -165,7 +165,7 @@ def _apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplac
 
 
 def alpha_of(alpha_t: float | Tensor) -> float | Tensor | None:
-    """Return a checked alpha_t: None where it is the number 0, which selects plain GEMMs."""
+    """Return a checked alpha_t: None where it is the number 0, which leaves the activation out."""
     if isinstance(alpha_t, Tensor):
         checks.alpha_tensor(alpha_t)
         return alpha_t

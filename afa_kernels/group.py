@@ -162,7 +162,8 @@ class SharedInput:
     def open(self, _parent: nn.Module, _arguments: tuple) -> None:
         self._pending, self._saved_tensor_hooks = None, saved_tensor_hooks()
         if self.enabled:
-            # Set for the time of the call only: a copied or pickled layer stands alone.
+            # Set only while the parent is being called, so that a copy or a pickle of a layer does not refer to the
+            # others.
             for layer in self.layers:
                 layer._shared_input = self
 
@@ -171,11 +172,12 @@ class SharedInput:
         for layer in self.layers:
             layer._shared_input = None
         if pending is not None and pending.outputs and result is not None:
-            self.enabled = False  # work for nothing: these members read different tensors
+            self.enabled = False  # the members read different tensors, so results were computed that nobody took
 
     def take(self, layer: AFALinear, x: Tensor) -> Tensor | None:
         """Return the output of ``layer`` for ``x``, or None if it has to compute it itself."""
-        # A member in a region of activation checkpointing of its own must save its own tensors.
+        # A member that is inside a region of activation checkpointing, whose hooks are on, must save its own tensors
+        # there.
         if self._saved_tensor_hooks != saved_tensor_hooks():
             return None
         pending = self._pending
@@ -185,7 +187,8 @@ class SharedInput:
                 return None
             version, modes = _version(x), _modes(x)
             outputs = dict(enumerate(_linear(layers, x)))
-            # One assignment and one pop: other threads in the same block see whole states.
+            # Assigned once it is complete, and emptied by pop, so that another thread in the same block never sees half
+            # of it.
             pending = self._pending = _Pending(x, version, modes, outputs)
         elif pending.x is not x or pending.version != _version(x) or pending.modes != _modes(x):
             return None
@@ -203,8 +206,8 @@ def _may_be_shared(x: Tensor, layers: list[AFALinear]) -> bool:
     if not isinstance(x, Tensor):
         return False
     if torch.compiler.is_compiling():
-        # A trace cannot read versions. Where gradients are recorded it need not: every member alone
-        # would save x, and a change of a saved tensor is an error.
+        # torch.compile cannot read the version of a tensor. Where gradients are recorded that is not needed: every
+        # member alone would save x, and autograd reports a change of a saved tensor as an error.
         return torch.is_grad_enabled() and all(layer.lora_a.requires_grad for layer in layers)
     return not x.is_inference()
 
@@ -293,7 +296,7 @@ def _linear(layers: list[AFALinear], x: Tensor) -> list[Tensor]:
         activations,
         [m.scaling for m in layers],
         layers[0].save == "z",
-        requested(layers[0].backend),  # now, so that the backward runs where the forward ran
+        requested(layers[0].backend),  # asked for now: the backward may run outside of use_backend
     )
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
     if differentiated:

@@ -38,17 +38,10 @@ def why_unsupported(module: nn.Module) -> str | None:
     return None
 
 
-class _Option:
-    """An attribute of AFALinear that its calls depend on: setting it makes the layer's options anew."""
-
-    def __set_name__(self, owner: type, name: str):
-        self.name = name
-
-    def __get__(self, layer: "AFALinear | None", owner: type):
-        return self if layer is None else layer._chosen[self.name]
-
-    def __set__(self, layer: "AFALinear", value):
-        layer._choose(**{self.name: value})
+def _option(name: str) -> property:
+    """Return an attribute of AFALinear that its calls depend on: setting it makes the layer's options anew."""
+    # A property and no descriptor of our own: torch.compile of torch 2.6 sees through properties alone.
+    return property(lambda layer: layer._chosen[name], lambda layer, value: layer._choose(**{name: value}))
 
 
 class AFALinear(Annealed):
@@ -57,7 +50,7 @@ class AFALinear(Annealed):
     ``y = base_layer(x) + scaling * phi(dropout(x) @ lora_a.T) @ lora_b.T`` with
     ``phi(z) = (1 - alpha_t) * z + alpha_t * act(z)``. It starts at ``alpha_t = 1`` with
     ``lora_b = 0``, so its output is first that of ``base_layer``. At ``alpha_t = 0`` the branch is
-    an ordinary LoRA: it runs as plain GEMMs and can be merged.
+    an ordinary LoRA: it runs without an activation and can be merged.
 
     Args:
         base_layer: ``torch.nn.Linear`` or transformers' ``Conv1D``. Its parameters are frozen; the
@@ -85,11 +78,11 @@ class AFALinear(Annealed):
     not be changed.
     """
 
-    activation = _Option()
-    scaling = _Option()
-    dropout = _Option()
-    save = _Option()
-    backend = _Option()
+    activation = _option("activation")
+    scaling = _option("scaling")
+    dropout = _option("dropout")
+    save = _option("save")
+    backend = _option("backend")
 
     def __init__(
         self,

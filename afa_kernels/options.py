@@ -30,12 +30,17 @@ class Options(NamedTuple):
     backend: str | None
 
 
+# New tuples, not _replace: torch.compile traces these functions, and torch 2.6 cannot trace _replace.
+
+
 def at_identity(options: Options) -> Options:
     """Return the options of the same call at ``alpha_t = 0``: no activation. z is saved as before: making it again
     costs more than the activation did."""
-    return options._replace(spec=options.spec._replace(activation=IDENTITY))
+    spec = options.spec
+    return Options(Spec(IDENTITY, spec.scaling, spec.dropout), options.save_z, options.backend)
 
 
 def without_dropout(options: Options) -> Options:
     """Return the options of the same call in evaluation."""
-    return options._replace(spec=options.spec._replace(dropout=0))
+    spec = options.spec
+    return Options(Spec(spec.activation, spec.scaling, 0), options.save_z, options.backend)

@@ -56,7 +56,7 @@ class _StyleAFA(ParallelStyle):
                 sharded = nn.Parameter(shards, requires_grad=parameter.requires_grad)
                 owner.register_parameter(name, sharded)
         module._parallel = self._forward
-        # Not distribute_module: it would make a DTensor of alpha_t_buffer too, which kernels read.
+        # distribute_module would also make a DTensor of alpha_t_buffer, which kernels read as a plain tensor.
         module.register_forward_pre_hook(partial(_prepare_input, self.input_layouts, self.desired_input, device_mesh))
         module.register_forward_hook(partial(_prepare_output, self.output_layouts, self.use_local_output))
         return module
@@ -174,11 +174,11 @@ class RowwiseAFA(_StyleAFA):
         x_local, bias = x.to_local(), _local(layer.base_layer.bias)
         y = F.linear(x_local, _local_weight(layer))
         if bias is not None and mesh.get_local_rank() == 0:
-            y = y + bias.to(y.dtype)  # the sum over the processes must hold it once
+            y = y + bias.to(y.dtype)  # once, because y is summed over the processes
         z = F.linear(x_local, layer.lora_a.to_local().to(x_local.dtype))
         z = DTensor.from_local(z, mesh, [Partial()], run_check=False)
         z = z.redistribute(placements=[Shard(last)]).to_local()
-        # The branch on z itself: with A = I its z is exactly the one given.
+        # z is known already. With x = z and A = I the branch computes exactly this z again.
         unit = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
         b = layer.lora_b.to_local()
         y = lora(z, unit, b, layer.coefficient(), layer.options, base=y, inplace=True)

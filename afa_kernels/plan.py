@@ -67,7 +67,7 @@ def plan_of(x: Tensor, lora_a: Tensor, lora_b: Tensor, identity: bool, options: 
     rows = autocast("x", x.detach()).reshape(-1, x.shape[-1])
     if identity:
         options = at_identity(options)
-    call = _ops.call_of(rows, lora_a, lora_b, options.spec)
+    call = _ops.call_of(rows, lora_b, options.spec)
     chosen, reason = registry.select(call, registry.requested(options.backend))
     launches = () if chosen.launches is None or call.m == 0 else tuple(chosen.launches(call))
     return Plan(chosen.name, "gemm" if identity else "fused", reason, launches)

@@ -25,8 +25,8 @@ def _sigmoid(progress: float, sharpness: float) -> float:
     return (falling(progress) - falling(1.0)) / (falling(0.0) - falling(1.0))
 
 
-# kind -> (blend(progress, option), name of the option, its default). Every blend falls from 1 at 0
-# to 0 at 1; step and constant reach 0 by a jump at 1.
+# For each kind: blend(progress, option), the name of the option, and its default. A blend falls from 1 at progress 0 to
+# 0 at progress 1; step and constant reach 0 there by a jump.
 KINDS: dict[str, tuple[Callable[[float, Any], float], str | None, Any]] = {
     "linear": (lambda p, _: 1.0 - p, None, None),
     "cosine": (lambda p, _: 0.5 * (1.0 + math.cos(math.pi * p)), None, None),
@@ -56,7 +56,7 @@ class AnnealSchedule:
         start, end: alpha_t before and after annealing, in [0, 1].
         begin_frac, end_frac: the annealed part of training, ``0 <= begin_frac <= end_frac <= 1``.
             The default leaves the last fifth of the steps at ``end``, where the branch is an
-            ordinary LoRA and runs as plain GEMMs.
+            ordinary LoRA.
         **options: the option of the kind, in brackets above.
 
     Raises:

@@ -25,7 +25,7 @@ def _find(path: str) -> Any:
 _autocast_state = _find("_C._is_any_autocast_enabled")
 _hooks_of_saved_tensors = _find("_C._autograd._top_saved_tensors_default_hooks")
 _dispatch_keys = _find("_C._dispatch_keys")
-# What may see, record or replace operators: modes, transforms, traces and profilers.
+# Functions that tell whether something may see, record or replace operators: modes, transforms, traces and profilers.
 _WATCHERS = (
     _find("_C._len_torch_dispatch_stack"),
     _find("_C._len_torch_function_stack"),
@@ -33,8 +33,8 @@ _WATCHERS = (
     _find("_C._get_tracing_state"),
     _find("autograd._profiler_enabled"),
 )
-# The keys of a dense tensor. Any other stands for something that the dispatcher would do: negate or conjugate, fill in
-# zeros, call a subclass, a mode or a transform, run the fake kernel on the meta device.
+# The dispatch keys of an ordinary dense tensor. Any other key stands for work that the dispatcher would do: negate or
+# conjugate, fill in zeros, call a subclass, a mode or a transform, or run the fake kernel of the meta device.
 _DENSE_KEYS = ("CPU", "CUDA", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
 _TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 

@@ -26,14 +26,15 @@ _STYLE = {
     "torchtune": ("torchtune LoRA", "tab:brown", "v"),
     "unsloth": ("Unsloth LoRA", "tab:pink", "P"),
     "lorafusion": ("LoRAFusion LoRA", "tab:olive", "X"),
-    "eager": ("eager AFA", "tab:red", "o"),
-    "compiled": ("torch.compile AFA", "tab:purple", "D"),
-    "afa.torch": ("afa_kernels, torch ops", "tab:cyan", "^"),
-    "afa.triton": ("afa_kernels, Triton", "tab:green", "*"),
-    "afa.cuda": ("afa_kernels, CUDA", "tab:blue", "*"),
-    "afa.cpu": ("afa_kernels, CPU kernels", "tab:blue", "*"),
+    "eager": ("AFA-LoRA in PyTorch code", "tab:red", "o"),
+    "compiled": ("the same, torch.compile", "tab:purple", "D"),
+    "afa.torch": ("afa_kernels, backend torch", "tab:cyan", "^"),
+    "afa.triton": ("afa_kernels, backend triton", "tab:green", "*"),
+    "afa.cuda": ("afa_kernels, backend cuda", "tab:blue", "*"),
+    "afa.cpu": ("afa_kernels, backend cpu", "tab:blue", "*"),
     "afa": ("afa_kernels", "black", "."),
-    "afa.again": ("afa_kernels again", "black", "x"),  # where it is not on the other, that is the error
+    # The distance between this curve and the one before is the error of the measurement.
+    "afa.again": ("afa_kernels, measured again", "black", "x"),
 }
 
 
@@ -71,8 +72,7 @@ def _sweeps(rows: list[dict], variable: str) -> Iterator[tuple[str, dict[str, li
         if len(group["floor"]) >= 3:
             named = dict(zip(fixed, values, strict=True))
             free = f"r={named['r']}" if variable == "m" else f"M={named['m']}"
-            title = f"{named['layer']} (K={named['k']}, N={named['n']}, {free}), "
-            title += f"{named['dtype']}, {named['device']}"
+            title = f"K={named['k']}, N={named['n']}, {free}, {named['dtype']}, {named['device']}"
             order = sorted(group, key=[*_STYLE, *group].index)
             yield title, {name: [(x, *y) for x, y in sorted(group[name].items())] for name in order}
 
@@ -85,7 +85,7 @@ def _tax_figure(sweeps: list, variable: str, label: str):
             x, *values = zip(*points, strict=True)
             middle, low, high = ([100 * value for value in line] for line in values)
             if name == "floor":
-                axis.plot(x, middle, color="gray", linestyle=":", label="floor")
+                axis.plot(x, middle, color="gray", linestyle=":", label="floor: an estimate of the least tax")
                 continue
             legend, color, marker = _STYLE.get(name, (name, None, "."))
             style = "--" if name == AGAIN else "-"
@@ -97,7 +97,7 @@ def _tax_figure(sweeps: list, variable: str, label: str):
         axis.grid(alpha=0.3)
         axis.set_xlabel(label)
         axis.set_ylabel("adapter tax, % of the frozen layer's time")
-        axis.set_title(f"forward + backward, {title}", fontsize=9)
+        axis.set_title(f"forward and backward, {title}", fontsize=9)
     _legend_beside(figure, axes[0])
     return figure
 
@@ -153,7 +153,8 @@ def _roofline(roof: dict, rows: list[dict]):
         axis.set_xlabel("arithmetic intensity, FLOP per byte")
         axis.set_title(f"{dtype}: GEMM {peak:.0f} GFLOP/s, copy {bandwidth:.0f} GB/s", fontsize=9)
     axes[0][0].set_ylabel("GFLOP/s")
-    figure.suptitle(f"the branch alone, {roof['device']}: training (filled), decoding (hollow)", fontsize=10)
+    title = f"the adapter's branch alone on {roof['device']}: training (filled), decoding (hollow)"
+    figure.suptitle(title, fontsize=10)
     _legend_beside(figure, axes[0])
     return figure
 

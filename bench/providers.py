@@ -277,17 +277,17 @@ def providers() -> dict[str, Provider]:
             _on_gpu_only("lorafusion.ops.lora_v1"),
             _lorafusion_layer,
         ),
-        Provider("eager", "AFA in torch ops, as in PEFT", "afa", _runs, _eager_layer, _eager_branch),
+        Provider("eager", "AFA-LoRA in PyTorch code, as in PEFT", "afa", _runs, _eager_layer, _eager_branch),
         Provider(
             "compiled",
-            "torch.compile of eager",
+            "the same code, compiled by torch.compile",
             "afa",
             _compiled_why_not,
             _compiled_layer,
             _compiled_branch,
         ),
     )
-    again = replace(_afa(None), name=AGAIN, about="afa once more: its ratio to afa is the error of the measurement")
+    again = replace(_afa(None), name=AGAIN, about="afa measured again: its ratio to afa is the measurement's error")
     ours = [_afa(None), again] + [_afa(n) for n in registry.names() if registry.get(n).automatic]
     return {provider.name: provider for provider in (*peers, *ours)}
 

@@ -1,6 +1,7 @@
-// Recognizes operands that pass the checks of afa_kernels/checks.py. For a small call those checks
-// cost more than the kernels when Python does them. True: everything is in order. False: not
-// recognized, and Python checks it and finds the words for what is wrong, if anything is.
+// Recognizes operands that pass the checks of afa_kernels/checks.py, since in Python those checks
+// take longer than the kernels of a small call. True means that everything is in order. False means
+// only that the operands are not of the common kind: Python then checks them itself, and raises the
+// error if there is one.
 #pragma once
 
 #include <pybind11/pybind11.h>

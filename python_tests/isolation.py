@@ -21,6 +21,7 @@ for _name in list(os.environ):
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Processes that tests start inherit it.
 os.environ |= {
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # torch 2.6 starts a pool of processes on import of its compiler
     "HF_HUB_OFFLINE": "1",
     "HF_HOME": os.path.join(_CACHES.name, "huggingface"),
     "AFA_KERNELS_CACHE_DIR": os.path.join(_CACHES.name, "afa_kernels"),

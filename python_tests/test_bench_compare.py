@@ -62,5 +62,5 @@ def test_pictures_are_drawn_from_rows(tmp_path, monkeypatch):
     written = plot.draw([writer.path], tmp_path)
     assert {path.name for path in written} == {"tax_tokens.png", "tax_rank.png", "roofline.png"}
     for path in written:
-        assert "eager AFA" in legends[path.name]
+        assert "AFA-LoRA in PyTorch code" in legends[path.name]
         assert path.read_bytes()[:4] == b"\x89PNG"

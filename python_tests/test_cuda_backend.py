@@ -19,7 +19,7 @@ def call(r=16, k=64, n=64, dtype=torch.bfloat16):
 
 def fake_triton(available=True):
     status = BackendStatus(available, "" if available else "triton is not installed")
-    return Backend("triton", frozenset({"cuda"}), lambda: status, lambda call: None, forward=None, backward=None)
+    return Backend("triton", frozenset({"cuda"}), lambda: status, forward=None, backward=None)
 
 
 @pytest.fixture

@@ -212,7 +212,7 @@ def test_the_stacked_matrices_are_one_call_of_the_backend(monkeypatch, save_z):
         return call
 
     spy = registry.Backend(
-        "spy", frozenset(), torch_ops.BACKEND.status, torch_ops.BACKEND.refuses,
+        "spy", frozenset(), torch_ops.BACKEND.status,
         recorded(torch_ops.forward, "forward"), recorded(torch_ops.backward, "backward"),
         automatic=False,
     )  # fmt: skip

@@ -58,6 +58,7 @@ def assert_same(got, want) -> None:
         torch.testing.assert_close(got[1][name], want[1][name], msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="torch 2.6 cannot trace the forward of transformers' models")
 @GROUPS
 def test_a_whole_model_compiles_once_while_it_anneals(group):
     model = adapted(layers=1, group=group)

@@ -23,8 +23,8 @@ from afa_kernels.options import Spec
 _MAX_RANK = 128
 _MIN_CAPABILITY = (8, 0)
 # Beyond this rank the passes over x and dy are bound by mma.sync's issue rate, not by memory; on
-# these GPUs triton compiles them to the faster tensor-core instructions (a model: no GPU has
-# confirmed it).
+# these GPUs triton compiles them to faster tensor-core instructions. This limit comes from a model and has not been
+# measured on a GPU.
 _MAX_MEMORY_BOUND_RANK = 64
 _FASTER_IN_TRITON = (9, 10)  # major compute capabilities
 _VECTOR = 8  # 16-bit elements in the 16 bytes that the kernels move at a time
@@ -201,7 +201,7 @@ def _status() -> BackendStatus:
     if not torch.cuda.is_available():
         return BackendStatus(False, "torch sees no CUDA device", details)
     driver, runtime = module.versions()
-    if driver // 1000 < runtime // 1000:  # within one major version any driver will do
+    if driver // 1000 < runtime // 1000:  # a driver runs every runtime of its own major version
         return BackendStatus(False, _old_driver(driver, runtime), details)
     details["devices"] = [_device_name(i) for i in range(torch.cuda.device_count())]
     return BackendStatus(True, details=details)

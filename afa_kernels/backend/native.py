@@ -1,4 +1,5 @@
 """Finds the compiled module ``afa_kernels._C``. Import never fails: the error is kept for whoever asks for a kernel.
+A module that another version of the package left behind counts as none.
 
 What Python does slowly and every call needs is done by the module where there is one.
 """
@@ -11,13 +12,34 @@ import torch
 
 from afa_kernels import torch_private
 
-_C: ModuleType | None = None
-load_error = ""
-try:
-    _C = importlib.import_module("afa_kernels._C")
-    _C.use_torch(torch)
-except ImportError as error:
-    load_error = f"the compiled module afa_kernels._C cannot be loaded ({error}); build it with `pip install .`"
+OTHER_VERSION = "the compiled module afa_kernels._C is of another version of this package"
+# All that the package uses of the module, and of its CUDA part where it has one.
+_NAMES = (
+    "build_info", "cpu_backward", "cpu_features", "cpu_forward", "cpu_isa", "cpu_isas", "environment", "float_at",
+    "recognizes_linear", "recognizes_lora", "use_torch",
+)  # fmt: skip
+_CUDA_NAMES = (
+    "backward", "backward_workspace", "device_limits", "forward", "forward_workspace", "kernel_image_failure",
+    "launch_plan", "versions",
+)  # fmt: skip
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """Return the module, or None and what keeps it from being used."""
+    try:
+        module = importlib.import_module("afa_kernels._C")
+    except ImportError as error:
+        return None, f"the compiled module afa_kernels._C cannot be loaded ({error}); build it with `pip install .`"
+    missing = [name for name in _NAMES if not hasattr(module, name)]
+    if hasattr(module, "cuda"):
+        missing += [f"cuda.{name}" for name in _CUDA_NAMES if not hasattr(module.cuda, name)]
+    if missing:
+        return None, f"{OTHER_VERSION} (it has no {', '.join(missing)}); build it again with `pip install .`"
+    module.use_torch(torch)
+    return module, ""
+
+
+_C, load_error = _load()
 
 
 def _recognizes_nothing(*_operands: object) -> bool:

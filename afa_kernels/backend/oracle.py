@@ -3,7 +3,7 @@
 import torch
 
 from afa_kernels import reference
-from afa_kernels.backend.registry import Backend, BackendStatus, Call
+from afa_kernels.backend.registry import Backend, BackendStatus
 
 
 def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
@@ -17,15 +17,10 @@ def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
     return dx if need_dx else None, da if need_da else None, db if need_db else None
 
 
-def _refuses(call: Call) -> str | None:
-    return None
-
-
 BACKEND = Backend(
     name="reference",
     devices=frozenset(),
     status=lambda: BackendStatus(True, details={"torch": torch.__version__}),
-    refuses=_refuses,
     forward=forward,
     backward=backward,
 )

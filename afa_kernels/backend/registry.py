@@ -111,21 +111,23 @@ class Backend:
     name: str
     devices: frozenset[str]  # empty: every device
     status: Callable[[], BackendStatus]
-    refuses: Callable[[Call], str | None]  # why this backend cannot take a call that its device allows; None if it can
     forward: Forward
     backward: Backward
-    # Whether the GEMM of a frozen layer had better run before the branch, and the branch accumulate into its result:
-    # gemm_first(spec, dtype of x, is it the backward). See backend/frozen.py for the two orders.
+    # Why this backend cannot take a call that its device allows; None if it can.
+    refuses: Callable[[Call], str | None] = lambda call: None
+    # gemm_first(spec, dtype of x, whether it is the backward): whether the GEMM of a frozen layer runs before the
+    # branch, which then accumulates into its result. backend/frozen.py explains the two orders.
     gemm_first: Callable[[Spec, torch.dtype, bool], bool] = lambda spec, dtype, backward: False
-    automatic: bool = True  # False: only on request
-    # The kernels of a call with their launch parameters, for ``plan``.
+    automatic: bool = True  # False: only where the caller names it
+    # What ``plan`` shows: the kernels of a call with their launch parameters.
     launches: Callable[[Call], list[dict[str, Any]]] | None = None
-    # The backend to which this one leaves a call that nobody forced, and why; None: to none.
+    # For a call that this backend can take, but for which another one is the better choice: the name of that one, and
+    # the reason, which ``plan`` shows; else None. It is not asked where the caller names a backend.
     leaves: Callable[[Call], tuple[str, str] | None] | None = None
 
     def why_not(self, call: Call) -> str | None:
         """Return why this backend cannot take ``call``, or None if it can."""
-        # Devices first: a call on the CPU must not wake a GPU's driver.
+        # The device comes first, because status() of a GPU backend initializes the driver.
         if self.devices and call.device not in self.devices:
             return f"runs on {', '.join(sorted(self.devices))} tensors, got {call.device}"
         status = self.status()
@@ -145,9 +147,10 @@ _remembered: list[Any] = []
 
 class _Request(threading.local):
     """The backend that use_backend asked for on this thread. Not a ContextVar: torch.compile cannot trace one, but
-    compiles again when this attribute changes."""
+    compiles again when this attribute changes. Not a default in the class: there torch 2.6 sees the default alone."""
 
-    name: str | None = None
+    def __init__(self):  # runs on every thread
+        self.name: str | None = None
 
 
 _request = _Request()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from afa_kernels.activation import IDENTITY, phi, phi_slope
-from afa_kernels.backend.registry import Backend, BackendStatus, Call
+from afa_kernels.backend.registry import Backend, BackendStatus
 from afa_kernels.dropout import keep_mask
 from afa_kernels.options import Spec
 from afa_kernels.reference import compute_dtype
@@ -83,15 +83,10 @@ def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
     return dx, da, db
 
 
-def _refuses(call: Call) -> str | None:
-    return None
-
-
 BACKEND = Backend(
     name="torch",
     devices=frozenset(),
     status=lambda: BackendStatus(True, details={"torch": torch.__version__}),
-    refuses=_refuses,
     forward=forward,
     backward=backward,
 )

@@ -41,7 +41,7 @@ class Annealer:
         if schedule is not None and options:
             raise TypeError(f"schedule: given already, got {', '.join(sorted(options))} too")
         if options:
-            AnnealSchedule(1, **options)  # an unknown or wrong one is an error here, not later
+            AnnealSchedule(1, **options)  # raises now, not when training starts, where an option is wrong
         self.finish = finish
         self.merge = merge
         self.alpha_t: float | None = None
@@ -114,7 +114,7 @@ class Annealer:
     def _made_for(self, total_steps: int) -> AnnealSchedule:
         if self._options:
             return AnnealSchedule(total_steps, **self._options)
-        # Layers of a PEFT model have the one of their adapter's configuration.
+        # A layer of a PEFT model makes the schedule that its adapter's configuration describes.
         own = (getattr(layer, "schedule", None) for layer in self._layers)
         made = (make(total_steps) for make in own if make is not None)
         configured = next((each for each in made if each is not None), None)

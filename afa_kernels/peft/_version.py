@@ -11,12 +11,10 @@ def require_peft() -> None:
         from peft import __version__ as found
     except ModuleNotFoundError as error:
         if error.name != "peft":
-            raise  # it is there, and something that it needs is not
+            raise  # PEFT is installed, but a package that it imports is missing
         raise ImportError(f"{wanted}: pip install 'afa-kernels[peft]'") from error
     if _release(found) < MINIMUM:
-        raise ImportError(
-            f"{wanted}, found {found}: its layers have no seam for another branch; pip install --upgrade peft"
-        )
+        raise ImportError(f"{wanted}, found {found}: its LoRA layers take no variants; pip install --upgrade peft")
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -215,7 +215,7 @@ class AFALoraLayer:
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         kwargs.pop("alora_offsets", None)  # PEFT's, for another variant
         result = self.base_layer(x, *args, **kwargs)
-        if torch_private.is_view(result):  # of a quantized layer's own tensor: not to be written
+        if torch_private.is_view(result):  # it may share memory with the quantized layer, and must not be written
             result = result.clone()
         for name in dict.fromkeys(adapter_names):
             if name == _BASE_MODEL or name not in self.lora_A:

@@ -193,7 +193,7 @@ static constexpr int64_t staged_ld() {
     return E::kSlab + 64 / static_cast<int64_t>(sizeof(typename E::Elem));
 }
 
-// So many rows before its turn a row is prefetched: the hardware does not follow from the end of
+// How many rows ahead rows are prefetched: the hardware prefetcher does not follow from the end of
 // one row to the beginning of the next.
 constexpr int64_t kRowsAhead = 4;
 

@@ -31,7 +31,7 @@ struct RowGroups {
     static constexpr int64_t kExpandRows = kRowGroup;  // that expand takes at once
     static constexpr bool kHasDotInPlace = true;
     static constexpr int64_t kL1Panels = 16 << 10;  // bytes of panels that stay in L1
-    static constexpr int64_t kTilesAhead = 4;       // from the one at work to the one asked for
+    static constexpr int64_t kTilesAhead = 4;       // how far ahead tiles are prefetched
     struct Scope {};                                // what a thread holds while it runs products
 
     static int64_t expand_rank(int64_t rp) { return rp; }

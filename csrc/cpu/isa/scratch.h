@@ -35,7 +35,7 @@ class Layout {
     int64_t bytes_ = 0;
 };
 
-// One allocation for all of them.
+// The memory of a Layout, in one allocation.
 class Scratch {
   public:
     explicit Scratch(const Layout& layout)

@@ -1,5 +1,5 @@
-// The table of kernels of one instruction set, all that dispatch.cpp sees of it. The
-// engine hangs on the dtype alone: each sums in an order of its own, and a row has the same bits in
+// The table of kernels of one instruction set, which is all that dispatch.cpp sees of it. The
+// engine is chosen by dtype alone: each sums in an order of its own, and a row has the same bits in
 // a call of any number of rows.
 #pragma once
 

@@ -66,7 +66,8 @@ class Team {
             f(i);
     }
 
-    // This thread's rows of a grid, and all their columns as long as there are rows for everyone.
+    // This thread's cell of a grid: some of the rows, with all their columns or, where there are
+    // more threads than rows, with some of them.
     Cell grid(int64_t rows, int64_t cols) const {
         const int across = static_cast<int>(ceil_div(threads_, rows)), down = threads_ / across;
         if (id_ >= down * across)

@@ -100,8 +100,8 @@ static inline void from_float(float value, f16* out) {
         half = 0x7E00u;
     } else if (magnitude >= 0x477FF000u) {  // 65520 and more round to infinity
         half = 0x7C00u;
-    } else if (magnitude <
-               0x38800000u) {  // subnormal: adding 0.5 leaves the rounded bits at the bottom
+    } else if (magnitude < 0x38800000u) {
+        // The half is subnormal: adding 0.5 leaves its rounded bits in the lowest bits of the sum.
         half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
     } else {
         half = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;

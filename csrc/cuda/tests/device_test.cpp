@@ -124,6 +124,14 @@ void another_device_leaves_no_context_behind() {
     EXPECT(fake.has_context[1] && !fake.has_context[0]);
 }
 
+void the_device_that_would_be_taken_anyway_leaves_no_context_behind_either() {
+    {
+        const DeviceScope scope(0);  // the number that cudaGetDevice gives where nothing is current
+        EXPECT(fake.current == 0);
+    }
+    EXPECT(fake.current == -1);
+}
+
 void the_context_that_was_current_comes_back() {
     cudaSetDevice(0);
     {
@@ -176,6 +184,7 @@ const struct {
     CASE(a_fault_of_an_earlier_kernel_is_not_this_ones),
     CASE(an_error_that_stood_before_the_launch_is_not_its_own),
     CASE(another_device_leaves_no_context_behind),
+    CASE(the_device_that_would_be_taken_anyway_leaves_no_context_behind_either),
     CASE(the_context_that_was_current_comes_back),
     CASE(the_current_device_costs_no_switch),
     CASE(kernels_that_fit_are_no_failure),
