@@ -28,6 +28,7 @@ struct BranchCall {
     int activation;
     int threshold;  // of 256 elements of x that are dropped
     float scaling;
+    int64_t first_row = 0;  // of x, in a round of a backward
     void* workspace;  // 256-byte aligned, of forward_workspace() or backward_workspace() bytes
     void* stream;
     DeviceLimits device;

@@ -9,7 +9,8 @@ namespace afa {
 // Dropout of x. threshold 0: none, and seed is not read.
 struct DropoutParams {
     const int64_t* seed;
-    int threshold;  // of 256
+    int threshold;      // of 256
+    int64_t first_row;  // of x, where the kernel is given a part of its rows
 };
 
 // A product (M, W) x (W, R). W is summed in segments, and the sums of the segments are added in
@@ -59,6 +60,7 @@ struct DyParams {
     const float* alpha_t;  // [1]; null at identity
     float* dh;             // [slabs, M, R]; null: not needed
     float* db;             // [chunks, N, R]; null: not needed
+    bool adds;             // to db
     int64_t m, rows_per_chunk;
     int n, r;
     int stages;
@@ -74,6 +76,7 @@ struct OuterParams {
     int64_t a_stride;
     void* dx;        // T [M, W], row stride W; null: not needed (x pass only)
     float* partial;  // [chunks, R, W] (x pass) or [chunks, W, R] (dy pass); null: not needed
+    bool adds;       // to partial
     int64_t m, rows_per_chunk;
     int w;
     int stages;

@@ -22,8 +22,9 @@ struct DeviceLimits {
     int sm_count;
     int shared_per_block;  // bytes that one block may ask for
     int shared_per_sm;
-    int chunk_limit =
-        0;  // most chunks of rows, 0: no limit; tests set it to reach long chunks with few rows
+    // Most chunks of rows, and most rows of a round; 0: no limit. Tests set them to reach long
+    // chunks and several rounds with few rows.
+    int chunk_limit = 0, round_limit = 0;
 };
 
 struct KernelPlan {
@@ -47,6 +48,8 @@ struct ForwardPlan {
 
 struct BackwardPlan {
     int rank;
+    int64_t rows;      // of a round: all of this plan is done once for each `rows` rows of the call
+    int rounds;        // so that scratch memory does not grow with M
     bool one_pass_dy;  // dy kernel; else project and db kernel
     int segment;       // columns of dy that are summed for themselves (project kernel)
     int dh_parts;  // partial sums of dh: slabs of the dy kernel, or splits of the project kernel
@@ -56,6 +59,9 @@ struct BackwardPlan {
 };
 
 constexpr int kMaxRank = 128;
+
+// Rows of a tile of the forward, expand and project kernels.
+int tile_rows(int rank_class);
 
 // Columns of a segment of a sum over `width` columns: at most kMaxSegments segments, each a whole
 // number of kSegmentUnit columns. afa_kernels/backend/triton/launch.py has the same rule.
@@ -69,8 +75,10 @@ int rank_class(int r);
 ForwardPlan plan_forward(const Shape& shape, const DeviceLimits& device);
 BackwardPlan plan_backward(const Shape& shape, const DeviceLimits& device);
 
-// Waves of blocks that the grid needs on the device.
+// Waves of blocks that the grid needs on the device, and the share of their time in which the last
+// one leaves multiprocessors without a block.
 double waves(const KernelPlan& plan, const DeviceLimits& device);
+double tail(const KernelPlan& plan, const DeviceLimits& device);
 
 std::string describe(const Shape& shape);
 std::string describe(const KernelPlan& plan, const Shape& shape);
