@@ -91,10 +91,12 @@ py::dict described(const KernelPlan& plan, const DeviceLimits& device) {
     row["grid"] = py::make_tuple(plan.grid_x, plan.grid_y);
     row["threads"] = plan.threads;
     row["stages"] = plan.stages;
+    row["stage_bytes"] = plan.stage_bytes;
     row["shared_bytes"] = plan.shared_bytes;
     row["registers"] = plan.registers;
     row["blocks_per_sm"] = plan.blocks_per_sm;
     row["waves"] = waves(plan, device);
+    row["launches"] = plan.launches;
     return row;
 }
 

@@ -201,6 +201,8 @@ BackwardPlan backward_of(const Shape& all, const DeviceLimits& device) {
                                     Outer::db_bytes, plan.db_rows);
         plan.db_chunks = plan.db.grid_y;
     }
+    for (KernelPlan* kernel : {&plan.dy, &plan.project_dy, &plan.db, &plan.x})
+        kernel->launches = plan.rounds;
     return plan;
 }
 

@@ -33,9 +33,11 @@ struct KernelPlan {
     int grid_y = 1;
     int threads = 0;
     int stages = 0;  // tiles in the ring
+    int stage_bytes = 0;
     int shared_bytes = 0;
     int registers = 0;      // budget per thread
     int blocks_per_sm = 0;  // by shared memory and registers
+    int launches = 1;       // in a backward, one for each round
 };
 
 struct ForwardPlan {

@@ -27,7 +27,7 @@ struct RowTile {
     static constexpr int kThreads = kRows / 16 * kWarpSize;
     // Budgets per thread, on every architecture. At rank 128 the two accumulators of a sum in
     // segments leave room for one block on a multiprocessor, which has tiles enough under way.
-    static constexpr int kRegisters = R == 128 ? 184 : 128, kExpandRegisters = 128;
+    static constexpr int kRegisters = R == 128 ? 224 : 128, kExpandRegisters = 128;
     static constexpr int kWide = tile_elements(kRows, kDepth);
     static constexpr int kNarrow = tile_elements(R, kDepth);
     static constexpr int kNarrowTransposed = tile_elements(kDepth, R);

@@ -1,0 +1,106 @@
+"""``python -m bench.model``: what the branch of a layer would add on an H100, kernel by kernel, MODELLED.
+
+Nothing here was measured. ``--check`` prints the figures that the kernels are meant to reach and exits with 1 where one
+is missed.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from bench.model.cuda_launches import H100, Kernel, Layer, Range, kernels, overhead
+
+# (K, N) of the linear layers of Llama 8B and 70B and of Qwen3 4B.
+LAYERS = (
+    (4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192),
+    (2560, 4096), (2560, 9728), (9728, 2560),
+)  # fmt: skip
+ROWS = (1, 64, 512, 2048, 8192, 32768, 131072)
+RANKS = (8, 16, 32, 64, 128)
+# What a lone layer with float32 A and B may add at M = 8192, K = N = 4096, r = 16 with the assumptions in the middle.
+MOST_OVERHEAD = 19.5
+MOST_TAIL = 0.10  # of the time of a large call
+
+
+def assumptions() -> Iterator[str]:
+    yield f"assumed of an {H100.name}                    good       bad"
+    for name, scale, unit in (
+        ("memory", 1e-12, "TB/s"), ("l2", 1e-12, "TB/s"), ("latency", 1e6, "us"), ("launch", 1e6, "us"),
+        ("unhidden", 1, "of the read of a GEMM's third operand"),
+    ):  # fmt: skip
+        value: Range = getattr(H100, name)
+        yield f"  {name:30}{value.good * scale:10.2f}{value.bad * scale:10.2f}  {unit}"
+    yield f"  {'gemm':30}{H100.gemm / 1e12:10.0f}{H100.gemm / 1e12:10.0f}  TFLOP/s"
+
+
+def table(layer: Layer, float_weights: bool) -> Iterator[str]:
+    whole = overhead(layer, float_weights=float_weights)
+    yield (
+        f"\nM={layer.m} K={layer.k} N={layer.n} r={layer.r}, A and B in {'float32' if float_weights else '16 bits'}: "
+        f"{shown(whole.forward)} forward, {shown(whole.backward)} backward, {shown(whole.both)} of the frozen GEMMs"
+    )
+    yield (
+        f"  {'kernel':12}{'launches':>8}{'grid':>12}{'stages':>7}{'blocks/SM':>10}{'waves':>7}{'HBM MB':>8}{'L2 MB':>7}"
+        f"{'KB/SM under way':>16}{'us':>15}  bound by"
+    )
+    for direction in kernels(layer, float_weights=float_weights):
+        for kernel in direction:
+            yield line(kernel)
+
+
+def line(kernel: Kernel) -> str:
+    (good, bound), (bad, bad_bound) = (kernel.seconds(H100, which) for which in ("good", "bad"))
+    return (
+        f"  {kernel.name:12}{kernel.launches:>8}{'x'.join(map(str, kernel.grid)):>12}{kernel.stages:>7}{kernel.blocks:>10}"
+        f"{kernel.waves:>7.2f}{kernel.hbm / 1e6:>8.1f}{kernel.l2 / 1e6:>7.1f}{kernel.under_way / 1024:>16.0f}"
+        f"{good * 1e6:>7.1f} to {bad * 1e6:.1f}  {bound if bound == bad_bound else f'{bound} or {bad_bound}'}"
+    )
+
+
+def shown(percent: Range) -> str:
+    return f"{percent.good:.1f}% to {percent.bad:.1f}%"
+
+
+def check() -> bool:
+    """Print each figure with its bound and return whether all hold."""
+    holds = True
+
+    def figure(text: str, value: float, most: float) -> None:
+        nonlocal holds
+        holds &= value <= most
+        print(f"{'ok    ' if value <= most else 'MISSED'} {text}: {value:.1f}, at most {most:.1f}")
+
+    lone = overhead(Layer(8192, 4096, 4096, 16)).both
+    figure("a lone layer, middle of the range, % of the frozen GEMMs", (lone.good + lone.bad) / 2, MOST_OVERHEAD)
+    for r in RANKS:
+        worst = max((idle(Layer(m, k, n, r)), (m, k, n)) for k, n in LAYERS for m in ROWS if m >= 8192)
+        figure(f"time in tails, r={r}, worst of the large calls {worst[1]}, %", 100 * worst[0], 100 * MOST_TAIL)
+    return holds
+
+
+def idle(layer: Layer) -> float:
+    """Return the share of the modelled time of a branch in which the last waves of its kernels leave the GPU idle."""
+    each = [kernel for direction in kernels(layer) for kernel in direction]
+    spent = sum(kernel.seconds(H100, "bad")[0] for kernel in each)
+    return 1 - sum(kernel._replace(waves=0.0).seconds(H100, "bad")[0] for kernel in each) / spent
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__)
+    for name, default in (("m", 8192), ("k", 4096), ("n", 4096)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--r", type=int, nargs="+", default=[16])
+    parser.add_argument("--half", action="store_true", help="A and B in 16 bits; by default float32, as PEFT has them")
+    parser.add_argument("--check", action="store_true", help="the figures to be reached, exit 1 where one is missed")
+    options = parser.parse_args(arguments)
+    print("MODELLED, not measured")
+    print(*assumptions(), sep="\n")
+    if options.check:
+        return 0 if check() else 1
+    for r in options.r:
+        print(*table(Layer(options.m, options.k, options.n, r), not options.half), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

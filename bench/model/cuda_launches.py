@@ -1,0 +1,191 @@
+"""What an H100 would make of the launches of the ``cuda`` backend: bytes, bytes under way, waves, and the time that
+follows. MODELLED, nothing here was measured.
+
+The launches are those that ``afa_kernels.plan`` shows, for the dtypes of PEFT: x in 16 bits, A and B in float32, which
+brings in the ``pack`` kernel. The bytes are checked against what the kernels move in the emulator
+(python_tests/test_cuda_traffic.py).
+
+    time of a kernel = launch + the longest of
+        memory      HBM bytes / memory rate
+        L2          (HBM + L2 bytes) / L2 rate
+        latency     HBM bytes / (bytes under way on all multiprocessors / latency)
+    the second term divided by the full share of the last wave
+
+HBM counts x, dy, y, dx and z; everything else (A, B, dz, partial sums, and every repeated read) counts as L2.
+"""
+
+import math
+from typing import NamedTuple
+
+from afa_kernels.backend import native
+
+_HALF, _FLOAT = 2, 4
+
+
+class Range(NamedTuple):
+    """An assumption, or what follows from some: the value that is good for us, and the one that is bad."""
+
+    good: float
+    bad: float
+
+
+class Gpu(NamedTuple):
+    """What the model assumes of a GPU."""
+
+    name: str
+    multiprocessors: int
+    shared_per_block: int  # bytes
+    shared_per_multiprocessor: int
+    memory: Range  # bytes per second
+    l2: Range  # bytes per second, those from memory included
+    latency: Range  # seconds from a load's issue to its data, with the memory busy
+    launch: Range  # seconds from the end of a kernel to the start of the one that depends on it
+    gemm: float  # FLOP/s of the frozen layer's GEMM
+    unhidden: Range  # share of the time of reading its third operand that a GEMM with beta = 1 takes longer
+
+
+# 3.0 TB/s and 798 TFLOP/s were measured on such a card, by others; the rest is assumed.
+H100 = Gpu(
+    "H100", 132, 227 << 10, 228 << 10, Range(3.1e12, 2.9e12), Range(6.5e12, 4.5e12), Range(0.6e-6, 1.0e-6),
+    Range(1.0e-6, 3.0e-6), 798e12, Range(0.15, 0.45),
+)  # fmt: skip
+
+
+class Kernel(NamedTuple):
+    """One kernel of a call, as often as it is launched."""
+
+    name: str
+    grid: tuple[int, int]
+    launches: int
+    stages: int
+    blocks: int  # that fit on a multiprocessor
+    waves: float
+    hbm: int  # bytes
+    l2: int
+    under_way: int  # bytes on a multiprocessor; 0 for the small kernels, which have no ring of tiles
+
+    def seconds(self, gpu: Gpu, which: str) -> tuple[float, str]:
+        """Return the modelled time with the ``good`` or the ``bad`` assumptions, and what bounds it."""
+
+        def value(assumption: Range) -> float:
+            return getattr(assumption, which)
+
+        full = 1.0 if self.waves <= 1 else self.waves / math.ceil(self.waves)
+        times = {"memory": self.hbm / value(gpu.memory), "L2": (self.hbm + self.l2) / value(gpu.l2)}
+        if self.under_way:
+            busy = min(gpu.multiprocessors, self.grid[0] * self.grid[1])
+            times["latency"] = self.hbm / (busy * self.under_way / value(gpu.latency))
+        else:
+            times["latency"] = self.launches * value(gpu.latency)
+        bound, longest = max(times.items(), key=lambda entry: entry[1])
+        launch = self.launches * value(gpu.launch)
+        if launch > longest / full:
+            bound = "launch"
+        elif longest / full - longest > launch and full < 0.9:
+            bound = "tail"
+        return launch + longest / full, bound
+
+
+class Layer(NamedTuple):
+    """The branch of one layer with float32 A and B beside 16-bit x, forward and backward."""
+
+    m: int
+    k: int
+    n: int
+    r: int
+
+    @property
+    def rank(self) -> int:
+        return next(padded for padded in (16, 32, 64, 128) if self.r <= padded)
+
+    @property
+    def gemm_flops(self) -> int:
+        return 2 * self.m * self.k * self.n
+
+
+def _module():
+    """Return the compiled module that plans launches: the CUDA kernels', or the emulator's."""
+    if native._C is not None and hasattr(native._C, "cuda"):
+        return native._C.cuda
+    from afa_kernels import _emulator
+
+    return _emulator
+
+
+def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tuple[list[Kernel], list[Kernel]]:
+    """Return the kernels of the forward and of the backward, in order."""
+    limits = (gpu.multiprocessors, gpu.shared_per_block, gpu.shared_per_multiprocessor)
+    planned = {row["kernel"]: row for row in _module().launch_plan(tuple(layer), *limits)}
+    m, k, n, r = layer
+    rank, row_tile = layer.rank, 128 if layer.rank == 128 else 64
+    row_blocks = math.ceil(m / row_tile)
+    x, y, z, a, b = (_HALF * size for size in (m * k, m * n, m * r, rank * k, n * rank))
+
+    def made(name: str, hbm: int, l2: int) -> Kernel:
+        row = planned[name]
+        blocks = row["grid"][0] * row["grid"][1]
+        resident = min(row["blocks_per_sm"], math.ceil(blocks / gpu.multiprocessors))
+        under_way = resident * row["stage_bytes"] * (row["stages"] - 1)
+        return Kernel(
+            name, row["grid"], row["launches"], row["stages"], row["blocks_per_sm"], row["waves"], hbm, l2, under_way
+        )
+
+    def small(name: str, l2: int, launches: int = 1) -> Kernel:
+        return Kernel(name, (0, 0), launches, 0, 0, 0.0, 0, l2, 0)
+
+    pack = [small("pack", _FLOAT * r * (k + n) + a + b)] if float_weights or r != rank else []
+    forward, backward = [*pack], [*pack]
+    if "forward" in planned:
+        forward.append(made("forward", x + y + z, row_blocks * (a + b)))
+    else:
+        partial = planned["project"]["grid"][1] * m * rank * _FLOAT
+        column_blocks = planned["expand"]["grid"][1]
+        forward.append(made("project", x, row_blocks * a + partial))
+        forward.append(made("expand", y + z, row_blocks * b + column_blocks * partial))
+    da_chunks, x_slabs = planned["x"]["grid"][1], planned["x"]["grid"][0]
+    da = da_chunks * rank * k * _FLOAT
+    dz = _HALF * m * rank
+    weights = _FLOAT if float_weights else _HALF
+    if "dy" in planned:
+        slabs, db_chunks = planned["dy"]["grid"]
+        dh, db = slabs * m * rank * _FLOAT, db_chunks * n * rank * _FLOAT
+        rounds = planned["dy"]["launches"]
+        sums_again = (2 * rounds - 1) * db  # written by each round, read by all but the first
+        backward.append(made("dy", y, db_chunks * b + slabs * z + dh + sums_again))
+        backward.append(small("reduce", dh + z + dz + db + weights * n * r, rounds))
+        left = 0
+    else:
+        dh = planned["project_dy"]["grid"][1] * m * rank * _FLOAT
+        slabs, db_chunks = planned["db"]["grid"]
+        db, rounds = db_chunks * n * rank * _FLOAT, planned["db"]["launches"]
+        backward.append(made("project_dy", y, row_blocks * b + dh))
+        backward.append(small("reduce", dh + z + 2 * dz, rounds))
+        backward.append(made("db", y, slabs * dz + (2 * rounds - 1) * db))
+        left = db + weights * n * r
+    backward.append(made("x", 2 * x, da_chunks * a + x_slabs * dz + (2 * rounds - 1) * da))
+    backward.append(small("reduce", da + weights * r * k + left))
+    return forward, backward
+
+
+class Overhead(NamedTuple):
+    """Modelled time that the branch adds to the two GEMMs of its frozen layer, in percent of them."""
+
+    forward: Range
+    backward: Range
+    both: Range
+
+
+def overhead(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> Overhead:
+    gemm = layer.gemm_flops / gpu.gemm
+    passes = kernels(layer, gpu, float_weights=float_weights)
+
+    def percent(direction: int, which: str) -> float:
+        seconds = sum(kernel.seconds(gpu, which)[0] for kernel in passes[direction])
+        # The branch writes y (dx), and the frozen GEMM accumulates into it.
+        accumulated = _HALF * layer.m * (layer.n, layer.k)[direction]
+        seconds += getattr(gpu.unhidden, which) * accumulated / getattr(gpu.memory, which)
+        return 100 * seconds / gemm
+
+    each = [Range(percent(direction, "good"), percent(direction, "bad")) for direction in (0, 1)]
+    both = Range(*((each[0][i] + each[1][i]) / 2 for i in (0, 1)))
+    return Overhead(each[0], each[1], both)
