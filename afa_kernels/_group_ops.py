@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from afa_kernels import _ops, reference
+from afa_kernels.activation import IDENTITY
 from afa_kernels.backend import frozen, registry
 from afa_kernels.backend.registry import Backend, Call
-from afa_kernels.options import IDENTITY, Spec
+from afa_kernels.options import Spec
 from afa_kernels.reference import compute_dtype
 
 _MEMBERS = "Tensor[] lora_a, Tensor[] lora_b, Tensor[] alpha_t, str[] activations, float[] scalings"
@@ -41,27 +42,23 @@ class _Group:
         self.chosen = _backends(x, b, self.specs, backend)
         self.unit = torch.eye(sum(self.ranks), dtype=x.dtype, device=x.device)
 
-    def _stacked(self, members: list[int]) -> tuple[Tensor, Tensor, Backend, Tensor | None, Spec]:
-        """Return the members' stacked A, a unit matrix for B, and the backend, alpha_t and spec of their product."""
+    def _stacked(self, members: list[int]) -> tuple[Tensor, Tensor, Backend]:
+        """Return the members' stacked A, a unit matrix for B, and the backend of their product."""
         a = torch.cat([self.a[i] for i in members])
         r, k = a.shape
-        # A member whose activation is on names the backend: identity alone would name torch.
-        leader = next((i for i in members if self.specs[i].activation != IDENTITY), members[0])
-        chosen = _able(self.chosen[leader], self.x, k, r, r, self.specs[leader].activation)
-        return a, self.unit[:r, :r], *_ops.as_taken(chosen, self.x, None, _LINEAR)
+        return a, self.unit[:r, :r], _able(self.chosen[members[0]], self.x, k, r, r, IDENTITY)
 
     def _member(self, i: int) -> tuple[Backend, Tensor | None, Spec]:
         """Return the backend of member i's branch on z, alpha_t and the spec."""
         spec, r, n = self.specs[i], self.ranks[i], self.b[i].shape[0]
-        chosen = _able(self.chosen[i], self.x, r, n, r, spec.activation)
         alpha_t = None if spec.activation == IDENTITY else self.alpha_t[i]
-        return _ops.as_taken(chosen, self.x, alpha_t, spec)
+        return _able(self.chosen[i], self.x, r, n, r, spec.activation), alpha_t, spec
 
     def project(self) -> Tensor:
         """Return ``z = x @ A.T`` with the stacked A, ``(M, R)``."""
-        a, unit, chosen, alpha_t, spec = self._stacked(list(range(len(self.a))))
+        a, unit, chosen = self._stacked(list(range(len(self.a))))
         z = torch.empty(self.x.shape[0], a.shape[0], dtype=self.x.dtype, device=self.x.device)
-        chosen.forward(self.x, a, unit, alpha_t, None, spec, base=None, out=z, save_z=False)
+        chosen.forward(self.x, a, unit, None, None, _LINEAR, base=None, out=z, save_z=False)
         return z
 
     def forward(self, i: int, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -86,18 +83,18 @@ class _Group:
     def backward(self, dz: dict[int, Tensor], products: list[tuple[Tensor, Tensor]], need_dx: bool, need_da: bool):
         """Return dx, the sum of ``dz_i @ A_i`` and of ``dy @ weight`` over ``products``, and dA by member: one pass
         over x."""
-        a, unit, chosen, alpha_t, spec = self._stacked(list(dz))
+        a, unit, chosen = self._stacked(list(dz))
         dz_all = torch.cat(list(dz.values()), 1)
 
         def branch(dx: Tensor | None):
             into = {} if dx is None else {"dx": dx}
             dx, da, _ = chosen.backward(
-                dz_all, self.x, a, unit, dz_all, alpha_t, None, spec,
+                dz_all, self.x, a, unit, dz_all, None, None, _LINEAR,
                 need_dx=need_dx, need_da=need_da, need_db=False, **into,
             )  # fmt: skip
             return dx, da
 
-        dx, da = frozen.backward(chosen, spec, products, branch) if need_dx else branch(None)
+        dx, da = frozen.backward(chosen, _LINEAR, products, branch) if need_dx else branch(None)
         stacked = () if da is None else da.split([self.ranks[i] for i in dz])
         return dx, dict(zip(dz, stacked, strict=False))
 

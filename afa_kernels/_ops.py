@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from afa_kernels import torch_private
 from afa_kernels.backend import frozen, registry
-from afa_kernels.backend.registry import Backend, Call, remembered
+from afa_kernels.backend.registry import Call, remembered
 from afa_kernels.options import Options, Spec, at_identity
 
 NAMESPACE = "afa_kernels"
@@ -65,17 +65,6 @@ def _decided(options: Options, identity: bool, differentiated: bool, name: str |
     return Options(options.spec, options.save_z and differentiated, name)
 
 
-def as_taken(backend: Backend, x: Tensor, alpha_t: Tensor | None, spec: Spec) -> tuple[Backend, Tensor | None, Spec]:
-    """Return ``backend``, and alpha_t and the spec as it takes them: at identity, those of a relu with alpha_t = 0."""
-    if alpha_t is None and not backend.knows_identity:
-        return backend, torch.zeros((), device=x.device), spec._replace(activation="relu")
-    return backend, alpha_t, spec
-
-
-def _backend(x: Tensor, alpha_t: Tensor | None, options: Options) -> tuple[Backend, Tensor | None, Spec]:
-    return as_taken(registry.get(options.backend), x, alpha_t, options.spec)
-
-
 # --- the implementations
 
 
@@ -110,7 +99,7 @@ def _write_branch(out, base, x, a, b, alpha_t, seed, options):
     if x.shape[0] == 0:
         return _empty(x, 0, a.shape[0]) if options.save_z else None
     with plain_precision(x):
-        backend, alpha_t, spec = _backend(x, alpha_t, options)
+        backend, spec = registry.get(options.backend), options.spec
         return backend.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=options.save_z)
 
 
@@ -118,7 +107,7 @@ def _linear_forward(weight, bias, x, a, b, alpha_t, seed, options):
     if x.shape[0] == 0:
         return _empty(x, 0, b.shape[0]), _empty(x, 0, a.shape[0]) if options.save_z else None
     with plain_precision(x):
-        backend, alpha_t, spec = _backend(x, alpha_t, options)
+        backend, spec = registry.get(options.backend), options.spec
 
         def branch(base: Tensor | None, out: Tensor) -> Tensor | None:
             return backend.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=options.save_z)
@@ -130,7 +119,7 @@ def _lora_backward(dy, x, a, b, z, alpha_t, seed, options, need_dx, need_da, nee
     if x.shape[0] == 0:
         return _gradients_of_no_rows(x, a, b, need_dx, need_da, need_db)
     with plain_precision(x):
-        backend, alpha_t, spec = _backend(x, alpha_t, options)
+        backend, spec = registry.get(options.backend), options.spec
         needs = {"need_dx": need_dx, "need_da": need_da, "need_db": need_db}
         return backend.backward(dy, x, a, b, z, alpha_t, seed, spec, **needs)
 
@@ -139,7 +128,7 @@ def _linear_backward(weight, dy, x, a, b, z, alpha_t, seed, options, need_da, ne
     if x.shape[0] == 0:
         return _gradients_of_no_rows(x, a, b, True, need_da, need_db)
     with plain_precision(x):
-        backend, alpha_t, spec = _backend(x, alpha_t, options)
+        backend, spec = registry.get(options.backend), options.spec
         needs = {"need_dx": True, "need_da": need_da, "need_db": need_db}
 
         def branch(dx: Tensor | None):

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# The activation of a call whose alpha_t is known to be 0: phi(z) = z. Such a call carries no tensor for alpha_t, and
+# nobody chooses this name: it is not in the table.
+IDENTITY = "identity"
 LEAKY_SLOPE = 0.01  # torch's default for leaky_relu
 _GELU_TANH_CUBIC = 0.044715
 _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
@@ -47,14 +50,18 @@ def _leaky_relu_slope(z: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "relu": Activation(0, torch.relu, lambda z: (z > 0).to(z.dtype)),
-    "silu": Activation(1, F.silu, _silu_slope),
-    "gelu": Activation(2, F.gelu, _gelu_slope),
-    "gelu_tanh": Activation(3, lambda z: F.gelu(z, approximate="tanh"), _gelu_tanh_slope),
-    "leaky_relu": Activation(4, lambda z: F.leaky_relu(z, LEAKY_SLOPE), _leaky_relu_slope),
-    "tanh": Activation(5, torch.tanh, lambda z: 1 - torch.tanh(z) ** 2),
-    "sin": Activation(6, torch.sin, torch.cos),
+    "relu": Activation(1, torch.relu, lambda z: (z > 0).to(z.dtype)),
+    "silu": Activation(2, F.silu, _silu_slope),
+    "gelu": Activation(3, F.gelu, _gelu_slope),
+    "gelu_tanh": Activation(4, lambda z: F.gelu(z, approximate="tanh"), _gelu_tanh_slope),
+    "leaky_relu": Activation(5, lambda z: F.leaky_relu(z, LEAKY_SLOPE), _leaky_relu_slope),
+    "tanh": Activation(6, torch.tanh, lambda z: 1 - torch.tanh(z) ** 2),
+    "sin": Activation(7, torch.sin, torch.cos),
 }
+
+
+# What stands for an activation in the compiled kernels.
+COMPILED_IDS = {IDENTITY: 0} | {name: activation.id for name, activation in ACTIVATIONS.items()}
 
 
 def activations() -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class Annealed(nn.Module):
         return self._alpha_t
 
     def coefficient(self) -> Tensor | None:
-        """Return what the operator takes: None at identity, which selects plain GEMMs."""
+        """Return what the operator takes: None at identity, where there is no activation."""
         return None if self.identity else self.alpha_t_buffer
 
     def write_alpha_t(self, value: float) -> None:

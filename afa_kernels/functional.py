@@ -29,7 +29,7 @@ def afa_lora(
     AFA-LoRA update.
 
     ``phi(z) = (1 - alpha_t) * z + alpha_t * act(z)``. At ``alpha_t == 0`` this is ordinary LoRA,
-    runs as plain GEMMs and can be merged. Source: Li et al., arXiv 2512.22455.
+    runs without an activation and can be merged. Source: Li et al., arXiv 2512.22455.
 
     Args:
         x: ``(..., K)``, float64, float32, bfloat16 or float16; any strides. Under autocast it is
@@ -39,8 +39,8 @@ def afa_lora(
             in its own dtype.
         lora_b: ``(N, r)``, likewise.
         alpha_t: float in [0, 1], or a 0-dim float32 tensor that the kernel reads, so that a new
-            value neither recompiles nor waits for the device. The float 0.0 takes the GEMM path; a
-            tensor never does.
+            value neither recompiles nor waits for the device. The float 0.0 leaves the activation
+            out; a tensor never does.
         activation: a name from :func:`afa_kernels.activations`.
         scaling: the factor ``s = lora_alpha / r``.
         base: ``(..., N)``, the output of the frozen layer, or None for 0.
@@ -165,7 +165,7 @@ def _apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplac
 
 
 def alpha_of(alpha_t: float | Tensor) -> float | Tensor | None:
-    """Return a checked alpha_t: None where it is the number 0, which selects plain GEMMs."""
+    """Return a checked alpha_t: None where it is the number 0, which leaves the activation out."""
     if isinstance(alpha_t, Tensor):
         checks.alpha_tensor(alpha_t)
         return alpha_t

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from afa_kernels import _group_ops, checks
+from afa_kernels.activation import IDENTITY
 from afa_kernels.backend.registry import requested
 from afa_kernels.functional import _as_rows, _like, autocast
 from afa_kernels.layer import AFALinear
-from afa_kernels.options import IDENTITY
 from afa_kernels.torch_private import in_forward_mode, saved_tensor_hooks, version_of
 
 # Children of one module that common transformer code calls with the same tensor.
@@ -295,7 +295,7 @@ def _linear(layers: list[AFALinear], x: Tensor) -> list[Tensor]:
     options = (
         activations,
         [m.scaling for m in layers],
-        layers[0].save == "z" and any(name != IDENTITY for name in activations),
+        layers[0].save == "z",
         requested(layers[0].backend),  # asked for now: the backward may run outside of use_backend
     )
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))

@@ -50,7 +50,7 @@ class AFALinear(Annealed):
     ``y = base_layer(x) + scaling * phi(dropout(x) @ lora_a.T) @ lora_b.T`` with
     ``phi(z) = (1 - alpha_t) * z + alpha_t * act(z)``. It starts at ``alpha_t = 1`` with
     ``lora_b = 0``, so its output is first that of ``base_layer``. At ``alpha_t = 0`` the branch is
-    an ordinary LoRA: it runs as plain GEMMs and can be merged.
+    an ordinary LoRA: it runs without an activation and can be merged.
 
     Args:
         base_layer: ``torch.nn.Linear`` or transformers' ``Conv1D``. Its parameters are frozen; the

@@ -2,10 +2,8 @@
 
 from typing import NamedTuple
 
+from afa_kernels.activation import IDENTITY
 from afa_kernels.dropout import inverse_keep
-
-# The activation of a call whose alpha_t is known to be 0: phi(z) = z. Such a call carries no tensor for alpha_t.
-IDENTITY = "identity"
 
 
 class Spec(NamedTuple):
@@ -36,9 +34,10 @@ class Options(NamedTuple):
 
 
 def at_identity(options: Options) -> Options:
-    """Return the options of the same call at ``alpha_t = 0``: no activation, and z is recomputed in the backward."""
+    """Return the options of the same call at ``alpha_t = 0``: no activation. z is saved as before: making it again
+    costs more than the activation did."""
     spec = options.spec
-    return Options(Spec(IDENTITY, spec.scaling, spec.dropout), False, options.backend)
+    return Options(Spec(IDENTITY, spec.scaling, spec.dropout), options.save_z, options.backend)
 
 
 def without_dropout(options: Options) -> Options:

@@ -18,8 +18,9 @@ class Plan:
     Attributes:
         backend: name of the backend that runs the branch; ``"torch"`` where the frozen GEMM is all
             there is.
-        path: ``"fused"`` (branch with its activation), ``"gemm"`` (alpha_t is 0: plain GEMMs) or
-            ``"merged"`` (the branch is part of the frozen weight: that one GEMM).
+        path: ``"fused"`` (branch with its activation), ``"gemm"`` (alpha_t is 0: the two products
+            alone, by torch's GEMMs or in the kernels of the backend) or ``"merged"`` (the branch is
+            part of the frozen weight: that one GEMM).
         reason: why this backend and path, with what stood against the ones before it.
         launches: the kernels of a forward and a backward with their launch parameters, where the
         backend tells them.
@@ -68,6 +69,5 @@ def plan_of(x: Tensor, lora_a: Tensor, lora_b: Tensor, identity: bool, options: 
         options = at_identity(options)
     call = _ops.call_of(rows, lora_b, options.spec)
     chosen, reason = registry.select(call, registry.requested(options.backend))
-    gemm = identity and chosen.knows_identity
     launches = () if chosen.launches is None or call.m == 0 else tuple(chosen.launches(call))
-    return Plan(chosen.name, "gemm" if gemm else "fused", reason, launches)
+    return Plan(chosen.name, "gemm" if identity else "fused", reason, launches)

@@ -9,9 +9,9 @@ Shapes are those of backend/registry.py.
 import torch
 from torch import Tensor
 
-from afa_kernels.activation import phi, phi_slope
+from afa_kernels.activation import IDENTITY, phi, phi_slope
 from afa_kernels.dropout import keep_mask
-from afa_kernels.options import IDENTITY, Spec
+from afa_kernels.options import Spec
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

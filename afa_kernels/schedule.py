@@ -56,7 +56,7 @@ class AnnealSchedule:
         start, end: alpha_t before and after annealing, in [0, 1].
         begin_frac, end_frac: the annealed part of training, ``0 <= begin_frac <= end_frac <= 1``.
             The default leaves the last fifth of the steps at ``end``, where the branch is an
-            ordinary LoRA and runs as plain GEMMs.
+            ordinary LoRA.
         **options: the option of the kind, in brackets above.
 
     Raises:

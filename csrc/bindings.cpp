@@ -130,7 +130,8 @@ Params common(py::handle x, py::handle a, py::handle b, py::handle alpha_t, py::
     if (p.x.dtype == afa::cpu::Dtype::f64)
         throw std::invalid_argument("x: the CPU kernels do not take float64");
     p.dtype = p.x.dtype;
-    p.alpha_t = scalar<float>(alpha_t, "alpha_t", afa::Element::f32);
+    if (activation != static_cast<int>(afa::Activation::identity))
+        p.alpha_t = scalar<float>(alpha_t, "alpha_t", afa::Element::f32);
     p.seed = dropout > 0 ? scalar<int64_t>(seed, "seed", afa::Element::i64) : nullptr;
     p.activation = activation;
     p.dropout = dropout;

@@ -5,6 +5,8 @@ The numeric tests of test_numerics.py run on ``cuda_emulated`` as well; here are
 the emulator can do. What callers may hand over is in test_cuda_operands.py.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -231,6 +233,38 @@ def test_the_order_of_sums_depends_on_the_shape_alone(emulator, m, r):
         for device in (H100, A100, RTX)
     ]
     assert grids[0] == grids[1] == grids[2]
+
+
+# (K, N) of the linear layers of Llama 8B and 70B and of Qwen3 4B.
+LAYERS = (
+    (4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192),
+    (2560, 4096), (2560, 9728), (9728, 2560),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("r", RANKS)
+def test_scratch_memory_does_not_grow_with_the_rows(emulator, r):
+    for k, n in LAYERS:
+        for m in (1, 1024, 8192, 131072):
+            bound = max(64 << 20, (k + n) * m * 2 // 50)  # or 2% of x and y
+            assert emulator.forward_workspace((m, k, n, r)) <= bound, (m, k, n)
+            assert emulator.backward_workspace((m, k, n, r), True) <= bound, (m, k, n)
+
+
+@pytest.mark.parametrize("device", [H100, A100], ids=["H100", "A100"])
+@pytest.mark.parametrize("r", [8, 16, 32])
+@pytest.mark.parametrize(("k", "n"), [(4096, 4096), (4096, 14336), (14336, 4096)])
+def test_large_calls_leave_little_of_the_device_idle(emulator, k, n, r, device):
+    """Of the time of all kernels, weighted by the elements that they stream. One number of chunks serves all GPUs."""
+    for m in (4096, 8192, 16384, 131072):
+        streamed = {"forward": k + n, "project": k, "expand": n, "dy": n, "x": 2 * k}
+        spent = needed = 0
+        for launch in emulator.launch_plan((m, k, n, r), *device):
+            full = streamed[launch["kernel"]]
+            waves = launch["waves"]
+            needed += full
+            spent += full * (max(1, math.ceil(waves) / waves) if waves > 1 else 1)
+        assert spent <= 1.2 * needed, (m, k, n, r)
 
 
 def test_few_rows_take_the_split_forward(emulator):

@@ -86,7 +86,7 @@ def test_activations(backend, device, widest, activation, alpha_t):
     problem = Problem.random(23, 40, 24, 8, widest, device)
     problem.x *= 2  # far enough from 0 that every branch of an activation is reached
     assert_backend_matches(backend, problem, alpha_t, activation=activation)
-    if alpha_t == 0.0:  # the number 0 is dispatched to plain GEMMs; a tensor of 0 is not
+    if alpha_t == 0.0:  # the number 0 leaves the activation out; a tensor of 0 does not
         tensor = torch.zeros((), device=device)
         assert_backend_matches(backend, problem, tensor, activation=activation)
 
@@ -96,6 +96,14 @@ def test_activations(backend, device, widest, activation, alpha_t):
 def test_dropout(backend, device, poisoned_memory, dtype, p):
     problem = Problem.random(35, 88, 40, 8, dtype, device)
     assert_backend_matches(backend, problem, 0.4, dropout_p=p, dropout_seed=-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("r", [8, 48])
+def test_identity(backend, device, poisoned_memory, dtype, r):
+    problem = Problem.random(35, 88, 40, r, dtype, device)
+    assert_backend_matches(backend, problem, 0.0, scaling=1.7)
+    assert_backend_matches(backend, problem, 0.0, dropout_p=0.25, dropout_seed=3, save="nothing")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])

@@ -7,13 +7,11 @@ backend. ``torch`` and ``reference`` do not give it, since torch's GEMMs do not:
 do the frozen layer's GEMM and what follows from it.
 
 Where it ends today:
-- ``cpu`` on AMX in bfloat16: calls of up to 64 rows run on vdpbf16ps, larger ones on tiles, which sum in another
-  order. The promise holds on either side.
-- ``cuda`` and ``triton``: how many parts the sum over K (and above rank 32 the one over N) is split into depends on M
-  (csrc/cuda/plan.cpp: splits_of, one_pass; triton/launch.py: Context.splits). Rows agree between calls with the same
-  split; the last test shows that they do not across two. Triton's interpreter multiplies with numpy, whose float32
+- ``triton`` with AFA_KERNELS_AUTOTUNE=1 chooses tiles by M. Triton's interpreter multiplies with numpy, whose float32
   GEMM depends on the size of the tile: there the 16-bit types alone are compared, in which z is rounded.
 """
+
+import os
 
 import pytest
 import torch
@@ -29,7 +27,6 @@ FUSED = [name for name in registry.names() if name not in ("torch", "reference")
 ISAS = native._C.cpu_isas() if cpu.BACKEND.status() else []
 # Around the rows that the kernels take at once (3 or 6), a block of them (48, 64), and the blocks of the backward.
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 16, 17, 47, 48, 49, 64, 65, 97, 193, 257)
-AMX_ROWS = 64
 
 
 class Branch:
@@ -68,20 +65,15 @@ class Branch:
 def check_cpu():
     """Every way through the CPU kernels; run in one process per instruction set."""
     torch.manual_seed(0)
-    tiles = native._C.cpu_isa() == "amx"
     for dtype in DTYPES.values():
-        apart = AMX_ROWS if tiles and dtype == torch.bfloat16 else 0
-        few, many = [c for c in COUNTS if c <= apart], [c for c in COUNTS if c > apart]
         for k, n, r, factors, activation in (
             (640, 512, 8, None, "silu"),  # whole tiles; A is read where it lies for a few rows
             (1100, 700, 20, torch.float32, "gelu"),  # ragged tiles in several slabs
             (1100, 700, 33, None, "tanh"),  # a rank that is padded
         ):
-            Branch("cpu", dtype, 400, k, n, r, factors=factors, activation=activation).check(many)
-            if few:
-                Branch("cpu", dtype, apart, k, n, r, factors=factors, activation=activation).check(few)
+            Branch("cpu", dtype, 400, k, n, r, factors=factors, activation=activation).check(COUNTS)
         # A result above the 12 MB from which every machine writes it past the cache.
-        Branch("cpu", dtype, 2000, 3168, 3168, 4).check([c for c in (1, 50, 100) if c > apart])
+        Branch("cpu", dtype, 2000, 3168, 3168, 4).check((1, 50, 100))
 
 
 @pytest.mark.long
@@ -92,24 +84,39 @@ def test_cpu_rows_have_the_same_bits_in_any_call(isa):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [name for name in FUSED if name != "cpu"])
-def test_rows_have_the_same_bits_in_calls_of_the_same_split(name, dtype):
+def test_gpu_rows_have_the_same_bits_in_any_call(name, dtype):
     skip_unless_available(name)
     call = registry.Call(device_of(name).type, DTYPES[dtype], 400, 264, 136, 16, "silu")
     refused = registry.get(name).why_not(call)
     if refused is not None:
         pytest.skip(refused)
-    if name == "triton" and name in SIMULATED:
-        if dtype == "f32":
-            pytest.skip("numpy's float32 GEMM, not the kernel's")
-        Branch(name, DTYPES[dtype], 70, 264, 136, 16).check((1, 17))
-        return
-    rows, counts = (100, (1, 15, 17, 65)) if name in SIMULATED else (400, COUNTS)
+    if (name, dtype) == ("triton", "f32") and os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("numpy's float32 GEMM, not the kernel's")
+    rows, counts = (70, (1, 17)) if name in SIMULATED else (400, COUNTS)
     for r in (16, 64):
-        Branch(name, DTYPES[dtype], rows, 264, 136, r).check(counts)
+        Branch(name, DTYPES[dtype], rows, 776, 264, r).check(counts)
 
 
-@pytest.mark.xfail(strict=True, reason="issue 15: the split of the sum over K depends on M")
-def test_rows_have_the_same_bits_on_either_side_of_a_split():
-    """96 tiles of 64 rows go through K in one pass, fewer in several."""
-    skip_unless_available("cuda_emulated")
-    Branch("cuda_emulated", torch.bfloat16, 96 * 64, 1032, 8, 16).check((100,))
+@pytest.mark.parametrize("r", [16, 64])
+@pytest.mark.parametrize("name", ["cuda_emulated", "cuda"])
+def test_cuda_rows_have_the_same_bits_whether_one_block_sums_them_or_several(name, r):
+    """Few rows have a block for each of the four segments of K; 48 tiles of rows have one that goes through all of
+    them; and from 96 on it makes y too. Above rank 32 the sum over N has blocks as that over K has."""
+    skip_unless_available(name)
+    k, n = (776, 8) if r == 16 else (264, 520)
+    Branch(name, torch.bfloat16, 96 * 64, k, n, r).check((100, 48 * 64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("r", [16, 64])
+def test_triton_rows_have_the_same_bits_whether_one_program_sums_them_or_several(r, dtype, monkeypatch):
+    skip_unless_available("triton")
+    from afa_kernels.backend.triton import launch
+
+    branch = Branch("triton", DTYPES[dtype], 40, 776, 520, r)
+    results = []
+    for rows_of_a_full_device in (0, 1 << 30):
+        monkeypatch.setattr(launch, "_FULL_DEVICE_ROWS", rows_of_a_full_device)
+        results.append(branch.run(0, 40))
+    for what, one, several in zip(("y", "z", "dx"), *results, strict=True):
+        assert torch.equal(one, several), what

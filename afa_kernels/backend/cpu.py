@@ -6,7 +6,7 @@ The forward passes once over x and once over y, the backward once over dY and on
 
 import torch
 
-from afa_kernels.activation import ACTIVATIONS
+from afa_kernels.activation import COMPILED_IDS
 from afa_kernels.backend import native
 from afa_kernels.backend.registry import Backend, BackendStatus, Call
 from afa_kernels.options import Spec
@@ -63,7 +63,7 @@ def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
     z = torch.empty((x.shape[0], a.shape[0]), dtype=x.dtype) if save_z else None
     activation, scaling, dropout = spec
     native._C.cpu_forward(
-        x, a, b, alpha_t, seed, ACTIVATIONS[activation].id, dropout, scaling, torch.get_num_threads(), base, out, z
+        x, a, b, alpha_t, seed, COMPILED_IDS[activation], dropout, scaling, torch.get_num_threads(), base, out, z
     )
     return z
 
@@ -78,7 +78,7 @@ def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db, 
         z = z.contiguous()
     activation, scaling, dropout = spec
     native._C.cpu_backward(
-        x, a, b, alpha_t, seed, ACTIVATIONS[activation].id, dropout, scaling, torch.get_num_threads(),
+        x, a, b, alpha_t, seed, COMPILED_IDS[activation], dropout, scaling, torch.get_num_threads(),
         dy, z, dx, da, db, accumulate_dx,
     )  # fmt: skip
     return dx, da, db

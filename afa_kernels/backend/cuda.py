@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afa_kernels.activation import ACTIVATIONS
+from afa_kernels.activation import COMPILED_IDS
 from afa_kernels.backend import native
 from afa_kernels.backend.registry import Backend, BackendStatus, Call
 from afa_kernels.options import Spec
@@ -89,9 +89,9 @@ class _Kernels:
     def _scalars(x: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec, workspace: Tensor) -> tuple[Any, ...]:
         on_gpu = x.is_cuda
         return (
-            alpha_t.data_ptr(),
+            _pointer(alpha_t),
             _pointer(seed),
-            ACTIVATIONS[spec.activation].id,
+            COMPILED_IDS[spec.activation],
             spec.dropout,
             spec.scaling,
             workspace.data_ptr(),

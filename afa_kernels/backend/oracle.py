@@ -23,5 +23,4 @@ BACKEND = Backend(
     status=lambda: BackendStatus(True, details={"torch": torch.__version__}),
     forward=forward,
     backward=backward,
-    knows_identity=True,
 )

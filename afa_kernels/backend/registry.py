@@ -2,9 +2,9 @@
 
 A backend computes on flat, checked operands: ``x (M, K)``, ``a (r, K)``, ``b (N, r)``, ``dy (M, N)``, of any strides.
 ``alpha_t`` is a 0-dim float32 and ``seed`` a 0-dim int64 tensor (None without dropout), both on the device of ``x``.
-At identity ``spec.activation`` is IDENTITY and ``alpha_t`` None for backends that say ``knows_identity``; for the
-others they are ``"relu"`` and a tensor of 0. Products accumulate in float32 (float64 for float64) from operands rounded
-to ``x.dtype``; ``z`` is stored in ``x.dtype``, rounded before phi, so that forward and backward see the same one.
+At identity ``spec.activation`` is IDENTITY (activation.py) and ``alpha_t`` None. Products accumulate in float32
+(float64 for float64) from operands rounded to ``x.dtype``; ``z`` is stored in ``x.dtype``, rounded before phi, so that
+forward and backward see the same one.
 Nothing that a caller owns is written, except ``out``.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from afa_kernels.backend import native
-from afa_kernels.options import IDENTITY, Spec
+from afa_kernels.options import Spec
 
 ENVIRONMENT_VARIABLE = "AFA_KERNELS_BACKEND"
 
@@ -118,7 +118,6 @@ class Backend:
     # gemm_first(spec, dtype of x, whether it is the backward): whether the GEMM of a frozen layer runs before the
     # branch, which then accumulates into its result. backend/frozen.py explains the two orders.
     gemm_first: Callable[[Spec, torch.dtype, bool], bool] = lambda spec, dtype, backward: False
-    knows_identity: bool = False
     automatic: bool = True  # False: only where the caller names it
     # What ``plan`` shows: the kernels of a call with their launch parameters.
     launches: Callable[[Call], list[dict[str, Any]]] | None = None
@@ -235,8 +234,6 @@ def select(call: Call, name: str | None) -> Selection:
         ValueError: no backend is called ``name``.
     """
     check_name(name)
-    if name is None and call.activation == IDENTITY:
-        return Selection(_BACKENDS["torch"], "alpha_t is 0: plain GEMMs")
     if name is not None:
         why_not = _BACKENDS[name].why_not(call)
         if why_not is not None:

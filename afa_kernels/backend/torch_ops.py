@@ -2,8 +2,7 @@
 
 Every intermediate is ``(M, r)`` or smaller, and the two large results are accumulated in place by
 ``addmm_``, so that x and y are each passed over once in the forward. It is the fallback on every
-device, the path of calls at identity (``spec.activation == IDENTITY``: plain GEMMs), and the
-baseline that each kernel has to beat.
+device, and the baseline that each kernel has to beat.
 
 With float32 ``a`` or ``b`` beside 16-bit ``x``, the two weight gradients leave the GEMM in float32
 where torch can do so (CUDA, torch 2.8 and later) and are rounded to the 16-bit dtype elsewhere, as
@@ -13,10 +12,10 @@ under autocast.
 import torch
 from torch import Tensor
 
-from afa_kernels.activation import phi, phi_slope
+from afa_kernels.activation import IDENTITY, phi, phi_slope
 from afa_kernels.backend.registry import Backend, BackendStatus
 from afa_kernels.dropout import keep_mask
-from afa_kernels.options import IDENTITY, Spec
+from afa_kernels.options import Spec
 from afa_kernels.reference import compute_dtype
 
 
@@ -90,5 +89,4 @@ BACKEND = Backend(
     status=lambda: BackendStatus(True, details={"torch": torch.__version__}),
     forward=forward,
     backward=backward,
-    knows_identity=True,
 )

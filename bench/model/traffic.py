@@ -107,18 +107,18 @@ def _forward(launch: Launch) -> _Elements:
 
 
 def _project_partial(launch: Launch) -> _Elements:
-    arguments, rank, (tiles, splits) = launch.arguments, launch.constants["R"], launch.grid
+    arguments, rank, (tiles, segments) = launch.arguments, launch.constants["R"], launch.grid
     m, length = arguments["M"], arguments["length"]
-    read = {"left_ptr": m * length, "small_ptr": tiles * rank * length, "seed_ptr": tiles * splits}
+    read = {"left_ptr": m * length, "small_ptr": tiles * rank * length, "seed_ptr": tiles * segments}
     if not launch.constants["DROPOUT"]:
         del read["seed_ptr"]
-    return read, {"partial_ptr": splits * m * rank}
+    return read, {"partial_ptr": segments * m * rank}
 
 
 def _phi_hb(launch: Launch) -> _Elements:
     arguments, rank, (tiles, columns) = launch.arguments, launch.constants["R"], launch.grid
     read, written = _y_elements(launch, tiles)
-    read |= {"partial_ptr": columns * arguments["splits"] * arguments["M"] * rank}
+    read |= {"partial_ptr": columns * arguments["segments"] * arguments["M"] * rank}
     read |= {"alpha_ptr": tiles * columns if _present(launch, "y_ptr") else 0}
     return read, written | {"z_ptr": arguments["M"] * arguments["r"]}
 

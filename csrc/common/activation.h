@@ -9,6 +9,9 @@
 // compares the two).
 //
 // Conventions at kinks are torch's: relu'(0) = 0.
+//
+// `identity` is that of a call whose alpha_t is known to be 0: phi(z) = z, and alpha_t, which may
+// be a null pointer then, is not read.
 #pragma once
 
 #include <cmath>
@@ -18,6 +21,7 @@
 namespace afa {
 
 #define AFA_ACTIVATIONS(ROW)                                                                       \
+    ROW(identity)                                                                                  \
     ROW(relu)                                                                                      \
     ROW(silu)                                                                                      \
     ROW(gelu)                                                                                      \
@@ -57,7 +61,9 @@ struct LibraryMath {
 // the compiler.
 template <Activation kAct, class Math = LibraryMath>
 AFA_HOST_DEVICE ValueSlope activate(float z) {
-    if constexpr (kAct == Activation::relu) {
+    if constexpr (kAct == Activation::identity) {
+        return {z, 1.0f};
+    } else if constexpr (kAct == Activation::relu) {
         return {z > 0.0f ? z : 0.0f, z > 0.0f ? 1.0f : 0.0f};
     } else if constexpr (kAct == Activation::silu) {
         const float sigmoid = 1.0f / (1.0f + Math::exp(-z));
@@ -87,6 +93,8 @@ AFA_HOST_DEVICE ValueSlope activate(float z) {
 template <Activation kAct, class Math = LibraryMath>
 AFA_HOST_DEVICE ValueSlope anneal(float z, float alpha_t) {
     const ValueSlope act = activate<kAct, Math>(z);
+    if constexpr (kAct == Activation::identity)
+        return act;
     return {(1.0f - alpha_t) * z + alpha_t * act.value, (1.0f - alpha_t) + alpha_t * act.slope};
 }
 

@@ -23,7 +23,7 @@ struct Matrix {
 struct CommonParams {
     int64_t m = 0, k = 0, n = 0, r = 0;
     Dtype dtype = Dtype::f32;        // of x, y, z, dy and dx; never f64
-    const float* alpha_t = nullptr;  // 1 value
+    const float* alpha_t = nullptr;  // 1 value; null at identity
     const int64_t* seed = nullptr;   // 1 value, read if dropout > 0
     int activation = 0;
     int dropout = 0;  // dropped values out of 256

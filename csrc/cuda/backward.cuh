@@ -6,7 +6,8 @@
 //
 // A block keeps one slab of columns and walks down one chunk of rows. What it sums over rows stays
 // in registers and is stored once, as a partial result of its chunk, so that sums have one order
-// whatever the grid.
+// whatever the grid. A call of many rows is a series of launches (rounds): each adds to the partial
+// results of the one before it.
 #pragma once
 
 #include "cuda/tile.cuh"
@@ -47,10 +48,10 @@ AFA_DEVICE void add_outer(float (&acc)[kLeft / 16][kRight / 8][4], const T* left
 }
 
 // Stores the accumulators of add_outer into rows [row0, ...) and columns [col0, ...) of a float
-// matrix.
+// matrix, or adds them to it.
 template <int kLeft, int kRight>
 AFA_DEVICE void store_outer(float* matrix, const float (&acc)[kLeft / 16][kRight / 8][4],
-                            int64_t row0, int64_t rows, int col0, int cols) {
+                            int64_t row0, int64_t rows, int col0, int cols, bool adds) {
     const int col = col0 + lane_index() % 4 * 2;
     AFA_UNROLL
     for (int i = 0; i < kLeft / 16; ++i) {
@@ -59,9 +60,12 @@ AFA_DEVICE void store_outer(float* matrix, const float (&acc)[kLeft / 16][kRight
             const int64_t row = row0 + i * 16 + lane_index() / 4 + half * 8;
             AFA_UNROLL
             for (int j = 0; j < kRight / 8; ++j)
-                if (row < rows && col + j * 8 < cols)
-                    store_global(reinterpret_cast<Float2*>(matrix + row * cols + col + j * 8),
-                                 Float2{acc[i][j][2 * half], acc[i][j][2 * half + 1]});
+                if (row < rows && col + j * 8 < cols) {
+                    Float2* out = reinterpret_cast<Float2*>(matrix + row * cols + col + j * 8);
+                    const Float2 old = adds ? load_global(out) : Float2{0.0f, 0.0f};
+                    store_global(
+                        out, Float2{old.x + acc[i][j][2 * half], old.y + acc[i][j][2 * half + 1]});
+                }
         }
     }
 }
@@ -117,7 +121,7 @@ dy_kernel(const DyParams p) {
     const int64_t row_begin = block_y() * p.rows_per_chunk;
     const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
     const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
-    const float alpha_t = load_global(p.alpha_t);
+    const float alpha_t = alpha_of(p.alpha_t);
 
     const auto load = [&](int t, int slot) {
         if (t < tiles)
@@ -171,7 +175,7 @@ dy_kernel(const DyParams p) {
     copy_wait<0>();
     if (p.db)
         store_outer<Tile::kSlice, R>(p.db + static_cast<int64_t>(block_y()) * p.n * R, db,
-                                     col0 + warp_index() * Tile::kSlice, p.n, 0, R);
+                                     col0 + warp_index() * Tile::kSlice, p.n, 0, R, p.adds);
 }
 
 // Grid: (slabs of kColumns columns of dy, chunks of rows). dB = dy^T h with h read from memory.
@@ -218,7 +222,7 @@ db_kernel(const OuterParams p) {
     }
     copy_wait<0>();
     store_outer<Tile::kSlice, R>(p.partial + static_cast<int64_t>(block_y()) * p.w * R, db,
-                                 col0 + warp_index() * Tile::kSlice, p.w, 0, R);
+                                 col0 + warp_index() * Tile::kSlice, p.w, 0, R, p.adds);
 }
 
 // dx = dz A for the columns of this warp: products into the place of x in shared memory, then
@@ -343,7 +347,7 @@ x_kernel(const OuterParams p) {
     copy_wait<0>();
     if (p.partial)
         store_outer<R, kSlice>(p.partial + static_cast<int64_t>(block_y()) * R * p.w, da, 0, R,
-                               col0 + slice0, p.w);
+                               col0 + slice0, p.w, p.adds);
 }
 
 }  // namespace afa

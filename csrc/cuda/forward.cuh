@@ -1,21 +1,37 @@
 // Forward kernels: z = x A^T, h = phi(z), y = base + scaling * h B^T.
 //
 // forward_kernel does it in one pass, with one block per tile of rows. For few rows project_kernel
-// spreads the sum over K over several blocks and expand_kernel finishes. project_kernel also makes
-// dh = dy B for R >= 64.
+// gives each segment of the sum over K a block of its own and expand_kernel adds them up and
+// finishes. project_kernel also makes dh = dy B for R >= 64.
 #pragma once
 
 #include "cuda/tile.cuh"
 
 namespace afa {
 
-// acc[j] += the 16 rows of this warp times 8-column tile j of the narrow matrix, over the columns
-// of `split`.
+// total += acc, and acc = 0.
+template <int kCount>
+AFA_DEVICE void move_sum(float (&total)[kCount][4], float (&acc)[kCount][4]) {
+    AFA_UNROLL
+    for (int j = 0; j < kCount; ++j) {
+        AFA_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            total[j][i] += acc[j][i];
+            acc[j][i] = 0.0f;
+        }
+    }
+}
+
+// total[j] = the 16 rows of this warp times 8-column tile j of the narrow matrix, over all columns
+// (splits 1) or over the segment `split`.
+//
+// Each segment is summed for itself, so that a row has the same bits whether one block goes through
+// all of them or one block through each.
 //
 // kTransposed: the narrow matrix is [W, R] (B, for dh = dy B), else [R, W] (A, for z = x A^T). On
 // return no copy is under way, but other warps may still read the rings.
 template <typename T, int R, bool kTransposed>
-AFA_DEVICE void project(float (&acc)[R / 8][4], const ProjectParams& p, T* wide_ring,
+AFA_DEVICE void project(float (&total)[R / 8][4], const ProjectParams& p, T* wide_ring,
                         T* narrow_ring, int64_t row0, int split) {
     using Tile = RowTile<R>;
     constexpr int kNarrow = kTransposed ? Tile::kNarrowTransposed : Tile::kNarrow;
@@ -23,9 +39,10 @@ AFA_DEVICE void project(float (&acc)[R / 8][4], const ProjectParams& p, T* wide_
                   kNarrowPitch = pitch(kTransposed ? R : Tile::kDepth);
     const T* wide = static_cast<const T*>(p.wide);
     const T* narrow = static_cast<const T*>(p.narrow);
-    const int64_t tiles = (p.w + Tile::kDepth - 1) / Tile::kDepth;
-    const int first = static_cast<int>(tiles * split / p.splits);
-    const int last = static_cast<int>(tiles * (split + 1) / p.splits);
+    const int tiles = (p.w + Tile::kDepth - 1) / Tile::kDepth,
+              segment_tiles = p.segment / Tile::kDepth;
+    const int first = split * segment_tiles;
+    const int last = p.splits == 1 || first + segment_tiles > tiles ? tiles : first + segment_tiles;
     const int ahead = p.stages - 1;
     const int warp_row = warp_index() * 16;
 
@@ -44,12 +61,13 @@ AFA_DEVICE void project(float (&acc)[R / 8][4], const ProjectParams& p, T* wide_
         copy_commit();
     };
 
+    float acc[R / 8][4] = {};
     AFA_UNROLL
     for (int j = 0; j < R / 8; ++j)
-        acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
+        total[j][0] = total[j][1] = total[j][2] = total[j][3] = 0.0f;
     for (int s = 0; s < ahead; ++s)
         load(first + s, s);
-    int slot = 0;
+    int slot = 0, left = segment_tiles;
     AFA_ROLLED
     for (int t = first; t < last; ++t) {
         wait_oldest(p.stages);
@@ -80,8 +98,13 @@ AFA_DEVICE void project(float (&acc)[R / 8][4], const ProjectParams& p, T* wide_
                 multiply_add<T>(acc[2 * j + 1], a, b[2], b[3]);
             }
         }
+        if (--left == 0) {
+            move_sum(total, acc);
+            left = segment_tiles;
+        }
         slot = slot == ahead ? 0 : slot + 1;
     }
+    move_sum(total, acc);  // of a segment that W cuts short; else zeros
     copy_wait<0>();
 }
 
@@ -90,7 +113,7 @@ AFA_DEVICE void project(float (&acc)[R / 8][4], const ProjectParams& p, T* wide_
 template <typename T, int R, typename PairOf>
 AFA_DEVICE void finish_rows(T* tile, const ForwardParams& p, int64_t row0, bool store_z,
                             const PairOf& pair_of) {
-    const float alpha_t = load_global(p.alpha_t);
+    const float alpha_t = alpha_of(p.alpha_t);
     const int warp_row = warp_index() * 16;
     AFA_ROLLED
     for (int i = lane_index(); i < 16 * R / 2; i += kWarpSize) {
@@ -202,7 +225,7 @@ forward_kernel(const ForwardParams p) {
                        (p.n + Tile::kColumns - 1) / Tile::kColumns);
 }
 
-// Grid: (tiles of rows, splits). Writes the partial product of one split, [splits, M, R].
+// Grid: (tiles of rows, splits). Writes the product, or that of one segment: [splits, M, R].
 template <typename T, int R, bool kTransposed>
 AFA_KERNEL(RowTile<R>::kThreads)
 project_kernel(const ProjectParams p) {

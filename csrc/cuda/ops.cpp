@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <type_traits>
 
 #include "common/activation.h"
 #include "cuda/tiles.h"
@@ -28,21 +29,21 @@ struct ForwardScratch {
           partial(plan.one_pass ? nullptr : w.take<float>(plan.splits * s.m * plan.rank)) {}
 };
 
-struct BackwardScratch {
+struct BackwardScratch {  // a, b, db and da for the whole call, the others for one round
     Element *a, *b, *dz, *h, *z;
     float *dh, *db, *da;
 
     BackwardScratch(const Shape& s, const ForwardPlan& forward, const BackwardPlan& plan,
                     bool recompute_z, Workspace& w) {
-        const int64_t rank = plan.rank;
+        const int64_t rank = plan.rank, rows = plan.rows;
         a = w.take<Element>(rank * s.k);
         b = w.take<Element>(rank * s.n);
-        dz = w.take<Element>(s.m * rank);
-        h = w.take<Element>(plan.one_pass_dy ? 0 : s.m * rank);
-        z = w.take<Element>(recompute_z ? s.m * s.r : 0);
+        dz = w.take<Element>(rows * rank);
+        h = w.take<Element>(plan.one_pass_dy ? 0 : rows * rank);
+        z = w.take<Element>(recompute_z ? rows * s.r : 0);
         // The partial sums of a recomputed z are dead before those of dh exist.
         const int64_t parts = std::max(plan.dh_parts, recompute_z ? forward.splits : 0);
-        dh = w.take<float>(parts * s.m * rank);
+        dh = w.take<float>(parts * rows * rank);
         db = w.take<float>(plan.db_chunks * s.n * rank);
         da = w.take<float>(plan.da_chunks * rank * s.k);
     }
@@ -69,7 +70,14 @@ void check_call(const BranchCall& call) {
         call.threshold > 255 || (call.threshold && !call.seed))
         throw std::invalid_argument("activation or dropout out of range (" + describe(call.shape) +
                                     ")");
+    if (!call.alpha_t && call.activation != static_cast<int>(Activation::identity))
+        throw std::invalid_argument("alpha_t: expected a value where there is an activation (" +
+                                    describe(call.shape) + ")");
     check_matrix("x", call.x, call.x_stride, call.shape);
+}
+
+DropoutParams dropout_of(const BranchCall& call) {
+    return {call.seed, call.threshold, call.first_row};
 }
 
 float inverse_keep(int threshold) { return 256.0f / static_cast<float>(256 - threshold); }
@@ -129,6 +137,17 @@ LaunchConfig config_of(const KernelPlan& plan, const BranchCall& call) {
     return {plan, call.shape, call.stream};
 }
 
+// The plan of a kernel that walks down chunks of rows, or of one with a block per tile of rows, for
+// the rows of a round.
+LaunchConfig chunks_config(KernelPlan plan, const BranchCall& call, int64_t rows_per_chunk) {
+    plan.grid_y = static_cast<int>((call.shape.m + rows_per_chunk - 1) / rows_per_chunk);
+    return config_of(plan, call);
+}
+LaunchConfig tiles_config(KernelPlan plan, const BranchCall& call, int rank) {
+    plan.grid_x = (call.shape.m + tile_rows(rank) - 1) / tile_rows(rank);
+    return config_of(plan, call);
+}
+
 ProjectParams project_x(const BranchCall& call, const Packed& packed, const ForwardPlan& plan,
                         float* partial) {
     ProjectParams p{};
@@ -139,9 +158,10 @@ ProjectParams project_x(const BranchCall& call, const Packed& packed, const Forw
     p.partial = partial;
     p.m = call.shape.m;
     p.w = call.shape.k;
+    p.segment = plan.segment;
     p.splits = plan.splits;
     p.stages = plan.project.stages;
-    p.dropout = {call.seed, call.threshold};
+    p.dropout = dropout_of(call);
     return p;
 }
 
@@ -154,11 +174,12 @@ void launch_reduce_jobs(const BranchCall& call, ReduceParams& p) {
         launch_reduce(call.dtype, small_config("reduce", blocks, call), p);
 }
 
-// z as the forward computed it, bit for bit: the same splits, summed in the same order.
+// z as the forward computed it, bit for bit: the same segments, summed in the same order.
 void recompute_z(const BranchCall& call, const Packed& packed, const ForwardPlan& plan,
                  float* partial, void* z) {
     rank_kernels(call.dtype, plan.rank)
-        .project(config_of(plan.project, call), project_x(call, packed, plan, partial));
+        .project(tiles_config(plan.project, call, plan.rank),
+                 project_x(call, packed, plan, partial));
     ReduceParams p{};
     p.rows.partial = partial;
     p.rows.count = plan.splits;
@@ -184,13 +205,14 @@ void launch_dy_passes(const BackwardCall& call, const BackwardPlan& plan, const 
         p.alpha_t = call.alpha_t;
         p.dh = need_dz ? scratch.dh : nullptr;
         p.db = call.db ? scratch.db : nullptr;
+        p.adds = call.first_row > 0;
         p.m = call.shape.m;
         p.rows_per_chunk = plan.db_rows;
         p.n = call.shape.n;
         p.r = call.shape.r;
         p.stages = plan.dy.stages;
         p.activation = call.activation;
-        kernels.dy(config_of(plan.dy, call), p);
+        kernels.dy(chunks_config(plan.dy, call, plan.db_rows), p);
     } else if (need_dz) {
         ProjectParams p{};
         p.wide = call.dy;
@@ -201,9 +223,10 @@ void launch_dy_passes(const BackwardCall& call, const BackwardPlan& plan, const 
         p.partial = scratch.dh;
         p.m = call.shape.m;
         p.w = call.shape.n;
+        p.segment = plan.segment;
         p.splits = plan.dh_parts;
         p.stages = plan.project_dy.stages;
-        kernels.project_dy(config_of(plan.project_dy, call), p);
+        kernels.project_dy(tiles_config(plan.project_dy, call, plan.rank), p);
     }
 }
 
@@ -232,11 +255,12 @@ void launch_db(const BackwardCall& call, const BackwardPlan& plan, const Backwar
     p.wide_stride = call.dy_stride;
     p.narrow = scratch.h;
     p.partial = scratch.db;
+    p.adds = call.first_row > 0;
     p.m = call.shape.m;
     p.rows_per_chunk = plan.db_rows;
     p.w = call.shape.n;
     p.stages = plan.db.stages;
-    rank_kernels(call.dtype, plan.rank).db(config_of(plan.db, call), p);
+    rank_kernels(call.dtype, plan.rank).db(chunks_config(plan.db, call, plan.db_rows), p);
 }
 
 void launch_x(const BackwardCall& call, const BackwardPlan& plan, const Packed& packed,
@@ -249,12 +273,74 @@ void launch_x(const BackwardCall& call, const BackwardPlan& plan, const Packed& 
     p.a_stride = packed.a_stride;
     p.dx = call.dx;
     p.partial = call.da ? scratch.da : nullptr;
+    p.adds = call.first_row > 0;
     p.m = call.shape.m;
     p.rows_per_chunk = plan.da_rows;
     p.w = call.shape.k;
     p.stages = plan.x.stages;
-    p.dropout = {call.seed, call.threshold};
-    rank_kernels(call.dtype, plan.rank).x(config_of(plan.x, call), p);
+    p.dropout = dropout_of(call);
+    rank_kernels(call.dtype, plan.rank).x(chunks_config(plan.x, call, plan.da_rows), p);
+}
+
+// The rows [first, first + count) of a call.
+BackwardCall rows_of(const BackwardCall& call, int64_t first, int64_t count) {
+    const auto move = [first](auto* matrix, int64_t stride) {
+        using Matrix = decltype(matrix);
+        using Byte =
+            std::conditional_t<std::is_const_v<std::remove_pointer_t<Matrix>>, const char, char>;
+        return matrix ? static_cast<Matrix>(static_cast<Byte*>(matrix) +
+                                            first * stride * kElementBytes)
+                      : nullptr;
+    };
+    BackwardCall part = call;
+    part.shape.m = count;
+    part.first_row = first;
+    part.x = move(call.x, call.x_stride);
+    part.dy = move(call.dy, call.dy_stride);
+    part.z = move(call.z, call.shape.r);
+    part.dx = move(call.dx, call.shape.k);
+    return part;
+}
+
+// One round. Sums over rows are added to those of the rounds before it, and written by the last
+// one.
+void backward_round(const BackwardCall& call, const ForwardPlan& forward, const BackwardPlan& plan,
+                    const Packed& packed, const BackwardScratch& scratch, bool last) {
+    const void* z = call.z ? call.z : scratch.z;
+    if (!call.z)
+        recompute_z(call, packed, forward, scratch.dh, scratch.z);
+
+    const bool need_dz = call.dx || call.da, two_passes = !plan.one_pass_dy;
+    launch_dy_passes(call, plan, packed, z, scratch, need_dz);
+    ReduceParams first{};
+    if (need_dz || (two_passes && call.db)) {
+        SumRowsJob& rows = first.rows;
+        rows.partial = need_dz ? scratch.dh : nullptr;
+        rows.count = plan.dh_parts;
+        rows.z = z;
+        rows.dz = need_dz ? scratch.dz : nullptr;
+        rows.h = two_passes && call.db ? scratch.h : nullptr;
+        rows.alpha_t = call.alpha_t;
+        rows.m = call.shape.m;
+        rows.r = call.shape.r;
+        rows.rank_class = plan.rank;
+        rows.activation = call.activation;
+        rows.scale = call.scaling * inverse_keep(call.threshold);
+    }
+    if (call.db && !two_passes && last)
+        first.db = db_job(call, plan, scratch);
+    launch_reduce_jobs(call, first);
+
+    ReduceParams second{};
+    if (call.db && two_passes)
+        launch_db(call, plan, scratch);
+    if (need_dz)
+        launch_x(call, plan, packed, scratch);
+    if (call.db && two_passes && last)
+        second.db = db_job(call, plan, scratch);
+    if (call.da && last)
+        second.da = da_job(call, plan, scratch);
+    launch_reduce_jobs(call, second);
 }
 
 }  // namespace
@@ -332,41 +418,11 @@ void backward(const BackwardCall& call) {
     Workspace workspace(call.workspace);
     const BackwardScratch scratch(call.shape, forward, plan, !call.z, workspace);
     const Packed packed = pack_operands(call, plan.rank, scratch.a, scratch.b);
-    const void* z = call.z ? call.z : scratch.z;
-    if (!call.z)
-        recompute_z(call, packed, forward, scratch.dh, scratch.z);
-
-    const bool need_dz = call.dx || call.da, two_passes = !plan.one_pass_dy;
-    launch_dy_passes(call, plan, packed, z, scratch, need_dz);
-    ReduceParams first{};
-    if (need_dz || (two_passes && call.db)) {
-        SumRowsJob& rows = first.rows;
-        rows.partial = need_dz ? scratch.dh : nullptr;
-        rows.count = plan.dh_parts;
-        rows.z = z;
-        rows.dz = need_dz ? scratch.dz : nullptr;
-        rows.h = two_passes && call.db ? scratch.h : nullptr;
-        rows.alpha_t = call.alpha_t;
-        rows.m = call.shape.m;
-        rows.r = call.shape.r;
-        rows.rank_class = plan.rank;
-        rows.activation = call.activation;
-        rows.scale = call.scaling * inverse_keep(call.threshold);
+    for (int64_t first = 0; first < call.shape.m; first += plan.rows) {
+        const bool last = first + plan.rows >= call.shape.m;
+        backward_round(rows_of(call, first, std::min(plan.rows, call.shape.m - first)), forward,
+                       plan, packed, scratch, last);
     }
-    if (call.db && !two_passes)
-        first.db = db_job(call, plan, scratch);
-    launch_reduce_jobs(call, first);
-
-    ReduceParams second{};
-    if (call.db && two_passes) {
-        launch_db(call, plan, scratch);
-        second.db = db_job(call, plan, scratch);
-    }
-    if (need_dz)
-        launch_x(call, plan, packed, scratch);
-    if (call.da)
-        second.da = da_job(call, plan, scratch);
-    launch_reduce_jobs(call, second);
 }
 
 std::vector<KernelPlan> kernels_of(const Shape& shape, const DeviceLimits& device) {

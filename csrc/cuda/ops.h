@@ -23,11 +23,12 @@ struct BranchCall {
     const void* x;  // T [M, K], row stride x_stride, a multiple of 8
     int64_t x_stride;
     WeightOperand a, b;
-    const float* alpha_t;
-    const int64_t* seed;  // null without dropout
+    const float* alpha_t;  // null at identity
+    const int64_t* seed;   // null without dropout
     int activation;
     int threshold;  // of 256 elements of x that are dropped
     float scaling;
+    int64_t first_row = 0;  // of x, in a round of a backward
     void* workspace;  // 256-byte aligned, of forward_workspace() or backward_workspace() bytes
     void* stream;
     DeviceLimits device;

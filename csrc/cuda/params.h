@@ -9,10 +9,13 @@ namespace afa {
 // Dropout of x. threshold 0: none, and seed is not read.
 struct DropoutParams {
     const int64_t* seed;
-    int threshold;  // of 256
+    int threshold;      // of 256
+    int64_t first_row;  // of x, where the kernel is given a part of its rows
 };
 
-// A product (M, W) x (W, R), summed over a part of W by each of `splits` blocks.
+// A product (M, W) x (W, R). W is summed in segments, and the sums of the segments are added in
+// order: by one block (splits 1), or by whoever reads the partial products of one block per
+// segment.
 struct ProjectParams {
     const void* wide;  // T [M, W], row stride wide_stride: x or dy
     int64_t wide_stride;
@@ -22,7 +25,8 @@ struct ProjectParams {
     float* partial;          // [splits, M, R]
     int64_t m;
     int w;
-    int splits;
+    int segment;  // columns, a multiple of the tiles' kDepth
+    int splits;   // blocks: 1, or one per segment
     int stages;
     DropoutParams dropout;
 };
@@ -39,7 +43,7 @@ struct ForwardParams {
     void* y;  // T [M, N], row stride y_stride
     int64_t y_stride;
     void* z;               // T [M, r]; null: not stored
-    const float* alpha_t;  // [1]
+    const float* alpha_t;  // [1]; null at identity
     int n, r;
     int column_blocks;  // blocks that share the columns of y (expand kernel)
     int activation;
@@ -53,9 +57,10 @@ struct DyParams {
     const void* b;  // T [N, R], row stride b_stride
     int64_t b_stride;
     const void* z;         // T [M, r]
-    const float* alpha_t;  // [1]
+    const float* alpha_t;  // [1]; null at identity
     float* dh;             // [slabs, M, R]; null: not needed
     float* db;             // [chunks, N, R]; null: not needed
+    bool adds;             // to db
     int64_t m, rows_per_chunk;
     int n, r;
     int stages;
@@ -71,6 +76,7 @@ struct OuterParams {
     int64_t a_stride;
     void* dx;        // T [M, W], row stride W; null: not needed (x pass only)
     float* partial;  // [chunks, R, W] (x pass) or [chunks, W, R] (dy pass); null: not needed
+    bool adds;       // to partial
     int64_t m, rows_per_chunk;
     int w;
     int stages;

@@ -1,7 +1,10 @@
 // Launch parameters as a pure function of shape and device: no CUDA, testable anywhere.
 //
-// What decides the order of a sum (splits, chunks) depends on the shape alone, so that results
-// agree bit for bit on all GPUs; the device decides only how many tiles are under way.
+// What decides the order of a sum depends on the shape alone, so that results agree bit for bit on
+// all GPUs; the device decides only how many tiles are under way. In the sums that make a row of y,
+// z or dx it does not even depend on M, so that a row has the same bits in any call: x and dy are
+// summed in segments whose length depends on K or N alone, and what M decides is whether one block
+// goes through all segments of a tile of rows or one block through each.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +22,9 @@ struct DeviceLimits {
     int sm_count;
     int shared_per_block;  // bytes that one block may ask for
     int shared_per_sm;
-    int chunk_limit =
-        0;  // most chunks of rows, 0: no limit; tests set it to reach long chunks with few rows
+    // Most chunks of rows, and most rows of a round; 0: no limit. Tests set them to reach long
+    // chunks and several rounds with few rows.
+    int chunk_limit = 0, round_limit = 0;
 };
 
 struct KernelPlan {
@@ -37,13 +41,17 @@ struct KernelPlan {
 struct ForwardPlan {
     int rank;       // the rank class: r padded to 16, 32, 64 or 128
     bool one_pass;  // forward kernel; else project and expand
-    int splits;     // of the sum over K
+    int segment;    // columns of x that are summed for themselves
+    int splits;     // blocks that share the sum over K: 1, or one per segment
     KernelPlan forward, project, expand;
 };
 
 struct BackwardPlan {
     int rank;
+    int64_t rows;      // of a round: all of this plan is done once for each `rows` rows of the call
+    int rounds;        // so that scratch memory does not grow with M
     bool one_pass_dy;  // dy kernel; else project and db kernel
+    int segment;       // columns of dy that are summed for themselves (project kernel)
     int dh_parts;  // partial sums of dh: slabs of the dy kernel, or splits of the project kernel
     int db_chunks, da_chunks;
     int64_t db_rows, da_rows;  // rows of a chunk
@@ -52,6 +60,14 @@ struct BackwardPlan {
 
 constexpr int kMaxRank = 128;
 
+// Rows of a tile of the forward, expand and project kernels.
+int tile_rows(int rank_class);
+
+// Columns of a segment of a sum over `width` columns: at most kMaxSegments segments, each a whole
+// number of kSegmentUnit columns. afa_kernels/backend/triton/launch.py has the same rule.
+constexpr int kMaxSegments = 8, kSegmentUnit = 256;
+int segment_of(int width);
+
 // The padded rank. Raises std::invalid_argument beyond kMaxRank.
 int rank_class(int r);
 
@@ -59,8 +75,10 @@ int rank_class(int r);
 ForwardPlan plan_forward(const Shape& shape, const DeviceLimits& device);
 BackwardPlan plan_backward(const Shape& shape, const DeviceLimits& device);
 
-// Waves of blocks that the grid needs on the device.
+// Waves of blocks that the grid needs on the device, and the share of their time in which the last
+// one leaves multiprocessors without a block.
 double waves(const KernelPlan& plan, const DeviceLimits& device);
+double tail(const KernelPlan& plan, const DeviceLimits& device);
 
 std::string describe(const Shape& shape);
 std::string describe(const KernelPlan& plan, const Shape& shape);

@@ -37,7 +37,7 @@ AFA_DEVICE void sum_rows(const SumRowsJob& job, int64_t pair) {
                    pack<T>(job.scale * sum.x, job.scale * sum.y));
         return;
     }
-    const float alpha_t = load_global(job.alpha_t);
+    const float alpha_t = alpha_of(job.alpha_t);
     const Float2 z = unpack<T>(load_pair(static_cast<const T*>(job.z), row, job.r, col));
     const ValueSlope low = anneal_by_id(job.activation, z.x, alpha_t);
     const ValueSlope high = anneal_by_id(job.activation, z.y, alpha_t);

@@ -99,8 +99,8 @@ AFA_DEVICE void drop(T* piece, uint16_t* masks, int mask_pitch, const DropoutPar
     AFA_ROLLED
     for (int i = lane_index(); i < kRows * kGroups; i += kWarpSize) {
         const int r = i / kGroups, group = i % kGroups;
-        const uint32_t bits = keep_bits(seed, dropout.threshold, row + r, calls_per_row,
-                                        col / kDropoutColumns + group);
+        const uint32_t bits = keep_bits(seed, dropout.threshold, dropout.first_row + row + r,
+                                        calls_per_row, col / kDropoutColumns + group);
         if (masks)
             store_shared(masks + r * mask_pitch + group, static_cast<uint16_t>(bits));
         if (apply) {
@@ -109,6 +109,11 @@ AFA_DEVICE void drop(T* piece, uint16_t* masks, int mask_pitch, const DropoutPar
             store_shared(p + kVector, keep(load_shared<Vec16>(p + kVector), bits >> kVector));
         }
     }
+}
+
+// alpha_t, which a call at identity does not have.
+AFA_DEVICE float alpha_of(const float* alpha_t) {
+    return alpha_t == nullptr ? 0.0f : load_global(alpha_t);
 }
 
 // phi of two elements, rounded to T.

@@ -25,7 +25,9 @@ struct RowTile {
     static constexpr int kDepth = R <= 32 ? 128 : 64;    // columns of x (or dy) per step
     static constexpr int kColumns = R <= 32 ? 128 : 64;  // columns of y per step
     static constexpr int kThreads = kRows / 16 * kWarpSize;
-    static constexpr int kRegisters = 128;  // budget per thread, on every architecture
+    // Budgets per thread, on every architecture. At rank 128 the two accumulators of a sum in
+    // segments leave room for one block on a multiprocessor, which has tiles enough under way.
+    static constexpr int kRegisters = R == 128 ? 184 : 128, kExpandRegisters = 128;
     static constexpr int kWide = tile_elements(kRows, kDepth);
     static constexpr int kNarrow = tile_elements(R, kDepth);
     static constexpr int kNarrowTransposed = tile_elements(kDepth, R);

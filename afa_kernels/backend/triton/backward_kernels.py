@@ -6,6 +6,7 @@ import triton.language as tl
 from afa_kernels.backend.triton.device_functions import (
     dot,
     keep_mask,
+    load_alpha,
     load_z,
     phi,
     phi_slope,
@@ -22,15 +23,15 @@ def _store_dz(
 ):  # fmt: skip
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     z = load_z(z_ptr, first_row, rows_left, r, BLOCK_M, R)
-    dz = factor * dh * phi_slope(z, tl.load(alpha_ptr), ACT)
+    dz = factor * dh * phi_slope(z, load_alpha(alpha_ptr, ACT), ACT)
     dz = round_to(dz, dz_ptr.dtype.element_ty, EMULATE_BF16)
     target = dz_ptr + first_row * R + row[:, None] * R + rank[None, :]
     tl.store(target, dz, mask=(row < rows_left)[:, None])
 
 
-@triton.jit(do_not_specialize=["M", "alpha_ptr"])
+@triton.jit(do_not_specialize=["M", "segment_tiles", "alpha_ptr"])
 def dyb_dphi_backward_kernel(
-    dy_ptr, b_ptr, z_ptr, dz_ptr, alpha_ptr, M, N, r, stride_dym, stride_bn, stride_br, factor,
+    dy_ptr, b_ptr, z_ptr, dz_ptr, alpha_ptr, M, N, r, stride_dym, stride_bn, stride_br, factor, segment_tiles,
     ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +40,8 @@ def dyb_dphi_backward_kernel(
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
     dh = project(
-        dy_ptr, b_ptr, first_row, rows_left, 0, N, N, stride_dym, stride_br, stride_bn, 0, 0, 0,
+        dy_ptr, b_ptr, first_row, rows_left, 0, tl.cdiv(N, BLOCK_L), segment_tiles, N, stride_dym, stride_br, stride_bn,
+        0, 0, 0,
         BLOCK_M, BLOCK_L, R, False, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     _store_dz(dh, z_ptr, dz_ptr, alpha_ptr, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
@@ -76,7 +78,7 @@ def dy_pass_backward_kernel(
     row, rank, offset = tl.arange(0, BLOCK_M), tl.arange(0, R), tl.arange(0, BLOCK_L)
     col = slab * BLOCK_L + offset
     col_mask = (col < N)[None, :]
-    alpha_t = tl.load(alpha_ptr)
+    alpha_t = load_alpha(alpha_ptr, ACT)
     db = tl.zeros((R, BLOCK_L), tl.float32)
     if dh_ptr is not None:
         b = tl.load(b_ptr + col[None, :] * stride_bn + rank[:, None] * stride_br, mask=col_mask, other=0.0)

@@ -73,15 +73,30 @@ def _value_and_slope(z, ACT: tl.constexpr):
 
 
 @triton.jit
+def load_alpha(alpha_ptr, ACT: tl.constexpr):
+    """Return alpha_t; at identity there is none, and 0.0 stands for it."""
+    if ACT == "identity":
+        return 0.0
+    else:
+        return tl.load(alpha_ptr)
+
+
+@triton.jit
 def phi(z, alpha_t, ACT: tl.constexpr):
-    value, _ = _value_and_slope(z, ACT)
-    return (1.0 - alpha_t) * z + alpha_t * value
+    if ACT == "identity":
+        return z
+    else:
+        value, _ = _value_and_slope(z, ACT)
+        return (1.0 - alpha_t) * z + alpha_t * value
 
 
 @triton.jit
 def phi_slope(z, alpha_t, ACT: tl.constexpr):
-    _, slope = _value_and_slope(z, ACT)
-    return (1.0 - alpha_t) + alpha_t * slope
+    if ACT == "identity":
+        return 1.0
+    else:
+        _, slope = _value_and_slope(z, ACT)
+        return (1.0 - alpha_t) + alpha_t * slope
 
 
 @triton.jit
@@ -117,22 +132,26 @@ def load_z(z_ptr, first_row, rows_left, r, BLOCK_M: tl.constexpr, R: tl.constexp
 
 @triton.jit
 def project(
-    left_ptr, small_ptr, first_row, rows_left, first, last, length, stride_row, stride_rank,
-    stride_small, seed, threshold, calls_per_row,
+    left_ptr, small_ptr, first_row, rows_left, first_tile, tiles, segment_tiles, length, stride_row,
+    stride_rank, stride_small, seed, threshold, calls_per_row,
     BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Return ``left[first_row:, first:last] @ small[:, first:last].T`` as a float32 (BLOCK_M, R)
-    tile.
+    """Return the rows ``first_row ...`` of ``left @ small.T`` as a float32 (BLOCK_M, R) tile, summed over ``tiles``
+    tiles of BLOCK_L columns from ``first_tile`` on.
 
     ``left`` is (M, length) and streamed once, ``small`` is (R, length); ``rows_left`` rows of the
-    tile exist.
+    tile exist. Every ``segment_tiles`` tiles are summed for themselves and added in order, as
+    ``sum_partials`` adds the segments of several programs.
     """
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     row_mask = (row < rows_left)[:, None]
     left_rows = left_ptr + first_row * stride_row + row[:, None] * stride_row
-    accumulator = tl.zeros((BLOCK_M, R), tl.float32)
-    for start in range(first, last, BLOCK_L):
+    total = tl.zeros((BLOCK_M, R), tl.float32)
+    segment = tl.zeros((BLOCK_M, R), tl.float32)
+    left_in_segment = segment_tiles
+    for tile in range(first_tile, first_tile + tiles):
+        start = tile * BLOCK_L
         col = start + tl.arange(0, BLOCK_L)
         col_mask = col < length
         left = tl.load(left_rows + col[None, :], mask=row_mask & col_mask[None, :], other=0.0)
@@ -144,8 +163,13 @@ def project(
         if DROPOUT:
             keep = keep_mask(seed, threshold, first_row, start, calls_per_row, BLOCK_M, BLOCK_L)
             left = tl.where(keep, left, 0.0).to(left.dtype)
-        accumulator = dot(left, small, accumulator, PRECISION, EMULATE_BF16)
-    return accumulator
+        segment = dot(left, small, segment, PRECISION, EMULATE_BF16)
+        left_in_segment -= 1
+        if left_in_segment == 0:
+            total += segment
+            segment = tl.zeros((BLOCK_M, R), tl.float32)
+            left_in_segment = segment_tiles
+    return total + segment
 
 
 @triton.jit

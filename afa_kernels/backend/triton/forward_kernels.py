@@ -14,6 +14,7 @@ import triton.language as tl
 
 from afa_kernels.backend.triton.device_functions import (
     dot,
+    load_alpha,
     phi,
     project,
     round_to,
@@ -100,11 +101,11 @@ def _store_y(
     )
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "alpha_ptr", "seed_ptr"])
+@triton.jit(do_not_specialize=["M", "segment_tiles", "threshold", "alpha_ptr", "seed_ptr"])
 def xa_phi_hb_forward_kernel(
     x_ptr, a_ptr, b_ptr, base_ptr, y_ptr, z_ptr, alpha_ptr, seed_ptr, M, K, N, r,
     stride_xm, stride_ar, stride_ak, stride_bn, stride_br, stride_base_m, stride_base_n, stride_ym,
-    stride_yn, scaling, inverse_keep, threshold, calls_per_row,
+    stride_yn, scaling, inverse_keep, segment_tiles, threshold, calls_per_row,
     ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
@@ -119,7 +120,7 @@ def xa_phi_hb_forward_kernel(
     rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     z = project(
-        x_ptr, a_ptr, first_row, rows_left, 0, K, K, stride_xm, stride_ar, stride_ak,
+        x_ptr, a_ptr, first_row, rows_left, 0, tl.cdiv(K, BLOCK_L), segment_tiles, K, stride_xm, stride_ar, stride_ak,
         seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     # The backward recomputes h from the stored z, so it is rounded first: otherwise y and dB would
@@ -128,7 +129,7 @@ def xa_phi_hb_forward_kernel(
     if z_ptr is not None:
         _store_z(z_ptr, z, first_row, rows_left, r, BLOCK_M, R)
     if y_ptr is not None:
-        alpha_t = tl.load(alpha_ptr)
+        alpha_t = load_alpha(alpha_ptr, ACT)
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), x_ptr.dtype.element_ty, EMULATE_BF16)
         for start in range(0, N, BLOCK_N):
             _store_y(
@@ -138,36 +139,33 @@ def xa_phi_hb_forward_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "tiles", "threshold", "seed_ptr"])
+@triton.jit(do_not_specialize=["M", "segment_tiles", "threshold", "seed_ptr"])
 def project_partial_kernel(
-    left_ptr, small_ptr, partial_ptr, seed_ptr, M, length, tiles,
+    left_ptr, small_ptr, partial_ptr, seed_ptr, M, length, segment_tiles,
     stride_row, stride_rank, stride_small, threshold, calls_per_row,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """F1, and D1 of few rows: one split of the sum ``left small^T`` as a float32 partial (splits,
-    M, R).
-
-    Grid: (M / BLOCK_M, splits), ``tiles`` tiles of columns in each split.
-    """
+    """F1, and D1 of few rows: one segment of the sum ``left small^T`` as a float32 partial (segments, M, R). Grid: (M /
+    BLOCK_M, segments)."""
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
-    split = tl.program_id(1)
+    segment = tl.program_id(1)
     rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
-    first = split * tiles * BLOCK_L  # in tiles, so that the compiler sees its alignment
+    first = segment * segment_tiles
+    tiles = tl.minimum(segment_tiles, tl.cdiv(length, BLOCK_L) - first)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     partial = project(
-        left_ptr, small_ptr, first_row, rows_left, first, tl.minimum(first + tiles * BLOCK_L,
-        length), length, stride_row, stride_rank, stride_small,
-        seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
+        left_ptr, small_ptr, first_row, rows_left, first, tiles, segment_tiles, length, stride_row, stride_rank,
+        stride_small, seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
-    target = partial_ptr + (split.to(tl.int64) * M + first_row) * R + row[:, None] * R + rank[None, :]
+    target = partial_ptr + (segment.to(tl.int64) * M + first_row) * R + row[:, None] * R + rank[None, :]
     tl.store(target, partial, mask=(row < rows_left)[:, None])
 
 
-@triton.jit(do_not_specialize=["M", "splits", "tiles", "alpha_ptr"])
+@triton.jit(do_not_specialize=["M", "segments", "tiles", "alpha_ptr"])
 def phi_hb_forward_kernel(
-    partial_ptr, b_ptr, base_ptr, y_ptr, z_ptr, alpha_ptr, M, N, r, splits, tiles,
+    partial_ptr, b_ptr, base_ptr, y_ptr, z_ptr, alpha_ptr, M, N, r, segments, tiles,
     stride_bn, stride_br, stride_base_m, stride_base_n, stride_ym, stride_yn, scaling, inverse_keep,
     ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
@@ -179,13 +177,13 @@ def phi_hb_forward_kernel(
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
     column = tl.program_id(1)
     rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
-    z = sum_partials(partial_ptr, first_row, rows_left, M, splits, BLOCK_M, R)
+    z = sum_partials(partial_ptr, first_row, rows_left, M, segments, BLOCK_M, R)
     z = round_to(z * inverse_keep, DTYPE, EMULATE_BF16)
     if z_ptr is not None:
         z_rows = tl.where(column == 0, rows_left, 0)
         _store_z(z_ptr, z, first_row, z_rows, r, BLOCK_M, R)
     if y_ptr is not None:
-        alpha_t = tl.load(alpha_ptr)
+        alpha_t = load_alpha(alpha_ptr, ACT)
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), DTYPE, EMULATE_BF16)
         first = column * tiles * BLOCK_N
         for start in range(first, tl.minimum(first + tiles * BLOCK_N, N), BLOCK_N):

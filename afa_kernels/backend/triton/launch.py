@@ -24,6 +24,8 @@ ELEMENTWISE = Tile(0, 0, 4, 1)  # warps and stages of a kernel without a streame
 # Rows per multiprocessor from which one pass over x has enough bytes in flight: a tile of 64 on
 # three of four. A tile of 128 rows occupies half as many, with twice the bytes.
 _FULL_DEVICE_ROWS = 48
+# The sums over K and N: at most so many segments, each a whole number of so many columns, as in csrc/cuda/plan.h.
+_MAX_SEGMENTS, _SEGMENT_UNIT = 8, 256
 
 
 class Launch(NamedTuple):
@@ -133,19 +135,19 @@ class Context:
         return triton.cdiv(self.rows, self.tiles.project.rows)
 
     def spread(self, steps: int) -> tuple[int, int]:
-        """Return (programs, steps per program): enough programs for each tile of rows to give the
+        """Return (programs, steps per program) for the columns of y: enough programs for each tile of rows to give the
         device two waves."""
         wanted = min(steps, triton.cdiv(2 * self.device.multiprocessors, self.row_programs()))
         per_program = triton.cdiv(steps, wanted)
         return triton.cdiv(steps, per_program), per_program
 
-    def splits(self, length: int) -> tuple[int, int]:
-        """Return (splits, tiles per split) for a product of rows; 1 split where the rows alone fill
-        the device."""
-        steps = triton.cdiv(length, self.tiles.project.cols)
-        if self.rows >= _FULL_DEVICE_ROWS * self.device.multiprocessors:
-            return 1, steps
-        return self.spread(steps)
+    def one_program(self, length: int) -> bool:
+        """Whether one program goes through all ``length`` columns of a tile of rows: where the rows alone fill the
+        device, or there is one segment. Elsewhere each segment has a program; the bits are the same."""
+        return self.rows >= _FULL_DEVICE_ROWS * self.device.multiprocessors or length <= segment_columns(length)
+
+    def segment_tiles(self, length: int) -> int:
+        return segment_columns(length) // self.tiles.project.cols
 
     def _pack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         ready = self.r == self.padded and all(
@@ -167,6 +169,12 @@ class Context:
         grid = (blocks_a + triton.cdiv(b_padded.numel(), _PACK_BLOCK),)
         submit(forward_kernels.pack_kernel, grid, arguments, constants, ELEMENTWISE)
         return a_padded, b_padded
+
+
+def segment_columns(length: int) -> int:
+    """Return how many columns of a sum over ``length`` columns are summed for themselves. It depends on the length
+    alone, so that a row has the same bits in a call of any number of rows."""
+    return triton.cdiv(triton.cdiv(length, _SEGMENT_UNIT), _MAX_SEGMENTS) * _SEGMENT_UNIT
 
 
 def int32_offsets(t: Tensor, rows: int | None = None) -> bool:

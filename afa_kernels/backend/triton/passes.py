@@ -13,6 +13,7 @@ from afa_kernels.backend.triton.launch import (
     Context,
     addressable,
     int32_offsets,
+    segment_columns,
     submit,
 )
 
@@ -46,17 +47,18 @@ def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool)
         out.copy_(y)
         return z
     z = ctx.empty(ctx.rows, ctx.r, dtype=ctx.dtype) if save_z else None
-    tile, splits, tiles = ctx.tiles.project, *ctx.splits(ctx.k)
+    tile = ctx.tiles.project
     shared = {
         "b_ptr": ctx.b, "z_ptr": z, "alpha_ptr": ctx.alpha_t, "M": ctx.rows, "N": ctx.n, "r": ctx.r,
         "stride_bn": ctx.b.stride(0), "stride_br": ctx.b.stride(1), **_base_arguments(base, out),
         "scaling": ctx.spec.scaling, "inverse_keep": ctx.spec.inverse_keep,
     }  # fmt: skip
     constants = {"ACT": ctx.act, "BLOCK_M": tile.rows, "BLOCK_N": ctx.tiles.out_cols, **ctx.dots()}
-    if splits == 1:
+    if ctx.one_program(ctx.k):
         arguments = {
             "x_ptr": ctx.x, "a_ptr": ctx.a, "K": ctx.k, "stride_xm": ctx.x.stride(0),
-            "stride_ar": ctx.a.stride(0), "stride_ak": ctx.a.stride(1), **ctx.mask(), **shared,
+            "stride_ar": ctx.a.stride(0), "stride_ak": ctx.a.stride(1), "segment_tiles": ctx.segment_tiles(ctx.k),
+            **ctx.mask(), **shared,
         }  # fmt: skip
         constants |= {"BLOCK_L": tile.cols, "DROPOUT": ctx.spec.dropout > 0}
         submit(
@@ -67,10 +69,10 @@ def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool)
             tile,
         )
         return z
-    partial = _project_partials(ctx, ctx.x, ctx.a, ctx.a.stride(), splits, tiles, dropout=ctx.spec.dropout > 0)
+    partial = _project_partials(ctx, ctx.x, ctx.a, ctx.a.stride(), dropout=ctx.spec.dropout > 0)
     constants["DTYPE"] = _triton_dtype(ctx.dtype)
     columns, tiles = (1, 0) if out is None else ctx.spread(triton.cdiv(ctx.n, ctx.tiles.out_cols))
-    arguments = {"partial_ptr": partial, "splits": splits, "tiles": tiles, **shared}
+    arguments = {"partial_ptr": partial, "segments": partial.shape[0], "tiles": tiles, **shared}
     grid = (ctx.row_programs(), columns)
     submit(forward_kernels.phi_hb_forward_kernel, grid, arguments, constants, tile)
     return z
@@ -85,22 +87,22 @@ def _project_partials(
     left: Tensor,
     small: Tensor,
     strides: tuple[int, int],
-    splits: int,
-    tiles: int,
     *,
     dropout: bool,
 ) -> Tensor:
-    """Return float32 partials (splits, M, R) of ``left @ small.T``; ``strides`` are those of (rank,
+    """Return float32 partials (segments, M, R) of ``left @ small.T``; ``strides`` are those of (rank,
     column) of small."""
     tile = ctx.tiles.project
-    partial = ctx.empty(splits, ctx.rows, ctx.padded)
+    length = left.shape[1]
+    segments = triton.cdiv(length, segment_columns(length))
+    partial = ctx.empty(segments, ctx.rows, ctx.padded)
     arguments = {
         "left_ptr": left, "small_ptr": small, "partial_ptr": partial, "M": ctx.rows,
-        "length": left.shape[1], "tiles": tiles, "stride_row": left.stride(0),
+        "length": length, "segment_tiles": ctx.segment_tiles(length), "stride_row": left.stride(0),
         "stride_rank": strides[0], "stride_small": strides[1], **ctx.mask(),
     }  # fmt: skip
     constants = {"BLOCK_M": tile.rows, "BLOCK_L": tile.cols, "DROPOUT": dropout, **ctx.dots()}
-    grid = (ctx.row_programs(), splits)
+    grid = (ctx.row_programs(), segments)
     submit(forward_kernels.project_partial_kernel, grid, arguments, constants, tile)
     return partial
 
@@ -169,15 +171,15 @@ def _dz_from_partials(ctx: Context, dh_partial: Tensor, z: Tensor) -> Tensor:
 
 
 def _dz(ctx: Context, dy: Tensor, z: Tensor) -> Tensor:
-    """D1, split over the columns of dy where rows are few."""
-    tile, (splits, tiles) = ctx.tiles.project, ctx.splits(ctx.n)
+    """D1, with a program for each segment of the columns of dy where rows are few."""
+    tile = ctx.tiles.project
     rank_and_column = (ctx.b.stride(1), ctx.b.stride(0))
-    if splits > 1:
-        partial = _project_partials(ctx, dy, ctx.b, rank_and_column, splits, tiles, dropout=False)
+    if not ctx.one_program(ctx.n):
+        partial = _project_partials(ctx, dy, ctx.b, rank_and_column, dropout=False)
         return _dz_from_partials(ctx, partial, z)
     dz, arguments = _dz_arguments(ctx, z)
     arguments |= {
-        "dy_ptr": dy, "b_ptr": ctx.b, "N": ctx.n,
+        "dy_ptr": dy, "b_ptr": ctx.b, "N": ctx.n, "segment_tiles": ctx.segment_tiles(ctx.n),
         "stride_dym": dy.stride(0), "stride_br": rank_and_column[0],
         "stride_bn": rank_and_column[1],
     }  # fmt: skip

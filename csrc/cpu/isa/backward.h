@@ -22,7 +22,7 @@ class Backward {
   public:
     explicit Backward(const BackwardParams& params)
         : p(params), plan(params), rp(plan.rp), dropout(dropout_of(params)),
-          inverse_keep(inverse_keep_of(params)), alpha_t(*params.alpha_t), scratch(plan.layout) {}
+          inverse_keep(inverse_keep_of(params)), alpha_t(alpha_of(params)), scratch(plan.layout) {}
 
     void run() {
         if (plan.need_dx && !p.accumulate_dx)

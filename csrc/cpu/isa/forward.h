@@ -19,7 +19,7 @@ class Forward {
   public:
     explicit Forward(const ForwardParams& params)
         : p(params), plan(params), rp(plan.rp), dropout(dropout_of(params)),
-          inverse_keep(inverse_keep_of(params)), alpha_t(*params.alpha_t), scratch(plan.layout) {}
+          inverse_keep(inverse_keep_of(params)), alpha_t(alpha_of(params)), scratch(plan.layout) {}
 
     void run() {
         if (p.out.data != p.base.data && p.out.col_stride == 1 && p.out.row_stride == p.n)

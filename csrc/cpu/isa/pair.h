@@ -5,7 +5,7 @@
 #include "cpu/isa/pairs.h"
 #include "cpu/isa/row_groups.h"
 
-#if AFA_ISA_LEVEL >= 3
+#if AFA_ISA_LEVEL == 3
 
 namespace afa::cpu::AFA_ISA {
 

@@ -20,6 +20,9 @@ static inline Dropout dropout_of(const CommonParams& p) {
         return {};
     return {p.dropout, static_cast<uint64_t>(*p.seed), ceil_div(p.k, kDropoutColumns)};
 }
+static inline float alpha_of(const CommonParams& p) {
+    return p.alpha_t == nullptr ? 0.0f : *p.alpha_t;
+}
 static inline float inverse_keep_of(const CommonParams& p) {
     return kDropoutLevels / static_cast<float>(kDropoutLevels - p.dropout);
 }

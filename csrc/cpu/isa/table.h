@@ -1,5 +1,6 @@
 // The table of kernels of one instruction set, which is all that dispatch.cpp sees of it. The
-// engine is chosen by dtype and number of rows.
+// engine is chosen by dtype alone: each sums in an order of its own, and a row has the same bits in
+// a call of any number of rows.
 #pragma once
 
 #include "cpu/isa/backward.h"
@@ -14,12 +15,8 @@ static void run(const Params& params) {
     switch (params.dtype) {
     case Dtype::bf16:
 #if AFA_ISA_LEVEL >= 4
-        // Below, packing the factors for AMX costs more than it saves. The two engines sum in
-        // different orders, so here alone the bits of a row depend on how many rows a call has.
-        if (params.m > Tiles::kBlockRows)
-            return Pass<bf16, Tiles>(params).run();
-#endif
-#if AFA_ISA_LEVEL >= 3
+        return Pass<bf16, Tiles>(params).run();
+#elif AFA_ISA_LEVEL == 3
         return Pass<bf16, Pair>(params).run();
 #else
         return Pass<bf16, Wide>(params).run();

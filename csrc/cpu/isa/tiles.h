@@ -179,9 +179,7 @@ struct Tiles {
                           int64_t chunks, float* z, int64_t ldz) {
         static_assert(kRows * kRanks <= 4 && kRanks <= 2);
         const int64_t x_stride = ldx * static_cast<int64_t>(sizeof(bf16));
-        const int64_t z_stride = ldz * static_cast<int64_t>(sizeof(float));
-        each<kRows * kRanks>(
-            [&](auto s) { tile_load<s>(z + s / kRanks * 16 * ldz + s % kRanks * 16, z_stride); });
+        each<kRows * kRanks>([&](auto s) { tile_zero<s>(); });
         for (int64_t c = 0; c < chunks; ++c, x += kDepth, panel += step) {
             each<kRanks>(
                 [&](auto j) { tile_load<6 + j>(panel + j * kTileElements, kRightStride); });
@@ -190,8 +188,15 @@ struct Tiles {
                 each<kRanks>([&](auto j) { tile_dot<i * kRanks + j, 4 + i % 2, 6 + j>(); });
             });
         }
-        each<kRows * kRanks>(
-            [&](auto s) { tile_store<s>(z + s / kRanks * 16 * ldz + s % kRanks * 16, z_stride); });
+        // A slab of columns is summed for itself: with few rows the slabs have threads of their
+        // own, and the bits are the same.
+        alignas(64) float sums[16 * kLanes];
+        each<kRows * kRanks>([&](auto s) {
+            tile_store<s>(sums, kTileBytes);
+            float* out = z + s / kRanks * 16 * ldz + s % kRanks * 16;
+            for (int i = 0; i < 16; ++i)
+                store(out + i * ldz, load(out + i * ldz) + load(sums + i * kLanes));
+        });
     }
 
     // Registers 2 kPair and 2 kPair + 1 = h P for 16 rows and kUnit columns. Register 4 keeps the

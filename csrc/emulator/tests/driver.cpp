@@ -59,6 +59,11 @@ std::vector<Case> fixed_cases() {
     for (const int rank : {16, 32, 64, 128})
         add({330, 72, 72, rank},
             [&](Options& o) { o.chunk_limit = 1, o.threshold = rank == 32 ? 0 : 90; });
+    // Three rounds of rows, the last one shorter, with two chunks each.
+    for (const int rank : {16, 32, 64, 128})
+        add({650, 72, 136, rank}, [&](Options& o) {
+            o.round_limit = 256, o.threshold = rank == 64 ? 0 : 90, o.recompute_z = rank != 32;
+        });
     return cases;
 }
 
@@ -72,6 +77,7 @@ Case random_case(std::mt19937_64& random) {
     c.options.strided = below(2);
     c.options.recompute_z = below(2);
     c.options.chunk_limit = below(2);
+    c.options.round_limit = below(3) == 0 ? 128 : 0;
     c.options.threshold = below(2) ? 1 + below(200) : 0;
     return c;
 }

@@ -116,7 +116,8 @@ std::string Problem::name() const {
            (options_.bias ? ", bias" : "") + (options_.in_place ? ", in place" : "") +
            (options_.strided ? ", strided" : "") + (options_.recompute_z ? ", z recomputed" : "") +
            (options_.need_dx ? "" : ", no dx") + (options_.chunk_limit ? ", one chunk" : "") +
-           (options_.need_da ? "" : ", no dA") + (options_.need_db ? "" : ", no dB");
+           (options_.round_limit ? ", several rounds" : "") + (options_.need_da ? "" : ", no dA") +
+           (options_.need_db ? "" : ", no dB");
 }
 
 std::string Problem::compare(const char* what, const Bytes& got, bool is_float,
@@ -154,6 +155,7 @@ void Problem::fill(BranchCall& call) const {
     call.scaling = scaling_;
     call.device = device_limits(0);
     call.device.chunk_limit = options_.chunk_limit;
+    call.device.round_limit = options_.round_limit;
 }
 
 std::string Problem::run() {

@@ -42,7 +42,7 @@ struct Options {
     bool recompute_z = false;
     bool need_dx = true, need_da = true, need_db = true;
     int threshold = 0;
-    int chunk_limit = 0;
+    int chunk_limit = 0, round_limit = 0;
 };
 
 // A matrix of T on the emulated device and its values.
