@@ -21,7 +21,8 @@ CHECKS = [
     if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
 ]
 _TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
-_NEEDS_FSDP2 = pytest.mark.skip(reason="FSDP2 of torch 2.6 does not run on the CPU")
+# Seen with plain nn.Linear layers, too: torch 2.6 raises, and 2.7 and 2.8 return the sum of the gradients.
+_NEEDS_FSDP2 = pytest.mark.skip(reason="FSDP2 of torch before 2.9 does not average gradients on the CPU")
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="this torch was built without gloo",
@@ -54,7 +55,7 @@ def results(request, tmp_path_factory) -> dict[str, str]:
 
 def _parameters():
     for name in CHECKS:
-        marks = [_NEEDS_FSDP2] if "fsdp2" in name and _TORCH < (2, 7) else []
+        marks = [_NEEDS_FSDP2] if "fsdp2" in name and _TORCH < (2, 9) else []
         yield pytest.param(name, id=name.removeprefix("check_"), marks=marks)
 
 
