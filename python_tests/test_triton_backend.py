@@ -18,7 +18,7 @@ from afa_kernels.backend.triton import backend
 triton = pytest.importorskip("triton")
 
 from triton.compiler.errors import CompilationError, CompileTimeAssertionFailure  # noqa: E402
-from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
+from triton.runtime import errors  # noqa: E402
 
 from afa_kernels.backend.triton import autotune, configs, launch  # noqa: E402
 from afa_kernels.backend.triton.configs import Device, Tile  # noqa: E402
@@ -237,8 +237,11 @@ def test_the_timer_runs_the_tiles_that_it_is_given(timer, monkeypatch):
 @pytest.mark.parametrize(
     "error",
     [
-        OutOfResources(300000, 200000, "shared memory"),
-        PTXASError("Register allocation failed with register count of '255'"),
+        errors.OutOfResources(300000, 200000, "shared memory"),
+        # Triton 3.2 has no such error: there it is one of the two below.
+        *([errors.PTXASError("Register allocation failed")] if hasattr(errors, "PTXASError") else []),
+        RuntimeError("Internal Triton PTX codegen error\n"),
+        RuntimeError("`ptxas` failed with error code 1\n"),
         CompileTimeAssertionFailure(None, None, "BLOCK_M"),
         CompilationError(None, None, "numel (2097152) exceeds triton maximum tensor numel (1048576)"),
         RuntimeError("PassManager::run failed"),

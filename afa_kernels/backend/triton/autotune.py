@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources, PTXASError
+from triton.runtime import errors
 
 from afa_kernels.backend.triton import configs, launch, passes
 from afa_kernels.backend.triton.configs import Device, Tile, Tiles
@@ -28,8 +28,10 @@ ENABLE_VARIABLE = "AFA_KERNELS_AUTOTUNE"
 CACHE_VARIABLE = "AFA_KERNELS_CACHE_DIR"
 _PASSES = ("project", "dy_pass", "x_pass", "x_pass_dropout")
 _LARGEST_ROWS = 16384  # tokens above this are timed as this many
-# How the RuntimeErrors of Triton's compilers begin where a tile is too much for them.
-_GIVES_UP = ("PassManager::run failed", "AMD LLVM ")
+# What Triton raises where a tile is too much for the device, and how the RuntimeErrors of its compilers begin. In place
+# of PTXASError Triton 3.2 raises one of these.
+_TOO_MUCH = (errors.OutOfResources, CompilationError, getattr(errors, "PTXASError", errors.OutOfResources))
+_GIVES_UP = ("PassManager::run failed", "AMD LLVM ", "Internal Triton PTX codegen error", "`ptxas` ")
 
 _tuned: dict[tuple[str, str], Tiles] = {}  # (device name, key): what this process has read or tuned
 
@@ -112,7 +114,7 @@ def problem_timer(
     def seconds(name: str, tiles: Tiles) -> float:
         try:
             return triton.testing.do_bench(lambda: run(name, tiles), return_mode="median") * 1e-3
-        except (OutOfResources, PTXASError, CompilationError):
+        except _TOO_MUCH:
             return float("inf")
         except RuntimeError as error:
             if str(error).startswith(_GIVES_UP):
