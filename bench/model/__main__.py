@@ -50,8 +50,9 @@ def table(layer: Layer, float_weights: bool) -> Iterator[str]:
 
 def line(kernel: Kernel) -> str:
     (good, bound), (bad, bad_bound) = (kernel.seconds(H100, which) for which in ("good", "bad"))
+    grid = "x".join(map(str, kernel.grid))
     return (
-        f"  {kernel.name:12}{kernel.launches:>8}{'x'.join(map(str, kernel.grid)):>12}{kernel.stages:>7}{kernel.blocks:>10}"
+        f"  {kernel.name:12}{kernel.launches:>8}{grid:>12}{kernel.stages:>7}{kernel.blocks:>10}"
         f"{kernel.waves:>7.2f}{kernel.hbm / 1e6:>8.1f}{kernel.l2 / 1e6:>7.1f}{kernel.under_way / 1024:>16.0f}"
         f"{good * 1e6:>7.1f} to {bad * 1e6:.1f}  {bound if bound == bad_bound else f'{bound} or {bad_bound}'}"
     )

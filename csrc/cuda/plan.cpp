@@ -67,11 +67,13 @@ KernelPlan ring(const char* kernel, int threads, int registers, const DeviceLimi
             break;
         const int fit = std::max(1, std::min(device.shared_per_sm / (shared + kReservedPerBlock),
                                              kRegistersPerSm / (registers * threads)));
-        const KernelPlan plan{kernel,    grid_x, static_cast<int>(grid_y), threads, stages, shared,
-                              registers, fit};
+        const int stage_bytes = bytes(3) - bytes(2);
+        const KernelPlan plan{kernel,  grid_x,    static_cast<int>(grid_y),
+                              threads, stages,    stage_bytes,
+                              shared,  registers, fit};
         // Blocks that the grid really gives a multiprocessor.
         const int64_t resident = std::min<int64_t>(fit, ceil_div(grid_x * grid_y, device.sm_count));
-        const int64_t under_way = resident * (stages - 1) * (bytes(3) - bytes(2));
+        const int64_t under_way = resident * (stages - 1) * stage_bytes;
         // Than on a full GPU: for a last wave that is not full, or for too few bytes under way.
         const double slower = std::max(
             {1.0, 1 / (1 - tail(plan, device)), static_cast<double>(kBytesUnderWay) / under_way});

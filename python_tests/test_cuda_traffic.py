@@ -1,0 +1,78 @@
+"""bench/model/cuda_launches.py: the bytes of its formulas are those that the kernels move on the emulator."""
+
+import pytest
+import torch
+from conftest import skip_unless_available
+from emulator_helpers import forward_and_backward
+from helpers import Problem
+
+from afa_kernels.options import Spec
+from bench.model import __main__ as command
+from bench.model.cuda_launches import H100, Layer, kernels, overhead
+
+
+@pytest.fixture(autouse=True)
+def emulator():
+    skip_unless_available("cuda_emulated")
+    from afa_kernels import _emulator
+
+    return _emulator
+
+
+def moved(emulator, problem: Problem) -> int:
+    """Return the bytes between global memory and the blocks, in a forward and a backward."""
+    emulator.reset_counters()
+    forward_and_backward(problem, spec=Spec("silu", 1.5))
+    counters = emulator.counters()
+    return sum(counters[name] for name in ("global_read_bytes", "global_write_bytes", "async_copy_bytes"))
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (192, 256, 256, 16),
+        (200, 712, 264, 16),
+        (256, 512, 640, 32),
+        (192, 264, 1032, 64),
+        (256, 520, 512, 128),
+        (200, 136, 88, 8),
+    ],
+    ids=str,
+)
+def test_bytes_of_a_call(emulator, shape, weights):
+    problem = Problem.random(*shape, torch.bfloat16, adapter_dtype=weights)
+    layer = Layer(*shape)
+    modelled = sum(
+        kernel.hbm + kernel.l2
+        for direction in kernels(layer, float_weights=weights == torch.float32)
+        for kernel in direction
+    )
+    base = 2 * shape[0] * shape[2]  # read here; in a layer the frozen GEMM accumulates instead
+    assert moved(emulator, problem) == pytest.approx(modelled + base, rel=0.03)
+
+
+def test_a_kernel_with_little_under_way_or_a_short_last_wave_takes_longer():
+    forward = kernels(Layer(8192, 4096, 4096, 16))[0][-1]
+    seconds, bound = forward.seconds(H100, "bad")
+    assert bound == "memory"
+    slow, bound = forward._replace(under_way=2048).seconds(H100, "bad")
+    assert slow > 2 * seconds and bound == "latency"
+    late, bound = forward._replace(waves=1.1).seconds(H100, "bad")
+    assert late > 1.5 * seconds and bound == "tail"
+
+
+def test_packing_costs_launches():
+    layer = Layer(8192, 4096, 4096, 16)
+    with_pack, without = overhead(layer), overhead(layer, float_weights=False)
+    assert without.both.good < with_pack.both.good < with_pack.both.bad < 30
+
+
+def test_the_command_prints_every_kernel_and_the_check_its_figures(capsys):
+    assert command.main(["--m", "1024", "--r", "16", "64"]) == 0
+    shown = capsys.readouterr().out
+    assert "MODELLED" in shown and all(
+        name in shown for name in ("project", "expand", "dy", "db", "x", "pack", "reduce")
+    )
+    assert command.main(["--check"]) in (0, 1)
+    assert capsys.readouterr().out.count("at most") == 6
