@@ -2,8 +2,8 @@
 follows. MODELLED, nothing here was measured.
 
 The launches are those that ``afa_kernels.plan`` shows, for the dtypes of PEFT: x in 16 bits, A and B in float32, which
-brings in the ``pack`` kernel. The bytes are checked against what the kernels move in the emulator
-(python_tests/test_cuda_traffic.py).
+brings in the ``pack`` kernel where a kernel streams them. The bytes are checked against what the kernels move in the
+emulator (python_tests/test_cuda_traffic.py).
 
     time of a kernel = launch + the longest of
         memory      HBM bytes / memory rate
@@ -133,8 +133,11 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
     def small(name: str, l2: int, launches: int = 1) -> Kernel:
         return Kernel(name, (0, 0), launches, 0, 0, 0.0, 0, l2, 0)
 
-    pack = [small("pack", _FLOAT * r * (k + n) + a + b)] if float_weights or r != rank else []
-    forward, backward = [*pack], [*pack]
+    # What streams A or B wants them rounded and padded; what keeps a slab of them does that itself.
+    weights = _FLOAT if float_weights else _HALF
+    packs = float_weights or r != rank
+    forward = [small("pack", weights * r * (k + n) + a + b)] if packs else []
+    backward = [small("pack", weights * r * n + b)] if packs and rank > 32 else []
     if "forward" in planned:
         forward.append(made("forward", x + y + z, row_blocks * (a + b)))
     else:
@@ -145,13 +148,12 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
     da_chunks, x_slabs = planned["x"]["grid"][1], planned["x"]["grid"][0]
     da = da_chunks * rank * k * _FLOAT
     dz = _HALF * m * rank
-    weights = _FLOAT if float_weights else _HALF
     if "dy" in planned:
         slabs, db_chunks = planned["dy"]["grid"]
         dh, db = slabs * m * rank * _FLOAT, db_chunks * n * rank * _FLOAT
         rounds = planned["dy"]["launches"]
         sums_again = (2 * rounds - 1) * db  # written by each round, read by all but the first
-        backward.append(made("dy", y, db_chunks * b + slabs * z + dh + sums_again))
+        backward.append(made("dy", y, db_chunks * weights * n * r + slabs * z + dh + sums_again))
         backward.append(small("reduce", dh + z + dz + db + weights * n * r, rounds))
         left = 0
     else:
@@ -162,7 +164,7 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
         backward.append(small("reduce", dh + z + 2 * dz, rounds))
         backward.append(made("db", y, slabs * dz + (2 * rounds - 1) * db))
         left = db + weights * n * r
-    backward.append(made("x", 2 * x, da_chunks * a + x_slabs * dz + (2 * rounds - 1) * da))
+    backward.append(made("x", 2 * x, da_chunks * weights * r * k + x_slabs * dz + (2 * rounds - 1) * da))
     backward.append(small("reduce", da + weights * r * k + left))
     return forward, backward
 

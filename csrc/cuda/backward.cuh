@@ -140,10 +140,10 @@ dy_kernel(const DyParams p) {
         }
     };
 
-    load_tile<Tile::kColumns, R, Tile::kThreads>(b_slab, static_cast<const T*>(p.b), p.b_stride,
-                                                 col0, p.n, 0, R);
+    start_weight<Tile::kColumns, R, Tile::kThreads>(b_slab, p.b, col0, 0);
     for (int s = 0; s < ahead; ++s)
         load(s, s);  // B belongs to the first group
+    finish_weight<Tile::kColumns, R, Tile::kThreads>(b_slab, p.b, col0, 0);
     load_z(0);
     float db[Tile::kSlice / 16][R / 8][4];
     zero(db);
@@ -304,10 +304,11 @@ x_kernel(const OuterParams p) {
         copy_commit();
     };
     if (p.dx)
-        load_tile<R, Tile::kColumns, Tile::kThreads>(a_slab, static_cast<const T*>(p.a), p.a_stride,
-                                                     0, R, col0, p.w);
+        start_weight<R, Tile::kColumns, Tile::kThreads>(a_slab, p.a, 0, col0);
     for (int s = 0; s < ahead; ++s)
         load(s, s);  // A belongs to the first group
+    if (p.dx)
+        finish_weight<R, Tile::kColumns, Tile::kThreads>(a_slab, p.a, 0, col0);
     wait_oldest(p.stages);
     block_sync();
     uint32_t a[R / 16][kSlice / 16][4];

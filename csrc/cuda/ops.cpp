@@ -60,36 +60,37 @@ LaunchConfig small_config(const char* kernel, int64_t blocks, const BranchCall& 
     return config;
 }
 
-// A and B as the kernels read them.
+// A and B as the kernels that stream them read them.
 struct Packed {
     const void *a, *b;
     int64_t a_stride, b_stride;
 };
 
-// Uses A and B where they lie if they are what the kernels read, and copies them into scratch
-// memory otherwise.
-Packed pack_operands(const BranchCall& call, int rank, Element* a_copy, Element* b_copy) {
+Weight weight(const BranchCall& call, const WeightOperand& w, int64_t rows, int cols) {
+    const bool in_tiles = !w.is_float && call.shape.r == rank_class(call.shape.r) &&
+                          w.col_stride == 1 && w.row_stride % kVector == 0 && aligned(w.data);
+    return {w.data, w.row_stride, w.col_stride, w.is_float, in_tiles, rows, cols};
+}
+Weight weight_a(const BranchCall& call) { return weight(call, call.a, call.shape.r, call.shape.k); }
+Weight weight_b(const BranchCall& call) { return weight(call, call.b, call.shape.n, call.shape.r); }
+
+// Uses A and B where they lie if they are what the kernels stream, and copies them into scratch
+// memory otherwise; one that no kernel of the call streams is left out.
+Packed pack_operands(const BranchCall& call, int rank, bool streams_a, bool streams_b,
+                     Element* a_copy, Element* b_copy) {
     const Shape& s = call.shape;
-    const auto fits = [&](const WeightOperand& w) {
-        return !w.is_float && s.r == rank && w.col_stride == 1 && w.row_stride % kVector == 0 &&
-               aligned(w.data);
-    };
+    const Weight a = weight_a(call), b = weight_b(call);
     Packed packed{call.a.data, call.b.data, call.a.row_stride, call.b.row_stride};
     PackParams p{};
     int b_blocks = 0;
-    const auto job = [](const WeightOperand& w, void* target, int64_t rows, int cols,
-                        int64_t padded_rows, int padded_cols) {
-        return PackJob{w.data, w.row_stride, w.col_stride, w.is_float, target,
-                       rows,   padded_rows,  cols,         padded_cols};
-    };
-    if (!fits(call.a)) {
-        p.a = job(call.a, a_copy, s.r, s.k, rank, s.k);
+    if (streams_a && !a.in_tiles) {
+        p.a = {a, a_copy, rank, s.k};
         p.a_blocks = small_blocks(static_cast<int64_t>(rank) * s.k / 2);
         packed.a = a_copy;
         packed.a_stride = s.k;
     }
-    if (!fits(call.b)) {
-        p.b = job(call.b, b_copy, s.n, s.r, s.n, rank);
+    if (streams_b && !b.in_tiles) {
+        p.b = {b, b_copy, s.n, rank};
         b_blocks = small_blocks(static_cast<int64_t>(s.n) * rank / 2);
         packed.b = b_copy;
         packed.b_stride = rank;
@@ -165,8 +166,7 @@ void launch_dy_passes(const BackwardCall& call, const BackwardPlan& plan, const 
         DyParams p{};
         p.dy = call.dy;
         p.dy_stride = call.dy_stride;
-        p.b = packed.b;
-        p.b_stride = packed.b_stride;
+        p.b = weight_b(call);
         p.z = z;
         p.alpha_t = call.alpha_t;
         p.dh = need_dz ? scratch.dh : nullptr;
@@ -229,14 +229,12 @@ void launch_db(const BackwardCall& call, const BackwardPlan& plan, const Backwar
     rank_kernels(call.dtype, plan.rank).db(chunks_config(plan.db, call, plan.db_rows), p);
 }
 
-void launch_x(const BackwardCall& call, const BackwardPlan& plan, const Packed& packed,
-              const BackwardScratch& scratch) {
+void launch_x(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch) {
     OuterParams p{};
     p.wide = call.x;
     p.wide_stride = call.x_stride;
     p.narrow = scratch.dz;
-    p.a = packed.a;
-    p.a_stride = packed.a_stride;
+    p.a = weight_a(call);
     p.dx = call.dx;
     p.partial = call.da ? scratch.da : nullptr;
     p.adds = call.first_row > 0;
@@ -301,7 +299,7 @@ void backward_round(const BackwardCall& call, const ForwardPlan& forward, const 
     if (call.db && two_passes)
         launch_db(call, plan, scratch);
     if (need_dz)
-        launch_x(call, plan, packed, scratch);
+        launch_x(call, plan, scratch);
     if (call.db && two_passes && last)
         second.db = db_job(call, plan, scratch);
     if (call.da && last)
@@ -345,7 +343,7 @@ void forward(const ForwardCall& call) {
     check_z(call.z, call.shape);
     Workspace workspace(call.workspace);
     const ForwardScratch scratch(call.shape, plan, workspace);
-    const Packed packed = pack_operands(call, plan.rank, scratch.a, scratch.b);
+    const Packed packed = pack_operands(call, plan.rank, true, true, scratch.a, scratch.b);
     const RankKernels& kernels = rank_kernels(call.dtype, plan.rank);
 
     ForwardParams p{};
@@ -383,7 +381,8 @@ void backward(const BackwardCall& call) {
     check_z(call.z, call.shape);
     Workspace workspace(call.workspace);
     const BackwardScratch scratch(call.shape, forward, plan, !call.z, workspace);
-    const Packed packed = pack_operands(call, plan.rank, scratch.a, scratch.b);
+    const bool streams_b = !plan.one_pass_dy && (call.dx || call.da);
+    const Packed packed = pack_operands(call, plan.rank, !call.z, streams_b, scratch.a, scratch.b);
     for (int64_t first = 0; first < call.shape.m; first += plan.rows) {
         const bool last = first + plan.rows >= call.shape.m;
         backward_round(rows_of(call, first, std::min(plan.rows, call.shape.m - first)), forward,

@@ -13,6 +13,16 @@ struct DropoutParams {
     int64_t first_row;  // of x, where the kernel is given a part of its rows
 };
 
+// A weight as the caller has it: (rows, cols) elements of float or T, any strides.
+struct Weight {
+    const void* data;
+    int64_t row_stride, col_stride;
+    bool is_float;
+    bool in_tiles;  // T, in full tiles of 16-byte vectors: nothing to round or to pad
+    int64_t rows;
+    int cols;
+};
+
 // A product (M, W) x (W, R). W is summed in segments, and the sums of the segments are added in
 // order: by one block (splits 1), or by whoever reads the partial products of one block per
 // segment.
@@ -54,8 +64,7 @@ struct ForwardParams {
 struct DyParams {
     const void* dy;  // T [M, N], row stride dy_stride
     int64_t dy_stride;
-    const void* b;  // T [N, R], row stride b_stride
-    int64_t b_stride;
+    Weight b;              // (N, r)
     const void* z;         // T [M, r]
     const float* alpha_t;  // [1]; null at identity
     float* dh;             // [slabs, M, R]; null: not needed
@@ -72,11 +81,10 @@ struct OuterParams {
     const void* wide;  // T [M, W], row stride wide_stride: x or dy
     int64_t wide_stride;
     const void* narrow;  // T [M, R]: dz or h
-    const void* a;       // T [R, W], row stride a_stride (x pass only)
-    int64_t a_stride;
-    void* dx;        // T [M, W], row stride W; null: not needed (x pass only)
-    float* partial;  // [chunks, R, W] (x pass) or [chunks, W, R] (dy pass); null: not needed
-    bool adds;       // to partial
+    Weight a;            // (r, W) (x pass only)
+    void* dx;            // T [M, W], row stride W; null: not needed (x pass only)
+    float* partial;      // [chunks, R, W] (x pass) or [chunks, W, R] (dy pass); null: not needed
+    bool adds;           // to partial
     int64_t m, rows_per_chunk;
     int w;
     int stages;
@@ -119,12 +127,10 @@ struct ReduceParams {
 
 // target = source in the dtype of x, padded with zeros.
 struct PackJob {
-    const void* source;  // float or T [rows, cols], any strides; null: no job
-    int64_t row_stride, col_stride;
-    bool source_is_float;
-    void* target;  // T [padded_rows, padded_cols]
-    int64_t rows, padded_rows;
-    int cols, padded_cols;
+    Weight source;  // without data: no job
+    void* target;   // T [padded_rows, padded_cols]
+    int64_t padded_rows;
+    int padded_cols;
 };
 
 struct PackParams {

@@ -84,23 +84,14 @@ reduce_kernel(const ReduceParams p) {
 }
 
 template <typename T>
-AFA_DEVICE float operand(const PackJob& job, int64_t row, int col) {
-    if (row >= job.rows || col >= job.cols)
-        return 0.0f;
-    const int64_t index = row * job.row_stride + col * job.col_stride;
-    if (job.source_is_float)
-        return load_global(static_cast<const float*>(job.source) + index);
-    return unpack<T>(load_global(static_cast<const uint16_t*>(job.source) + index)).x;
-}
-
-template <typename T>
 AFA_DEVICE void pack_pair(const PackJob& job, int64_t pair) {
     const int half = job.padded_cols / 2;
     const int64_t row = pair / half;
     const int col = static_cast<int>(pair % half) * 2;
     if (row < job.padded_rows)
-        store_global(static_cast<uint32_t*>(job.target) + pair,
-                     pack<T>(operand<T>(job, row, col), operand<T>(job, row, col + 1)));
+        store_global(
+            static_cast<uint32_t*>(job.target) + pair,
+            pack<T>(element_of<T>(job.source, row, col), element_of<T>(job.source, row, col + 1)));
 }
 
 // Grid: the blocks of A, then those of B. One thread makes two neighbouring elements.

@@ -43,6 +43,39 @@ AFA_DEVICE void load_tile(T* tile, const T* matrix, int64_t stride, int64_t row0
     }
 }
 
+// An element of a weight, 0 beyond its edges.
+template <typename T>
+AFA_DEVICE float element_of(const Weight& w, int64_t row, int col) {
+    if (row >= w.rows || col >= w.cols)
+        return 0.0f;
+    const int64_t index = row * w.row_stride + col * w.col_stride;
+    if (w.is_float)
+        return load_global(static_cast<const float*>(w.data) + index);
+    return unpack<T>(load_global(static_cast<const uint16_t*>(w.data) + index)).x;
+}
+
+// A piece of a weight that a block keeps, rows [row0, row0 + kRows) and columns [col0, col0 +
+// kCols). Where it lies in tiles, start_weight starts copying it; elsewhere finish_weight rounds
+// and pads it, best behind copies that are under way.
+template <int kRows, int kCols, int kThreads, typename T>
+AFA_DEVICE void start_weight(T* tile, const Weight& w, int64_t row0, int col0) {
+    if (w.in_tiles)
+        load_tile<kRows, kCols, kThreads>(tile, static_cast<const T*>(w.data), w.row_stride, row0,
+                                          w.rows, col0, w.cols);
+}
+template <int kRows, int kCols, int kThreads, typename T>
+AFA_DEVICE void finish_weight(T* tile, const Weight& w, int64_t row0, int col0) {
+    if (w.in_tiles)
+        return;
+    AFA_UNROLL_BY_4
+    for (int i = thread_index(); i < kRows * kCols / 2; i += kThreads) {
+        const int row = i / (kCols / 2), col = i % (kCols / 2) * 2;
+        store_shared(tile + row * pitch(kCols) + col,
+                     pack<T>(element_of<T>(w, row0 + row, col0 + col),
+                             element_of<T>(w, row0 + row, col0 + col + 1)));
+    }
+}
+
 // Waits until the oldest tile of a ring of `stages` is complete.
 AFA_DEVICE void wait_oldest(int stages) {
     if (stages == 2)

@@ -52,7 +52,7 @@ struct DyTile {
     static constexpr int kColumns = 256;
     static constexpr int kWarps = kRows / 16;
     static constexpr int kThreads = kWarps * kWarpSize;
-    static constexpr int kRegisters = 160;
+    static constexpr int kRegisters = 176;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);
     static constexpr int kB = tile_elements(kColumns, R);

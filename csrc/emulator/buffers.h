@@ -20,6 +20,11 @@ class BufferList {
                 bool writable = false) {
         add(name, data, static_cast<size_t>((rows - 1) * stride + cols) * kElement, writable);
     }
+    void weight(const char* name, const Weight& w) {
+        const int64_t last = (w.rows - 1) * w.row_stride + (w.cols - 1) * w.col_stride;
+        const size_t size = w.is_float ? sizeof(float) : kElement;
+        add(name, w.data, static_cast<size_t>(last + 1) * size, false);
+    }
     void floats(const char* name, const float* data, int64_t count, bool writable = false) {
         add(name, data, static_cast<size_t>(count) * sizeof(float), writable);
     }
@@ -66,7 +71,7 @@ std::vector<simt::Buffer> emulated_buffers(const DyParams& p) {
                   chunks = (p.m + p.rows_per_chunk - 1) / p.rows_per_chunk;
     BufferList b;
     b.matrix("dy", p.dy, p.m, p.n, p.dy_stride);
-    b.matrix("b", p.b, p.n, R, p.b_stride);
+    b.weight("b", p.b);
     b.matrix("z", p.z, p.m, p.r, p.r);
     b.floats("alpha_t", p.alpha_t, 1);
     b.floats("dh", p.dh, slabs * p.m * R, true);
@@ -80,7 +85,7 @@ std::vector<simt::Buffer> emulated_buffers(const OuterParams& p) {
     BufferList b;
     b.matrix("wide", p.wide, p.m, p.w, p.wide_stride);
     b.matrix("narrow", p.narrow, p.m, R, R);
-    b.matrix("a", p.a, R, p.w, p.a_stride);
+    b.weight("a", p.a);
     b.matrix("dx", p.dx, p.m, p.w, p.w, true);
     b.floats("partial", p.partial, chunks * R * p.w, true);
     b.seed(p.dropout);
@@ -113,11 +118,9 @@ template <int R>
 std::vector<simt::Buffer> emulated_buffers(const PackParams& p) {
     BufferList b;
     for (const PackJob& job : {p.a, p.b}) {
-        if (!job.source)
+        if (!job.source.data)
             continue;
-        const int64_t last = (job.rows - 1) * job.row_stride + (job.cols - 1) * job.col_stride;
-        const size_t size = job.source_is_float ? sizeof(float) : kElement;
-        b.add("source", job.source, static_cast<size_t>(last + 1) * size, false);
+        b.weight("source", job.source);
         b.matrix("target", job.target, job.padded_rows, job.padded_cols, job.padded_cols, true);
     }
     return b.list;
