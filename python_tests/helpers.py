@@ -169,11 +169,16 @@ def _in_order(plain, there, back):
     return lambda **tensors: back(plain(**{name: there(t) for name, t in tensors.items()}))
 
 
-def run_on_isa(isa: str, script: str) -> None:
-    """Run ``script`` in a process of its own whose CPU is believed to have ``isa`` at best; fail if it fails."""
+def run_python(script: str, **environment: str) -> None:
+    """Run ``script`` in a process of its own, which can import this package and the tests' modules; fail if it fails."""
     here = Path(__file__).parent
     path = os.pathsep.join((str(here), str(here.parent), os.environ.get("PYTHONPATH", "")))
-    check = f"from afa_kernels.backend import native\nassert native._C.cpu_isa() == {isa!r}\n"
-    environment = os.environ | {"AFA_CPU_ISA": isa, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", check + script], env=environment, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": path} | environment
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def run_on_isa(isa: str, script: str) -> None:
+    """Run ``script`` in a process of its own whose CPU is believed to have ``isa`` at best; fail if it fails."""
+    check = f"from afa_kernels.backend import native\nassert native._C.cpu_isa() == {isa!r}\n"
+    run_python(check + script, AFA_CPU_ISA=isa)
