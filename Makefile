@@ -142,14 +142,14 @@ sanitize-quick: sanitize-cpu  ## sanitize with few random shapes
 sanitize: sanitize-cpu  ## CPU and CUDA kernels under ASan, UBSan and ThreadSanitizer, random shapes and schedules
 	$(RUN) csrc/emulator/tests/sanitize.py $(ARGS)
 
-mutation: build-tests  ## plants faults in the CUDA kernels and shows that each one is caught
+mutation: build-tests  ## plants faults in the source of the CUDA kernels and in all PTX; each one has to be caught
 	$(RUN) csrc/emulator/tests/mutation.py $(ARGS)
+	$(RUN) csrc/ptx/tests/check.py --only mutation
 
 .PHONY: ptx-check
 ptx-check: build-tests  ## compiled kernels on the PTX machine: random problems, schedules, faults planted in the PTX
 	$(RUN) -m pytest python_tests/test_ptx_*.py python_tests/test_numerics.py -k ptx
-	AFA_TEST_PTX_PROBLEMS=$${AFA_TEST_PTX_PROBLEMS:-150} $(RUN) -m pytest python_tests/test_ptx_triton.py
-	$(RUN) csrc/ptx/tests/mutation.py $(ARGS)
+	$(RUN) csrc/ptx/tests/check.py $(ARGS)
 
 reports-quick: build-tests
 	$(SAY) 'Machine code of the CUDA and Triton kernels'

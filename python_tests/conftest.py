@@ -15,6 +15,7 @@ elif not torch.cuda.is_available():
     # where asked for by name.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import helpers
 import ptx_cuda
 
 import afa_kernels
@@ -116,12 +117,5 @@ def _fresh_random_numbers(request):
 def poisoned_memory():
     """Fill every uninitialised torch allocation with NaN, so that an element that is not written
     shows."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    with helpers.poisoned_memory():
+        yield

@@ -8,7 +8,7 @@ compiler, the order of arguments.
 import contextlib
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,15 +27,34 @@ _SCALARS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B",
             "u64": "Q", "fp32": "f", "f32": "f", "fp64": "d"}  # fmt: skip
 
 
+class Loaded:
+    """A compiled kernel on a device."""
+
+    def __init__(self, machine: "Machine", name: str, text: str):
+        self.machine, self.name, self.text = machine, name, text
+        self._module, self._edit = None, None
+
+    def module(self) -> _ptx.Module:
+        """Return the kernel, assembled again where another edit holds than before."""
+        edit = self.machine.edit
+        if self._module is None or edit is not self._edit:
+            self._module = _ptx.Module(self.text if edit is None else edit(self.name, self.text))
+            self._edit = edit
+        return self._module
+
+
 @dataclass
 class Machine:
     """What a simulated device does: the seed of its schedules, and what its launches have done so far."""
 
     arch: str
     seed: int = 0
+    explain: bool = False  # whether launches find the synchronizations that they need
+    # The line of a kernel's text whose copies fill up with NaN, not zeros.
+    poisoned: tuple[str, int] = ("", 0)
     launched: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    # Changes the PTX of a kernel before it is loaded: (kernel's name, text) -> text.
-    edit: Any = None
+    # Changes the PTX of a kernel before it is assembled: (kernel's name, text) -> text.
+    edit: Callable[[str, str], str] | None = None
 
     def counters(self) -> Counter:
         """Return the sum of all counters that are numbers."""
@@ -63,7 +82,7 @@ class _Launcher:
             raise NotImplementedError("scratch memory and clusters")
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *arguments):
-        machine, module, name = function
+        machine, name, module = function.machine, function.name, function.module()
         parameters = module.kernels()[name]["parameters"]
         values = [(t, v) for t, v in zip(self.types, arguments, strict=True) if t != "constexpr"]
         values += [("*i8", None), ("*i8", None)]  # global and profiling scratch
@@ -82,9 +101,10 @@ class _Launcher:
         machine.seed += 1
         counters = module.launch(
             name, (x, y, z), (32 * self.metadata.num_warps, 1, 1), bytes(packed_bytes), self.metadata.shared,
-            allocations, machine.seed,
+            allocations, machine.seed, machine.explain,
+            machine.poisoned[1] if function.text == machine.poisoned[0] else 0,
         )  # fmt: skip
-        machine.launched.append((name, counters))
+        machine.launched.append((name, counters | {"text": function.text}))
 
 
 class _Utils:
@@ -96,10 +116,7 @@ class _Utils:
         return {"max_shared_mem": shared, "multiprocessor_count": multiprocessors, "warpSize": 32}
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: str):
-        text = cubin.decode()
-        if self.machine.edit is not None:
-            text = self.machine.edit(name, text)
-        return None, (self.machine, _ptx.Module(text), name), 0, 0, 1024
+        return None, Loaded(self.machine, name, cubin.decode()), 0, 0, 1024
 
     def unload_module(self, module: Any) -> None:
         pass

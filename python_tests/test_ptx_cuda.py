@@ -3,6 +3,8 @@ tests of test_numerics.py run on ``cuda_ptx`` as well."""
 
 import re
 
+import ptx_cuda
+import ptx_problems
 import pytest
 import torch
 from helpers import Problem, relative_error
@@ -67,6 +69,16 @@ def test_every_kernel_runs():
         _cuda_on_ptx.primitive_check(int(dtype == torch.float16), *pointers, 0, 0)
     launched = {launch["kernel"] for launch in _cuda_on_ptx.take_launches()}
     assert launched == set(_cuda_on_ptx.kernel_names())
+
+
+@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("arch", ptx_cuda.DEVICES)
+def test_random_problems(arch, number):
+    """Each dtype with each class of ranks, on the PTX for either architecture."""
+    where = ptx_problems.CudaTarget(arch)
+    with where.running():
+        ptx_problems.RandomProblem(where, number).check()
+    assert {launch["device"] for launch in _cuda_on_ptx.take_launches()} == {ptx_cuda.DEVICES[arch]}
 
 
 @pytest.mark.parametrize("r", [16, 64])

@@ -17,6 +17,7 @@ void copy(Warp& warp, const Instruction& i) {
     AsyncCopies copies;
     copies.lanes = warp.active;
     copies.bytes = bytes;
+    copies.fill = i.line == warp.cta->launch->poisoned_line ? 0xFF : 0;
     const auto address = [&](const uint32_t* op, int lane) {
         const uint64_t base =
             op[1] ? warp.in<uint64_t>(op[0])[lane] : warp.in<uint32_t>(op[0])[lane];
@@ -48,7 +49,14 @@ void copy(Warp& warp, const Instruction& i) {
     warp.copies.push_back(copies);
 }
 
-void commit(Warp& warp, const Instruction&) {
+void commit(Warp& warp, const Instruction& i) {
+    if (warp.cta->launch->explain)
+        for (const AsyncCopies& copies : warp.copies)
+            for (uint32_t rest = copies.lanes & warp.active; rest; rest &= rest - 1) {
+                const int lane = __builtin_ctz(rest);
+                if (copies.group[lane] == warp.commits[lane])
+                    warp.cta->counters.effective.insert(i.line);
+            }
     for (int lane = 0; lane < kLanes; ++lane)
         warp.commits[lane] += warp.active >> lane & 1;
 }
@@ -61,8 +69,10 @@ void wait(Warp& warp, const Instruction& i) {
             if (copies.group[lane] + pending >= warp.commits[lane])
                 continue;
             warp.cta->shared.arrive(warp, lane, copies.target[lane], copies.bytes,
-                                    copies.source[lane], copies.source_bytes[lane]);
+                                    copies.source[lane], copies.source_bytes[lane], copies.fill);
             copies.lanes &= ~(1u << lane);
+            if (warp.cta->launch->explain)
+                warp.cta->counters.effective.insert(i.line);
         }
     }
     warp.copies.erase(std::remove_if(warp.copies.begin(), warp.copies.end(),

@@ -28,6 +28,10 @@ inline pybind11::dict counters_dict(const Counters& c) {
     d["multiply_adds"] = c.multiply_adds;
     d["group_multiply_adds"] = c.group_multiply_adds;
     d["block_barriers"] = c.block_barriers;
+    pybind11::list effective;
+    for (const uint32_t line : c.effective)
+        effective.append(line);
+    d["effective"] = effective;
     return d;
 }
 

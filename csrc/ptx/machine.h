@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -52,7 +53,11 @@ struct Launch {
     std::vector<unsigned char> parameters;  // the parameter space, byte for byte
     uint32_t dynamic_shared_bytes = 0;
     std::vector<Allocation> allocations;
-    uint64_t seed = 0;  // of the order of CTAs and of the interleaving of warps
+    uint64_t seed = 0;     // of the order of CTAs and of the interleaving of warps
+    bool explain = false;  // fill Counters::effective, which takes time
+    // The cp.async of this PTX line fills up with NaN instead of zeros; 0: none. Shows what depends
+    // on the zeros.
+    uint32_t poisoned_line = 0;
 };
 
 // What a launch did, over all threads. An access of one lane counts once, by its bytes.
@@ -68,6 +73,11 @@ struct Counters {
     uint64_t multiply_adds = 0;        // mma, per warp
     uint64_t group_multiply_adds = 0;  // wgmma, per warp
     uint64_t block_barriers = 0;       // per CTA
+    // PTX lines of the synchronizations that this launch could not do without, where it was asked
+    // for: barriers that alone stand between two accesses of one place, waits that something has
+    // ended at, commits of groups that are not empty. Without any one of the others, the accesses
+    // would still be in order.
+    std::set<uint32_t> effective;
 };
 
 struct Program;

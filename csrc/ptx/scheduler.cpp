@@ -257,7 +257,8 @@ class Runner {
 
     void run_cta() {
         cta_.shared.reset(kernel_.info.static_shared_bytes + launch_.dynamic_shared_bytes,
-                          cta_.warps.size());
+                          cta_.warps.size(), launch_.explain);
+        barrier_lines_.clear();
         std::vector<Warp*> ready;
         for (size_t k = 0; k < cta_.warps.size(); ++k) {
             start(cta_.warps[k], static_cast<int>(k));
@@ -289,6 +290,9 @@ class Runner {
         }
         for (const Warp& warp : cta_.warps)
             cta_.counters.instructions += warp.executed;
+        for (const auto& [barrier, line] : barrier_lines_)
+            if (cta_.shared.needed(barrier))
+                cta_.counters.effective.insert(line);
     }
 
     void release_barrier(std::vector<Warp*>& ready) {
@@ -309,6 +313,12 @@ class Runner {
             }
         cta_.shared.barrier(cta_.warps);
         ++cta_.counters.block_barriers;
+        if (launch_.explain)
+            for (const Warp& warp : cta_.warps)
+                if (!warp.groups.empty())
+                    barrier_lines_.emplace_back(
+                        cta_.shared.barriers(),
+                        kernel_.code[warp.groups[warp.current].pc - 1].line);
     }
 
     Stop guarded_run(Warp& warp, uint32_t turn) {
@@ -356,6 +366,7 @@ class Runner {
     AllocationTable global_;
     uint32_t threads_ = 0;
     Cta cta_;
+    std::vector<std::pair<uint32_t, uint32_t>> barrier_lines_;  // number of a barrier, PTX line
 };
 
 }  // namespace

@@ -39,6 +39,7 @@ struct AsyncCopies {
     uint32_t target[kLanes];
     const unsigned char* source[kLanes];
     uint32_t source_bytes[kLanes];
+    unsigned char fill;  // of the bytes behind those of the source
 };
 
 // Reads of shared memory by wgmma instructions that no wait has completed.

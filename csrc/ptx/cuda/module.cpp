@@ -112,6 +112,13 @@ PYBIND11_MODULE(_cuda_on_ptx, m) {
     bind_runtime(runtime);
     m.def("kernel_names", &ptx::kernel_names);
     m.def("set_seed", [](uint64_t seed) { runtime_state().seed = seed; });
+    m.def(
+        "set_explain", [](bool on) { runtime_state().explain = on; },
+        "Whether launches find the synchronizations that they need.");
+    m.def("poison_zeros", [](const std::string& kernel, uint32_t line) {
+        runtime_state().poisoned_kernel = kernel;
+        runtime_state().poisoned_line = line;
+    });
     m.def("take_launches", &take_launches);
     m.def("set_edit", [](std::function<std::string(const std::string&)> edit) {
         ptx::images().edit = std::move(edit);

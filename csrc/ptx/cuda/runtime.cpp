@@ -20,6 +20,7 @@ void restart() {
     fresh.devices = std::move(state.devices);
     fresh.launches = std::move(state.launches);
     fresh.seed = state.seed;
+    fresh.explain = state.explain;
     fresh.granted = std::move(state.granted);  // the launch code asks for it once per process
     state = std::move(fresh);
 }
@@ -77,6 +78,9 @@ cudaError_t run(const CapturedLaunch& captured) {
     RuntimeState& state = runtime_state();
     Launch launch = captured.launch;
     launch.seed = state.seed++;
+    launch.explain = state.explain;
+    if (launch.kernel == state.poisoned_kernel)
+        launch.poisoned_line = state.poisoned_line;
     try {
         LaunchRecord record;
         record.counters =

@@ -57,6 +57,10 @@ struct RuntimeState {
     std::vector<DeviceModel> devices{{8, 0, 108, 163 * 1024, 164 * 1024},
                                      {9, 0, 132, 227 * 1024, 228 * 1024}};
     uint64_t seed = 0;  // of the next launch; each adds 1
+    // See ptx::Launch; the line is of one kernel.
+    bool explain = false;
+    std::string poisoned_kernel;
+    uint32_t poisoned_line = 0;
     std::vector<LaunchRecord> launches;
     Faults faults;
     Capture capture;
