@@ -50,8 +50,8 @@ class Machine:
     arch: str
     seed: int = 0
     explain: bool = False  # whether launches find the synchronizations that they need
-    # The line of a kernel's text whose copies fill up with NaN, not zeros.
-    poisoned: tuple[str, int] = ("", 0)
+    # The line of a kernel's text whose copies fill up with other numbers than zeros.
+    unfilled: tuple[str, int] = ("", 0)
     launched: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     # Changes the PTX of a kernel before it is assembled: (kernel's name, text) -> text.
     edit: Callable[[str, str], str] | None = None
@@ -76,6 +76,7 @@ class _Launcher:
     """Packs the arguments of one compiled kernel and runs it."""
 
     def __init__(self, source: Any, metadata: Any):
+        self.names = list(source.signature)
         self.types = [t for t in expand_signature(source.signature.values(), None, "nvTmaDesc")]
         self.metadata = metadata
         if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
@@ -84,16 +85,17 @@ class _Launcher:
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *arguments):
         machine, name, module = function.machine, function.name, function.module()
         parameters = module.kernels()[name]["parameters"]
-        values = [(t, v) for t, v in zip(self.types, arguments, strict=True) if t != "constexpr"]
-        values += [("*i8", None), ("*i8", None)]  # global and profiling scratch
+        every = zip(self.names, self.types, arguments, strict=True)
+        values = [(n, t, v) for n, t, v in every if t != "constexpr"]
+        values += [("global scratch", "*i8", None), ("profiling scratch", "*i8", None)]
         assert len(values) == len(parameters), (name, len(values), len(parameters))
         packed_bytes = bytearray(module.kernels()[name]["parameter_bytes"])
         allocations = []
-        for number, ((kind, value), parameter) in enumerate(zip(values, parameters, strict=True)):
+        for (argument, kind, value), parameter in zip(values, parameters, strict=True):
             if kind.startswith("*"):
                 data = struct.pack("Q", 0 if value is None else value.data_ptr())
                 if value is not None and value.numel():
-                    allocations.append((value.data_ptr(), extent(value), True, f"argument {number}"))
+                    allocations.append((value.data_ptr(), extent(value), True, argument))
             else:
                 data = struct.pack(_SCALARS[kind], value)
             assert len(data) == parameter["bytes"], (name, kind, parameter)
@@ -102,7 +104,7 @@ class _Launcher:
         counters = module.launch(
             name, (x, y, z), (32 * self.metadata.num_warps, 1, 1), bytes(packed_bytes), self.metadata.shared,
             allocations, machine.seed, machine.explain,
-            machine.poisoned[1] if function.text == machine.poisoned[0] else 0,
+            machine.unfilled[1] if function.text == machine.unfilled[0] else 0,
         )  # fmt: skip
         machine.launched.append((name, counters | {"text": function.text}))
 

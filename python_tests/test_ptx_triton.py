@@ -28,7 +28,8 @@ COUNT = 16  # random problems: each dtype with each class of ranks; make ptx-che
 @pytest.mark.long
 @pytest.mark.skipif(bool(SIMULATED_GPU), reason="this process simulates a GPU")
 def test_on_simulated_gpus():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    traffic = os.path.join(os.path.dirname(__file__), "test_triton_traffic.py::test_the_model_counts_every_byte")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, traffic]
     runs = {}
     for arch in ("sm_80", "sm_90"):
         environment = os.environ | {"AFA_TEST_SIMULATED_GPU": arch}

@@ -34,6 +34,28 @@ const Allocation* AllocationTable::search(uint64_t address, uint32_t bytes, Hint
     return found;
 }
 
+void WarpTraffic::count(const AllocationTable& table, uint32_t bytes, bool store,
+                        std::vector<Traffic>& by_allocation, Counters& counters) const {
+    constexpr uint64_t kSector = 32;
+    uint64_t sorted[32];
+    std::copy(addresses_, addresses_ + count_, sorted);
+    if (!std::is_sorted(sorted, sorted + count_))
+        std::sort(sorted, sorted + count_);
+    uint64_t sectors = 0;
+    for (int k = 0; k < count_; ++k)
+        sectors += k == 0 || sorted[k] / kSector != sorted[k - 1] / kSector;
+    (store ? counters.written_sectors : counters.read_sectors) += sectors;
+    for (int k = 0; k < count_; ++k) {
+        if (k > 0 && addresses_[k] == addresses_[k - 1])
+            continue;
+        // Aligned accesses of one size are apart or the same.
+        if (std::find(addresses_, addresses_ + k, addresses_[k]) != addresses_ + k)
+            continue;
+        Traffic& traffic = by_allocation[table.index(*allocations_[k])];
+        (store ? traffic.written : traffic.read) += bytes;
+    }
+}
+
 std::string AllocationTable::describe(uint64_t address, uint32_t bytes) const {
     std::string text = std::to_string(bytes) + " bytes at " + hexadecimal(address);
     const Allocation* nearest = nullptr;

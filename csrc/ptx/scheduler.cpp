@@ -186,6 +186,7 @@ class Runner {
         cta_.launch = &launch_;
         cta_.kernel = &kernel_;
         cta_.global = &global_;
+        cta_.traffic.resize(global_.size());
         cta_.random.seed(launch.seed);
         cta_.warps.resize((threads_ + kLanes - 1) / kLanes);
     }
@@ -200,6 +201,11 @@ class Runner {
             cta_.id[1] = static_cast<uint32_t>(index / launch_.grid[0] % launch_.grid[1]);
             cta_.id[2] = static_cast<uint32_t>(index / launch_.grid[0] / launch_.grid[1]);
             run_cta();
+        }
+        for (size_t k = 0; k < global_.size(); ++k) {
+            Traffic& sum = cta_.counters.traffic[global_[k].name];
+            sum.read += cta_.traffic[k].read;
+            sum.written += cta_.traffic[k].written;
         }
         return cta_.counters;
     }

@@ -118,6 +118,7 @@ struct Cta {
     std::vector<Warp> warps;
     std::mt19937_64 random;
     Counters counters;
+    std::vector<Traffic> traffic;  // by allocation
 };
 
 // scheduler.cpp

@@ -115,9 +115,9 @@ PYBIND11_MODULE(_cuda_on_ptx, m) {
     m.def(
         "set_explain", [](bool on) { runtime_state().explain = on; },
         "Whether launches find the synchronizations that they need.");
-    m.def("poison_zeros", [](const std::string& kernel, uint32_t line) {
-        runtime_state().poisoned_kernel = kernel;
-        runtime_state().poisoned_line = line;
+    m.def("leave_unfilled", [](const std::string& kernel, uint32_t line) {
+        runtime_state().unfilled_kernel = kernel;
+        runtime_state().unfilled_line = line;
     });
     m.def("take_launches", &take_launches);
     m.def("set_edit", [](std::function<std::string(const std::string&)> edit) {

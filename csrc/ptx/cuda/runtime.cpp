@@ -79,8 +79,8 @@ cudaError_t run(const CapturedLaunch& captured) {
     Launch launch = captured.launch;
     launch.seed = state.seed++;
     launch.explain = state.explain;
-    if (launch.kernel == state.poisoned_kernel)
-        launch.poisoned_line = state.poisoned_line;
+    if (launch.kernel == state.unfilled_kernel)
+        launch.unfilled_line = state.unfilled_line;
     try {
         LaunchRecord record;
         record.counters =

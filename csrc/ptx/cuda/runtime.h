@@ -59,8 +59,8 @@ struct RuntimeState {
     uint64_t seed = 0;  // of the next launch; each adds 1
     // See ptx::Launch; the line is of one kernel.
     bool explain = false;
-    std::string poisoned_kernel;
-    uint32_t poisoned_line = 0;
+    std::string unfilled_kernel;
+    uint32_t unfilled_line = 0;
     std::vector<LaunchRecord> launches;
     Faults faults;
     Capture capture;

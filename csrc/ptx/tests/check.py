@@ -1,7 +1,7 @@
 """All that the PTX machine proves of the compiled kernels: random problems and planted faults.
 
-``python csrc/ptx/tests/check.py --problems 300 --planted 64``, for each compiler and architecture (or for those that are
-named). ``--only`` runs one of the two. Ends with a line of figures; exit status 1 if anything was wrong.
+``python csrc/ptx/tests/check.py --problems 300 --planted 64``, for each compiler and architecture (or for those that
+are named). ``--only`` runs one of the two. Ends with a line of figures; exit status 1 if anything was wrong.
 """
 
 import argparse

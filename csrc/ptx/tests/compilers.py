@@ -104,8 +104,8 @@ class Nvcc:
         else:
             _cuda_on_ptx.set_edit(lambda old: text if old == kernel.text else old)
 
-    def poison_zeros(self, kernel: Kernel, place: int | None) -> None:
-        _cuda_on_ptx.poison_zeros(kernel.name, 0 if place is None else place + 1)
+    def leave_unfilled(self, kernel: Kernel, place: int | None) -> None:
+        _cuda_on_ptx.leave_unfilled(kernel.name, 0 if place is None else place + 1)
 
 
 class Triton:
@@ -186,8 +186,8 @@ class Triton:
         else:
             self.machine.edit = lambda name, old: text if old == kernel.text else old
 
-    def poison_zeros(self, kernel: Kernel, place: int | None) -> None:
-        self.machine.poisoned = (kernel.text, 0 if place is None else place + 1)
+    def leave_unfilled(self, kernel: Kernel, place: int | None) -> None:
+        self.machine.unfilled = (kernel.text, 0 if place is None else place + 1)
 
 
 def entries(text: str) -> Iterator[tuple[str, int, int]]:

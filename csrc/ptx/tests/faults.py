@@ -8,8 +8,9 @@ Some changes change nothing, and are no faults. Three rules leave them out:
 - Any other change is tried with a probe in front of the line, which reports if the line is executed and its operands
   are such that the change makes a difference: a predicate that is false somewhere, a copy that is shorter than the
   whole, a value that is not representable.
-- Zeros that a copy fills up with are only left out where a result depends on them: with NaN in their place, the results
-  are others. (Rows beyond the edge of a matrix may hold anything, if what comes of them is not stored.)
+- Zeros that a copy fills up with are only left out where a result depends on them: with other numbers in their place,
+  the results are others. (Rows beyond the edge of a matrix may hold anything, if what comes of them is not stored, and
+  of two operands whose columns end one may, if the other has zeros.)
 """
 
 import re
@@ -86,9 +87,6 @@ def _shifted(offset: int, which: int = 0) -> Lines:
     return change
 
 
-_SIZE = r"(cp\.async\.c[ag]\.\S+\s.*?),\s*(?:0x10|16|8|4),\s*(%r\d+);"
-
-
 def _half_a_copy(line: str) -> str:
     return re.sub(r",\s*(0x10|16|0x8|8|0x4|4),\s*%r\d+;", lambda m: f", {m[1]}, {int(m[1], 0) // 2};", line)
 
@@ -102,6 +100,15 @@ def _is_short(line: str) -> str:
     return (
         f"{{ .reg .b32 %probe; .reg .pred %short; setp.ne.s32 %short, {register}, {int(size, 0)}; @%short {_FAIL} }}"
     )  # fmt: skip
+
+
+def _is_whole(line: str) -> str:
+    """More than half of it is copied. (What lies beyond an edge is not copied at all.)"""
+    found = re.search(r",\s*(\w+),\s*(%r\d+);", line)
+    if not found:
+        return _ALWAYS
+    half = int(found[1], 0) // 2
+    return f"{{ .reg .b32 %probe; .reg .pred %whole; setp.gt.s32 %whole, {found[2]}, {half}; @%whole {_FAIL} }}"
 
 
 def _waits_for_less(line: str) -> str:
@@ -168,10 +175,10 @@ FAULTS = (
     Fault("transposition of a group's B wrong", r"wgmma\.mma_async\S*\.b?f16\.b?f16\b", _group_operand_transposed),
     Fault("matrix 16 bytes off", r"(ld|st)matrix", _shifted(16)),
     Fault("matrix a row off", r"(ld|st)matrix", _shifted(128)),
-    Fault("half a copy", r"cp\.async\.c[ag]", _half_a_copy),
+    Fault("half a copy", r"cp\.async\.c[ag].*%r\d+;", _half_a_copy, _is_whole),
     Fault("zeros of a copy missing", r"cp\.async\.c[ag].*%r\d+;", _no_zero_fill, _is_short, drops_zeros=True),
-    Fault("copy to another place", r"cp\.async\.c[ag]", _shifted(16, 0)),
-    Fault("copy from another place", r"cp\.async\.c[ag]", _shifted(16, 1)),
+    Fault("copy to another place", r"cp\.async\.c[ag]", _shifted(16, 0), _is_whole),
+    Fault("copy from another place", r"cp\.async\.c[ag]", _shifted(16, 1), _is_whole),
     Fault("rounding dropped", _CONVERSION.pattern, _truncated, _is_rounded),
     Fault("packed halves swapped", r"cvt\.rn\.b?f16x2", _halves_swapped),
     Fault("shared load 16 bytes off", r"\bld\.shared", _shifted(16)),

@@ -68,11 +68,11 @@ class Planter:
 
     def needs_zeros(self, kernel: Kernel, place: int) -> bool:
         """Whether a result depends on the zeros that a copy fills up with."""
-        self.where.poison_zeros(kernel, place)
+        self.where.leave_unfilled(kernel, place)
         try:
             return not same(kernel.results(), self.results(kernel))
         finally:
-            self.where.poison_zeros(kernel, None)
+            self.where.leave_unfilled(kernel, None)
 
     def results(self, kernel: Kernel) -> Results:
         """Return the results of the unchanged kernel."""
