@@ -50,10 +50,13 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", default=TARGETS, help="of " + ", ".join(TARGETS))
     parser.add_argument("--problems", type=int, default=300, help="per target")
     parser.add_argument("--planted", type=int, default=64, help="per target")
+    parser.add_argument("--quick", action="store_true", help="20 problems and 12 faults per target")
     parser.add_argument("--seed", type=int, default=0, help="of the places of faults")
     parser.add_argument("--only", choices=("", "problems", "mutation"), default="")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.problems, arguments.planted = 20, 12
     with ThreadPoolExecutor(arguments.jobs) as pool:
         done = list(pool.map(lambda command: run(*command), commands(arguments)))
     every = [figures for _, figures in done]
