@@ -1,6 +1,6 @@
 """Faults to plant in PTX: which lines each may change, and into what. Both compilers' spelling is understood.
 
-Some changes change nothing, and are no faults. Three rules leave them out:
+Some changes change nothing, and are no faults. Four rules leave them out:
 
 - A synchronization is only touched where a run of the unchanged kernels could not do without it: the machine lists
   barriers that alone stand between two accesses of one place, waits at which something has ended, and commits of groups
@@ -8,6 +8,9 @@ Some changes change nothing, and are no faults. Three rules leave them out:
 - Any other change is tried with a probe in front of the line, which reports if the line is executed and its operands
   are such that the change makes a difference: a predicate that is false somewhere, a copy that is shorter than the
   whole, a value that is not representable.
+- An instruction that loads, multiplies or converts is only touched if a result depends on what it gives: with another
+  number in its place, the results are others. (Products of columns beyond the edge are computed and not stored.) Where
+  the change is that masked lanes load, the number takes the place of what those lanes have.
 - Zeros that a copy fills up with are only left out where a result depends on them: with other numbers in their place,
   the results are others. (Rows beyond the edge of a matrix may hold anything, if what comes of them is not stored, and
   of two operands whose columns end one may, if the other has zeros.)
@@ -156,6 +159,24 @@ def _is_rounded(line: str) -> str:
 
 def _halves_swapped(line: str) -> str:
     return re.sub(r"(%\w+),\s*(%\w+);", r"\2, \1;", line)
+
+
+def overwritten(fault: Fault, line: str) -> str | None:
+    """Return the line with another number in the place of what the instruction gives; None where it gives nothing, or
+    later."""
+    found = re.search(r"\b(ld\.|ldmatrix|mma\.sync|cvt\.rn)\S*\s+(\{[^{}]*\}|%\w+)", line)
+    if fault.probe is None or not found or "wgmma" in line:
+        return None
+    guard = re.search(r"@!?%p\d+", line)
+    lanes = "" if guard is None else guard[0]
+    if fault.change is _unguarded:
+        lanes = re.search(r"@!?%p\d+", _negated(line))[0]
+    width = {"rs": "16", "rd": "64"}
+    moves = [
+        f"{lanes} mov.b{width.get(kind, '32')} %{kind}{number}, {'16191' if kind == 'rs' else '1061109567'};"
+        for kind, number in re.findall(r"%([a-z]+)(\d+)", found[2])
+    ]
+    return f"{line} {' '.join(moves)}"
 
 
 FAULTS = (

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch  # noqa: E402
 from compilers import Kernel, Results, compiler  # noqa: E402
-from faults import FAULTS, Fault  # noqa: E402
+from faults import FAULTS, Fault, overwritten  # noqa: E402
 
 from afa_kernels import _ptx  # noqa: E402
 
@@ -62,9 +62,19 @@ class Planter:
             if isinstance(told, str):
                 if "%probe" not in told:
                     raise RuntimeError(f"a probe changes {kernel.name}, line {place + 1}: {told}")
-                if not fault.drops_zeros or self.needs_zeros(kernel, place):
+                if self.matters(kernel, fault, place):
                     return place
         return None
+
+    def matters(self, kernel: Kernel, fault: Fault, place: int) -> bool:
+        """Whether a result depends on what the instruction gives."""
+        if fault.drops_zeros:
+            return self.needs_zeros(kernel, place)
+        other = overwritten(fault, kernel.text.splitlines()[place])
+        if other is None:
+            return True
+        told = self.outcome(kernel, place, other)
+        return isinstance(told, str) or not same(told, self.results(kernel))
 
     def needs_zeros(self, kernel: Kernel, place: int) -> bool:
         """Whether a result depends on the zeros that a copy fills up with."""

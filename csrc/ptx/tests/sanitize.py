@@ -27,10 +27,17 @@ def build() -> None:
 
 def run(*arguments: str, **environment: str) -> None:
     """Run tests in a process that starts with the sanitizer's library."""
-    library = subprocess.run(
-        [os.environ.get("CXX", "g++"), "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    environment |= {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "AFA_KERNELS_REQUIRE": ""}
+    # The C++ library too: the sanitizer wants to see exceptions being thrown.
+    compiler = os.environ.get("CXX", "g++")
+    libraries = [
+        subprocess.run([compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    environment |= {
+        "LD_PRELOAD": " ".join(map(str.strip, libraries)),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "AFA_KERNELS_REQUIRE": "",
+    }
     subprocess.run([sys.executable, __file__, *arguments], check=True, cwd=ROOT, env=os.environ | environment)
 
 
@@ -46,7 +53,7 @@ def inside(arguments: list[str]) -> int:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules["afa_kernels._ptx"] = afa_kernels._ptx = module
-    return pytest.main(["-q", "-p", "no:cacheprovider", *arguments])
+    return pytest.main(["-q", "-p", "no:cacheprovider", "--capture=sys", *arguments])
 
 
 if __name__ == "__main__":
