@@ -39,6 +39,8 @@ void copy(Warp& warp, const Instruction& i) {
             wanted ? warp.cta->global->find(source, wanted, warp.hint) : nullptr;
         if (wanted && !found)
             throw Fault{lane, "copies " + warp.cta->global->describe(source, wanted)};
+        if (wanted)
+            check_ctas(warp, lane, *found, source, wanted, false);
         if (wanted == bytes)
             whole.add(source, found);
         else if (wanted)

@@ -80,6 +80,7 @@ const Allocation* global(Warp& warp, int lane, uint64_t address, uint32_t bytes,
                               "' that is not a multiple of their number"};
     if (store && !found->writable)
         throw Fault{lane, "stores to '" + found->name + "', which is read only"};
+    check_ctas(warp, lane, *found, address, bytes, store);
     return found;
 }
 

@@ -181,11 +181,13 @@ class Runner {
                   all.push_back({reinterpret_cast<uint64_t>(g->storage.data()), g->storage.size(),
                                  false, g->name});
               return all;
-          }()) {
+          }()),
+          races_(global_) {
         threads_ = launch.block[0] * launch.block[1] * launch.block[2];
         cta_.launch = &launch_;
         cta_.kernel = &kernel_;
         cta_.global = &global_;
+        cta_.races = &races_;
         cta_.traffic.resize(global_.size());
         cta_.random.seed(launch.seed);
         cta_.warps.resize((threads_ + kLanes - 1) / kLanes);
@@ -197,6 +199,7 @@ class Runner {
         std::iota(order.begin(), order.end(), 0);
         std::shuffle(order.begin(), order.end(), cta_.random);
         for (uint64_t index : order) {
+            cta_.number = static_cast<uint32_t>(index);
             cta_.id[0] = static_cast<uint32_t>(index % launch_.grid[0]);
             cta_.id[1] = static_cast<uint32_t>(index / launch_.grid[0] % launch_.grid[1]);
             cta_.id[2] = static_cast<uint32_t>(index / launch_.grid[0] / launch_.grid[1]);
@@ -370,6 +373,7 @@ class Runner {
     const Kernel& kernel_;
     const Launch& launch_;
     AllocationTable global_;
+    GlobalRaces races_;
     uint32_t threads_ = 0;
     Cta cta_;
     std::vector<std::pair<uint32_t, uint32_t>> barrier_lines_;  // number of a barrier, PTX line
