@@ -68,6 +68,31 @@ def _accumulators_swapped(line: str) -> str:
     return _swapped(0, 1, 2)(line)
 
 
+def _gives_another_product(change: Lines) -> Lines:
+    """Both products, the right one and the changed one, into registers of their own. (Where an operand is zero, as
+    behind the last row, none makes a difference.)"""
+
+    def probe(line: str) -> str:
+        if "wgmma" in line:
+            return _ALWAYS
+        _, _, _, c = [[name.strip() for name in group[1:-1].split(",")] for group in _groups(line)]
+        right = re.sub(r"\{[^{}]*\}", "{%right0, %right1, %right2, %right3}", line, count=1)
+        changed = change(right).replace("%right", "%other")
+        if not changed:
+            changed = " ".join(f"mov.b32 %other{i}, {name};" for i, name in enumerate(c))
+        compared = " ".join(
+            f"setp.ne.b32 %differs, %right{i}, %other{i}; @%differs {_FAIL}" for i in range(len(c))
+        )  # fmt: skip
+        registers = ".reg .b32 %probe; .reg .b32 %right<4>; .reg .b32 %other<4>; .reg .pred %differs;"
+        return f"{{ {registers} {right} {changed} {compared} }}"
+
+    return probe
+
+
+def _product(name: str, pattern: str, change: Lines) -> Fault:
+    return Fault(name, pattern, change, _gives_another_product(change))
+
+
 def _transposed(line: str) -> str:
     return re.sub(r"\.x(\d)(\.trans)?\.", lambda m: f".x{m[1]}." if m[2] else f".x{m[1]}.trans.", line, count=1)
 
@@ -188,10 +213,10 @@ FAULTS = (
     Fault("commit of products removed", r"wgmma\.commit_group", _removed, None),
     Fault("fence of the async proxy removed", r"fence\.proxy\.async", _removed),
     Fault("fence of registers removed", r"wgmma\.fence", _removed),
-    Fault("A fragment swapped", r"\bmma\.sync", _swapped(1, 1, 2)),
-    Fault("B fragment swapped", r"\bmma\.sync", _swapped(2, 0, 1)),
-    Fault("accumulators swapped", r"\b(wg)?mma\.(sync|mma_async)", _accumulators_swapped),
-    Fault("product removed", r"\b(wg)?mma\.(sync|mma_async)", _removed),
+    _product("A fragment swapped", r"\bmma\.sync", _swapped(1, 1, 2)),
+    _product("B fragment swapped", r"\bmma\.sync", _swapped(2, 0, 1)),
+    _product("accumulators swapped", r"\b(wg)?mma\.(sync|mma_async)", _accumulators_swapped),
+    _product("product removed", r"\b(wg)?mma\.(sync|mma_async)", _removed),
     Fault("transposition wrong", r"(ld|st)matrix", _transposed),
     Fault("transposition of a group's B wrong", r"wgmma\.mma_async\S*\.b?f16\.b?f16\b", _group_operand_transposed),
     Fault("matrix 16 bytes off", r"(ld|st)matrix", _shifted(16)),
