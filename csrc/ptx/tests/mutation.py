@@ -108,6 +108,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # several of these processes run side by side
     with compiler(arguments.target) as where:
         kernels = where.kernels()
         planter = Planter(where, arguments.seed)

@@ -16,6 +16,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[3] / folder) for folder in 
 
 import ptx_cuda  # noqa: E402
 import ptx_problems  # noqa: E402
+import torch  # noqa: E402
 
 
 def main() -> int:
@@ -24,6 +25,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--first", type=int, default=0, help="the number of the first problem")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # several of these processes run side by side
     ptx_cuda.register()
     where = ptx_problems.target(arguments.target)
     kernels, schedules, known, wrong = set(), 0, 0, 0
