@@ -136,20 +136,25 @@ sanitize-cpu: $(VENV)/.tests
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
 sanitize-quick: sanitize-cpu  ## sanitize with few random shapes
+	$(SAY) 'The PTX machine under ASan and UBSan'
+	$(RUN) csrc/ptx/tests/sanitize.py
 	$(SAY) 'CUDA kernels on the emulator, under ASan, UBSan and ThreadSanitizer'
 	$(RUN) csrc/emulator/tests/sanitize.py --quick
 
 sanitize: sanitize-cpu  ## CPU and CUDA kernels under ASan, UBSan and ThreadSanitizer, random shapes and schedules
 	$(RUN) csrc/emulator/tests/sanitize.py $(ARGS)
 
-mutation: build-tests  ## plants faults in the CUDA kernels and shows that each one is caught
+mutation: build-tests  ## plants faults in the source of the CUDA kernels and in all PTX; each one has to be caught
 	$(RUN) csrc/emulator/tests/mutation.py $(ARGS)
+	$(RUN) csrc/ptx/tests/check.py --only mutation $(filter --quick,$(ARGS))
 
 .PHONY: ptx-check
 ptx-check: build-tests  ## compiled kernels on the PTX machine: random problems, schedules, faults planted in the PTX
 	$(RUN) -m pytest python_tests/test_ptx_*.py python_tests/test_numerics.py -k ptx
-	AFA_TEST_PTX_PROBLEMS=$${AFA_TEST_PTX_PROBLEMS:-150} $(RUN) -m pytest python_tests/test_ptx_triton.py
-	$(RUN) csrc/ptx/tests/mutation.py $(ARGS)
+	for arch in sm_80 sm_90; do \
+		AFA_TEST_SIMULATED_GPU=$$arch $(RUN) -m pytest python_tests/test_numerics.py -k triton || exit 1; \
+	done
+	$(RUN) csrc/ptx/tests/check.py $(ARGS)
 
 reports-quick: build-tests
 	$(SAY) 'Machine code of the CUDA and Triton kernels'
@@ -161,6 +166,10 @@ cuda-report: build-tests  ## registers, spills, shared memory and instructions o
 
 triton-report: build-tests  ## the same for every row of the Triton tile table
 	env -u TRITON_INTERPRET $(RUN) -m tools.triton_report $(ARGS)
+
+.PHONY: ptx-report
+ptx-report: build-tests  ## what every compiled kernel does in a call, counted: bytes, conflicts, barriers, products
+	$(RUN) -m tools.ptx_report $(ARGS)
 
 gpu-check: build-tests  ## on a machine with a GPU: everything that the tests cannot run without one
 	$(RUN) -m tools.gpu_check $(ARGS)

@@ -15,6 +15,7 @@ elif not torch.cuda.is_available():
     # where asked for by name.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import helpers
 import ptx_cuda
 
 import afa_kernels
@@ -79,9 +80,9 @@ def pytest_itemcollected(item) -> None:
 
 @pytest.fixture(autouse=True)
 def _fast_tests_start_no_process(request, monkeypatch):
-    """What the marker ``fast`` promises: a test that needs a process has the marker ``long``, which takes it out."""
-    fast = request.node.get_closest_marker("fast") and not request.node.get_closest_marker("long")
-    if fast and not SIMULATED_GPU:  # Triton's compiler starts ptxas
+    """What the marker ``fast`` promises: a test that needs a process has the marker ``long``, which takes it out.
+    For a simulated GPU, Triton compiles, and asks its tools for their versions."""
+    if not SIMULATED_GPU and request.node.get_closest_marker("fast") and not request.node.get_closest_marker("long"):
 
         def refuse(*_, **__):
             raise AssertionError("a fast test starts a process: mark it with pytest.mark.long")
@@ -117,12 +118,5 @@ def _fresh_random_numbers(request):
 def poisoned_memory():
     """Fill every uninitialised torch allocation with NaN, so that an element that is not written
     shows."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    with helpers.poisoned_memory():
+        yield

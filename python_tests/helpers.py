@@ -1,9 +1,11 @@
 """Problems, the plain PyTorch they are compared with, and the one measure of accuracy."""
 
+import contextlib
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,33 +115,40 @@ def assert_as_accurate_as_torch(got: Tensor, same_dtype: Tensor, truth: Tensor, 
     assert math.isfinite(allowed) and error <= allowed, f"{what}: relative error {error:.3e}, allowed {allowed:.3e}"
 
 
-def run(function, problem: Problem, names: tuple[str, ...], dtype=None) -> dict[str, Tensor]:
+def run(
+    function, problem: Problem, names: tuple[str, ...], dtype=None, *, needed: tuple[str, ...] | None = None
+) -> dict[str, Tensor]:
     """Call ``function(**leaves)``, run its backward on ``dy`` and return the output and every
-    gradient by name."""
+    gradient by name; with ``needed``, only those leaves require one."""
     leaves = problem.leaves(dtype)
-    y = function(**{name: leaves[name] for name in names})
+    needed = names if needed is None else needed
+    y = function(**{name: leaves[name].requires_grad_(name in needed) for name in names})
     y.backward(problem.dy.to(y.dtype).view(y.shape))
-    return {"y": y.detach()} | {f"d{name}": leaves[name].grad for name in names}
+    return {"y": y.detach()} | {f"d{name}": leaves[name].grad for name in needed}
 
 
-def assert_matches(function, plain, problem: Problem, names: tuple[str, ...], *, reorder: bool = True) -> None:
+def assert_matches(
+    function, plain, problem: Problem, names: tuple[str, ...], *, reorder: bool = True,
+    needed: tuple[str, ...] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Compare output and gradients of ``function`` with ``plain`` in the same dtype and in float64.
 
     Where terms cancel, torch's error depends on its order of summation, which differs between
     machines: with ``reorder`` the yardstick is the largest error of several orders. Not for a
-    ``plain`` that holds tensors of its own, such as a mask.
+    ``plain`` that holds tensors of its own, such as a mask. Returns what ``function`` gave.
     """
-    got = run(function, problem, names)
-    truth = run(plain, problem, names, torch.float64)
+    got = run(function, problem, names, needed=needed)
+    truth = run(plain, problem, names, torch.float64, needed=needed)
     seen = []
     for what, value in got.items():
         for order in range(len(ORDERS) if reorder else 1):
             if order == len(seen):
-                seen.append(run(_in_order(plain, *ORDERS[order]), problem, names))
+                seen.append(run(_in_order(plain, *ORDERS[order]), problem, names, needed=needed))
             same_dtype = max((one[what] for one in seen), key=lambda t: relative_error(t, truth[what]))
             if relative_error(value, truth[what]) <= allowed_error(same_dtype, truth[what], problem.x.dtype):
                 break
         assert_as_accurate_as_torch(value, same_dtype, truth[what], what, problem.x.dtype)
+    return got
 
 
 def _reversed(t: Tensor) -> Tensor:
@@ -169,11 +178,29 @@ def _in_order(plain, there, back):
     return lambda **tensors: back(plain(**{name: there(t) for name, t in tensors.items()}))
 
 
-def run_on_isa(isa: str, script: str) -> None:
-    """Run ``script`` in a process of its own whose CPU is believed to have ``isa`` at best; fail if it fails."""
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill every uninitialised torch allocation with NaN, so that an element that is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def run_python(script: str, **environment: str) -> None:
+    """Run ``script`` in a process of its own that finds this package and the tests' modules; fail if it fails."""
     here = Path(__file__).parent
     path = os.pathsep.join((str(here), str(here.parent), os.environ.get("PYTHONPATH", "")))
-    check = f"from afa_kernels.backend import native\nassert native._C.cpu_isa() == {isa!r}\n"
-    environment = os.environ | {"AFA_CPU_ISA": isa, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", check + script], env=environment, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": path} | environment
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def run_on_isa(isa: str, script: str) -> None:
+    """Run ``script`` in a process of its own whose CPU is believed to have ``isa`` at best; fail if it fails."""
+    check = f"from afa_kernels.backend import native\nassert native._C.cpu_isa() == {isa!r}\n"
+    run_python(check + script, AFA_CPU_ISA=isa)

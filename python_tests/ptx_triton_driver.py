@@ -8,7 +8,7 @@ compiler, the order of arguments.
 import contextlib
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,15 +27,34 @@ _SCALARS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B",
             "u64": "Q", "fp32": "f", "f32": "f", "fp64": "d"}  # fmt: skip
 
 
+class Loaded:
+    """A compiled kernel on a device."""
+
+    def __init__(self, machine: "Machine", name: str, text: str):
+        self.machine, self.name, self.text = machine, name, text
+        self._module, self._edit = None, None
+
+    def module(self) -> _ptx.Module:
+        """Return the kernel, assembled again where another edit holds than before."""
+        edit = self.machine.edit
+        if self._module is None or edit is not self._edit:
+            self._module = _ptx.Module(self.text if edit is None else edit(self.name, self.text))
+            self._edit = edit
+        return self._module
+
+
 @dataclass
 class Machine:
     """What a simulated device does: the seed of its schedules, and what its launches have done so far."""
 
     arch: str
     seed: int = 0
+    explain: bool = False  # whether launches find the synchronizations that they need
+    # The line of a kernel's text whose copies fill up with other numbers than zeros.
+    unfilled: tuple[str, int] = ("", 0)
     launched: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    # Changes the PTX of a kernel before it is loaded: (kernel's name, text) -> text.
-    edit: Any = None
+    # Changes the PTX of a kernel before it is assembled: (kernel's name, text) -> text.
+    edit: Callable[[str, str], str] | None = None
 
     def counters(self) -> Counter:
         """Return the sum of all counters that are numbers."""
@@ -57,24 +76,26 @@ class _Launcher:
     """Packs the arguments of one compiled kernel and runs it."""
 
     def __init__(self, source: Any, metadata: Any):
+        self.names = list(source.signature)
         self.types = [t for t in expand_signature(source.signature.values(), None, "nvTmaDesc")]
         self.metadata = metadata
         if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
             raise NotImplementedError("scratch memory and clusters")
 
     def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *arguments):
-        machine, module, name = function
+        machine, name, module = function.machine, function.name, function.module()
         parameters = module.kernels()[name]["parameters"]
-        values = [(t, v) for t, v in zip(self.types, arguments, strict=True) if t != "constexpr"]
-        values += [("*i8", None), ("*i8", None)]  # global and profiling scratch
+        every = zip(self.names, self.types, arguments, strict=True)
+        values = [(n, t, v) for n, t, v in every if t != "constexpr"]
+        values += [("global scratch", "*i8", None), ("profiling scratch", "*i8", None)]
         assert len(values) == len(parameters), (name, len(values), len(parameters))
         packed_bytes = bytearray(module.kernels()[name]["parameter_bytes"])
         allocations = []
-        for number, ((kind, value), parameter) in enumerate(zip(values, parameters, strict=True)):
+        for (argument, kind, value), parameter in zip(values, parameters, strict=True):
             if kind.startswith("*"):
                 data = struct.pack("Q", 0 if value is None else value.data_ptr())
                 if value is not None and value.numel():
-                    allocations.append((value.data_ptr(), extent(value), True, f"argument {number}"))
+                    allocations.append((value.data_ptr(), extent(value), True, argument))
             else:
                 data = struct.pack(_SCALARS[kind], value)
             assert len(data) == parameter["bytes"], (name, kind, parameter)
@@ -82,9 +103,10 @@ class _Launcher:
         machine.seed += 1
         counters = module.launch(
             name, (x, y, z), (32 * self.metadata.num_warps, 1, 1), bytes(packed_bytes), self.metadata.shared,
-            allocations, machine.seed,
+            allocations, machine.seed, machine.explain,
+            machine.unfilled[1] if function.text == machine.unfilled[0] else 0,
         )  # fmt: skip
-        machine.launched.append((name, counters))
+        machine.launched.append((name, counters | {"text": function.text}))
 
 
 class _Utils:
@@ -96,10 +118,7 @@ class _Utils:
         return {"max_shared_mem": shared, "multiprocessor_count": multiprocessors, "warpSize": 32}
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: str):
-        text = cubin.decode()
-        if self.machine.edit is not None:
-            text = self.machine.edit(name, text)
-        return None, (self.machine, _ptx.Module(text), name), 0, 0, 1024
+        return None, Loaded(self.machine, name, cubin.decode()), 0, 0, 1024
 
     def unload_module(self, module: Any) -> None:
         pass

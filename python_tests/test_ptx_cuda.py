@@ -2,13 +2,17 @@
 tests of test_numerics.py run on ``cuda_ptx`` as well."""
 
 import re
+from collections import Counter
 
+import ptx_cuda
+import ptx_problems
 import pytest
 import torch
 from helpers import Problem, relative_error
 
 from afa_kernels.backend import registry
 from afa_kernels.backend.registry import Spec
+from tools import ptx_report
 
 _cuda_on_ptx = pytest.importorskip("afa_kernels._cuda_on_ptx", reason="built with nvcc and the emulator only")
 
@@ -16,6 +20,7 @@ RANKS = (16, 32, 64, 128)
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 # (M, K, N): one pass over x; the split forward; columns beyond one slab.
 SHAPES = ((75, 72, 80), (40, 904, 136), (33, 136, 264))
+KERNELS = ("forward", "project", "expand", "dy", "db", "x")  # with barriers; the others have no shared memory
 RESULTS = ("y", "z", "dx", "da", "db")
 
 
@@ -24,6 +29,10 @@ def _no_launches_left():
     _cuda_on_ptx.take_launches()
     yield
     _cuda_on_ptx.set_edit(lambda text: text)
+
+
+def _name(launch) -> str:
+    return ptx_report.plain_name(launch["kernel"]).removesuffix("_kernel")
 
 
 def forward_and_backward(name, problem, spec, *, seed=None, save_z=True):
@@ -69,6 +78,16 @@ def test_every_kernel_runs():
     assert launched == set(_cuda_on_ptx.kernel_names())
 
 
+@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("arch", ptx_cuda.DEVICES)
+def test_random_problems(arch, number):
+    """Each dtype with each class of ranks, on the PTX for either architecture."""
+    where = ptx_problems.CudaTarget(arch)
+    with where.running():
+        ptx_problems.RandomProblem(where, number).check()
+    assert {launch["device"] for launch in _cuda_on_ptx.take_launches()} == {ptx_cuda.DEVICES[arch]}
+
+
 @pytest.mark.parametrize("r", [16, 64])
 def test_schedules_give_the_same_bits(r):
     problem, spec = Problem.random(70, 136, 264, r, torch.bfloat16), Spec("gelu", 1.5, 50)
@@ -85,11 +104,40 @@ def test_traffic_is_one_pass_over_each_large_matrix():
     m, k, n, r = 128, 256, 512, 16
     forward_and_backward("cuda_ptx", Problem.random(m, k, n, r, torch.bfloat16), Spec("silu", 1.5))
     launches = _cuda_on_ptx.take_launches()
-    assert sum(launch["bank_conflicts"] for launch in launches if "8x_kernel" in launch["kernel"]) == 0
     copied = sum(launch["async_copy_bytes"] for launch in launches)
     rows, weights = 2, 2 * (r * k + r * n)  # tiles of 64 rows, each of which reads A and B
     forward, backward = 2 * m * k + rows * weights, 2 * m * (k + n) + 2 * m * r + weights
     assert copied == forward + backward
+    moved = Counter()
+    for launch in launches:
+        for operand, (read, written) in launch["traffic"].items():
+            moved.update({f"{operand} read": read, f"{operand} written": written})
+    large = {"dx written": m * k, "dy read": m * n, "base read": m * n, "y written": m * n}
+    assert {what: moved[what] for what in large} == {what: 2 * elements for what, elements in large.items()}
+    assert moved["x read"] + moved["wide read"] == 2 * 2 * m * k, "x, once forward and once backward"
+
+
+def test_products_and_barriers_are_as_many_as_the_shape_asks_for():
+    """No product is computed twice, whatever the sum over K is split into; ldmatrix has no bank conflict."""
+    m, k, n, r = 128, 256, 512, 16
+    forward_and_backward("cuda_ptx", Problem.random(m, k, n, r, torch.bfloat16), Spec("silu", 1.5))
+    launches = {_name(launch): launch for launch in _cuda_on_ptx.take_launches()}
+    of_mma = 16 * 8 * 16
+    products = {"dy": 2 * m * n * r, "x": 2 * m * k * r}
+    assert {name: launches[name]["multiply_adds"] * of_mma for name in products} == products
+    forward = sum(launch["multiply_adds"] for name, launch in launches.items() if name not in products)
+    assert forward * of_mma == m * (k + n) * r
+    assert launches["x"]["bank_conflicts"] == 0
+    for name, launch in launches.items():
+        blocks = launch["grid"][0] * launch["grid"][1]
+        assert launch["block_barriers"] % blocks == 0 and (launch["block_barriers"] > 0) == (name in KERNELS), name
+
+
+def test_the_report_adds_up():
+    (row,) = [row for row in ptx_report.rows(ptx_report.of_nvcc("sm_80", (64, 256, 64, 16))) if row[0] == "x_kernel"]
+    cells = dict(zip(ptx_report.COLUMNS, row, strict=True))
+    assert cells["launches"] == "1" and cells["copied"] == f"{2 * (64 * 256 + 64 * 16 + 16 * 256) // 1024}K"
+    assert cells["mma"] == str(2 * 64 * 256 * 16 // (16 * 8 * 16))
 
 
 # --- Faults planted in the PTX ---

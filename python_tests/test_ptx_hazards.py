@@ -1,6 +1,8 @@
 """What the PTX machine reports: each check has a planted fault that it must name, and a sound version that it must let
 pass, under several schedules."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -275,13 +277,16 @@ def test_schedules_differ_between_seeds_and_repeat_for_one():
 
 
 def test_ctas_run_in_an_order_of_the_seed():
-    text = kernel("mov.u32 %r5, %ctaid.x; st.global.b32 [%rd0], %r5;")
-    last = set()
-    for seed in range(12):
-        array = np.zeros(1, np.uint32)
-        launch(text, array, grid=16, seed=seed)
-        last.add(int(array[0]))
-    assert len(last) > 3
+    """The second that runs is the first to store where another one has."""
+    text = kernel("mov.u32 %r5, %ctaid.x; st.global.b32 [%rd0], %r5;", threads=32)
+
+    def second(seed: int) -> str:
+        with pytest.raises(_ptx.ExecutionError) as caught:
+            launch(text, np.zeros(1, dtype=np.uint32), threads=32, grid=16, seed=seed)
+        return re.search(r"CTA \(\d+", str(caught.value))[0]
+
+    found = [second(seed) for seed in SEEDS]
+    assert len(set(found)) > 2 and found == [second(seed) for seed in SEEDS]
 
 
 def test_loops_of_different_lengths_per_lane():
@@ -348,3 +353,31 @@ def test_errors_leave_the_module_usable():
 def test_a_kernel_that_does_not_end():
     with pytest.raises(_ptx.ExecutionError, match="does not end"):
         launch(kernel("again: bra again;", parameters=0))
+
+
+OF_ALL, OWN = "[%rd0]", "[%rd3]"  # one word for all CTAs, and the first of each
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("st.global.b32 {own}, %r0; ld.global.b32 %r5, {own};", None),
+        ("ld.global.b32 %r5, {all}; st.global.b32 {own}, %r5;", None),
+        ("st.global.b32 {all}, 7;", "stores to 'array 0' at byte 0, which the CTA with number . has read or written"),
+        ("ld.global.b32 %r5, {all}; st.global.b32 {all}, %r5;", "race: (stores to|loads from) 'array 0' at byte 0"),
+        (
+            "setp.eq.u32 %p1, %r7, 1; @%p1 st.global.b16 [%rd0+2], %h1; ld.global.b32 %r5, {all};",
+            "race: (stores|loads)",
+        ),
+    ],
+)
+def test_what_one_cta_writes_no_other_one_touches(body, message):
+    """Equal values are no excuse: nothing orders the CTAs of a launch."""
+    places = "mov.u32 %r7, %ctaid.x; mad.wide.u32 %rd3, %r7, 4, %rd0; add.s64 %rd3, %rd3, 64; mov.b16 %h1, 3;"
+    text = kernel(places + body.format(all=OF_ALL, own=OWN), threads=32)
+    for seed in SEEDS:
+        if message is None:
+            launch(text, np.arange(64, dtype=np.uint32), threads=32, grid=3, seed=seed)
+            continue
+        with pytest.raises(_ptx.ExecutionError, match=message):
+            launch(text, np.arange(64, dtype=np.uint32), threads=32, grid=3, seed=seed)

@@ -1,10 +1,10 @@
 """A model of memory traffic: bytes and FLOPs of every Triton launch from its shapes, and the
 time that follows (layer_overhead.py puts it in relation to the frozen layer).
 
-Every figure here is modelled, none was measured. The bytes of our launches are checked against the
-loads and stores that Triton's interpreter really makes (python_tests/test_triton_traffic.py); the
-other implementations are torch ops recorded from what they run, or, for LoRAFusion, a list of
-passes read from its published kernels.
+Every figure here is modelled, none was measured. The bytes of our launches are those that the compiled kernels move for
+sm_80 and sm_90, as counted on the PTX machine (python_tests/test_triton_traffic.py holds the formulas to the counts);
+the other implementations are torch ops recorded from what they run, or, for LoRAFusion, a list of passes read from its
+published kernels.
 
     time of a kernel = max(HBM / 3.0 TB/s, (HBM + L2) / 5.5 TB/s, FLOP / 450 TFLOP/s) + 2 us
     overhead         = time of all that is not the frozen layer's GEMM / time of that GEMM
@@ -69,7 +69,8 @@ def _bytes(t: Tensor | None, elements: int) -> int:
 
 def accesses(launch: Launch) -> dict[str, Access]:
     """Return the bytes that the whole grid of a launch reads and writes, by argument, masked lanes
-    left out."""
+    left out. What several lanes of a warp read at once counts once; each warp reads a scalar for
+    itself."""
     tensors = launch.arguments
     read, written = _ELEMENTS[launch.name](launch)
     found = {}
@@ -101,15 +102,15 @@ def _forward(launch: Launch) -> _Elements:
     read |= {
         "x_ptr": m * k,
         "a_ptr": tiles * rank * k,
-        "alpha_ptr": tiles if _present(launch, "y_ptr") else 0,
+        "alpha_ptr": tiles * launch.warps if _present(launch, "y_ptr") else 0,
     }
-    return read | {"seed_ptr": tiles}, written | {"z_ptr": m * arguments["r"]}
+    return read | {"seed_ptr": tiles * launch.warps}, written | {"z_ptr": m * arguments["r"]}
 
 
 def _project_partial(launch: Launch) -> _Elements:
     arguments, rank, (tiles, segments) = launch.arguments, launch.constants["R"], launch.grid
     m, length = arguments["M"], arguments["length"]
-    read = {"left_ptr": m * length, "small_ptr": tiles * rank * length, "seed_ptr": tiles * segments}
+    read = {"left_ptr": m * length, "small_ptr": tiles * rank * length, "seed_ptr": tiles * segments * launch.warps}
     if not launch.constants["DROPOUT"]:
         del read["seed_ptr"]
     return read, {"partial_ptr": segments * m * rank}
@@ -119,7 +120,7 @@ def _phi_hb(launch: Launch) -> _Elements:
     arguments, rank, (tiles, columns) = launch.arguments, launch.constants["R"], launch.grid
     read, written = _y_elements(launch, tiles)
     read |= {"partial_ptr": columns * arguments["segments"] * arguments["M"] * rank}
-    read |= {"alpha_ptr": tiles * columns if _present(launch, "y_ptr") else 0}
+    read |= {"alpha_ptr": tiles * columns * launch.warps if _present(launch, "y_ptr") else 0}
     return read, written | {"z_ptr": arguments["M"] * arguments["r"]}
 
 
@@ -130,7 +131,7 @@ def _dyb_dphi(launch: Launch) -> _Elements:
         "dy_ptr": m * n,
         "b_ptr": tiles * rank * n,
         "z_ptr": m * arguments["r"],
-        "alpha_ptr": tiles,
+        "alpha_ptr": tiles * launch.warps,
     }
     return read, {"dz_ptr": m * rank}
 
@@ -141,7 +142,7 @@ def _dphi(launch: Launch) -> _Elements:
     read = {
         "partial_ptr": arguments["count"] * m * rank,
         "z_ptr": m * arguments["r"],
-        "alpha_ptr": tiles,
+        "alpha_ptr": tiles * launch.warps,
     }
     return read, {"dz_ptr": m * rank}
 
@@ -149,18 +150,18 @@ def _dphi(launch: Launch) -> _Elements:
 def _dy_pass(launch: Launch) -> _Elements:
     arguments, rank, (slabs, chunks) = launch.arguments, launch.constants["R"], launch.grid
     m, n = arguments["M"], arguments["N"]
-    read = {"dy_ptr": m * n, "alpha_ptr": slabs * chunks}
+    read = {"dy_ptr": m * n}
     if _present(launch, "dh_ptr"):
         read["b_ptr"] = chunks * rank * n
     if _present(launch, "db_ptr"):
-        read["z_ptr"] = slabs * m * arguments["r"]
+        read |= {"z_ptr": slabs * m * arguments["r"], "alpha_ptr": slabs * chunks * launch.warps}
     return read, {"dh_ptr": slabs * m * rank, "db_ptr": chunks * rank * n}
 
 
 def _x_pass(launch: Launch) -> _Elements:
     arguments, rank, (slabs, chunks) = launch.arguments, launch.constants["R"], launch.grid
     m, k = arguments["M"], arguments["K"]
-    read = {"dz_ptr": slabs * m * rank, "seed_ptr": slabs * chunks}
+    read = {"dz_ptr": slabs * m * rank, "seed_ptr": slabs * chunks * launch.warps}
     if _present(launch, "dx_ptr"):
         read["a_ptr"] = chunks * rank * k
     if _present(launch, "da_ptr"):

@@ -1,6 +1,6 @@
 // The device through the CUDA runtime: which one is current, what it can run, and launches on it.
 //
-// Plain C++: neither nvcc nor a GPU is needed to compile and test it (tests/device_test.cpp).
+// Plain C++. Tested on the simulated runtime of csrc/ptx/cuda, which plays every failure.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 

@@ -17,12 +17,14 @@ void copy(Warp& warp, const Instruction& i) {
     AsyncCopies copies;
     copies.lanes = warp.active;
     copies.bytes = bytes;
+    copies.fill = i.line == warp.cta->launch->unfilled_line ? 0x3F : 0;  // numbers near 1
     const auto address = [&](const uint32_t* op, int lane) {
         const uint64_t base =
             op[1] ? warp.in<uint64_t>(op[0])[lane] : warp.in<uint32_t>(op[0])[lane];
         return base + static_cast<uint64_t>(static_cast<int64_t>(static_cast<int32_t>(op[2])));
     };
     Counters& counters = warp.cta->counters;
+    WarpTraffic whole;
     for (uint32_t rest = warp.active; rest; rest &= rest - 1) {
         const int lane = __builtin_ctz(rest);
         const uint64_t target = address(i.op, lane), source = address(i.op + 3, lane);
@@ -33,8 +35,16 @@ void copy(Warp& warp, const Instruction& i) {
         if (source % bytes)
             throw Fault{lane, "copies " + std::to_string(bytes) +
                                   " bytes from an address that is not a multiple of their number"};
-        if (wanted && !warp.cta->global->find(source, wanted, warp.hint))
+        const Allocation* found =
+            wanted ? warp.cta->global->find(source, wanted, warp.hint) : nullptr;
+        if (wanted && !found)
             throw Fault{lane, "copies " + warp.cta->global->describe(source, wanted)};
+        if (wanted)
+            check_ctas(warp, lane, *found, source, wanted, false);
+        if (wanted == bytes)
+            whole.add(source, found);
+        else if (wanted)
+            warp.cta->traffic[warp.cta->global->index(*found)].read += wanted;
         if (target > 0xFFFFFFFFull)
             throw Fault{lane, "the address of shared memory has more than 32 bits"};
         copies.target[lane] = static_cast<uint32_t>(target);
@@ -45,10 +55,18 @@ void copy(Warp& warp, const Instruction& i) {
         ++counters.async_copies;
         counters.async_copy_bytes += wanted;
     }
+    whole.count(*warp.cta->global, bytes, false, warp.cta->traffic, counters);
     warp.copies.push_back(copies);
 }
 
-void commit(Warp& warp, const Instruction&) {
+void commit(Warp& warp, const Instruction& i) {
+    if (warp.cta->launch->explain)
+        for (const AsyncCopies& copies : warp.copies)
+            for (uint32_t rest = copies.lanes & warp.active; rest; rest &= rest - 1) {
+                const int lane = __builtin_ctz(rest);
+                if (copies.group[lane] == warp.commits[lane])
+                    warp.cta->counters.effective.insert(i.line);
+            }
     for (int lane = 0; lane < kLanes; ++lane)
         warp.commits[lane] += warp.active >> lane & 1;
 }
@@ -61,8 +79,10 @@ void wait(Warp& warp, const Instruction& i) {
             if (copies.group[lane] + pending >= warp.commits[lane])
                 continue;
             warp.cta->shared.arrive(warp, lane, copies.target[lane], copies.bytes,
-                                    copies.source[lane], copies.source_bytes[lane]);
+                                    copies.source[lane], copies.source_bytes[lane], copies.fill);
             copies.lanes &= ~(1u << lane);
+            if (warp.cta->launch->explain)
+                warp.cta->counters.effective.insert(i.line);
         }
     }
     warp.copies.erase(std::remove_if(warp.copies.begin(), warp.copies.end(),

@@ -15,6 +15,12 @@ inline pybind11::dict counters_dict(const Counters& c) {
     }
     d["global_loads"] = loads;
     d["global_stores"] = stores;
+    pybind11::dict traffic;
+    for (const auto& [name, moved] : c.traffic)
+        traffic[pybind11::str(name)] = pybind11::make_tuple(moved.read, moved.written);
+    d["traffic"] = traffic;
+    d["read_sectors"] = c.read_sectors;
+    d["written_sectors"] = c.written_sectors;
     d["instructions"] = c.instructions;
     d["global_read_bytes"] = c.global_read_bytes;
     d["global_write_bytes"] = c.global_write_bytes;
@@ -28,6 +34,10 @@ inline pybind11::dict counters_dict(const Counters& c) {
     d["multiply_adds"] = c.multiply_adds;
     d["group_multiply_adds"] = c.group_multiply_adds;
     d["block_barriers"] = c.block_barriers;
+    pybind11::list effective;
+    for (const uint32_t line : c.effective)
+        effective.append(line);
+    d["effective"] = effective;
     return d;
 }
 

@@ -22,6 +22,11 @@ class AllocationTable {
             return hint;
         return search(address, bytes, hint);
     }
+    size_t size() const { return allocations_.size(); }
+    size_t index(const Allocation& a) const {
+        return static_cast<size_t>(&a - allocations_.data());
+    }
+    const Allocation& operator[](size_t index) const { return allocations_[index]; }
     // "outside every allocation; the nearest is x (512 bytes at 0x...), 4 bytes behind its end"
     std::string describe(uint64_t address, uint32_t bytes) const;
 
@@ -32,6 +37,48 @@ class AllocationTable {
     const Allocation* search(uint64_t address, uint32_t bytes, Hint& hint) const;
 
     std::vector<Allocation> allocations_;  // by address
+};
+
+// Who has written and read what of global memory in a launch, for every two bytes. CTAs run in any
+// order and at the same time: what one of them writes, no other one may touch.
+class GlobalRaces {
+  public:
+    explicit GlobalRaces(const AllocationTable& table);
+    // Each returns the number of a CTA with which this access conflicts, or -1.
+    int64_t read(size_t allocation, uint64_t address, uint32_t bytes, uint32_t cta) {
+        return access(allocation, address, bytes, cta, false);
+    }
+    int64_t write(size_t allocation, uint64_t address, uint32_t bytes, uint32_t cta) {
+        return access(allocation, address, bytes, cta, true);
+    }
+
+  private:
+    int64_t access(size_t allocation, uint64_t address, uint32_t bytes, uint32_t cta, bool store);
+
+    struct Record {
+        uint32_t writer = 0, reader = 0;  // 1 + number of the CTA; 0: none
+    };
+    std::vector<Record> records_;
+    // By allocation: what to subtract from an address to get the place of its record, times two.
+    // Allocations that overlap share records.
+    std::vector<uint64_t> origin_;
+};
+
+// What one instruction of a warp moves.
+class WarpTraffic {
+  public:
+    void add(uint64_t address, const Allocation* allocation) {
+        addresses_[count_] = address;
+        allocations_[count_++] = allocation;
+    }
+    // Adds up the accesses, of `bytes` each and aligned.
+    void count(const AllocationTable& table, uint32_t bytes, bool store,
+               std::vector<Traffic>& by_allocation, Counters& counters) const;
+
+  private:
+    int count_ = 0;
+    uint64_t addresses_[32];
+    const Allocation* allocations_[32];
 };
 
 }  // namespace ptx

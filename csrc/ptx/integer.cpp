@@ -1,5 +1,6 @@
 // Integer arithmetic, comparisons, shifts and bit fields.
 #include <algorithm>
+#include <type_traits>
 
 #include "ptx/forms.h"
 #include "ptx/map.h"
@@ -12,25 +13,30 @@ using u32 = uint32_t;
 using s64 = int64_t;
 using u64 = uint64_t;
 
+// Results wrap around, of signed numbers too, which C++ leaves undefined.
+template <typename T>
+std::make_unsigned_t<T> bits_of(T a) {
+    return static_cast<std::make_unsigned_t<T>>(a);
+}
 template <typename T>
 T add(T a, T b) {
-    return a + b;
+    return static_cast<T>(bits_of(a) + bits_of(b));
 }
 template <typename T>
 T sub(T a, T b) {
-    return a - b;
+    return static_cast<T>(bits_of(a) - bits_of(b));
 }
 template <typename T>
 T mul_lo(T a, T b) {
-    return a * b;
+    return static_cast<T>(bits_of(a) * bits_of(b));
 }
 template <typename T>
 T mad_lo(T a, T b, T c) {
-    return a * b + c;
+    return static_cast<T>(bits_of(a) * bits_of(b) + bits_of(c));
 }
 template <typename T>
 T negate(T a) {
-    return T(0) - a;
+    return static_cast<T>(0 - bits_of(a));
 }
 template <typename T>
 T bit_and(T a, T b) {

@@ -6,7 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -52,7 +54,17 @@ struct Launch {
     std::vector<unsigned char> parameters;  // the parameter space, byte for byte
     uint32_t dynamic_shared_bytes = 0;
     std::vector<Allocation> allocations;
-    uint64_t seed = 0;  // of the order of CTAs and of the interleaving of warps
+    uint64_t seed = 0;     // of the order of CTAs and of the interleaving of warps
+    bool explain = false;  // fill Counters::effective, which takes time
+    // The cp.async of this PTX line fills up with other numbers than zeros; 0: none. Shows what
+    // depends on the zeros.
+    uint32_t unfilled_line = 0;
+};
+
+// Bytes that a launch moves between the lanes of its warps and an allocation. What several lanes of
+// a warp read at once is moved once.
+struct Traffic {
+    uint64_t read = 0, written = 0;
 };
 
 // What a launch did, over all threads. An access of one lane counts once, by its bytes.
@@ -61,6 +73,9 @@ struct Counters {
     uint64_t global_loads[5] = {}, global_stores[5] = {};    // of 1, 2, 4, 8, 16 bytes
     uint64_t global_read_bytes = 0, global_write_bytes = 0;  // asynchronous copies not included
     uint64_t async_copies = 0, async_copy_bytes = 0;
+    std::map<std::string, Traffic> traffic;  // by the names of the allocations, copies included
+    // Pieces of 32 bytes, which is what a multiprocessor asks the L2 cache for.
+    uint64_t read_sectors = 0, written_sectors = 0;
     uint64_t shared_read_bytes = 0, shared_write_bytes = 0;
     uint64_t bank_conflicts = 0;  // passes over shared memory beyond the fewest possible
     uint64_t matrix_loads = 0;    // ldmatrix, per warp
@@ -68,6 +83,11 @@ struct Counters {
     uint64_t multiply_adds = 0;        // mma, per warp
     uint64_t group_multiply_adds = 0;  // wgmma, per warp
     uint64_t block_barriers = 0;       // per CTA
+    // PTX lines of the synchronizations that this launch could not do without, where it was asked
+    // for: barriers that alone stand between two accesses of one place, waits that something has
+    // ended at, commits of groups that are not empty. Without any one of the others, the accesses
+    // would still be in order.
+    std::set<uint32_t> effective;
 };
 
 struct Program;

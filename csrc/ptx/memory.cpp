@@ -80,6 +80,7 @@ const Allocation* global(Warp& warp, int lane, uint64_t address, uint32_t bytes,
                               "' that is not a multiple of their number"};
     if (store && !found->writable)
         throw Fault{lane, "stores to '" + found->name + "', which is read only"};
+    check_ctas(warp, lane, *found, address, bytes, store);
     return found;
 }
 
@@ -88,10 +89,12 @@ void load_global(Warp& warp, const Instruction& i) {
     constexpr uint32_t kBytes = sizeof(T) * kVector;
     const Address address(warp, i.op + 2 * kVector);
     uint64_t addresses[kLanes];  // first, since a destination may be the address register
+    WarpTraffic traffic;
     for_active(warp, [&](int lane) {
         addresses[lane] = address[lane];
-        global(warp, lane, addresses[lane], kBytes, false);
+        traffic.add(addresses[lane], global(warp, lane, addresses[lane], kBytes, false));
     });
+    traffic.count(*warp.cta->global, kBytes, false, warp.cta->traffic, warp.cta->counters);
     for_active(warp, [&](int lane) {
         const auto* from = reinterpret_cast<const unsigned char*>(addresses[lane]);
         for (int k = 0; k < kVector; ++k)
@@ -106,13 +109,15 @@ template <typename T, int kVector>
 void store_global(Warp& warp, const Instruction& i) {
     constexpr uint32_t kBytes = sizeof(T) * kVector;
     const Address address(warp, i.op);
+    WarpTraffic traffic;
     for_active(warp, [&](int lane) {
         const uint64_t to = address[lane];
-        global(warp, lane, to, kBytes, true);
+        traffic.add(to, global(warp, lane, to, kBytes, true));
         for (int k = 0; k < kVector; ++k)
             get<T>(warp, i.op + 3 + 2 * k, lane,
                    reinterpret_cast<unsigned char*>(to) + k * sizeof(T));
     });
+    traffic.count(*warp.cta->global, kBytes, true, warp.cta->traffic, warp.cta->counters);
     const uint64_t lanes = static_cast<uint64_t>(__builtin_popcount(warp.active));
     warp.cta->counters.global_stores[log2_of(kBytes)] += lanes;
     warp.cta->counters.global_write_bytes += lanes * kBytes;

@@ -33,7 +33,8 @@ using Region = std::tuple<uint64_t, uint64_t, bool, std::string>;
 
 py::dict launch(const ptx::Module& module, const std::string& kernel, const Triple& grid,
                 const Triple& block, const py::bytes& parameters, uint32_t dynamic_shared,
-                const std::vector<Region>& allocations, uint64_t seed) {
+                const std::vector<Region>& allocations, uint64_t seed, bool explain,
+                uint32_t unfilled_line) {
     ptx::Launch l;
     l.kernel = kernel;
     for (size_t k = 0; k < 3; ++k) {
@@ -46,6 +47,8 @@ py::dict launch(const ptx::Module& module, const std::string& kernel, const Trip
     for (const auto& [address, size, writable, name] : allocations)
         l.allocations.push_back({address, size, writable, name});
     l.seed = seed;
+    l.explain = explain;
+    l.unfilled_line = unfilled_line;
     ptx::Counters counters;
     {
         const py::gil_scoped_release released;
@@ -74,6 +77,7 @@ PYBIND11_MODULE(_ptx, m) {
         .def("launch", &launch, py::arg("kernel"), py::arg("grid"), py::arg("block"),
              py::arg("parameters"), py::arg("dynamic_shared") = 0,
              py::arg("allocations") = std::vector<Region>(), py::arg("seed") = 0,
+             py::arg("explain") = false, py::arg("unfilled_line") = 0,
              "Runs a grid. allocations: (address, bytes, writable, name) of the global memory that "
              "it may touch.");
 }

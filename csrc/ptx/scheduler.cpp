@@ -181,11 +181,14 @@ class Runner {
                   all.push_back({reinterpret_cast<uint64_t>(g->storage.data()), g->storage.size(),
                                  false, g->name});
               return all;
-          }()) {
+          }()),
+          races_(global_) {
         threads_ = launch.block[0] * launch.block[1] * launch.block[2];
         cta_.launch = &launch_;
         cta_.kernel = &kernel_;
         cta_.global = &global_;
+        cta_.races = &races_;
+        cta_.traffic.resize(global_.size());
         cta_.random.seed(launch.seed);
         cta_.warps.resize((threads_ + kLanes - 1) / kLanes);
     }
@@ -196,10 +199,16 @@ class Runner {
         std::iota(order.begin(), order.end(), 0);
         std::shuffle(order.begin(), order.end(), cta_.random);
         for (uint64_t index : order) {
+            cta_.number = static_cast<uint32_t>(index);
             cta_.id[0] = static_cast<uint32_t>(index % launch_.grid[0]);
             cta_.id[1] = static_cast<uint32_t>(index / launch_.grid[0] % launch_.grid[1]);
             cta_.id[2] = static_cast<uint32_t>(index / launch_.grid[0] / launch_.grid[1]);
             run_cta();
+        }
+        for (size_t k = 0; k < global_.size(); ++k) {
+            Traffic& sum = cta_.counters.traffic[global_[k].name];
+            sum.read += cta_.traffic[k].read;
+            sum.written += cta_.traffic[k].written;
         }
         return cta_.counters;
     }
@@ -257,7 +266,8 @@ class Runner {
 
     void run_cta() {
         cta_.shared.reset(kernel_.info.static_shared_bytes + launch_.dynamic_shared_bytes,
-                          cta_.warps.size());
+                          cta_.warps.size(), launch_.explain);
+        barrier_lines_.clear();
         std::vector<Warp*> ready;
         for (size_t k = 0; k < cta_.warps.size(); ++k) {
             start(cta_.warps[k], static_cast<int>(k));
@@ -289,6 +299,9 @@ class Runner {
         }
         for (const Warp& warp : cta_.warps)
             cta_.counters.instructions += warp.executed;
+        for (const auto& [barrier, line] : barrier_lines_)
+            if (cta_.shared.needed(barrier))
+                cta_.counters.effective.insert(line);
     }
 
     void release_barrier(std::vector<Warp*>& ready) {
@@ -309,6 +322,12 @@ class Runner {
             }
         cta_.shared.barrier(cta_.warps);
         ++cta_.counters.block_barriers;
+        if (launch_.explain)
+            for (const Warp& warp : cta_.warps)
+                if (!warp.groups.empty())
+                    barrier_lines_.emplace_back(
+                        cta_.shared.barriers(),
+                        kernel_.code[warp.groups[warp.current].pc - 1].line);
     }
 
     Stop guarded_run(Warp& warp, uint32_t turn) {
@@ -354,8 +373,10 @@ class Runner {
     const Kernel& kernel_;
     const Launch& launch_;
     AllocationTable global_;
+    GlobalRaces races_;
     uint32_t threads_ = 0;
     Cta cta_;
+    std::vector<std::pair<uint32_t, uint32_t>> barrier_lines_;  // number of a barrier, PTX line
 };
 
 }  // namespace

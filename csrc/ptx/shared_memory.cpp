@@ -16,7 +16,7 @@ constexpr unsigned char kPoison = 0xFF;  // a NaN in every floating-point type
 
 }  // namespace
 
-void SharedMemory::reset(uint32_t bytes, size_t warps) {
+void SharedMemory::reset(uint32_t bytes, size_t warps, bool explain) {
     data_.assign(bytes, kPoison);
     const size_t granules = (bytes + kGranule - 1) / kGranule;
     written_.assign(granules, 0);
@@ -26,6 +26,10 @@ void SharedMemory::reset(uint32_t bytes, size_t warps) {
     segment_warp_.assign(1, 0);
     segment_barriers_.assign(1, 0);
     barriers_ = 1;
+    explain_ = explain;
+    needed_.clear();
+    segment_previous_.assign(1, 0);
+    last_segment_.assign(warps, 0);
     published_fence_.assign(warps, 0);
     barrier_stamp_ = 1 << 8;
 }
@@ -35,7 +39,11 @@ uint32_t SharedMemory::new_segment(int warp) {
         throw Fault{-1, "more synchronizations in one CTA than the machine can record"};
     segment_warp_.push_back(static_cast<uint8_t>(warp));
     segment_barriers_.push_back(barriers_);
-    return static_cast<uint32_t>(segment_warp_.size() - 1);
+    const uint32_t segment = static_cast<uint32_t>(segment_warp_.size() - 1);
+    uint32_t& last = last_segment_[static_cast<size_t>(warp)];
+    segment_previous_.push_back(last);
+    last = segment;
+    return segment;
 }
 
 void SharedMemory::barrier(std::vector<Warp>& warps) {
@@ -72,6 +80,30 @@ std::string SharedMemory::where(uint32_t place) const {
     return "shared memory at offset " + std::to_string(place * kGranule);
 }
 
+void SharedMemory::need(uint32_t barrier) {
+    if (needed_.size() <= barrier)
+        needed_.resize(barrier + 1);
+    needed_[barrier] = 1;
+}
+
+// An access of a place after the one of `record`, in order: is it the last barrier alone that makes
+// it so?
+void SharedMemory::note_order(const Warp& warp, int lane, uint32_t record, bool is_read) {
+    if (record == 0 || record >= kCopyInFlight)
+        return;
+    const uint32_t segment = record >> 8;
+    if ((is_read && record & kManyWarps) || warp_of(record) != warp.index) {
+        if (segment_barriers_[segment] + 1 == barriers_)
+            need(barriers_);
+        return;
+    }
+    const bool other_lane =
+        (is_read && record & kManyLanes) || (record & kLaneBits) != static_cast<uint32_t>(lane);
+    if (other_lane && segment_previous_[warp.segment] == segment &&
+        segment_barriers_[segment] + 1 == barriers_)
+        need(barriers_);
+}
+
 // Called where the record is of this side of the last barrier, a copy in flight, or empty.
 void SharedMemory::check_read(const Warp& warp, int lane, uint32_t place, uint32_t record) const {
     if (record == 0)
@@ -93,6 +125,11 @@ void SharedMemory::check_read(const Warp& warp, int lane, uint32_t place, uint32
 
 void SharedMemory::check_write(const Warp& warp, int lane, uint32_t place, bool same_bytes) {
     const uint32_t written = written_[place], read = read_[place];
+    if (explain_) {
+        if (!same_bytes)
+            note_order(warp, lane, written, false);
+        note_order(warp, lane, read, true);
+    }
     if (written >= kCopyInFlight)
         throw Fault{lane, "writes " + where(place) +
                               ", which is the destination of a cp.async that has not been waited "
@@ -146,6 +183,9 @@ const unsigned char* SharedMemory::read(const Warp& warp, int lane, uint32_t off
                                         uint32_t bytes) {
     const uint32_t start = check(lane, offset, bytes, "reads");
     const uint32_t first = start / kGranule, count = (bytes + kGranule - 1) / kGranule;
+    if (explain_)
+        for (uint32_t i = first; i < first + count; ++i)
+            note_order(warp, lane, written_[i], false);
     // One comparison for both: an empty record becomes the largest number.
     uint32_t suspicious = 0, unread = 1;
     for (uint32_t i = first; i < first + count; ++i) {
@@ -170,7 +210,7 @@ void SharedMemory::write(const Warp& warp, int lane, uint32_t offset, uint32_t b
                          const unsigned char* data) {
     const uint32_t start = check(lane, offset, bytes, "writes");
     const uint32_t first = start / kGranule, count = (bytes + kGranule - 1) / kGranule;
-    uint32_t suspicious = group_reads_total_;
+    uint32_t suspicious = group_reads_total_ | (explain_ ? 1u : 0u);
     for (uint32_t i = first; i < first + count; ++i)
         suspicious |= (written_[i] >= barrier_stamp_) | (read_[i] >= barrier_stamp_);
     if (suspicious)
@@ -198,13 +238,13 @@ void SharedMemory::issue(const Warp& warp, int lane, uint32_t offset, uint32_t b
 }
 
 void SharedMemory::arrive(const Warp& warp, int lane, uint32_t offset, uint32_t bytes,
-                          const unsigned char* data, uint32_t data_bytes) {
+                          const unsigned char* data, uint32_t data_bytes, unsigned char fill) {
     const uint32_t start = offset - kSharedBase;
     const uint32_t stamp = warp.segment << 8 | static_cast<uint32_t>(lane);
     for (uint32_t i = start / kGranule; i < (start + bytes) / kGranule; ++i)
         written_[i] = stamp;
     std::memcpy(data_.data() + start, data, data_bytes);
-    std::memset(data_.data() + start + data_bytes, 0, bytes - data_bytes);
+    std::memset(data_.data() + start + data_bytes, fill, bytes - data_bytes);
 }
 
 const unsigned char* SharedMemory::group_read(const Warp& warp, uint32_t offset, uint32_t bytes) {
@@ -218,6 +258,11 @@ const unsigned char* SharedMemory::group_read(const Warp& warp, uint32_t offset,
         // Written through the generic proxy. A fence orders it if the writer executed it after the
         // write and before a barrier, or if this warp did after the barrier behind the write.
         const uint32_t segment = record >> 8;
+        if (explain_ && !own) {
+            note_order(warp, -1, record, false);
+            if (segment_barriers_[warp.proxy_fence] == segment_barriers_[segment] + 1)
+                need(segment_barriers_[segment] + 1);  // the fence has to stand behind it
+        }
         const bool fenced_here =
             own ? warp.proxy_fence > segment
                 : segment_barriers_[warp.proxy_fence] > segment_barriers_[segment];

@@ -18,7 +18,8 @@ struct Warp;
 
 class SharedMemory {
   public:
-    void reset(uint32_t bytes, size_t warps);
+    // With `explain`, it also finds the barriers that are needed.
+    void reset(uint32_t bytes, size_t warps, bool explain);
 
     // Each throws Fault with the lane. `offset` is an address of the shared state space.
     const unsigned char* read(const Warp& warp, int lane, uint32_t offset, uint32_t bytes);
@@ -27,7 +28,7 @@ class SharedMemory {
     // A copy is issued: the bytes are poison until `arrive`.
     void issue(const Warp& warp, int lane, uint32_t offset, uint32_t bytes);
     void arrive(const Warp& warp, int lane, uint32_t offset, uint32_t bytes,
-                const unsigned char* data, uint32_t data_bytes);
+                const unsigned char* data, uint32_t data_bytes, unsigned char fill);
     // A wgmma reads through the async proxy, until `release_group_read`.
     const unsigned char* group_read(const Warp& warp, uint32_t offset, uint32_t bytes);
     void release_group_read(const Warp& warp, uint32_t offset, uint32_t bytes);
@@ -36,6 +37,11 @@ class SharedMemory {
     uint32_t new_segment(int warp);
     void barrier(std::vector<Warp>& warps);
 
+    // Barriers of this CTA so far, and whether the one with that number alone stands between two
+    // accesses of one place of which at least one is a write.
+    uint32_t barriers() const { return barriers_; }
+    bool needed(uint32_t barrier) const { return needed_.size() > barrier && needed_[barrier]; }
+
     uint32_t bytes() const { return static_cast<uint32_t>(data_.size()); }
 
   private:
@@ -43,6 +49,8 @@ class SharedMemory {
     void check_read(const Warp& warp, int lane, uint32_t place, uint32_t record) const;
     void check_write(const Warp& warp, int lane, uint32_t place, bool same_bytes);
     void mark_read(const Warp& warp, uint32_t place, uint32_t stamp);
+    void note_order(const Warp& warp, int lane, uint32_t record, bool is_read);
+    void need(uint32_t barrier);
     std::string who(uint32_t record) const;
     std::string where(uint32_t place) const;
     int warp_of(uint32_t record) const { return segment_warp_[record >> 8]; }
@@ -57,6 +65,10 @@ class SharedMemory {
     std::vector<uint32_t> segment_barriers_;  // by segment: barriers before it
     std::vector<uint32_t> published_fence_;   // by warp: its proxy_fence at the last barrier
     uint32_t barriers_ = 0;
+    bool explain_ = false;
+    std::vector<uint8_t> needed_;             // by barrier
+    std::vector<uint32_t> segment_previous_;  // by segment: the one before it of the same warp
+    std::vector<uint32_t> last_segment_;      // by warp
     uint32_t barrier_stamp_ = 0;  // records from here on are of this side of the barrier
 };
 

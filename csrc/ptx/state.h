@@ -39,6 +39,7 @@ struct AsyncCopies {
     uint32_t target[kLanes];
     const unsigned char* source[kLanes];
     uint32_t source_bytes[kLanes];
+    unsigned char fill;  // of the bytes behind those of the source
 };
 
 // Reads of shared memory by wgmma instructions that no wait has completed.
@@ -112,12 +113,30 @@ struct Cta {
     const Launch* launch = nullptr;
     const Kernel* kernel = nullptr;
     const AllocationTable* global = nullptr;
+    GlobalRaces* races = nullptr;
+    uint32_t number = 0;  // of this CTA in the grid
     uint32_t id[3] = {};
     SharedMemory shared;
     std::vector<Warp> warps;
     std::mt19937_64 random;
     Counters counters;
+    std::vector<Traffic> traffic;  // by allocation
 };
+
+// Fails if another CTA of the launch touches these bytes, and one of the two writes.
+inline void check_ctas(const Warp& warp, int lane, const Allocation& allocation, uint64_t address,
+                       uint32_t bytes, bool store) {
+    Cta& cta = *warp.cta;
+    const size_t index = cta.global->index(allocation);
+    const int64_t other = store ? cta.races->write(index, address, bytes, cta.number)
+                                : cta.races->read(index, address, bytes, cta.number);
+    if (other >= 0)
+        throw Fault{lane, std::string("race: ") + (store ? "stores to '" : "loads from '") +
+                              allocation.name + "' at byte " +
+                              std::to_string(address - allocation.address) +
+                              ", which the CTA with number " + std::to_string(other) +
+                              (store ? " has read or written" : " has written")};
+}
 
 // scheduler.cpp
 Counters run(const Program& program, const Kernel& kernel, const Launch& launch);

@@ -173,7 +173,12 @@ void multiply_add(Warp& warp, const Instruction& i) {
 
 void fence(Warp& warp, const Instruction&) { warp.fenced_registers_at = warp.executed; }
 
-void commit(Warp& warp, const Instruction&) { ++warp.group_commits; }
+void commit(Warp& warp, const Instruction& i) {
+    for (const GroupReads& reads : warp.group_reads)
+        if (reads.group == warp.group_commits && warp.cta->launch->explain)
+            warp.cta->counters.effective.insert(i.line);
+    ++warp.group_commits;
+}
 
 void wait(Warp& warp, const Instruction& i) {
     auto& all = warp.group_reads;
@@ -181,6 +186,8 @@ void wait(Warp& warp, const Instruction& i) {
     for (const GroupReads& reads : all) {
         if (!done(reads))
             continue;
+        if (warp.cta->launch->explain)
+            warp.cta->counters.effective.insert(i.line);
         for (uint32_t unit : reads.units)
             warp.cta->shared.release_group_read(warp, unit, kUnit);
         for (uint32_t number : reads.fragments)

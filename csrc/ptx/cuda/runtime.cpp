@@ -1,119 +1,125 @@
 #include "ptx/cuda/runtime.h"
 
 #include <cuda.h>
-#include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <cstring>
-#include <map>
-#include <memory>
+
+#include "ptx/cuda/images.h"
 
 namespace ptx {
-namespace {
-
-// A translation unit's device code: nvcc's fat binary, which the build keeps uncompressed and to
-// PTX.
-struct Unit {
-    std::string text;
-    std::unique_ptr<Module> module;
-};
-
-struct Registry {
-    std::vector<std::unique_ptr<Unit>> units;
-    std::map<const void*, std::pair<Unit*, std::string>> kernels;  // by host stub
-    std::map<const void*, int> granted;                            // shared memory beyond 48 KiB
-    int device = 0;
-    cudaError_t last = cudaSuccess;
-    std::string message;  // of the last launch that failed
-};
-
-Registry& registry() {
-    static Registry all;
-    return all;
-}
-
-// What __cudaRegisterFatBinary is given, and the head of the data that it points to.
-struct FatBinaryWrapper {
-    int magic, version;
-    const unsigned char* data;
-    void* unused;
-};
-struct FatBinaryHeader {
-    uint32_t magic;
-    uint16_t version, header_bytes;
-    uint64_t bytes;  // behind the header
-};
-
-std::string ptx_of(const FatBinaryWrapper& wrapper) {
-    FatBinaryHeader header;
-    std::memcpy(&header, wrapper.data, sizeof(header));
-    if (header.magic != 0xBA55ED50u)
-        return "";
-    const std::string all(reinterpret_cast<const char*>(wrapper.data) + header.header_bytes,
-                          header.bytes);
-    const size_t start = all.find(".version");
-    if (start == std::string::npos)
-        return "";
-    return all.substr(start, all.find('\0', start) - start);
-}
-
-cudaError_t ends(cudaError_t error) {
-    if (error != cudaSuccess)
-        registry().last = error;
-    return error;
-}
-
-Module& module_of(Unit& unit) {
-    if (!unit.module) {
-        if (unit.text.empty())
-            throw LoadError("a translation unit holds no uncompressed PTX");
-        const auto& edit = runtime_state().edit;
-        unit.module = std::make_unique<Module>(edit ? edit(unit.text) : unit.text);
-    }
-    return *unit.module;
-}
-
-}  // namespace
 
 RuntimeState& runtime_state() {
     static RuntimeState state;
     return state;
 }
 
-void forget_modules() {
-    for (auto& unit : registry().units)
-        unit->module.reset();
+void restart() {
+    RuntimeState fresh;
+    RuntimeState& state = runtime_state();
+    fresh.devices = std::move(state.devices);
+    fresh.launches = std::move(state.launches);
+    fresh.seed = state.seed;
+    fresh.explain = state.explain;
+    fresh.granted = std::move(state.granted);  // the launch code asks for it once per process
+    state = std::move(fresh);
 }
 
-std::vector<std::string> kernel_names() {
-    std::vector<std::string> names;
-    for (const auto& entry : registry().kernels)
-        names.push_back(entry.second.second);
-    std::sort(names.begin(), names.end());
-    return names;
+namespace {
+
+constexpr size_t kDefaultShared = 48 * 1024;  // what every kernel has without asking
+char context_of[128];                         // contexts are told apart by their address
+
+cudaError_t ends(cudaError_t error) {
+    if (error != cudaSuccess)
+        runtime_state().last = error;
+    return error;
+}
+
+// How a call of the runtime starts: with what keeps it from doing anything.
+cudaError_t begins(const char* function) {
+    RuntimeState& state = runtime_state();
+    ++state.calls[function];
+    if (state.faults.driver_is_too_old)
+        return ends(cudaErrorInsufficientDriver);
+    const auto fault = state.faults.calls.find(function);
+    return fault == state.faults.calls.end() ? cudaSuccess : ends(fault->second);
+}
+
+// As the runtime does before what needs a context, where none is current. What a kernel on that
+// device has done wrong comes up.
+cudaError_t begins_on_device(const char* function) {
+    const cudaError_t error = begins(function);
+    if (error != cudaSuccess)
+        return error;
+    RuntimeState& state = runtime_state();
+    if (state.current < 0)
+        state.current = state.selected;
+    state.contexts.insert(state.current);
+    const auto sticky = state.sticky.find(state.current);
+    return sticky == state.sticky.end() ? cudaSuccess : ends(sticky->second);
+}
+
+bool exists(int device) {
+    return device >= 0 && static_cast<size_t>(device) < runtime_state().devices.size();
+}
+
+const DeviceModel& model_of(int device) {
+    return runtime_state().devices[static_cast<size_t>(device)];
+}
+
+// The image of a kernel for a device; null: it has none.
+const Module* image(const Function& function, int device) {
+    const DeviceModel& model = model_of(device);
+    return function.unit->module_for(10 * model.major + model.minor);
+}
+
+cudaError_t run(const CapturedLaunch& captured) {
+    RuntimeState& state = runtime_state();
+    Launch launch = captured.launch;
+    launch.seed = state.seed++;
+    launch.explain = state.explain;
+    if (launch.kernel == state.unfilled_kernel)
+        launch.unfilled_line = state.unfilled_line;
+    try {
+        LaunchRecord record;
+        record.counters =
+            image(images().functions.at(captured.function), captured.device)->launch(launch);
+        record.kernel = launch.kernel;
+        record.device = captured.device;
+        std::copy(launch.grid, launch.grid + 3, record.grid);
+        std::copy(launch.block, launch.block + 3, record.block);
+        record.shared_bytes = launch.dynamic_shared_bytes;
+        state.launches.push_back(record);
+        return cudaSuccess;
+    } catch (const std::exception& error) {
+        state.message = error.what();
+        if (!state.faults.asynchronous)
+            return ends(cudaErrorUnknown);  // known at once, and of this launch
+        state.sticky[captured.device] = cudaErrorLaunchFailure;
+        return cudaSuccess;
+    }
+}
+
+}  // namespace
+
+cudaError_t replay(const std::vector<CapturedLaunch>& launches) {
+    for (const CapturedLaunch& captured : launches) {
+        const cudaError_t error = run(captured);
+        if (error != cudaSuccess)
+            return error;
+    }
+    return cudaSuccess;
 }
 
 }  // namespace ptx
 
+using ptx::begins;
+using ptx::begins_on_device;
 using ptx::ends;
-using ptx::registry;
 using ptx::runtime_state;
 
 extern "C" {
-
-void** __cudaRegisterFatBinary(void* wrapper) {
-    auto unit = std::make_unique<ptx::Unit>();
-    unit->text = ptx::ptx_of(*static_cast<ptx::FatBinaryWrapper*>(wrapper));
-    registry().units.push_back(std::move(unit));
-    return reinterpret_cast<void**>(registry().units.back().get());
-}
-void __cudaRegisterFatBinaryEnd(void**) {}
-void __cudaUnregisterFatBinary(void**) {}
-
-void __cudaRegisterFunction(void** unit, const char* host, char*, const char* name, int, uint3*,
-                            uint3*, dim3*, dim3*, int*) {
-    registry().kernels[host] = {reinterpret_cast<ptx::Unit*>(unit), name};
-}
 
 // What host stubs call; this project launches through cudaLaunchKernel, never with <<<>>>.
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) {
@@ -125,21 +131,30 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStr
 }
 
 cudaError_t CUDARTAPI cudaGetDevice(int* device) {
-    *device = registry().device;
-    return cudaSuccess;
+    const cudaError_t error = begins("cudaGetDevice");
+    if (error == cudaSuccess)
+        *device = runtime_state().current < 0 ? runtime_state().selected : runtime_state().current;
+    return error;
 }
 
 cudaError_t CUDARTAPI cudaSetDevice(int device) {
-    if (device < 0 || static_cast<size_t>(device) >= runtime_state().devices.size())
+    const cudaError_t error = begins("cudaSetDevice");
+    if (error != cudaSuccess)
+        return error;
+    if (!ptx::exists(device))
         return ends(cudaErrorInvalidDevice);
-    registry().device = device;
+    runtime_state().selected = runtime_state().current = device;
+    runtime_state().contexts.insert(device);  // since CUDA 12
     return cudaSuccess;
 }
 
 cudaError_t CUDARTAPI cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-    if (device < 0 || static_cast<size_t>(device) >= runtime_state().devices.size())
+    const cudaError_t error = begins("cudaDeviceGetAttribute");
+    if (error != cudaSuccess)
+        return error;
+    if (!ptx::exists(device))
         return ends(cudaErrorInvalidDevice);
-    const ptx::DeviceModel& model = runtime_state().devices[static_cast<size_t>(device)];
+    const ptx::DeviceModel& model = ptx::model_of(device);
     switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
         *value = model.multiprocessors;
@@ -156,35 +171,52 @@ cudaError_t CUDARTAPI cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribut
 }
 
 cudaError_t CUDARTAPI cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
-    if (!registry().kernels.count(function))
+    const cudaError_t error = begins_on_device("cudaFuncGetAttributes");
+    if (error != cudaSuccess)
+        return error;
+    const auto found = ptx::images().functions.find(function);
+    if (found == ptx::images().functions.end())
         return ends(cudaErrorInvalidDeviceFunction);
+    if (!ptx::image(found->second, runtime_state().current))
+        return ends(cudaErrorNoKernelImageForDevice);
     std::memset(attributes, 0, sizeof(*attributes));
     return cudaSuccess;
 }
 
 cudaError_t CUDARTAPI cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute,
                                            int value) {
-    const ptx::DeviceModel& model = runtime_state().devices[static_cast<size_t>(registry().device)];
-    if (!registry().kernels.count(function) ||
-        attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
-        value > model.shared_per_block)
+    const cudaError_t error = begins_on_device("cudaFuncSetAttribute");
+    if (error != cudaSuccess)
+        return error;
+    ptx::RuntimeState& state = runtime_state();
+    const auto found = ptx::images().functions.find(function);
+    if (found == ptx::images().functions.end())
+        return ends(cudaErrorInvalidDeviceFunction);
+    if (!ptx::image(found->second, state.current))
+        return ends(cudaErrorNoKernelImageForDevice);
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
+        value > ptx::model_of(state.current).shared_per_block)
         return ends(cudaErrorInvalidValue);
-    registry().granted[function] = value;
+    state.granted[{state.current, function}] = value;
     return cudaSuccess;
 }
 
 cudaError_t CUDARTAPI cudaLaunchKernel(const void* function, dim3 grid, dim3 block,
-                                       void** arguments, size_t shared, cudaStream_t) {
-    const auto found = registry().kernels.find(function);
-    if (found == registry().kernels.end())
+                                       void** arguments, size_t shared, cudaStream_t stream) {
+    const cudaError_t error = begins_on_device("cudaLaunchKernel");
+    if (error != cudaSuccess)
+        return error;
+    ptx::RuntimeState& state = runtime_state();
+    const auto found = ptx::images().functions.find(function);
+    if (found == ptx::images().functions.end())
         return ends(cudaErrorInvalidDeviceFunction);
-    const auto grant = registry().granted.find(function);
-    const size_t allowed =
-        grant == registry().granted.end() ? 48 * 1024 : static_cast<size_t>(grant->second);
-    if (shared > std::max<size_t>(allowed, 48 * 1024))
+    const auto grant = state.granted.find({state.current, function});
+    const size_t allowed = grant == state.granted.end() ? 0 : static_cast<size_t>(grant->second);
+    if (shared > std::max(allowed, ptx::kDefaultShared))
         return ends(cudaErrorInvalidValue);
-    ptx::Launch launch;
-    launch.kernel = found->second.second;
+    ptx::CapturedLaunch captured{function, state.current, {}};
+    ptx::Launch& launch = captured.launch;
+    launch.kernel = found->second.name;
     const dim3 sizes[2] = {grid, block};
     uint32_t* const targets[2] = {launch.grid, launch.block};
     for (int k = 0; k < 2; ++k) {
@@ -193,10 +225,11 @@ cudaError_t CUDARTAPI cudaLaunchKernel(const void* function, dim3 grid, dim3 blo
         targets[k][2] = sizes[k].z;
     }
     launch.dynamic_shared_bytes = static_cast<uint32_t>(shared);
-    launch.seed = runtime_state().seed++;
     try {
-        const ptx::Module& module = ptx::module_of(*found->second.first);
-        for (const ptx::KernelInfo& info : module.kernels()) {
+        const ptx::Module* module = ptx::image(found->second, state.current);
+        if (!module)
+            return ends(cudaErrorNoKernelImageForDevice);
+        for (const ptx::KernelInfo& info : module->kernels()) {
             if (info.name != launch.kernel)
                 continue;
             launch.parameters.resize(info.parameter_bytes);
@@ -205,71 +238,61 @@ cudaError_t CUDARTAPI cudaLaunchKernel(const void* function, dim3 grid, dim3 blo
                             info.parameters[k].bytes);
         }
         launch.allocations = ptx::buffers_of(launch.kernel, arguments[0]);
-        ptx::LaunchRecord record;
-        record.counters = module.launch(launch);
-        record.kernel = launch.kernel;
-        std::copy(launch.grid, launch.grid + 3, record.grid);
-        std::copy(launch.block, launch.block + 3, record.block);
-        record.shared_bytes = launch.dynamic_shared_bytes;
-        runtime_state().launches.push_back(record);
-    } catch (const std::exception& error) {
-        registry().message = error.what();
-        // Known at once, and of this launch. On hardware it would come up later, as a sticky error
-        // that the launch code must not blame on the kernel at hand.
+    } catch (const std::exception& unusable) {
+        state.message = unusable.what();
         return ends(cudaErrorUnknown);
     }
-    return cudaSuccess;
+    if (state.capture.running) {
+        if (stream == state.capture.stream) {
+            state.capture.launches.push_back(captured);
+            return cudaSuccess;
+        }
+        if (!stream) {
+            state.capture.invalidated = true;
+            return ends(cudaErrorStreamCaptureImplicit);
+        }
+    }
+    return ptx::run(captured);
 }
 
 cudaError_t CUDARTAPI cudaGetLastError() {
-    const cudaError_t error = registry().last;
-    registry().last = cudaSuccess;
+    const cudaError_t error = runtime_state().last;
+    runtime_state().last = cudaSuccess;
     return error;
 }
-cudaError_t CUDARTAPI cudaPeekAtLastError() { return registry().last; }
+cudaError_t CUDARTAPI cudaPeekAtLastError() { return runtime_state().last; }
 
-const char* CUDARTAPI cudaGetErrorName(cudaError_t error) {
-    return error == cudaErrorUnknown ? "cudaErrorUnknown" : "cudaError";
-}
-// Of a failed launch, what the machine found.
-const char* CUDARTAPI cudaGetErrorString(cudaError_t error) {
-    switch (error) {
-    case cudaSuccess:
-        return "no error";
-    case cudaErrorUnknown:
-        return registry().message.c_str();
-    case cudaErrorInvalidValue:
-        return "invalid argument";
-    case cudaErrorInvalidDevice:
-        return "invalid device ordinal";
-    case cudaErrorInvalidDeviceFunction:
-        return "invalid device function";
-    default:
-        return "an error of the simulated runtime";
-    }
-}
-
-// The two functions of the driver that the launch code asks for. One context, which is all that a
-// process on one device at a time needs.
+// The two functions of the driver that the launch code asks for.
 static CUresult CUDAAPI get_current_context(CUcontext* context) {
-    *context = reinterpret_cast<CUcontext>(&registry());
+    const int current = runtime_state().current;
+    *context = current < 0 ? nullptr : reinterpret_cast<CUcontext>(&ptx::context_of[current]);
     return CUDA_SUCCESS;
 }
-static CUresult CUDAAPI set_current_context(CUcontext) { return CUDA_SUCCESS; }
+static CUresult CUDAAPI set_current_context(CUcontext context) {
+    runtime_state().current =
+        context ? static_cast<int>(reinterpret_cast<char*>(context) - ptx::context_of) : -1;
+    return CUDA_SUCCESS;
+}
 
+#if CUDART_VERSION >= 12050
 cudaError_t CUDARTAPI cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
                                                        unsigned long long,
                                                        cudaDriverEntryPointQueryResult* result) {
+#else
+cudaError_t CUDARTAPI cudaGetDriverEntryPoint(const char* name, void** function, unsigned long long,
+                                              cudaDriverEntryPointQueryResult* result) {
+#endif
     const std::string wanted = name;
     *function = wanted == "cuCtxGetCurrent"   ? reinterpret_cast<void*>(&get_current_context)
                 : wanted == "cuCtxSetCurrent" ? reinterpret_cast<void*>(&set_current_context)
                                               : nullptr;
     *result = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-    return cudaSuccess;
+    return begins("cudaGetDriverEntryPoint");
 }
 
+// Both answer with any driver.
 cudaError_t CUDARTAPI cudaDriverGetVersion(int* version) {
-    *version = CUDART_VERSION;
+    *version = runtime_state().faults.driver_version;
     return cudaSuccess;
 }
 cudaError_t CUDARTAPI cudaRuntimeGetVersion(int* version) {

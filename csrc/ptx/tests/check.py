@@ -1,0 +1,77 @@
+"""All that the PTX machine proves of the compiled kernels: random problems and planted faults.
+
+``python csrc/ptx/tests/check.py --problems 300 --planted 64``, for each compiler and architecture (or for those that
+are named). ``--only`` runs one of the two. Ends with a line of figures; exit status 1 if anything was wrong.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TARGETS = ("triton-sm_90", "triton-sm_80", "nvcc-sm_90", "nvcc-sm_80")  # the slow ones first
+PART = 100  # problems of one process
+
+
+def run(script: str, *arguments: str) -> tuple[bool, dict]:
+    """Run a script, print what it found, and return whether it was content and its figures."""
+    command = [sys.executable, str(HERE / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    *found, last = done.stdout.splitlines() or [""]
+    try:
+        figures = json.loads(last)
+    except ValueError:
+        found, figures = [*found, last, done.stderr], {}
+    found.append(f"{'wrong' if done.returncode else 'ok':6} {script} {' '.join(arguments)}")
+    print("\n".join(found), flush=True)
+    return done.returncode == 0 and bool(figures), figures
+
+
+def commands(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
+    """Return the processes to run."""
+    parts = range(0, arguments.problems, PART)
+    problems = [
+        ("problems.py", target, "--first", str(first), "--count", str(min(PART, arguments.problems - first)))
+        for target in arguments.targets for first in parts
+    ]  # fmt: skip
+    faults = [
+        ("mutation.py", target, "--count", str(arguments.planted), "--seed", str(arguments.seed))
+        for target in arguments.targets
+    ]
+    return {"problems": problems, "mutation": faults, "": faults + problems}[arguments.only]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", default=TARGETS, help="of " + ", ".join(TARGETS))
+    parser.add_argument("--problems", type=int, default=300, help="per target")
+    parser.add_argument("--planted", type=int, default=64, help="per target")
+    parser.add_argument("--quick", action="store_true", help="20 problems and 12 faults per target")
+    parser.add_argument("--seed", type=int, default=0, help="of the places of faults")
+    parser.add_argument("--only", choices=("", "problems", "mutation"), default="")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.problems, arguments.planted = 20, 12
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        done = list(pool.map(lambda command: run(*command), commands(arguments)))
+    every = [figures for _, figures in done]
+
+    def total(name: str) -> int:
+        return sum(figures.get(name, 0) for figures in every)
+
+    kernels = len({kernel for figures in every for kernel in figures.get("kernels", ())})
+    print(
+        f"PTX: {kernels} kernels, {total('schedules')} schedules, {total('problems')} problems of which "
+        f"{total('wrong')} wrong and {total('known')} with the known report, {total('planted')} planted, "
+        f"{total('caught')} caught"
+    )
+    return not all(content for content, _ in done)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

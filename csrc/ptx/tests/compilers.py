@@ -1,0 +1,207 @@
+"""The kernels of each compiler, with problems that reach them and a way to change their PTX."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[3] / folder) for folder in ("", "python_tests")]
+
+import ptx_cuda  # noqa: E402
+from helpers import Problem  # noqa: E402
+
+from afa_kernels import _cuda_on_ptx  # noqa: E402
+from afa_kernels.backend import registry  # noqa: E402
+from afa_kernels.backend.registry import Spec  # noqa: E402
+
+Results = list[torch.Tensor]
+
+
+@dataclass
+class Kernel:
+    name: str  # the same for all compilations of one kernel
+    text: str  # of the module that holds it
+    first: int  # its lines
+    last: int
+    calls: list[Callable[[], Results]] = field(default_factory=list)  # that reach it
+    effective: set[int] = field(default_factory=set)  # the lines of synchronizations that they need, from 0
+
+    def results(self) -> Results:
+        return [tensor for call in self.calls for tensor in call()]
+
+
+def call(backend: str, shape: tuple[int, int, int], rank: int, dtype: torch.dtype, adapter: torch.dtype, dropout: int):
+    """Return a forward and backward of a backend as a function without arguments."""
+    torch.manual_seed(1)
+    p = Problem.random(*shape, rank, dtype, adapter_dtype=adapter)
+    alpha_t, seed, spec = torch.tensor(0.3), torch.tensor(5), Spec("silu", 1.5, dropout)
+    operands = (p.x, p.lora_a, p.lora_b)
+
+    def run() -> Results:
+        kernels, y = registry.get(backend), torch.full_like(p.base, torch.nan)
+        z = kernels.forward(*operands, alpha_t, seed, spec, base=p.base, out=y, save_z=dropout == 0)
+        gradients = kernels.backward(p.dy, *operands, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True)
+        return [y, *gradients]
+
+    return run
+
+
+class Nvcc:
+    """Of its dtype and class of ranks in one pass and split, with a mask and without, with full tiles and with none."""
+
+    shapes = (((64, 72, 80), 0), ((75, 136, 264), 77), ((64, 904, 136), 0), ((200, 520, 328), 0))
+
+    def __init__(self, arch: str):
+        self.arch, self.edit = arch, None
+        self.texts: set[str] = set()
+
+    def __enter__(self):
+        ptx_cuda.register()
+        self.device = ptx_cuda.kernels.on(ptx_cuda.DEVICES[self.arch])
+        self.device.__enter__()
+        return self
+
+    def __exit__(self, *_):
+        self.device.__exit__(None, None, None)
+
+    def kernels(self) -> list[Kernel]:
+        _cuda_on_ptx.set_edit(lambda text: self.texts.add(text) or text)
+        _cuda_on_ptx.set_explain(True)
+        calls = []
+        for dtype in (torch.bfloat16, torch.float16):
+            for rank in (16, 32, 64, 128):
+                for shape, dropout in self.shapes:
+                    # Full ranks and one that is padded, weights as they are and packed from float32.
+                    packed = dropout > 0
+                    arguments = (rank - 3 if packed else rank, dtype, torch.float32 if packed else dtype, dropout)
+                    calls.append(call(ptx_cuda.NAME, shape, *arguments))
+        _cuda_on_ptx.take_launches()
+        reached: dict[str, list] = {}
+        needed: dict[str, set[int]] = {}
+        for one in calls:
+            one()
+            for launch in _cuda_on_ptx.take_launches():
+                name = launch["kernel"]
+                reached.setdefault(name, [])
+                if one not in reached[name] and len(reached[name]) < 4:
+                    reached[name].append(one)
+                needed.setdefault(name, set()).update(line - 1 for line in launch["effective"])
+        _cuda_on_ptx.set_explain(False)
+        texts = [text for text in self.texts if f".target {self.arch}" in text]
+        found = [
+            Kernel(name, text, first, last, reached.get(name, []), needed.get(name, set()))
+            for text in texts for name, first, last in entries(text)
+        ]  # fmt: skip
+        return [kernel for kernel in found if "primitive_check" not in kernel.name]
+
+    def install(self, kernel: Kernel | None, text: str = "") -> None:
+        if kernel is None:
+            _cuda_on_ptx.set_edit(lambda text: text)
+        else:
+            _cuda_on_ptx.set_edit(lambda old: text if old == kernel.text else old)
+
+    def leave_unfilled(self, kernel: Kernel, place: int | None) -> None:
+        _cuda_on_ptx.leave_unfilled(kernel.name, 0 if place is None else place + 1)
+
+
+class Triton:
+    """16 bits and tf32, in the tiles of the architecture: loops of several steps in one chunk of rows, full tiles and
+    ragged ones, for a device that the rows fill and for one that they do not.
+
+    Where Triton's pipeline has a race (ptx_problems.RACE), no kernel is sound, and no such tiles are taken.
+    """
+
+    shapes = (((64, 256, 256), 0), ((330, 528, 272), 0), ((75, 137, 200), 77))
+    types = (
+        ("bf16", torch.bfloat16, 16), ("f16", torch.float16, 64), ("bf16", torch.bfloat16, 128),
+        ("tf32", torch.float32, 32),
+    )  # fmt: skip
+
+    def __init__(self, arch: str):
+        self.arch = arch
+
+    def __enter__(self):
+        from ptx_triton_driver import simulated
+
+        self.simulation = simulated(self.arch)
+        self.machine = self.simulation.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self.simulation.__exit__(*exception)
+
+    def _call(self, tf32: bool, rank: int, multiprocessors: int, *arguments):
+        from afa_kernels.backend.triton import autotune, configs
+
+        run, itemsize = call("triton", *arguments), arguments[2].itemsize
+        tiles = replace(configs.table_tiles(self.arch, itemsize, rank), chunks=1)
+        device = replace(configs.device_of(torch.device("cpu")), multiprocessors=multiprocessors)
+
+        def in_tiles() -> Results:
+            matmul = torch.backends.cuda.matmul
+            before, matmul.allow_tf32 = matmul.allow_tf32, tf32
+            try:
+                with (
+                    mock.patch.object(autotune, "tiles", lambda *_: tiles),
+                    mock.patch.object(configs, "device_of", lambda _: device),
+                ):
+                    return run()
+            finally:
+                matmul.allow_tf32 = before
+
+        return in_tiles
+
+    def kernels(self) -> list[Kernel]:
+        self.machine.explain = True
+        found: dict[str, Kernel] = {}
+        for name, dtype, rank in self.types:
+            for shape, dropout in self.shapes:
+                for multiprocessors in (1, 108):
+                    padded = dropout > 0
+                    one = self._call(
+                        name == "tf32", rank, multiprocessors, shape, rank - 3 if padded else rank, dtype,
+                        torch.float32 if padded else dtype, dropout,
+                    )  # fmt: skip
+                    self.machine.launched.clear()
+                    one()
+                    for kernel_name, launch in self.machine.launched:
+                        text = launch["text"]
+                        if text not in found:
+                            ((_, first, last),) = entries(text)
+                            found[text] = Kernel(kernel_name, text, first, last)
+                        kernel = found[text]
+                        if one not in kernel.calls and len(kernel.calls) < 2:
+                            kernel.calls.append(one)
+                            kernel.effective.update(line - 1 for line in launch["effective"])
+        self.machine.explain = False
+        return list(found.values())
+
+    def install(self, kernel: Kernel | None, text: str = "") -> None:
+        if kernel is None:
+            self.machine.edit = None
+        else:
+            self.machine.edit = lambda name, old: text if old == kernel.text else old
+
+    def leave_unfilled(self, kernel: Kernel, place: int | None) -> None:
+        self.machine.unfilled = (kernel.text, 0 if place is None else place + 1)
+
+
+def entries(text: str) -> Iterator[tuple[str, int, int]]:
+    """Yield each kernel's name and the range of its lines."""
+    start, name = None, ""
+    for number, line in enumerate(text.splitlines()):
+        found = re.search(r"\.entry (\w+)", line)
+        if found:
+            name, start = found[1], number
+        if line.startswith("}") and start is not None:
+            yield name, start, number
+            start = None
+
+
+def compiler(target: str) -> Nvcc | Triton:
+    name, _, arch = target.partition("-")
+    return {"nvcc": Nvcc, "triton": Triton}[name](arch)
