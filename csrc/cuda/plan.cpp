@@ -172,7 +172,7 @@ int64_t round_rows(const Shape& shape, const DeviceLimits& device) {
     const int64_t row_bytes = 4 * R * static_cast<int64_t>(dh_parts_of<R>(shape.m, shape.n)) +
                               2 * R + (R > 32 ? 2 * R : 0) + 2 * shape.r;
     const int64_t most = device.round_limit > 0 ? device.round_limit : kRoundBytes / row_bytes;
-    const int64_t rounds = ceil_div(shape.m, most);
+    const int64_t rounds = ceil_div(shape.m, std::max(most, kRoundUnit));
     return ceil_div(ceil_div(shape.m, rounds), kRoundUnit) * kRoundUnit;
 }
 
