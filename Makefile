@@ -152,7 +152,7 @@ mutation: build-tests  ## plants faults in the source of the CUDA kernels and in
 ptx-check: build-tests  ## compiled kernels on the PTX machine: random problems, schedules, faults planted in the PTX
 	$(RUN) -m pytest python_tests/test_ptx_*.py python_tests/test_numerics.py -k ptx
 	for arch in sm_80 sm_90; do \
-		AFA_TEST_SIMULATED_GPU=$$arch $(RUN) -m pytest python_tests/test_numerics.py -k triton || exit 1; \
+		OMP_NUM_THREADS=1 AFA_TEST_SIMULATED_GPU=$$arch $(RUN) -m pytest python_tests/test_numerics.py -k triton || exit 1; \
 	done
 	$(RUN) csrc/ptx/tests/check.py $(ARGS)
 

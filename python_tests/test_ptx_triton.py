@@ -32,7 +32,8 @@ def test_on_simulated_gpus():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, traffic]
     runs = {}
     for arch in ("sm_80", "sm_90"):
-        environment = os.environ | {"AFA_TEST_SIMULATED_GPU": arch}
+        # One thread each: they run side by side, and torch's threads wait for each other.
+        environment = os.environ | {"AFA_TEST_SIMULATED_GPU": arch, "OMP_NUM_THREADS": "1"}
         runs[arch] = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

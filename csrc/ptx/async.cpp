@@ -73,6 +73,14 @@ void commit(Warp& warp, const Instruction& i) {
 
 void wait(Warp& warp, const Instruction& i) {
     const uint32_t pending = i.op[0];
+    const auto again = [&](const Arrival& a) {
+        return (warp.active >> a.lane & 1) && a.group + pending < warp.commits[a.lane];
+    };
+    for (const Arrival& a : warp.arrivals)
+        if (again(a))
+            warp.cta->shared.mark_arrival(a.target, a.bytes, 0);
+    warp.arrivals.erase(std::remove_if(warp.arrivals.begin(), warp.arrivals.end(), again),
+                        warp.arrivals.end());
     for (AsyncCopies& copies : warp.copies) {
         for (uint32_t rest = copies.lanes & warp.active; rest; rest &= rest - 1) {
             const int lane = __builtin_ctz(rest);
@@ -81,8 +89,11 @@ void wait(Warp& warp, const Instruction& i) {
             warp.cta->shared.arrive(warp, lane, copies.target[lane], copies.bytes,
                                     copies.source[lane], copies.source_bytes[lane], copies.fill);
             copies.lanes &= ~(1u << lane);
-            if (warp.cta->launch->explain)
-                warp.cta->counters.effective.insert(i.line);
+            if (warp.cta->launch->explain) {
+                warp.arrivals.push_back(
+                    {i.line, copies.group[lane], copies.target[lane], copies.bytes, lane});
+                warp.cta->shared.mark_arrival(copies.target[lane], copies.bytes, i.line);
+            }
         }
     }
     warp.copies.erase(std::remove_if(warp.copies.begin(), warp.copies.end(),

@@ -84,9 +84,10 @@ struct Counters {
     uint64_t group_multiply_adds = 0;  // wgmma, per warp
     uint64_t block_barriers = 0;       // per CTA
     // PTX lines of the synchronizations that this launch could not do without, where it was asked
-    // for: barriers that alone stand between two accesses of one place, waits that something has
-    // ended at, commits of groups that are not empty. Without any one of the others, the accesses
-    // would still be in order.
+    // for: barriers that alone stand between two accesses of one place, waits without which a copy
+    // would be in flight when its place is accessed, waits that products have ended at, commits of
+    // groups that are not empty. Without any one of the others, the accesses would still be in
+    // order.
     std::set<uint32_t> effective;
 };
 

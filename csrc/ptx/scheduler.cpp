@@ -71,6 +71,9 @@ bool choose_group(Warp& warp) {
 
 void leave(Warp& warp, uint32_t lanes) {
     const int busy = lane_with_copies(warp, lanes);
+    for (const Arrival& a : warp.arrivals)
+        if (lanes >> a.lane & 1)
+            warp.cta->counters.effective.insert(a.line);
     if (busy >= 0)
         throw Fault{busy, "returns with a cp.async that has not been waited for"};
     if (!warp.group_reads.empty())
@@ -299,6 +302,8 @@ class Runner {
         }
         for (const Warp& warp : cta_.warps)
             cta_.counters.instructions += warp.executed;
+        cta_.counters.effective.insert(cta_.shared.needed_waits().begin(),
+                                       cta_.shared.needed_waits().end());
         for (const auto& [barrier, line] : barrier_lines_)
             if (cta_.shared.needed(barrier))
                 cta_.counters.effective.insert(line);

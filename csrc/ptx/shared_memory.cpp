@@ -28,6 +28,8 @@ void SharedMemory::reset(uint32_t bytes, size_t warps, bool explain) {
     barriers_ = 1;
     explain_ = explain;
     needed_.clear();
+    needed_waits_.clear();
+    arrivals_.assign(explain ? granules : 0, 0);
     segment_previous_.assign(1, 0);
     last_segment_.assign(warps, 0);
     published_fence_.assign(warps, 0);
@@ -80,6 +82,12 @@ std::string SharedMemory::where(uint32_t place) const {
     return "shared memory at offset " + std::to_string(place * kGranule);
 }
 
+void SharedMemory::mark_arrival(uint32_t offset, uint32_t bytes, uint32_t line) {
+    const uint32_t start = offset - kSharedBase;
+    for (uint32_t i = start / kGranule; i < (start + bytes) / kGranule; ++i)
+        arrivals_[i] = line;
+}
+
 void SharedMemory::need(uint32_t barrier) {
     if (needed_.size() <= barrier)
         needed_.resize(barrier + 1);
@@ -126,6 +134,7 @@ void SharedMemory::check_read(const Warp& warp, int lane, uint32_t place, uint32
 void SharedMemory::check_write(const Warp& warp, int lane, uint32_t place, bool same_bytes) {
     const uint32_t written = written_[place], read = read_[place];
     if (explain_) {
+        need_arrival(place);
         if (!same_bytes)
             note_order(warp, lane, written, false);
         note_order(warp, lane, read, true);
@@ -184,8 +193,10 @@ const unsigned char* SharedMemory::read(const Warp& warp, int lane, uint32_t off
     const uint32_t start = check(lane, offset, bytes, "reads");
     const uint32_t first = start / kGranule, count = (bytes + kGranule - 1) / kGranule;
     if (explain_)
-        for (uint32_t i = first; i < first + count; ++i)
+        for (uint32_t i = first; i < first + count; ++i) {
+            need_arrival(i);
             note_order(warp, lane, written_[i], false);
+        }
     // One comparison for both: an empty record becomes the largest number.
     uint32_t suspicious = 0, unread = 1;
     for (uint32_t i = first; i < first + count; ++i) {
@@ -251,6 +262,8 @@ const unsigned char* SharedMemory::group_read(const Warp& warp, uint32_t offset,
     const uint32_t start = check(-1, offset, bytes, "reads");
     for (uint32_t i = start / kGranule; i < (start + bytes) / kGranule; ++i) {
         const uint32_t record = written_[i];
+        if (explain_)
+            need_arrival(i);
         // What this warp has written needs the fence alone, which check_read does not know.
         const bool own = record && record < kCopyInFlight && warp_of(record) == warp.index;
         if (record - 1 >= barrier_stamp_ - 1 && !own)

@@ -42,6 +42,12 @@ struct AsyncCopies {
     unsigned char fill;  // of the bytes behind those of the source
 };
 
+// Data of one lane that arrived at a wait, and that no later wait would have brought by now.
+struct Arrival {
+    uint32_t line, group, target, bytes;
+    int lane;
+};
+
 // Reads of shared memory by wgmma instructions that no wait has completed.
 struct GroupReads {
     uint32_t group = 0;                             // number of the commit group
@@ -77,6 +83,7 @@ struct Warp {
 
     uint32_t commits[kLanes] = {};  // of cp.async, per lane
     std::vector<AsyncCopies> copies;
+    std::vector<Arrival> arrivals;  // only where the launch is to explain
 
     uint32_t fenced_registers_at = 0;  // `executed` at the last wgmma.fence
     uint32_t proxy_fence = 0;          // segment at the last fence.proxy.async

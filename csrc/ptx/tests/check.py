@@ -5,6 +5,7 @@ are named). ``--only`` runs one of the two. Ends with a line of figures; exit st
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +16,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TARGETS = ("triton-sm_90", "triton-sm_80", "nvcc-sm_90", "nvcc-sm_80")  # the slow ones first
 PART = 100  # problems of one process
+
+
+def present() -> list[str]:
+    """Return the targets of this build: without nvcc there are none of its."""
+    sys.path.insert(0, str(HERE.parents[2]))
+    has_nvcc = importlib.util.find_spec("afa_kernels._cuda_on_ptx") is not None
+    return [target for target in TARGETS if has_nvcc or not target.startswith("nvcc")]
 
 
 def run(script: str, *arguments: str) -> tuple[bool, dict]:
@@ -47,7 +55,8 @@ def commands(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", default=TARGETS, help="of " + ", ".join(TARGETS))
+    targets = present()
+    parser.add_argument("targets", nargs="*", default=targets, help="of " + ", ".join(TARGETS))
     parser.add_argument("--problems", type=int, default=300, help="per target")
     parser.add_argument("--planted", type=int, default=64, help="per target")
     parser.add_argument("--quick", action="store_true", help="20 problems and 12 faults per target")
@@ -55,6 +64,9 @@ def main() -> int:
     parser.add_argument("--only", choices=("", "problems", "mutation"), default="")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     arguments = parser.parse_args()
+    for target in TARGETS:
+        if target not in targets:
+            print(f"{target}: not part of this build, which found no nvcc")
     if arguments.quick:
         arguments.problems, arguments.planted = 20, 12
     with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -13,8 +13,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[3] / folder) for folder in 
 
 import ptx_cuda  # noqa: E402
 from helpers import Problem  # noqa: E402
+from ptx_cuda import _cuda_on_ptx  # noqa: E402
 
-from afa_kernels import _cuda_on_ptx  # noqa: E402
 from afa_kernels.backend import registry  # noqa: E402
 from afa_kernels.backend.registry import Spec  # noqa: E402
 

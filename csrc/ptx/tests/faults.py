@@ -3,8 +3,9 @@
 Some changes change nothing, and are no faults. Four rules leave them out:
 
 - A synchronization is only touched where a run of the unchanged kernels could not do without it: the machine lists
-  barriers that alone stand between two accesses of one place, waits at which something has ended, and commits of groups
-  that are not empty (``effective`` in csrc/ptx/machine.h).
+  barriers that alone stand between two accesses of one place, waits without which a copy would be in flight when its
+  place is accessed, waits at which products have ended, and commits of groups that are not empty (``effective`` in
+  csrc/ptx/machine.h).
 - Any other change is tried with a probe in front of the line, which reports if the line is executed and its operands
   are such that the change makes a difference: a predicate that is false somewhere, a copy that is shorter than the
   whole, a value that is not representable.
