@@ -1,6 +1,6 @@
 """All that the PTX machine proves of the compiled kernels: random problems and planted faults.
 
-``python csrc/ptx/tests/check.py --problems 300 --planted 64``, for each compiler and architecture (or for those that
+``python csrc/ptx/tests/check.py --problems 300 --planted 72``, for each compiler and architecture (or for those that
 are named). ``--only`` runs one of the two. Ends with a line of figures; exit status 1 if anything was wrong.
 """
 
@@ -58,7 +58,7 @@ def main() -> int:
     targets = present()
     parser.add_argument("targets", nargs="*", default=targets, help="of " + ", ".join(TARGETS))
     parser.add_argument("--problems", type=int, default=300, help="per target")
-    parser.add_argument("--planted", type=int, default=64, help="per target")
+    parser.add_argument("--planted", type=int, default=72, help="per target")
     parser.add_argument("--quick", action="store_true", help="20 problems and 12 faults per target")
     parser.add_argument("--seed", type=int, default=0, help="of the places of faults")
     parser.add_argument("--only", choices=("", "problems", "mutation"), default="")

@@ -1,6 +1,6 @@
 """Plant faults in compiled PTX, one at a time, and show that the machine or the results tell each.
 
-``python csrc/ptx/tests/mutation.py nvcc-sm_80 --count 64``: kernels of one compiler for one architecture; kernels and
+``python csrc/ptx/tests/mutation.py nvcc-sm_80 --count 72``: kernels of one compiler for one architecture; kernels and
 kinds of faults take turns, places are drawn. What a fault is, and what changes nothing and is none, says faults.py. A
 fault that nothing tells is printed with its line, and the exit status is 1, as it is if a kernel got none of as many
 faults as there are kernels. The last line holds the figures as JSON.
@@ -105,7 +105,7 @@ def same(left: Results, right: Results) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", help="nvcc-sm_80, nvcc-sm_90, triton-sm_80 or triton-sm_90")
-    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--count", type=int, default=72)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # several of these processes run side by side
