@@ -19,8 +19,12 @@ for _name in list(os.environ):
 # Threads that wait sleep. Where others want the processor too, waiting actively made tests of tiny models take four
 # times as long: 123 s, not 32 s, beside eight processes on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# One cache of torch.compile for each ATEN_CPU_CAPABILITY, kept from run to run: torch 2.13 takes code out of it that
+# was compiled for a wider processor, which then runs with the steps of the narrower one and gives wrong results.
+_COMPILED = f"afa-tests-inductor-{getattr(os, 'getuid', int)()}-{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}"
 # Processes that tests start inherit it.
 os.environ |= {
+    "TORCHINDUCTOR_CACHE_DIR": os.path.join(tempfile.gettempdir(), _COMPILED),
     "TORCHINDUCTOR_COMPILE_THREADS": "1",  # torch 2.6 starts a pool of processes on import of its compiler
     "HF_HUB_OFFLINE": "1",
     "HF_HOME": os.path.join(_CACHES.name, "huggingface"),
