@@ -28,8 +28,12 @@ COUNT = 16  # random problems: each dtype with each class of ranks; make ptx-che
 @pytest.mark.long
 @pytest.mark.skipif(bool(SIMULATED_GPU), reason="this process simulates a GPU")
 def test_on_simulated_gpus():
-    traffic = os.path.join(os.path.dirname(__file__), "test_triton_traffic.py::test_the_model_counts_every_byte")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, traffic]
+    folder = os.path.dirname(__file__)
+    others = [
+        os.path.join(folder, "test_triton_traffic.py::test_the_model_counts_every_byte"),
+        os.path.join(folder, "test_row_invariance.py::test_triton_rows_by_one_program_or_several"),
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *others]
     runs = {}
     for arch in ("sm_80", "sm_90"):
         # One thread each: they run side by side, and torch's threads wait for each other.

@@ -6,9 +6,9 @@ backend. ``torch`` and ``reference`` do not give it, since torch's GEMMs do not:
 520 by 520 x 16 in float32, nine tenths of the elements of z differ between a call of 1 to 15 rows and one of 300. Nor
 do the frozen layer's GEMM and what follows from it.
 
-Where it ends today:
-- ``triton`` with AFA_KERNELS_AUTOTUNE=1 chooses tiles by M. Triton's interpreter multiplies with numpy, whose float32
-  GEMM depends on the size of the tile: there the 16-bit types alone are compared, in which z is rounded.
+Triton's interpreter multiplies with numpy, whose float32 GEMM depends on the size of the tile: there the 16-bit types
+alone are compared, in which z is rounded. The compiled kernels of ``triton`` are compared on the PTX machine
+(test_ptx_triton.py).
 """
 
 import os
@@ -99,7 +99,7 @@ def test_gpu_rows_have_the_same_bits_in_any_call(name, dtype):
 
 @pytest.mark.parametrize("r", [16, 64])
 @pytest.mark.parametrize("name", ["cuda_emulated", "cuda"])
-def test_cuda_rows_have_the_same_bits_whether_one_block_sums_them_or_several(name, r):
+def test_cuda_rows_by_one_block_or_several(name, r):
     """Few rows have a block for each of the four segments of K; 48 tiles of rows have one that goes through all of
     them; and from 96 on it makes y too. Above rank 32 the sum over N has blocks as that over K has."""
     skip_unless_available(name)
@@ -109,7 +109,7 @@ def test_cuda_rows_have_the_same_bits_whether_one_block_sums_them_or_several(nam
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("r", [16, 64])
-def test_triton_rows_have_the_same_bits_whether_one_program_sums_them_or_several(r, dtype, monkeypatch):
+def test_triton_rows_by_one_program_or_several(r, dtype, monkeypatch):
     skip_unless_available("triton")
     from afa_kernels.backend.triton import launch
 
@@ -120,3 +120,14 @@ def test_triton_rows_have_the_same_bits_whether_one_program_sums_them_or_several
         results.append(branch.run(0, 40))
     for what, one, several in zip(("y", "z", "dx"), *results, strict=True):
         assert torch.equal(one, several), what
+
+
+def test_a_segment_is_a_whole_number_of_tiles():
+    skip_unless_available("triton")
+    from afa_kernels.backend.triton import autotune, configs, launch
+
+    for rows in configs.TABLE.values():
+        for tiles in rows.values():
+            for tile in autotune.candidates(tiles.project):
+                for width in (1, 257, 5000):
+                    assert launch.segment_columns(width) % tile.cols == 0
