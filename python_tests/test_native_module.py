@@ -30,8 +30,11 @@ def test_dropout_mask_is_the_python_one():
         assert torch.equal(mask.bool(), keep_mask(torch.tensor(seed), rows, cols, threshold))
 
 
-def test_activation_ids_are_the_python_ones():
+def test_activation_ids_are_the_python_ones(monkeypatch):
     assert native._C.activation_ids() == COMPILED_IDS
+    monkeypatch.setitem(COMPILED_IDS, "silu", 77)
+    module, reason = native._load()
+    assert module is None and "has other activations" in reason
 
 
 def test_refusals_say_why():
@@ -136,5 +139,5 @@ def test_the_names_of_the_module_are_those_that_the_package_uses():
     package = Path(afa_kernels.__file__).parent
     sources = {file.name: file.read_text() for file in package.rglob("*.py") if file.name != "torch_private.py"}
     used = {name for text in sources.values() for name in re.findall(r"(?<!torch\.)\b_C\.(\w+)", text)}
-    assert used - {"cuda"} | {"use_torch"} == set(native._NAMES)
+    assert used - {"cuda"} | {"use_torch", "activation_ids"} == set(native._NAMES)
     assert set(re.findall(r"\b_?module\.(\w+)", sources["cuda.py"])) == set(native._CUDA_NAMES)

@@ -11,12 +11,13 @@ from types import ModuleType
 import torch
 
 from afa_kernels import torch_private
+from afa_kernels.activation import COMPILED_IDS
 
 OTHER_VERSION = "the compiled module afa_kernels._C is of another version of this package"
 # All that the package uses of the module, and of its CUDA part where it has one.
 _NAMES = (
-    "build_info", "cpu_backward", "cpu_features", "cpu_forward", "cpu_isa", "cpu_isas", "environment", "float_at",
-    "recognizes_linear", "recognizes_lora", "use_torch",
+    "activation_ids", "build_info", "cpu_backward", "cpu_features", "cpu_forward", "cpu_isa", "cpu_isas", "environment",
+    "float_at", "recognizes_linear", "recognizes_lora", "use_torch",
 )  # fmt: skip
 _CUDA_NAMES = (
     "backward", "backward_workspace", "device_limits", "forward", "forward_workspace", "kernel_image_failure",
@@ -35,6 +36,8 @@ def _load() -> tuple[ModuleType | None, str]:
         missing += [f"cuda.{name}" for name in _CUDA_NAMES if not hasattr(module.cuda, name)]
     if missing:
         return None, f"{OTHER_VERSION} (it has no {', '.join(missing)}); build it again with `pip install .`"
+    if module.activation_ids() != COMPILED_IDS:
+        return None, f"{OTHER_VERSION} (it has other activations); build it again with `pip install .`"
     module.use_torch(torch)
     return module, ""
 
