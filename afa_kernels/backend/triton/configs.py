@@ -136,7 +136,7 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
         _LARGE_16BIT | {64: replace(_LARGE_16BIT[64], project=Tile(64, 64, 8, 4))},
         _LARGE_32BIT
         | {
-            32: replace(_LARGE_32BIT[32], project=Tile(32, 64, 8, 3)),
+            32: replace(_LARGE_32BIT[32], project=Tile(32, 32, 8, 3)),
             64: replace(_LARGE_32BIT[64], project=Tile(32, 64, 4, 3)),
         },
     ),
