@@ -47,6 +47,7 @@ SOUND = {
     "st.shared.b32 [%r1], %r5;",
     "read by all": "st.shared.b32 [%r1], %r0; bar.sync 0; ld.shared.b32 %r5, [tile]; ld.shared.b32 %r6, [tile+4];",
     "equal values from several threads": "mov.b32 %r5, 7; st.shared.b32 [tile], %r5;",
+    "a half that nobody cares for": "cvt.u16.u32 %h1, %r0; mov.b32 %r5, {%h1, %h2}; mov.b32 {%h3, _}, %r5;",
     "halves of a word from two warps": "cvt.u16.u32 %h1, %r0; and.b32 %r5, %r0, 31; shr.u32 %r6, %r0, 5; "
     "mad.lo.u32 %r5, %r5, 4, %r9; mad.lo.u32 %r5, %r6, 2, %r5; st.shared.b16 [%r5], %h1; ld.shared.b16 %h2, [%r5];",
     "copy": COPY + "cp.async.wait_group 0; bar.sync 0;" + OTHERS + "ld.shared.v4.b32 {%r10, %r11, %r12, %r13}, [%r5];",
@@ -143,6 +144,7 @@ FAULTS = {
     ),
     "parameters past the end": ("mov.b64 %rd5, k_param_0; "
         "ld.param.u64 %rd6, [%rd5+8];", "bytes of the parameters at 8"),
+    "two uninitialized halves": ("mov.b32 %r5, {%h1, %h2};", "lane 0: reads %h1, which nothing has written"),
     "uninitialized register": ("add.s32 %r5, %r6, 1;", "lane 0: reads %r6, which nothing has written"),
     "register of some lanes": (
         "setp.lt.u32 %p1, %r0, 40; @%p1 mov.b32 %r5, 1; add.s32 %r6, %r5, 1;", "lane 8: reads %r5, which nothing has"

@@ -269,6 +269,7 @@ class KernelDecoder {
         Instruction i;
         i.execute = form->execute;
         i.flow = form->flow;
+        i.joins_halves = raw.name == "mov.b32" && std::string(form->operands) == "D{hh}";
         i.line = raw.line;
         i.source = raw.source;
         if (!raw.guard.empty()) {

@@ -32,6 +32,7 @@ struct Instruction {
     uint16_t read_count = 0, write_count = 0;
     Flow flow = Flow::next;
     bool guarded = false, guard_negated = false;
+    bool joins_halves = false;  // mov.b32 of two 16-bit registers
     uint32_t guard = 0;         // place of the predicate
     uint32_t guard_number = 0;  // its number
     uint32_t target = 0;

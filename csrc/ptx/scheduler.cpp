@@ -26,10 +26,22 @@ std::string join(const uint32_t (&v)[3]) {
                 "reads " + name + ", which nothing has written"};
 }
 
+// A compiler may join a half with one that it does not care for, and never use that one. It is a
+// NaN of either 16-bit type then; false: both halves are undefined.
+bool joined_with_nothing(Warp& warp, const Instruction& i, uint32_t k, uint32_t lanes) {
+    if (!i.joins_halves || i.read_count != 2 ||
+        (lanes & ~(warp.state[i.reads[0]].defined | warp.state[i.reads[1]].defined)))
+        return false;
+    for (int lane = 0; lane < kLanes; ++lane)
+        if ((lanes & ~warp.state[i.reads[k]].defined) >> lane & 1)
+            warp.values[i.op[1 + k] + lane] = 0x7FFF;
+    return true;
+}
+
 inline void execute(Warp& warp, const Instruction& i, uint32_t lanes) {
     warp.active = lanes;
     for (uint32_t k = 0; k < i.read_count; ++k)
-        if (lanes & ~warp.state[i.reads[k]].defined)
+        if ((lanes & ~warp.state[i.reads[k]].defined) && !joined_with_nothing(warp, i, k, lanes))
             undefined(warp, i.reads[k], lanes);
     for (uint32_t k = 0; k < i.write_count; ++k) {
         if (warp.pinned[i.writes[k]])
