@@ -2,8 +2,8 @@
 follows. MODELLED, nothing here was measured.
 
 The launches are those that ``afa_kernels.plan`` shows, for the dtypes of PEFT: x in 16 bits, A and B in float32, which
-brings in the ``pack`` kernel where a kernel streams them. The bytes are checked against what the kernels move in the
-emulator (python_tests/test_cuda_traffic.py).
+brings in the ``pack`` kernel where a kernel streams them. The bytes are those that the compiled kernels move, as
+counted on the PTX machine (python_tests/test_cuda_traffic.py).
 
     time of a kernel = launch + the longest of
         memory      HBM bytes / memory rate
