@@ -149,8 +149,8 @@ TARGETS = ("nvcc-sm_80", "nvcc-sm_90", "triton-sm_80", "triton-sm_90")
 
 # Triton 3.9 pipelines the loop of this kernel so that dz has one buffer too few: the copy for the iteration after
 # the next goes where the wgmma of this iteration, which the wait lets pass, may still read. Seen on sm_90 in tf32
-# above rank 32 with the table's tiles, and in 16 bits at rank 64 with the default tiles. The products in between make
-# it harmless in time, not by the rules.
+# above rank 32 with a pipeline, which the table does not give it, and in 16 bits at rank 64 with the default tiles. The
+# products in between make it harmless in time, not by the rules.
 RACE = re.compile(r"x_pass_backward_kernel.*writes shared memory.*a wgmma that has not been waited for may still read")
 
 

@@ -126,10 +126,15 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
         },
         _LARGE_32BIT | {32: replace(_LARGE_32BIT[32], x_pass=Tile(32, 32, 4, 3))},
     ),
-    # The kernels of `project` have two accumulators, one for a segment and one for their sum.
+    # The kernels of `project` have two accumulators, one for a segment and one for their sum. In tf32 at ranks 64 and
+    # 128 Triton 3.9 would give the pipelined loop of the x pass a buffer too few (docs/backends.md), so it has none.
     "sm_90": _rows(
         _LARGE_16BIT | {128: replace(_LARGE_16BIT[128], project=Tile(128, 64, 8, 4))},
-        _LARGE_32BIT | {64: replace(_LARGE_32BIT[64], project=Tile(32, 64, 4, 3))},
+        _LARGE_32BIT
+        | {
+            64: replace(_LARGE_32BIT[64], project=Tile(32, 64, 4, 3), x_pass=Tile(32, 64, 8, 1)),
+            128: replace(_LARGE_32BIT[128], x_pass=Tile(32, 32, 8, 1)),
+        },
     ),
     # With 4 warps D1 spills here at rank 64, as F under a mask does in 64 rows of tf32 at rank 32.
     "sm_100": _rows(
