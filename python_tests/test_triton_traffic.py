@@ -20,8 +20,8 @@ from tools.triton_aot import Problem  # noqa: E402
     [
         (70, 72, 50, 16, torch.float32, torch.float32),  # one pass over x, one over dy
         (70, 70, 50, 40, torch.float16, torch.float32),  # packed operands, two passes over dy
-        (20, 140, 130, 12, torch.bfloat16, torch.bfloat16),  # few rows: split forward
-        (20, 140, 130, 100, torch.float32, torch.float32),  # few rows, two passes over dy
+        (20, 300, 130, 12, torch.bfloat16, torch.bfloat16),  # few rows: a program for each segment of K
+        (20, 140, 300, 100, torch.float32, torch.float32),  # few rows: one for each segment of N, two passes over dy
         (200, 512, 256, 16, torch.bfloat16, torch.bfloat16),  # aligned: asynchronous copies
     ],
 )
