@@ -16,6 +16,22 @@ HEADER = """
 """
 
 
+# The beginning of a kernel of 64 threads with an array ``tile`` of shared memory. %r1: this thread's word of it, %r2:
+# that of the thread 32 further, %r3: of the next lane of the warp, %r4: this thread's 16 bytes of it. %rd8 and %rd9:
+# this thread's word and 16 bytes of the first array in global memory.
+PLACES = """
+    mov.b32 %r9, tile;
+    mad.lo.u32 %r1, %r0, 4, %r9;
+    xor.b32 %r8, %r0, 32;
+    mad.lo.u32 %r2, %r8, 4, %r9;
+    xor.b32 %r8, %r0, 1;
+    mad.lo.u32 %r3, %r8, 4, %r9;
+    mad.lo.u32 %r4, %r0, 16, %r9;
+    mad.wide.u32 %rd8, %r0, 4, %rd0;
+    mad.wide.u32 %rd9, %r0, 16, %rd0;
+"""
+
+
 def kernel(body: str, *, parameters: int = 1, shared: int = 0, threads: int = 32, registers: str = "") -> str:
     """Return a module with kernel ``k``. Its parameters are pointers, in %rd0, %rd1, ...; %r0 is the thread."""
     names = ", ".join(f".param .u64 k_param_{i}" for i in range(parameters))

@@ -137,7 +137,7 @@ class PtxDriver(DriverBase):
         return False  # never chosen by itself
 
     def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
+        raise NotImplementedError("this driver's launcher is not compiled from C")
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", int(self.machine.arch.removeprefix("sm_")), 32)

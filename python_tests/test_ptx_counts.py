@@ -5,21 +5,9 @@ import pytest
 
 _ptx = pytest.importorskip("afa_kernels._ptx", reason="built with the emulator only (AFA_BUILD_EMULATOR=1)")
 
-from ptx_helpers import kernel  # noqa: E402
+from ptx_helpers import PLACES, kernel  # noqa: E402
 
 THREADS = 64
-# %r1: this thread's word of shared memory, %r2: that of the thread 32 further (of 64), %r3: the next lane's; %rd9: this
-# thread's 16 bytes of the first array, %r4: of shared memory.
-PLACES = """
-    mov.b32 %r9, tile;
-    mad.lo.u32 %r1, %r0, 4, %r9;
-    xor.b32 %r8, %r0, 32;
-    mad.lo.u32 %r2, %r8, 4, %r9;
-    xor.b32 %r8, %r0, 1;
-    mad.lo.u32 %r3, %r8, 4, %r9;
-    mad.wide.u32 %rd9, %r0, 16, %rd0;
-    mad.lo.u32 %r4, %r0, 16, %r9;
-"""
 
 
 def counted(body: str, *arrays: np.ndarray, seed: int = 0, **options):

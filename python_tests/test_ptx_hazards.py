@@ -8,7 +8,7 @@ import pytest
 
 _ptx = pytest.importorskip("afa_kernels._ptx", reason="built with the emulator only (AFA_BUILD_EMULATOR=1)")
 
-from ptx_helpers import HEADER, kernel, launch  # noqa: E402
+from ptx_helpers import HEADER, PLACES, kernel, launch  # noqa: E402
 
 SEEDS = range(8)
 
@@ -22,21 +22,8 @@ def run(body: str, *, threads: int = 64, shared: int = 4096, words: int = 1024, 
     return array
 
 
-# %r1: this thread's word of shared memory, %r2: that of the thread 32 further (of 64), %r3: of the next lane of the
-# warp, %rd1: this thread's word of global memory.
-PLACES = """
-    mov.b32 %r9, tile;
-    mad.lo.u32 %r1, %r0, 4, %r9;
-    xor.b32 %r8, %r0, 32;
-    mad.lo.u32 %r2, %r8, 4, %r9;
-    xor.b32 %r8, %r0, 1;
-    mad.lo.u32 %r3, %r8, 4, %r9;
-    mad.wide.u32 %rd1, %r0, 4, %rd0;
-    mad.wide.u32 %rd2, %r0, 16, %rd0;
-    mad.lo.u32 %r4, %r0, 16, %r9;
-"""
-COPY = "cp.async.cg.shared.global [%r4], [%rd2], 16, 16; cp.async.commit_group;"
-COPY_NEXT = "cp.async.cg.shared.global [%r4+2048], [%rd2], 16; cp.async.commit_group;"
+COPY = "cp.async.cg.shared.global [%r4], [%rd9], 16, 16; cp.async.commit_group;"
+COPY_NEXT = "cp.async.cg.shared.global [%r4+2048], [%rd9], 16; cp.async.commit_group;"
 OTHERS = "xor.b32 %r5, %r4, 512;"  # the 16 bytes of the thread 32 further
 
 SOUND = {
@@ -101,7 +88,7 @@ FAULTS = {
         "cp.async that has not been waited for",
     ),
     "copy not committed": (
-        "cp.async.cg.shared.global [%r4], [%rd2], 16; cp.async.wait_group 0; ld.shared.b32 %r5, [%r4];",
+        "cp.async.cg.shared.global [%r4], [%rd9], 16; cp.async.wait_group 0; ld.shared.b32 %r5, [%r4];",
         "cp.async that has not been waited for",
     ),
     "copy read by others without a barrier": (
@@ -121,19 +108,19 @@ FAULTS = {
     ),
     "return with a copy under way": (COPY, "returns with a cp.async"),
     "copy of more than there is": (
-        "mov.b32 %r5, 17; cp.async.cg.shared.global [%r4], [%rd2], 16, %r5;", "copies 17 of 16"
+        "mov.b32 %r5, 17; cp.async.cg.shared.global [%r4], [%rd9], 16, %r5;", "copies 17 of 16"
     ),
-    "copy from a misaligned address": ("cp.async.cg.shared.global [%r4], [%rd2+4], 16;", "not a multiple"),
-    "copy to a misaligned address": ("cp.async.cg.shared.global [%r4+4], [%rd2], 16;", "not a multiple"),
-    "copy past the end": ("cp.async.cg.shared.global [%r4], [%rd2+3584], 16; cp.async.commit_group; "
+    "copy from a misaligned address": ("cp.async.cg.shared.global [%r4], [%rd9+4], 16;", "not a multiple"),
+    "copy to a misaligned address": ("cp.async.cg.shared.global [%r4+4], [%rd9], 16;", "not a multiple"),
+    "copy past the end": ("cp.async.cg.shared.global [%r4], [%rd9+3584], 16; cp.async.commit_group; "
         "cp.async.wait_group 0;",
                           "copies 16 bytes .* behind its end"),
-    "copy of 8 bytes past level 1": ("cp.async.cg.shared.global [%r4], [%rd2], 8;", "cannot copy 8 bytes"),
-    "load past the end": ("ld.global.b32 %r5, [%rd1+3844];", "loads 4 bytes .* outside every "
+    "copy of 8 bytes past level 1": ("cp.async.cg.shared.global [%r4], [%rd9], 8;", "cannot copy 8 bytes"),
+    "load past the end": ("ld.global.b32 %r5, [%rd8+3844];", "loads 4 bytes .* outside every "
         "allocation.*'array 0', 4096"),
-    "load before the start": ("ld.global.b32 %r5, [%rd1+-4];", "4 bytes before it"),
+    "load before the start": ("ld.global.b32 %r5, [%rd8+-4];", "4 bytes before it"),
     "vector across the end": ("ld.global.v4.b32 {%r5, %r6, %r7, %r8}, [%rd0+4088];", "whose end the access crosses"),
-    "store past the end": ("st.global.b32 [%rd1+4096], %r0;", "stores 4 bytes"),
+    "store past the end": ("st.global.b32 [%rd8+4096], %r0;", "stores 4 bytes"),
     "misaligned load": ("ld.global.v2.b32 {%r5, %r6}, [%rd0+4];", "loads 8 bytes .*not a multiple"),
     "misaligned store": ("st.global.v4.b32 [%rd0+8], {%r0, %r0, %r0, %r0};", "stores 16 bytes .*not a multiple"),
     "misaligned shared access": ("st.shared.v2.b32 [%r9+4], {%r0, %r0};", "writes 8 bytes of shared .*not a multiple"),
@@ -202,20 +189,20 @@ def test_every_schedule_reports_the_fault(name):
 
 def test_store_to_memory_that_is_read_only():
     with pytest.raises(_ptx.ExecutionError, match="stores to 'array 0', which is read only"):
-        run("st.global.b32 [%rd1], %r0;", writable=False)
+        run("st.global.b32 [%rd8], %r0;", writable=False)
 
 
 def test_a_message_says_where():
     text = kernel(
-        PLACES + "\n.loc 1 77 3\nadd.s32 %r5, %r0, 1;\nld.global.b32 %r5, [%rd1+4096];\n", threads=64, shared=64
+        PLACES + "\n.loc 1 77 3\nadd.s32 %r5, %r0, 1;\nld.global.b32 %r5, [%rd8+4096];\n", threads=64, shared=64
     )
     text += '.file 1 "/somewhere/source.cuh"\n'
-    line = text.splitlines().index("ld.global.b32 %r5, [%rd1+4096];") + 1
+    line = text.splitlines().index("ld.global.b32 %r5, [%rd8+4096];") + 1
     with pytest.raises(_ptx.ExecutionError) as caught:
         launch(text, np.zeros(1024, np.uint32), threads=64, grid=2)
     message = str(caught.value)
     assert message.startswith(f"PTX line {line}, source.cuh:77, kernel k, CTA (")
-    assert ", lane 0: loads 4 bytes" in message and "ld.global.b32 %r5, [%rd1+4096];" in message
+    assert ", lane 0: loads 4 bytes" in message and "ld.global.b32 %r5, [%rd8+4096];" in message
 
 
 REFUSED = {
@@ -299,7 +286,7 @@ def test_loops_of_different_lengths_per_lane():
     even: add.s32 %r6, %r6, 1;
     next: add.s32 %r5, %r5, 1; setp.le.u32 %p1, %r5, %r0; @%p1 bra loop;
     shfl.sync.idx.b32 %r8, %r6, 31, 31, -1;
-    st.global.b32 [%rd1], %r6; st.global.b32 [%rd1+256], %r8;
+    st.global.b32 [%rd8], %r6; st.global.b32 [%rd8+256], %r8;
     """
     got = run(body)
     expected = [sum(i + (100 if i % 2 else 1) for i in range(t + 1)) for t in range(64)]
@@ -308,7 +295,7 @@ def test_loops_of_different_lengths_per_lane():
 
 
 def test_lanes_that_return_early():
-    body = "setp.lt.u32 %p1, %r0, 13; @%p1 ret; add.s32 %r5, %r0, 500; st.global.b32 [%rd1], %r5; bar.sync 0;"
+    body = "setp.lt.u32 %p1, %r0, 13; @%p1 ret; add.s32 %r5, %r0, 500; st.global.b32 [%rd8], %r5; bar.sync 0;"
     got = run(body)
     np.testing.assert_array_equal(got[:13], np.arange(13))
     np.testing.assert_array_equal(got[13:64], np.arange(13, 64) + 500)

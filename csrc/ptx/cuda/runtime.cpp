@@ -60,6 +60,18 @@ cudaError_t begins_on_device(const char* function) {
     return sticky == state.sticky.end() ? cudaSuccess : ends(sticky->second);
 }
 
+// The same for a call about a kernel, which it finds by the host stub.
+cudaError_t begins_with_kernel(const char* call, const void* stub, const Function*& kernel) {
+    const cudaError_t error = begins_on_device(call);
+    if (error != cudaSuccess)
+        return error;
+    const auto found = images().functions.find(stub);
+    if (found == images().functions.end())
+        return ends(cudaErrorInvalidDeviceFunction);
+    kernel = &found->second;
+    return cudaSuccess;
+}
+
 bool exists(int device) {
     return device >= 0 && static_cast<size_t>(device) < runtime_state().devices.size();
 }
@@ -116,6 +128,7 @@ cudaError_t replay(const std::vector<CapturedLaunch>& launches) {
 
 using ptx::begins;
 using ptx::begins_on_device;
+using ptx::begins_with_kernel;
 using ptx::ends;
 using ptx::runtime_state;
 
@@ -171,13 +184,11 @@ cudaError_t CUDARTAPI cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribut
 }
 
 cudaError_t CUDARTAPI cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
-    const cudaError_t error = begins_on_device("cudaFuncGetAttributes");
+    const ptx::Function* kernel = nullptr;
+    const cudaError_t error = begins_with_kernel("cudaFuncGetAttributes", function, kernel);
     if (error != cudaSuccess)
         return error;
-    const auto found = ptx::images().functions.find(function);
-    if (found == ptx::images().functions.end())
-        return ends(cudaErrorInvalidDeviceFunction);
-    if (!ptx::image(found->second, runtime_state().current))
+    if (!ptx::image(*kernel, runtime_state().current))
         return ends(cudaErrorNoKernelImageForDevice);
     std::memset(attributes, 0, sizeof(*attributes));
     return cudaSuccess;
@@ -185,14 +196,12 @@ cudaError_t CUDARTAPI cudaFuncGetAttributes(cudaFuncAttributes* attributes, cons
 
 cudaError_t CUDARTAPI cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute,
                                            int value) {
-    const cudaError_t error = begins_on_device("cudaFuncSetAttribute");
+    const ptx::Function* kernel = nullptr;
+    const cudaError_t error = begins_with_kernel("cudaFuncSetAttribute", function, kernel);
     if (error != cudaSuccess)
         return error;
     ptx::RuntimeState& state = runtime_state();
-    const auto found = ptx::images().functions.find(function);
-    if (found == ptx::images().functions.end())
-        return ends(cudaErrorInvalidDeviceFunction);
-    if (!ptx::image(found->second, state.current))
+    if (!ptx::image(*kernel, state.current))
         return ends(cudaErrorNoKernelImageForDevice);
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
         value > ptx::model_of(state.current).shared_per_block)
@@ -203,20 +212,18 @@ cudaError_t CUDARTAPI cudaFuncSetAttribute(const void* function, cudaFuncAttribu
 
 cudaError_t CUDARTAPI cudaLaunchKernel(const void* function, dim3 grid, dim3 block,
                                        void** arguments, size_t shared, cudaStream_t stream) {
-    const cudaError_t error = begins_on_device("cudaLaunchKernel");
+    const ptx::Function* kernel = nullptr;
+    const cudaError_t error = begins_with_kernel("cudaLaunchKernel", function, kernel);
     if (error != cudaSuccess)
         return error;
     ptx::RuntimeState& state = runtime_state();
-    const auto found = ptx::images().functions.find(function);
-    if (found == ptx::images().functions.end())
-        return ends(cudaErrorInvalidDeviceFunction);
     const auto grant = state.granted.find({state.current, function});
     const size_t allowed = grant == state.granted.end() ? 0 : static_cast<size_t>(grant->second);
     if (shared > std::max(allowed, ptx::kDefaultShared))
         return ends(cudaErrorInvalidValue);
     ptx::CapturedLaunch captured{function, state.current, {}};
     ptx::Launch& launch = captured.launch;
-    launch.kernel = found->second.name;
+    launch.kernel = kernel->name;
     const dim3 sizes[2] = {grid, block};
     uint32_t* const targets[2] = {launch.grid, launch.block};
     for (int k = 0; k < 2; ++k) {
@@ -226,7 +233,7 @@ cudaError_t CUDARTAPI cudaLaunchKernel(const void* function, dim3 grid, dim3 blo
     }
     launch.dynamic_shared_bytes = static_cast<uint32_t>(shared);
     try {
-        const ptx::Module* module = ptx::image(found->second, state.current);
+        const ptx::Module* module = ptx::image(*kernel, state.current);
         if (!module)
             return ends(cudaErrorNoKernelImageForDevice);
         for (const ptx::KernelInfo& info : module->kernels()) {
