@@ -140,10 +140,12 @@ dy_kernel(const DyParams p) {
         }
     };
 
-    start_weight<Tile::kColumns, R, Tile::kThreads>(b_slab, p.b, col0, 0);
+    if (p.dh)
+        start_weight<Tile::kColumns, R, Tile::kThreads>(b_slab, p.b, col0, 0);
     for (int s = 0; s < ahead; ++s)
         load(s, s);  // B belongs to the first group
-    finish_weight<Tile::kColumns, R, Tile::kThreads>(b_slab, p.b, col0, 0);
+    if (p.dh)
+        finish_weight<Tile::kColumns, R, Tile::kThreads>(b_slab, p.b, col0, 0);
     load_z(0);
     float db[Tile::kSlice / 16][R / 8][4];
     zero(db);

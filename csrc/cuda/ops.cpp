@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <stdexcept>
-#include <type_traits>
 
-#include "common/activation.h"
+#include "cuda/check_call.h"
 #include "cuda/scratch.h"
 #include "cuda/tiles.h"
 
@@ -14,33 +13,6 @@ namespace {
 constexpr int kSmallThreads = 128;  // threads of the reduce and pack kernels
 // Limits that any supported GPU meets: scratch memory must not depend on the device.
 constexpr DeviceLimits kAnyDevice{1, 99 * 1024, 100 * 1024};
-
-bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
-void check_matrix(const char* name, const void* data, int64_t stride, const Shape& shape) {
-    if (data && (!aligned(data) || stride % kVector))
-        throw std::invalid_argument(std::string(name) +
-                                    ": expected 16-byte aligned rows, got row stride " +
-                                    std::to_string(stride) + " (" + describe(shape) + ")");
-}
-
-// z [M, r] is read and written two elements at a time where r is even.
-void check_z(const void* z, const Shape& shape) {
-    if (shape.r % 2 == 0 && reinterpret_cast<uintptr_t>(z) % 4)
-        throw std::invalid_argument("z: expected an address that is a multiple of 4 (" +
-                                    describe(shape) + ")");
-}
-
-void check_call(const BranchCall& call) {
-    if (call.activation < 0 || call.activation >= kActivationCount || call.threshold < 0 ||
-        call.threshold > 255 || (call.threshold && !call.seed))
-        throw std::invalid_argument("activation or dropout out of range (" + describe(call.shape) +
-                                    ")");
-    if (!call.alpha_t && call.activation != static_cast<int>(Activation::identity))
-        throw std::invalid_argument("alpha_t: expected a value where there is an activation (" +
-                                    describe(call.shape) + ")");
-    check_matrix("x", call.x, call.x_stride, call.shape);
-}
 
 DropoutParams dropout_of(const BranchCall& call) {
     return {call.seed, call.threshold, call.first_row};
@@ -246,23 +218,19 @@ void launch_x(const BackwardCall& call, const BackwardPlan& plan, const Backward
     rank_kernels(call.dtype, plan.rank).x(chunks_config(plan.x, call, plan.da_rows), p);
 }
 
+const void* at(const void* matrix, int64_t element) {
+    return matrix ? static_cast<const char*>(matrix) + element * kElementBytes : nullptr;
+}
+
 // The rows [first, first + count) of a call.
 BackwardCall rows_of(const BackwardCall& call, int64_t first, int64_t count) {
-    const auto move = [first](auto* matrix, int64_t stride) {
-        using Matrix = decltype(matrix);
-        using Byte =
-            std::conditional_t<std::is_const_v<std::remove_pointer_t<Matrix>>, const char, char>;
-        return matrix ? static_cast<Matrix>(static_cast<Byte*>(matrix) +
-                                            first * stride * kElementBytes)
-                      : nullptr;
-    };
     BackwardCall part = call;
     part.shape.m = count;
     part.first_row = first;
-    part.x = move(call.x, call.x_stride);
-    part.dy = move(call.dy, call.dy_stride);
-    part.z = move(call.z, call.shape.r);
-    part.dx = move(call.dx, call.shape.k);
+    part.x = at(call.x, first * call.x_stride);
+    part.dy = at(call.dy, first * call.dy_stride);
+    part.z = at(call.z, first * call.shape.r);
+    part.dx = const_cast<void*>(at(call.dx, first * call.shape.k));
     return part;
 }
 

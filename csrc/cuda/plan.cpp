@@ -5,6 +5,7 @@
 #include <iterator>
 #include <stdexcept>
 #include <tuple>
+#include <type_traits>
 
 #include "cuda/tiles.h"
 
@@ -237,6 +238,21 @@ Plan remembered(const Shape& shape, const DeviceLimits& device, const Make& make
     return plan;
 }
 
+// f of the rank class as a constant.
+template <typename F>
+auto with_rank(int r, const F& f) {
+    switch (rank_class(r)) {
+    case 16:
+        return f(std::integral_constant<int, 16>{});
+    case 32:
+        return f(std::integral_constant<int, 32>{});
+    case 64:
+        return f(std::integral_constant<int, 64>{});
+    default:
+        return f(std::integral_constant<int, kMaxRank>{});
+    }
+}
+
 }  // namespace
 
 int rank_class(int r) {
@@ -256,31 +272,13 @@ int segment_of(int width) {
 
 ForwardPlan plan_forward(const Shape& shape, const DeviceLimits& device) {
     return remembered<ForwardPlan>(shape, device, [&] {
-        switch (rank_class(shape.r)) {
-        case 16:
-            return forward_of<16>(shape, device);
-        case 32:
-            return forward_of<32>(shape, device);
-        case 64:
-            return forward_of<64>(shape, device);
-        default:
-            return forward_of<128>(shape, device);
-        }
+        return with_rank(shape.r, [&](auto rank) { return forward_of<rank>(shape, device); });
     });
 }
 
 BackwardPlan plan_backward(const Shape& shape, const DeviceLimits& device) {
     return remembered<BackwardPlan>(shape, device, [&] {
-        switch (rank_class(shape.r)) {
-        case 16:
-            return backward_of<16>(shape, device);
-        case 32:
-            return backward_of<32>(shape, device);
-        case 64:
-            return backward_of<64>(shape, device);
-        default:
-            return backward_of<128>(shape, device);
-        }
+        return with_rank(shape.r, [&](auto rank) { return backward_of<rank>(shape, device); });
     });
 }
 
