@@ -98,7 +98,10 @@ demo: build-$(LEVEL)  ## fine-tune a real model, anneal, merge, load in stock PE
 	$(RUN) -m examples.demo $(ARGS)
 
 # Backends that a run of all tests may not skip. nvcc brings the compiled CUDA kernels on the PTX machine.
-REQUIRED := cpu,cuda_emulated$(if $(shell command -v nvcc),$(shell echo ,cuda_ptx))
+REQUIRED := cpu,cuda_emulated
+ifneq ($(shell command -v nvcc),)
+REQUIRED := $(REQUIRED),cuda_ptx
+endif
 
 test: lint reports-quick  ## lint, the tests of the package, machine code: ten minutes; .ci/run has what takes longer
 	$(SAY) 'Tests of the package'
@@ -141,7 +144,8 @@ sanitize-quick: sanitize-cpu  ## sanitize with few random shapes
 	$(SAY) 'CUDA kernels on the emulator, under ASan, UBSan and ThreadSanitizer'
 	$(RUN) csrc/emulator/tests/sanitize.py --quick
 
-sanitize: sanitize-cpu  ## CPU and CUDA kernels under ASan, UBSan and ThreadSanitizer, random shapes and schedules
+sanitize: sanitize-cpu  ## kernels and PTX machine under ASan, UBSan and ThreadSanitizer, random shapes and schedules
+	$(RUN) csrc/ptx/tests/sanitize.py
 	$(RUN) csrc/emulator/tests/sanitize.py $(ARGS)
 
 mutation: build-tests  ## plants faults in the source of the CUDA kernels and in all PTX; each one has to be caught
