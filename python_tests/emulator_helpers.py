@@ -1,4 +1,4 @@
-"""A forward and a backward on the emulator, for the tests of the CUDA kernels."""
+"""A forward and a backward of the CUDA kernels, by default on the emulator."""
 
 import torch
 
@@ -6,11 +6,11 @@ from afa_kernels.backend import registry
 from afa_kernels.options import Spec
 
 
-def forward_and_backward(problem, *, seed=None, spec=None, save_z=True, need=(True, True, True)):
+def forward_and_backward(problem, *, seed=None, spec=None, save_z=True, need=(True, True, True), name="cuda_emulated"):
     """Call the backend itself, so that no autograd stands between; return (y, z, dx, da, db)."""
     spec = spec or Spec("silu", 1.5)
     alpha_t = torch.tensor(0.3)
-    backend = registry.get("cuda_emulated")
+    backend = registry.get(name)
     operands = (problem.x, problem.lora_a, problem.lora_b)
     y = torch.empty_like(problem.base)
     z = backend.forward(*operands, alpha_t, seed, spec, base=problem.base, out=y, save_z=save_z)

@@ -14,6 +14,7 @@ counted on the PTX machine (python_tests/test_cuda_traffic.py).
 HBM counts x, dy, y, dx and z; everything else (A, B, dz, partial sums, and every repeated read) counts as L2.
 """
 
+import importlib
 import math
 from typing import NamedTuple
 
@@ -107,9 +108,12 @@ def _module():
     """Return the compiled module that plans launches: the CUDA kernels', or the emulator's."""
     if native._C is not None and hasattr(native._C, "cuda"):
         return native._C.cuda
-    from afa_kernels import _emulator
-
-    return _emulator
+    try:
+        return importlib.import_module("afa_kernels._emulator")
+    except ImportError:
+        raise SystemExit(
+            "bench.model: this build has neither CUDA kernels nor the emulator; run make build-tests"
+        ) from None
 
 
 def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tuple[list[Kernel], list[Kernel]]:
