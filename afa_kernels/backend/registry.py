@@ -106,6 +106,45 @@ class Backward(Protocol):
         """
 
 
+class Member(NamedTuple):
+    """What one layer brings to a call on the x that it shares with others: operands as in :class:`Forward`. N, r,
+    scaling, activation and the dtypes of A and B may differ from member to member; ``spec.dropout`` is 0."""
+
+    a: Tensor
+    b: Tensor
+    alpha_t: Tensor | None
+    spec: Spec
+
+
+class GroupForward(Protocol):
+    def __call__(
+        self, x: Tensor, members: list[Member], *, bases: list[Tensor | None], outs: list[Tensor], save_z: bool
+    ) -> list[Tensor] | None:
+        """Do for each member what :class:`Forward` does, reading x once; return the z of each if asked for.
+
+        The z of a member has the bits that the member alone would give it.
+        """
+
+
+class GroupBackward(Protocol):
+    def __call__(
+        self,
+        dys: list[Tensor],
+        x: Tensor,
+        members: list[Member],
+        zs: list[Tensor] | None,
+        *,
+        need_dx: bool,
+        need_da: list[bool],
+        need_db: list[bool],
+        dx: Tensor | None = None,
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+        """Return dx, the sum of what :class:`Backward` gives for each member, and every da and db, reading x once.
+
+        A given ``dx`` is accumulated into, as in :class:`Backward`.
+        """
+
+
 @dataclass(frozen=True)
 class Backend:
     name: str
@@ -121,6 +160,11 @@ class Backend:
     automatic: bool = True  # False: only where the caller names it
     # What ``plan`` shows: the kernels of a call with their launch parameters.
     launches: Callable[[Call], list[dict[str, Any]]] | None = None
+    # Layers that share x, in one pass over it; both or neither. ``refuses_group`` says of the members' calls, each of
+    # which this backend can take alone, why it cannot take them together.
+    group_forward: GroupForward | None = None
+    group_backward: GroupBackward | None = None
+    refuses_group: Callable[[list[Call]], str | None] = lambda calls: None
     # For a call that this backend can take, but for which another one is the better choice: the name of that one, and
     # the reason, which ``plan`` shows; else None. It is not asked where the caller names a backend.
     leaves: Callable[[Call], tuple[str, str] | None] | None = None
