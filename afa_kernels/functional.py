@@ -1,6 +1,8 @@
 """The two functions of the package: a LoRA branch with an annealed activation, alone and with its
 frozen layer."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -105,6 +107,17 @@ def afa_linear(
     options = checks.options(activation, scaling, dropout_p, save, backend)
     checks.seed(dropout_seed)
     return linear(x, weight, bias, lora_a, lora_b, alpha_of(alpha_t), options, seed=dropout_seed)
+
+
+class LinearCall(NamedTuple):
+    """What a layer computes with: the arguments of :func:`linear` beside x."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    alpha_t: Tensor | None  # None at identity
+    options: Options
 
 
 def lora(

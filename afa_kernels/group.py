@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from afa_kernels import _group_ops, checks
 from afa_kernels.activation import IDENTITY
 from afa_kernels.backend.registry import requested
-from afa_kernels.functional import _as_rows, _like, autocast
+from afa_kernels.functional import LinearCall, _as_rows, _like, autocast
 from afa_kernels.layer import AFALinear
 from afa_kernels.torch_private import in_forward_mode, saved_tensor_hooks, version_of
 
@@ -220,37 +220,51 @@ def _modes(x: Tensor) -> _Modes:
     return _Modes(torch.is_grad_enabled(), _autocast_dtype(x))
 
 
-def why_separate(layers: list[AFALinear], x: Tensor) -> str | None:
+def why_separate(layers: list[nn.Module], x: Tensor) -> str | None:
     """Return why ``layers`` cannot compute together on ``x``, or None if they can."""
+    return _calls(layers, x)[1]
+
+
+def _calls(layers: Iterable[nn.Module], x: Tensor) -> tuple[list[LinearCall], str | None]:
+    """Return what each layer computes with, and None; or the reason why they compute one by one."""
     if type(x) is not Tensor and type(x) is not nn.Parameter:
-        return f"x is a {type(x).__name__}"
-    if x.layout != torch.strided or x.dim() == 0 or x.shape[-1] != layers[0].in_features:
-        return f"x has shape {tuple(x.shape)} and layout {x.layout}"
-    if in_forward_mode():
-        return "forward-mode differentiation"
-    first, dtype = layers[0], _autocast_dtype(x)
+        return [], f"x is a {type(x).__name__}"
+    calls: list[LinearCall] = []
     for layer in layers:
-        if layer.merged:
-            return "a member is merged"
-        if layer.training and layer.dropout > 0.0:
-            return "dropout draws one mask for each layer"
-        if not layer._base_is_plain() or _is_hooked(layer):
-            return "a member or its base has hooks or a forward of its own"
-        if layer.save != first.save or layer.backend != first.backend:
-            return "save or backend differ"
-        weight, bias = layer.base_layer.weight, layer.base_layer.bias
-        for t in (weight, bias, layer.lora_a, layer.lora_b):
-            if t is None:
-                continue
-            if type(t) is not nn.Parameter and type(t) is not Tensor:
-                return f"a parameter is a {type(t).__name__}"
-            if t.device != x.device:
-                return "a parameter is on another device"
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
-            return "a base layer trains"
-        if weight.dtype != x.dtype and dtype is None:
-            return "x has another dtype than a weight"
+        call = None if _is_hooked(layer) else layer.linear_call()
+        reason = "a member or its base is merged, has hooks or a forward of its own" if call is None else None
+        reason = reason or _why_alone(call, x) or (_why_apart(calls[0], call) if calls else None)
+        if reason is not None:
+            return [], reason
+        calls.append(call)
+    if x.layout != torch.strided or x.dim() == 0 or x.shape[-1] != calls[0].lora_a.shape[-1]:
+        return [], f"x has shape {tuple(x.shape)} and layout {x.layout}"
+    if in_forward_mode():
+        return [], "forward-mode differentiation"
+    return calls, None
+
+
+def _why_alone(call: LinearCall, x: Tensor) -> str | None:
+    weight, bias, lora_a, lora_b, _, options = call
+    if options.spec.dropout:
+        return "dropout draws one mask for each layer"
+    for t in (weight, bias, lora_a, lora_b):
+        if t is None:
+            continue
+        if type(t) is not nn.Parameter and type(t) is not Tensor:
+            return f"a parameter is a {type(t).__name__}"
+        if t.device != x.device:
+            return "a parameter is on another device"
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return "a base layer trains"
+    if weight.dtype != x.dtype and _autocast_dtype(x) is None:
+        return "x has another dtype than a weight"
     return None
+
+
+def _why_apart(first: LinearCall, other: LinearCall) -> str | None:
+    same = first.options.save_z == other.options.save_z and first.options.backend == other.options.backend
+    return None if same else "save or backend differ"
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -258,7 +272,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _is_hooked(layer: AFALinear) -> bool:
+def _is_hooked(layer: nn.Module) -> bool:
     """Whether something must run before ``layer`` does (a prefetch of its parameters, say), which
     only a call of the layer itself brings about."""
     return bool(

@@ -8,20 +8,13 @@ from torch import Tensor, nn
 
 from afa_kernels import checks
 from afa_kernels.alpha import Annealed, normal
-from afa_kernels.functional import linear, lora
+from afa_kernels.base_layer import is_conv1d, is_plain, weight_of
+from afa_kernels.functional import LinearCall, linear, lora
 from afa_kernels.options import Options, without_dropout
 from afa_kernels.plan import Plan, plan_of
 
 SUPPORTED = "torch.nn.Linear or transformers' Conv1D with a floating-point weight"
 _MERGED_KEY = "merged"
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' Conv1D, a linear layer with its weight as (K, N)."""
-    weight = getattr(module, "weight", None)
-    return (
-        type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor) and weight.dim() == 2
-    )
 
 
 def why_unsupported(module: nn.Module) -> str | None:
@@ -170,13 +163,21 @@ class AFALinear(Annealed):
             y = self._shared_input.take(self, x)
             if y is not None:
                 return y
-        base_layer = self.base_layer
+        call = self.linear_call()
+        if call is not None:
+            return linear(x, *call)
         branch = (self.lora_a, self.lora_b, self.coefficient(), self.options)
-        if self._base_is_plain():
-            weight = base_layer.weight.T if self.transposed else base_layer.weight
-            return linear(x, weight, base_layer.bias, *branch)
-        base = base_layer(x)
-        return lora(x, *branch, base=base, inplace=self._base_output_is_ours())
+        return lora(x, *branch, base=self.base_layer(x), inplace=self._base_output_is_ours())
+
+    def linear_call(self) -> LinearCall | None:
+        """Return what ``linear(x, ...)`` takes beside x, or None where the layer computes in another way: it is merged
+        or sharded, or its base layer cannot be left out."""
+        base = self.base_layer
+        if self._merged or self._parallel is not None or not is_plain(base):
+            return None
+        return LinearCall(
+            weight_of(base), base.bias, self.lora_a, self.lora_b, self.coefficient(), self.options
+        )  # fmt: skip
 
     def plan(self, x: Tensor) -> Plan:
         """Return what ``self(x)`` would do."""
@@ -265,19 +266,6 @@ class AFALinear(Annealed):
         if self.transposed:
             product = product.T
         return torch.add(weight.to(wide), product, alpha=factor).to(weight.dtype)
-
-    def _base_is_plain(self) -> bool:
-        """Whether ``base_layer(x)`` is ``x @ W.T + bias`` and nothing else sees or changes it on
-        the way."""
-        base = self.base_layer
-        return (
-            (self.transposed or type(base) is nn.Linear)
-            and "forward" not in base.__dict__
-            and not base._forward_hooks
-            and not base._forward_pre_hooks
-            and not base._backward_hooks
-            and not base._backward_pre_hooks
-        )
 
     def _base_output_is_ours(self) -> bool:
         """Whether the base layer's output may be accumulated into: a hook may keep it, another

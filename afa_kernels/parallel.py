@@ -26,6 +26,7 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from afa_kernels.base_layer import is_plain
 from afa_kernels.functional import linear, lora
 from afa_kernels.layer import AFALinear
 
@@ -78,7 +79,7 @@ class _StyleAFA(ParallelStyle):
                 f"{style}: the dropout mask of a sharded layer would not be that of the whole one; "
                 f"expected dropout=0, got {module.dropout}"
             )
-        if not module._base_is_plain():
+        if not is_plain(module.base_layer):
             raise ValueError(f"{style}: expected a base layer without hooks or a forward of its own")
         size = device_mesh.size()
         for name in self.divisible:

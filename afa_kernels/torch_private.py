@@ -109,8 +109,3 @@ def version_of(t: Tensor) -> object:
 def is_view(t: Tensor) -> bool:
     """Whether ``t`` may be a view of another tensor."""
     return t._is_view() if hasattr(t, "_is_view") else True
-
-
-def base_of(t: Tensor) -> Tensor | None:
-    """Return the tensor of which ``t`` is a view, if it is one and torch tells."""
-    return getattr(t, "_base", None)

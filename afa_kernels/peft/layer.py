@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from afa_kernels import checks, torch_private
 from afa_kernels.activation import phi
 from afa_kernels.alpha import normal
-from afa_kernels.functional import lora
-from afa_kernels.layer import is_conv1d
+from afa_kernels.base_layer import is_plain, weight_of
+from afa_kernels.functional import LinearCall, linear, lora
 from afa_kernels.options import Options
 from afa_kernels.peft.state import AdapterState, device_of
 from afa_kernels.schedule import AnnealSchedule
@@ -50,26 +50,17 @@ class AFALoraVariant(LoraVariant):
 
     @staticmethod
     def forward(module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        state = module.lora_afa[active_adapter]
-        lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
+        branch = _branch(module, active_adapter)
         # PEFT widens x to the dtype of the adapter, typically float32 beside a 16-bit layer.
         x = x.to(result.dtype)
-        # PEFT makes the scaling a tensor where adapters are to be swapped in a compiled model.
-        if isinstance(scaling, Tensor) or not (_is_plain(lora_a) and _is_plain(lora_b)):
-            return _composed(x, lora_a, lora_b, dropout, scaling, state, result)
-        if lora_b.bias is not None:
-            result = result + scaling * lora_b.bias.to(result.dtype)
-        dropout_p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
-        # PEFT owns the scaling and the dropout, and may change them between two calls.
-        options = checks.options(state.activation, scaling, dropout_p, state.save, None)
-        branch = (lora_a.weight, lora_b.weight, state.coefficient(), options)
-        base_layer = module.get_base_layer()
-        if torch.compiler.is_compiling() or base_layer._forward_hooks:
-            return lora(x, *branch, base=result)
-        if torch_private.is_view(result):
-            return _accumulate_into_view(x, branch, result, _is_dense(base_layer))
-        return lora(x, *branch, base=result, inplace=True)
+        if branch is None:
+            return _composed(module, active_adapter, x, result)
+        bias = module.lora_B[active_adapter].bias
+        if bias is not None:
+            result = result + module.scaling[active_adapter] * bias.to(result.dtype)
+        # Written in place where nobody else can have kept it: a hook, or a layer that returns a view of another tensor.
+        owned = not torch.compiler.is_compiling() and not module.get_base_layer()._forward_hooks
+        return lora(x, *branch, base=result, inplace=owned and not torch_private.is_view(result))
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -86,49 +77,29 @@ class AFALoraVariant(LoraVariant):
         return (orig_weight - delta).to(orig_weight.dtype)
 
 
-def _accumulate_into_view(
-    x: Tensor, branch: tuple[Tensor, Tensor, Tensor | None, Options], result: Tensor, dense: bool
-) -> Tensor:
-    """Add the branch to the output of a base layer that is a view of another tensor.
-
-    A dense layer with a bias returns a 3-D view of its 2-D product. Writing into the product itself
-    spares autograd the copies that it makes for a write through a view. A view that is made inside
-    an autograd Function must not be written at all: that would cut off the Function.
-    """
-    whole = torch_private.base_of(result)
-    rows = (result.numel() // result.shape[-1], result.shape[-1])
-    shares_rows = whole is not None and tuple(whole.shape) == rows and whole.is_contiguous() and result.is_contiguous()
-    if not dense or not shares_rows or whole.requires_grad != result.requires_grad:
-        return lora(x, *branch, base=result)
-    flat_x = x.reshape(-1, x.shape[-1])
-    return lora(flat_x, *branch, base=whole, inplace=True).view(result.shape)
+def _branch(module: LoraLayer, name: str) -> tuple[Tensor, Tensor, Tensor | None, Options] | None:
+    """Return A, B, alpha_t and the options of an adapter, or None where its layers have to be called."""
+    state, lora_a, lora_b = module.lora_afa[name], module.lora_A[name], module.lora_B[name]
+    scaling, dropout = module.scaling[name], module.lora_dropout[name]
+    # PEFT makes the scaling a tensor where adapters are to be swapped in a compiled model.
+    if isinstance(scaling, Tensor) or not (_is_plain(lora_a) and _is_plain(lora_b)):
+        return None
+    dropout_p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+    # PEFT owns the scaling and the dropout, and may change them between two calls.
+    options = checks.options(state.activation, scaling, dropout_p, state.save, None)
+    return lora_a.weight, lora_b.weight, state.coefficient(), options
 
 
-def _is_dense(base_layer: nn.Module) -> bool:
-    """Whether torch's own product is all that the base layer computes with."""
-    known = type(base_layer) is nn.Linear or is_conv1d(base_layer)
-    return known and type(base_layer.weight) in (nn.Parameter, Tensor) and "forward" not in base_layer.__dict__
+def _is_plain(layer: nn.Module) -> bool:
+    return is_plain(layer) and type(layer.weight) in (nn.Parameter, Tensor)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling ``module`` does nothing but multiply by its weight. Sharding and tensor
-    parallelism wrap it or hook into it, and then its weight is only whole during a call."""
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
-        and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
-
-
-def _composed(x, lora_a, lora_b, dropout, scaling, state, result) -> Tensor:
+def _composed(module: LoraLayer, name: str, x: Tensor, result: Tensor) -> Tensor:
     """The branch through calls of its two layers, for those whose weights must not be touched."""
-    z = lora_a(dropout(x).to(next(lora_a.parameters()).dtype))
+    state, lora_a, lora_b = module.lora_afa[name], module.lora_A[name], module.lora_B[name]
+    z = lora_a(module.lora_dropout[name](x).to(next(lora_a.parameters()).dtype))
     h = z if state.identity else phi(z, state.alpha_t_buffer, state.activation)
-    return result + (lora_b(h) * scaling).to(result.dtype)
+    return result + (lora_b(h) * module.scaling[name]).to(result.dtype)
 
 
 class AFALoraLayer:
@@ -144,6 +115,22 @@ class AFALoraLayer:
         if hasattr(kwargs.get("config"), "note_alpha_t"):
             return AFALoraVariant()
         return super().resolve_lora_variant(**kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = None if args or kwargs else self.linear_call()
+        return super().forward(x, *args, **kwargs) if call is None else linear(x, *call)
+
+    def linear_call(self) -> LinearCall | None:
+        """Return what ``linear(x, ...)`` takes beside x, or None where PEFT's forward has to run: it is merged or
+        disabled, another number of adapters than one is active, or a layer cannot be left out."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if len(names) != 1 or self.disable_adapters or self.merged or not _is_plain(self.base_layer):
+            return None
+        name = names[0]
+        if not isinstance(self.lora_variant.get(name), AFALoraVariant) or self.lora_B[name].bias is not None:
+            return None
+        branch = _branch(self, name)
+        return None if branch is None else LinearCall(weight_of(self.base_layer), self.base_layer.bias, *branch)
 
     @property
     def alpha_t(self) -> float:
