@@ -1,10 +1,12 @@
-"""The operators of layers that share their input: one pass over x for z of all of them, and one for
-dA of all of them and dx.
+"""The operators of layers that share their input: all branches in one pass over x where one backend takes them together
+(``registry.select_group``), else layer by layer.
 
-Nothing here is new arithmetic: the stacked matrices are one call of a backend, and the branch of a
-member is the ordinary call on ``x := z_i`` with ``A := I``, whose own z is then exactly z_i.
-So every backend serves a group without knowing of it.
+As in _ops.py, each operator has a function of its name with ``direct`` as its first argument. A list has one entry for
+each member. What is not needed is None in what a direct call returns, and a tensor with 0 elements in what the operator
+returns.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,152 +14,118 @@ from torch import Tensor
 from afa_kernels import _ops, reference
 from afa_kernels.activation import IDENTITY
 from afa_kernels.backend import frozen, registry
-from afa_kernels.backend.registry import Backend, Call
-from afa_kernels.options import Spec
+from afa_kernels.backend.registry import Backend, Call, Member, remembered
+from afa_kernels.options import Options, Spec
 from afa_kernels.reference import compute_dtype
 
 _MEMBERS = "Tensor[] lora_a, Tensor[] lora_b, Tensor[] alpha_t, str[] activations, float[] scalings"
-# z and dx of all members are plain products: a branch whose phi is the identity.
-_LINEAR = Spec(IDENTITY, 1.0, 0)
 
 
-def _backends(x: Tensor, b: list[Tensor], specs: list[Spec], name: str | None) -> list[Backend]:
-    return [registry.select(_ops.call_of(x, b_i, spec), name).backend for b_i, spec in zip(b, specs, strict=True)]
+class _Choice(NamedTuple):
+    """Who computes a group: one backend for all members, or None and each by itself with its own options."""
+
+    together: Backend | None
+    options: list[Options]
 
 
-def _able(backend: Backend, x: Tensor, k: int, n: int, r: int, activation: str) -> Backend:
-    """Return ``backend``, or ``torch`` where it cannot take a call of these sizes (a stacked rank
-    beyond its limit, say)."""
-    call = Call(x.device.type, x.dtype, x.shape[0], k, n, r, activation, False, x.device.index)
-    return backend if backend.why_not(call) is None else registry.get("torch")
+def _choice(x, b, activations, scalings, save_z, name) -> _Choice:
+    shapes = tuple([b_i.shape for b_i in b])
+    return _choice_for(x.device, x.dtype, x.shape, shapes, tuple(activations), tuple(scalings), save_z, name)
 
 
-class _Group:
-    """What forward and backward share: the stacked matrix, the unit matrix, who computes what."""
-
-    def __init__(self, x, a, b, alpha_t, activations, scalings, backend):
-        self.x, self.a, self.b, self.alpha_t = x, a, b, alpha_t
-        self.ranks = [a_i.shape[0] for a_i in a]
-        self.specs = [Spec(*pair) for pair in zip(activations, scalings, strict=True)]
-        self.chosen = _backends(x, b, self.specs, backend)
-        self.unit = torch.eye(sum(self.ranks), dtype=x.dtype, device=x.device)
-
-    def _stacked(self, members: list[int]) -> tuple[Tensor, Tensor, Backend]:
-        """Return the members' stacked A, a unit matrix for B, and the backend of their product."""
-        a = torch.cat([self.a[i] for i in members])
-        r, k = a.shape
-        return a, self.unit[:r, :r], _able(self.chosen[members[0]], self.x, k, r, r, IDENTITY)
-
-    def _member(self, i: int) -> tuple[Backend, Tensor | None, Spec]:
-        """Return the backend of member i's branch on z, alpha_t and the spec."""
-        spec, r, n = self.specs[i], self.ranks[i], self.b[i].shape[0]
-        alpha_t = None if spec.activation == IDENTITY else self.alpha_t[i]
-        return _able(self.chosen[i], self.x, r, n, r, spec.activation), alpha_t, spec
-
-    def project(self) -> Tensor:
-        """Return ``z = x @ A.T`` with the stacked A, ``(M, R)``."""
-        a, unit, chosen = self._stacked(list(range(len(self.a))))
-        z = torch.empty(self.x.shape[0], a.shape[0], dtype=self.x.dtype, device=self.x.device)
-        chosen.forward(self.x, a, unit, None, None, _LINEAR, base=None, out=z, save_z=False)
-        return z
-
-    def forward(self, i: int, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the output of member i from its z."""
-        chosen, alpha_t, spec = self._member(i)
-        unit = self.unit[: z.shape[1], : z.shape[1]]
-
-        def branch(base: Tensor | None, out: Tensor) -> None:
-            chosen.forward(z, unit, self.b[i], alpha_t, None, spec, base=base, out=out, save_z=False)
-
-        return frozen.forward(chosen, spec, self.x, weight, bias, branch)[0]
-
-    def branch_backward(self, i: int, dy: Tensor, z: Tensor, need_dz: bool, need_db: bool):
-        """Return dz and db of member i: one pass over its dy."""
-        chosen, alpha_t, spec = self._member(i)
-        unit = self.unit[: z.shape[1], : z.shape[1]]
-        dz, _, db = chosen.backward(
-            dy, z, unit, self.b[i], z, alpha_t, None, spec, need_dx=need_dz, need_da=False, need_db=need_db
-        )  # fmt: skip
-        return dz, db
-
-    def backward(self, dz: dict[int, Tensor], products: list[tuple[Tensor, Tensor]], need_dx: bool, need_da: bool):
-        """Return dx, the sum of ``dz_i @ A_i`` and of ``dy @ weight`` over ``products``, and dA by member: one pass
-        over x."""
-        a, unit, chosen = self._stacked(list(dz))
-        dz_all = torch.cat(list(dz.values()), 1)
-
-        def branch(dx: Tensor | None):
-            into = {} if dx is None else {"dx": dx}
-            dx, da, _ = chosen.backward(
-                dz_all, self.x, a, unit, dz_all, None, None, _LINEAR,
-                need_dx=need_dx, need_da=need_da, need_db=False, **into,
-            )  # fmt: skip
-            return dx, da
-
-        dx, da = frozen.backward(chosen, _LINEAR, products, branch) if need_dx else branch(None)
-        stacked = () if da is None else da.split([self.ranks[i] for i in dz])
-        return dx, dict(zip(dz, stacked, strict=False))
+@remembered
+def _choice_for(device, dtype, rows, shapes, activations, scalings, save_z, name) -> _Choice:
+    calls, options = [], []
+    for shape, activation, scaling in zip(shapes, activations, scalings, strict=True):
+        calls.append(Call(device.type, dtype, *rows, *shape, activation, False, device.index))
+        options.append(Options(Spec(activation, scaling), save_z, registry.select(calls[-1], name).backend.name))
+    return _Choice(registry.select_group(tuple(calls), name)[0], options)
 
 
-def _group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend) -> list[Tensor]:
+def _member(a: Tensor, b: Tensor, alpha_t: Tensor, options: Options) -> Member:
+    return Member(a, b, None if options.spec.activation == IDENTITY else alpha_t, options.spec)
+
+
+# --- the implementations
+
+
+def _group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend):
+    """Return every y and every z."""
+    if x.shape[0] == 0:
+        return [x.new_empty(0, b_i.shape[0]) for b_i in b], [x.new_empty(0, a_i.shape[0]) for a_i in a]
+    together, options = _choice(x, b, activations, scalings, save_z, backend)
+    members = list(map(_member, a, b, alpha_t, options))
+    layers = list(zip(weights, biases, strict=True))
+    if together is None:
+        results = [
+            _ops.linear_forward(True, *layer, x, m.a, m.b, m.alpha_t, None, o)
+            for layer, m, o in zip(layers, members, options, strict=True)
+        ]
+        return [y for y, _ in results], [z for _, z in results]
+
+    def branches(bases: list[Tensor | None], outs: list[Tensor]) -> list[Tensor] | None:
+        return together.group_forward(x, members, bases=bases, outs=outs, save_z=save_z)
+
     with _ops.plain_precision(x):
-        group = _Group(x, a, b, alpha_t, activations, scalings, backend)
-        if x.shape[0] == 0:
-            return _fake_group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend)
-        z = group.project()
-        ys = []
-        for i, z_i in enumerate(z.split(group.ranks, 1)):
-            ys.append(group.forward(i, z_i, weights[i], biases[i]))
-    return [*ys, z if save_z else x.new_empty(0)]
+        ys, zs = frozen.forward(together, members[0].spec, x, layers, branches)
+    return ys, zs if save_z else [None] * len(ys)
 
 
 def _group_backward(
-    dys, x, weights, a, b, z, alpha_t, activations, scalings, backend, need_dx, need_da, need_db
-) -> list[Tensor]:
-    fake = _fake_group_backward(
-        dys, x, weights, a, b, z, alpha_t, activations, scalings, backend, need_dx, need_da, need_db
-    )
+    dys, x, weights, a, b, zs, alpha_t, activations, scalings, backend, need_dx, need_da, need_db
+):  # fmt: skip
+    """Return dx, every da and every db. A member without dy adds nothing to dx, and its da and db are None."""
+    da, db = [None] * len(a), [None] * len(b)
+    given = [i for i, dy in enumerate(dys) if dy is not None]
+    if not (need_dx or any(need_da[i] or need_db[i] for i in given)) or not given:
+        return None, da, db
+    together, options = _choice(x, b, activations, scalings, zs is not None, backend)
+    members = list(map(_member, a, b, alpha_t, options))
     if x.shape[0] == 0:
-        return [t.zero_() for t in fake]
+        dx = torch.empty_like(x) if need_dx else None
+        found = [
+            [torch.zeros_like(t[i]) if need[i] else None for i in given] for t, need in ((a, need_da), (b, need_db))
+        ]
+    elif together is None:
+        dx, *found = _one_by_one(dys, x, weights, members, options, zs, given, need_dx, need_da, need_db)
+    else:
+        dx, *found = _together(together, dys, x, weights, members, zs, given, need_dx, need_da, need_db)
+    for i, da_i, db_i in zip(given, *found, strict=True):
+        da[i], db[i] = da_i, db_i
+    return dx, da, db
+
+
+def _together(backend, dys, x, weights, members, zs, given, need_dx, need_da, need_db):
+    def of_given(values: list) -> list:
+        return [values[i] for i in given]
+
+    dys, members, zs = of_given(dys), of_given(members), None if zs is None else of_given(zs)
+    needs = {"need_dx": need_dx, "need_da": of_given(need_da), "need_db": of_given(need_db)}
+
+    def branches(dx: Tensor | None):
+        into = {} if dx is None else {"dx": dx}
+        return backend.group_backward(dys, x, members, zs, **needs, **into)
+
     with _ops.plain_precision(x):
-        group = _Group(x, a, b, alpha_t, activations, scalings, backend)
-        if z is None:
-            z = group.project()
-        da, db, dz = {}, {}, {}
-        for i, z_i in enumerate(z.split(group.ranks, 1)):
-            if dys[i] is None:
-                continue
-            dz_i, db_i = group.branch_backward(i, dys[i], z_i, need_dx or need_da[i], need_db[i])
-            if dz_i is not None:
-                dz[i] = dz_i
-            if db_i is not None:
-                db[i] = db_i
-        dx = None
-        if dz:
-            products = [(dys[i], weights[i]) for i in dz]
-            dx, stacked = group.backward(dz, products, need_dx, any(need_da[i] for i in dz))
-            # Copies: results of an operator may not be views of one tensor.
-            da = {i: t.to(a[i].dtype, copy=True) for i, t in stacked.items() if need_da[i]}
-    results = [dx, *(da.get(i) for i in range(len(a))), *(db.get(i) for i in range(len(b)))]
-    return [f if t is None else t for t, f in zip(results, fake, strict=True)]
+        if not need_dx:
+            return branches(None)
+        products = list(zip(dys, of_given(weights), strict=True))
+        return frozen.backward(backend, members[0].spec, products, branches)
 
 
-def _fake_group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend) -> list[Tensor]:
-    m = x.shape[0]
-    ys = [x.new_empty(m, w.shape[0]) for w in weights]
-    return [*ys, x.new_empty(m, sum(a_i.shape[0] for a_i in a)) if save_z else x.new_empty(0)]
-
-
-def _fake_group_backward(
-    dys, x, weights, a, b, z, alpha_t, activations, scalings, backend, need_dx, need_da, need_db
-) -> list[Tensor]:
-    given = [dy is not None for dy in dys]
-    wanted = [
-        (x, need_dx and any(given)),
-        *((t, need and g) for t, need, g in zip(a, need_da, given, strict=True)),
-        *((t, need and g) for t, need, g in zip(b, need_db, given, strict=True)),
-    ]
-    return [torch.empty(t.shape if needed else 0, dtype=t.dtype, device=t.device) for t, needed in wanted]
+def _one_by_one(dys, x, weights, members, options, zs, given, need_dx, need_da, need_db):
+    dx, da, db = None, [], []
+    for i in given:
+        m, z = members[i], None if zs is None else zs[i]
+        saved = (dys[i], x, m.a, m.b, z, m.alpha_t, None, options[i])
+        if need_dx:
+            dx_i, da_i, db_i = _ops.linear_backward(True, weights[i], *saved, need_da[i], need_db[i])
+            dx = dx_i if dx is None else dx.add_(dx_i)
+        else:
+            _, da_i, db_i = _ops.lora_backward(True, *saved, False, need_da[i], need_db[i])
+        da.append(da_i)
+        db.append(db_i)
+    return dx, da, db
 
 
 def differentiable_backward(dys, x, weights, a, b, alpha_t, activations, scalings):
@@ -178,17 +146,70 @@ def differentiable_backward(dys, x, weights, a, b, alpha_t, activations, scaling
     return dx.to(x.dtype), da, db
 
 
-group_forward = _ops.define(
+# --- the operators
+
+
+def _or_nothing(tensors: list[Tensor | None], likes: list[Tensor]) -> list[Tensor]:
+    return [like.new_empty(0) if t is None else t for t, like in zip(tensors, likes, strict=True)]
+
+
+def _forward_operator(x, *arguments):
+    ys, zs = _group_forward(x, *arguments)
+    return [*ys, *_or_nothing(zs, [x] * len(zs))]
+
+
+def _backward_operator(dys, x, weights, a, b, *arguments):
+    dx, da, db = _group_backward(dys, x, weights, a, b, *arguments)
+    return _or_nothing([dx, *da, *db], [x, *a, *b])
+
+
+def _fake_group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend):
+    m = x.shape[0]
+    ys = [x.new_empty(m, w.shape[0]) for w in weights]
+    return [*ys, *(x.new_empty((m, a_i.shape[0]) if save_z else 0) for a_i in a)]
+
+
+def _fake_group_backward(
+    dys, x, weights, a, b, zs, alpha_t, activations, scalings, backend, need_dx, need_da, need_db
+):  # fmt: skip
+    given = [dy is not None for dy in dys]
+    wanted = [
+        (x, need_dx and any(given)),
+        *((t, need and g) for t, need, g in zip(a, need_da, given, strict=True)),
+        *((t, need and g) for t, need, g in zip(b, need_db, given, strict=True)),
+    ]
+    return [torch.empty(t.shape if needed else 0, dtype=t.dtype, device=t.device) for t, needed in wanted]
+
+
+_defined_forward = _ops.define(
     "group_forward",
     f"(Tensor x, Tensor[] weights, Tensor?[] biases, {_MEMBERS}, bool save_z, str? backend) -> Tensor[]",
-    _group_forward,
+    _forward_operator,
     _fake_group_forward,
 )
-group_backward = _ops.define(
+_defined_backward = _ops.define(
     "group_backward",
-    "(Tensor?[] dys, Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor? z, "
+    "(Tensor?[] dys, Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[]? zs, "
     "Tensor[] alpha_t, str[] activations, float[] scalings, str? backend, bool need_dx, "
     "bool[] need_da, bool[] need_db) -> Tensor[]",
-    _group_backward,
+    _backward_operator,
     _fake_group_backward,
 )
+
+
+def group_forward(direct: bool, *arguments) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return every y and every z."""
+    if direct:
+        return _group_forward(*arguments)
+    results = _defined_forward(*arguments)
+    n = len(results) // 2
+    return results[:n], results[n:]
+
+
+def group_backward(direct: bool, *arguments) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Return dx, every da and every db."""
+    if direct:
+        return _group_backward(*arguments)
+    dx, *results = _defined_backward(*arguments)
+    n = len(results) // 2
+    return dx, results[:n], results[n:]

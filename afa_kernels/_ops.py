@@ -109,10 +109,11 @@ def _linear_forward(weight, bias, x, a, b, alpha_t, seed, options):
     with plain_precision(x):
         backend, spec = registry.get(options.backend), options.spec
 
-        def branch(base: Tensor | None, out: Tensor) -> Tensor | None:
-            return backend.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=options.save_z)
+        def branch(bases: list[Tensor | None], outs: list[Tensor]) -> Tensor | None:
+            return backend.forward(x, a, b, alpha_t, seed, spec, base=bases[0], out=outs[0], save_z=options.save_z)
 
-        return frozen.forward(backend, spec, x, weight, bias, branch)
+        (y,), z = frozen.forward(backend, spec, x, [(weight, bias)], branch)
+        return y, z
 
 
 def _lora_backward(dy, x, a, b, z, alpha_t, seed, options, need_dx, need_da, need_db):

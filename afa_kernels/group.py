@@ -18,7 +18,13 @@ from afa_kernels.activation import IDENTITY
 from afa_kernels.backend.registry import requested
 from afa_kernels.functional import LinearCall, _as_rows, _like, autocast
 from afa_kernels.layer import AFALinear
-from afa_kernels.torch_private import in_forward_mode, saved_tensor_hooks, version_of
+from afa_kernels.torch_private import (
+    are_ordinary,
+    in_forward_mode,
+    operators_are_watched,
+    saved_tensor_hooks,
+    version_of,
+)
 
 # Children of one module that common transformer code calls with the same tensor.
 PATTERNS = (
@@ -296,8 +302,13 @@ def _linear(layers: list[AFALinear], x: Tensor) -> list[Tensor]:
     x = autocast("x", x)
     rows = _as_rows(x)
     weights = [autocast("weight", m.base_layer.weight.T if m.transposed else m.base_layer.weight) for m in layers]
-    for layer, weight in zip(layers, weights, strict=True):
-        checks.linear(x, weight, layer.base_layer.bias, layer.lora_a, layer.lora_b)
+    direct = all(
+        [
+            checks.linear(x, weight, layer.base_layer.bias, layer.lora_a, layer.lora_b)
+            for layer, weight in zip(layers, weights, strict=True)
+        ]
+    )
+    direct = direct and are_ordinary(m.alpha_t_buffer for m in layers)
     activations = [IDENTITY if m.identity else m.activation for m in layers]
     tensors = [
         *weights,
@@ -314,9 +325,9 @@ def _linear(layers: list[AFALinear], x: Tensor) -> list[Tensor]:
     )
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
     if differentiated:
-        ys = AFAGroupFunction.apply(rows, *options, *tensors)
+        ys = AFAGroupFunction.apply(rows, *options, direct, *tensors)
     else:
-        ys = _group_ops.group_forward(rows, *_split(tensors), *options[:2], False, options[-1])[:-1]
+        ys, _ = _group_ops.group_forward(direct, rows, *_split(tensors), *options[:2], False, options[-1])
     return [_like(y, x, y.shape[-1]) for y in ys]
 
 
@@ -328,41 +339,45 @@ def _split(tensors: Iterable[Tensor | None]) -> list[list[Tensor | None]]:
 
 
 class AFAGroupFunction(torch.autograd.Function):
-    """``apply(x, activations, scalings, save_z, backend, *tensors)`` on checked operands: ``x (M,
-    K)`` and the members' weights, biases, A, B and alpha_t. Returns the members' outputs.
+    """``apply(x, activations, scalings, save_z, backend, direct, *tensors)`` on checked operands: ``x (M, K)`` and the
+    members' weights, biases, A, B and alpha_t. Returns the members' outputs.
 
     One node with several outputs: its backward runs once, when the gradients of all are there.
     """
 
     @staticmethod
-    def forward(ctx, x, activations, scalings, save_z, backend, *tensors):
+    def forward(ctx, x, activations, scalings, save_z, backend, direct, *tensors):
         weights, biases, a, b, alpha_t = _split(tensors)
-        *ys, z = _group_ops.group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend)
+        ys, zs = _group_ops.group_forward(
+            direct, x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend
+        )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, z if save_z else None, *weights, *a, *b, *alpha_t)
+        ctx.save_for_backward(x, *weights, *a, *b, *alpha_t, *(zs if save_z else ()))
         ctx.options = (activations, scalings, backend)
+        ctx.direct = direct
         return tuple(ys)
 
     @staticmethod
     def backward(ctx, *grads):
-        x, z, *rest = ctx.saved_tensors
+        x, *rest = ctx.saved_tensors
         n = len(grads)
-        weights, a, b, alpha_t = (rest[i * n : (i + 1) * n] for i in range(4))
+        weights, a, b, alpha_t, zs = (rest[i * n : (i + 1) * n] for i in range(5))
         activations, scalings, backend = ctx.options
         needs = ctx.needs_input_grad
-        need_x, need_a, need_b = needs[0], needs[5 + 2 * n : 5 + 3 * n], needs[5 + 3 * n :][:n]
+        need_x, need_a, need_b = needs[0], needs[6 + 2 * n : 6 + 3 * n], needs[6 + 3 * n :][:n]
         given = [dy is not None for dy in grads]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             dx, da, db = _group_ops.differentiable_backward(grads, x, weights, a, b, alpha_t, activations, scalings)
         else:
-            dx, *gradients = _group_ops.group_backward(
-                list(grads), x, weights, a, b, z, alpha_t, activations, scalings, backend,
+            # A hook on saved tensors may have returned other tensors than the forward saved.
+            direct = ctx.direct and not operators_are_watched() and are_ordinary((*grads, x, *rest))
+            dx, da, db = _group_ops.group_backward(
+                direct, list(grads), x, weights, a, b, zs or None, alpha_t, activations, scalings, backend,
                 need_x, list(need_a), list(need_b),
             )  # fmt: skip
-            da, db = gradients[:n], gradients[n:]
         return (
             dx if need_x and any(given) else None,
-            *(None,) * (4 + 2 * n),
+            *(None,) * (5 + 2 * n),
             *(t if need and g else None for t, need, g in zip(da, need_a, given, strict=True)),
             *(t if need and g else None for t, need, g in zip(db, need_b, given, strict=True)),
             *(None,) * n,

@@ -8,6 +8,7 @@ from torch import nn
 
 import afa_kernels as afa
 from afa_kernels import group as grouping
+from afa_kernels.backend import registry, torch_ops
 
 pytestmark = pytest.mark.fast
 
@@ -105,7 +106,7 @@ def test_z_is_saved_for_the_backward_at_identity_too(alpha_t):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         afa.AFALinearGroup(layers)(torch.randn(6, K))
-    assert (6, 10) in saved
+    assert saved.count((6, 5)) == 2
 
 
 @pytest.mark.parametrize("alone", [(0,), (1, 2), (0, 1)])
@@ -197,36 +198,76 @@ def test_a_group_reads_x_once_in_each_direction():
     assert len({y.grad_fn for y in ys}) == 1  # one node: its backward sees all gradients at once
 
 
-@pytest.mark.parametrize("save_z", [True, False])
-def test_the_stacked_matrices_are_one_call_of_the_backend(monkeypatch, save_z):
-    from afa_kernels.backend import registry, torch_ops
-
+@pytest.fixture
+def spies(monkeypatch):
+    """Makes backends that record their calls: ``spies(name, **fields)``; returns the record too."""
     seen = []
 
-    def recorded(function, direction):
-        def call(*args, **kwargs):
-            x = args[0] if direction == "forward" else args[1]
-            seen.append((direction, x.shape[1]))
-            return function(*args, **kwargs)
+    def recorded(name, function):
+        return lambda *args, **kwargs: seen.append(name) or function(*args, **kwargs)
 
-        return call
+    def make(name, **fields):
+        passes = {"forward": torch_ops.forward, "backward": torch_ops.backward} | fields
+        passes |= {key: recorded(key, f) for key, f in passes.items() if key in PASSES}
+        spy = registry.Backend(name, frozenset(), torch_ops.BACKEND.status, automatic=False, **passes)
+        monkeypatch.setitem(registry._BACKENDS, name, spy)
+        registry.forget_choices()
 
-    spy = registry.Backend(
-        "spy", frozenset(), torch_ops.BACKEND.status,
-        recorded(torch_ops.forward, "forward"), recorded(torch_ops.backward, "backward"),
-        automatic=False,
-    )  # fmt: skip
-    monkeypatch.setitem(registry._BACKENDS, "spy", spy)
+    yield make, seen
     registry.forget_choices()
-    layers = [layer(n, r=5, backend="spy", save="z" if save_z else "nothing") for n in (32, 16)]
+
+
+PASSES = ("forward", "backward", "group_forward", "group_backward")
+TOGETHER = {"group_forward": torch_ops.group_forward, "group_backward": torch_ops.group_backward}
+
+
+def step(layers):
     x = torch.randn(6, K, requires_grad=True)
-    ys = afa.AFALinearGroup(layers)(x)
-    assert seen == [("forward", K), ("forward", 5), ("forward", 5)]
-    seen.clear()
-    sum(y.sum() for y in ys).backward()
-    again = [] if save_z else [("forward", K)]
-    assert seen == again + [("backward", 5), ("backward", 5), ("backward", K)]
-    registry.forget_choices()
+    sum(y.sum() for y in afa.AFALinearGroup(layers)(x)).backward()
+
+
+@pytest.mark.parametrize("save", ["z", "nothing"])
+def test_a_group_is_one_call_of_the_backend_in_each_direction(spies, save):
+    make, seen = spies
+    make("spy", **TOGETHER)
+    step([layer(n, backend="spy", save=save) for n in (32, 16)])
+    assert seen == ["group_forward", "group_backward"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, TOGETHER | {"refuses_group": lambda calls: f"takes less than {len(calls)} layers"}],
+    ids=["without group passes", "refusing"],
+)
+def test_members_of_another_backend_are_calls_of_their_own(spies, fields):
+    make, seen = spies
+    make("spy", **fields)
+    step([layer(n, backend="spy") for n in (32, 16)])
+    assert seen == ["forward"] * 2 + ["backward"] * 2
+
+
+def test_why_a_backend_does_not_take_layers_together(spies):
+    make, _ = spies
+    make("alone")
+    make("choosy", refuses_group=lambda calls: f"takes less than {len(calls)} layers", **TOGETHER)
+    make("spy", **TOGETHER)
+    calls = tuple(registry.Call("cpu", torch.float32, 4, K, n, 4, "silu") for n in (32, 16))
+    assert registry.select_group(calls, "alone") == (None, "alone takes one layer at a time")
+    assert registry.select_group(calls, "choosy") == (None, "choosy takes less than 2 layers")
+    assert registry.select_group(calls, "spy")[0].name == "spy"
+    dropping = (calls[0], calls[1]._replace(dropout=True))
+    assert registry.select_group(dropping, "spy") == (None, "dropout draws one mask for each layer")
+
+
+def test_members_whose_backends_differ_run_one_by_one():
+    calls = tuple(registry.Call("cpu", torch.float32, 4, K, 8, r, "silu") for r in (4, 300))
+    if registry.select(calls[0], None).backend.name != "cpu":
+        pytest.skip("one backend takes all ranks")
+    together, reason = registry.select_group(calls, None)
+    assert together is None and reason == "the members run on different backends (cpu, torch)"
+    layers, x = [layer(8, 4), layer(8, 300)], torch.randn(4, K)
+    for y, m in zip(afa.AFALinearGroup(layers)(x), layers, strict=True):
+        assert torch.equal(y, m(x))
 
 
 # --- explicit groups: what is refused

@@ -1,12 +1,14 @@
-"""The one place that orders the GEMM of a frozen layer and the branch: whichever comes second accumulates in place.
+"""The one place that orders the GEMMs of frozen layers and their branches: whichever comes second accumulates in place.
 
 Branch first: ``y = branch + bias; y.addmm_(x, W.T)``. The GEMM reads its beta = 1 operand behind its products, so y is
 passed over once more than by the GEMM alone, where adding the branch afterwards would pass over it twice more. GEMM
 first: ``y = x @ W.T + bias; y += branch``, for a backend whose kernels read y for less than the GEMM does
 (``Backend.gemm_first``). The same in the backward: ``dx = branch; dx.addmm_(dy, W)``, or the other way round.
+
+A layer alone is a list of one. The layers of a list read the same x, and all their branches are one call.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,31 +19,41 @@ from afa_kernels.options import Spec
 
 
 def forward(
-    backend: Backend, spec: Spec, x: Tensor, weight: Tensor, bias: Tensor | None,
-    branch: Callable[[Tensor | None, Tensor], Tensor | None],
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return ``y = x @ weight.T + bias + branch``, and what ``branch(base, out)`` returned.
+    backend: Backend, spec: Spec, x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]],
+    branch: Callable[[list[Tensor | None], list[Tensor]], object],
+) -> tuple[list[Tensor], object]:  # fmt: skip
+    """Return ``y = x @ weight.T + bias + branch`` of each layer ``(weight, bias)``, and what ``branch(bases, outs)``
+    returned.
 
-    ``branch(base, out)`` writes ``base + branch`` into ``out``; base may be out.
+    ``branch(bases, outs)`` writes ``base + branch`` into each out; a base may be its out. ``spec`` is that of the first
+    layer: those of one call differ in nothing that the order depends on.
     """
-    bias = None if bias is None else bias.to(x.dtype)
-    if backend.gemm_first(spec, x.dtype, False):
-        y = F.linear(x, weight, bias)
-        return y, branch(y, y)
-    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    z = branch(None if bias is None else bias.expand_as(y), y)
-    return y.addmm_(x, weight.T), z
+    gemm_first = backend.gemm_first(spec, x.dtype, False)
+    ys, bases = [], []
+    for weight, bias in layers:
+        bias = None if bias is None else bias.to(x.dtype)
+        if gemm_first:
+            base = y = F.linear(x, weight, bias)
+        else:
+            y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+            base = None if bias is None else bias.expand_as(y)
+        ys.append(y)
+        bases.append(base)
+    result = branch(bases, ys)
+    if not gemm_first:
+        for y, (weight, _) in zip(ys, layers, strict=True):
+            y.addmm_(x, weight.T)
+    return ys, result
 
 
 def backward(
-    backend: Backend, spec: Spec, products: Iterable[tuple[Tensor, Tensor]],
+    backend: Backend, spec: Spec, products: Sequence[tuple[Tensor, Tensor]],
     branch: Callable[[Tensor | None], tuple],
 ) -> tuple:  # fmt: skip
     """Return what ``branch`` returned, its first element being ``dx``, with each ``dy @ weight`` of ``products`` in it.
 
     ``branch(dx)`` accumulates its part of dx into ``dx``, or makes a new one from None.
     """
-    products = list(products)
     if backend.gemm_first(spec, products[0][0].dtype, True):
         (dy, weight), *others = products
         dx = torch.mm(dy, weight)

@@ -122,7 +122,8 @@ class GroupForward(Protocol):
     ) -> list[Tensor] | None:
         """Do for each member what :class:`Forward` does, reading x once; return the z of each if asked for.
 
-        The z of a member has the bits that the member alone would give it.
+        The z of a member has the bits that the member alone would give it, where the bits of a product do not depend on
+        its sizes (those of torch's GEMMs do).
         """
 
 
@@ -293,6 +294,26 @@ def select(call: Call, name: str | None) -> Selection:
             return Selection(backend, reason)
         passed_over.append(f"{backend.name}: {why_not}")
     raise BackendUnavailable(f"no backend can take this call: {'; '.join(passed_over)} (call: {_describe(call)})")
+
+
+@remembered
+def select_group(calls: tuple[Call, ...], name: str | None) -> tuple[Backend | None, str]:
+    """Return the backend whose group passes take ``calls``, the calls of layers on one x, together; or None and why
+    there is none.
+
+    Raises:
+        As :func:`select` for each of the calls.
+    """
+    chosen = {select(call, name).backend.name for call in calls}
+    if len(chosen) > 1:
+        return None, f"the members run on different backends ({', '.join(sorted(chosen))})"
+    backend = get(chosen.pop())
+    if backend.group_forward is None:
+        return None, f"{backend.name} takes one layer at a time"
+    if any(call.dropout for call in calls):
+        return None, "dropout draws one mask for each layer"
+    refused = backend.refuses_group(list(calls))
+    return (backend, "") if refused is None else (None, f"{backend.name} {refused}")
 
 
 def _describe(call: Call) -> str:

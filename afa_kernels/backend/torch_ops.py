@@ -48,38 +48,89 @@ def _cuda_mm_has_out_dtype() -> bool:
     return hasattr(torch.ops.aten.mm, "dtype")
 
 
-def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
-    a, b = a.to(x.dtype), b.to(x.dtype)
-    z = _z(_drop(x, seed, spec), a, spec)
-    h = _h(z, alpha_t, spec)
+def _write(z: Tensor, b: Tensor, alpha_t: Tensor | None, spec: Spec, base: Tensor | None, out: Tensor) -> None:
+    h, b = _h(z, alpha_t, spec), b.to(z.dtype)
     if base is None:
         out.addmm_(h, b.T, beta=0, alpha=spec.scaling)  # beta = 0: what out held is not read
     else:
         if base is not out:
             out.copy_(base)
         out.addmm_(h, b.T, alpha=spec.scaling)
+
+
+def _dz(dy: Tensor, b: Tensor, z: Tensor, alpha_t: Tensor | None, spec: Spec) -> Tensor:
+    wide = compute_dtype(dy.dtype)
+    dz = (dy @ b.to(dy.dtype)).to(wide) * (spec.scaling * (spec.inverse_keep if spec.dropout else 1.0))
+    if spec.activation != IDENTITY:
+        dz = dz * phi_slope(z.to(wide), alpha_t.to(wide), spec.activation)
+    return dz.to(dy.dtype)
+
+
+def _db(dy: Tensor, b: Tensor, z: Tensor, alpha_t: Tensor | None, spec: Spec) -> Tensor:
+    return _mm_into(dy.T, _h(z, alpha_t, spec), b.dtype).mul_(spec.scaling)
+
+
+def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
+    z = _z(_drop(x, seed, spec), a.to(x.dtype), spec)
+    _write(z, b, alpha_t, spec, base, out)
     return z if save_z else None
 
 
 def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
-    a_dtype, b_dtype = a.dtype, b.dtype
-    a, b = a.to(x.dtype), b.to(x.dtype)
     x_dropped = _drop(x, seed, spec) if spec.dropout and (need_da or z is None) else x
     if z is None:
-        z = _z(x_dropped, a, spec)
-    dx = da = db = None
-    if need_db:
-        db = _mm_into(dy.T, _h(z, alpha_t, spec), b_dtype).mul_(spec.scaling)
+        z = _z(x_dropped, a.to(x.dtype), spec)
+    dx = da = None
+    db = _db(dy, b, z, alpha_t, spec) if need_db else None
     if need_dx or need_da:
-        wide = compute_dtype(x.dtype)
-        dz = (dy @ b).to(wide) * (spec.scaling * (spec.inverse_keep if spec.dropout else 1.0))
-        if spec.activation != IDENTITY:
-            dz = dz * phi_slope(z.to(wide), alpha_t.to(wide), spec.activation)
-        dz = dz.to(x.dtype)
+        dz = _dz(dy, b, z, alpha_t, spec)
         if need_dx:
-            dx = _drop(dz @ a, seed, spec)
+            dx = _drop(dz @ a.to(x.dtype), seed, spec)
         if need_da:
-            da = _mm_into(dz.T, x_dropped, a_dtype)
+            da = _mm_into(dz.T, x_dropped, a.dtype)
+    return dx, da, db
+
+
+# --- layers that share x
+
+
+# From this many rows on, one product with the stacked A of all members beats one with each (on a Zen 4, r = 16: up to
+# 2.4 times as fast in bfloat16 and 1.3 times in float32; at 8 rows 0.7 times in float32).
+_STACKED_ROWS = 64
+
+
+def _zs(x: Tensor, a: list[Tensor]) -> list[Tensor]:
+    if x.shape[0] < _STACKED_ROWS:
+        return [x @ a_i.T for a_i in a]
+    ranks = [a_i.shape[0] for a_i in a]
+    return [z.contiguous() for z in (x @ torch.cat(a).T).split(ranks, 1)]
+
+
+def group_forward(x, members, *, bases, outs, save_z):
+    zs = _zs(x, [m.a.to(x.dtype) for m in members])
+    for m, z, base, out in zip(members, zs, bases, outs, strict=True):
+        _write(z, m.b, m.alpha_t, m.spec, base, out)
+    return zs if save_z else None
+
+
+def group_backward(dys, x, members, zs, *, need_dx, need_da, need_db):
+    a = [m.a.to(x.dtype) for m in members]
+    if zs is None:
+        zs = _zs(x, a)
+    saved = list(zip(dys, zs, members, strict=True))
+    db = [
+        _db(dy, m.b, z, m.alpha_t, m.spec) if needed else None
+        for (dy, z, m), needed in zip(saved, need_db, strict=True)
+    ]
+    dx, da = None, [None] * len(members)
+    if need_dx or any(need_da):
+        dzs = [_dz(dy, m.b, z, m.alpha_t, m.spec) for dy, z, m in saved]
+        if need_dx:
+            dx = torch.cat(dzs, 1) @ torch.cat(a)
+        da = [
+            _mm_into(dz.T, x, m.a.dtype) if needed else None
+            for dz, m, needed in zip(dzs, members, need_da, strict=True)
+        ]
     return dx, da, db
 
 
@@ -89,4 +140,6 @@ BACKEND = Backend(
     status=lambda: BackendStatus(True, details={"torch": torch.__version__}),
     forward=forward,
     backward=backward,
+    group_forward=group_forward,
+    group_backward=group_backward,
 )
