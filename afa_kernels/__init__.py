@@ -14,6 +14,7 @@ from afa_kernels.layer import AFALinear
 from afa_kernels.model import inject, merge, set_alpha_t, unload, unmerge
 from afa_kernels.plan import Plan, plan
 from afa_kernels.schedule import AnnealSchedule
+from afa_kernels.shared_input import share_inputs, unshare_inputs
 
 __version__ = "0.1.0"
 
@@ -35,7 +36,9 @@ __all__ = [
     "plan",
     "save_adapter",
     "set_alpha_t",
+    "share_inputs",
     "unload",
     "unmerge",
+    "unshare_inputs",
     "use_backend",
 ]

@@ -10,58 +10,80 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from afa_kernels import _ops, reference
-from afa_kernels.activation import IDENTITY
 from afa_kernels.backend import frozen, registry
-from afa_kernels.backend.registry import Backend, Call, Member, remembered
-from afa_kernels.options import Options, Spec
+from afa_kernels.backend.registry import Call, Member, remembered
+from afa_kernels.options import Options, Spec, at_identity
 from afa_kernels.reference import compute_dtype
 
-_MEMBERS = "Tensor[] lora_a, Tensor[] lora_b, Tensor[] alpha_t, str[] activations, float[] scalings"
+_MEMBERS = "Tensor[] lora_a, Tensor[] lora_b, Tensor?[] alpha_t, str[] activations, float[] scalings"
 
 
-class _Choice(NamedTuple):
-    """Who computes a group: one backend for all members, or None and each by itself with its own options."""
+class Choice(NamedTuple):
+    """Who computes a group, in both directions: the backend that takes all members at once, or None and each by itself
+    with its own options. In a trace the operators choose when they run, from what was requested."""
 
-    together: Backend | None
-    options: list[Options]
+    requested: str | None
+    together: str | None
+    options: tuple[Options, ...]
 
 
-def _choice(x, b, activations, scalings, save_z, name) -> _Choice:
-    shapes = tuple([b_i.shape for b_i in b])
-    return _choice_for(x.device, x.dtype, x.shape, shapes, tuple(activations), tuple(scalings), save_z, name)
+def resolved(
+    x: Tensor, b: list[Tensor], options: list[Options], identities: list[bool], differentiated: bool
+) -> Choice:
+    """Return all that the operands of members decide: identity, whether a backward may want z, the backends."""
+    name = registry.requested(options[0].backend)
+    decided = tuple(options), tuple(identities), differentiated, name
+    if is_compiling():
+        return Choice(name, None, _decided(*decided))
+    return _resolved(x.device, x.dtype, x.shape, tuple([t.shape for t in b]), *decided)
 
 
 @remembered
-def _choice_for(device, dtype, rows, shapes, activations, scalings, save_z, name) -> _Choice:
-    calls, options = [], []
-    for shape, activation, scaling in zip(shapes, activations, scalings, strict=True):
-        calls.append(Call(device.type, dtype, *rows, *shape, activation, False, device.index))
-        options.append(Options(Spec(activation, scaling), save_z, registry.select(calls[-1], name).backend.name))
-    return _Choice(registry.select_group(tuple(calls), name)[0], options)
+def _resolved(device, dtype, rows, shapes, options, identities, differentiated, name) -> Choice:
+    calls, chosen = [], []
+    decided = _decided(options, identities, differentiated, name)
+    for shape, (spec, save_z, _) in zip(shapes, decided, strict=True):
+        calls.append(Call(device.type, dtype, *rows, *shape, spec.activation, spec.dropout > 0, device.index))
+        chosen.append(Options(spec, save_z, registry.select(calls[-1], name).backend.name))
+    together = registry.select_group(tuple(calls), name)[0]
+    return Choice(name, None if together is None else together.name, tuple(chosen))
 
 
-def _member(a: Tensor, b: Tensor, alpha_t: Tensor, options: Options) -> Member:
-    return Member(a, b, None if options.spec.activation == IDENTITY else alpha_t, options.spec)
+def _decided(options, identities, differentiated, name) -> tuple[Options, ...]:
+    members = [at_identity(o) if identity else o for o, identity in zip(options, identities, strict=True)]
+    return tuple([Options(o.spec, o.save_z and differentiated, name) for o in members])
+
+
+def _choice_of(x: Tensor, b: list[Tensor], activations, scalings, save_z: bool, name: str | None) -> Choice:
+    """Return what ``resolved`` gives for the arguments of an operator."""
+    options = [Options(Spec(*pair), save_z, name) for pair in zip(activations, scalings, strict=True)]
+    return resolved(x, b, options, [False] * len(b), True)
+
+
+def _members(a: list[Tensor], b: list[Tensor], alpha_t: list[Tensor | None], choice: Choice) -> list[Member]:
+    return [Member(*m, o.spec) for *m, o in zip(a, b, alpha_t, choice.options, strict=True)]
 
 
 # --- the implementations
 
 
-def _group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, save_z, backend):
+def _group_forward(x, weights, biases, a, b, alpha_t, choice):
     """Return every y and every z."""
+    save_z = choice.options[0].save_z
     if x.shape[0] == 0:
-        return [x.new_empty(0, b_i.shape[0]) for b_i in b], [x.new_empty(0, a_i.shape[0]) for a_i in a]
-    together, options = _choice(x, b, activations, scalings, save_z, backend)
-    members = list(map(_member, a, b, alpha_t, options))
+        return [x.new_empty(0, t.shape[0]) for t in b], [x.new_empty(0, t.shape[0]) if save_z else None for t in a]
+    members = _members(a, b, alpha_t, choice)
     layers = list(zip(weights, biases, strict=True))
-    if together is None:
+    if choice.together is None:
         results = [
             _ops.linear_forward(True, *layer, x, m.a, m.b, m.alpha_t, None, o)
-            for layer, m, o in zip(layers, members, options, strict=True)
+            for layer, m, o in zip(layers, members, choice.options, strict=True)
         ]
         return [y for y, _ in results], [z for _, z in results]
+    together = registry.get(choice.together)
 
     def branches(bases: list[Tensor | None], outs: list[Tensor]) -> list[Tensor] | None:
         return together.group_forward(x, members, bases=bases, outs=outs, save_z=save_z)
@@ -71,24 +93,22 @@ def _group_forward(x, weights, biases, a, b, alpha_t, activations, scalings, sav
     return ys, zs if save_z else [None] * len(ys)
 
 
-def _group_backward(
-    dys, x, weights, a, b, zs, alpha_t, activations, scalings, backend, need_dx, need_da, need_db
-):  # fmt: skip
+def _group_backward(dys, x, weights, a, b, zs, alpha_t, choice, need_dx, need_da, need_db):
     """Return dx, every da and every db. A member without dy adds nothing to dx, and its da and db are None."""
     da, db = [None] * len(a), [None] * len(b)
     given = [i for i, dy in enumerate(dys) if dy is not None]
     if not (need_dx or any(need_da[i] or need_db[i] for i in given)) or not given:
         return None, da, db
-    together, options = _choice(x, b, activations, scalings, zs is not None, backend)
-    members = list(map(_member, a, b, alpha_t, options))
+    members = _members(a, b, alpha_t, choice)
     if x.shape[0] == 0:
         dx = torch.empty_like(x) if need_dx else None
         found = [
             [torch.zeros_like(t[i]) if need[i] else None for i in given] for t, need in ((a, need_da), (b, need_db))
         ]
-    elif together is None:
-        dx, *found = _one_by_one(dys, x, weights, members, options, zs, given, need_dx, need_da, need_db)
+    elif choice.together is None:
+        dx, *found = _one_by_one(dys, x, weights, members, choice.options, zs, given, need_dx, need_da, need_db)
     else:
+        together = registry.get(choice.together)
         dx, *found = _together(together, dys, x, weights, members, zs, given, need_dx, need_da, need_db)
     for i, da_i, db_i in zip(given, *found, strict=True):
         da[i], db[i] = da_i, db_i
@@ -128,7 +148,7 @@ def _one_by_one(dys, x, weights, members, options, zs, given, need_dx, need_da, 
     return dx, da, db
 
 
-def differentiable_backward(dys, x, weights, a, b, alpha_t, activations, scalings):
+def differentiable_backward(dys, x, weights, a, b, alpha_t, choice: Choice):
     """Return dx, every da and every db as plain torch ops: the sum of the members' closed
     formulas."""
     dx, da, db = torch.zeros_like(x, dtype=compute_dtype(x.dtype)), [], []
@@ -138,8 +158,7 @@ def differentiable_backward(dys, x, weights, a, b, alpha_t, activations, scaling
                 da.append(None)
                 db.append(None)
                 continue
-            spec = Spec(activations[i], scalings[i], 0)
-            dx_i, da_i, db_i = reference.backward(dy, x, a[i], b[i], alpha_t[i], None, spec)
+            dx_i, da_i, db_i = reference.backward(dy, x, a[i], b[i], alpha_t[i], None, choice.options[i].spec)
             dx = dx + dx_i + dy @ weights[i]
             da.append(da_i)
             db.append(db_i)
@@ -153,13 +172,16 @@ def _or_nothing(tensors: list[Tensor | None], likes: list[Tensor]) -> list[Tenso
     return [like.new_empty(0) if t is None else t for t, like in zip(tensors, likes, strict=True)]
 
 
-def _forward_operator(x, *arguments):
-    ys, zs = _group_forward(x, *arguments)
+def _forward_operator(x, weights, biases, a, b, alpha_t, *options):
+    ys, zs = _group_forward(x, weights, biases, a, b, alpha_t, _choice_of(x, b, *options))
     return [*ys, *_or_nothing(zs, [x] * len(zs))]
 
 
-def _backward_operator(dys, x, weights, a, b, *arguments):
-    dx, da, db = _group_backward(dys, x, weights, a, b, *arguments)
+def _backward_operator(
+    dys, x, weights, a, b, zs, alpha_t, activations, scalings, backend, need_dx, need_da, need_db
+):  # fmt: skip
+    choice = _choice_of(x, b, activations, scalings, zs is not None, backend)
+    dx, da, db = _group_backward(dys, x, weights, a, b, zs, alpha_t, choice, need_dx, need_da, need_db)
     return _or_nothing([dx, *da, *db], [x, *a, *b])
 
 
@@ -190,26 +212,32 @@ _defined_forward = _ops.define(
 _defined_backward = _ops.define(
     "group_backward",
     "(Tensor?[] dys, Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[]? zs, "
-    "Tensor[] alpha_t, str[] activations, float[] scalings, str? backend, bool need_dx, "
+    "Tensor?[] alpha_t, str[] activations, float[] scalings, str? backend, bool need_dx, "
     "bool[] need_da, bool[] need_db) -> Tensor[]",
     _backward_operator,
     _fake_group_backward,
 )
 
 
-def group_forward(direct: bool, *arguments) -> tuple[list[Tensor], list[Tensor | None]]:
+def group_forward(direct: bool, x, weights, biases, a, b, alpha_t, choice: Choice):
     """Return every y and every z."""
+    operands = (x, weights, biases, a, b, alpha_t)
     if direct:
-        return _group_forward(*arguments)
-    results = _defined_forward(*arguments)
+        return _group_forward(*operands, choice)
+    results = _defined_forward(*operands, *_specs(choice), choice.options[0].save_z, choice.requested)
     n = len(results) // 2
     return results[:n], results[n:]
 
 
-def group_backward(direct: bool, *arguments) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+def group_backward(direct: bool, dys, x, weights, a, b, zs, alpha_t, choice: Choice, need_dx, need_da, need_db):
     """Return dx, every da and every db."""
+    operands, needs = (dys, x, weights, a, b, zs, alpha_t), (need_dx, need_da, need_db)
     if direct:
-        return _group_backward(*arguments)
-    dx, *results = _defined_backward(*arguments)
+        return _group_backward(*operands, choice, *needs)
+    dx, *results = _defined_backward(*operands, *_specs(choice), choice.requested, *needs)
     n = len(results) // 2
     return dx, results[:n], results[n:]
+
+
+def _specs(choice: Choice) -> tuple[list[str], list[float]]:
+    return [o.spec.activation for o in choice.options], [o.spec.scaling for o in choice.options]

@@ -115,7 +115,7 @@ class AFALinear(Annealed):
         self.start_alpha_t(1.0, weight.device, persistent=True)
         self.register_buffer("_original_weight", None, persistent=False)
         self._merged = False
-        self._shared_input = None  # set by group.SharedInput for the time of a call of the block
+        self._shared_input = None  # set by shared_input.SharedInput for the time of a call of the block
         self._parallel = None  # set by the styles of parallel.py: the forward on local shards
         self.reset_parameters()
         self.train(base_layer.training)

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from afa_kernels import checks
-from afa_kernels import group as grouping
 from afa_kernels.base_layer import is_conv1d
 from afa_kernels.layer import AFALinear, check_options
+from afa_kernels.shared_input import attach_groups, groups_of, nothing_to_share, unshare_inputs
 from afa_kernels.targets import ALL_LINEAR, Candidate, find_targets, trainable_modules
 
 _TRAINABLE_MARK = "_afa_trainable"
@@ -29,7 +29,7 @@ def inject(
     dtype: torch.dtype | None = None,
     save: str = "z",
     backend: str | None = None,
-    group: bool = False,
+    group: bool | None = None,
 ) -> nn.Module:
     """Replace linear layers of ``model`` in place by :class:`AFALinear` and freeze everything else.
 
@@ -43,8 +43,9 @@ def inject(
             for example. No layer inside them is adapted; :func:`save_adapter` saves them (PEFT's
             ``modules_to_save``).
         exclude_modules: names or regular expression of modules not to adapt.
-        group: let q, k and v, and gate and up, of the common transformer blocks share their pass
-            over x (see :func:`afa_kernels.group.share_inputs`).
+        group: let q, k and v, and gate and up, of the common transformer blocks share their passes over x where a
+            backend takes them together (see :func:`afa_kernels.share_inputs`): None where there are such layers, True
+            where it is an error if there are none.
         r, lora_alpha, activation, dropout, use_rslora, dtype, save, backend: as in
             :class:`AFALinear`.
 
@@ -54,7 +55,7 @@ def inject(
     Raises:
         TypeError: a named module is of another kind.
         ValueError: nothing matches, the model has AFA layers already, or a named module shares its
-            weight, is registered twice, or is read by its parent without being called; ``group``
+            weight, is registered twice, or is read by its parent without being called; ``group=True``
             with nothing to group, or with dropout, which leaves nothing to share. The model is then
             unchanged.
     """
@@ -82,7 +83,9 @@ def inject(
         )
 
     replace(model, targets, trained, make)
-    return grouping.share_inputs(model) if group else model
+    if group is not False and not dropout:
+        attach_groups(model)
+    return model
 
 
 def _check_group(model: nn.Module, targets: list[Candidate], dropout: float) -> None:
@@ -94,8 +97,8 @@ def _check_group(model: nn.Module, targets: list[Candidate], dropout: float) -> 
     for target in targets:
         in_features = target.module.weight.shape[0 if is_conv1d(target.module) else 1]
         children.setdefault(target.parent, {})[target.attribute] = in_features
-    if not any(list(grouping.groups_of(sizes)) for sizes in children.values()):
-        raise ValueError(grouping.nothing_to_share(model))
+    if not any(list(groups_of(sizes)) for sizes in children.values()):
+        raise ValueError(nothing_to_share(model))
 
 
 def replace(
@@ -188,7 +191,7 @@ def unload(model: nn.Module) -> nn.Module:
         )
     if isinstance(model, AFALinear):
         return model.base_layer
-    grouping.unshare_inputs(model)
+    unshare_inputs(model)
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):
             if isinstance(child, AFALinear):

@@ -1,6 +1,7 @@
 """AnnealSchedule: alpha_t as a pure function of the optimizer step."""
 
 import math
+import sys
 import weakref
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -132,6 +133,9 @@ class AnnealSchedule:
         Raises:
             ValueError: no layer of ``model`` has ``set_alpha_t``.
         """
+        integration = sys.modules.get("afa_kernels.peft")
+        if integration is not None:
+            integration.install_annealed(model)
         layers = [m for m in model.modules() if callable(getattr(m, "set_alpha_t", None))]
         if not layers:
             raise ValueError(f"model: expected layers with set_alpha_t, found none in {type(model).__name__}")

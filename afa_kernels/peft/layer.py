@@ -110,6 +110,8 @@ class AFALoraLayer:
     layer.
     """
 
+    _shared_input = None  # set by shared_input.SharedInput for the time of a call of the block
+
     def resolve_lora_variant(self, **kwargs: Any) -> LoraVariant | None:
         # From PEFT 0.19 on; the versions before pass no configuration (see model.accelerate).
         if hasattr(kwargs.get("config"), "note_alpha_t"):
@@ -117,7 +119,13 @@ class AFALoraLayer:
         return super().resolve_lora_variant(**kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        call = None if args or kwargs else self.linear_call()
+        if args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        if self._shared_input is not None:
+            y = self._shared_input.take(self, x)
+            if y is not None:
+                return y
+        call = self.linear_call()
         return super().forward(x, *args, **kwargs) if call is None else linear(x, *call)
 
     def linear_call(self) -> LinearCall | None:

@@ -6,13 +6,15 @@ from torch import nn
 
 from afa_kernels.peft.config import AFALoraConfig
 from afa_kernels.peft.layer import AFALoraLayer, install, release, why_not
+from afa_kernels.shared_input import attach_groups
 
 
 def accelerate(model: nn.Module) -> nn.Module:
     """Let the LoRA layers of an existing PEFT model run on the kernels of this package.
 
     Every plain LoRA adapter of a layer that has PEFT's seam for it is taken over; it computes what
-    it did before (``alpha_t = 0``: plain GEMMs, accumulated in place). Adapters with an
+    it did before (``alpha_t = 0``: no activation). Layers that read the same x share their passes over it
+    (:func:`afa_kernels.share_inputs`). Adapters with an
     :class:`AFALoraConfig` that PEFT before 0.19 added to existing layers get their activation.
     Everything else (DoRA, embeddings, convolutions) stays as it is. :func:`restore`
     undoes it.
@@ -34,14 +36,16 @@ def accelerate(model: nn.Module) -> nn.Module:
     if not any(isinstance(module, AFALoraLayer) for module in model.modules()):
         found = "; ".join(sorted(reasons)) or "it has no plain LoRA layers"
         raise ValueError(f"model: nothing to run on the kernels in {type(model).__name__}: {found}")
+    attach_groups(model)
     return model
 
 
 def install_annealed(model: nn.Module) -> None:
-    """Give adapters their activation whose :class:`AFALoraConfig` never reached their layer.
+    """Prepare a model with an :class:`AFALoraConfig`, where PEFT shows no more than one layer at a time.
 
-    PEFT before 0.19 does not pass the configuration of another adapter to a layer that exists, so
-    that layer would run it as a plain LoRA.
+    Layers that read the same x share their passes over it (:func:`afa_kernels.share_inputs`). And adapters get their
+    activation whose configuration never reached their layer: PEFT before 0.19 does not pass the configuration of
+    another adapter to a layer that exists, so that layer would run it as a plain LoRA.
 
     Raises:
         ValueError: a layer cannot run such an adapter.
@@ -51,6 +55,7 @@ def install_annealed(model: nn.Module) -> None:
     for layer, name in _plain_adapters(model):
         if isinstance(configs.get(name), AFALoraConfig):
             install(layer, name, configs[name])
+    attach_groups(model)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -69,6 +74,7 @@ def restore(model: nn.Module) -> nn.Module:
             del layer.lora_variant[name]
         if not layer.lora_afa:
             release(layer)
+    attach_groups(model)
     return model
 
 
