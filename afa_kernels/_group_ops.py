@@ -34,11 +34,12 @@ def resolved(
     x: Tensor, b: list[Tensor], options: list[Options], identities: list[bool], differentiated: bool
 ) -> Choice:
     """Return all that the operands of members decide: identity, whether a backward may want z, the backends."""
-    name = registry.requested(options[0].backend)
-    decided = tuple(options), tuple(identities), differentiated, name
+    decided = tuple(options), tuple(identities), differentiated
     if is_compiling():
-        return Choice(name, None, _decided(*decided))
-    return _resolved(x.device, x.dtype, x.shape, tuple([t.shape for t in b]), *decided)
+        name = registry.requested_in_trace(options[0].backend)
+        return Choice(name, None, _decided(*decided, name))
+    name = registry.requested(options[0].backend)
+    return _resolved(x.device, x.dtype, x.shape, tuple([t.shape for t in b]), *decided, name)
 
 
 @remembered

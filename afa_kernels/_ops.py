@@ -48,9 +48,9 @@ def resolved(x: Tensor, b: Tensor, options: Options, identity: bool, differentia
     In a trace the backend stays None unless one was requested: the operators choose it when they run, by the same rule
     in both directions.
     """
-    name = registry.requested(options.backend)
     if is_compiling():
-        return _decided(options, identity, differentiated, name)
+        return _decided(options, identity, differentiated, registry.requested_in_trace(options.backend))
+    name = registry.requested(options.backend)
     return _resolved(x.device, x.dtype, *x.shape, *b.shape, options, identity, differentiated, name)
 
 

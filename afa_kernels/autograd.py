@@ -7,6 +7,7 @@ references to the frozen weight and to the two scalars alpha_t and seed. Never h
 import torch
 
 from afa_kernels import _ops, reference, torch_private
+from afa_kernels.backend import native
 from afa_kernels.options import Options
 
 
@@ -47,7 +48,6 @@ class AFALoRAFunction(torch.autograd.Function):
             seed,
         )
         ctx.options, ctx.direct = options, direct
-        ctx.rows = x.shape[0]
         ctx.weight_dtype = None if weight is None else weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -57,7 +57,7 @@ class AFALoRAFunction(torch.autograd.Function):
         x, weight, lora_a, lora_b, z, alpha_t, seed = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b, need_base = ctx.needs_input_grad[:6]
         dx = dweight = dbias = da = db = None
-        dy = grad_output.reshape(ctx.rows, lora_b.shape[0])
+        dy = grad_output if grad_output.dim() == 2 else grad_output.reshape(-1, lora_b.shape[0])
         if need_x or need_a or need_b:
             saved = (dy, x, lora_a, lora_b, z, alpha_t, seed, ctx.options)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -66,7 +66,8 @@ class AFALoRAFunction(torch.autograd.Function):
                 # A hook on saved tensors may have returned other tensors than the forward saved, subclasses for
                 # example.
                 direct = ctx.direct and not torch_private.operators_are_watched()
-                direct = direct and torch_private.are_ordinary((*saved[:-1], weight))
+                tensors = (*saved[:-1], weight)
+                direct = direct and (native.are_plain(*tensors) or torch_private.are_ordinary(tensors))
                 if weight is not None:
                     dx, da, db = _ops.linear_backward(direct, weight, *saved, need_a, need_b)
                 else:

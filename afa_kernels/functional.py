@@ -9,6 +9,7 @@ from torch.compiler import is_compiling
 
 from afa_kernels import _ops, checks, torch_private
 from afa_kernels.autograd import AFALoRAFunction
+from afa_kernels.backend import native
 from afa_kernels.options import Options
 
 
@@ -157,9 +158,9 @@ def _apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplac
     if not identity:
         alpha_t = _on_device(alpha_t, torch.float32, x.device)
     seed = _seed(seed, x.device) if options.spec.dropout else None
-    direct = direct and torch_private.are_ordinary((alpha_t, seed))
-    differentiated = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, lora_a, lora_b, base)
+    direct = direct and (native.are_plain(alpha_t, seed) or torch_private.are_ordinary((alpha_t, seed)))
+    differentiated = torch.is_grad_enabled() and (
+        lora_a.requires_grad or x.requires_grad or lora_b.requires_grad or _any_requires_grad(weight, bias, base)
     )
     options = _ops.resolved(rows, lora_b, options, identity, differentiated)
     # Under forward-mode differentiation the Function refuses; the operators alone would drop the
@@ -175,6 +176,10 @@ def _apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplac
         _ops.lora_forward_(direct, base.view(-1, lora_b.shape[0]), *branch)
         return base
     return _ops.lora_forward(direct, base, *branch)[0]
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def alpha_of(alpha_t: float | Tensor) -> float | Tensor | None:

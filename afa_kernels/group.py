@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from afa_kernels import _group_ops, checks
+from afa_kernels.backend import native
 from afa_kernels.functional import LinearCall, _as_rows, _like, autocast
 from afa_kernels.torch_private import are_ordinary, in_forward_mode, operators_are_watched
 
@@ -131,7 +132,7 @@ def group_linear(x: Tensor, calls: list[LinearCall], *, only_together: bool = Fa
     weights = [autocast("weight", weight) for weight in weights]
     # A list, so that every operand is checked.
     checked = [checks.linear(x, weight, *call[1:4]) for weight, call in zip(weights, calls, strict=True)]
-    direct = all(checked) and are_ordinary(alpha_t)
+    direct = all(checked) and (native.are_plain(*alpha_t) or are_ordinary(alpha_t))
     tensors = (*weights, *biases, *a, *b, *alpha_t)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
     identities = [alpha is None for alpha in alpha_t]
@@ -179,7 +180,9 @@ class AFAGroupFunction(torch.autograd.Function):
             dx, da, db = _group_ops.differentiable_backward(grads, x, weights, a, b, alpha_t, ctx.choice)
         else:
             # A hook on saved tensors may have returned other tensors than the forward saved.
-            direct = ctx.direct and not operators_are_watched() and are_ordinary((*grads, x, *rest))
+            tensors = (*grads, x, *rest)
+            direct = ctx.direct and not operators_are_watched()
+            direct = direct and (native.are_plain(*tensors) or are_ordinary(tensors))
             dx, da, db = _group_ops.group_backward(
                 direct, list(grads), x, weights, a, b, zs or None, alpha_t, ctx.choice,
                 need_x, list(need_a), list(need_b),

@@ -210,6 +210,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("use_torch", &afa::use_torch, "Learn torch's types, before any other call.");
     module.def("has_exchange_table", &afa::has_exchange_table);
     module.def("tensor_view", &tensor_view, py::arg("tensor"), py::arg("by_attributes") = false);
+    module.def("are_plain", &afa::are_plain);
     module.def("recognizes_lora", &afa::recognizes_lora);
     module.def("recognizes_linear", &afa::recognizes_linear);
     module.def(

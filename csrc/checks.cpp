@@ -30,6 +30,12 @@ bool fits(py::handle x, py::handle a, py::handle b, dlpack::Tensor* xs, int64_t*
 
 }  // namespace
 
+bool are_plain(py::args tensors) {
+    dlpack::Tensor lent;
+    return std::all_of(tensors.begin(), tensors.end(),
+                       [&](py::handle t) { return t.is_none() || lend_plain(t, &lent); });
+}
+
 bool recognizes_lora(py::handle x, py::handle a, py::handle b, py::handle base) {
     dlpack::Tensor xs, bases;
     int64_t n;

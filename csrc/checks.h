@@ -8,6 +8,9 @@
 
 namespace afa {
 
+// Whether all are ordinary floating tensors on the CPU whose memory holds their values, or None.
+bool are_plain(pybind11::args tensors);
+
 // x (..., K), A (r, K), B (N, r), base (..., N) with the leading sizes of x or None.
 bool recognizes_lora(pybind11::handle x, pybind11::handle a, pybind11::handle b,
                      pybind11::handle base);

@@ -16,7 +16,7 @@ from afa_kernels.activation import COMPILED_IDS
 OTHER_VERSION = "the compiled module afa_kernels._C is of another version of this package"
 # All that the package uses of the module, and of its CUDA part where it has one.
 _NAMES = (
-    "activation_ids", "build_info", "cpu_backward", "cpu_features", "cpu_forward", "cpu_isa", "cpu_isas", "environment",
+    "activation_ids", "are_plain", "build_info", "cpu_backward", "cpu_features", "cpu_forward", "cpu_isa", "cpu_isas", "environment",
     "float_at", "recognizes_linear", "recognizes_lora", "use_torch",
 )  # fmt: skip
 _CUDA_NAMES = (
@@ -49,10 +49,11 @@ def _recognizes_nothing(*_operands: object) -> bool:
     return False
 
 
-# Whether operands are ordinary CPU tensors that pass the checks of checks.py. False means only: not recognized.
-recognizes_lora = recognizes_linear = _recognizes_nothing
+# Whether operands are ordinary CPU tensors (None counts as one), and pass the checks of checks.py. False means only: not
+# recognized.
+are_plain = recognizes_lora = recognizes_linear = _recognizes_nothing
 if _C is not None:
-    recognizes_lora, recognizes_linear = _C.recognizes_lora, _C.recognizes_linear
+    are_plain, recognizes_lora, recognizes_linear = _C.are_plain, _C.recognizes_lora, _C.recognizes_linear
 
 
 def environment(name: str) -> str | None:

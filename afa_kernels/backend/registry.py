@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from afa_kernels.backend import native
 from afa_kernels.options import Spec
@@ -256,8 +255,12 @@ def check_name(name: str | None) -> None:
 def requested(explicit: str | None) -> str | None:
     """Return the backend that was asked for: by the call, else by ``use_backend``, else by the
     environment."""
-    environment = os.environ.get if is_compiling() else native.environment
-    return explicit or _request.name or environment(ENVIRONMENT_VARIABLE) or None
+    return explicit or _request.name or native.environment(ENVIRONMENT_VARIABLE) or None
+
+
+def requested_in_trace(explicit: str | None) -> str | None:
+    """:func:`requested` in a form that torch.compile can trace."""
+    return explicit or _request.name or os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
 def _left(backend: Backend, call: Call) -> str | None:
