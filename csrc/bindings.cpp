@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -108,49 +109,83 @@ const T* scalar(py::handle tensor, const char* name, afa::Element element) {
     return static_cast<const T*>(view.data);
 }
 
-// What forward and backward have in common: x, A, B, the scalars, and the sizes that follow.
+// What forward and backward have in common: x, its sizes, and how it is dropped.
 template <class Params>
-Params common(py::handle x, py::handle a, py::handle b, py::handle alpha_t, py::handle seed,
-              int activation, int dropout, float scaling, int threads) {
-    if (activation < 0 || activation >= afa::kActivationCount)
-        throw std::invalid_argument("activation: unknown id");
+Params common(py::handle x, py::handle seed, int dropout, int threads) {
     if (dropout < 0 || dropout >= afa::kDropoutLevels)
         throw std::invalid_argument("dropout: expected 0..255");
-    const afa::TensorView x_view = afa::view_of(x, "x"), b_view = afa::view_of(b, "lora_b");
+    const afa::TensorView view = afa::view_of(x, "x");
     Params p;
-    p.m = x_view.sizes[0];
-    p.k = x_view.sizes[1];
-    p.n = b_view.sizes[0];
-    p.r = b_view.sizes[1];
-    if (p.m < 1 || p.k < 1 || p.n < 1 || p.r < 1 || p.r > afa::cpu::kMaxRank)
-        throw std::invalid_argument("sizes: expected M, K, N >= 1 and 1 <= r <= 256");
-    p.x = matrix(x_view, "x", p.m, p.k);
-    p.a = matrix(afa::view_of(a, "lora_a"), "lora_a", p.r, p.k);
-    p.b = matrix(b_view, "lora_b", p.n, p.r);
+    p.m = view.sizes[0];
+    p.k = view.sizes[1];
+    if (p.m < 1 || p.k < 1)
+        throw std::invalid_argument("x: expected M, K >= 1");
+    p.x = matrix(view, "x", p.m, p.k);
     if (p.x.dtype == afa::cpu::Dtype::f64)
         throw std::invalid_argument("x: the CPU kernels do not take float64");
     p.dtype = p.x.dtype;
-    if (activation != static_cast<int>(afa::Activation::identity))
-        p.alpha_t = scalar<float>(alpha_t, "alpha_t", afa::Element::f32);
     p.seed = dropout > 0 ? scalar<int64_t>(seed, "seed", afa::Element::i64) : nullptr;
-    p.activation = activation;
     p.dropout = dropout;
-    p.scaling = scaling;
     p.threads = threads < 1 ? 1 : threads;
     return p;
+}
+
+// What a member is in both directions: A, B, and the sizes that follow.
+template <class Member>
+Member member_of(const afa::cpu::CommonParams& p, py::handle a, py::handle b, py::handle alpha_t,
+                 int activation, float scaling) {
+    if (activation < 0 || activation >= afa::kActivationCount)
+        throw std::invalid_argument("activation: unknown id");
+    const afa::TensorView view = afa::view_of(b, "lora_b");
+    Member one;
+    one.n = view.sizes[0];
+    one.r = view.sizes[1];
+    if (one.n < 1 || one.r < 1 || one.r > afa::cpu::kMaxRank)
+        throw std::invalid_argument("sizes: expected N >= 1 and 1 <= r <= 256");
+    one.a = matrix(afa::view_of(a, "lora_a"), "lora_a", one.r, p.k);
+    one.b = matrix(view, "lora_b", one.n, one.r);
+    if (activation != static_cast<int>(afa::Activation::identity))
+        one.alpha_t = scalar<float>(alpha_t, "alpha_t", afa::Element::f32);
+    one.activation = activation;
+    one.scaling = scaling;
+    return one;
+}
+
+void set_results(const afa::cpu::CommonParams& p, afa::cpu::ForwardMember& one, py::handle base,
+                 py::handle out, py::handle z) {
+    one.base = matrix(base, "base", p.m, one.n, p.dtype);
+    one.out = matrix(out, "out", p.m, one.n, p.dtype);
+    one.z = dense(z, "z", p.m, one.r, p.dtype);
+    if (one.out.data == nullptr)
+        throw py::type_error("out: expected a torch.Tensor, got None");
+}
+
+void set_results(const afa::cpu::CommonParams& p, afa::cpu::BackwardMember& one, py::handle dy,
+                 py::handle z, py::handle da, py::handle db) {
+    one.dy = matrix(dy, "dy", p.m, one.n, p.dtype);
+    one.z = dense(z, "z", p.m, one.r, p.dtype);
+    one.da = dense(da, "da", one.r, p.k, one.a.dtype);
+    one.db = dense(db, "db", one.n, one.r, one.b.dtype);
+    if (one.dy.data == nullptr)
+        throw py::type_error("dy: expected a torch.Tensor, got None");
+}
+
+void set_dx(afa::cpu::BackwardParams& p, py::handle dx, bool accumulate_dx) {
+    p.dx = dense(dx, "dx", p.m, p.k, p.dtype);
+    p.accumulate_dx = accumulate_dx;
+    if (accumulate_dx && p.dropout > 0)
+        throw std::invalid_argument("accumulate_dx: not with dropout");
 }
 
 // base and z may be None. out may be base.
 void cpu_forward(py::handle x, py::handle a, py::handle b, py::handle alpha_t, py::handle seed,
                  int activation, int dropout, float scaling, int threads, py::handle base,
                  py::handle out, py::handle z) {
-    auto p = common<afa::cpu::ForwardParams>(x, a, b, alpha_t, seed, activation, dropout, scaling,
-                                             threads);
-    p.base = matrix(base, "base", p.m, p.n, p.dtype);
-    p.out = matrix(out, "out", p.m, p.n, p.dtype);
-    p.z = dense(z, "z", p.m, p.r, p.dtype);
-    if (p.out.data == nullptr)
-        throw py::type_error("out: expected a torch.Tensor, got None");
+    auto p = common<afa::cpu::ForwardParams>(x, seed, dropout, threads);
+    auto one = member_of<afa::cpu::ForwardMember>(p, a, b, alpha_t, activation, scaling);
+    set_results(p, one, base, out, z);
+    p.members = &one;
+    p.count = 1;
     const py::gil_scoped_release unlocked;
     afa::cpu::forward(p);
 }
@@ -160,18 +195,63 @@ void cpu_forward(py::handle x, py::handle a, py::handle b, py::handle alpha_t, p
 void cpu_backward(py::handle x, py::handle a, py::handle b, py::handle alpha_t, py::handle seed,
                   int activation, int dropout, float scaling, int threads, py::handle dy,
                   py::handle z, py::handle dx, py::handle da, py::handle db, bool accumulate_dx) {
-    auto p = common<afa::cpu::BackwardParams>(x, a, b, alpha_t, seed, activation, dropout, scaling,
-                                              threads);
-    p.dy = matrix(dy, "dy", p.m, p.n, p.dtype);
-    p.z = dense(z, "z", p.m, p.r, p.dtype);
-    p.dx = dense(dx, "dx", p.m, p.k, p.dtype);
-    p.da = dense(da, "da", p.r, p.k, p.a.dtype);
-    p.db = dense(db, "db", p.n, p.r, p.b.dtype);
-    p.accumulate_dx = accumulate_dx;
-    if (p.dy.data == nullptr)
-        throw py::type_error("dy: expected a torch.Tensor, got None");
-    if (accumulate_dx && dropout > 0)
-        throw std::invalid_argument("accumulate_dx: not with dropout");
+    auto p = common<afa::cpu::BackwardParams>(x, seed, dropout, threads);
+    auto one = member_of<afa::cpu::BackwardMember>(p, a, b, alpha_t, activation, scaling);
+    set_results(p, one, dy, z, da, db);
+    set_dx(p, dx, accumulate_dx);
+    p.members = &one;
+    p.count = 1;
+    const py::gil_scoped_release unlocked;
+    afa::cpu::backward(p);
+}
+
+// The members of a group, from a tuple (a, b, alpha_t, activation, scaling, ...) for each: the
+// fields of member_of, then those of set_results.
+template <class Member, size_t kFields>
+std::vector<Member> members_of(const afa::cpu::CommonParams& p, const py::tuple& tuples) {
+    std::vector<Member> members;
+    members.reserve(tuples.size());
+    int64_t ranks = 0;
+    for (const py::handle fields : tuples) {
+        if (!PyTuple_Check(fields.ptr()) || PyTuple_GET_SIZE(fields.ptr()) != kFields)
+            throw py::type_error("members: expected tuples of " + std::to_string(kFields));
+        const auto field = [&](py::ssize_t i) {
+            return py::handle(PyTuple_GET_ITEM(fields.ptr(), i));
+        };
+        members.push_back(member_of<Member>(p, field(0), field(1), field(2),
+                                            py::cast<int>(field(3)), py::cast<float>(field(4))));
+        if constexpr (kFields == 8)
+            set_results(p, members.back(), field(5), field(6), field(7));
+        else
+            set_results(p, members.back(), field(5), field(6), field(7), field(8));
+        ranks += members.back().r;
+    }
+    if (members.empty() || ranks > afa::cpu::kMaxRank)
+        throw std::invalid_argument("members: expected at least one, and ranks of 256 together");
+    return members;
+}
+
+// Members: (a, b, alpha_t, activation, scaling, base, out, z).
+void cpu_group_forward(py::handle x, int threads, const py::tuple& tuples) {
+    auto p = common<afa::cpu::ForwardParams>(x, py::none(), 0, threads);
+    const auto members = members_of<afa::cpu::ForwardMember, 8>(p, tuples);
+    p.members = members.data();
+    p.count = static_cast<int64_t>(members.size());
+    const py::gil_scoped_release unlocked;
+    afa::cpu::forward(p);
+}
+
+// Members: (a, b, alpha_t, activation, scaling, dy, z, da, db); z of all of them or of none.
+void cpu_group_backward(py::handle x, int threads, const py::tuple& tuples, py::handle dx,
+                        bool accumulate_dx) {
+    auto p = common<afa::cpu::BackwardParams>(x, py::none(), 0, threads);
+    const auto members = members_of<afa::cpu::BackwardMember, 9>(p, tuples);
+    for (const auto& one : members)
+        if ((one.z.data == nullptr) != (members[0].z.data == nullptr))
+            throw std::invalid_argument("z: expected of all members or of none");
+    set_dx(p, dx, accumulate_dx);
+    p.members = members.data();
+    p.count = static_cast<int64_t>(members.size());
     const py::gil_scoped_release unlocked;
     afa::cpu::backward(p);
 }
@@ -228,6 +308,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("cpu_features", &afa::cpu::machine_features, "Vector features of this machine.");
     module.def("cpu_forward", &cpu_forward);
     module.def("cpu_backward", &cpu_backward);
+    module.def("cpu_group_forward", &cpu_group_forward);
+    module.def("cpu_group_backward", &cpu_group_backward);
     module.def("activation_ids", &activation_ids, "Name -> id of every activation.");
     module.def("dropout_mask", &dropout_mask, py::arg("out"), py::arg("rows"), py::arg("cols"),
                py::arg("seed"), py::arg("threshold"), "Write the keep mask as bytes (for tests).");

@@ -1,7 +1,7 @@
 """The ``cpu`` backend: the native kernels of csrc/cpu.
 
-The forward passes once over x and once over y, the backward once over dY and once over x. Threads follow
-``torch.get_num_threads()``, and no result depends on their number.
+The forward passes once over x and once over y, the backward once over dY and once over x; layers of a group share the
+passes over x. Threads follow ``torch.get_num_threads()``, and no result depends on their number.
 """
 
 import torch
@@ -84,6 +84,36 @@ def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db, 
     return dx, da, db
 
 
+def _refuses_group(calls: list[Call]) -> str | None:
+    ranks = sum(call.r for call in calls)
+    return f"takes ranks up to {_MAX_RANK} together, got {ranks}" if ranks > _MAX_RANK else None
+
+
+def group_forward(x, members, *, bases, outs, save_z):
+    zs, fields = [], []
+    for (a, b, alpha_t, spec), base, out in zip(members, bases, outs, strict=True):
+        z = torch.empty((x.shape[0], a.shape[0]), dtype=x.dtype) if save_z else None
+        zs.append(z)
+        fields.append((a, b, alpha_t, COMPILED_IDS[spec.activation], spec.scaling, base, out, z))
+    native._C.cpu_group_forward(x, torch.get_num_threads(), tuple(fields))
+    return zs if save_z else None
+
+
+def group_backward(dys, x, members, zs, *, need_dx, need_da, need_db, dx=None):
+    accumulate_dx = dx is not None
+    if need_dx and dx is None:
+        dx = torch.empty(x.shape, dtype=x.dtype)
+    das, dbs, fields = [], [], []
+    for i, (a, b, alpha_t, spec) in enumerate(members):
+        z = None if zs is None else zs[i].contiguous()
+        das.append(torch.empty(a.shape, dtype=a.dtype) if need_da[i] else None)
+        dbs.append(torch.empty(b.shape, dtype=b.dtype) if need_db[i] else None)
+        activation = COMPILED_IDS[spec.activation]
+        fields.append((a, b, alpha_t, activation, spec.scaling, dys[i], z, das[i], dbs[i]))
+    native._C.cpu_group_backward(x, torch.get_num_threads(), tuple(fields), dx, accumulate_dx)
+    return dx, das, dbs
+
+
 BACKEND = Backend(
     name="cpu",
     devices=frozenset({"cpu"}),
@@ -93,4 +123,7 @@ BACKEND = Backend(
     forward=forward,
     backward=backward,
     gemm_first=_gemm_first,
+    group_forward=group_forward,
+    group_backward=group_backward,
+    refuses_group=_refuses_group,
 )

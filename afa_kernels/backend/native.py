@@ -16,8 +16,9 @@ from afa_kernels.activation import COMPILED_IDS
 OTHER_VERSION = "the compiled module afa_kernels._C is of another version of this package"
 # All that the package uses of the module, and of its CUDA part where it has one.
 _NAMES = (
-    "activation_ids", "are_plain", "build_info", "cpu_backward", "cpu_features", "cpu_forward", "cpu_isa", "cpu_isas", "environment",
-    "float_at", "recognizes_linear", "recognizes_lora", "use_torch",
+    "activation_ids", "are_plain", "build_info", "cpu_features", "cpu_group_backward", "cpu_group_forward",
+    "cpu_backward", "cpu_forward", "cpu_isa", "cpu_isas", "environment", "float_at", "recognizes_linear",
+    "recognizes_lora", "use_torch",
 )  # fmt: skip
 _CUDA_NAMES = (
     "backward", "backward_workspace", "device_limits", "forward", "forward_workspace", "kernel_image_failure",
@@ -49,8 +50,8 @@ def _recognizes_nothing(*_operands: object) -> bool:
     return False
 
 
-# Whether operands are ordinary CPU tensors (None counts as one), and pass the checks of checks.py. False means only: not
-# recognized.
+# Whether operands are ordinary CPU tensors (None counts as one), and whether they pass the checks of checks.py. False
+# means only: not recognized.
 are_plain = recognizes_lora = recognizes_linear = _recognizes_nothing
 if _C is not None:
     are_plain, recognizes_lora, recognizes_linear = _C.are_plain, _C.recognizes_lora, _C.recognizes_linear

@@ -3,13 +3,16 @@
 //   z = dropout(x) A^T,  h = phi(z),  y = base + scaling * h B^T
 //   dz = scaling * (dY B) * phi'(z),  dX = dropout(dz A)
 //   dA = dz^T dropout(x),  dB = scaling * dY^T h
+//
+// A call has one member or several: layers on the same x, each with its own A and B. dX is the sum
+// over the members.
 #pragma once
 
 #include <cstdint>
 
 namespace afa::cpu {
 
-constexpr int64_t kMaxRank = 256;
+constexpr int64_t kMaxRank = 256;  // of a member, and of all members together
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 
@@ -21,35 +24,46 @@ struct Matrix {
 };
 
 struct CommonParams {
-    int64_t m = 0, k = 0, n = 0, r = 0;
-    Dtype dtype = Dtype::f32;        // of x, y, z, dy and dx; never f64
-    const float* alpha_t = nullptr;  // 1 value; null at identity
-    const int64_t* seed = nullptr;   // 1 value, read if dropout > 0
-    int activation = 0;
-    int dropout = 0;  // dropped values out of 256
-    float scaling = 1.0f;
+    int64_t m = 0, k = 0;
+    Matrix x;                       // (M, K)
+    Dtype dtype = Dtype::f32;       // of x, y, z, dy and dx; never f64
+    const int64_t* seed = nullptr;  // 1 value, read if dropout > 0
+    int dropout = 0;                // dropped values out of 256; 0 with several members
     int threads = 1;
 };
 
-struct ForwardParams : CommonParams {
-    Matrix x;     // (M, K)
-    Matrix a;     // (r, K), any dtype
-    Matrix b;     // (N, r), any dtype
+struct Member {
+    int64_t n = 0, r = 0;
+    Matrix a;                        // (r, K), any dtype
+    Matrix b;                        // (N, r), any dtype
+    const float* alpha_t = nullptr;  // 1 value; null at identity
+    int activation = 0;
+    float scaling = 1.0f;
+};
+
+struct ForwardMember : Member {
     Matrix base;  // (M, N), or absent: zero; may be `out` itself
     Matrix out;   // (M, N), written
     Matrix z;     // (M, r), written if present
 };
 
+struct ForwardParams : CommonParams {
+    const ForwardMember* members = nullptr;
+    int64_t count = 0;  // of members
+};
+
+struct BackwardMember : Member {
+    Matrix dy;  // (M, N)
+    Matrix z;   // (M, r); absent, of all members: recomputed
+    Matrix da;  // (r, K), dense, any dtype, written if present
+    Matrix db;  // (N, r), dense, any dtype, written if present
+};
+
 struct BackwardParams : CommonParams {
-    Matrix dy;                   // (M, N)
-    Matrix x;                    // (M, K)
-    Matrix a;                    // (r, K), any dtype
-    Matrix b;                    // (N, r), any dtype
-    Matrix z;                    // (M, r); absent: recomputed
+    const BackwardMember* members = nullptr;
+    int64_t count = 0;           // of members
     Matrix dx;                   // (M, K), dense, written if present
     bool accumulate_dx = false;  // add to what dx holds; not with dropout
-    Matrix da;                   // (r, K), dense, any dtype, written if present
-    Matrix db;                   // (N, r), dense, any dtype, written if present
 };
 
 // The kernels of one instruction set. They allocate their scratch and throw std::bad_alloc if they

@@ -17,6 +17,13 @@
 
 namespace afa::cpu::AFA_ISA {
 
+// The rows of a panel that hold one factor: `count` of them, its r padded, from row `first` on;
+// `of` is the number of all rows, where several factors lie side by side.
+struct PanelRows {
+    int64_t first, count, of;
+};
+static inline PanelRows all_rows(int64_t rp) { return {0, rp, rp}; }
+
 // A block of rows of h or dz, once for each product that reads it.
 template <class E>
 struct Coefficients {

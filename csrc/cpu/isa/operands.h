@@ -113,11 +113,11 @@ static void read_tile(const Src* p, int64_t stride_j, int64_t stride_l, int64_t 
     }
 }
 
-// Packs the slab of P that starts at column `col`: P is the matrix p, or its transpose. A panel
-// that is not wanted is null.
+// Packs the slab of P that starts at column `col` into `rows` of its panel: P is the matrix p, or
+// its transpose. A panel that is not wanted is null.
 template <class T, class E>
 static void pack_slab(const Matrix& p, bool transposed, int64_t col, int64_t cols, int64_t r,
-                      int64_t rp, typename E::Elem* dot_panel, typename E::Elem* expand_panel) {
+                      PanelRows rows, typename E::Elem* dot_panel, typename E::Elem* expand_panel) {
     const int64_t stride_j = transposed ? p.col_stride : p.row_stride;
     const int64_t stride_l = transposed ? p.row_stride : p.col_stride;
     with_dtype(p.dtype, [&](auto* type) {
@@ -126,10 +126,11 @@ static void pack_slab(const Matrix& p, bool transposed, int64_t col, int64_t col
         if constexpr (E::kOnePanel) {
             typename E::Elem* panel = dot_panel != nullptr ? dot_panel : expand_panel;
             for (int64_t c = 0; c < cols; c += E::kTile)
-                read_tile<T>(data + c * stride_l, stride_j, stride_l, r, rp,
-                             static_cast<int>(min_of<int64_t>(E::kTile, cols - c)), panel + c * rp);
+                read_tile<T>(data + c * stride_l, stride_j, stride_l, r, rows.count,
+                             static_cast<int>(min_of<int64_t>(E::kTile, cols - c)),
+                             panel + c * rows.of + rows.first * E::kTile);
         } else {
-            E::pack(data, stride_j, stride_l, r, rp, cols, dot_panel, expand_panel);
+            E::pack(data, stride_j, stride_l, r, rows, cols, dot_panel, expand_panel);
         }
     });
 }

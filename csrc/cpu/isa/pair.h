@@ -27,16 +27,17 @@ struct Pair : RowGroups<Pair> {
 
     // One slab of P into the panels of row_groups.h, 16 x 32 elements at a time.
     template <class Src>
-    static void pack(const Src* p, int64_t stride_j, int64_t stride_l, int64_t r, int64_t rp,
+    static void pack(const Src* p, int64_t stride_j, int64_t stride_l, int64_t r, PanelRows rows,
                      int64_t cols, Elem* dot, Elem* expand) {
-        const int64_t padded = round_up(cols, kTile);
+        const int64_t padded = round_up(cols, kTile), rp = rows.count, of = rows.of;
+        const int64_t begin = rows.first * kTile;
         __m512i block[16];
         for (int64_t j = 0; j < rp && dot != nullptr; j += 16)
             for (int64_t c = 0; c < padded; c += kPairLanes) {
                 by_rows(PairBlock<Src>{p + j * stride_j + c * stride_l, stride_l, stride_j,
                                        part_of(cols, c, kPairLanes), part_of(r, j, 16)},
                         block);
-                Elem* out = dot + round_down(c, kTile) * rp + j * kTile + c % kTile;
+                Elem* out = dot + begin + round_down(c, kTile) * of + j * kTile + c % kTile;
                 for (int64_t i = 0; i < min_of<int64_t>(16, rp - j); ++i)
                     _mm512_storeu_si512(out + i * kTile, block[i]);
             }
@@ -45,7 +46,7 @@ struct Pair : RowGroups<Pair> {
                 by_pairs(PairBlock<Src>{p + j * stride_j + c * stride_l, stride_j, stride_l,
                                         part_of(r, j, 32), part_of(cols, c, kLanes)},
                          block);
-                Elem* out = expand + round_down(c, kTile) * rp + j * kTile + c % kTile * 2;
+                Elem* out = expand + begin + round_down(c, kTile) * of + j * kTile + c % kTile * 2;
                 for (int64_t i = 0; i < min_of<int64_t>(16, (rp - j) / 2); ++i)
                     _mm512_storeu_si512(out + i * 2 * kTile, block[i]);
             }

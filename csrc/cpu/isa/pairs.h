@@ -17,8 +17,8 @@
 
 namespace afa::cpu::AFA_ISA {
 
-// rows[i] lane j = rows[j] lane i, 32-bit lanes.
-static inline void transpose16(__m512i (&rows)[16]) {
+// rows[i] lane j = rows[j] lane i, 32-bit lanes. A call would send all rows through memory.
+static inline __attribute__((always_inline)) void transpose16(__m512i (&rows)[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);

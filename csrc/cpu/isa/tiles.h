@@ -37,25 +37,29 @@ struct Tiles {
     // of P, [pair of columns][row][2]; for expand 16 columns of kDepth rows, [pair of
     // rows][column][2].
     template <class Src>
-    static void pack(const Src* p, int64_t stride_j, int64_t stride_l, int64_t r, int64_t rp,
+    static void pack(const Src* p, int64_t stride_j, int64_t stride_l, int64_t r, PanelRows rows,
                      int64_t cols, Elem* dot, Elem* expand) {
-        const int64_t padded = round_up(cols, kTile), depth = expand_rank(rp);
-        const auto put = [](const PairBlock<Src>& block, Elem* out) {
+        const int64_t padded = round_up(cols, kTile), depth = expand_rank(rows.of);
+        const auto put = [](const PairBlock<Src>& block, int64_t count, Elem* out) {
             __m512i pairs[16];
             by_pairs(block, pairs);
-            for (int i = 0; i < 16; ++i)
+            for (int64_t i = 0; i < count; ++i)
                 _mm512_storeu_si512(out + i * kDepth, pairs[i]);
         };
-        for (int64_t j = 0; j < rp && dot != nullptr; j += 16)
+        for (int64_t j = 0; j < rows.count && dot != nullptr; j += 16)
             for (int64_t c = 0; c < padded; c += kDepth)
                 put({p + j * stride_j + c * stride_l, stride_l, stride_j, part_of(cols, c, kDepth),
                      part_of(r, j, 16)},
-                    dot + c * rp + j * kDepth);
-        for (int64_t j = 0; j < depth && expand != nullptr; j += kDepth)
+                    16, dot + c * rows.of + (rows.first + j) * kDepth);
+        // The last factor fills the panel up to its depth; another one ends where the next begins,
+        // which may be in the middle of a tile.
+        const bool last = rows.first + rows.count == rows.of;
+        const int64_t end = last ? depth - rows.first : rows.count;
+        for (int64_t j = 0; j < end && expand != nullptr; j += kDepth)
             for (int64_t c = 0; c < padded; c += 16)
                 put({p + j * stride_j + c * stride_l, stride_j, stride_l, part_of(r, j, kDepth),
                      part_of(cols, c, 16)},
-                    expand + c * depth + j * 16);
+                    min_of<int64_t>(16, (end - j) / 2), expand + c * depth + (rows.first + j) * 16);
     }
 
     // rows: [row][expand_rank], whole tiles of rows; columns: [row of P][kBlockRows].

@@ -48,6 +48,10 @@ template <class T>
 static inline T min_of(T a, T b) {
     return a < b ? a : b;
 }
+template <class T>
+static inline T max_of(T a, T b) {
+    return a < b ? b : a;
+}
 static inline int64_t round_up(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }

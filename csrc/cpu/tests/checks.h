@@ -6,11 +6,12 @@
 
 namespace afa::cpu::test {
 
-// Forward and backward against double loops: random shape, dtypes, strides, dropout, threads and
-// subset of gradients.
+// Forward and backward of one or several members against double loops: random shapes, dtypes,
+// strides, dropout, threads and subset of gradients.
 int check_problem(uint64_t seed);
 
-// A row of y, z and dX has the same bits whatever rows stand around it and wherever it stands.
+// A row of y, z and dX has the same bits whatever rows stand around it and wherever it stands; one
+// of y and z whatever other members are in the call.
 int check_rows(uint64_t seed);
 
 }  // namespace afa::cpu::test
