@@ -6,6 +6,7 @@ all members is accumulated in one tensor, where separate layers make one each an
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from afa_kernels import _group_ops, checks
 from afa_kernels.backend import native
 from afa_kernels.functional import LinearCall, _as_rows, _like, autocast
-from afa_kernels.torch_private import are_ordinary, in_forward_mode, operators_are_watched
+from afa_kernels.torch_private import are_ordinary, autocast_may_be_on, in_forward_mode, operators_are_watched
 
 
 class AFALinearGroup(nn.Module):
@@ -55,29 +56,44 @@ def why_separate(layers: list[nn.Module], x: Tensor) -> str | None:
     return calls_of(layers, x)[1]
 
 
-def calls_of(layers: Iterable[nn.Module], x: Tensor) -> tuple[list[LinearCall], str | None]:
-    """Return what each layer computes with, and None; or the reason why they compute one by one."""
+class Calls(NamedTuple):
+    """What the members of a group compute with on one x."""
+
+    members: list[LinearCall]
+    recognized: bool  # all operands are ordinary and fit: nothing is left to check
+
+
+def calls_of(layers: Iterable[nn.Module], x: Tensor) -> tuple[Calls | None, str | None]:
+    """Return what the layers compute with, together; or None and the reason why they compute one by one."""
     if type(x) is not Tensor and type(x) is not nn.Parameter:
-        return [], f"x is a {type(x).__name__}"
-    calls: list[LinearCall] = []
+        return None, f"x is a {type(x).__name__}"
+    members = []
     for layer in layers:
         call = None if _is_hooked(layer) else layer.linear_call()
-        reason = "a member or its base is merged, has hooks or a forward of its own" if call is None else None
-        reason = reason or _why_alone(call, x) or (_why_apart(calls[0], call) if calls else None)
+        if call is None:
+            return None, "a member or its base is merged, has hooks or a forward of its own"
+        members.append(call)
+    recognized = not autocast_may_be_on() and not operators_are_watched()
+    first = members[0].options
+    for weight, bias, lora_a, lora_b, _, options in members:
+        if options.spec.dropout:
+            return None, "dropout draws one mask for each layer"
+        if options.save_z != first.save_z or options.backend != first.backend:
+            return None, "save or backend differ"
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return None, "a base layer trains"
+        if recognized and native.recognizes_linear(x, weight, bias, lora_a, lora_b):
+            continue
+        recognized = False
+        reason = _why_unfit(x, weight, bias, lora_a, lora_b)
         if reason is not None:
-            return [], reason
-        calls.append(call)
-    if x.layout != torch.strided or x.dim() == 0 or x.shape[-1] != calls[0].lora_a.shape[-1]:
-        return [], f"x has shape {tuple(x.shape)} and layout {x.layout}"
+            return None, reason
     if in_forward_mode():
-        return [], "forward-mode differentiation"
-    return calls, None
+        return None, "forward-mode differentiation"
+    return Calls(members, recognized), None
 
 
-def _why_alone(call: LinearCall, x: Tensor) -> str | None:
-    weight, bias, lora_a, lora_b, _, options = call
-    if options.spec.dropout:
-        return "dropout draws one mask for each layer"
+def _why_unfit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> str | None:
     for t in (weight, bias, lora_a, lora_b):
         if t is None:
             continue
@@ -85,19 +101,17 @@ def _why_alone(call: LinearCall, x: Tensor) -> str | None:
             return f"a parameter is a {type(t).__name__}"
         if t.device != x.device:
             return "a parameter is on another device"
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        return "a base layer trains"
     if weight.dtype != x.dtype and autocast_dtype(x) is None:
         return "x has another dtype than a weight"
+    if x.layout != torch.strided or x.dim() == 0 or x.shape[-1] != lora_a.shape[-1]:
+        return f"x has shape {tuple(x.shape)} and layout {x.layout}"
     return None
 
 
-def _why_apart(first: LinearCall, other: LinearCall) -> str | None:
-    same = first.options.save_z == other.options.save_z and first.options.backend == other.options.backend
-    return None if same else "save or backend differ"
-
-
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast rounds to on the device of x, or None where it is off."""
+    if not autocast_may_be_on():
+        return None
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -121,24 +135,29 @@ def check_layers(layers: list[nn.Module]) -> None:
         raise ValueError(f"layers: expected the same in_features, got {sizes}")
 
 
-def group_linear(x: Tensor, calls: list[LinearCall], *, only_together: bool = False) -> list[Tensor] | None:
-    """Return the output of each of ``calls`` (of ``calls_of``) on x.
+def group_linear(x: Tensor, calls: Calls, *, only_together: bool = False) -> list[Tensor] | None:
+    """Return the output of each member on x.
 
     ``only_together``: None where no backend takes them together, so that each layer may as well compute by itself.
     """
     x = autocast("x", x)
     rows = _as_rows(x)
-    weights, biases, a, b, alpha_t, options = zip(*calls, strict=True)
-    weights = [autocast("weight", weight) for weight in weights]
-    # A list, so that every operand is checked.
-    checked = [checks.linear(x, weight, *call[1:4]) for weight, call in zip(weights, calls, strict=True)]
-    direct = all(checked) and (native.are_plain(*alpha_t) or are_ordinary(alpha_t))
-    tensors = (*weights, *biases, *a, *b, *alpha_t)
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
+    weights, biases, a, b, alpha_t, options = zip(*calls.members, strict=True)
+    direct = calls.recognized
+    if not direct:
+        weights = [autocast("weight", weight) for weight in weights]
+        # A list, so that every operand is checked.
+        direct = all([checks.linear(x, *operands) for operands in zip(weights, biases, a, b, strict=True)])
+    direct = direct and (native.are_plain(*alpha_t) or are_ordinary(alpha_t))
     identities = [alpha is None for alpha in alpha_t]
+    # Base layers train in no group.
+    differentiated = torch.is_grad_enabled() and (
+        x.requires_grad or any([t.requires_grad for t in a]) or any([t.requires_grad for t in b])
+    )
     choice = _group_ops.resolved(rows, b, options, identities, differentiated)
     if only_together and choice.together is None and not torch.compiler.is_compiling():
         return None
+    tensors = (*weights, *biases, *a, *b, *alpha_t)
     if differentiated:
         ys = AFAGroupFunction.apply(rows, choice, direct, *tensors)
     else:

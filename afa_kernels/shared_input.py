@@ -90,16 +90,11 @@ def nothing_to_share(model: nn.Module) -> str:
     return f"group: {type(model).__name__} has no module with two AFA layers that share an input ({patterns})"
 
 
-class _Modes(NamedTuple):
-    grad: bool
-    autocast: torch.dtype | None
-
-
 class _Pending(NamedTuple):
     x: Tensor
     version: object
-    modes: _Modes
-    outputs: dict[int, Tensor]
+    modes: tuple[bool, torch.dtype | None]
+    outputs: dict[nn.Module, Tensor]
 
 
 class SharedInput:
@@ -132,20 +127,21 @@ class SharedInput:
 
     def open(self, parent: nn.Module, _arguments: tuple) -> None:
         children = parent._modules
-        if any(children.get(name) is not layer for name, layer in zip(self.names, self.layers, strict=True)):
-            self.detach()  # a member was replaced, by its base layer for example
-            return
+        for name, layer in zip(self.names, self.layers, strict=True):
+            if children.get(name) is not layer:
+                self.detach()  # a member was replaced, by its base layer for example
+                return
         self._pending, self._separate, self._saved_tensor_hooks = None, False, saved_tensor_hooks()
         if self.enabled:
             # Set only while the parent is being called, so that a copy or a pickle of a layer does not refer to the
             # others.
             for layer in self.layers:
-                layer._shared_input = self
+                _set_shared_input(layer, self)
 
     def close(self, _parent: nn.Module, _arguments: tuple, result: object) -> None:
         pending, self._pending, self._saved_tensor_hooks = self._pending, None, None
         for layer in self.layers:
-            layer._shared_input = None
+            _set_shared_input(layer, None)
         if pending is not None and pending.outputs and result is not None:
             self.enabled = False  # the members read different tensors, so results were computed that nobody took
 
@@ -167,21 +163,23 @@ class SharedInput:
                 return None
         elif pending.x is not x or pending.version != _version(x) or pending.modes != _modes(x):
             return None
-        for i, member in enumerate(self.layers):
-            if member is layer:
-                return pending.outputs.pop(i, None)
-        return None
+        return pending.outputs.pop(layer, None)
 
     def _compute(self, x: Tensor) -> _Pending | None:
-        calls, reason = calls_of(self.layers, x)
-        if reason is not None or not _may_be_shared(x, calls):
+        calls, _ = calls_of(self.layers, x)
+        if calls is None or not _may_be_shared(x, calls.members):
             return None
         version, modes = _version(x), _modes(x)
         ys = group_linear(x, calls, only_together=True)
-        return None if ys is None else _Pending(x, version, modes, dict(enumerate(ys)))
+        return None if ys is None else _Pending(x, version, modes, dict(zip(self.layers, ys, strict=True)))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_pending": None, "_saved_tensor_hooks": None}
+
+
+def _set_shared_input(layer: nn.Module, shared: SharedInput | None) -> None:
+    # nn.Module's own __setattr__ asks six times whether the value is a parameter, a module or a buffer.
+    object.__setattr__(layer, "_shared_input", shared)
 
 
 def _may_be_shared(x: Tensor, calls: list[LinearCall]) -> bool:
@@ -197,5 +195,5 @@ def _version(x: Tensor) -> object:
     return 0 if torch.compiler.is_compiling() or x.is_inference() else version_of(x)
 
 
-def _modes(x: Tensor) -> _Modes:
-    return _Modes(torch.is_grad_enabled(), autocast_dtype(x))
+def _modes(x: Tensor) -> tuple[bool, torch.dtype | None]:
+    return torch.is_grad_enabled(), autocast_dtype(x)

@@ -33,9 +33,9 @@ def fused(monkeypatch):
     calls = []
     original = shared_input.group_linear
 
-    def counted(x, members, **how):
-        calls.append(len(members))  # now: a recomputation may be stopped in the middle
-        ys = original(x, members, **how)
+    def counted(x, group, **how):
+        calls.append(len(group.members))  # now: a recomputation may be stopped in the middle
+        ys = original(x, group, **how)
         if ys is None:
             calls.pop()
         return ys
