@@ -22,7 +22,7 @@ from bench.shapes import DEFAULT_SHAPES, DTYPES, LAYERS, MODELS, TRANSFORMERS, C
 _OUTPUT = Path("outputs/bench")
 _SECONDS = {"branch": 15.0, "layer": 15.0, "model": 130.0}  # of timing per case
 _PRECISION = {"branch": 0.01, "layer": 0.01, "model": 0.002}  # a model's tax is a difference of long times
-_QUICK_SECONDS, _QUICK_BUDGET = 1.0, 75
+_QUICK_SECONDS, _QUICK_BUDGET = 2.0, 75
 # torch.compile takes longer than the rest of a quick run.
 _NOT_IN_QUICK = ("compiled",)
 

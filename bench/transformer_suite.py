@@ -14,7 +14,7 @@ from bench.transformer import Checker, Operands, Step
 
 # All providers have the same adapters, so the optimizer is timed for one of ours and one peer.
 _OPTIMIZED = ("peft", "afa")
-_OPTIMIZER_SHARE = 0.05  # of the seconds
+_OPTIMIZER_SECONDS = 5.0  # at most
 
 
 class Entrant(NamedTuple):
@@ -97,7 +97,7 @@ def _optimizer_rows(
         for variant, each in variants.items()
     }
     memory = {key: optimizer.memory(made[key[0]][key[1]]) for key in works}
-    rounds = measure(works, clock_of(case.device, options.clock), options.seconds * _OPTIMIZER_SHARE)
+    rounds = measure(works, clock_of(case.device, options.clock), min(options.seconds, _OPTIMIZER_SECONDS))
     first = next(iter(optimizer.VARIANTS))
     for variant in optimizer.VARIANTS:
         beside = {name: works[name, variant] for name in entrants}
