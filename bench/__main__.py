@@ -49,8 +49,11 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="a small preset that ends within two minutes")
     add("--preset", choices=[*PRESETS], help="a named set of cases (default: standard)")
     add("--scopes", type=_words, help=", ".join(DEFAULT_SHAPES))
-    add("--shapes", type=_words, help=f"KxN, layers or models: {', '.join(MODELS)}; for the scope model: "
-        f"{', '.join(TRANSFORMERS)}; see --list")  # fmt: skip
+    add(
+        "--shapes",
+        type=_words,
+        help=f"KxN, layers or models: {', '.join(MODELS)}; in the scope model {', '.join(TRANSFORMERS)}",
+    )
     add("--tokens", type=_numbers(int), help="M, such as 1,16,2048")
     add("--ranks", type=_numbers(int), help="r, such as 8,64")
     add("--dtypes", type=_words, help=", ".join(DTYPES))

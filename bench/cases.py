@@ -51,7 +51,7 @@ PRESETS: dict[str, list[dict[str, list]]] = {
         {"shapes": ["minilm", "gpt2"], "tokens": [2048], "ranks": [8], "dtypes": ["f32"]},
         {"shapes": ["gpt2.up"], "tokens": [256], "dtypes": ["f16"]},
         {"shapes": ["gpt2.up"], "alphas": [1.0, 0.0], "dtypes": ["f32"]},
-        *_STEP,
+        {**_STEP[0], "alphas": [0.5]},
     ],
     # The two pictures of the adapter tax.
     "tokens": [{"shapes": ["plain.wide"], "tokens": [256, 512, 1024, 2048, 4096]}],

@@ -86,7 +86,7 @@ class Operands:
         return Operands(model, frozen, adapters, draw(*shape), draw(*shape))
 
     def wide(self) -> "Operands":
-        """Return the same in float64. A and B are rounded to the dtype of x first, as every provider does."""
+        """Return the same in float64. A and B are rounded to the dtype of x first, as autocast does."""
 
         def widen(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(value.to(self.x.dtype).to(torch.float64) for value in values)

@@ -1,9 +1,12 @@
 """What is made of the rows: verdicts on the goals, and the tables of the documents."""
 
+import argparse
+
 import pytest
 from bench_rows import TINY, example_row
 
 from bench import goals, pages, verdicts
+from bench.cases import cases
 
 
 def _goal_rows(interval=(0.8, 0.9)) -> list[dict]:
@@ -95,6 +98,22 @@ def test_the_outcome_is_that_of_the_rows():
     assert pages.summary(_step_rows()).split() == step.split()
     assert pages.summary(_step_rows() + rows).split() == (step + expected).split()
     assert not pages.summary([row for row in _step_rows() if row["provider"] != "peft"])
+
+
+def test_the_presets_measure_every_problem_of_the_goals():
+    axes = dict.fromkeys(("scopes", "shapes", "tokens", "ranks", "dtypes", "alphas"))
+    options = {"adapter_dtype": None, "activation": "silu", "dropout": 0.0, "device": "cpu"}
+    found = set()
+    for preset in ("step", "goals", "decode"):
+        for case in cases(argparse.Namespace(preset=preset, **axes, **options)):
+            found.add((case.scope, case.dtype, case.alpha_t, case.m, case.k, case.n, case.r))
+    assert found == {
+        (goal.scope, dtype, alpha_t, *shape)
+        for goal in verdicts.GOALS
+        for dtype in ("f32", "bf16")
+        for alpha_t in goal.alphas
+        for shape in goal.shapes
+    } | {("layer", dtype, 0.5, m, 4096, 4096, 16) for dtype in ("f32", "bf16") for m in (1, 4, 16)}
 
 
 def _step_rows() -> list[dict]:
