@@ -12,21 +12,27 @@ from pathlib import Path
 
 import torch
 
-from bench import allocator, goals, suite, table, transformer_suite
+from bench import allocator, goals, suite, table, transformer_suite, verdicts
 from bench.cases import PRESETS, cases
 from bench.environment import available_bytes, environment, roofs
 from bench.providers import Provider, by_default, providers
 from bench.results import Writer, read
-from bench.shapes import DTYPES, LAYERS, MODELS, Case
+from bench.shapes import DEFAULT_SHAPES, DTYPES, LAYERS, MODELS, TRANSFORMERS, Case
 
 _OUTPUT = Path("outputs/bench")
-_QUICK_SECONDS = 75
+_SECONDS = {"branch": 15.0, "layer": 15.0, "model": 130.0}  # of timing per case
+_PRECISION = {"branch": 0.01, "layer": 0.01, "model": 0.002}  # a model's tax is a difference of long times
+_QUICK_SECONDS, _QUICK_BUDGET = 2.0, 75
 # torch.compile takes longer than the rest of a quick run.
 _NOT_IN_QUICK = ("compiled",)
 
 
 def _numbers(convert):
     return lambda text: [convert(part) for part in text.split(",") if part]
+
+
+def _by_scope(values: dict[str, float]) -> str:
+    return ", ".join(f"{scope} {value:g}" for scope, value in values.items())
 
 
 def _words(text: str) -> list[str]:
@@ -42,8 +48,12 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--quick", action="store_true", help="a small preset that ends within two minutes")
     add("--preset", choices=[*PRESETS], help="a named set of cases (default: standard)")
-    add("--scopes", type=_words, help="branch, layer, model")
-    add("--shapes", type=_words, help=f"KxN, layers or models: {', '.join(MODELS)}; see --list")
+    add("--scopes", type=_words, help=", ".join(DEFAULT_SHAPES))
+    add(
+        "--shapes",
+        type=_words,
+        help=f"KxN, layers or models: {', '.join(MODELS)}; in the scope model {', '.join(TRANSFORMERS)}",
+    )
     add("--tokens", type=_numbers(int), help="M, such as 1,16,2048")
     add("--ranks", type=_numbers(int), help="r, such as 8,64")
     add("--dtypes", type=_words, help=", ".join(DTYPES))
@@ -57,8 +67,8 @@ def parser() -> argparse.ArgumentParser:
     add("--training", action="store_true", help="time training alone, whatever M is")
     add("--cache", choices=["hot", "cold", "both"], help="default: hot on a CPU, both on a GPU")
     add("--launch", choices=["eager", "graph", "both"], help="default: eager, on a GPU both")
-    add("--seconds", type=float, default=15.0, help="of timing per case, at most (default: 15)")
-    add("--precision", type=float, default=0.01, help="of the ratios; a case ends when it is reached (default: 0.01)")
+    add("--seconds", type=float, help=f"of timing per case, at most (default: {_by_scope(_SECONDS)})")
+    add("--precision", type=float, help=f"of the ratios; a case ends at it (default: {_by_scope(_PRECISION)})")
     add("--clock", choices=["wall", "process"], default="wall", help="process: for one thread on a busy machine")
     add("--allocator", choices=allocator.NAMES, default="keep", help="whether freed memory is kept for the next call")
     add("--budget", type=float, help="stop starting cases after this many seconds")
@@ -77,8 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = command.parse_args(argv)
     if arguments.quick:
         arguments.preset = arguments.preset or "quick"
-        arguments.seconds = min(arguments.seconds, 1.0)
-        arguments.budget = arguments.budget or _QUICK_SECONDS
+        arguments.seconds = min(arguments.seconds or _QUICK_SECONDS, _QUICK_SECONDS)
+        arguments.budget = arguments.budget or _QUICK_BUDGET
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.isa:
@@ -105,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     _print_roof(roof)
     wrong = _run(arguments, todo, chosen, roof, writer)
     rows = [record for record in read(writer.path) if record["kind"] == "row"]
-    checked = goals.self_check(rows)
+    checked = verdicts.self_check(rows)
     if checked:
         writer.write(checked)
     for text in goals.report(rows):
@@ -116,21 +126,23 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def _choose(arguments: argparse.Namespace) -> dict[str, Provider]:
+def _choose(arguments: argparse.Namespace) -> dict[str, dict[str, Provider]]:
+    """Return the providers of each scope."""
     known = providers()
     if arguments.providers is None:
         left_out = _NOT_IN_QUICK if arguments.quick else ()
-        return {name: known[name] for name in by_default(arguments.device) if name not in left_out}
+        return {
+            scope: {name: known[name] for name in by_default(arguments.device, scope) if name not in left_out}
+            for scope in DEFAULT_SHAPES
+        }
     unknown = [name for name in arguments.providers if name not in known]
     if unknown:
         raise ValueError(f"--providers: expected some of {', '.join(known)}, got {unknown}")
-    return {name: known[name] for name in arguments.providers}
+    return dict.fromkeys(DEFAULT_SHAPES, {name: known[name] for name in arguments.providers})
 
 
 def _check_axes(todo: list[Case]) -> None:
     for case in todo:
-        if case.scope not in ("branch", "layer", "model"):
-            raise ValueError(f"--scopes: expected branch, layer or model, got {case.scope!r}")
         if case.dtype not in DTYPES:
             raise ValueError(f"--dtypes: expected {', '.join(DTYPES)}, got {case.dtype!r}")
         if case.m < 1 or case.r < 1:
@@ -151,7 +163,7 @@ def _run(arguments, todo, chosen, roof, writer) -> int:
             print(f"not measured: {case.layer} M={case.m} {case.dtype}: {reason}")
             writer.write(record)
             continue
-        for record in _records(case, arguments, chosen, roof):
+        for record in _records(case, arguments, chosen[case.scope], roof):
             writer.write(record)
             if record["kind"] == "row":
                 _say("")
@@ -186,7 +198,7 @@ def _why_skip(case: Case, arguments: argparse.Namespace, elapsed: float) -> str 
 
 def _records(case, arguments, chosen, roof) -> Iterable[dict[str, object]]:
     if case.scope == "model":
-        options = suite.Options(arguments.seconds, arguments.precision, True, False, clock=arguments.clock)
+        options = suite.Options(*_effort(case, arguments), True, False, clock=arguments.clock)
         yield from transformer_suite.run_case(case, chosen, options, roof, _say)
         return
     for options in _options(case, arguments):
@@ -202,9 +214,14 @@ def _options(case: Case, arguments: argparse.Namespace) -> Iterator[suite.Option
     launches = {"both": ("eager", "graph"), None: ("eager", "graph") if on_gpu else ("eager",)}
     for cache in caches.get(arguments.cache, (arguments.cache,)):
         for launch in launches.get(arguments.launch, (arguments.launch,)):
-            yield suite.Options(
-                arguments.seconds, arguments.precision, not inference, inference, cache, launch, arguments.clock
-            )
+            effort = _effort(case, arguments)
+            yield suite.Options(*effort, not inference, inference, cache, launch, arguments.clock)
+
+
+def _effort(case: Case, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Return the seconds and the precision at which timing ends."""
+    seconds = _SECONDS[case.scope] if arguments.seconds is None else arguments.seconds
+    return seconds, _PRECISION[case.scope] if arguments.precision is None else arguments.precision
 
 
 def _say(text: str) -> None:
@@ -238,11 +255,14 @@ def _print_roof(roof: dict[str, object]) -> None:
     print(f"copy {roof['copy_gb_s']:.1f} GB/s; square GEMM, GFLOP/s: {rates}")
 
 
-def _list(chosen: dict[str, Provider]) -> None:
+def _list(chosen: dict[str, dict[str, Provider]]) -> None:
     for name, layer in LAYERS.items():
         print(f"{name:20} K={layer.k:<6} N={layer.n:<6} {'bias' if layer.bias else ''}")
-    for name, provider in chosen.items():
-        print(f"{name:14} {provider.about}")
+    for name, model in TRANSFORMERS.items():
+        print(f"{name:20} {model.blocks} blocks, hidden {model.hidden}, intermediate {model.intermediate}, scope model")
+    named = {name: provider for of_scope in chosen.values() for name, provider in of_scope.items()}
+    for name, provider in named.items():
+        print(f"{name:20} {provider.about}{'' if provider.layer else ', scope model'}")
 
 
 def _pictures(path: Path) -> None:

@@ -4,13 +4,12 @@ import argparse
 from collections.abc import Iterator
 from itertools import product
 
-from bench import transformer
-from bench.shapes import Case, layers
+from bench.shapes import DEFAULT_SHAPES, Case, shapes
 
 # Each preset is a list of products; what a product leaves out comes from BASE.
 BASE = {
     "scopes": ["layer"],
-    "shapes": ["plain.square"],
+    "shapes": None,  # those that the scope has by default
     "tokens": [2048],
     "ranks": [16],
     "dtypes": ["f32"],
@@ -24,6 +23,15 @@ _GOALS = [
     {**_BOTH, "shapes": ["plain.deep"], "tokens": [512], "ranks": [64]},
 ]
 _DECODE = [{**_BOTH, "shapes": ["plain.deep"], "tokens": [1, 4, 16]}]
+_STEP = [
+    {
+        "scopes": ["model"],
+        "shapes": ["llama-block"],
+        "tokens": [512],
+        "dtypes": ["f32", "bf16"],
+        "alphas": [0.5, 0.0],
+    },
+]
 PRESETS: dict[str, list[dict[str, list]]] = {
     # Every scope and every kind of result within two minutes on two slow cores.
     "quick": [
@@ -31,8 +39,10 @@ PRESETS: dict[str, list[dict[str, list]]] = {
         {"shapes": ["minilm.attention"], "tokens": [512], "alphas": [1.0, 0.0]},
         {"shapes": ["minilm.attention"], "tokens": [512], "dtypes": ["bf16", "f16", "f64"]},
         {"scopes": ["layer", "branch"], "shapes": ["plain.square"], "tokens": [1, 16]},
-        {"scopes": ["model"], "tokens": [512]},
+        {"scopes": ["model"], "shapes": ["tiny-transformer"], "tokens": [32]},
     ],
+    # What a user sees: a training step of a model.
+    "step": _STEP,
     "goals": _GOALS,
     "decode": _DECODE,
     "standard": [
@@ -41,7 +51,7 @@ PRESETS: dict[str, list[dict[str, list]]] = {
         {"shapes": ["minilm", "gpt2"], "tokens": [2048], "ranks": [8], "dtypes": ["f32"]},
         {"shapes": ["gpt2.up"], "tokens": [256], "dtypes": ["f16"]},
         {"shapes": ["gpt2.up"], "alphas": [1.0, 0.0], "dtypes": ["f32"]},
-        {"scopes": ["model"], "tokens": [1024], "ranks": [8], "dtypes": ["f32", "bf16"]},
+        {**_STEP[0], "alphas": [0.5]},
     ],
     # The two pictures of the adapter tax.
     "tokens": [{"shapes": ["plain.wide"], "tokens": [256, 512, 1024, 2048, 4096]}],
@@ -64,19 +74,21 @@ def _product(axes: dict[str, list], arguments: argparse.Namespace) -> Iterator[C
     for scope, tokens, r, dtype, alpha_t in product(
         axes["scopes"], axes["tokens"], axes["ranks"], axes["dtypes"], axes["alphas"]
     ):
-        rest = {
-            "m": tokens,
-            "r": r,
-            "dtype": dtype,
-            "adapter_dtype": arguments.adapter_dtype or dtype,
-            "alpha_t": alpha_t,
-            "activation": arguments.activation,
-            "dropout": arguments.dropout,
-            "device": arguments.device,
-        }
-        if scope == "model":
-            hidden, intermediate = transformer.HIDDEN, transformer.INTERMEDIATE
-            yield Case(scope, "tiny-transformer", k=hidden, n=intermediate, bias=False, **rest)
-            continue
-        for layer in layers(axes["shapes"]):
-            yield Case(scope, layer.name, k=layer.k, n=layer.n, bias=layer.bias, **rest)
+        if scope not in DEFAULT_SHAPES:
+            raise ValueError(f"--scopes: expected some of {', '.join(DEFAULT_SHAPES)}, got {scope!r}")
+        for shape in shapes(scope, axes["shapes"]):
+            yield Case(
+                scope,
+                shape.name,
+                m=tokens,
+                k=shape.k,
+                n=shape.n,
+                r=r,
+                bias=shape.bias,
+                dtype=dtype,
+                adapter_dtype=arguments.adapter_dtype or dtype,
+                alpha_t=alpha_t,
+                activation=arguments.activation,
+                dropout=arguments.dropout,
+                device=arguments.device,
+            )

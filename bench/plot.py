@@ -16,11 +16,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench import cost
-from bench.providers import AGAIN
+from bench.providers import measured_again
 from bench.results import RESULTS, read, recorded
 from bench.shapes import DTYPES, Case
 
-_FEWEST_ROUNDS = 3  # a tax is a small difference: that of one or two samples is noise
 _STYLE = {
     "peft": ("PEFT LoRA", "tab:orange", "s"),
     "torchtune": ("torchtune LoRA", "tab:brown", "v"),
@@ -35,6 +34,7 @@ _STYLE = {
     "afa": ("afa_kernels", "black", "."),
     # The distance between this curve and the one before is the error of the measurement.
     "afa.again": ("afa_kernels, measured again", "black", "x"),
+    "afa.identity": ("afa_kernels at alpha_t = 0", "tab:gray", "h"),
 }
 
 
@@ -62,11 +62,9 @@ def _sweeps(rows: list[dict], variable: str) -> Iterator[tuple[str, dict[str, li
     fixed = [name for name in Case._fields if name != variable] + ["cache", "launch"]
     groups: dict[tuple, dict[str, dict[int, tuple]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        measured = row["pass"] == "both" and row["scope"] == "layer" and "tax" in row
-        if measured and row["rounds"] >= _FEWEST_ROUNDS:
+        if row["pass"] == "both" and row["scope"] == "layer" and "tax" in row:
             group = groups[tuple(row[name] for name in fixed)]
-            low, high = row.get("tax_interval", (row["tax"], row["tax"]))
-            group[row["provider"]][row[variable]] = (row["tax"], low, high)
+            group[row["provider"]][row[variable]] = (row["tax"], *row["tax_interval"])
             group["floor"][row[variable]] = (row["floor_tax"],) * 3
     for values, group in groups.items():
         if len(group["floor"]) >= 3:
@@ -88,7 +86,7 @@ def _tax_figure(sweeps: list, variable: str, label: str):
                 axis.plot(x, middle, color="gray", linestyle=":", label="floor: an estimate of the least tax")
                 continue
             legend, color, marker = _STYLE.get(name, (name, None, "."))
-            style = "--" if name == AGAIN else "-"
+            style = "--" if measured_again(name) else "-"
             (line,) = axis.plot(x, middle, color=color, marker=marker, linestyle=style, label=legend)
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set_xscale("log", base=2)

@@ -1,8 +1,8 @@
 """Who is measured: each peer by its public package, each backend of ours, and why one is absent.
 
-A provider turns a frozen ``nn.Linear`` and the two adapter weights into a module (scopes "layer"
-and "model"), or a branch into a function (scope "branch"). A peer is imported when it is first
-asked for, because some patch other libraries on import.
+A provider turns a frozen ``nn.Linear`` and the two adapter weights into a module (scope "layer"), a branch into a
+function (scope "branch"), or adapts a model (scope "model"): as a whole where its users do that (whole_models.py), else
+layer by layer. A peer is imported when it is first asked for, because some patch other libraries on import.
 """
 
 import logging
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 import afa_kernels
 from afa_kernels.activation import ACTIVATIONS
 from afa_kernels.backend import registry
+from bench import whole_models
 from bench.problem import SCALING
 from bench.shapes import DTYPES, Case
 
-AGAIN = "afa.again"
+_AGAIN = ".again"
 Adapter = tuple[nn.Parameter, ...]  # A and B; empty for the frozen layer
 Branch = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # x, A, B, base -> base + branch
 
@@ -32,19 +33,43 @@ class Provider:
     about: str
     function: str  # "frozen", "lora" or "afa": what it computes, hence its truth
     why_not: Callable[[Case], str | None]
-    layer: Callable[[nn.Linear, Tensor, Tensor, Case], tuple[nn.Module, Adapter]]
+    layer: Callable[[nn.Linear, Tensor, Tensor, Case], tuple[nn.Module, Adapter]] | None
     branch: Callable[[Case, bool], Branch] | None = None  # the bool: whether to write into base
+    model: Callable[[nn.Module, whole_models.Weights, Case], list[nn.Parameter]] | None = None  # None: layer by layer
     ours: bool = False
 
     def absent(self, case: Case) -> str | None:
         """Return why this provider cannot be measured on ``case``, or None if it can."""
         if case.scope == "branch" and self.branch is None:
             return "has no branch apart from its layer"
+        if case.scope == "layer" and self.layer is None:
+            return "adapts whole models"
         return self.why_not(case)
+
+    def adapt(self, model: nn.Module, weights: whole_models.Weights, case: Case) -> list[nn.Parameter]:
+        """Put adapters with ``weights`` into ``model``; return A and B of each layer, in order, if it has them."""
+        if self.model is not None:
+            return self.model(model, weights, case)
+        parameters = []
+        for name, (a, b) in weights.items():
+            linear = model.get_submodule(name)
+            n, k = linear.weight.shape
+            module, adapter = self.layer(linear, a, b, case._replace(scope="layer", k=k, n=n))
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, module)
+            parameters.extend(adapter)
+        return parameters
+
+
+def measured_again(name: str) -> str | None:
+    """Return the provider that ``name`` is a second instance of: the ratio of the two is the measurement's error."""
+    return name.removesuffix(_AGAIN) if name.endswith(_AGAIN) else None
 
 
 def _import(module: str) -> str | None:
     """Return why ``module`` cannot be imported; None if it can."""
+    # PEFT and torchtune import it; it warns that its C++ extensions are for another torch.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
     try:
         import_module(module)
     except Exception as error:  # noqa: BLE001 - whatever a peer raises on import is the reason
@@ -141,7 +166,6 @@ def _peft_layer(linear, a, b, case):
 def _torchtune_why_not(case: Case) -> str | None:
     if case.adapter_dtype != case.dtype:
         return "LoRALinear does not mix dtypes"
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns that its C++ extensions are for another torch
     return _import("torchtune.modules.peft")
 
 
@@ -257,17 +281,48 @@ def _afa(backend: str | None) -> Provider:
             backend=backend,
         )
 
-    name = "afa" if backend is None else f"afa.{backend}"
-    about = "this package, automatic choice" if backend is None else f"this package, {backend}"
-    return Provider(name, about, "afa", why_not, layer, branch, ours=True)
+    if backend is None:
+        adapt = whole_models.inject(group=None)
+        return Provider("afa", "this package, automatic choice", "afa", why_not, layer, branch, adapt, ours=True)
+    return Provider(f"afa.{backend}", f"this package, {backend}", "afa", why_not, layer, branch, ours=True)
+
+
+def _identity() -> Provider:
+    """Return ``afa`` at alpha_t = 0, beside ``afa`` in a case of another alpha_t."""
+    ours = _afa(None)
+
+    def at_zero(case: Case) -> Case:
+        return case._replace(alpha_t=0.0)
+
+    return Provider(
+        "afa.identity",
+        "afa at alpha_t = 0, whatever that of the case is",
+        "lora",
+        lambda case: None if case.alpha_t else "the case is at alpha_t = 0 itself",
+        lambda linear, a, b, case: ours.layer(linear, a, b, at_zero(case)),
+        lambda case, inplace: ours.branch(at_zero(case), inplace),
+        lambda model, weights, case: ours.model(model, weights, at_zero(case)),
+        ours=True,
+    )
+
+
+def _again(provider: Provider, **changes: object) -> Provider:
+    about = f"{provider.name} measured again: their ratio is the measurement's error"
+    return replace(provider, name=provider.name + _AGAIN, about=about, **changes)
+
+
+def _needs_peft(case: Case) -> str | None:
+    return _import("peft")
 
 
 def providers() -> dict[str, Provider]:
     """Return every provider by name, peers first. ``afa.torch`` is the best composition of torch
     ops, RunLoRA's idea: every intermediate of rank r, large results accumulated in place."""
+    frozen = Provider("frozen", "the frozen layer alone", "frozen", _runs, _frozen_layer, model=whole_models.nothing)
     peers = (
-        Provider("frozen", "the frozen layer alone", "frozen", _runs, _frozen_layer),
-        Provider("peft", "PEFT, plain LoRA", "lora", lambda case: _import("peft"), _peft_layer),
+        frozen,
+        _again(frozen, layer=None),
+        Provider("peft", "PEFT, plain LoRA", "lora", _needs_peft, _peft_layer, model=whole_models.peft),
         Provider("torchtune", "LoRALinear", "lora", _torchtune_why_not, _torchtune_layer),
         Provider("unsloth", "LoRA_W, plain LoRA", "lora", _unsloth_why_not, _unsloth_layer),
         Provider(
@@ -287,13 +342,41 @@ def providers() -> dict[str, Provider]:
             _compiled_branch,
         ),
     )
-    again = replace(_afa(None), name=AGAIN, about="afa measured again: its ratio to afa is the measurement's error")
-    ours = [_afa(None), again] + [_afa(n) for n in registry.names() if registry.get(n).automatic]
+    afa = _afa(None)
+    through_peft, accelerated = (
+        Provider(name, about, function, _needs_peft, None, model=adapt, ours=True)
+        for name, about, function, adapt in (
+            ("afa.peft", "this package through PEFT, AFALoraConfig", "afa", whole_models.annealed),
+            ("afa.accelerate", "PEFT's plain LoRA on the kernels of this package", "lora", whole_models.accelerated),
+        )
+    )
+    separate = Provider(
+        "afa.separate",
+        "afa without groups, every layer alone",
+        "afa",
+        _runs,
+        None,
+        model=whole_models.inject(group=False),
+        ours=True,
+    )
+    whole = (through_peft, _again(through_peft), accelerated, _again(accelerated), separate)
+    ours = (afa, _again(afa), _identity(), *whole, *map(_afa, one_backend()))
     return {provider.name: provider for provider in (*peers, *ours)}
 
 
-def by_default(device: str) -> list[str]:
-    """Return the names of those that are measured unless others are asked for: not the oracle, which is right and never
-    fast; and on the CPU, where "afa" is "afa.cpu", not that a third time."""
-    left_out = ("afa.reference", "afa.cpu") if torch.device(device).type == "cpu" else ("afa.reference",)
-    return [name for name in providers() if name not in left_out]
+def one_backend() -> list[str]:
+    """Return the backends that are providers of their own, under the name "afa." with theirs."""
+    return [name for name in registry.names() if registry.get(name).automatic]
+
+
+def by_default(device: str, scope: str) -> list[str]:
+    """Return the names of those that are measured in ``scope`` unless others are asked for: not the oracle, which is
+    right and never fast; on the CPU, where "afa" is "afa.cpu", not that a third time; and no model is compiled, which
+    takes longer than all the rest."""
+    left_out = {"afa.reference"}
+    if torch.device(device).type == "cpu":
+        left_out.add("afa.cpu")
+    if scope == "model":
+        left_out.add("compiled")
+    found = providers().items()
+    return [name for name, provider in found if name not in left_out and (scope == "model" or provider.layer)]

@@ -103,6 +103,8 @@ OPTIONAL: dict[str, dict[str, object]] = {
         "tax_interval": list,
         "floor_tax": _NUMBER,
         "over_floor": _NUMBER,
+        "adamw_ratio": _NUMBER,  # a variant of AdamW over the pass "adamw"
+        "adamw_ratio_interval": list,
     },
 }
 # Two rows with the same key measure the same thing.

@@ -18,8 +18,8 @@ def row(
     memory: Memory,
     roof: dict[str, object],
 ) -> dict[str, object]:
-    """Return the row of ``provider`` for one timed step, with its ratio to each other provider that
-    was timed beside it, and the interval of that."""
+    """Return the row of ``provider`` for one timed step, with its ratio to each other provider that was timed beside
+    it, and the interval of that; without the ratios if the rounds were too few for an interval."""
     work = works[provider.name]
     own = work.samples[step]
     p50 = quantile(own, 0.5)
@@ -36,7 +36,7 @@ def row(
         "p50_ms": p50,
         "p80_ms": quantile(own, 0.8),
         "calls": work.calls,
-        "ratio": {name: r.middle for name, r in ratios.items()},
+        "ratio": {name: r.middle for name, r in ratios.items() if r.interval},
         "ratio_interval": {name: [*r.interval] for name, r in ratios.items() if r.interval},
         "gflop_s": gflop_s,
         "gflop_share": gflop_s / roof["gemm_gflop_s"][case.dtype],
@@ -51,10 +51,12 @@ def row(
 
 
 def tax(own: list[float], frozen: list[float]) -> dict[str, object]:
-    """Return the fields of the time over the frozen layer's: the tax, and its interval if there is one."""
+    """Return the fields of the time over the frozen layer's, the tax and its interval; none if the rounds were too few
+    for an interval."""
     found = ratio(own, frozen)
-    interval = {"tax_interval": [value - 1 for value in found.interval]} if found.interval else {}
-    return {"tax": found.middle - 1} | interval
+    if not found.interval:
+        return {}
+    return {"tax": found.middle - 1, "tax_interval": [value - 1 for value in found.interval]}
 
 
 def absent(reason: str) -> dict[str, object]:

@@ -118,16 +118,7 @@ class Checker:
 
     def check(self, runner: Runner, function: str) -> "Check":
         expected, plain = self._reference(function)
-        results = runner.results()
-        # One rounding of the result; float64 has no wider truth, which rounds as often as it does.
-        dtype = runner.problem.x.dtype
-        rounding = torch.finfo(dtype).eps * (64.0 if dtype == torch.float64 else 0.5)
-        errors = {name: relative_error(results[name], value) for name, value in expected.items()}
-        return Check(
-            error=max(errors.values()),
-            ratio=max(error / max(plain[name], rounding) for name, error in errors.items()),
-            right=all(error <= 2 * plain[name] + rounding for name, error in errors.items()),
-        )
+        return compared(runner.results(), expected, plain, runner.problem.x.dtype)
 
 
 class Check(NamedTuple):
@@ -137,3 +128,15 @@ class Check(NamedTuple):
     error: float
     ratio: float
     right: bool
+
+
+def compared(got: dict[str, Tensor], expected: dict[str, Tensor], plain: dict[str, float], dtype: torch.dtype) -> Check:
+    """Return the check of ``got`` against float64, beside the errors of plain torch."""
+    # One rounding of the result; float64 has no wider truth, which rounds as often as it does.
+    rounding = torch.finfo(dtype).eps * (64.0 if dtype == torch.float64 else 0.5)
+    errors = {name: relative_error(got[name], value) for name, value in expected.items()}
+    return Check(
+        error=max(errors.values()),
+        ratio=max(error / max(plain[name], rounding) for name, error in errors.items()),
+        right=all(error <= 2 * plain[name] + rounding for name, error in errors.items()),
+    )

@@ -20,10 +20,10 @@ from bench.problem import Problem
 from bench.providers import Provider, providers
 from bench.results import Writer
 from bench.runner import build
-from bench.shapes import DTYPES, Case
+from bench.shapes import DTYPES, TRANSFORMERS, Case
 from bench.timed_calls import training_work
 from bench.timing import Work, clock_of, measure, quantile
-from bench.transformer import HIDDEN, INTERMEDIATE, Step
+from bench.transformer import Operands, Step
 
 CENTER = {"m": 1024, "k": 1024, "n": 1024, "r": 16}
 SWEEPS = {
@@ -33,6 +33,7 @@ SWEEPS = {
     "n": [256, 512, 1024, 2048, 4096],
     "layers": [1, 2, 4, 8, 16],
 }
+MODEL = TRANSFORMERS["tiny-transformer"]  # whose layers are counted in blocks
 _LAYER_TOKENS = 256
 
 
@@ -64,11 +65,11 @@ def _case(arguments: argparse.Namespace, **changes: int) -> Case:
 
 def _works(arguments, chosen: dict[str, Provider], variable: str, value: int) -> dict[str, Work]:
     if variable == "layers":
-        shape = {"m": _LAYER_TOKENS, "k": HIDDEN, "n": INTERMEDIATE}
+        shape = {"m": _LAYER_TOKENS, "k": MODEL.hidden, "n": MODEL.intermediate}
         case = _case(arguments, **shape)._replace(scope="model")
-        return {
-            name: Work(lambda: None, {"both": Step(provider, case, layers=value)}) for name, provider in chosen.items()
-        }
+        operands = Operands.of(MODEL._replace(blocks=value), case)
+        steps = {name: Step(provider, case, operands) for name, provider in chosen.items()}
+        return {name: Work(step.prepare, {"both": step}) for name, step in steps.items()}
     problem = Problem.of(_case(arguments, **{variable: value}))
     return {name: training_work(build(provider, problem), "hot", "eager") for name, provider in chosen.items()}
 

@@ -1,5 +1,6 @@
-"""The named shapes: the linear layers of five models, the token counts and the ranks."""
+"""The named shapes: the linear layers of five models, stacks of transformer blocks, the token counts and the ranks."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -66,11 +67,44 @@ MODELS: dict[str, tuple[Linear, ...]] = {
 LAYERS: dict[str, Linear] = {layer.name: layer for model in MODELS.values() for layer in model}
 
 
+class Transformer(NamedTuple):
+    """Blocks as Llama has them, without embedding and head: what the scope "model" measures."""
+
+    name: str
+    blocks: int
+    hidden: int
+    intermediate: int
+    heads: int
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Return (N, K) of each linear layer by its name in the model."""
+        square, up, down = (
+            (self.hidden, self.hidden),
+            (self.intermediate, self.hidden),
+            (self.hidden, self.intermediate),
+        )
+        attention = {f"attention.{name}_proj": square for name in "qkvo"}
+        mlp = {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": down}
+        return {f"{i}.{name}": shape for i in range(self.blocks) for name, shape in (attention | mlp).items()}
+
+
+TRANSFORMERS: dict[str, Transformer] = {
+    model.name: model
+    for model in (
+        Transformer("tiny-transformer", 4, 384, 1024, 6),
+        Transformer("llama-block", 1, 1024, 2816, 8),
+        Transformer("llama-8-blocks", 8, 1024, 2816, 8),  # over a hundred adapter weights, for the optimizer
+    )
+}
+_HEAD = 128  # features of a head, in a model that is given by its sizes
+DEFAULT_SHAPES = {"layer": ["plain.square"], "branch": ["plain.square"], "model": ["llama-block"]}
+
+
 class Case(NamedTuple):
     """One measured problem; its fields are the key of a row."""
 
     scope: str  # "branch": afa_lora into a given base; "layer": with its frozen GEMM; "model"
-    layer: str
+    layer: str  # or the model, of which k and n are the hidden and the intermediate size
     m: int
     k: int
     n: int
@@ -100,15 +134,53 @@ def layers(names: list[str]) -> list[Linear]:
     """
     found = []
     for name in names:
-        k, x, n = name.partition("x")
+        sizes = _sizes(name)
         if name in LAYERS:
             found.append(LAYERS[name])
         elif name in MODELS:
             found.extend(MODELS[name])
-        elif x and k.isdigit() and n.isdigit() and int(k) and int(n):
-            found.append(Linear(name, int(k), int(n), False))
+        elif sizes:
+            found.append(Linear(name, *sizes, False))
         else:
             raise ValueError(
                 f"shapes: expected KxN, a model ({', '.join(MODELS)}) or a layer ({', '.join(LAYERS)}), got {name!r}"
             )
     return list(dict.fromkeys(found))
+
+
+def transformer(name: str) -> Transformer:
+    """Return the model ``name``: one of :data:`TRANSFORMERS`, or "KxN" for one block of hidden size K and intermediate
+    size N.
+
+    Raises:
+        ValueError: it is none of these; the message lists the known ones.
+    """
+    if name in TRANSFORMERS:
+        return TRANSFORMERS[name]
+    sizes = _sizes(name)
+    if not sizes:
+        raise ValueError(f"shapes: expected KxN or a model of {', '.join(TRANSFORMERS)} in scope model, got {name!r}")
+    hidden, intermediate = sizes
+    return Transformer(name, 1, hidden, intermediate, math.gcd(hidden, max(1, hidden // _HEAD)))
+
+
+def shapes(scope: str, names: list[str] | None) -> list[Linear]:
+    """Return the layers that ``names`` give in ``scope``, or the models, with their two sizes; the scope's default for
+    None.
+
+    Raises:
+        ValueError: a name is unknown there.
+    """
+    names = names or DEFAULT_SHAPES[scope]
+    if scope != "model":
+        return layers(names)
+    models = map(transformer, dict.fromkeys(names))
+    return [Linear(model.name, model.hidden, model.intermediate, False) for model in models]
+
+
+def _sizes(name: str) -> tuple[int, int] | None:
+    """Return the sizes of "KxN"; None for another name."""
+    k, x, n = name.partition("x")
+    if x and k.isdigit() and n.isdigit() and int(k) and int(n):
+        return int(k), int(n)
+    return None

@@ -137,9 +137,5 @@ def _against_floor(case, step, own, frozen, roof) -> dict[str, float]:
     floor = branch.milliseconds(base_rate, roof["copy_gb_s"])
     tax = rows.tax(own, frozen)
     floor_tax = floor / base_ms
-    return {
-        "floor_ms": floor,
-        **tax,
-        "floor_tax": floor_tax,
-        "over_floor": tax["tax"] / floor_tax,
-    }
+    over_floor = {"over_floor": tax["tax"] / floor_tax} if tax else {}
+    return {"floor_ms": floor, "floor_tax": floor_tax, **tax, **over_floor}

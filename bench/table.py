@@ -1,7 +1,7 @@
 """The fixed-width table of rows."""
 
 _COLUMNS = (
-    f"{'pass':9} {'layer':19} {'M':>6} {'r':>4} {'dtype':>9} {'alpha':>5} | {'provider':12} "
+    f"{'pass':15} {'layer':19} {'M':>6} {'r':>4} {'dtype':>9} {'alpha':>5} | {'provider':20} "
     f"{'p50 ms':>9} {'[p20 - p80]':>19} {'/eager':>7} {'/peft':>7} {'tax %':>7} {'±':>5} {'floor%':>7} "
     f"{'x floor':>8} {'GFLOP/s':>10} {'GB/s':>6} {'peak MB':>8} {'err':>5}"
 )
@@ -18,8 +18,8 @@ def line(row: dict[str, object]) -> str:
     ratio = row["ratio"]
     half = row["tax_interval"][1] - row["tax_interval"][0] if "tax_interval" in row else None
     return (
-        f"{name[:9]:9} {row['layer'][:19]:19} {row['m']:>6} {row['r']:>4} {dtype:>9} "
-        f"{row['alpha_t']:>5g} | {row['provider']:12} {row['p50_ms']:>9.3f} {spread:>19} "
+        f"{name[:15]:15} {row['layer'][:19]:19} {row['m']:>6} {row['r']:>4} {dtype:>9} "
+        f"{row['alpha_t']:>5g} | {row['provider']:20} {row['p50_ms']:>9.3f} {spread:>19} "
         f"{_number(ratio.get('eager')):>7} {_number(ratio.get('peft')):>7} "
         f"{_number(row.get('tax'), 100, 1):>7} {_number(half, 50, 1):>5} {_number(row.get('floor_tax'), 100, 1):>7} "
         f"{_number(row.get('over_floor')):>8} "

@@ -1,13 +1,29 @@
-"""The rows of the scope "model": one training step of a tiny transformer per provider."""
+"""The rows of the scope "model": forward and backward of a model per provider, and the optimizer's step."""
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-from bench import rows
+from bench import optimizer, rows
+from bench.memory import Memory
 from bench.providers import Provider, providers
-from bench.shapes import Case
+from bench.runner import Check
+from bench.shapes import Case, transformer
 from bench.suite import FROZEN, Options
-from bench.timing import Work, clock_of, measure
-from bench.transformer import Checker, Step
+from bench.timing import Work, clock_of, measure, ratio
+from bench.transformer import Checker, Operands, Step
+
+# All providers have the same adapters, so the optimizer is timed for one of ours and one peer.
+_OPTIMIZED = ("peft", "afa")
+_OPTIMIZER_SECONDS = 5.0  # at most
+
+
+class Entrant(NamedTuple):
+    """A provider that passed its check."""
+
+    provider: Provider
+    step: Step
+    check: Check
+    memory: Memory
 
 
 def run_case(
@@ -17,41 +33,80 @@ def run_case(
     roof: dict[str, object],
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[dict[str, object]]:
-    """Yield a row per provider, and why a provider is absent or wrong."""
-    checker = Checker(providers()["eager"], case)
+    """Yield the rows of each provider, and why a provider is absent or wrong."""
+    operands = Operands.of(transformer(case.layer), case)
+    known = providers()
+    checker = Checker(known["eager"], known[FROZEN], case._replace(dropout=0.0), operands)
     entrants = {}
     for name, provider in chosen.items():
         say(f"checking {name}")
-        outcome = _enter(provider, checker, case)
+        outcome = _enter(provider, checker, case, operands)
         if isinstance(outcome, dict):
             yield {**outcome, "provider": name, "ours": provider.ours, **case._asdict()}
         else:
             entrants[name] = outcome
     if not entrants:
         return
-    works = {name: Work(lambda: None, {"step": step}) for name, (step, _, _) in entrants.items()}
+    works = {name: _training(entrant.step) for name, entrant in entrants.items()}
     say(f"timing {', '.join(works)}")
     rounds = measure(works, clock_of(case.device, options.clock), options.seconds, options.precision)
-    for name, (step, checked, memory) in entrants.items():
-        row = rows.row(case, "step", chosen[name], works, step.least(), checked, memory, roof)
-        row |= {"cache": "hot", "launch": "eager", "rounds": rounds}
-        if FROZEN in works and name != FROZEN:
-            row |= rows.tax(works[name].samples["step"], works[FROZEN].samples["step"])
-        yield row
+    for step in next(iter(works.values())).samples:
+        for name, (provider, model, check, memory) in entrants.items():
+            row = rows.row(case, step, provider, works, model.least(step), check, memory, roof)
+            row |= {"cache": "hot", "launch": "eager", "rounds": rounds}
+            if FROZEN in works and provider.function != FROZEN:
+                row |= rows.tax(works[name].samples[step], works[FROZEN].samples[step])
+            yield row
+    optimized = {name: entrants[name] for name in _OPTIMIZED if name in entrants}
+    if optimized:
+        say("timing AdamW")
+        yield from _optimizer_rows(case, optimized, options, roof)
 
 
-def _enter(provider: Provider, checker: Checker, case: Case):
-    """Return the step, its check and its memory, or the record that says why it stays out."""
+def _training(step: Step) -> Work:
+    return Work(step.prepare, {"forward": step.forward, "backward": step.backward}, "both")
+
+
+def _enter(provider: Provider, checker: Checker, case: Case, operands: Operands) -> Entrant | dict[str, object]:
+    """Return the entrant, or the record that says why the provider stays out."""
     reason = provider.absent(case)
     if reason is not None:
         return rows.absent(reason)
     try:
-        step = Step(provider, case)
-        checked = checker.check(step, provider.function)
+        step = Step(provider, case, operands)
+        # A mask is random and differs between providers: accuracy is that of the call without it.
+        checked = Step(provider, case._replace(dropout=0.0), operands) if case.dropout else step
+        check = checker.check(checked, provider.function)
     except Exception as error:
         if provider.ours:
             raise
         return rows.failed(error)
-    if not checked.right:
-        return rows.wrong(checked)
-    return step, checked, step.memory()
+    if not check.right:
+        return rows.wrong(check)
+    return Entrant(provider, step, check, step.memory())
+
+
+def _optimizer_rows(
+    case: Case, entrants: dict[str, Entrant], options: Options, roof: dict[str, object]
+) -> Iterator[dict[str, object]]:
+    """Yield the rows of AdamW's variants, each with its ratio to the first one too."""
+    made = {name: optimizer.optimizers(entrant.step) for name, entrant in entrants.items()}
+    works = {
+        (name, variant): optimizer.work(variant, each)
+        for name, variants in made.items()
+        for variant, each in variants.items()
+    }
+    memory = {key: optimizer.memory(made[key[0]][key[1]]) for key in works}
+    rounds = measure(works, clock_of(case.device, options.clock), min(options.seconds, _OPTIMIZER_SECONDS))
+    first = next(iter(optimizer.VARIANTS))
+    for variant in optimizer.VARIANTS:
+        beside = {name: works[name, variant] for name in entrants}
+        for name, (provider, step, check, _) in entrants.items():
+            least = optimizer.least(step)
+            row = rows.row(case, variant, provider, beside, least, check, memory[name, variant], roof)
+            row |= {"cache": "hot", "launch": "eager", "rounds": rounds}
+            if variant != first:
+                found = ratio(beside[name].samples[variant], works[name, first].samples[first])
+                if found.interval:
+                    row |= {"adamw_ratio": found.middle, "adamw_ratio_interval": [*found.interval]}
+            yield row

@@ -13,16 +13,16 @@ from bench_rows import ROOF, TINY, example_row
 from helpers import eager
 
 from bench import __main__ as command
-from bench import cost, problem, scaling, suite, timing
+from bench import cost, optimizer, problem, scaling, suite, timing
 from bench.cases import PRESETS, cases
 from bench.environment import left_to_container
 from bench.memory import allocations, saved_bytes
 from bench.model import counts
 from bench.problem import SCALING, Problem, relative_error, truth
-from bench.providers import by_default, providers
+from bench.providers import by_default, measured_again, providers
 from bench.results import KEY, Writer, read, recorded, validate
 from bench.runner import Checker, build
-from bench.shapes import DTYPES, LAYERS, layers
+from bench.shapes import DTYPES, LAYERS, layers, transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_FLAGS = ["--shapes", "24x56", "--tokens", "40", "--ranks", "4", "--seconds", "0.02"]
@@ -40,12 +40,6 @@ def small_roofs(monkeypatch):
     """Measuring the machine's roofs takes seconds; a test of the command needs only their shape."""
     monkeypatch.setattr("bench.environment._GEMM_SIZES", {"cpu": (32, 64), "cuda": (32, 64)})
     monkeypatch.setattr("bench.environment._COPY_BYTES", 1 << 16)
-
-
-@pytest.fixture
-def small_transformer(monkeypatch):
-    monkeypatch.setattr("bench.transformer.HIDDEN", 48)
-    monkeypatch.setattr("bench.transformer.INTERMEDIATE", 64)
 
 
 # Truth
@@ -86,7 +80,7 @@ def test_every_provider_of_this_machine_is_right(scope, dtype):
         check = checker.check(build(provider, checker.problem), provider.function)
         assert check.right, (name, check)
         names.append(name)
-    assert {"eager", "afa", "afa.torch"} <= set(names)
+    assert {"eager", "afa", "afa.torch", "afa.identity"} <= set(names)
 
 
 def test_a_wrong_result_of_ours_is_not_timed_and_fails_the_run(tmp_path, monkeypatch, small_roofs):
@@ -105,7 +99,7 @@ def test_a_wrong_result_of_ours_is_not_timed_and_fails_the_run(tmp_path, monkeyp
 # The command and its records
 
 
-def test_the_command_writes_valid_rows_of_every_scope(tmp_path, small_roofs, small_transformer, capsys):
+def test_the_command_writes_valid_rows_of_every_scope(tmp_path, small_roofs, capsys):
     scopes = ["--scopes", "layer,branch,model", "--out", str(tmp_path)]
     assert command.main([*TINY_FLAGS, *FEW, *scopes]) == 0
     records = read(tmp_path / "custom.jsonl")
@@ -116,16 +110,17 @@ def test_the_command_writes_valid_rows_of_every_scope(tmp_path, small_roofs, sma
     keys = [tuple(row[name] for name in KEY) for row in rows]
     assert len(set(keys)) == len(keys)
     assert {(r["scope"], r["pass"]) for r in rows} == {
-        *((scope, step) for scope in ("layer", "branch") for step in ("forward", "backward", "both")),
-        ("model", "step"),
+        *((scope, step) for scope in ("layer", "branch", "model") for step in ("forward", "backward", "both")),
+        *(("model", variant) for variant in optimizer.VARIANTS),
     }
     for row in rows:
         assert row["provider"] not in row["ratio"]
-        assert ("tax" in row) == (row["scope"] != "branch" and row["provider"] != "frozen")
-        assert row["rounds"] < 6 or row["ratio_interval"].keys() == row["ratio"].keys()
+        trained = row["scope"] != "branch" and row["provider"] != "frozen" and row["pass"] not in optimizer.VARIANTS
+        assert ("tax" in row) == (trained and row["rounds"] >= 6) == ("tax_interval" in row)
+        assert row["ratio_interval"].keys() == row["ratio"].keys()
         for name, (low, high) in row["ratio_interval"].items():
             assert low <= row["ratio"][name] <= high
-        if "tax_interval" in row:
+        if "tax" in row:
             assert row["tax_interval"][0] <= row["tax"] <= row["tax_interval"][1]
         assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
     assert "p50 ms" in capsys.readouterr().out
@@ -154,6 +149,7 @@ def test_a_spent_budget_and_too_large_a_case_are_recorded(tmp_path, small_roofs)
         (["--shapes", "gpt5"], "gpt5"),
         (["--dtypes", "f8"], "f8"),
         (["--scopes", "kernel"], "kernel"),
+        (["--scopes", "model", "--shapes", "gpt2.up"], "llama-block"),
         (["--providers", "nobody"], "nobody"),
         (["--tokens", "0"], "at least 1"),
     ],
@@ -211,7 +207,21 @@ def test_the_same_provider_twice_is_a_check_of_the_measurement(tmp_path, small_r
     *_, last = read(tmp_path / "custom.jsonl")
     validate(last)
     assert last["kind"] == "self_check" and last["pairs"] == 3 and 0 <= last["include_one"] <= 3
-    assert by_default("cpu").count("afa.again") == 1 and "afa.cpu" not in by_default("cpu")
+    for scope, pairs in (("layer", ["afa"]), ("model", ["frozen", "afa", "afa.peft", "afa.accelerate"])):
+        default = by_default("cpu", scope)
+        assert [measured_again(name) for name in default if measured_again(name)] == pairs
+        assert "afa.cpu" not in default and ("compiled" in default) == (scope == "layer")
+
+
+def test_too_few_rounds_for_an_interval_give_times_and_no_ratios(tmp_path, small_roofs, monkeypatch, capsys):
+    monkeypatch.setitem(timing.measure.__kwdefaults__, "most", 5)
+    assert command.main([*TINY_FLAGS, *FEW, "--scopes", "layer,model", "--seconds", "60", "--out", str(tmp_path)]) == 0
+    rows = [r for r in read(tmp_path / "custom.jsonl") if r["kind"] == "row"]
+    assert {row["scope"] for row in rows} == {"layer", "model"}
+    for row in rows:
+        assert row["rounds"] == 5 and row["p50_ms"] > 0 and row["ratio"] == row["ratio_interval"] == {}
+        assert not row.keys() & {"tax", "tax_interval", "over_floor", "adamw_ratio"}
+    assert "goals" not in capsys.readouterr().out
 
 
 # Cases
@@ -221,6 +231,7 @@ def test_every_named_shape_and_preset_can_be_chosen():
     assert layers([*LAYERS]) == list(LAYERS.values())
     assert layers(["gpt2", "gpt2.up"]) == [v for k, v in LAYERS.items() if k.startswith("gpt2.")]
     assert layers(["3x5"])[0][1:] == (3, 5, False)
+    assert transformer("400x600")[1:] == (1, 400, 600, 1)
     axes = dict.fromkeys(("scopes", "shapes", "tokens", "ranks", "dtypes", "alphas"))
     shared = {"adapter_dtype": None, "activation": "silu", "dropout": 0.0, "device": "cpu"}
     for preset in PRESETS:
@@ -274,7 +285,7 @@ def test_the_floor_is_arithmetic_or_bytes_whichever_is_longer():
 def test_the_tax_is_counted_over_the_frozen_layer():
     floor_ms = cost.branch(TINY, "both").milliseconds(cost.frozen(TINY, "both").flop / 2.0 * 1e-6, ROOF["copy_gb_s"])
     got = suite._against_floor(TINY, "both", [3.0, 3.0, 9.0], [2.0, 1.0, 6.0], ROOF)
-    assert got["tax"] == pytest.approx(0.5) and "tax_interval" not in got  # of three rounds
+    assert got.keys() == {"floor_ms", "floor_tax"}  # three rounds give no interval
     got |= suite._against_floor(TINY, "both", [3.0, 3.0, 9.0] * 2, [2.0, 1.0, 6.0] * 2, ROOF)
     assert got["tax"] == pytest.approx(0.5) and got["tax_interval"] == pytest.approx([0.5, 2.0])
     assert got["floor_tax"] == pytest.approx(floor_ms / 2.0)
@@ -289,7 +300,8 @@ def test_the_exponent_of_a_power_law_is_found(exponent):
     assert scaling.fit(values, [1.0, 2.0, 8.0, 32.0])[1] > 0.1
 
 
-def test_the_scaling_command_sweeps_every_variable(tmp_path, monkeypatch, small_transformer):
+def test_the_scaling_command_sweeps_every_variable(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "MODEL", transformer("48x64"))
     sweeps = {name: [8, 16] for name in "mrkn"} | {"layers": [1, 2]}
     monkeypatch.setattr(scaling, "SWEEPS", sweeps)
     monkeypatch.setattr(scaling, "CENTER", {"m": 8, "k": 8, "n": 8, "r": 8})

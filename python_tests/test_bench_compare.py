@@ -52,7 +52,9 @@ def test_pictures_are_drawn_from_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", note_the_legend)
     writer = Writer(tmp_path / "rows.jsonl")
     writer.write({"kind": "roof", "device": "cpu", "copy_bytes": 1, "gemm_size": {}} | ROOF)
-    base = example_row() | TINY._asdict() | {"pass": "both", "tax": 0.1, "floor_tax": 0.05, "rounds": 3}
+    base = (
+        example_row() | TINY._asdict() | {"pass": "both", "tax": 0.1, "tax_interval": [0.09, 0.11], "floor_tax": 0.05}
+    )
     for provider in ("eager", "afa"):
         for m in (1, 2, 4):
             writer.write(base | {"provider": provider, "m": m})

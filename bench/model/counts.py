@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.memory import allocations, saved_bytes
 from bench.problem import Problem
-from bench.providers import AGAIN, Provider, providers
+from bench.providers import Provider, one_backend, providers
 from bench.runner import build
 from bench.shapes import Case
 
@@ -87,7 +87,8 @@ def counts(provider: Provider, case: Case) -> dict[str, int]:
 def measure() -> dict[str, dict[str, dict[str, int]]]:
     """Return the counts of every case and every backend of this machine that can take it, on one
     thread: a backend's scratch may grow with the threads."""
-    ours = {n: p for n, p in providers().items() if p.ours and n not in ("afa", AGAIN, "afa.reference")}
+    known = providers()
+    ours = {name: known[name] for name in (f"afa.{backend}" for backend in one_backend() if backend != "reference")}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
