@@ -130,9 +130,8 @@ def group_linear(x: Tensor, calls: list[LinearCall], *, only_together: bool = Fa
     rows = _as_rows(x)
     weights, biases, a, b, alpha_t, options = zip(*calls, strict=True)
     weights = [autocast("weight", weight) for weight in weights]
-    # A list, so that every operand is checked.
-    checked = [checks.linear(x, weight, *call[1:4]) for weight, call in zip(weights, calls, strict=True)]
-    direct = all(checked) and (native.are_plain(*alpha_t) or are_ordinary(alpha_t))
+    direct = checks.group(x, list(zip(weights, biases, a, b, strict=True)))
+    direct = direct and (native.are_plain(*alpha_t) or are_ordinary(alpha_t))
     tensors = (*weights, *biases, *a, *b, *alpha_t)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
     identities = [alpha is None for alpha in alpha_t]
