@@ -66,6 +66,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
     return not watched and torch_private.are_ordinary((x, weight, bias, lora_a, lora_b))
 
 
+def group(x: Tensor, layers: list[tuple[Tensor, Tensor | None, Tensor, Tensor]]) -> bool:
+    """:func:`linear` of x and each of the layers (weight, bias, A, B)."""
+    if not torch_private.operators_are_watched() and native.recognizes_group(x, layers):
+        return True
+    return all([linear(x, *layer) for layer in layers])  # a list, so that every layer is checked
+
+
 def branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     """Check the operands of the branch: types, dtypes, shapes and devices."""
     tensor("x", x)

@@ -74,6 +74,7 @@ def calls_of(layers: Iterable[nn.Module], x: Tensor) -> tuple[Calls | None, str 
             return None, "a member or its base is merged, has hooks or a forward of its own"
         members.append(call)
     recognized = not autocast_may_be_on() and not operators_are_watched()
+    recognized = recognized and native.recognizes_group(x, members)
     first = members[0].options
     for weight, bias, lora_a, lora_b, _, options in members:
         if options.spec.dropout:
@@ -82,10 +83,7 @@ def calls_of(layers: Iterable[nn.Module], x: Tensor) -> tuple[Calls | None, str 
             return None, "save or backend differ"
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return None, "a base layer trains"
-        if recognized and native.recognizes_linear(x, weight, bias, lora_a, lora_b):
-            continue
-        recognized = False
-        reason = _why_unfit(x, weight, bias, lora_a, lora_b)
+        reason = None if recognized else _why_unfit(x, weight, bias, lora_a, lora_b)
         if reason is not None:
             return None, reason
     if in_forward_mode():
@@ -146,8 +144,7 @@ def group_linear(x: Tensor, calls: Calls, *, only_together: bool = False) -> lis
     direct = calls.recognized
     if not direct:
         weights = [autocast("weight", weight) for weight in weights]
-        # A list, so that every operand is checked.
-        direct = all([checks.linear(x, *operands) for operands in zip(weights, biases, a, b, strict=True)])
+        direct = checks.group(x, list(zip(weights, biases, a, b, strict=True)))
     direct = direct and (native.are_plain(*alpha_t) or are_ordinary(alpha_t))
     identities = [alpha is None for alpha in alpha_t]
     # Base layers train in no group.

@@ -293,6 +293,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("are_plain", &afa::are_plain);
     module.def("recognizes_lora", &afa::recognizes_lora);
     module.def("recognizes_linear", &afa::recognizes_linear);
+    module.def("recognizes_group", &afa::recognizes_group);
     module.def(
         "float_at", [](py::handle t) { return *scalar<float>(t, "tensor", afa::Element::f32); },
         "The value of a 0-dim float32 CPU tensor.");

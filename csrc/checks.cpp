@@ -61,4 +61,14 @@ bool recognizes_linear(py::handle x, py::handle weight, py::handle bias, py::han
            (lend_plain(bias, &biases) && biases.dimensions == 1 && biases.sizes[0] == n);
 }
 
+bool recognizes_group(py::handle x, const py::list& layers) {
+    return std::all_of(layers.begin(), layers.end(), [&](py::handle layer) {
+        PyObject* tuple = layer.ptr();
+        if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) < 4)
+            return false;
+        const auto field = [&](py::ssize_t i) { return py::handle(PyTuple_GET_ITEM(tuple, i)); };
+        return recognizes_linear(x, field(0), field(1), field(2), field(3));
+    });
+}
+
 }  // namespace afa

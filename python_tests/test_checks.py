@@ -14,7 +14,7 @@ pytestmark = pytest.mark.fast
 M, K, N, R = 3, 8, 6, 2
 
 
-RECOGNIZERS = ("recognizes_lora", "recognizes_linear")
+RECOGNIZERS = ("recognizes_lora", "recognizes_linear", "recognizes_group")
 
 
 @pytest.fixture(autouse=True, params=["native", "python"])
@@ -235,6 +235,9 @@ def test_what_is_right_passes_and_is_recognized(shape, dtype, recognizer):
         assert checks.lora(x, a, b, right, inplace=False)
     for right in (None, bias):
         assert checks.linear(x, weight, right, a, b)
+    layers = [(weight, bias, a, b), (weight, None, a, b)]
+    assert checks.group(x, layers)
     if recognizer == "native" and native._C is not None and native._C.has_exchange_table():
         assert native.recognizes_lora(x, a, b, base) and native.recognizes_lora(x, a, b, None)
         assert native.recognizes_linear(x, weight, bias, a, b) and native.recognizes_linear(x, weight, None, a, b)
+        assert native.recognizes_group(x, layers)

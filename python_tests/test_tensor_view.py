@@ -169,6 +169,19 @@ def test_nothing_wrong_is_recognized(monkeypatch):
         assert recognized > 0 or not native._C.has_exchange_table()
 
 
+def test_a_group_is_recognized_where_each_layer_is():
+    x = square = torch.ones(4, 4)
+    good = (square, None, square, square)
+    for place in range(4):
+        for t in (*strange_tensors(), *tensors_without_memory(), square, square[0], torch.ones(4, 5), None):
+            other = (*good[:place], t, *good[place + 1 :])
+            recognized = native._C.recognizes_linear(x, *other)
+            for layers in ([other], [good, other], [other, good]):
+                assert native._C.recognizes_group(x, layers) == recognized
+    for odd in (7, (), good[:3], list(good), (1, 2, 3, 4)):
+        assert not native._C.recognizes_group(x, [good, odd])
+
+
 def test_subclasses_are_left_to_python():
     """A subclass may answer for its shape or dtype itself."""
     plain = torch.ones(2, 4)

@@ -17,8 +17,8 @@ OTHER_VERSION = "the compiled module afa_kernels._C is of another version of thi
 # All that the package uses of the module, and of its CUDA part where it has one.
 _NAMES = (
     "activation_ids", "are_plain", "build_info", "cpu_features", "cpu_group_backward", "cpu_group_forward",
-    "cpu_backward", "cpu_forward", "cpu_isa", "cpu_isas", "environment", "float_at", "recognizes_linear",
-    "recognizes_lora", "use_torch",
+    "cpu_backward", "cpu_forward", "cpu_isa", "cpu_isas", "environment", "float_at", "recognizes_group",
+    "recognizes_linear", "recognizes_lora", "use_torch",
 )  # fmt: skip
 _CUDA_NAMES = (
     "backward", "backward_workspace", "device_limits", "forward", "forward_workspace", "kernel_image_failure",
@@ -52,9 +52,10 @@ def _recognizes_nothing(*_operands: object) -> bool:
 
 # Whether operands are ordinary CPU tensors (None counts as one), and whether they pass the checks of checks.py. False
 # means only: not recognized.
-are_plain = recognizes_lora = recognizes_linear = _recognizes_nothing
+are_plain = recognizes_lora = recognizes_linear = recognizes_group = _recognizes_nothing
 if _C is not None:
-    are_plain, recognizes_lora, recognizes_linear = _C.are_plain, _C.recognizes_lora, _C.recognizes_linear
+    are_plain, recognizes_lora = _C.are_plain, _C.recognizes_lora
+    recognizes_linear, recognizes_group = _C.recognizes_linear, _C.recognizes_group
 
 
 def environment(name: str) -> str | None:
