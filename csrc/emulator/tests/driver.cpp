@@ -46,6 +46,7 @@ std::vector<Case> fixed_cases() {
     add({70, 712, 264, 16}, nothing);   // split forward, two slabs of dy, more tiles than stages
     add({70, 712, 72, 24}, [](Options& o) { o.threshold = 77, o.recompute_z = true; });
     add({200, 264, 520, 32}, [](Options& o) { o.float_weights = o.bias = true; });
+    add({90, 392, 200, 20}, [](Options& o) { o.float_weights = o.strided = true; });
     add({100, 392, 200, 64}, [](Options& o) { o.threshold = 128, o.strided = true; });
     add({70, 136, 456, 60},
         [](Options& o) { o.in_place = o.float_weights = o.recompute_z = true; });

@@ -55,13 +55,15 @@ Matrix Problem::random_matrix(int64_t rows, int64_t cols, double scale, int64_t 
 WeightOperand Problem::weight(const Matrix& m, Bytes& floats) {
     if (!options_.float_weights)
         return {m.bytes.as(), m.stride, 1, false};
-    // Column-major, to prove that strides are followed.
+    // By columns where other matrices are strided too: then no row is a whole vector.
+    const int64_t row_stride = options_.strided ? 1 : m.cols;
+    const int64_t col_stride = options_.strided ? m.rows : 1;
     floats = Bytes(m.value.size() * sizeof(float));
     for (int64_t row = 0; row < m.rows; ++row)
         for (int64_t col = 0; col < m.cols; ++col)
-            floats.as<float>()[col * m.rows + row] =
+            floats.as<float>()[row * row_stride + col * col_stride] =
                 static_cast<float>(m.value[row * m.cols + col]);
-    return {floats.as(), 1, m.rows, true};
+    return {floats.as(), row_stride, col_stride, true};
 }
 
 void Problem::compute_truth() {
@@ -146,13 +148,9 @@ void Problem::fill(BranchCall& call) const {
     call.shape = shape_;
     call.x = x_.bytes.as();
     call.x_stride = x_.stride;
-    call.a = a_operand_;
-    call.b = b_operand_;
-    call.alpha_t = &alpha_t_;
+    call.members[0] = {a_operand_, b_operand_, &alpha_t_, activation_, scaling_};
     call.seed = options_.threshold ? &dropout_seed_ : nullptr;
-    call.activation = activation_;
     call.threshold = options_.threshold;
-    call.scaling = scaling_;
     call.device = device_limits(0);
     call.device.chunk_limit = options_.chunk_limit;
     call.device.round_limit = options_.round_limit;
