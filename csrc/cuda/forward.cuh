@@ -170,10 +170,11 @@ template <typename T, int R>
 using BRing = WeightRing<T, RowTile<R>::kB, RowTile<R>::kStaging>;
 
 // y = base + scaling * h B^T for the rows of this block and the column tiles first .. last, counted
-// through all members, with h in `tile`.
-template <typename T, int R>
+// through all members. `make_h` leaves h in `tile`, while the first tiles of B are under way.
+template <typename T, int R, typename MakeH>
 AFA_DEVICE void emit_columns(const T* tile, const BRing<T, R>& b_ring, int stages,
-                             const ForwardParams& p, int64_t row0, int first, int last) {
+                             const ForwardParams& p, int64_t row0, int first, int last,
+                             const MakeH& make_h) {
     using Tile = RowTile<R>;
     using Columns = WeightTile<T, Tile::kColumns, R, Tile::kThreads, true>;
     const int warp_row = warp_index() * 16, ahead = stages - 1;
@@ -186,9 +187,10 @@ AFA_DEVICE void emit_columns(const T* tile, const BRing<T, R>& b_ring, int stage
         copy_commit();
     };
 
-    uint32_t h[R / 16][4] = {};
     for (int s = 0; s < ahead; ++s)
         load(first + s, s);
+    make_h();
+    uint32_t h[R / 16][4] = {};
     int slot = 0;
     AFA_ROLLED
     for (int t = first; t < last; ++t) {
@@ -256,9 +258,11 @@ forward_kernel(const ForwardParams p) {
                      pack<T>(p.inverse_keep * acc[j][2], p.inverse_keep * acc[j][3]));
     }
     warp_sync();
-    finish_rows<T, R>(tile, p, row0, true,
-                      [&](int r, int c) { return load_shared<uint32_t>(tile + r * pitch(R) + c); });
-    emit_columns<T, R>(tile, b_ring, stages, p, row0, 0, p.column_tiles);
+    emit_columns<T, R>(tile, b_ring, stages, p, row0, 0, p.column_tiles, [&] {
+        finish_rows<T, R>(tile, p, row0, true, [&](int r, int c) {
+            return load_shared<uint32_t>(tile + r * pitch(R) + c);
+        });
+    });
 }
 
 // Grid: (tiles of rows, splits). Writes the product, or that of one segment: [splits, M, R].
@@ -297,7 +301,10 @@ expand_kernel(const ForwardParams p) {
     const auto b_ring = BRing<T, R>::take(shared, stages, p.project.rounded, p.project.staged);
     const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
 
-    finish_rows<T, R>(tile, p, row0, block_y() == 0, [&](int row, int col) {
+    const int64_t tiles = p.column_tiles;
+    const int first = static_cast<int>(tiles * block_y() / p.column_blocks),
+              last = static_cast<int>(tiles * (block_y() + 1) / p.column_blocks);
+    const auto sum_of_splits = [&](int row, int col) {
         Float2 sum{0.0f, 0.0f};
         if (row0 + row < p.project.m) {
             const float* partial = p.project.partial + (row0 + row) * R + col;
@@ -309,11 +316,9 @@ expand_kernel(const ForwardParams p) {
             }
         }
         return pack<T>(p.inverse_keep * sum.x, p.inverse_keep * sum.y);
-    });
-    const int64_t tiles = p.column_tiles;
-    emit_columns<T, R>(tile, b_ring, stages, p, row0,
-                       static_cast<int>(tiles * block_y() / p.column_blocks),
-                       static_cast<int>(tiles * (block_y() + 1) / p.column_blocks));
+    };
+    emit_columns<T, R>(tile, b_ring, stages, p, row0, first, last,
+                       [&] { finish_rows<T, R>(tile, p, row0, block_y() == 0, sum_of_splits); });
 }
 
 }  // namespace afa

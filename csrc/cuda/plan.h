@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -28,6 +29,10 @@ struct Shape {
 
     Shape() = default;
     Shape(int64_t m_, int k_, int n, int r) : m(m_), k(k_), count(1), members{{n, r}} {}
+    Shape(int64_t m_, int k_, std::initializer_list<MemberShape> several) : m(m_), k(k_) {
+        for (const MemberShape& member : several)
+            members[count++] = member;
+    }
 
     // Columns of z (and of h, dz, the rows of A) that member i takes, and those before it.
     int ranks(int i) const { return (members[i].r + kRankUnit - 1) / kRankUnit * kRankUnit; }

@@ -67,7 +67,7 @@ struct DyTile {
     static constexpr int kColumns = 256;
     static constexpr int kWarps = kRows / 16;
     static constexpr int kThreads = kWarps * kWarpSize;
-    static constexpr int kRegisters = R == 16 ? 128 : 176, kBlocks = R == 16 ? 4 : 2;
+    static constexpr int kRegisters = R == 16 ? 128 : 248, kBlocks = R == 16 ? 4 : 2;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);
     static constexpr int kB = tile_elements(kColumns, R);
@@ -86,7 +86,7 @@ struct OuterTile {
     static constexpr int kColumns = R <= 32 ? 256 : 128;
     static constexpr int kWarps = R == 128 ? 8 : 4;
     static constexpr int kThreads = kWarps * kWarpSize;
-    static constexpr int kXRegisters = 240, kDbRegisters = 128;
+    static constexpr int kXRegisters = 248, kDbRegisters = 128;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);
     static constexpr int kNarrow = tile_elements(kRows, R);

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import build
 
-CASES = "24"
+CASES = "29"
 QUICK = 7  # every so many mutants in the quick form
 
 
@@ -89,8 +89,8 @@ MUTANTS = (
         "warp barrier removed",
         "forward: z to h",
         "forward.cuh",
-        "warp_sync(); finish_rows",
-        "finish_rows",
+        "warp_sync(); emit_columns",
+        "emit_columns",
     ),
     Mutant(
         "warp barrier removed",
@@ -259,6 +259,10 @@ MUTANTS = (
         "(rounded ? t & 1 : slot)",
         "(rounded ? 0 : slot)",
     ),
+    Mutant("member mistaken", "the third for the second", "tile.cuh", "+ (index >= members[2].first)", ""),
+    Mutant("member mistaken", "its columns of h", "forward.cuh", "pitch(R) + member.rank0 + k +", "pitch(R) + k +"),
+    Mutant("member mistaken", "its columns of y", "forward.cuh", "t == first || t == member.first", "t == first"),
+    Mutant("member mistaken", "depth of its product", "forward.cuh", "if (k > 0 && k >= depth)", "if (k > 0)"),
     Mutant(
         "sum off by one",
         "partial results",
