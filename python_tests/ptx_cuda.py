@@ -24,9 +24,8 @@ class Kernels(cuda._Kernels):
         super().__init__(_cuda_on_ptx)
         self.device, self.stream = 0, 0
 
-    def _scalars(self, *arguments):
-        *scalars, _, _ = super()._scalars(*arguments)
-        return (*scalars, self.device, self.stream)
+    def _place(self, x):
+        return self.device, self.stream
 
     def launches(self, call: Call):
         return super().launches(call._replace(device_index=self.device))
@@ -53,6 +52,7 @@ def register() -> None:
     registry.register(
         replace(
             cuda.EMULATED, name=NAME, status=lambda: BackendStatus(True), forward=kernels.forward,
-            backward=kernels.backward, launches=kernels.launches,
+            backward=kernels.backward, launches=kernels.launches, group_forward=kernels.group_forward,
+            group_backward=kernels.group_backward,
         )
     )  # fmt: skip

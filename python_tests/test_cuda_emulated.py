@@ -327,8 +327,7 @@ def test_misaligned_memory_is_an_error_and_no_crash(emulator, misaligned, messag
     a, b = torch.randn(16, 64).bfloat16(), torch.randn(64, 16).bfloat16()
     workspace = torch.empty(emulator.forward_workspace((9, 64, 64, 16)), dtype=torch.uint8)
     alpha_t = torch.tensor(0.5)
-    operands = ((a.data_ptr(), 64, 1, False), (b.data_ptr(), 16, 1, False))
+    member = ((a.data_ptr(), 64, 1, False), (b.data_ptr(), 16, 1, False), alpha_t.data_ptr(), 1, 1.0)
     out = ((0, 0), (y.data_ptr(), 64), z.data_ptr())
-    scalars = (alpha_t.data_ptr(), 0, 1, 0, 1.0, workspace.data_ptr(), 0, 0)
     with pytest.raises(ValueError, match=message):
-        emulator.forward(0, (9, 64, 64, 16), (x.data_ptr(), 64), *operands, *out, *scalars)
+        emulator.forward(0, (9, 64, 64, 16), (x.data_ptr(), 64), [member], [out], 0, 0, workspace.data_ptr(), 0, 0)

@@ -49,7 +49,7 @@ RESERVED_SHARED = 1024
 SMALL_THREADS = 128
 
 # Registers per thread that a kernel may take: launch_plan says it for those that use tensor cores.
-SMALL_KERNELS = {"reduce": 80, "pack": 40}
+SMALL_KERNELS = {"reduce": 80}
 # sinf and cosf reduce large arguments through a small array in local memory: a stack, and no spill.
 STACK_BUDGET = 48
 SHOWN_OPCODES = ("HMMA", "LDGSTS", "LDSM")  # tensor cores, asynchronous copies, ldmatrix
@@ -203,17 +203,16 @@ def check(row: Row) -> None:
 
 
 def launch_plans(architectures: list[str]) -> dict[tuple[str, str, int], dict]:
-    """Return the launch of every kernel by architecture, kernel and rank: many rows, and few for
-    the split forward."""
+    """Return the launch of every kernel by architecture, kernel and rank, with the weights that take more shared
+    memory: many rows, and few for the split forward."""
     native = planner()
     plans = {}
     for arch in architectures:
         gpu = GPUS[arch]
+        limits = (gpu.sm_count, gpu.shared_per_block, gpu.shared_per_sm)
         for rank in (16, 32, 64, 128):
             for m in (16384, 256):
-                for plan in native.launch_plan(
-                    (m, 4096, 4096, rank), gpu.sm_count, gpu.shared_per_block, gpu.shared_per_sm
-                ):
+                for plan in native.launch_plan((m, 4096, 4096, rank), *limits, rounded=True):
                     plans.setdefault((arch, plan["kernel"], rank), plan)
     return plans
 

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from afa_kernels.activation import COMPILED_IDS
 from afa_kernels.backend import native
-from afa_kernels.backend.registry import Backend, BackendStatus, Call
-from afa_kernels.options import Spec
+from afa_kernels.backend.registry import Backend, BackendStatus, Call, Member
 
 _MAX_RANK = 128
+# Of layers that share x: how many, and the rank of each (beyond it the pass over dy is two kernels, one layer each).
+_MAX_MEMBERS = 3
+_MAX_MEMBER_RANK = 32
 _MIN_CAPABILITY = (8, 0)
 # Beyond this rank the passes over x and dy are bound by mma.sync's issue rate, not by memory; on
 # these GPUs triton compiles them to faster tensor-core instructions. This limit comes from a model and has not been
@@ -57,6 +59,14 @@ def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def _weight(t: Tensor) -> tuple[int, int, int, bool]:
+    return (t.data_ptr(), *t.stride(), t.dtype == torch.float32)
+
+
+def _written(gradient: Tensor | None) -> tuple[int, bool]:
+    return (0, False) if gradient is None else (gradient.data_ptr(), gradient.dtype == torch.float32)
+
+
 def _gradient(weight: Tensor, x: Tensor) -> Tensor:
     """Return an empty gradient of ``weight`` in a dtype that the kernels write: its own, or float32
     to be rounded."""
@@ -65,78 +75,92 @@ def _gradient(weight: Tensor, x: Tensor) -> Tensor:
 
 
 class _Kernels:
-    """The forward and backward of a native module (``_C.cuda`` or ``_emulator``)."""
+    """The forward and backward of a native module (``_C.cuda`` or ``_emulator``). A lone layer is a group of one."""
 
     def __init__(self, module: ModuleType):
         self._module = module
         self._forward_workspace = lru_cache(maxsize=1024)(module.forward_workspace)
         self._backward_workspace = lru_cache(maxsize=1024)(module.backward_workspace)
 
-    def _arguments(self, x: Tensor, a: Tensor, b: Tensor, sizes: tuple[int, ...]) -> tuple[Any, ...]:
-        return (
-            _DTYPES[x.dtype],
-            sizes,
-            _matrix(x),
-            (a.data_ptr(), *a.stride(), a.dtype == torch.float32),
-            (b.data_ptr(), *b.stride(), b.dtype == torch.float32),
-        )
+    @staticmethod
+    def _operands(x: Tensor, members: list[Member]) -> tuple[tuple[Any, ...], list[Any], list[Tensor]]:
+        """Return the sizes of a call, its members, and the tensors that must live until the launch."""
+        described, kept, n, r = [], [], [], []
+        for a, b, alpha_t, spec in members:
+            n.append(b.shape[0])
+            r.append(a.shape[0])
+            a, b = (w if w.dtype in (x.dtype, torch.float32) else w.to(x.dtype) for w in (a, b))
+            kept += (a, b)
+            described.append((_weight(a), _weight(b), _pointer(alpha_t), COMPILED_IDS[spec.activation], spec.scaling))
+        return (x.shape[0], x.shape[1], tuple(n), tuple(r)), described, kept
 
     @staticmethod
-    def _weight(weight: Tensor, x: Tensor) -> Tensor:
-        return weight if weight.dtype in (x.dtype, torch.float32) else weight.to(x.dtype)
+    def _place(x: Tensor) -> tuple[int, int]:
+        """Return the device and the stream to launch on."""
+        return (x.device.index, torch.cuda.current_stream(x.device).cuda_stream) if x.is_cuda else (0, 0)
 
-    @staticmethod
-    def _scalars(x: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec, workspace: Tensor) -> tuple[Any, ...]:
-        on_gpu = x.is_cuda
-        return (
-            _pointer(alpha_t),
-            _pointer(seed),
-            COMPILED_IDS[spec.activation],
-            spec.dropout,
-            spec.scaling,
-            workspace.data_ptr(),
-            x.device.index if on_gpu else 0,
-            torch.cuda.current_stream(x.device).cuda_stream if on_gpu else 0,
-        )
-
-    def forward(self, x, a, b, alpha_t, seed, spec, *, base, out, save_z):
-        x, a, b = _readable(x), self._weight(a, x), self._weight(b, x)
-        sizes = (x.shape[0], x.shape[1], b.shape[0], a.shape[0])
-        accumulates = base is out
-        y = out if _reads_in_place(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        if base is not None:
-            base = y if accumulates and y is out else _readable(base)
-        z = torch.empty(sizes[0], sizes[3], dtype=x.dtype, device=x.device) if save_z else None
+    def _forward(self, x, members, seed, dropout, bases, outs, save_z) -> list[Tensor] | None:
+        x = _readable(x)
+        sizes, described, kept = self._operands(x, members)
+        results, written, zs = [], [], []
+        for base, out, r in zip(bases, outs, sizes[3], strict=True):
+            y = out if _reads_in_place(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+            if base is not None:
+                base = y if base is out and y is out else _readable(base)
+            z = torch.empty(x.shape[0], r, dtype=x.dtype, device=x.device) if save_z else None
+            results.append((_matrix(base), _matrix(y), _pointer(z)))
+            written.append(y)
+            zs.append(z)
+            kept.append(base)
         workspace = torch.empty(self._forward_workspace(sizes), dtype=torch.uint8, device=x.device)
         self._module.forward(
-            *self._arguments(x, a, b, sizes),
-            _matrix(base),
-            _matrix(y),
-            _pointer(z),
-            *self._scalars(x, alpha_t, seed, spec, workspace),
-        )
-        if y is not out:
-            out.copy_(y)
-        return z
+            _DTYPES[x.dtype], sizes, _matrix(x), described, results,
+            _pointer(seed), dropout, workspace.data_ptr(), *self._place(x),
+        )  # fmt: skip
+        for y, out in zip(written, outs, strict=True):
+            if y is not out:
+                out.copy_(y)
+        return zs if save_z else None
+
+    def _backward(self, dys, x, members, zs, seed, dropout, need_dx, need_da, need_db):
+        x = _readable(x)
+        sizes, described, kept = self._operands(x, members)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
+        gradients, das, dbs = [], [], []
+        for i, (member, dy) in enumerate(zip(members, dys, strict=True)):
+            dy = _readable(dy)
+            z = None if zs is None else _readable_z(zs[i])
+            da = _gradient(member.a, x) if need_da[i] else None
+            db = _gradient(member.b, x) if need_db[i] else None
+            gradients.append((_matrix(dy), _pointer(z), _written(da), _written(db)))
+            das.append(da)
+            dbs.append(db)
+            kept += (dy, z)
+        workspace = torch.empty(self._backward_workspace(sizes, zs is None), dtype=torch.uint8, device=x.device)
+        self._module.backward(
+            _DTYPES[x.dtype], sizes, _matrix(x), described, _pointer(dx), gradients,
+            _pointer(seed), dropout, workspace.data_ptr(), *self._place(x),
+        )  # fmt: skip
+        for i, member in enumerate(members):
+            das[i] = None if das[i] is None else das[i].to(member.a.dtype)
+            dbs[i] = None if dbs[i] is None else dbs[i].to(member.b.dtype)
+        return dx, das, dbs
+
+    def forward(self, x, a, b, alpha_t, seed, spec, *, base, out, save_z):
+        zs = self._forward(x, [Member(a, b, alpha_t, spec)], seed, spec.dropout, [base], [out], save_z)
+        return zs[0] if save_z else None
 
     def backward(self, dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
-        x, dy, wide_a, wide_b = _readable(x), _readable(dy), self._weight(a, x), self._weight(b, x)
-        sizes = (x.shape[0], x.shape[1], b.shape[0], a.shape[0])
-        z = None if z is None else _readable_z(z)
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
-        da = _gradient(a, x) if need_da else None
-        db = _gradient(b, x) if need_db else None
-        workspace = torch.empty(self._backward_workspace(sizes, z is None), dtype=torch.uint8, device=x.device)
-        self._module.backward(
-            *self._arguments(x, wide_a, wide_b, sizes),
-            _matrix(dy),
-            _pointer(z),
-            _pointer(dx),
-            (_pointer(da), da is not None and da.dtype == torch.float32),
-            (_pointer(db), db is not None and db.dtype == torch.float32),
-            *self._scalars(x, alpha_t, seed, spec, workspace),
-        )
-        return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)
+        zs = None if z is None else [z]
+        members = [Member(a, b, alpha_t, spec)]
+        dx, (da,), (db,) = self._backward([dy], x, members, zs, seed, spec.dropout, need_dx, [need_da], [need_db])
+        return dx, da, db
+
+    def group_forward(self, x, members, *, bases, outs, save_z):
+        return self._forward(x, members, None, 0, bases, outs, save_z)
+
+    def group_backward(self, dys, x, members, zs, *, need_dx, need_da, need_db):
+        return self._backward(dys, x, members, zs, None, 0, need_dx, need_da, need_db)
 
     def launches(self, call: Call) -> list[dict[str, Any]]:
         """Return the kernels of a forward and a backward, with their launch parameters, for
@@ -152,6 +176,15 @@ def _refuses_shape(call: Call) -> str | None:
         return f"takes ranks up to {_MAX_RANK}, got {call.r} (plain GEMMs are as fast from there on)"
     if call.k % _VECTOR or call.n % _VECTOR:
         return f"takes K and N that are multiples of {_VECTOR}, got K={call.k} and N={call.n}"
+    return None
+
+
+def _refuses_group(calls: list[Call]) -> str | None:
+    if len(calls) > _MAX_MEMBERS:
+        return f"takes up to {_MAX_MEMBERS} layers that share x, got {len(calls)}"
+    largest = max(call.r for call in calls)
+    if largest > _MAX_MEMBER_RANK:
+        return f"takes ranks up to {_MAX_MEMBER_RANK} of layers that share x, got {largest}"
     return None
 
 
@@ -261,6 +294,9 @@ BACKEND = Backend(
     forward=lambda *args, **kwargs: _device_kernels().forward(*args, **kwargs),
     backward=lambda *args, **kwargs: _device_kernels().backward(*args, **kwargs),
     launches=lambda call: _device_kernels().launches(call),
+    group_forward=lambda *args, **kwargs: _device_kernels().group_forward(*args, **kwargs),
+    group_backward=lambda *args, **kwargs: _device_kernels().group_backward(*args, **kwargs),
+    refuses_group=_refuses_group,
     leaves=_leaves,
 )
 EMULATED = Backend(
@@ -271,5 +307,8 @@ EMULATED = Backend(
     forward=lambda *args, **kwargs: _emulator_kernels().forward(*args, **kwargs),
     backward=lambda *args, **kwargs: _emulator_kernels().backward(*args, **kwargs),
     launches=lambda call: _emulator_kernels().launches(call),
+    group_forward=lambda *args, **kwargs: _emulator_kernels().group_forward(*args, **kwargs),
+    group_backward=lambda *args, **kwargs: _emulator_kernels().group_backward(*args, **kwargs),
+    refuses_group=_refuses_group,
     automatic=False,
 )

@@ -4,6 +4,9 @@
 
 #include <pybind11/stl.h>
 
+#include <stdexcept>
+#include <variant>
+
 #include "cuda/ops.h"
 
 namespace afa {
@@ -19,10 +22,32 @@ T* pointer(uintptr_t address) {
 using Weight =
     std::tuple<uintptr_t, int64_t, int64_t, bool>;  // data, row stride, column stride, is float32
 using Matrix = std::pair<uintptr_t, int64_t>;       // data, row stride
-using Sizes = std::tuple<int64_t, int, int, int>;   // M, K, N, r
+using Gradient = std::pair<uintptr_t, bool>;        // data, is float32
+// M, K, N, r; N and r are lists where layers share x.
+using OneOrMore = std::variant<int, std::vector<int>>;
+using Sizes = std::tuple<int64_t, int, OneOrMore, OneOrMore>;
+// A, B, alpha_t, activation, scaling.
+using Member = std::tuple<Weight, Weight, uintptr_t, int, float>;
+// base, y, z.
+using Out = std::tuple<Matrix, Matrix, uintptr_t>;
+// dy, z, da, db.
+using Gradients = std::tuple<Matrix, uintptr_t, Gradient, Gradient>;
 
 Shape shape_of(const Sizes& sizes) {
-    return {std::get<0>(sizes), std::get<1>(sizes), std::get<2>(sizes), std::get<3>(sizes)};
+    const auto& [m, k, n, r] = sizes;
+    if (const int* one = std::get_if<int>(&n))
+        return {m, k, *one, std::get<int>(r)};
+    const auto &widths = std::get<std::vector<int>>(n), &ranks = std::get<std::vector<int>>(r);
+    if (widths.size() != ranks.size() || widths.empty() || widths.size() > kMaxMembers)
+        throw std::invalid_argument("layers that share x: expected up to " +
+                                    std::to_string(kMaxMembers) + " N and as many r");
+    Shape shape;
+    shape.m = m;
+    shape.k = k;
+    shape.count = static_cast<int>(widths.size());
+    for (int i = 0; i < shape.count; ++i)
+        shape.members[i] = {widths[i], ranks[i]};
+    return shape;
 }
 
 WeightOperand operand_of(const Weight& w) {
@@ -30,58 +55,56 @@ WeightOperand operand_of(const Weight& w) {
 }
 
 // The part of a call that forward and backward share, in the order of the Python arguments.
-void fill(BranchCall& call, int dtype, const Sizes& sizes, Matrix x, const Weight& a,
-          const Weight& b, uintptr_t alpha_t, uintptr_t seed, int activation, int threshold,
-          float scaling, uintptr_t workspace, int device, uintptr_t stream) {
+void fill(BranchCall& call, int dtype, const Sizes& sizes, Matrix x,
+          const std::vector<Member>& members, size_t results, uintptr_t seed, int threshold,
+          uintptr_t workspace, int device, uintptr_t stream) {
     call.dtype = static_cast<DType>(dtype);
     call.shape = shape_of(sizes);
+    const size_t count = call.shape.count;
+    if (members.size() != count || results != count)
+        throw std::invalid_argument("expected " + std::to_string(count) + " members, got " +
+                                    std::to_string(members.size()));
     call.x = pointer(x.first);
     call.x_stride = x.second;
-    call.a = operand_of(a);
-    call.b = operand_of(b);
-    call.alpha_t = pointer<float>(alpha_t);
+    for (size_t i = 0; i < count; ++i) {
+        const auto& [a, b, alpha_t, activation, scaling] = members[i];
+        call.members[i] = {operand_of(a), operand_of(b), pointer<float>(alpha_t), activation,
+                           scaling};
+    }
     call.seed = pointer<int64_t>(seed);
-    call.activation = activation;
     call.threshold = threshold;
-    call.scaling = scaling;
     call.workspace = pointer(workspace);
     call.stream = pointer(stream);
     call.device = device_limits(device);
 }
 
-void bound_forward(int dtype, const Sizes& sizes, Matrix x, const Weight& a, const Weight& b,
-                   Matrix base, Matrix y, uintptr_t z, uintptr_t alpha_t, uintptr_t seed,
-                   int activation, int threshold, float scaling, uintptr_t workspace, int device,
-                   uintptr_t stream) {
+void bound_forward(int dtype, const Sizes& sizes, Matrix x, const std::vector<Member>& members,
+                   const std::vector<Out>& outs, uintptr_t seed, int threshold, uintptr_t workspace,
+                   int device, uintptr_t stream) {
     ForwardCall call{};
     const DeviceScope scope(device);
-    fill(call, dtype, sizes, x, a, b, alpha_t, seed, activation, threshold, scaling, workspace,
-         device, stream);
-    call.base = pointer(base.first);
-    call.base_stride = base.second;
-    call.y = pointer(y.first);
-    call.y_stride = y.second;
-    call.z = pointer(z);
+    fill(call, dtype, sizes, x, members, outs.size(), seed, threshold, workspace, device, stream);
+    for (size_t i = 0; i < outs.size(); ++i) {
+        const auto& [base, y, z] = outs[i];
+        call.outputs[i] = {pointer(base.first), base.second, pointer(y.first), y.second,
+                           pointer(z)};
+    }
     forward(call);
 }
 
-void bound_backward(int dtype, const Sizes& sizes, Matrix x, const Weight& a, const Weight& b,
-                    Matrix dy, uintptr_t z, uintptr_t dx, std::pair<uintptr_t, bool> da,
-                    std::pair<uintptr_t, bool> db, uintptr_t alpha_t, uintptr_t seed,
-                    int activation, int threshold, float scaling, uintptr_t workspace, int device,
-                    uintptr_t stream) {
+void bound_backward(int dtype, const Sizes& sizes, Matrix x, const std::vector<Member>& members,
+                    uintptr_t dx, const std::vector<Gradients>& gradients, uintptr_t seed,
+                    int threshold, uintptr_t workspace, int device, uintptr_t stream) {
     BackwardCall call{};
     const DeviceScope scope(device);
-    fill(call, dtype, sizes, x, a, b, alpha_t, seed, activation, threshold, scaling, workspace,
-         device, stream);
-    call.dy = pointer(dy.first);
-    call.dy_stride = dy.second;
-    call.z = pointer(z);
+    fill(call, dtype, sizes, x, members, gradients.size(), seed, threshold, workspace, device,
+         stream);
     call.dx = pointer(dx);
-    call.da = pointer(da.first);
-    call.da_is_float = da.second;
-    call.db = pointer(db.first);
-    call.db_is_float = db.second;
+    for (size_t i = 0; i < gradients.size(); ++i) {
+        const auto& [dy, z, da, db] = gradients[i];
+        call.gradients[i] = {pointer(dy.first), dy.second, pointer(z), pointer(da.first),
+                             pointer(db.first), da.second, db.second};
+    }
     backward(call);
 }
 
@@ -101,10 +124,11 @@ py::dict described(const KernelPlan& plan, const DeviceLimits& device) {
 }
 
 std::vector<py::dict> launch_plan(const Sizes& sizes, int sm_count, int shared_per_block,
-                                  int shared_per_sm) {
+                                  int shared_per_sm, bool rounded) {
     const DeviceLimits device{sm_count, shared_per_block, shared_per_sm};
     std::vector<py::dict> rows;
-    for (const KernelPlan& plan : kernels_of(shape_of(sizes), device))
+    const Weights weights = rounded ? Weights::rounded : Weights::as_they_are;
+    for (const KernelPlan& plan : kernels_of(shape_of(sizes), weights, device))
         rows.push_back(described(plan, device));
     return rows;
 }
@@ -113,6 +137,8 @@ std::vector<py::dict> launch_plan(const Sizes& sizes, int sm_count, int shared_p
 
 void bind_ops(py::module_& module) {
     module.attr("MAX_RANK") = kMaxRank;
+    module.attr("MAX_MEMBERS") = kMaxMembers;
+    module.attr("MAX_MEMBER_RANK") = kMaxMemberRank;
     module.def("forward_workspace",
                [](const Sizes& sizes) { return forward_workspace(shape_of(sizes)); });
     module.def("backward_workspace", [](const Sizes& sizes, bool recompute_z) {
@@ -121,8 +147,8 @@ void bind_ops(py::module_& module) {
     module.def("forward", &bound_forward, py::call_guard<py::gil_scoped_release>());
     module.def("backward", &bound_backward, py::call_guard<py::gil_scoped_release>());
     module.def("launch_plan", &launch_plan, py::arg("sizes"), py::arg("sm_count"),
-               py::arg("shared_per_block"), py::arg("shared_per_sm"),
-               "The kernels of a forward and a backward, in order.");
+               py::arg("shared_per_block"), py::arg("shared_per_sm"), py::arg("rounded") = false,
+               "The kernels of a forward and a backward, in order; `rounded`: A or B is float32.");
     module.def(
         "primitive_check",
         [](int dtype, uintptr_t in, uintptr_t values, uintptr_t out, int device, uintptr_t stream) {
