@@ -14,6 +14,7 @@ from helpers import eager
 
 from bench import __main__ as command
 from bench import cost, optimizer, problem, scaling, suite, timing
+from bench import rows as row_fields
 from bench.cases import PRESETS, cases
 from bench.environment import left_to_container
 from bench.memory import allocations, saved_bytes
@@ -290,6 +291,14 @@ def test_the_tax_is_counted_over_the_frozen_layer():
     assert got["tax"] == pytest.approx(0.5) and got["tax_interval"] == pytest.approx([0.5, 2.0])
     assert got["floor_tax"] == pytest.approx(floor_ms / 2.0)
     assert got["over_floor"] == pytest.approx(1.0 / floor_ms)
+
+
+def test_a_tax_is_compared_with_pefts_within_the_round():
+    frozen, peft = [100.0, 200.0, 100.0] * 3, [120.0, 240.0, 110.0] * 3
+    got = row_fields.peft_share([110.0, 220.0, 106.0] * 3, peft, frozen)
+    assert got == {"peft_share": pytest.approx(0.5), "peft_share_interval": [pytest.approx(0.5), pytest.approx(0.6)]}
+    assert not row_fields.peft_share(peft[:5], peft[:5], frozen[:5])  # too few rounds
+    assert not row_fields.peft_share(peft, frozen, frozen)  # of a tax of 0
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
