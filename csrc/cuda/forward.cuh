@@ -199,6 +199,7 @@ AFA_DEVICE void emit_columns(const T* tile, T* b_ring, int stages, const Forward
 template <typename T, int R>
 AFA_KERNEL(RowTile<R>::kThreads)
 forward_kernel(const ForwardParams p) {
+    follow_previous_kernel();
     using Tile = RowTile<R>;
     const int stages = p.project.stages;
     SharedMemory shared;
@@ -229,6 +230,7 @@ forward_kernel(const ForwardParams p) {
 template <typename T, int R, bool kTransposed>
 AFA_KERNEL(RowTile<R>::kThreads)
 project_kernel(const ProjectParams p) {
+    follow_previous_kernel();
     using Tile = RowTile<R>;
     SharedMemory shared;
     T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
@@ -254,6 +256,7 @@ project_kernel(const ProjectParams p) {
 template <typename T, int R>
 AFA_KERNEL(RowTile<R>::kThreads, 2)
 expand_kernel(const ForwardParams p) {
+    follow_previous_kernel();
     using Tile = RowTile<R>;
     const int stages = p.project.stages;
     SharedMemory shared;

@@ -72,6 +72,7 @@ AFA_DEVICE void sum_weight(const SumWeightJob& job, int64_t element) {
 template <typename T>
 AFA_KERNEL(kReduceThreads)
 reduce_kernel(const ReduceParams p) {
+    follow_previous_kernel();
     const int64_t thread = static_cast<int64_t>(block_x()) * kReduceThreads + thread_index();
     const int64_t rows_threads = static_cast<int64_t>(p.rows_blocks) * kReduceThreads;
     const int64_t db_threads = static_cast<int64_t>(p.db_blocks) * kReduceThreads;
@@ -98,6 +99,7 @@ AFA_DEVICE void pack_pair(const PackJob& job, int64_t pair) {
 template <typename T>
 AFA_KERNEL(kReduceThreads)
 pack_kernel(const PackParams p) {
+    follow_previous_kernel();
     const int64_t thread = static_cast<int64_t>(block_x()) * kReduceThreads + thread_index();
     if (block_x() < p.a_blocks)
         pack_pair<T>(p.a, thread);
