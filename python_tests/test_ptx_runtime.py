@@ -119,17 +119,59 @@ def test_an_automatic_call_runs_the_kernels(on_machine):
     assert {launch["device"] for launch in _cuda_on_ptx.take_launches()} == {0}
 
 
-@pytest.mark.parametrize("version", [12040, 13000])
-def test_a_driver_that_is_too_old(on_machine, version):
-    """Of an older CUDA, or of the same one and refused all the same."""
+# CUDA of the runtime in a wheel and of the driver, and what a message advises; None: the driver serves it. A driver
+# runs every runtime of its major version and of older ones.
+DRIVERS = {
+    (12080, 12000): None,
+    (12080, 12020): None,  # r535
+    (12080, 12040): None,
+    (12080, 12080): None,
+    (12080, 13000): None,
+    (13000, 13000): None,
+    (13000, 13020): None,
+    (13000, 12000): "update the driver, build the package with an nvcc of CUDA 12, or install triton",
+    (13000, 12020): "update the driver, build the package with an nvcc of CUDA 12, or install triton",
+    (13000, 12080): "update the driver, build the package with an nvcc of CUDA 12, or install triton",
+    (12080, 11080): "update the driver, or install triton",
+}
+
+
+@pytest.mark.parametrize("of_runtime, of_driver", DRIVERS)
+def test_drivers(on_machine, of_runtime, of_driver):
+    advice = DRIVERS[of_runtime, of_driver]
     on_machine()
-    runtime.install_driver(version, True)
-    of_runtime = _cuda_on_ptx.versions()[1] // 1000
+    runtime.install_runtime(of_runtime)
+    runtime.install_driver(of_driver, advice is not None)
+    assert afa.backends()["cuda"].available == (advice is None)
+    if advice is None:
+        assert_matches(automatic, plain, problem(), LORA)
+        assert _cuda_on_ptx.take_launches()
+    else:
+        driver, built = (f"CUDA {v // 1000}.{v % 1000 // 10}" for v in (of_driver, of_runtime))
+        check_fallback(f"the driver ({driver}) is too old for {built}, which this wheel was built with; {advice}")
+
+
+def test_a_driver_of_the_same_cuda_that_refuses_all_the_same(on_machine):
+    on_machine()
+    runtime.install_runtime(13000)
+    runtime.install_driver(13000, True)
     check_fallback(
-        f"the driver (CUDA {version // 1000}.{version % 1000 // 10}) is older than the CUDA {of_runtime} runtime this "
-        "wheel was built with; update the driver or install triton"
+        "the driver (CUDA 13.0) is too old for CUDA 13.0, which this wheel was built with; update the driver, or install "
+        "triton"
     )
-    assert afa.backends()["cuda"].available == (version // 1000 == of_runtime)
+    assert afa.backends()["cuda"].available
+
+
+def test_ptx_that_is_newer_than_the_driver(on_machine):
+    """A card for which the wheel has no code of its own: the driver would have to translate PTX of a later CUDA."""
+    on_machine(1)
+    runtime.install_runtime(12080)
+    runtime.install_driver(12020, False)
+    runtime.fail("cudaFuncGetAttributes", "cudaErrorUnsupportedPtxVersion")
+    check_fallback(
+        "this build has PTX of CUDA 12.8 for compute capability 9.0, which the driver (CUDA 12.2) cannot translate; "
+        "update the driver, or build the package with AFA_CUDA_ARCHITECTURES=90-real"
+    )
 
 
 def test_an_old_driver_that_is_the_first_thing_the_process_meets():

@@ -22,6 +22,7 @@ from afa_kernels.options import Spec
 
 _MAX_RANK = 128
 _MIN_CAPABILITY = (8, 0)
+_OLDEST_RUNTIME = 12000  # CUDA of the oldest nvcc that builds the kernels
 # Beyond this rank the passes over x and dy are bound by mma.sync's issue rate, not by memory; on
 # these GPUs triton compiles them to faster tensor-core instructions. This limit comes from a model and has not been
 # measured on a GPU.
@@ -209,10 +210,16 @@ def _status() -> BackendStatus:
 
 def _old_driver(driver: int, runtime: int) -> str:
     """Return what to do about a driver; versions are 1000 * major + 10 * minor."""
+    can_build = _OLDEST_RUNTIME <= driver and driver // 1000 < runtime // 1000
+    builds = f", build the package with an nvcc of CUDA {driver // 1000}" if can_build else ""
     return (
-        f"the driver (CUDA {driver // 1000}.{driver % 1000 // 10}) is older than the CUDA {runtime // 1000} runtime "
-        "this wheel was built with; update the driver or install triton"
+        f"the driver ({_cuda(driver)}) is too old for {_cuda(runtime)}, which this wheel was built with; update the "
+        f"driver{builds}, or install triton"
     )
+
+
+def _cuda(version: int) -> str:
+    return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
 
 def _device_name(index: int) -> str:
@@ -231,6 +238,13 @@ def _refuses_device(index: int) -> str | None:
     error, text = module.kernel_image_failure(index)
     if error == "cudaErrorInsufficientDriver":
         return _old_driver(*module.versions())
+    if error == "cudaErrorUnsupportedPtxVersion":  # code for this card is translated by the driver, unlike cubins
+        driver, runtime = map(_cuda, module.versions())
+        return (
+            f"this build has PTX of {runtime} for compute capability {capability[0]}.{capability[1]}, which the driver "
+            f"({driver}) cannot translate; update the driver, or build the package with "
+            f"AFA_CUDA_ARCHITECTURES={capability[0]}{capability[1]}-real"
+        )
     if error in ("cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction"):
         return f"this build has no kernels for compute capability {capability[0]}.{capability[1]}"
     return f"the CUDA runtime cannot use this device: {text} ({error})" if error else None

@@ -143,10 +143,12 @@ cudaError_t CUDARTAPI cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, 
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) {
     return cudaErrorMissingConfiguration;
 }
+#if CUDART_VERSION >= 12010
 cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorMissingConfiguration; }
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
     return cudaErrorMissingConfiguration;
 }
+#endif
 
 cudaError_t CUDARTAPI cudaGetDevice(int* device) {
     const cudaError_t error = begins("cudaGetDevice");
