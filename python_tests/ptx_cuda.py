@@ -24,9 +24,8 @@ class Kernels(cuda._Kernels):
         super().__init__(_cuda_on_ptx)
         self.device, self.stream = 0, 0
 
-    def _scalars(self, *arguments):
-        *scalars, _, _ = super()._scalars(*arguments)
-        return (*scalars, self.device, self.stream)
+    def _place(self, x):
+        return self.device, self.stream
 
     def launches(self, call: Call):
         return super().launches(call._replace(device_index=self.device))

@@ -402,13 +402,13 @@ def test_a_device_that_refuses_overlaps_is_asked_once_for_each_kernel():
 @pytest.fixture
 def kept_allocations(monkeypatch):
     """Keep what a capture has allocated, as torch's allocator does for a graph."""
-    kept, empty = [], torch.empty
+    kept, new_empty = [], torch.Tensor.new_empty
 
     def keep(*arguments, **options):
-        kept.append(empty(*arguments, **options))
+        kept.append(new_empty(*arguments, **options))
         return kept[-1]
 
-    monkeypatch.setattr(torch, "empty", keep)
+    monkeypatch.setattr(torch.Tensor, "new_empty", keep)
 
 
 def test_a_captured_call_runs_again_with_new_values(kept_allocations):

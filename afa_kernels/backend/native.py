@@ -21,7 +21,7 @@ _NAMES = (
 )  # fmt: skip
 _CUDA_NAMES = (
     "backward", "backward_workspace", "device_limits", "forward", "forward_workspace", "kernel_image_failure",
-    "launch_plan", "versions",
+    "launch_plan", "use_torch", "versions",
 )  # fmt: skip
 
 
@@ -49,7 +49,8 @@ def _recognizes_nothing(*_operands: object) -> bool:
     return False
 
 
-# Whether operands are ordinary CPU tensors that pass the checks of checks.py. False means only: not recognized.
+# Whether operands are ordinary tensors on the CPU or on a CUDA device that pass the checks of checks.py. False means
+# only: not recognized.
 recognizes_lora = recognizes_linear = _recognizes_nothing
 if _C is not None:
     recognizes_lora, recognizes_linear = _C.recognizes_lora, _C.recognizes_linear

@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include "cuda/bind_tensor.h"
 #include "cuda/ops.h"
 
 namespace afa {
@@ -11,78 +12,77 @@ namespace {
 
 namespace py = pybind11;
 
-template <typename T = void>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-using Weight =
-    std::tuple<uintptr_t, int64_t, int64_t, bool>;  // data, row stride, column stride, is float32
-using Matrix = std::pair<uintptr_t, int64_t>;       // data, row stride
-using Sizes = std::tuple<int64_t, int, int, int>;   // M, K, N, r
+using Tensor = const TensorArgument&;
+using Sizes = std::tuple<int64_t, int, int, int>;  // M, K, N, r
 
 Shape shape_of(const Sizes& sizes) {
     return {std::get<0>(sizes), std::get<1>(sizes), std::get<2>(sizes), std::get<3>(sizes)};
 }
 
-WeightOperand operand_of(const Weight& w) {
-    return {pointer(std::get<0>(w)), std::get<1>(w), std::get<2>(w), std::get<3>(w)};
-}
+bool is_weight(Tensor w, Tensor x) { return w.element == x.element || w.is_float(); }
 
-// The part of a call that forward and backward share, in the order of the Python arguments.
-void fill(BranchCall& call, int dtype, const Sizes& sizes, Matrix x, const Weight& a,
-          const Weight& b, uintptr_t alpha_t, uintptr_t seed, int activation, int threshold,
-          float scaling, uintptr_t workspace, int device, uintptr_t stream) {
-    call.dtype = static_cast<DType>(dtype);
-    call.shape = shape_of(sizes);
-    call.x = pointer(x.first);
-    call.x_stride = x.second;
-    call.a = operand_of(a);
-    call.b = operand_of(b);
-    call.alpha_t = pointer<float>(alpha_t);
-    call.seed = pointer<int64_t>(seed);
+// The part of a call that forward and backward share; false where an operand is not as the kernels
+// read it.
+bool fill(BranchCall& call, Tensor x, Tensor a, Tensor b, Tensor alpha_t, Tensor seed,
+          int activation, int threshold, float scaling, Tensor workspace, int device,
+          uintptr_t stream) {
+    if (!x.is_readable() || !is_weight(a, x) || !is_weight(b, x))
+        return false;
+    call.dtype = x.element == Element::bf16 ? DType::bf16 : DType::fp16;
+    call.shape = {x.sizes[0], static_cast<int>(x.sizes[1]), static_cast<int>(b.sizes[0]),
+                  static_cast<int>(a.sizes[0])};
+    call.x = x.data;
+    call.x_stride = x.strides[0];
+    call.a = a.weight();
+    call.b = b.weight();
+    call.alpha_t = alpha_t.pointer<float>();
+    call.seed = seed.pointer<int64_t>();
     call.activation = activation;
     call.threshold = threshold;
     call.scaling = scaling;
-    call.workspace = pointer(workspace);
-    call.stream = pointer(stream);
+    call.workspace = workspace.data;
+    call.stream = reinterpret_cast<void*>(stream);
     call.device = device_limits(device);
+    return true;
 }
 
-void bound_forward(int dtype, const Sizes& sizes, Matrix x, const Weight& a, const Weight& b,
-                   Matrix base, Matrix y, uintptr_t z, uintptr_t alpha_t, uintptr_t seed,
-                   int activation, int threshold, float scaling, uintptr_t workspace, int device,
-                   uintptr_t stream) {
+bool bound_forward(Tensor x, Tensor a, Tensor b, Tensor base, Tensor y, Tensor z, Tensor alpha_t,
+                   Tensor seed, int activation, int threshold, float scaling, Tensor workspace,
+                   int device, uintptr_t stream) {
     ForwardCall call{};
     const DeviceScope scope(device);
-    fill(call, dtype, sizes, x, a, b, alpha_t, seed, activation, threshold, scaling, workspace,
-         device, stream);
-    call.base = pointer(base.first);
-    call.base_stride = base.second;
-    call.y = pointer(y.first);
-    call.y_stride = y.second;
-    call.z = pointer(z);
+    if (!y.is_readable() || (base.present && !base.is_readable()) ||
+        !fill(call, x, a, b, alpha_t, seed, activation, threshold, scaling, workspace, device,
+              stream))
+        return false;
+    call.base = base.data;
+    call.base_stride = base.strides[0];
+    call.y = y.data;
+    call.y_stride = y.strides[0];
+    call.z = z.data;
     forward(call);
+    return true;
 }
 
-void bound_backward(int dtype, const Sizes& sizes, Matrix x, const Weight& a, const Weight& b,
-                    Matrix dy, uintptr_t z, uintptr_t dx, std::pair<uintptr_t, bool> da,
-                    std::pair<uintptr_t, bool> db, uintptr_t alpha_t, uintptr_t seed,
-                    int activation, int threshold, float scaling, uintptr_t workspace, int device,
-                    uintptr_t stream) {
+bool bound_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor z, Tensor dx, Tensor da,
+                    Tensor db, Tensor alpha_t, Tensor seed, int activation, int threshold,
+                    float scaling, Tensor workspace, int device, uintptr_t stream) {
     BackwardCall call{};
     const DeviceScope scope(device);
-    fill(call, dtype, sizes, x, a, b, alpha_t, seed, activation, threshold, scaling, workspace,
-         device, stream);
-    call.dy = pointer(dy.first);
-    call.dy_stride = dy.second;
-    call.z = pointer(z);
-    call.dx = pointer(dx);
-    call.da = pointer(da.first);
-    call.da_is_float = da.second;
-    call.db = pointer(db.first);
-    call.db_is_float = db.second;
+    if (!dy.is_readable() || (z.present && !z.is_readable_z()) ||
+        !fill(call, x, a, b, alpha_t, seed, activation, threshold, scaling, workspace, device,
+              stream))
+        return false;
+    call.dy = dy.data;
+    call.dy_stride = dy.strides[0];
+    call.z = z.data;
+    call.dx = dx.data;
+    call.da = da.data;
+    call.da_is_float = da.is_float();
+    call.db = db.data;
+    call.db_is_float = db.is_float();
     backward(call);
+    return true;
 }
 
 py::dict described(const KernelPlan& plan, const DeviceLimits& device) {
@@ -118,8 +118,11 @@ void bind_ops(py::module_& module) {
     module.def("backward_workspace", [](const Sizes& sizes, bool recompute_z) {
         return backward_workspace(shape_of(sizes), recompute_z);
     });
-    module.def("forward", &bound_forward, py::call_guard<py::gil_scoped_release>());
-    module.def("backward", &bound_backward, py::call_guard<py::gil_scoped_release>());
+    module.def("use_torch", &use_torch, "Learn torch's types, before forward and backward.");
+    module.def("forward", &bound_forward, py::call_guard<py::gil_scoped_release>(),
+               "Returns False, and does nothing, where an operand is not as the kernels read it.");
+    module.def("backward", &bound_backward, py::call_guard<py::gil_scoped_release>(),
+               "As forward.");
     module.def("launch_plan", &launch_plan, py::arg("sizes"), py::arg("sm_count"),
                py::arg("shared_per_block"), py::arg("shared_per_sm"),
                "The kernels of a forward and a backward, in order.");
@@ -127,8 +130,10 @@ void bind_ops(py::module_& module) {
         "primitive_check",
         [](int dtype, uintptr_t in, uintptr_t values, uintptr_t out, int device, uintptr_t stream) {
             const DeviceScope scope(device);
-            launch_primitive_check(static_cast<DType>(dtype), pointer(in), pointer<float>(values),
-                                   pointer<uint32_t>(out), pointer(stream));
+            launch_primitive_check(static_cast<DType>(dtype), reinterpret_cast<void*>(in),
+                                   reinterpret_cast<float*>(values),
+                                   reinterpret_cast<uint32_t*>(out),
+                                   reinterpret_cast<void*>(stream));
         },
         "One warp runs every primitive once (csrc/cuda/prim_check.cuh).");
     module.def("device_limits", [](int device) {

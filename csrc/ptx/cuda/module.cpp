@@ -82,6 +82,10 @@ void bind_runtime(py::module_& m) {
         runtime_state().faults.driver_version = version;
         runtime_state().faults.driver_is_too_old = too_old;
     });
+    m.def(
+        "set_idle", [](bool on) { runtime_state().idle = on; },
+        "Lets launches be counted and do nothing, to time the code that launches.");
+    m.def("idle_launches", [] { return runtime_state().idle_launches; });
     m.def("install_runtime", [](int version) { runtime_state().faults.runtime_version = version; });
     m.def(
         "set_overlaps", [](bool on) { runtime_state().faults.overlaps = on; },

@@ -221,6 +221,10 @@ cudaError_t CUDARTAPI cudaFuncSetAttribute(const void* function, cudaFuncAttribu
 
 cudaError_t CUDARTAPI cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                           void** arguments) {
+    if (runtime_state().idle) {
+        ++runtime_state().idle_launches;
+        return cudaSuccess;
+    }
     const ptx::Function* kernel = nullptr;
     const cudaError_t error = begins_with_kernel("cudaLaunchKernelExC", function, kernel);
     if (error != cudaSuccess)

@@ -55,6 +55,9 @@ struct Faults {
 };
 
 struct RuntimeState {
+    // Launches are counted and do nothing, as fast as that goes: to time the code that launches.
+    bool idle = false;
+    int64_t idle_launches = 0;
     // From the compute-capability table of NVIDIA's programming guide: an A100 and an H100.
     std::vector<DeviceModel> devices{{8, 0, 108, 163 * 1024, 164 * 1024},
                                      {9, 0, 132, 227 * 1024, 228 * 1024}};
