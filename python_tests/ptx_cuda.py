@@ -52,6 +52,7 @@ def register() -> None:
     registry.register(
         replace(
             cuda.EMULATED, name=NAME, status=lambda: BackendStatus(True), forward=kernels.forward,
-            backward=kernels.backward, launches=kernels.launches,
+            backward=kernels.backward, launches=kernels.launches, group_forward=kernels.group_forward,
+            group_backward=kernels.group_backward,
         )
     )  # fmt: skip

@@ -34,6 +34,19 @@ def test_loads_of_parameters(kind, vector):
     np.testing.assert_array_equal(out, data[16 : 16 + size])
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_loads_of_bytes_of_parameters(count):
+    """Flags that lie side by side."""
+    values = registers("u16", count)
+    body = f"mov.b64 %rd50, p; ld.param.v{count}.u8 {values}, [%rd50+4]; st.global.v{count}.u16 [%rd0], {values};"
+    text = kernel(body).replace("k(", "k(.param .align 4 .b8 p[8], ")
+    out, data = np.zeros(count, np.uint16), RANDOM.integers(0, 256, 8, dtype=np.uint8)
+    parameters = data.tobytes() + np.uint64(out.ctypes.data).tobytes()
+    EXECUTED.add(f"ld.param.v{count}.u8")
+    _ptx.Module(text).launch("k", (1, 1, 1), (32, 1, 1), parameters, 0, [(out.ctypes.data, 2 * count, True, "out")])
+    np.testing.assert_array_equal(out, data[4 : 4 + count])
+
+
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_asynchronous_copies_of_some_bytes(size):
     """Of 32 copies, number i takes i % (size + 1) bytes and fills the rest with zeros."""

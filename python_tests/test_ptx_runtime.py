@@ -156,8 +156,8 @@ def test_a_driver_of_the_same_cuda_that_refuses_all_the_same(on_machine):
     runtime.install_runtime(13000)
     runtime.install_driver(13000, True)
     check_fallback(
-        "the driver (CUDA 13.0) is too old for CUDA 13.0, which this wheel was built with; update the driver, or install "
-        "triton"
+        "the driver (CUDA 13.0) is too old for CUDA 13.0, which this wheel was built with; update the driver, or "
+        "install triton"
     )
     assert afa.backends()["cuda"].available
 

@@ -1,10 +1,10 @@
 """The ``cuda`` backend: compiled kernels for NVIDIA GPUs, and ``cuda_emulated``, the same source
 run on the CPU.
 
-This file turns torch tensors into pointers, strides and scratch memory; csrc/cuda/ops.cpp decides
-what is launched. What the kernels cannot read in place (columns that are not adjacent, rows that do
-not start at 16 bytes) is copied first. ``cuda_emulated`` takes CPU tensors, is slow, and exists for
-tests: it is only chosen by name.
+This file allocates results and scratch memory; csrc/cuda/bind_ops.cpp turns tensors into pointers and strides, and
+csrc/cuda/ops.cpp decides what is launched. What the kernels cannot read in place (columns that are not adjacent, rows
+that do not start at 16 bytes) is copied. ``cuda_emulated`` takes CPU tensors, is slow, and exists for tests: it is only
+chosen by name.
 """
 
 import importlib
@@ -17,10 +17,13 @@ from torch import Tensor
 
 from afa_kernels.activation import COMPILED_IDS
 from afa_kernels.backend import native
-from afa_kernels.backend.registry import Backend, BackendStatus, Call
+from afa_kernels.backend.registry import Backend, BackendStatus, Call, Member
 from afa_kernels.torch_private import current_stream
 
 _MAX_RANK = 128
+# Of layers that share x: how many, and the rank of each (beyond it the pass over dy is two kernels, one layer each).
+_MAX_MEMBERS = 3
+_MAX_MEMBER_RANK = 32
 _MIN_CAPABILITY = (8, 0)
 _OLDEST_RUNTIME = 12000  # CUDA of the oldest nvcc that builds the kernels
 # Beyond this rank the passes over x and dy are bound by mma.sync's issue rate, not by memory; on
@@ -56,8 +59,12 @@ def _readable_weight(weight: Tensor, x: Tensor) -> Tensor:
     return weight if weight.dtype in (x.dtype, torch.float32) else weight.float()
 
 
+def _readable_members(x: Tensor, members: list[Member]) -> list[Member]:
+    return [Member(_readable_weight(a, x), _readable_weight(b, x), *rest) for a, b, *rest in members]
+
+
 class _Kernels:
-    """The forward and backward of a native module (``_C.cuda`` or ``_emulator``).
+    """The forward and backward of a native module (``_C.cuda`` or ``_emulator``). A lone layer is a group of one.
 
     The module reads tensors itself, because Python takes longer for their attributes than the module for all the rest.
     Where it finds one that the kernels cannot read, it returns False, and the call starts again with copies.
@@ -76,47 +83,80 @@ class _Kernels:
         device = x.device.index
         return device, current_stream(device)
 
-    def forward(self, x, a, b, alpha_t, seed, spec, *, base, out, save_z):
-        (m, k), (n, r) = x.shape, b.shape
-        z = x.new_empty(m, r) if save_z else None  # in half the time of torch.empty
-        workspace = x.new_empty(self._forward_workspace((m, k, n, r)) // _ELEMENT_BYTES)
-        activation, scaling, dropout = spec
-        launched = self._module.forward(
-            x, a, b, base, out, z, alpha_t, seed, COMPILED_IDS[activation], dropout, scaling, workspace, *self._place(x)
-        )
-        return z if launched else self._forward_of_copies(x, a, b, alpha_t, seed, spec, base, out, save_z)
+    # new_empty takes half the time of torch.empty. Scratch memory has the dtype of x: naming another one takes time.
 
-    def _forward_of_copies(self, x, a, b, alpha_t, seed, spec, base, out, save_z):
-        y = out if _reads_in_place(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        if base is not None:
-            base = y if base is out and y is out else _readable(base)
-        a, b = _readable_weight(a, x), _readable_weight(b, x)
-        z = self.forward(_readable(x), a, b, alpha_t, seed, spec, base=base, out=y, save_z=save_z)
-        if y is not out:
-            out.copy_(y)
+    def _forward(self, x, members, seed, dropout, bases, outs, save_z) -> list[Tensor | None]:
+        m, k = x.shape
+        described, results, zs, widths, ranks = [], [], [], (), ()
+        for (a, b, alpha_t, spec), base, out in zip(members, bases, outs, strict=True):
+            n, r = b.shape
+            z = x.new_empty(m, r) if save_z else None
+            described.append((a, b, alpha_t, COMPILED_IDS[spec.activation], spec.scaling))
+            results.append((base, out, z))
+            zs.append(z)
+            widths, ranks = (*widths, n), (*ranks, r)
+        workspace = x.new_empty(self._forward_workspace((m, k, widths, ranks)) // _ELEMENT_BYTES)
+        if self._module.forward(x, described, results, seed, dropout, workspace, *self._place(x)):
+            return zs
+        return self._forward_of_copies(x, members, seed, dropout, bases, outs, save_z)
+
+    def _forward_of_copies(self, x, members, seed, dropout, bases, outs, save_z) -> list[Tensor | None]:
+        ys = [
+            out if _reads_in_place(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
+            for out in outs
+        ]
+        readable = []
+        for base, out, y in zip(bases, outs, ys, strict=True):
+            accumulates = base is out and y is out
+            readable.append(y if accumulates else None if base is None else _readable(base))
+        zs = self._forward(_readable(x), _readable_members(x, members), seed, dropout, readable, ys, save_z)
+        for out, y in zip(outs, ys, strict=True):
+            if y is not out:
+                out.copy_(y)
+        return zs
+
+    def _backward(self, dys, x, members, zs, seed, dropout, need_dx, need_da, need_db):
+        m, k = x.shape
+        dx = x.new_empty(m, k) if need_dx else None
+        described, gradients, das, dbs, widths, ranks = [], [], [], [], (), ()
+        for (a, b, alpha_t, spec), dy, z, needs_a, needs_b in zip(members, dys, zs, need_da, need_db, strict=True):
+            n, r = b.shape
+            da = a.new_empty(r, k) if needs_a else None
+            db = b.new_empty(n, r) if needs_b else None
+            described.append((a, b, alpha_t, COMPILED_IDS[spec.activation], spec.scaling))
+            gradients.append((dy, z, da, db))
+            das.append(da)
+            dbs.append(db)
+            widths, ranks = (*widths, n), (*ranks, r)
+        workspace = x.new_empty(self._backward_workspace((m, k, widths, ranks), zs[0] is None) // _ELEMENT_BYTES)
+        if self._module.backward(x, described, dx, gradients, seed, dropout, workspace, *self._place(x)):
+            return dx, das, dbs
+        return self._backward_of_copies(dys, x, members, zs, seed, dropout, need_dx, need_da, need_db)
+
+    def _backward_of_copies(self, dys, x, members, zs, seed, dropout, *needs):
+        zs = [None if z is None else _readable_z(z) for z in zs]
+        dys, readable = [_readable(dy) for dy in dys], _readable_members(x, members)
+        dx, das, dbs = self._backward(dys, _readable(x), readable, zs, seed, dropout, *needs)
+        das = [None if da is None else da.to(member.a.dtype) for da, member in zip(das, members, strict=True)]
+        dbs = [None if db is None else db.to(member.b.dtype) for db, member in zip(dbs, members, strict=True)]
+        return dx, das, dbs
+
+    def forward(self, x, a, b, alpha_t, seed, spec, *, base, out, save_z):
+        (z,) = self._forward(x, [Member(a, b, alpha_t, spec)], seed, spec.dropout, [base], [out], save_z)
         return z
 
     def backward(self, dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
-        (m, k), (n, r) = x.shape, b.shape
-        dx = x.new_empty(m, k) if need_dx else None
-        da = a.new_empty(r, k) if need_da else None
-        db = b.new_empty(n, r) if need_db else None
-        workspace = x.new_empty(self._backward_workspace((m, k, n, r), z is None) // _ELEMENT_BYTES)
-        activation, scaling, dropout = spec
-        launched = self._module.backward(
-            dy, x, a, b, z, dx, da, db,
-            alpha_t, seed, COMPILED_IDS[activation], dropout, scaling, workspace, *self._place(x),
-        )  # fmt: skip
-        if launched:
-            return dx, da, db
-        needs = {"need_dx": need_dx, "need_da": need_da, "need_db": need_db}
-        return self._backward_of_copies(dy, x, a, b, z, alpha_t, seed, spec, needs)
+        members = [Member(a, b, alpha_t, spec)]
+        dx, (da,), (db,) = self._backward([dy], x, members, [z], seed, spec.dropout, need_dx, [need_da], [need_db])
+        return dx, da, db
 
-    def _backward_of_copies(self, dy, x, a, b, z, alpha_t, seed, spec, needs):
-        weights = _readable_weight(a, x), _readable_weight(b, x)
-        z = None if z is None else _readable_z(z)
-        dx, da, db = self.backward(_readable(dy), _readable(x), *weights, z, alpha_t, seed, spec, **needs)
-        return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)
+    def group_forward(self, x, members, *, bases, outs, save_z):
+        zs = self._forward(x, members, None, 0, bases, outs, save_z)
+        return zs if save_z else None
+
+    def group_backward(self, dys, x, members, zs, *, need_dx, need_da, need_db):
+        zs = [None] * len(members) if zs is None else zs
+        return self._backward(dys, x, members, zs, None, 0, need_dx, need_da, need_db)
 
     def launches(self, call: Call) -> list[dict[str, Any]]:
         """Return the kernels of a forward and a backward, with their launch parameters, for
@@ -132,6 +172,15 @@ def _refuses_shape(call: Call) -> str | None:
         return f"takes ranks up to {_MAX_RANK}, got {call.r} (plain GEMMs are as fast from there on)"
     if call.k % _VECTOR or call.n % _VECTOR:
         return f"takes K and N that are multiples of {_VECTOR}, got K={call.k} and N={call.n}"
+    return None
+
+
+def _refuses_group(calls: list[Call]) -> str | None:
+    if len(calls) > _MAX_MEMBERS:
+        return f"takes up to {_MAX_MEMBERS} layers that share x, got {len(calls)}"
+    largest = max(call.r for call in calls)
+    if largest > _MAX_MEMBER_RANK:
+        return f"takes ranks up to {_MAX_MEMBER_RANK} of layers that share x, got {largest}"
     return None
 
 
@@ -254,6 +303,9 @@ BACKEND = Backend(
     forward=lambda *args, **kwargs: _device_kernels().forward(*args, **kwargs),
     backward=lambda *args, **kwargs: _device_kernels().backward(*args, **kwargs),
     launches=lambda call: _device_kernels().launches(call),
+    group_forward=lambda *args, **kwargs: _device_kernels().group_forward(*args, **kwargs),
+    group_backward=lambda *args, **kwargs: _device_kernels().group_backward(*args, **kwargs),
+    refuses_group=_refuses_group,
     leaves=_leaves,
 )
 EMULATED = Backend(
@@ -264,5 +316,8 @@ EMULATED = Backend(
     forward=lambda *args, **kwargs: _emulator_kernels().forward(*args, **kwargs),
     backward=lambda *args, **kwargs: _emulator_kernels().backward(*args, **kwargs),
     launches=lambda call: _emulator_kernels().launches(call),
+    group_forward=lambda *args, **kwargs: _emulator_kernels().group_forward(*args, **kwargs),
+    group_backward=lambda *args, **kwargs: _emulator_kernels().group_backward(*args, **kwargs),
+    refuses_group=_refuses_group,
     automatic=False,
 )

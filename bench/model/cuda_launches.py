@@ -1,9 +1,8 @@
 """What an H100 would make of the launches of the ``cuda`` backend: bytes, bytes under way, waves, and the time that
 follows. MODELLED, nothing here was measured.
 
-The launches are those that ``afa_kernels.plan`` shows, for the dtypes of PEFT: x in 16 bits, A and B in float32, which
-brings in the ``pack`` kernel where a kernel streams them. The bytes are those that the compiled kernels move, as
-counted on the PTX machine (python_tests/test_cuda_traffic.py).
+The launches are those that the backend plans, for the dtypes of PEFT: x in 16 bits, A and B in float32. The bytes are
+those that the compiled kernels move, as counted on the PTX machine (python_tests/test_cuda_traffic.py).
 
     time of a kernel = launch + the longest of
         memory      HBM bytes / memory rate
@@ -119,11 +118,13 @@ def _module():
 def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tuple[list[Kernel], list[Kernel]]:
     """Return the kernels of the forward and of the backward, in order."""
     limits = (gpu.multiprocessors, gpu.shared_per_block, gpu.shared_per_multiprocessor)
-    planned = {row["kernel"]: row for row in _module().launch_plan(tuple(layer), *limits)}
+    planned = {row["kernel"]: row for row in _module().launch_plan(tuple(layer), *limits, float_weights)}
     m, k, n, r = layer
     rank, row_tile = layer.rank, 128 if layer.rank == 128 else 64
     row_blocks = math.ceil(m / row_tile)
-    x, y, z, a, b = (_HALF * size for size in (m * k, m * n, m * r, rank * k, n * rank))
+    x, y, z = (_HALF * size for size in (m * k, m * n, m * r))
+    weight = _FLOAT if float_weights else _HALF
+    a, b = weight * r * k, weight * n * r
 
     def made(name: str, hbm: int, l2: int) -> Kernel:
         row = planned[name]
@@ -137,11 +138,7 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
     def small(name: str, l2: int, launches: int = 1) -> Kernel:
         return Kernel(name, (0, 0), launches, 0, 0, 0.0, 0, l2, 0)
 
-    # What streams A or B wants them rounded and padded; what keeps a slab of them does that itself.
-    weights = _FLOAT if float_weights else _HALF
-    packs = float_weights or r != rank
-    forward = [small("pack", weights * r * (k + n) + a + b)] if packs else []
-    backward = [small("pack", weights * r * n + b)] if packs and rank > 32 else []
+    forward, backward = [], []
     if "forward" in planned:
         forward.append(made("forward", x + y + z, row_blocks * (a + b)))
     else:
@@ -157,8 +154,8 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
         dh, db = slabs * m * rank * _FLOAT, db_chunks * n * rank * _FLOAT
         rounds = planned["dy"]["launches"]
         sums_again = (2 * rounds - 1) * db  # written by each round, read by all but the first
-        backward.append(made("dy", y, db_chunks * weights * n * r + slabs * z + dh + sums_again))
-        backward.append(small("reduce", dh + z + dz + db + weights * n * r, rounds))
+        backward.append(made("dy", y, db_chunks * b + slabs * z + dh + sums_again))
+        backward.append(small("reduce", dh + z + dz + db + b, rounds))
         left = 0
     else:
         dh = planned["project_dy"]["grid"][1] * m * rank * _FLOAT
@@ -167,9 +164,9 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
         backward.append(made("project_dy", y, row_blocks * b + dh))
         backward.append(small("reduce", dh + z + 2 * dz, rounds))
         backward.append(made("db", y, slabs * dz + (2 * rounds - 1) * db))
-        left = db + weights * n * r
-    backward.append(made("x", 2 * x, da_chunks * weights * r * k + x_slabs * dz + (2 * rounds - 1) * da))
-    backward.append(small("reduce", da + weights * r * k + left))
+        left = db + b
+    backward.append(made("x", 2 * x, da_chunks * a + x_slabs * dz + (2 * rounds - 1) * da))
+    backward.append(small("reduce", da + a + left))
     return forward, backward
 
 

@@ -4,6 +4,8 @@
 //   db_kernel (R >= 64): dB = dy^T h alone; dh comes from project_kernel.
 //   x_kernel: dx = dz A and dA = dz^T x from one pass over x.
 //
+// Layers that share x have one dz, side by side, so that dx is the sum over them.
+//
 // A block keeps one slab of columns and walks down one chunk of rows. What it sums over rows stays
 // in registers and is stored once, as a partial result of its chunk, so that sums have one order
 // whatever the grid. A call of many rows is a series of launches (rounds): each adds to the partial
@@ -72,7 +74,7 @@ AFA_DEVICE void store_outer(float* matrix, const float (&acc)[kLeft / 16][kRight
 
 // dh = dy B for the 16 rows of this warp, from one tile of dy and one slab of B.
 template <typename T, int R>
-AFA_DEVICE void emit_dh(const T* tile, const T* b_slab, const DyParams& p, int64_t row0,
+AFA_DEVICE void emit_dh(const T* tile, const T* b_slab, float* slab_dh, int64_t row0,
                         int64_t row_end) {
     using Tile = DyTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
@@ -92,7 +94,7 @@ AFA_DEVICE void emit_dh(const T* tile, const T* b_slab, const DyParams& p, int64
         }
     }
     const int64_t row = row0 + warp_row + lane_index() / 4;
-    float* out = p.dh + (block_x() * p.m + row) * R + lane_index() % 4 * 2;
+    float* out = slab_dh + row * R + lane_index() % 4 * 2;
     AFA_UNROLL
     for (int half = 0; half < 2; ++half)
         if (row + 8 * half < row_end) {
@@ -103,32 +105,35 @@ AFA_DEVICE void emit_dh(const T* tile, const T* b_slab, const DyParams& p, int64
         }
 }
 
-// Grid: (slabs of kColumns columns of dy, chunks of rows_per_chunk rows).
+// Grid: (slabs of kColumns columns of every dy, chunks of rows_per_chunk rows).
 template <typename T, int R>
-AFA_KERNEL(DyTile<R>::kThreads)
+AFA_KERNEL(DyTile<R>::kThreads, DyTile<R>::kBlocks)
 dy_kernel(const DyParams p) {
     follow_previous_kernel();
     using Tile = DyTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
     constexpr int kPairs = Tile::kRows * R / 2 / Tile::kThreads;  // of z, per thread and tile
-    const T* dy = static_cast<const T*>(p.dy);
-    const T* z = static_cast<const T*>(p.z);
+    const DyMember member = member_with(p.members, block_x());
+    const int n = member.b.rows, r = member.b.cols, slab = block_x() - member.first;
+    const T* dy = static_cast<const T*>(member.dy);
+    const T* z = static_cast<const T*>(member.z);
+    float* slab_dh = member.dh + slab * p.m * R;
     const int ahead = p.stages - 1;
     SharedMemory shared;
     T* ring = shared.take<T>(p.stages * Tile::kWide);
     T* b_slab = shared.take<T>(Tile::kB);
     T* h_tiles = shared.take<T>(2 * Tile::kH);
-    const int col0 = block_x() * Tile::kColumns;
+    const int col0 = slab * Tile::kColumns;
     const int64_t row_begin = block_y() * p.rows_per_chunk;
     const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
     const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
-    const float alpha_t = alpha_of(p.alpha_t);
+    const float alpha_t = alpha_of(member.alpha_t);
 
     const auto load = [&](int t, int slot) {
         if (t < tiles)
             load_tile<Tile::kRows, Tile::kColumns, Tile::kThreads>(
-                ring + slot * Tile::kWide, dy, p.dy_stride, row_begin + t * Tile::kRows, row_end,
-                col0, p.n);
+                ring + slot * Tile::kWide, dy, member.dy_stride, row_begin + t * Tile::kRows,
+                row_end, col0, n);
         copy_commit();
     };
     uint32_t z_next[kPairs];
@@ -137,16 +142,18 @@ dy_kernel(const DyParams p) {
         for (int i = 0; i < kPairs; ++i) {
             const int pair = thread_index() + i * Tile::kThreads;
             const int64_t row = row_begin + t * Tile::kRows + pair / (R / 2);
-            z_next[i] = row < row_end ? load_pair(z, row, p.r, pair % (R / 2) * 2) : 0u;
+            z_next[i] = row < row_end ? load_pair(z, row, r, pair % (R / 2) * 2) : 0u;
         }
     };
 
-    if (p.dh)
-        start_weight<Tile::kColumns, R, Tile::kThreads>(b_slab, p.b, col0, 0);
+    using B = WeightTile<T, Tile::kColumns, R, Tile::kThreads>;
+    const bool copies_b = member.b.in_vectors && !member.b.is_float;
+    if (member.dh && copies_b)
+        B::copy(b_slab, member.b, col0, 0);
     for (int s = 0; s < ahead; ++s)
         load(s, s);  // B belongs to the first group
-    if (p.dh)
-        finish_weight<Tile::kColumns, R, Tile::kThreads>(b_slab, p.b, col0, 0);
+    if (member.dh && !copies_b)
+        B::round_elements(b_slab, member.b, col0, 0);
     load_z(0);
     float db[Tile::kSlice / 16][R / 8][4];
     zero(db);
@@ -155,12 +162,12 @@ dy_kernel(const DyParams p) {
     for (int t = 0; t < tiles; ++t) {
         // Two tiles of h, by turns: slower warps may still read the other one.
         T* h = h_tiles + (t & 1) * Tile::kH;
-        if (p.db) {
+        if (member.db) {
             AFA_UNROLL
             for (int i = 0; i < kPairs; ++i) {
                 const int pair = thread_index() + i * Tile::kThreads;
                 store_shared(h + pair / (R / 2) * kNarrowPitch + pair % (R / 2) * 2,
-                             phi_pair<T>(p.activation, z_next[i], alpha_t));
+                             phi_pair<T>(member.activation, z_next[i], alpha_t));
             }
         }
         wait_oldest(p.stages);
@@ -168,17 +175,17 @@ dy_kernel(const DyParams p) {
         load(t + ahead, slot == 0 ? ahead : slot - 1);
         load_z(t + 1);
         const T* tile = ring + slot * Tile::kWide;
-        if (p.dh)
-            emit_dh<T, R>(tile, b_slab, p, row_begin + t * Tile::kRows, row_end);
-        if (p.db)
+        if (member.dh)
+            emit_dh<T, R>(tile, b_slab, slab_dh, row_begin + t * Tile::kRows, row_end);
+        if (member.db)
             add_outer<T, Tile::kRows, Tile::kSlice, R, kWidePitch, kNarrowPitch>(
                 db, tile + warp_index() * Tile::kSlice, h);
         slot = slot == ahead ? 0 : slot + 1;
     }
     copy_wait<0>();
-    if (p.db)
-        store_outer<Tile::kSlice, R>(p.db + static_cast<int64_t>(block_y()) * p.n * R, db,
-                                     col0 + warp_index() * Tile::kSlice, p.n, 0, R, p.adds);
+    if (member.db)
+        store_outer<Tile::kSlice, R>(member.db + static_cast<int64_t>(block_y()) * n * R, db,
+                                     col0 + warp_index() * Tile::kSlice, n, 0, R, p.adds);
 }
 
 // Grid: (slabs of kColumns columns of dy, chunks of rows). dB = dy^T h with h read from memory.
@@ -308,12 +315,13 @@ x_kernel(const OuterParams p) {
         }
         copy_commit();
     };
-    if (p.dx)
-        start_weight<R, Tile::kColumns, Tile::kThreads>(a_slab, p.a, 0, col0);
+    using A = RankRows<T, R, Tile::kColumns, Tile::kThreads>;
+    if (p.dx && !p.rounded)
+        A::copy(a_slab, p.a, col0);
     for (int s = 0; s < ahead; ++s)
         load(s, s);  // A belongs to the first group
-    if (p.dx)
-        finish_weight<R, Tile::kColumns, Tile::kThreads>(a_slab, p.a, 0, col0);
+    if (p.dx && p.rounded)
+        A::round_elements(a_slab, p.a, col0);
     wait_oldest(p.stages);
     block_sync();
     uint32_t a[R / 16][kSlice / 16][4];

@@ -4,6 +4,9 @@
 
 #include <pybind11/stl.h>
 
+#include <stdexcept>
+#include <variant>
+
 #include "cuda/bind_tensor.h"
 #include "cuda/ops.h"
 
@@ -12,75 +15,97 @@ namespace {
 
 namespace py = pybind11;
 
+// M, K, N, r; N and r are lists where layers share x.
+using OneOrMore = std::variant<int, std::vector<int>>;
+using Sizes = std::tuple<int64_t, int, OneOrMore, OneOrMore>;
 using Tensor = const TensorArgument&;
-using Sizes = std::tuple<int64_t, int, int, int>;  // M, K, N, r
+// A, B, alpha_t, activation, scaling.
+using Member = std::tuple<TensorArgument, TensorArgument, TensorArgument, int, float>;
+// base, y, z.
+using Out = std::tuple<TensorArgument, TensorArgument, TensorArgument>;
+// dy, z, da, db.
+using Gradients = std::tuple<TensorArgument, TensorArgument, TensorArgument, TensorArgument>;
 
 Shape shape_of(const Sizes& sizes) {
-    return {std::get<0>(sizes), std::get<1>(sizes), std::get<2>(sizes), std::get<3>(sizes)};
+    const auto& [m, k, n, r] = sizes;
+    if (const int* one = std::get_if<int>(&n))
+        return {m, k, *one, std::get<int>(r)};
+    const auto &widths = std::get<std::vector<int>>(n), &ranks = std::get<std::vector<int>>(r);
+    if (widths.size() != ranks.size() || widths.empty() || widths.size() > kMaxMembers)
+        throw std::invalid_argument("layers that share x: expected up to " +
+                                    std::to_string(kMaxMembers) + " N and as many r");
+    Shape shape;
+    shape.m = m;
+    shape.k = k;
+    shape.count = static_cast<int>(widths.size());
+    for (int i = 0; i < shape.count; ++i)
+        shape.members[i] = {widths[i], ranks[i]};
+    return shape;
 }
 
 bool is_weight(Tensor w, Tensor x) { return w.element == x.element || w.is_float(); }
 
 // The part of a call that forward and backward share; false where an operand is not as the kernels
 // read it.
-bool fill(BranchCall& call, Tensor x, Tensor a, Tensor b, Tensor alpha_t, Tensor seed,
-          int activation, int threshold, float scaling, Tensor workspace, int device,
-          uintptr_t stream) {
-    if (!x.is_readable() || !is_weight(a, x) || !is_weight(b, x))
+bool fill(BranchCall& call, Tensor x, const std::vector<Member>& members, size_t results,
+          Tensor seed, int threshold, Tensor workspace, int device, uintptr_t stream) {
+    if (members.empty() || members.size() > kMaxMembers || results != members.size())
+        throw std::invalid_argument(
+            "expected 1 to " + std::to_string(kMaxMembers) + " members and as many results, got " +
+            std::to_string(members.size()) + " and " + std::to_string(results));
+    if (!x.is_readable())
         return false;
     call.dtype = x.element == Element::bf16 ? DType::bf16 : DType::fp16;
-    call.shape = {x.sizes[0], static_cast<int>(x.sizes[1]), static_cast<int>(b.sizes[0]),
-                  static_cast<int>(a.sizes[0])};
+    call.shape.m = x.sizes[0];
+    call.shape.k = static_cast<int>(x.sizes[1]);
+    for (const auto& [a, b, alpha_t, activation, scaling] : members) {
+        if (!is_weight(a, x) || !is_weight(b, x))
+            return false;
+        const int i = call.shape.count++;
+        call.shape.members[i] = {static_cast<int>(b.sizes[0]), static_cast<int>(a.sizes[0])};
+        call.members[i] = {a.weight(), b.weight(), alpha_t.pointer<float>(), activation, scaling};
+    }
     call.x = x.data;
     call.x_stride = x.strides[0];
-    call.a = a.weight();
-    call.b = b.weight();
-    call.alpha_t = alpha_t.pointer<float>();
     call.seed = seed.pointer<int64_t>();
-    call.activation = activation;
     call.threshold = threshold;
-    call.scaling = scaling;
     call.workspace = workspace.data;
     call.stream = reinterpret_cast<void*>(stream);
     call.device = device_limits(device);
     return true;
 }
 
-bool bound_forward(Tensor x, Tensor a, Tensor b, Tensor base, Tensor y, Tensor z, Tensor alpha_t,
-                   Tensor seed, int activation, int threshold, float scaling, Tensor workspace,
-                   int device, uintptr_t stream) {
+bool bound_forward(Tensor x, const std::vector<Member>& members, const std::vector<Out>& outs,
+                   Tensor seed, int threshold, Tensor workspace, int device, uintptr_t stream) {
     ForwardCall call{};
     const DeviceScope scope(device);
-    if (!y.is_readable() || (base.present && !base.is_readable()) ||
-        !fill(call, x, a, b, alpha_t, seed, activation, threshold, scaling, workspace, device,
-              stream))
+    if (!fill(call, x, members, outs.size(), seed, threshold, workspace, device, stream))
         return false;
-    call.base = base.data;
-    call.base_stride = base.strides[0];
-    call.y = y.data;
-    call.y_stride = y.strides[0];
-    call.z = z.data;
+    MemberOutput* output = call.outputs;
+    for (const auto& [base, y, z] : outs) {
+        if (!y.is_readable() || (base.present && !base.is_readable()))
+            return false;
+        *output++ = {base.data, base.strides[0], y.data, y.strides[0], z.data};
+    }
     forward(call);
     return true;
 }
 
-bool bound_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor z, Tensor dx, Tensor da,
-                    Tensor db, Tensor alpha_t, Tensor seed, int activation, int threshold,
-                    float scaling, Tensor workspace, int device, uintptr_t stream) {
+bool bound_backward(Tensor x, const std::vector<Member>& members, Tensor dx,
+                    const std::vector<Gradients>& gradients, Tensor seed, int threshold,
+                    Tensor workspace, int device, uintptr_t stream) {
     BackwardCall call{};
     const DeviceScope scope(device);
-    if (!dy.is_readable() || (z.present && !z.is_readable_z()) ||
-        !fill(call, x, a, b, alpha_t, seed, activation, threshold, scaling, workspace, device,
-              stream))
+    if (!fill(call, x, members, gradients.size(), seed, threshold, workspace, device, stream))
         return false;
-    call.dy = dy.data;
-    call.dy_stride = dy.strides[0];
-    call.z = z.data;
     call.dx = dx.data;
-    call.da = da.data;
-    call.da_is_float = da.is_float();
-    call.db = db.data;
-    call.db_is_float = db.is_float();
+    MemberGradients* gradient = call.gradients;
+    for (const auto& [dy, z, da, db] : gradients) {
+        if (!dy.is_readable() || (z.present && !z.is_readable_z()))
+            return false;
+        *gradient++ = {dy.data, dy.strides[0], z.data,       da.data,
+                       db.data, da.is_float(), db.is_float()};
+    }
     backward(call);
     return true;
 }
@@ -101,10 +126,11 @@ py::dict described(const KernelPlan& plan, const DeviceLimits& device) {
 }
 
 std::vector<py::dict> launch_plan(const Sizes& sizes, int sm_count, int shared_per_block,
-                                  int shared_per_sm) {
+                                  int shared_per_sm, bool rounded) {
     const DeviceLimits device{sm_count, shared_per_block, shared_per_sm};
     std::vector<py::dict> rows;
-    for (const KernelPlan& plan : kernels_of(shape_of(sizes), device))
+    const Weights weights = rounded ? Weights::rounded : Weights::as_they_are;
+    for (const KernelPlan& plan : kernels_of(shape_of(sizes), weights, device))
         rows.push_back(described(plan, device));
     return rows;
 }
@@ -113,6 +139,8 @@ std::vector<py::dict> launch_plan(const Sizes& sizes, int sm_count, int shared_p
 
 void bind_ops(py::module_& module) {
     module.attr("MAX_RANK") = kMaxRank;
+    module.attr("MAX_MEMBERS") = kMaxMembers;
+    module.attr("MAX_MEMBER_RANK") = kMaxMemberRank;
     module.def("forward_workspace",
                [](const Sizes& sizes) { return forward_workspace(shape_of(sizes)); });
     module.def("backward_workspace", [](const Sizes& sizes, bool recompute_z) {
@@ -124,8 +152,8 @@ void bind_ops(py::module_& module) {
     module.def("backward", &bound_backward, py::call_guard<py::gil_scoped_release>(),
                "As forward.");
     module.def("launch_plan", &launch_plan, py::arg("sizes"), py::arg("sm_count"),
-               py::arg("shared_per_block"), py::arg("shared_per_sm"),
-               "The kernels of a forward and a backward, in order.");
+               py::arg("shared_per_block"), py::arg("shared_per_sm"), py::arg("rounded") = false,
+               "The kernels of a forward and a backward, in order; `rounded`: A or B is float32.");
     module.def(
         "primitive_check",
         [](int dtype, uintptr_t in, uintptr_t values, uintptr_t out, int device, uintptr_t stream) {

@@ -1,4 +1,5 @@
-// Forward kernels: z = x A^T, h = phi(z), y = base + scaling * h B^T.
+// Forward kernels: z = x A^T, h = phi(z), y = base + scaling * h B^T, for every layer that shares
+// x.
 //
 // forward_kernel does it in one pass, with one block per tile of rows. For few rows project_kernel
 // gives each segment of the sum over K a block of its own and expand_kernel adds them up and
@@ -22,6 +23,10 @@ AFA_DEVICE void move_sum(float (&total)[kCount][4], float (&acc)[kCount][4]) {
     }
 }
 
+template <typename T, int R, bool kTransposed>
+using NarrowRing = WeightRing<T, kTransposed ? RowTile<R>::kNarrowTransposed : RowTile<R>::kNarrow,
+                              RowTile<R>::kStaging>;
+
 // total[j] = the 16 rows of this warp times 8-column tile j of the narrow matrix, over all columns
 // (splits 1) or over the segment `split`.
 //
@@ -32,13 +37,13 @@ AFA_DEVICE void move_sum(float (&total)[kCount][4], float (&acc)[kCount][4]) {
 // return no copy is under way, but other warps may still read the rings.
 template <typename T, int R, bool kTransposed>
 AFA_DEVICE void project(float (&total)[R / 8][4], const ProjectParams& p, T* wide_ring,
-                        T* narrow_ring, int64_t row0, int split) {
+                        const NarrowRing<T, R, kTransposed>& narrow_ring, int64_t row0, int split) {
     using Tile = RowTile<R>;
-    constexpr int kNarrow = kTransposed ? Tile::kNarrowTransposed : Tile::kNarrow;
+    using B = WeightTile<T, Tile::kDepth, R, Tile::kThreads>;
+    using A = RankRows<T, R, Tile::kDepth, Tile::kThreads>;
     constexpr int kWidePitch = pitch(Tile::kDepth),
                   kNarrowPitch = pitch(kTransposed ? R : Tile::kDepth);
     const T* wide = static_cast<const T*>(p.wide);
-    const T* narrow = static_cast<const T*>(p.narrow);
     const int tiles = (p.w + Tile::kDepth - 1) / Tile::kDepth,
               segment_tiles = p.segment / Tile::kDepth;
     const int first = split * segment_tiles;
@@ -52,11 +57,9 @@ AFA_DEVICE void project(float (&total)[R / 8][4], const ProjectParams& p, T* wid
             load_tile<Tile::kRows, Tile::kDepth, Tile::kThreads>(
                 wide_ring + slot * Tile::kWide, wide, p.wide_stride, row0, p.m, col0, p.w);
             if constexpr (kTransposed)
-                load_tile<Tile::kDepth, R, Tile::kThreads>(narrow_ring + slot * kNarrow, narrow,
-                                                           p.narrow_stride, col0, p.w, 0, R);
+                narrow_ring.load(B{}, t, slot, p.narrow[0], col0, 0);
             else
-                load_tile<R, Tile::kDepth, Tile::kThreads>(narrow_ring + slot * kNarrow, narrow,
-                                                           p.narrow_stride, 0, R, col0, p.w);
+                narrow_ring.load(A{}, t, slot, p.narrow, col0);
         }
         copy_commit();
     };
@@ -71,11 +74,15 @@ AFA_DEVICE void project(float (&total)[R / 8][4], const ProjectParams& p, T* wid
     AFA_ROLLED
     for (int t = first; t < last; ++t) {
         wait_oldest(p.stages);
+        if constexpr (kTransposed)
+            narrow_ring.finish(B{}, t, slot, p.narrow[0], t * Tile::kDepth, 0);
+        else
+            narrow_ring.finish(A{}, t, slot, p.narrow, t * Tile::kDepth);
         block_sync();  // the tile is complete, and the slot that is filled next has been read by
                        // all
         load(t + ahead, slot == 0 ? ahead : slot - 1);
         T* rows = wide_ring + slot * Tile::kWide + warp_row * kWidePitch;
-        const T* other = narrow_ring + slot * kNarrow;
+        const T* other = narrow_ring.tile(t, slot);
         if (!kTransposed && p.dropout.threshold > 0) {
             drop<16, Tile::kDepth, kWidePitch>(rows, nullptr, 0, p.dropout, row0 + warp_row,
                                                t * Tile::kDepth, p.w, true);
@@ -113,82 +120,111 @@ AFA_DEVICE void project(float (&total)[R / 8][4], const ProjectParams& p, T* wid
 template <typename T, int R, typename PairOf>
 AFA_DEVICE void finish_rows(T* tile, const ForwardParams& p, int64_t row0, bool store_z,
                             const PairOf& pair_of) {
-    const float alpha_t = alpha_of(p.alpha_t);
-    const int warp_row = warp_index() * 16;
     AFA_ROLLED
-    for (int i = lane_index(); i < 16 * R / 2; i += kWarpSize) {
-        const int row = warp_row + i / (R / 2), col = i % (R / 2) * 2;
-        const uint32_t pair = pair_of(row, col);
-        if (store_z && row0 + row < p.project.m)
-            store_pair(static_cast<T*>(p.z), row0 + row, p.r, col, pair);
-        // h comes from the rounded z: the backward has only that one.
-        store_shared(tile + row * pitch(R) + col, phi_pair<T>(p.activation, pair, alpha_t));
+    for (int i = 0; i < p.count; ++i) {
+        const ForwardMember member = member_at(p.members, i);
+        const float alpha_t = alpha_of(member.alpha_t);
+        const int pairs = member.ranks / 2;
+        AFA_ROLLED
+        for (int j = lane_index(); j < 16 * pairs; j += kWarpSize) {
+            const int row = warp_index() * 16 + j / pairs, col = j % pairs * 2;
+            const uint32_t pair = pair_of(row, member.rank0 + col);
+            if (store_z && member.z && row0 + row < p.project.m)
+                store_pair(static_cast<T*>(member.z), row0 + row, member.b.cols, col, pair);
+            // h comes from the rounded z: the backward has only that one.
+            store_shared(tile + row * pitch(R) + member.rank0 + col,
+                         phi_pair<T>(member.activation, pair, alpha_t));
+        }
     }
     warp_sync();
 }
 
-// y[rows of this block, column tiles first .. last) = base + scaling * h B^T, with h in `tile`.
+// y[rows of this block, 32 columns from col) = base + scaling * the products in `acc`.
+template <typename T>
+AFA_DEVICE void store_columns(const ForwardMember& member, const float (&acc)[4][4], int64_t row0,
+                              int64_t rows, int col0) {
+    const T* base = static_cast<const T*>(member.base);
+    const int col = col0 + lane_index() % 4 * kVector;
+    AFA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        const int64_t row = row0 + lane_index() / 4 + half * 8;
+        if (row < rows && col < member.b.rows) {
+            Vec16 old{};
+            if (base)
+                old = load_global(
+                    reinterpret_cast<const Vec16*>(base + row * member.base_stride + col));
+            Vec16 sum;
+            AFA_UNROLL
+            for (int j = 0; j < 4; ++j) {
+                const Float2 added = unpack<T>(old.word[j]);
+                sum.word[j] = pack<T>(added.x + member.scaling * acc[j][2 * half],
+                                      added.y + member.scaling * acc[j][2 * half + 1]);
+            }
+            T* y = static_cast<T*>(member.y) + row * member.y_stride + col;
+            store_global(reinterpret_cast<Vec16*>(y), sum);
+        }
+    }
+}
+
 template <typename T, int R>
-AFA_DEVICE void emit_columns(const T* tile, T* b_ring, int stages, const ForwardParams& p,
-                             int64_t row0, int first, int last) {
+using BRing = WeightRing<T, RowTile<R>::kB, RowTile<R>::kStaging>;
+
+// y = base + scaling * h B^T for the rows of this block and the column tiles first .. last, counted
+// through all members. `make_h` leaves h in `tile`, while the first tiles of B are under way.
+template <typename T, int R, typename MakeH>
+AFA_DEVICE void emit_columns(const T* tile, const BRing<T, R>& b_ring, int stages,
+                             const ForwardParams& p, int64_t row0, int first, int last,
+                             const MakeH& make_h) {
     using Tile = RowTile<R>;
+    using Columns = WeightTile<T, Tile::kColumns, R, Tile::kThreads, true>;
     const int warp_row = warp_index() * 16, ahead = stages - 1;
-    const T* base = static_cast<const T*>(p.base);
-    T* y = static_cast<T*>(p.y);
     const auto load = [&](int t, int slot) {
-        if (t < last)
-            load_tile<Tile::kColumns, R, Tile::kThreads, true>(
-                b_ring + slot * Tile::kB, static_cast<const T*>(p.b), p.b_stride,
-                static_cast<int64_t>(t) * Tile::kColumns, p.n, 0, R);
+        if (t < last) {
+            const ForwardMember member = member_with(p.members, t);
+            const int64_t col0 = static_cast<int64_t>(t - member.first) * Tile::kColumns;
+            b_ring.load(Columns{}, t, slot, member.b, col0, 0);
+        }
         copy_commit();
     };
 
-    uint32_t h[R / 16][4];
-    AFA_UNROLL
-    for (int k = 0; k < R / 16; ++k)
-        load_matrices(h[k], tile + warp_row * pitch(R) + k * 16 + down_first<pitch(R)>());
     for (int s = 0; s < ahead; ++s)
         load(first + s, s);
+    make_h();
+    uint32_t h[R / 16][4] = {};
     int slot = 0;
     AFA_ROLLED
     for (int t = first; t < last; ++t) {
+        const ForwardMember member = member_with(p.members, t);
+        const int depth = member.b.cols, col0 = (t - member.first) * Tile::kColumns;
         wait_oldest(stages);
+        b_ring.finish(Columns{}, t, slot, member.b, col0, 0);
         block_sync();
         load(t + ahead, slot == 0 ? ahead : slot - 1);
-        const T* b_tile = b_ring + slot * Tile::kB;
+        const T* b_tile = b_ring.tile(t, slot);
+        if (t == first || t == member.first) {
+            AFA_UNROLL
+            for (int k = 0; k < R; k += 16)
+                if (k < depth)
+                    load_matrices(h[k / 16], tile + warp_row * pitch(R) + member.rank0 + k +
+                                                 down_first<pitch(R)>());
+        }
         AFA_UNROLL
         for (int c = 0; c < Tile::kColumns; c += 32) {
             float acc[4][4] = {};
             AFA_UNROLL
-            for (int k = 0; k < R / 16; ++k) {
+            for (int k = 0; k < R; k += 16) {
+                if (k > 0 && k >= depth)
+                    continue;
                 AFA_UNROLL
                 for (int half = 0; half < 2; ++half) {
                     uint32_t b[4];
-                    load_matrices(b, b_tile + (c + half * 16) * pitch(R) + k * 16 +
+                    load_matrices(b, b_tile + (c + half * 16) * pitch(R) + k +
                                          right_first<pitch(R)>());
-                    multiply_add<T>(acc[2 * half], h[k], b[0], b[1]);
-                    multiply_add<T>(acc[2 * half + 1], h[k], b[2], b[3]);
+                    multiply_add<T>(acc[2 * half], h[k / 16], b[0], b[1]);
+                    multiply_add<T>(acc[2 * half + 1], h[k / 16], b[2], b[3]);
                 }
             }
-            const int col = t * Tile::kColumns + c + lane_index() % 4 * kVector;
-            AFA_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                const int64_t row = row0 + warp_row + lane_index() / 4 + half * 8;
-                if (row < p.project.m && col < p.n) {
-                    Vec16 old{};
-                    if (base)
-                        old = load_global(
-                            reinterpret_cast<const Vec16*>(base + row * p.base_stride + col));
-                    Vec16 sum;
-                    AFA_UNROLL
-                    for (int j = 0; j < 4; ++j) {
-                        const Float2 added = unpack<T>(old.word[j]);
-                        sum.word[j] = pack<T>(added.x + p.scaling * acc[j][2 * half],
-                                              added.y + p.scaling * acc[j][2 * half + 1]);
-                    }
-                    store_global(reinterpret_cast<Vec16*>(y + row * p.y_stride + col), sum);
-                }
-            }
+            store_columns<T>(member, acc, row0 + warp_row, p.project.m, col0 + c);
         }
         slot = slot == ahead ? 0 : slot + 1;
     }
@@ -197,20 +233,23 @@ AFA_DEVICE void emit_columns(const T* tile, T* b_ring, int stages, const Forward
 
 // Grid: one block per kRows rows. x, A and B pass through shared memory once per block.
 template <typename T, int R>
-AFA_KERNEL(RowTile<R>::kThreads)
+AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
 forward_kernel(const ForwardParams p) {
     follow_previous_kernel();
     using Tile = RowTile<R>;
     const int stages = p.project.stages;
     SharedMemory shared;
     T* wide_ring = shared.take<T>(stages * Tile::kWide);
-    T* narrow_ring = shared.take<T>(stages * Tile::kNarrow);
+    const auto narrow_ring =
+        NarrowRing<T, R, false>::take(shared, stages, p.project.rounded, p.project.staged);
     const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
 
     float acc[R / 8][4];
     project<T, R, false>(acc, p.project, wide_ring, narrow_ring, row0, 0);
     block_sync();  // the rings have been read by all: they become the tile of z and the ring of B
-    T* tile = narrow_ring;
+    T* tile = narrow_ring.tiles;
+    const BRing<T, R> b_ring{wide_ring, narrow_ring.staging, narrow_ring.rounded,
+                             narrow_ring.staged};
     const int row = warp_index() * 16 + lane_index() / 4, col = lane_index() % 4 * 2;
     AFA_UNROLL
     for (int j = 0; j < R / 8; ++j) {
@@ -220,22 +259,23 @@ forward_kernel(const ForwardParams p) {
                      pack<T>(p.inverse_keep * acc[j][2], p.inverse_keep * acc[j][3]));
     }
     warp_sync();
-    finish_rows<T, R>(tile, p, row0, p.z != nullptr,
-                      [&](int r, int c) { return load_shared<uint32_t>(tile + r * pitch(R) + c); });
-    emit_columns<T, R>(tile, wide_ring, stages, p, row0, 0,
-                       (p.n + Tile::kColumns - 1) / Tile::kColumns);
+    emit_columns<T, R>(tile, b_ring, stages, p, row0, 0, p.column_tiles, [&] {
+        finish_rows<T, R>(tile, p, row0, true, [&](int r, int c) {
+            return load_shared<uint32_t>(tile + r * pitch(R) + c);
+        });
+    });
 }
 
 // Grid: (tiles of rows, splits). Writes the product, or that of one segment: [splits, M, R].
 template <typename T, int R, bool kTransposed>
-AFA_KERNEL(RowTile<R>::kThreads)
+AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
 project_kernel(const ProjectParams p) {
     follow_previous_kernel();
     using Tile = RowTile<R>;
     SharedMemory shared;
     T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
-    T* narrow_ring =
-        shared.take<T>(p.stages * (kTransposed ? Tile::kNarrowTransposed : Tile::kNarrow));
+    const auto narrow_ring =
+        NarrowRing<T, R, kTransposed>::take(shared, p.stages, p.rounded, p.staged);
     const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
 
     float acc[R / 8][4];
@@ -261,10 +301,13 @@ expand_kernel(const ForwardParams p) {
     const int stages = p.project.stages;
     SharedMemory shared;
     T* tile = shared.take<T>(Tile::kZ);
-    T* b_ring = shared.take<T>(stages * Tile::kB);
+    const auto b_ring = BRing<T, R>::take(shared, stages, p.project.rounded, p.project.staged);
     const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
 
-    finish_rows<T, R>(tile, p, row0, p.z != nullptr && block_y() == 0, [&](int row, int col) {
+    const int64_t tiles = p.column_tiles;
+    const int first = static_cast<int>(tiles * block_y() / p.column_blocks),
+              last = static_cast<int>(tiles * (block_y() + 1) / p.column_blocks);
+    const auto sum_of_splits = [&](int row, int col) {
         Float2 sum{0.0f, 0.0f};
         if (row0 + row < p.project.m) {
             const float* partial = p.project.partial + (row0 + row) * R + col;
@@ -276,11 +319,9 @@ expand_kernel(const ForwardParams p) {
             }
         }
         return pack<T>(p.inverse_keep * sum.x, p.inverse_keep * sum.y);
-    });
-    const int64_t tiles = (p.n + Tile::kColumns - 1) / Tile::kColumns;
-    emit_columns<T, R>(tile, b_ring, stages, p, row0,
-                       static_cast<int>(tiles * block_y() / p.column_blocks),
-                       static_cast<int>(tiles * (block_y() + 1) / p.column_blocks));
+    };
+    emit_columns<T, R>(tile, b_ring, stages, p, row0, first, last,
+                       [&] { finish_rows<T, R>(tile, p, row0, block_y() == 0, sum_of_splits); });
 }
 
 }  // namespace afa

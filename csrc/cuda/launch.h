@@ -38,7 +38,6 @@ const RankKernels& rank128_kernels(DType dtype);
 const RankKernels& rank_kernels(DType dtype, int rank);
 
 void launch_reduce(DType dtype, const LaunchConfig& config, const ReduceParams& params);
-void launch_pack(DType dtype, const LaunchConfig& config, const PackParams& params);
 
 // One warp runs every primitive once: T in[512], float values[128], uint32_t out[608]
 // (prim_check.cuh).

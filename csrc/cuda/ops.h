@@ -16,25 +16,30 @@ struct WeightOperand {
     bool is_float;
 };
 
-// What forward and backward have in common.
+// What one layer brings to forward and backward.
+struct MemberOperands {
+    WeightOperand a, b;
+    const float* alpha_t;  // null at identity
+    int activation;
+    float scaling;
+};
+
+// What forward and backward have in common. `shape` says how many members there are.
 struct BranchCall {
     DType dtype;  // of x and all T below
     Shape shape;
     const void* x;  // T [M, K], row stride x_stride, a multiple of 8
     int64_t x_stride;
-    WeightOperand a, b;
-    const float* alpha_t;  // null at identity
-    const int64_t* seed;   // null without dropout
-    int activation;
-    int threshold;  // of 256 elements of x that are dropped
-    float scaling;
+    MemberOperands members[kMaxMembers];
+    const int64_t* seed;    // null without dropout
+    int threshold;          // of 256 elements of x that are dropped
     int64_t first_row = 0;  // of x, in a round of a backward
     void* workspace;  // 256-byte aligned, of forward_workspace() or backward_workspace() bytes
     void* stream;
     DeviceLimits device;
 };
 
-struct ForwardCall : BranchCall {
+struct MemberOutput {
     const void* base;  // T [M, N], row stride base_stride (0: a bias), may be y; null: 0
     int64_t base_stride;
     void* y;  // T [M, N], row stride y_stride
@@ -42,14 +47,22 @@ struct ForwardCall : BranchCall {
     void* z;  // T [M, r], or null
 };
 
-struct BackwardCall : BranchCall {
+struct ForwardCall : BranchCall {
+    MemberOutput outputs[kMaxMembers];
+};
+
+struct MemberGradients {
     const void* dy;  // T [M, N], row stride dy_stride
     int64_t dy_stride;
-    const void* z;  // T [M, r]; null: recomputed
-    void* dx;       // T [M, K]; null: not needed
+    const void* z;  // T [M, r]; null for all members: recomputed
     void* da;       // float or T [r, K]; null: not needed
     void* db;       // float or T [N, r]; null: not needed
     bool da_is_float, db_is_float;
+};
+
+struct BackwardCall : BranchCall {
+    void* dx;  // T [M, K]; null: not needed
+    MemberGradients gradients[kMaxMembers];
 };
 
 // Bytes of scratch memory.
@@ -62,6 +75,6 @@ void forward(const ForwardCall& call);
 void backward(const BackwardCall& call);
 
 // The kernels that a call with saved z launches, in order, small ones aside.
-std::vector<KernelPlan> kernels_of(const Shape& shape, const DeviceLimits& device);
+std::vector<KernelPlan> kernels_of(const Shape& shape, Weights weights, const DeviceLimits& device);
 
 }  // namespace afa

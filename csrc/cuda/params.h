@@ -1,10 +1,19 @@
 // What the kernels are given: pointers, sizes and strides in elements. T is the dtype of x, R the
-// padded rank.
+// rank class of the kernel.
+//
+// Layers that share x are members of one call. Their ranks lie side by side in the R columns of z
+// (and of h, dz and the rows of A): those of a member begin at a multiple of kRankUnit. A lone
+// layer is a call of one member.
 #pragma once
 
 #include <cstdint>
 
 namespace afa {
+
+constexpr int kMaxMembers = 3;
+constexpr int kRankUnit = 16;  // what one mma sums over
+constexpr int kMaxRank = 128;
+constexpr int kNoMember = INT32_MAX;  // `first` of a place that no member takes
 
 // Dropout of x. threshold 0: none, and seed is not read.
 struct DropoutParams {
@@ -13,14 +22,14 @@ struct DropoutParams {
     int64_t first_row;  // of x, where the kernel is given a part of its rows
 };
 
-// A weight as the caller has it: (rows, cols) elements of float or T, any strides.
+// A weight, or some of its rows, as the caller has it: (rows, cols) elements of float or T, any
+// strides.
 struct Weight {
     const void* data;
     int64_t row_stride, col_stride;
+    int rows, cols;
     bool is_float;
-    bool in_tiles;  // T, in full tiles of 16-byte vectors: nothing to round or to pad
-    int64_t rows;
-    int cols;
+    bool in_vectors;  // rows are whole vectors of 16 bytes, and start at multiples of 16 bytes
 };
 
 // A product (M, W) x (W, R). W is summed in segments, and the sums of the segments are added in
@@ -29,10 +38,10 @@ struct Weight {
 struct ProjectParams {
     const void* wide;  // T [M, W], row stride wide_stride: x or dy
     int64_t wide_stride;
-    const void* narrow;  // T [R, W] (x pass) or [W, R] (dy pass), row stride narrow_stride: A or B
-    int64_t narrow_stride;
-    bool narrow_transposed;  // [W, R]; the kernel knows it from its template argument
-    float* partial;          // [splits, M, R]
+    Weight narrow[kMaxRank / kRankUnit];  // x pass: A, kRankUnit rows each. dy pass: B, the first
+    bool narrow_transposed;               // B; the kernel knows it from its template argument
+    bool rounded, staged;  // whether a weight of the call is not T in vectors; a place for floats
+    float* partial;        // [splits, M, R]
     int64_t m;
     int w;
     int segment;  // columns, a multiple of the tiles' kDepth
@@ -41,27 +50,34 @@ struct ProjectParams {
     DropoutParams dropout;
 };
 
-// y = base + scaling * phi(z) B^T and z, from x (forward kernel) or from partial sums of z (expand
-// kernel).
-struct ForwardParams {
-    ProjectParams
-        project;    // x, A; `partial` is read by the expand kernel and unused in the forward kernel
-    const void* b;  // T [N, R], row stride b_stride
-    int64_t b_stride;
+// y = base + scaling * phi(z) B^T of one member.
+struct ForwardMember {
+    int first;         // of its column tiles among those of all members
+    int rank0, ranks;  // its columns of z and h; those of the last member end at R
+    Weight b;          // (N, r)
     const void* base;  // T [M, N], row stride base_stride, may be y itself; null: 0
     int64_t base_stride;
     void* y;  // T [M, N], row stride y_stride
     int64_t y_stride;
     void* z;               // T [M, r]; null: not stored
     const float* alpha_t;  // [1]; null at identity
-    int n, r;
-    int column_blocks;  // blocks that share the columns of y (expand kernel)
     int activation;
-    float scaling, inverse_keep;
+    float scaling;
 };
 
-// One pass over dy: dh = dy B by slab of columns, dB = dy^T h by chunk of rows.
-struct DyParams {
+// z from x (forward kernel) or from partial sums of z (expand kernel), and y.
+struct ForwardParams {
+    ProjectParams
+        project;  // x, A; `partial` is read by the expand kernel and unused in the forward kernel
+    ForwardMember members[kMaxMembers];
+    int count;
+    int column_tiles;   // of all members
+    int column_blocks;  // blocks that share them (expand kernel)
+    float inverse_keep;
+};
+
+struct DyMember {
+    int first;       // of its slabs among those of all members
     const void* dy;  // T [M, N], row stride dy_stride
     int64_t dy_stride;
     Weight b;              // (N, r)
@@ -69,22 +85,28 @@ struct DyParams {
     const float* alpha_t;  // [1]; null at identity
     float* dh;             // [slabs, M, R]; null: not needed
     float* db;             // [chunks, N, R]; null: not needed
-    bool adds;             // to db
-    int64_t m, rows_per_chunk;
-    int n, r;
-    int stages;
     int activation;
+};
+
+// One pass over every dy: dh = dy B by slab of columns, dB = dy^T h by chunk of rows. Here R is the
+// rank class of the largest member.
+struct DyParams {
+    DyMember members[kMaxMembers];
+    bool adds;  // to db
+    int64_t m, rows_per_chunk;
+    int stages;
 };
 
 // One pass over x: dx = dz A and dA = dz^T x by chunk of rows. Or, over dy at R >= 64: dB = dy^T h.
 struct OuterParams {
     const void* wide;  // T [M, W], row stride wide_stride: x or dy
     int64_t wide_stride;
-    const void* narrow;  // T [M, R]: dz or h
-    Weight a;            // (r, W) (x pass only)
-    void* dx;            // T [M, W], row stride W; null: not needed (x pass only)
-    float* partial;      // [chunks, R, W] (x pass) or [chunks, W, R] (dy pass); null: not needed
-    bool adds;           // to partial
+    const void* narrow;              // T [M, R]: dz or h
+    Weight a[kMaxRank / kRankUnit];  // kRankUnit rows each, (., W) (x pass only)
+    bool rounded;                    // whether any of them is not T in vectors
+    void* dx;                        // T [M, W], row stride W; null: not needed (x pass only)
+    float* partial;  // [chunks, R, W] (x pass) or [chunks, W, R] (dy pass); null: not needed
+    bool adds;       // to partial
     int64_t m, rows_per_chunk;
     int w;
     int stages;
@@ -95,6 +117,7 @@ enum class Output : int { fp32, t };
 
 // out = scale * the sum of `count` partial results, in order.
 struct SumWeightJob {
+    int first;             // of its blocks
     const float* partial;  // [count, rows_stride / partial_cols rows, partial_cols]
     void* out;             // float or T [rows, cols]
     Output type;
@@ -104,38 +127,27 @@ struct SumWeightJob {
     float scale;
 };
 
-// Per row of (M, R), any subset of: z = scale * sum; dz = scale * phi'(z) * sum; h = phi(z).
+// Per row of (M, cols), any subset of: z = scale * sum; dz = scale * phi'(z) * sum; h = phi(z).
 struct SumRowsJob {
-    const float* partial;  // [count, M, R]; null: no sum, h only
+    int first;             // of its blocks
+    const float* partial;  // [count, M, partial_stride]; null: no sum, h only
     int count;
-    void* z_out;    // T [M, r]: then z comes from the sum
-    const void* z;  // T [M, r]: else it is read
-    void* dz;       // T [M, R]; null: not needed
-    void* h;        // T [M, R]; null: not needed
+    int partial_stride;  // the sum is 0 in columns beyond it
+    void* z_out;         // T [M, r]: then z comes from the sum
+    const void* z;       // T [M, r]: else it is read
+    void* dz;            // T [M, cols], row stride R; null: not needed
+    void* h;             // T [M, cols], row stride R; null: not needed
     const float* alpha_t;
-    int64_t m;  // 0: no job
-    int r, rank_class;
+    int64_t m;
+    int r, cols, rank_class;
     int activation;
     float scale;
 };
 
 struct ReduceParams {
-    SumRowsJob rows;
-    SumWeightJob db, da;
-    int rows_blocks, db_blocks;  // the other blocks do dA
-};
-
-// target = source in the dtype of x, padded with zeros.
-struct PackJob {
-    Weight source;  // without data: no job
-    void* target;   // T [padded_rows, padded_cols]
-    int64_t padded_rows;
-    int padded_cols;
-};
-
-struct PackParams {
-    PackJob a, b;
-    int a_blocks;  // the other blocks do B
+    SumRowsJob rows[kMaxMembers];
+    SumWeightJob weights[kMaxMembers];
+    int rows_blocks;  // the other blocks do the weights
 };
 
 }  // namespace afa

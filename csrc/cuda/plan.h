@@ -8,15 +8,45 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
+#include "cuda/params.h"
+
 namespace afa {
 
-struct Shape {
-    int64_t m;
-    int k, n, r;
+// What one layer brings to a call: N and r.
+struct MemberShape {
+    int n, r;
 };
+
+// Layers that share x: a lone one, or up to kMaxMembers.
+struct Shape {
+    int64_t m = 0;
+    int k = 0, count = 0;
+    MemberShape members[kMaxMembers] = {};
+
+    Shape() = default;
+    Shape(int64_t m_, int k_, int n, int r) : m(m_), k(k_), count(1), members{{n, r}} {}
+    Shape(int64_t m_, int k_, std::initializer_list<MemberShape> several) : m(m_), k(k_) {
+        for (const MemberShape& member : several)
+            members[count++] = member;
+    }
+
+    // Columns of z (and of h, dz, the rows of A) that member i takes, and those before it.
+    int ranks(int i) const { return (members[i].r + kRankUnit - 1) / kRankUnit * kRankUnit; }
+    int rank0(int i) const {
+        int sum = 0;
+        for (int j = 0; j < i; ++j)
+            sum += ranks(j);
+        return sum;
+    }
+};
+
+// What of a call is not in its shape: whether a weight has to be rounded, because it is not T in
+// vectors of 16 bytes.
+enum class Weights : int { as_they_are, rounded };
 
 struct DeviceLimits {
     int sm_count;
@@ -37,11 +67,12 @@ struct KernelPlan {
     int shared_bytes = 0;
     int registers = 0;      // budget per thread
     int blocks_per_sm = 0;  // by shared memory and registers
+    bool staged = false;    // floats of A and B lie in shared memory before they are rounded
     int launches = 1;       // in a backward, one for each round
 };
 
 struct ForwardPlan {
-    int rank;       // the rank class: r padded to 16, 32, 64 or 128
+    int rank;       // the rank class: all ranks together, padded to 16, 32, 64 or 128
     bool one_pass;  // forward kernel; else project and expand
     int segment;    // columns of x that are summed for themselves
     int splits;     // blocks that share the sum over K: 1, or one per segment
@@ -49,18 +80,18 @@ struct ForwardPlan {
 };
 
 struct BackwardPlan {
-    int rank;
+    int rank;          // the rank class of the x pass, and of dz: that of the forward
+    int dy_rank;       // the rank class of the dy pass: that of the largest member
     int64_t rows;      // of a round: all of this plan is done once for each `rows` rows of the call
     int rounds;        // so that scratch memory does not grow with M
     bool one_pass_dy;  // dy kernel; else project and db kernel
     int segment;       // columns of dy that are summed for themselves (project kernel)
-    int dh_parts;  // partial sums of dh: slabs of the dy kernel, or splits of the project kernel
+    int dh_parts[kMaxMembers];  // partial sums of dh of each member: slabs of the dy kernel, or
+                                // splits of the project kernel
     int db_chunks, da_chunks;
     int64_t db_rows, da_rows;  // rows of a chunk
     KernelPlan dy, project_dy, db, x;
 };
-
-constexpr int kMaxRank = 128;
 
 // Rows of a tile of the forward, expand and project kernels.
 int tile_rows(int rank_class);
@@ -72,10 +103,18 @@ int segment_of(int width);
 
 // The padded rank. Raises std::invalid_argument beyond kMaxRank.
 int rank_class(int r);
+// That of all members together, and the largest rank of a member of several.
+int rank_class(const Shape& shape);
+constexpr int kMaxMemberRank = 32;
+
+// Column tiles of all members in the forward and expand kernels, and slabs in the dy kernel, up to
+// member i.
+int column_tiles(const Shape& shape, int i);
+int dy_slabs(const Shape& shape, int i);
 
 // Raise std::invalid_argument where the shape or the device cannot be served; the message says why.
-ForwardPlan plan_forward(const Shape& shape, const DeviceLimits& device);
-BackwardPlan plan_backward(const Shape& shape, const DeviceLimits& device);
+ForwardPlan plan_forward(const Shape& shape, Weights weights, const DeviceLimits& device);
+BackwardPlan plan_backward(const Shape& shape, Weights weights, const DeviceLimits& device);
 
 // Waves of blocks that the grid needs on the device, and the share of their time in which the last
 // one leaves multiprocessors without a block.

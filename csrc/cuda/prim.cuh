@@ -25,8 +25,16 @@ struct alignas(16) Vec16 {
     uint32_t word[4];
 };
 
-struct Float2 {
+struct alignas(8) Vec8 {
+    uint32_t word[2];
+};
+
+struct alignas(8) Float2 {
     float x, y;
+};
+
+struct alignas(16) Float4 {
+    float x, y, z, w;
 };
 
 }  // namespace afa

@@ -35,10 +35,12 @@ AFA_DEVICE unsigned char* shared_array(int offset, int /*bytes*/) {
 
 template <typename V>
 AFA_DEVICE V load_global(const V* source) {
+    __builtin_assume(__isGlobal(source));  // or a pointer chosen among several is one to anywhere
     return *source;
 }
 template <typename V>
 AFA_DEVICE void store_global(V* target, const V& value) {
+    __builtin_assume(__isGlobal(target));
     *target = value;
 }
 template <typename V>

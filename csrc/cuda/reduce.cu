@@ -9,13 +9,6 @@ void launch_reduce(DType dtype, const LaunchConfig& config, const ReduceParams& 
         launch<reduce_kernel<Fp16>, 0>(config, params);
 }
 
-void launch_pack(DType dtype, const LaunchConfig& config, const PackParams& params) {
-    if (dtype == DType::bf16)
-        launch<pack_kernel<Bf16>, 0>(config, params);
-    else
-        launch<pack_kernel<Fp16>, 0>(config, params);
-}
-
-const void* any_kernel() { return reinterpret_cast<const void*>(pack_kernel<Bf16>); }
+const void* any_kernel() { return reinterpret_cast<const void*>(reduce_kernel<Bf16>); }
 
 }  // namespace afa

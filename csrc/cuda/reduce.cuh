@@ -1,12 +1,9 @@
-// The small kernels: sums of partial results, in the order of their index, and operands padded to
-// the rank class.
+// The small kernel: sums of partial results, in the order of their index.
 #pragma once
 
 #include "cuda/tile.cuh"
 
 namespace afa {
-
-constexpr int kReduceThreads = 128;
 
 // Elements index and index + 1 of a row-major float matrix, summed over `count` matrices of `size`
 // elements.
@@ -23,15 +20,15 @@ AFA_DEVICE Float2 sum_pair(const float* partial, int count, int64_t size, int64_
 
 template <typename T>
 AFA_DEVICE void sum_rows(const SumRowsJob& job, int64_t pair) {
-    const int half = job.rank_class / 2;
+    const int half = job.cols / 2;
     const int64_t row = pair / half;
     const int col = static_cast<int>(pair % half) * 2;
     if (row >= job.m)
         return;
-    const int64_t index = row * job.rank_class + col;
     Float2 sum{0.0f, 0.0f};
-    if (job.partial)
-        sum = sum_pair(job.partial, job.count, job.m * job.rank_class, index);
+    if (job.partial && col < job.partial_stride)
+        sum = sum_pair(job.partial, job.count, job.m * job.partial_stride,
+                       row * job.partial_stride + col);
     if (job.z_out) {
         store_pair(static_cast<T*>(job.z_out), row, job.r, col,
                    pack<T>(job.scale * sum.x, job.scale * sum.y));
@@ -41,6 +38,7 @@ AFA_DEVICE void sum_rows(const SumRowsJob& job, int64_t pair) {
     const Float2 z = unpack<T>(load_pair(static_cast<const T*>(job.z), row, job.r, col));
     const ValueSlope low = anneal_by_id(job.activation, z.x, alpha_t);
     const ValueSlope high = anneal_by_id(job.activation, z.y, alpha_t);
+    const int64_t index = row * job.rank_class + col;
     if (job.dz)
         store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.dz) + index),
                      pack<T>(job.scale * low.slope * sum.x, job.scale * high.slope * sum.y));
@@ -67,44 +65,22 @@ AFA_DEVICE void sum_weight(const SumWeightJob& job, int64_t element) {
                      static_cast<uint16_t>(pack<T>(sum, 0.0f)));
 }
 
-// Grid: the blocks of the rows job, then those of dB and dA. A job is never chosen by index: that
-// would copy the parameters to local memory.
+// Grid: the blocks of the jobs on rows, then those of the weights.
 template <typename T>
 AFA_KERNEL(kReduceThreads)
 reduce_kernel(const ReduceParams p) {
     follow_previous_kernel();
-    const int64_t thread = static_cast<int64_t>(block_x()) * kReduceThreads + thread_index();
-    const int64_t rows_threads = static_cast<int64_t>(p.rows_blocks) * kReduceThreads;
-    const int64_t db_threads = static_cast<int64_t>(p.db_blocks) * kReduceThreads;
-    if (block_x() < p.rows_blocks)
-        sum_rows<T>(p.rows, thread);
-    else if (block_x() < p.rows_blocks + p.db_blocks)
-        sum_weight<T>(p.db, thread - rows_threads);
-    else
-        sum_weight<T>(p.da, thread - rows_threads - db_threads);
-}
-
-template <typename T>
-AFA_DEVICE void pack_pair(const PackJob& job, int64_t pair) {
-    const int half = job.padded_cols / 2;
-    const int64_t row = pair / half;
-    const int col = static_cast<int>(pair % half) * 2;
-    if (row < job.padded_rows)
-        store_global(
-            static_cast<uint32_t*>(job.target) + pair,
-            pack<T>(element_of<T>(job.source, row, col), element_of<T>(job.source, row, col + 1)));
-}
-
-// Grid: the blocks of A, then those of B. One thread makes two neighbouring elements.
-template <typename T>
-AFA_KERNEL(kReduceThreads)
-pack_kernel(const PackParams p) {
-    follow_previous_kernel();
-    const int64_t thread = static_cast<int64_t>(block_x()) * kReduceThreads + thread_index();
-    if (block_x() < p.a_blocks)
-        pack_pair<T>(p.a, thread);
-    else
-        pack_pair<T>(p.b, thread - static_cast<int64_t>(p.a_blocks) * kReduceThreads);
+    const auto thread = [](int block) {
+        return static_cast<int64_t>(block) * kReduceThreads + thread_index();
+    };
+    if (block_x() < p.rows_blocks) {
+        const SumRowsJob job = member_with(p.rows, block_x());
+        sum_rows<T>(job, thread(block_x() - job.first));
+    } else {
+        const int block = block_x() - p.rows_blocks;
+        const SumWeightJob job = member_with(p.weights, block);
+        sum_weight<T>(job, thread(block - job.first));
+    }
 }
 
 }  // namespace afa

@@ -13,32 +13,38 @@ struct Element {  // of T
 };
 
 struct ForwardScratch {
-    Element *a, *b;
     float* partial;
 
     ForwardScratch(const Shape& s, const ForwardPlan& plan, Workspace& w)
-        : a(w.take<Element>(static_cast<int64_t>(plan.rank) * s.k)),
-          b(w.take<Element>(static_cast<int64_t>(plan.rank) * s.n)),
-          partial(plan.one_pass ? nullptr : w.take<float>(plan.splits * s.m * plan.rank)) {}
+        : partial(plan.one_pass ? nullptr : w.take<float>(plan.splits * s.m * plan.rank)) {}
 };
 
-struct BackwardScratch {  // a, b, db and da for the whole call, the others for one round
-    Element *a, *b, *dz, *h, *z;
-    float *dh, *db, *da;
+struct BackwardScratch {  // db and da for the whole call, the others for one round
+    Element *dz, *h;
+    float *partial_z, *da;
+    Element* z[kMaxMembers] = {};
+    float *dh[kMaxMembers] = {}, *db[kMaxMembers] = {};
 
     BackwardScratch(const Shape& s, const ForwardPlan& forward, const BackwardPlan& plan,
                     bool recompute_z, Workspace& w) {
-        const int64_t rank = plan.rank, rows = plan.rows;
-        a = w.take<Element>(rank * s.k);
-        b = w.take<Element>(rank * s.n);
-        dz = w.take<Element>(rows * rank);
-        h = w.take<Element>(plan.one_pass_dy ? 0 : rows * rank);
-        z = w.take<Element>(recompute_z ? rows * s.r : 0);
+        const int64_t rows = plan.rows;
+        dz = w.take<Element>(rows * plan.rank);
+        h = w.take<Element>(plan.one_pass_dy ? 0 : rows * plan.rank);
+        for (int i = 0; i < s.count && recompute_z; ++i)
+            z[i] = w.take<Element>(rows * s.members[i].r);
+        int64_t parts = 0;
+        for (int i = 0; i < s.count; ++i)
+            parts += plan.dh_parts[i];
+        const int64_t sums = parts * rows * plan.dy_rank;
+        const int64_t sums_z = recompute_z ? forward.splits * rows * plan.rank : 0;
         // The partial sums of a recomputed z are dead before those of dh exist.
-        const int64_t parts = std::max(plan.dh_parts, recompute_z ? forward.splits : 0);
-        dh = w.take<float>(parts * rows * rank);
-        db = w.take<float>(plan.db_chunks * s.n * rank);
-        da = w.take<float>(plan.da_chunks * rank * s.k);
+        partial_z = dh[0] = w.take<float>(std::max(sums, sums_z));
+        for (int i = 1; i < s.count; ++i)
+            dh[i] = dh[0] ? dh[i - 1] + plan.dh_parts[i - 1] * rows * plan.dy_rank : nullptr;
+        for (int i = 0; i < s.count; ++i)
+            db[i] =
+                w.take<float>(static_cast<int64_t>(plan.db_chunks) * s.members[i].n * plan.dy_rank);
+        da = w.take<float>(static_cast<int64_t>(plan.da_chunks) * plan.rank * s.k);
     }
 };
 

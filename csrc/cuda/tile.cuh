@@ -45,7 +45,7 @@ AFA_DEVICE void load_tile(T* tile, const T* matrix, int64_t stride, int64_t row0
 
 // An element of a weight, 0 beyond its edges.
 template <typename T>
-AFA_DEVICE float element_of(const Weight& w, int64_t row, int col) {
+AFA_DEVICE float element_of(const Weight& w, int row, int col) {
     if (row >= w.rows || col >= w.cols)
         return 0.0f;
     const int64_t index = row * w.row_stride + col * w.col_stride;
@@ -54,26 +54,146 @@ AFA_DEVICE float element_of(const Weight& w, int64_t row, int col) {
     return unpack<T>(load_global(static_cast<const uint16_t*>(w.data) + index)).x;
 }
 
-// A piece of a weight that a block keeps, rows [row0, row0 + kRows) and columns [col0, col0 +
-// kCols). Where it lies in tiles, start_weight starts copying it; elsewhere finish_weight rounds
-// and pads it, best behind copies that are under way.
-template <int kRows, int kCols, int kThreads, typename T>
-AFA_DEVICE void start_weight(T* tile, const Weight& w, int64_t row0, int col0) {
-    if (w.in_tiles)
-        load_tile<kRows, kCols, kThreads>(tile, static_cast<const T*>(w.data), w.row_stride, row0,
-                                          w.rows, col0, w.cols);
-}
-template <int kRows, int kCols, int kThreads, typename T>
-AFA_DEVICE void finish_weight(T* tile, const Weight& w, int64_t row0, int col0) {
-    if (w.in_tiles)
-        return;
-    AFA_UNROLL_BY_4
-    for (int i = thread_index(); i < kRows * kCols / 2; i += kThreads) {
-        const int row = i / (kCols / 2), col = i % (kCols / 2) * 2;
-        store_shared(tile + row * pitch(kCols) + col,
-                     pack<T>(element_of<T>(w, row0 + row, col0 + col),
-                             element_of<T>(w, row0 + row, col0 + col + 1)));
+// Rows [row0, row0 + kRows) and columns [col0, col0 + kCols) of a weight, 0 beyond its edges, on
+// their way into a tile of T.
+//
+// copy() is for T in vectors, and as load_tile. What has to be rounded may take two steps: stage()
+// copies floats in vectors into `floats` (kRows x kCols), and round() rounds, by each thread, what
+// the thread has copied itself, so that it needs the wait, but no barrier. Anything else is read
+// from memory when it is rounded, element by element.
+template <typename T, int kRows, int kCols, int kThreads, bool kReorder = false>
+struct WeightTile {
+    AFA_DEVICE static void copy(T* tile, const Weight& w, int64_t row0, int col0) {
+        load_tile<kRows, kCols, kThreads, kReorder>(tile, static_cast<const T*>(w.data),
+                                                    w.row_stride, row0, w.rows, col0, w.cols);
     }
+
+    AFA_DEVICE static void stage(float* floats, const Weight& w, int64_t row0, int col0) {
+        if (!w.is_float || !w.in_vectors)
+            return;
+        const float* data = static_cast<const float*>(w.data);
+        const int64_t row = row0 + first_row();
+        const int col = col0 + column();
+        AFA_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+            const bool valid = row + i * kStep < w.rows && col < w.cols;
+            copy_async(own(floats, i), valid ? data + (row + i * kStep) * w.row_stride + col : data,
+                       valid);
+        }
+    }
+
+    AFA_DEVICE static void round(T* tile, float* floats, const Weight& w, int64_t row0, int col0) {
+        if (!w.is_float || !w.in_vectors)
+            return round_elements(tile, w, row0, col0);
+        AFA_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+            const Float4 v = load_shared<Float4>(own(floats, i));
+            store_shared(place(tile, first_row() + i * kStep, column()),
+                         Vec8{{pack<T>(v.x, v.y), pack<T>(v.z, v.w)}});
+        }
+    }
+
+    AFA_DEVICE static void round_elements(T* tile, const Weight& w, int64_t row0, int col0) {
+        AFA_UNROLL_BY_4
+        for (int i = thread_index(); i < kRows * kCols / 2; i += kThreads) {
+            const int row = i / (kCols / 2), col = i % (kCols / 2) * 2;
+            store_shared(place(tile, row, col),
+                         pack<T>(element_of<T>(w, row0 + row, col0 + col),
+                                 element_of<T>(w, row0 + row, col0 + col + 1)));
+        }
+    }
+
+  private:
+    static constexpr int kVectors = kCols / 4, kStep = kThreads / kVectors, kCount = kRows / kStep;
+    static_assert(kThreads % kVectors == 0 && kRows % kStep == 0);
+
+    AFA_DEVICE static int first_row() { return thread_index() / kVectors; }
+    AFA_DEVICE static int column() { return thread_index() % kVectors * 4; }
+    AFA_DEVICE static float* own(float* floats, int i) {
+        return floats + (thread_index() + i * kThreads) * 4;
+    }
+    AFA_DEVICE static T* place(T* tile, int row, int col) {
+        return tile + (kReorder ? column_order(row) : row) * pitch(kCols) + col;
+    }
+};
+
+// The same of columns [col0, col0 + kCols) of all R rows of A, which come kRankUnit at a time.
+template <typename T, int R, int kCols, int kThreads>
+struct RankRows {
+    using Blocks = const Weight (&)[kMaxRank / kRankUnit];
+    using Rows = WeightTile<T, kRankUnit, kCols, kThreads>;
+    static constexpr int kTile = kRankUnit * pitch(kCols), kFloats = kRankUnit * kCols;
+
+    AFA_DEVICE static void copy(T* tile, Blocks a, int col0) {
+        AFA_UNROLL
+        for (int i = 0; i < R / kRankUnit; ++i)
+            Rows::copy(tile + i * kTile, a[i], 0, col0);
+    }
+    AFA_DEVICE static void stage(float* floats, Blocks a, int col0) {
+        AFA_UNROLL
+        for (int i = 0; i < R / kRankUnit; ++i)
+            Rows::stage(floats + i * kFloats, a[i], 0, col0);
+    }
+    AFA_DEVICE static void round(T* tile, float* floats, Blocks a, int col0) {
+        AFA_UNROLL
+        for (int i = 0; i < R / kRankUnit; ++i)
+            Rows::round(tile + i * kTile, floats + i * kFloats, a[i], 0, col0);
+    }
+    AFA_DEVICE static void round_elements(T* tile, Blocks a, int col0) {
+        AFA_UNROLL
+        for (int i = 0; i < R / kRankUnit; ++i)
+            Rows::round_elements(tile + i * kTile, a[i], 0, col0);
+    }
+};
+
+// A weight that streams through shared memory beside a ring of `stages` tiles: a ring of T; or two
+// tiles of T by turns, since slower warps may still read the other one, and behind them a ring of
+// floats, if it is staged. Source gives the tile at a column or row: a WeightTile or RankRows.
+template <typename T, int kTile, int kFloats>
+struct WeightRing {
+    T* tiles;
+    float* staging;
+    bool rounded, staged;
+
+    AFA_DEVICE static WeightRing take(SharedMemory& shared, int stages, bool rounded, bool staged) {
+        T* tiles = shared.take<T>((rounded ? 2 : stages) * kTile);
+        return {tiles, shared.take<float>(staged ? stages * kFloats : 0), rounded, staged};
+    }
+    AFA_DEVICE T* tile(int t, int slot) const { return tiles + (rounded ? t & 1 : slot) * kTile; }
+
+    // Begins to fetch tile t, which lies at `place` in the weight.
+    template <typename Source, typename W, typename... Place>
+    AFA_DEVICE void load(Source, int t, int slot, const W& weight, Place... place) const {
+        if (!rounded)
+            Source::copy(tile(t, slot), weight, place...);
+        else if (staged)
+            Source::stage(staging + slot * kFloats, weight, place...);
+    }
+    // Ends it, between the wait of this thread and the barrier of the block.
+    template <typename Source, typename W, typename... Place>
+    AFA_DEVICE void finish(Source, int t, int slot, const W& weight, Place... place) const {
+        if (staged)
+            Source::round(tile(t, slot), staging + slot * kFloats, weight, place...);
+        else if (rounded)
+            Source::round_elements(tile(t, slot), weight, place...);
+    }
+};
+
+// Member i, chosen by comparisons: an index that is known at run time only would copy all
+// parameters to local memory.
+template <typename Member>
+AFA_DEVICE Member member_at(const Member (&members)[kMaxMembers], int i) {
+    Member found = members[0];
+    if (i == 1)
+        found = members[1];
+    if (i == 2)
+        found = members[2];
+    return found;
+}
+// The member that has tile, slab or block `index` of those of all members.
+template <typename Member>
+AFA_DEVICE Member member_with(const Member (&members)[kMaxMembers], int index) {
+    return member_at(members, (index >= members[1].first) + (index >= members[2].first));
 }
 
 // Waits until the oldest tile of a ring of `stages` is complete.

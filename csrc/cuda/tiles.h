@@ -13,10 +13,20 @@ constexpr int kWarpSize = 32;
 constexpr int kPad = 8;     // elements between the rows of a tile in shared memory
 constexpr int kVector = 8;  // elements of a 16-byte access
 constexpr int kMaxStages = 4;
-constexpr int kElementBytes = 2;
+constexpr int kReduceThreads = 128;
+constexpr int kElementBytes = 2, kFloatBytes = 4;
 
 AFA_HOST_DEVICE constexpr int pitch(int cols) { return cols + kPad; }
 AFA_HOST_DEVICE constexpr int tile_elements(int rows, int cols) { return rows * pitch(cols); }
+
+// What a kernel keeps of a weight that it streams: a ring of tiles of T; two of them, where it
+// rounds a ring of floats; or two of them alone, where there is no room for that.
+enum class Streamed : int { tiles, staged, unstaged };
+
+constexpr int streamed_bytes(int tile, int staging, int stages, Streamed weights) {
+    const int tiles = (weights == Streamed::tiles ? stages : 2) * tile * kElementBytes;
+    return weights == Streamed::staged ? tiles + stages * staging * kFloatBytes : tiles;
+}
 
 // Forward, expand and project kernels: each warp owns 16 rows.
 template <int R>
@@ -27,22 +37,27 @@ struct RowTile {
     static constexpr int kThreads = kRows / 16 * kWarpSize;
     // Budgets per thread, on every architecture. At rank 128 the two accumulators of a sum in
     // segments leave room for one block on a multiprocessor, which has tiles enough under way.
-    static constexpr int kRegisters = R == 128 ? 224 : 128, kExpandRegisters = 128;
+    static constexpr int kRegisters = R == 128 ? 248 : 128, kExpandRegisters = 128;
+    static constexpr int kBlocks = R == 128 ? 1 : 4;  // that kRegisters leave room for
     static constexpr int kWide = tile_elements(kRows, kDepth);
     static constexpr int kNarrow = tile_elements(R, kDepth);
     static constexpr int kNarrowTransposed = tile_elements(kDepth, R);
     static constexpr int kB = tile_elements(kColumns, R);
     static constexpr int kZ = tile_elements(kRows, R);
-    // The forward kernel reuses its rings: B in the one of x, z in the one of A.
-    static_assert(kB <= kWide && kZ <= 2 * kNarrow);
+    static constexpr int kStaging = R * kDepth;  // floats of a tile of A or B before rounding
+    // The forward kernel reuses its rings: B in the one of x, z in the one of A, floats for floats.
+    static_assert(kB <= kWide && kZ <= 2 * kNarrow && kColumns == kDepth);
 
-    static constexpr int forward_bytes(int stages) {
-        return stages * (kWide + kNarrow) * kElementBytes;
+    static constexpr int forward_bytes(int stages, Streamed weights) {
+        return stages * kWide * kElementBytes + streamed_bytes(kNarrow, kStaging, stages, weights);
     }
-    static constexpr int dy_project_bytes(int stages) {
-        return stages * (kWide + kNarrowTransposed) * kElementBytes;
+    static constexpr int dy_project_bytes(int stages, Streamed weights) {
+        return stages * kWide * kElementBytes +
+               streamed_bytes(kNarrowTransposed, kStaging, stages, weights);
     }
-    static constexpr int expand_bytes(int stages) { return (stages * kB + kZ) * kElementBytes; }
+    static constexpr int expand_bytes(int stages, Streamed weights) {
+        return kZ * kElementBytes + streamed_bytes(kB, kStaging, stages, weights);
+    }
 };
 
 // The one-pass dy kernel (R <= 32): 16 rows of dh and a quarter of the columns of dB per warp.
@@ -52,7 +67,7 @@ struct DyTile {
     static constexpr int kColumns = 256;
     static constexpr int kWarps = kRows / 16;
     static constexpr int kThreads = kWarps * kWarpSize;
-    static constexpr int kRegisters = 176;
+    static constexpr int kRegisters = R == 16 ? 128 : 248, kBlocks = R == 16 ? 4 : 2;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);
     static constexpr int kB = tile_elements(kColumns, R);
@@ -71,7 +86,7 @@ struct OuterTile {
     static constexpr int kColumns = R <= 32 ? 256 : 128;
     static constexpr int kWarps = R == 128 ? 8 : 4;
     static constexpr int kThreads = kWarps * kWarpSize;
-    static constexpr int kXRegisters = 240, kDbRegisters = 128;
+    static constexpr int kXRegisters = 248, kDbRegisters = 128;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);
     static constexpr int kNarrow = tile_elements(kRows, R);

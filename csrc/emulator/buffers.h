@@ -21,9 +21,16 @@ class BufferList {
         add(name, data, static_cast<size_t>((rows - 1) * stride + cols) * kElement, writable);
     }
     void weight(const char* name, const Weight& w) {
+        if (w.rows == 0)
+            return;
         const int64_t last = (w.rows - 1) * w.row_stride + (w.cols - 1) * w.col_stride;
         const size_t size = w.is_float ? sizeof(float) : kElement;
         add(name, w.data, static_cast<size_t>(last + 1) * size, false);
+    }
+    // The rows of A of a kernel of rank class R.
+    void rank_rows(const Weight (&a)[kMaxRank / kRankUnit], int rank_class) {
+        for (int i = 0; i < rank_class / kRankUnit; ++i)
+            weight("a", a[i]);
     }
     void floats(const char* name, const float* data, int64_t count, bool writable = false) {
         add(name, data, static_cast<size_t>(count) * sizeof(float), writable);
@@ -43,23 +50,29 @@ std::vector<simt::Buffer> emulated_buffers(const ForwardParams& p) {
     BufferList b;
     const ProjectParams& q = p.project;
     b.matrix("x", q.wide, q.m, q.w, q.wide_stride);
-    b.matrix("a", q.narrow, R, q.w, q.narrow_stride);
+    b.rank_rows(q.narrow, R);
     b.floats("partial", q.partial, q.splits * q.m * R);
     b.seed(q.dropout);
-    b.matrix("b", p.b, p.n, R, p.b_stride);
-    b.matrix("y", p.y, q.m, p.n, p.y_stride, true);
-    b.matrix("base", p.base, q.m, p.n, p.base_stride);
-    b.matrix("z", p.z, q.m, p.r, p.r, true);
-    b.floats("alpha_t", p.alpha_t, 1);
+    for (int i = 0; i < p.count; ++i) {
+        const ForwardMember& member = p.members[i];
+        const int n = member.b.rows, r = member.b.cols;
+        b.weight("b", member.b);
+        b.matrix("y", member.y, q.m, n, member.y_stride, true);
+        b.matrix("base", member.base, q.m, n, member.base_stride);
+        b.matrix("z", member.z, q.m, r, r, true);
+        b.floats("alpha_t", member.alpha_t, 1);
+    }
     return b.list;
 }
 
 template <int R>
 std::vector<simt::Buffer> emulated_buffers(const ProjectParams& p) {
-    const bool transposed = p.narrow_transposed;
     BufferList b;
     b.matrix("wide", p.wide, p.m, p.w, p.wide_stride);
-    b.matrix("narrow", p.narrow, transposed ? p.w : R, transposed ? R : p.w, p.narrow_stride);
+    if (p.narrow_transposed)
+        b.weight("b", p.narrow[0]);
+    else
+        b.rank_rows(p.narrow, R);
     b.floats("partial", p.partial, p.splits * p.m * R, true);
     b.seed(p.dropout);
     return b.list;
@@ -67,15 +80,19 @@ std::vector<simt::Buffer> emulated_buffers(const ProjectParams& p) {
 
 template <int R>
 std::vector<simt::Buffer> emulated_buffers(const DyParams& p) {
-    const int64_t slabs = (p.n + 255) / 256,
-                  chunks = (p.m + p.rows_per_chunk - 1) / p.rows_per_chunk;
+    const int64_t chunks = (p.m + p.rows_per_chunk - 1) / p.rows_per_chunk;
     BufferList b;
-    b.matrix("dy", p.dy, p.m, p.n, p.dy_stride);
-    b.weight("b", p.b);
-    b.matrix("z", p.z, p.m, p.r, p.r);
-    b.floats("alpha_t", p.alpha_t, 1);
-    b.floats("dh", p.dh, slabs * p.m * R, true);
-    b.floats("db", p.db, chunks * p.n * R, true);
+    for (const DyMember& member : p.members) {
+        if (!member.dh && !member.db)
+            continue;
+        const int64_t n = member.b.rows, r = member.b.cols, slabs = (n + 255) / 256;
+        b.matrix("dy", member.dy, p.m, n, member.dy_stride);
+        b.weight("b", member.b);
+        b.matrix("z", member.z, p.m, r, r);
+        b.floats("alpha_t", member.alpha_t, 1);
+        b.floats("dh", member.dh, slabs * p.m * R, true);
+        b.floats("db", member.db, chunks * n * R, true);
+    }
     return b.list;
 }
 
@@ -85,7 +102,7 @@ std::vector<simt::Buffer> emulated_buffers(const OuterParams& p) {
     BufferList b;
     b.matrix("wide", p.wide, p.m, p.w, p.wide_stride);
     b.matrix("narrow", p.narrow, p.m, R, R);
-    b.weight("a", p.a);
+    b.rank_rows(p.a, R);
     b.matrix("dx", p.dx, p.m, p.w, p.w, true);
     b.floats("partial", p.partial, chunks * R * p.w, true);
     b.seed(p.dropout);
@@ -95,33 +112,22 @@ std::vector<simt::Buffer> emulated_buffers(const OuterParams& p) {
 template <int R>
 std::vector<simt::Buffer> emulated_buffers(const ReduceParams& p) {
     BufferList b;
-    const SumRowsJob& rows = p.rows;
-    if (rows.m > 0) {
-        b.floats("rows.partial", rows.partial, rows.count * rows.m * rows.rank_class);
-        b.matrix("z_out", rows.z_out, rows.m, rows.r, rows.r, true);
-        b.matrix("z", rows.z, rows.m, rows.r, rows.r);
-        b.matrix("dz", rows.dz, rows.m, rows.rank_class, rows.rank_class, true);
-        b.matrix("h", rows.h, rows.m, rows.rank_class, rows.rank_class, true);
-        b.floats("alpha_t", rows.alpha_t, 1);
+    for (const SumRowsJob& job : p.rows) {
+        if (job.first == kNoMember)
+            continue;
+        b.floats("rows.partial", job.partial, job.count * job.m * job.partial_stride);
+        b.matrix("z_out", job.z_out, job.m, job.r, job.r, true);
+        b.matrix("z", job.z, job.m, job.r, job.r);
+        b.matrix("dz", job.dz, job.m, job.cols, job.rank_class, true);
+        b.matrix("h", job.h, job.m, job.cols, job.rank_class, true);
+        b.floats("alpha_t", job.alpha_t, 1);
     }
-    for (const SumWeightJob& job : {p.db, p.da}) {
-        if (!job.partial)
+    for (const SumWeightJob& job : p.weights) {
+        if (job.first == kNoMember)
             continue;
         b.floats("weight.partial", job.partial, job.count * job.rows_stride);
         const size_t size = job.type == Output::fp32 ? sizeof(float) : kElement;
         b.add("weight.out", job.out, static_cast<size_t>(job.rows * job.cols) * size, true);
-    }
-    return b.list;
-}
-
-template <int R>
-std::vector<simt::Buffer> emulated_buffers(const PackParams& p) {
-    BufferList b;
-    for (const PackJob& job : {p.a, p.b}) {
-        if (!job.source.data)
-            continue;
-        b.weight("source", job.source);
-        b.matrix("target", job.target, job.padded_rows, job.padded_cols, job.padded_cols, true);
     }
     return b.list;
 }

@@ -276,6 +276,8 @@ void add_memory_forms(Forms& f) {
     add_type<uint64_t>(f, "b64");
     add_type<uint64_t>(f, "u64");
     f.add_sized("ld.param.u8", "Xm", 1, load_parameter<uint8_t, 1, false>);
+    f.add_sized("ld.param.v2.u8", "{XX}m", 1, load_parameter<uint8_t, 2, false>);
+    f.add_sized("ld.param.v4.u8", "{XXXX}m", 1, load_parameter<uint8_t, 4, false>);
     for (const char* type : {"b32", "u32"}) {
         f.add_sized(std::string("ld.local.") + type, "Xm", 4, load_local<uint32_t>);
         f.add_sized(std::string("st.local.") + type, "mx", 4, store_local<uint32_t>);

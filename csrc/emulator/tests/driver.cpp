@@ -46,6 +46,7 @@ std::vector<Case> fixed_cases() {
     add({70, 712, 264, 16}, nothing);   // split forward, two slabs of dy, more tiles than stages
     add({70, 712, 72, 24}, [](Options& o) { o.threshold = 77, o.recompute_z = true; });
     add({200, 264, 520, 32}, [](Options& o) { o.float_weights = o.bias = true; });
+    add({90, 392, 200, 20}, [](Options& o) { o.float_weights = o.strided = true; });
     add({100, 392, 200, 64}, [](Options& o) { o.threshold = 128, o.strided = true; });
     add({70, 136, 456, 60},
         [](Options& o) { o.in_place = o.float_weights = o.recompute_z = true; });
@@ -55,6 +56,14 @@ std::vector<Case> fixed_cases() {
     add({90, 136, 136, 13}, [](Options& o) { o.need_da = false, o.threshold = 60; });
     add({90, 136, 136, 8}, [](Options& o) { o.need_db = false; });
     add({90, 136, 136, 70}, [](Options& o) { o.need_dx = o.need_da = false; });
+    // Layers that share x: two and three, full ranks and ragged ones, one pass and split.
+    add({130, 136, {{264, 16}, {72, 16}, {72, 16}}}, nothing);
+    add({70, 712, {{8, 3}, {392, 17}, {136, 32}}},
+        [](Options& o) { o.float_weights = o.recompute_z = true; });
+    add({70, 264, {{136, 5}, {264, 8}}}, [](Options& o) { o.strided = o.float_weights = true; });
+    add({330, 72, {{72, 32}, {72, 8}, {136, 32}}},
+        [](Options& o) { o.round_limit = 128, o.in_place = true; });
+    add({90, 136, {{136, 16}, {136, 13}}}, [](Options& o) { o.need_dx = o.need_db = false; });
     // More tiles of rows in a chunk than there are stages in any ring.
     for (const int rank : {16, 32, 64, 128})
         add({330, 72, 72, rank},

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import build
 
-CASES = "24"
+CASES = "29"
 QUICK = 7  # every so many mutants in the quick form
 
 
@@ -51,8 +51,8 @@ MUTANTS = (
         "barrier removed",
         "emit_columns",
         "forward.cuh",
-        "wait_oldest(stages); block_sync();",
-        "wait_oldest(stages);",
+        "member.b, col0, 0); block_sync();",
+        "member.b, col0, 0);",
     ),
     Mutant(
         "barrier removed",
@@ -89,8 +89,8 @@ MUTANTS = (
         "warp barrier removed",
         "forward: z to h",
         "forward.cuh",
-        "warp_sync(); finish_rows",
-        "finish_rows",
+        "warp_sync(); emit_columns",
+        "emit_columns",
     ),
     Mutant(
         "warp barrier removed",
@@ -144,15 +144,15 @@ MUTANTS = (
         "edge mask removed",
         "rows of y",
         "forward.cuh",
-        "row < p.project.m && col < p.n",
-        "col < p.n",
+        "row < rows && col < member.b.rows",
+        "col < member.b.rows",
     ),
     Mutant(
         "edge mask removed",
         "columns of y",
         "forward.cuh",
-        "row < p.project.m && col < p.n",
-        "row < p.project.m",
+        "row < rows && col < member.b.rows",
+        "row < rows",
     ),
     Mutant(
         "edge mask removed",
@@ -246,6 +246,24 @@ MUTANTS = (
         "if (row >= w.rows || col > w.cols)",
     ),
     Mutant(
+        "edge mask removed",
+        "rows of a float32 weight",
+        "tile.cuh",
+        "row + i * kStep < w.rows && col < w.cols",
+        "col < w.cols",
+    ),
+    Mutant(
+        "slot overwritten while read",
+        "a float32 weight: one tile of T",
+        "tile.cuh",
+        "(rounded ? t & 1 : slot)",
+        "(rounded ? 0 : slot)",
+    ),
+    Mutant("member mistaken", "the third for the second", "tile.cuh", "+ (index >= members[2].first)", ""),
+    Mutant("member mistaken", "its columns of h", "forward.cuh", "pitch(R) + member.rank0 + k +", "pitch(R) + k +"),
+    Mutant("member mistaken", "its columns of y", "forward.cuh", "t == first || t == member.first", "t == first"),
+    Mutant("member mistaken", "depth of its product", "forward.cuh", "if (k > 0 && k >= depth)", "if (k > 0)"),
+    Mutant(
         "sum off by one",
         "partial results",
         "reduce.cuh",
@@ -263,8 +281,8 @@ MUTANTS = (
         "blocks write the same place",
         "z by every column block",
         "forward.cuh",
-        "p.z != nullptr && block_y() == 0",
-        "p.z != nullptr",
+        "row0, block_y() == 0,",
+        "row0, true,",
     ),
     Mutant("dropout wrong", "mask of the second eight columns", "tile.cuh", "bits >> kVector)", "bits)"),
     Mutant("dropout wrong", "group of columns", "tile.cuh", "col / kDropoutColumns + group)", "group)"),

@@ -22,16 +22,33 @@ double round_to(double value, DType dtype) {
 
 Problem::Problem(const Shape& shape, DType dtype, int activation, const Options& options,
                  uint64_t seed)
-    : shape_(shape), dtype_(dtype), activation_(activation), options_(options), random_(seed) {
-    const int64_t extra = options.strided ? 16 : 0;
-    x_ = random_matrix(shape.m, shape.k, 1.0, shape.k + extra);
-    a_ = random_matrix(shape.r, shape.k, 1.0 / std::sqrt(shape.k), shape.k);
-    b_ = random_matrix(shape.n, shape.r, 1.0 / std::sqrt(shape.r), shape.r);
-    dy_ = random_matrix(shape.m, shape.n, 1.0, shape.n + extra);
-    base_ = random_matrix(options.bias ? 1 : shape.m, shape.n, 1.0, shape.n + extra);
-    a_operand_ = weight(a_, a_floats_);
-    b_operand_ = weight(b_, b_floats_);
-    compute_truth();
+    : shape_(shape), dtype_(dtype), options_(options), random_(seed) {
+    const int64_t extra = options.strided ? 16 : 0, m = shape.m, k = shape.k;
+    x_ = random_matrix(m, k, 1.0, k + extra);
+    std::vector<double> mask(m * k, 1.0);
+    for (int64_t i = 0; i < m && options.threshold > 0; ++i)
+        for (int64_t j = 0; j < k; ++j) {
+            const Philox4 bytes =
+                dropout_bytes(static_cast<uint64_t>(dropout_seed_), i, (k + 15) / 16, j / 16);
+            mask[i * k + j] =
+                dropout_keeps(bytes, static_cast<int>(j % 16), options.threshold) ? 1.0 : 0.0;
+        }
+    true_dx_.assign(m * k, 0.0);
+    members_.resize(shape.count);
+    for (int i = 0; i < shape.count; ++i) {
+        const auto [n, r] = shape.members[i];
+        Member& member = members_[i];
+        member.a = random_matrix(r, k, 1.0 / std::sqrt(k), k);
+        member.b = random_matrix(n, r, 1.0 / std::sqrt(r), r);
+        member.dy = random_matrix(m, n, 1.0, n + extra);
+        member.base = random_matrix(options.bias ? 1 : m, n, 1.0, n + extra);
+        member.a_operand = weight(member.a, member.a_floats);
+        member.b_operand = weight(member.b, member.b_floats);
+        member.activation = (activation + i) % kActivationCount;
+        member.alpha_t = 0.3f + 0.2f * static_cast<float>(i);
+        member.scaling = 1.7f - static_cast<float>(i);
+        compute_truth(member, mask);
+    }
 }
 
 Matrix Problem::empty_matrix(int64_t rows, int64_t cols, int64_t stride) const {
@@ -55,67 +72,60 @@ Matrix Problem::random_matrix(int64_t rows, int64_t cols, double scale, int64_t 
 WeightOperand Problem::weight(const Matrix& m, Bytes& floats) {
     if (!options_.float_weights)
         return {m.bytes.as(), m.stride, 1, false};
-    // Column-major, to prove that strides are followed.
+    // By columns where other matrices are strided too: then no row is a whole vector.
+    const int64_t row_stride = options_.strided ? 1 : m.cols;
+    const int64_t col_stride = options_.strided ? m.rows : 1;
     floats = Bytes(m.value.size() * sizeof(float));
     for (int64_t row = 0; row < m.rows; ++row)
         for (int64_t col = 0; col < m.cols; ++col)
-            floats.as<float>()[col * m.rows + row] =
+            floats.as<float>()[row * row_stride + col * col_stride] =
                 static_cast<float>(m.value[row * m.cols + col]);
-    return {floats.as(), 1, m.rows, true};
+    return {floats.as(), row_stride, col_stride, true};
 }
 
-void Problem::compute_truth() {
-    const int64_t m = shape_.m, k = shape_.k, n = shape_.n, r = shape_.r;
+void Problem::compute_truth(Member& member, const std::vector<double>& mask) {
+    const int64_t m = shape_.m, k = shape_.k, n = member.b.rows, r = member.b.cols;
     const double inverse_keep = 256.0 / (256 - options_.threshold);
-    const auto kept = [&](int64_t row, int64_t col) {
-        if (options_.threshold == 0)
-            return 1.0;
-        const Philox4 bytes =
-            dropout_bytes(static_cast<uint64_t>(dropout_seed_), row, (k + 15) / 16, col / 16);
-        return dropout_keeps(bytes, static_cast<int>(col % 16), options_.threshold) ? 1.0 : 0.0;
-    };
-    std::vector<double> mask(m * k);
-    for (int64_t i = 0; i < m; ++i)
-        for (int64_t j = 0; j < k; ++j)
-            mask[i * k + j] = kept(i, j);
-    true_z_.assign(m * r, 0.0);
-    true_y_.assign(m * n, 0.0);
-    true_dx_.assign(m * k, 0.0);
-    true_da_.assign(r * k, 0.0);
-    true_db_.assign(n * r, 0.0);
+    const std::vector<double>&x = x_.value, &a = member.a.value, &b = member.b.value;
+    member.true_z.assign(m * r, 0.0);
+    member.true_y.assign(m * n, 0.0);
+    member.true_da.assign(r * k, 0.0);
+    member.true_db.assign(n * r, 0.0);
     for (int64_t i = 0; i < m; ++i)
         for (int64_t c = 0; c < r; ++c) {
             double z = 0.0, dh = 0.0;
             for (int64_t j = 0; j < k; ++j)
-                z += mask[i * k + j] * x_.value[i * k + j] * a_.value[c * k + j];
+                z += mask[i * k + j] * x[i * k + j] * a[c * k + j];
             for (int64_t j = 0; j < n; ++j)
-                dh += dy_.value[i * n + j] * b_.value[j * r + c];
+                dh += member.dy.value[i * n + j] * b[j * r + c];
             z = round_to(inverse_keep * z, dtype_);
-            true_z_[i * r + c] = z;
-            const ValueSlope phi = anneal_by_id(activation_, static_cast<float>(z), alpha_t_);
+            member.true_z[i * r + c] = z;
+            const ValueSlope phi =
+                anneal_by_id(member.activation, static_cast<float>(z), member.alpha_t);
             const double h = round_to(phi.value, dtype_);
-            const double dz = round_to(scaling_ * inverse_keep * dh * phi.slope, dtype_);
+            const double dz = round_to(member.scaling * inverse_keep * dh * phi.slope, dtype_);
             for (int64_t j = 0; j < n; ++j) {
-                true_y_[i * n + j] += scaling_ * h * b_.value[j * r + c];
-                true_db_[j * r + c] += scaling_ * dy_.value[i * n + j] * h;
+                member.true_y[i * n + j] += member.scaling * h * b[j * r + c];
+                member.true_db[j * r + c] += member.scaling * member.dy.value[i * n + j] * h;
             }
             for (int64_t j = 0; j < k; ++j) {
-                true_dx_[i * k + j] += mask[i * k + j] * dz * a_.value[c * k + j];
-                true_da_[c * k + j] += mask[i * k + j] * dz * x_.value[i * k + j];
+                true_dx_[i * k + j] += mask[i * k + j] * dz * a[c * k + j];
+                member.true_da[c * k + j] += mask[i * k + j] * dz * x[i * k + j];
             }
         }
     for (int64_t i = 0; i < m; ++i)
         for (int64_t j = 0; j < n; ++j)
-            true_y_[i * n + j] += base_.value[(options_.bias ? 0 : i) * n + j];
+            member.true_y[i * n + j] += member.base.value[(options_.bias ? 0 : i) * n + j];
 }
 
 std::string Problem::name() const {
     return describe(shape_) + (dtype_ == DType::bf16 ? ", bf16" : ", fp16") + ", activation " +
-           std::to_string(activation_) + ", dropout " + std::to_string(options_.threshold) +
-           "/256" + (options_.float_weights ? ", float32 weights" : "") +
-           (options_.bias ? ", bias" : "") + (options_.in_place ? ", in place" : "") +
-           (options_.strided ? ", strided" : "") + (options_.recompute_z ? ", z recomputed" : "") +
-           (options_.need_dx ? "" : ", no dx") + (options_.chunk_limit ? ", one chunk" : "") +
+           std::to_string(members_[0].activation) + ", dropout " +
+           std::to_string(options_.threshold) + "/256" +
+           (options_.float_weights ? ", float32 weights" : "") + (options_.bias ? ", bias" : "") +
+           (options_.in_place ? ", in place" : "") + (options_.strided ? ", strided" : "") +
+           (options_.recompute_z ? ", z recomputed" : "") + (options_.need_dx ? "" : ", no dx") +
+           (options_.chunk_limit ? ", one chunk" : "") +
            (options_.round_limit ? ", several rounds" : "") + (options_.need_da ? "" : ", no dA") +
            (options_.need_db ? "" : ", no dB");
 }
@@ -146,68 +156,96 @@ void Problem::fill(BranchCall& call) const {
     call.shape = shape_;
     call.x = x_.bytes.as();
     call.x_stride = x_.stride;
-    call.a = a_operand_;
-    call.b = b_operand_;
-    call.alpha_t = &alpha_t_;
+    for (int i = 0; i < shape_.count; ++i) {
+        const Member& member = members_[i];
+        call.members[i] = {member.a_operand, member.b_operand, &member.alpha_t, member.activation,
+                           member.scaling};
+    }
     call.seed = options_.threshold ? &dropout_seed_ : nullptr;
-    call.activation = activation_;
     call.threshold = options_.threshold;
-    call.scaling = scaling_;
     call.device = device_limits(0);
     call.device.chunk_limit = options_.chunk_limit;
     call.device.round_limit = options_.round_limit;
 }
 
-std::string Problem::run() {
-    y_ = empty_matrix(shape_.m, shape_.n, dy_.stride);
-    z_ = empty_matrix(shape_.m, shape_.r, shape_.r);
+void Problem::run_forward() {
+    ForwardCall call{};
+    fill(call);
+    const Bytes scratch(forward_workspace(shape_));
+    call.workspace = scratch.as();
+    for (int i = 0; i < shape_.count; ++i) {
+        Member& member = members_[i];
+        member.y = empty_matrix(shape_.m, member.b.rows, member.dy.stride);
+        member.z = empty_matrix(shape_.m, member.b.cols, member.b.cols);
+        if (options_.in_place)
+            std::memcpy(member.y.bytes.as(), member.base.bytes.as(), member.y.bytes.size());
+        MemberOutput& out = call.outputs[i];
+        out.base = options_.in_place ? member.y.bytes.as() : member.base.bytes.as();
+        out.base_stride = options_.bias ? 0 : member.base.stride;
+        out.y = member.y.bytes.as();
+        out.y_stride = member.y.stride;
+        out.z = member.z.bytes.as();
+    }
+    forward(call);
+}
+
+void Problem::run_backward() {
+    BackwardCall call{};
+    fill(call);
+    const Bytes scratch(backward_workspace(shape_, options_.recompute_z));
+    call.workspace = scratch.as();
     dx_ = empty_matrix(shape_.m, shape_.k, shape_.k);
+    call.dx = options_.need_dx ? dx_.bytes.as() : nullptr;
     const size_t weight_bytes = options_.float_weights ? 4 : 2;
-    da_ = Bytes(true_da_.size() * weight_bytes);
-    db_ = Bytes(true_db_.size() * weight_bytes);
-    if (options_.in_place)
-        std::memcpy(y_.bytes.as(), base_.bytes.as(), y_.bytes.size());
+    for (int i = 0; i < shape_.count; ++i) {
+        Member& member = members_[i];
+        member.da = Bytes(member.true_da.size() * weight_bytes);
+        member.db = Bytes(member.true_db.size() * weight_bytes);
+        MemberGradients& gradients = call.gradients[i];
+        gradients.dy = member.dy.bytes.as();
+        gradients.dy_stride = member.dy.stride;
+        gradients.z = options_.recompute_z ? nullptr : member.z.bytes.as();
+        gradients.da = options_.need_da ? member.da.as() : nullptr;
+        gradients.db = options_.need_db ? member.db.as() : nullptr;
+        gradients.da_is_float = gradients.db_is_float = options_.float_weights;
+    }
+    backward(call);
+}
 
-    ForwardCall forward_call{};
-    fill(forward_call);
-    const Bytes forward_scratch(forward_workspace(shape_));
-    forward_call.workspace = forward_scratch.as();
-    forward_call.base = options_.in_place ? y_.bytes.as() : base_.bytes.as();
-    forward_call.base_stride = options_.bias ? 0 : base_.stride;
-    forward_call.y = y_.bytes.as();
-    forward_call.y_stride = y_.stride;
-    forward_call.z = z_.bytes.as();
-    forward(forward_call);
-
-    BackwardCall backward_call{};
-    fill(backward_call);
-    const Bytes backward_scratch(backward_workspace(shape_, options_.recompute_z));
-    backward_call.workspace = backward_scratch.as();
-    backward_call.dy = dy_.bytes.as();
-    backward_call.dy_stride = dy_.stride;
-    backward_call.z = options_.recompute_z ? nullptr : z_.bytes.as();
-    backward_call.dx = options_.need_dx ? dx_.bytes.as() : nullptr;
-    backward_call.da = options_.need_da ? da_.as() : nullptr;
-    backward_call.db = options_.need_db ? db_.as() : nullptr;
-    backward_call.da_is_float = backward_call.db_is_float = options_.float_weights;
-    backward(backward_call);
-
-    std::string wrong = compare("y", y_.bytes, false, true_y_, shape_.n, y_.stride);
+std::string Problem::compare_member(const Member& member) const {
+    const int64_t n = member.b.rows, r = member.b.cols, k = shape_.k;
+    const bool is_float = options_.float_weights;
+    std::string wrong = compare("y", member.y.bytes, false, member.true_y, n, member.y.stride);
     if (wrong.empty())
-        wrong = compare("z", z_.bytes, false, true_z_, shape_.r, shape_.r);
+        wrong = compare("z", member.z.bytes, false, member.true_z, r, r);
+    if (wrong.empty() && options_.need_da)
+        wrong = compare("dA", member.da, is_float, member.true_da, k, k);
+    if (wrong.empty() && options_.need_db)
+        wrong = compare("dB", member.db, is_float, member.true_db, r, r);
+    return wrong;
+}
+
+std::string Problem::run() {
+    run_forward();
+    run_backward();
+    std::string wrong;
+    for (const Member& member : members_)
+        if (wrong.empty())
+            wrong = compare_member(member);
     if (wrong.empty() && options_.need_dx)
         wrong = compare("dx", dx_.bytes, false, true_dx_, shape_.k, shape_.k);
-    if (wrong.empty() && options_.need_da)
-        wrong = compare("dA", da_, options_.float_weights, true_da_, shape_.k, shape_.k);
-    if (wrong.empty() && options_.need_db)
-        wrong = compare("dB", db_, options_.float_weights, true_db_, shape_.r, shape_.r);
     return wrong;
 }
 
 std::vector<uint8_t> Problem::outputs() const {
     std::vector<uint8_t> all;
-    for (const Bytes* bytes : {&y_.bytes, &z_.bytes, &dx_.bytes, &da_, &db_})
-        all.insert(all.end(), bytes->as<uint8_t>(), bytes->as<uint8_t>() + bytes->size());
+    const auto add = [&](const Bytes& bytes) {
+        all.insert(all.end(), bytes.as<uint8_t>(), bytes.as<uint8_t>() + bytes.size());
+    };
+    add(dx_.bytes);
+    for (const Member& member : members_)
+        for (const Bytes* bytes : {&member.y.bytes, &member.z.bytes, &member.da, &member.db})
+            add(*bytes);
     return all;
 }
 

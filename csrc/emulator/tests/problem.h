@@ -52,6 +52,16 @@ struct Matrix {
     std::vector<double> value;  // [rows, cols]
 };
 
+// What one layer brings, what it gets, and what it should get.
+struct Member {
+    Matrix a, b, base, dy, y, z;
+    Bytes a_floats, b_floats, da, db;
+    WeightOperand a_operand, b_operand;
+    int activation = 0;
+    float alpha_t = 0.0f, scaling = 0.0f;
+    std::vector<double> true_y, true_z, true_da, true_db;
+};
+
 class Problem {
   public:
     Problem(const Shape& shape, DType dtype, int activation, const Options& options, uint64_t seed);
@@ -66,23 +76,22 @@ class Problem {
     Matrix random_matrix(int64_t rows, int64_t cols, double scale, int64_t stride);
     Matrix empty_matrix(int64_t rows, int64_t cols, int64_t stride) const;
     WeightOperand weight(const Matrix& m, Bytes& floats);
-    void compute_truth();
+    void compute_truth(Member& member, const std::vector<double>& mask);
     void fill(BranchCall& call) const;
+    void run_forward();
+    void run_backward();
     std::string compare(const char* what, const Bytes& got, bool is_float,
                         const std::vector<double>& truth, int64_t cols, int64_t stride) const;
+    std::string compare_member(const Member& member) const;
 
     Shape shape_;
     DType dtype_;
-    int activation_;
     Options options_;
     std::mt19937_64 random_;
-    float alpha_t_ = 0.3f, scaling_ = 1.7f;
     int64_t dropout_seed_ = 0x123456789ABCDEF;
-
-    Matrix x_, a_, b_, base_, dy_, y_, z_, dx_;
-    Bytes a_floats_, b_floats_, da_, db_;
-    WeightOperand a_operand_{}, b_operand_{};
-    std::vector<double> true_y_, true_z_, true_dx_, true_da_, true_db_;
+    Matrix x_, dx_;
+    std::vector<double> true_dx_;
+    std::vector<Member> members_;
 };
 
 }  // namespace afa::test

@@ -47,8 +47,6 @@ std::vector<Allocation> buffers_of(const std::string& name, const void* paramete
         return of_rank<afa::DyParams>(rank, parameters);
     if (has("13reduce_kernelI"))
         return listed<afa::ReduceParams, 0>(parameters);
-    if (has("11pack_kernelI"))
-        return listed<afa::PackParams, 0>(parameters);
     if (has("22primitive_check_kernelI"))
         return listed<afa::PrimitiveCheckParams, 0>(parameters);
     throw std::runtime_error("the buffers of kernel " + name + " are not known");
