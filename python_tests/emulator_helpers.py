@@ -32,3 +32,27 @@ def same(left, right):
     return all(
         (a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in zip(left, right, strict=True)
     )
+
+
+def kernel_names(launches) -> list[str]:
+    """Return the names of kernels without what the compiler adds to them."""
+    mangled = [launch["kernel"].partition("_kernelI")[0] for launch in launches]
+    return [name.removeprefix("_ZN3afa").lstrip("0123456789") for name in mangled]
+
+
+def held(weight: torch.Tensor, how: str) -> torch.Tensor:
+    """Return a float32 weight that lies in memory in another way, between NaN that belong to nobody."""
+    weight = weight.float()
+    rows, cols = weight.shape
+    around = torch.full((rows + 1, cols + 9), torch.nan)
+    if how == "rows apart":  # rows of whole vectors
+        around = torch.full((rows, (cols + 7) // 4 * 4), torch.nan)
+        place = around[:, :cols]
+    elif how == "misaligned":
+        place = around[1:, 3 : 3 + cols]
+    elif how == "transposed":
+        place = torch.full((cols, rows + 5), torch.nan)[:, :rows].T
+    else:
+        assert how == "dense"
+        return weight.clone()
+    return place.copy_(weight)

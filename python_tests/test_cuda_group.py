@@ -5,13 +5,12 @@ import re
 import pytest
 import torch
 from conftest import skip_unless_available
-from helpers import assert_as_accurate_as_torch, eager, poisoned_memory
-from test_cuda_weights import held
+from cuda_groups import Group
+from emulator_helpers import kernel_names
+from helpers import assert_as_accurate_as_torch, poisoned_memory
 
-from afa_kernels.activation import IDENTITY
 from afa_kernels.backend import cuda, registry
-from afa_kernels.backend.registry import Call, Member
-from afa_kernels.options import Spec
+from afa_kernels.backend.registry import Call
 
 NAMES = [name for name in ("cuda_emulated", "cuda_ptx") if name in registry.names()]
 # The N and ranks of the members, and K: q, k and v; gate and up; odd ranks, edges of every tile; the largest.
@@ -30,69 +29,6 @@ def _available():
     skip_unless_available("cuda_emulated")
 
 
-class Group:
-    """Members with weights of their own dtype and strides, and the gradients of their outputs."""
-
-    layouts = ("dense", "transposed", "misaligned")
-
-    def __init__(self, m: int, k: int, widths, ranks, dtype=torch.bfloat16, *, float_weights: bool | None = None):
-        def draw(*shape, scale=1.0):
-            return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
-
-        self.x = draw(m, k)
-        self.members, self.bases, self.dys = [], [], []
-        for i, (n, r) in enumerate(zip(widths, ranks, strict=True)):
-            a, b = draw(r, k, scale=k**-0.5), draw(n, r, scale=r**-0.5)
-            if float_weights or (float_weights is None and i != 1):  # mixed by default
-                a, b = held(a, self.layouts[i]), held(b, self.layouts[i])
-            activation = ("silu", "gelu", IDENTITY)[i]
-            alpha_t = None if activation == IDENTITY else torch.tensor((0.3, 0.8)[i])
-            self.members.append(Member(a, b, alpha_t, Spec(activation, 1.5 - i, 0)))
-            self.bases.append((None, draw(1, n).expand(m, n), draw(m, n))[i])
-            self.dys.append(draw(m, n))
-
-    @staticmethod
-    def of(name: str, m: int, **options) -> "Group":
-        return Group(m, *GROUPS[name], **options)
-
-    def need(self, what=True) -> list[bool]:
-        return [what] * len(self.members)
-
-    def forward(self, name="cuda_emulated", save_z=True):
-        outs = [torch.full_like(dy, torch.nan) for dy in self.dys]
-        zs = registry.get(name).group_forward(self.x, self.members, bases=self.bases, outs=outs, save_z=save_z)
-        return outs, zs
-
-    def backward(self, zs, name="cuda_emulated", *, need_dx=True, need_da=None, need_db=None):
-        return registry.get(name).group_backward(
-            self.dys, self.x, self.members, zs, need_dx=need_dx,
-            need_da=need_da or self.need(), need_db=need_db or self.need(),
-        )  # fmt: skip
-
-    def alone(self, i: int, name="cuda_emulated"):
-        """Return y, z, dx, da and db of member i."""
-        member, backend, y = self.members[i], registry.get(name), torch.empty_like(self.dys[i])
-        a, b, alpha_t, spec = member
-        z = backend.forward(self.x, a, b, alpha_t, None, spec, base=self.bases[i], out=y, save_z=True)
-        needs = {"need_dx": True, "need_da": True, "need_db": True}
-        return y, z, *backend.backward(self.dys[i], self.x, a, b, z, alpha_t, None, spec, **needs)
-
-    def plain(self, dtype: torch.dtype):
-        """Return every y, dx, every da and every db in torch ops, all in ``dtype``."""
-        x = self.x.to(dtype).requires_grad_()
-        weights = [
-            [w.to(self.x.dtype).to(dtype).contiguous().requires_grad_() for w in (member.a, member.b)]
-            for member in self.members
-        ]
-        ys = []
-        for (a, b), (_, _, alpha_t, spec), base in zip(weights, self.members, self.bases, strict=True):
-            alpha_t, name = (0.0, "silu") if alpha_t is None else (alpha_t.item(), spec.activation)
-            base = None if base is None else base.to(dtype)
-            ys.append(eager(x, a, b, alpha_t, activation=name, scaling=spec.scaling, base=base))
-        torch.autograd.backward(ys, [dy.to(dtype) for dy in self.dys])
-        return [y.detach() for y in ys], [x.grad], [a.grad for a, _ in weights], [b.grad for _, b in weights]
-
-
 def flat(results) -> list[torch.Tensor]:
     first, *lists = results
     return [first, *(t for some in lists for t in some if t is not None)]
@@ -109,7 +45,7 @@ def same(left, right) -> bool:
 def test_a_group_against_float64(name, which, m, float_weights):
     if name == "cuda_ptx" and (m, float_weights) not in ((75, None), (200, True)):
         pytest.skip("some suffice")
-    group = Group.of(which, m, float_weights=float_weights)
+    group = Group(m, *GROUPS[which], float_weights=float_weights)
     with poisoned_memory():
         ys, zs = group.forward(name)
         dx, das, dbs = group.backward(zs, name)
@@ -130,7 +66,7 @@ def test_a_member_has_the_bits_that_it_has_alone(which, m):
     """z and y, given z; dB where both cut the rows into equal chunks."""
     if m > 1000 and which != "q, k, v":
         pytest.skip("one pass over many rows, once")
-    group = Group.of(which, m)
+    group = Group(m, *GROUPS[which])
     ys, zs = group.forward()
     for i, (y, z) in enumerate(zip(ys, zs, strict=True)):
         alone = group.alone(i)
@@ -139,7 +75,7 @@ def test_a_member_has_the_bits_that_it_has_alone(which, m):
 
 @pytest.mark.parametrize("which", ["q, k, v", "odd"])
 def test_recomputed_z_gives_the_same_bits(which):
-    group = Group.of(which, 75)
+    group = Group(75, *GROUPS[which])
     _, zs = group.forward()
     assert group.forward(save_z=False)[1] is None
     assert same(group.backward(zs), group.backward(None))
@@ -149,7 +85,7 @@ def test_recomputed_z_gives_the_same_bits(which):
 @pytest.mark.parametrize("need_da", [(1, 0, 1), (0, 0, 0), (0, 1, 0)], ids=str)
 @pytest.mark.parametrize("need_db", [(1, 1, 1), (0, 0, 1), (0, 0, 0)], ids=str)
 def test_a_gradient_does_not_depend_on_which_others_are_needed(need_dx, need_da, need_db):
-    group = Group.of("odd", 75)
+    group = Group(75, *GROUPS["odd"])
     _, zs = group.forward()
     dx, das, dbs = group.backward(zs)
     need_da, need_db = [bool(n) for n in need_da], [bool(n) for n in need_db]
@@ -164,7 +100,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_needed(need_dx, need_da,
 @pytest.mark.parametrize("name", NAMES)
 def test_schedules_give_the_same_bits(name):
     native = registry.get(name).group_forward.__self__._module if name == "cuda_ptx" else cuda._emulator_module()[0]
-    group = Group.of("wide", 130)
+    group = Group(130, *GROUPS["wide"])
     results = []
     for seed in range(3):
         if name == "cuda_ptx":
@@ -192,8 +128,7 @@ def test_a_group_launches_what_a_lone_layer_does(m, expected):
     _cuda_on_ptx.take_launches()
     _, zs = group.forward("cuda_ptx")
     group.backward(zs, "cuda_ptx")
-    kernels = [launch["kernel"].partition("_kernelI")[0] for launch in _cuda_on_ptx.take_launches()]
-    assert [kernel.removeprefix("_ZN3afa").lstrip("0123456789") for kernel in kernels] == expected
+    assert kernel_names(_cuda_on_ptx.take_launches()) == expected
 
 
 def test_x_is_read_once_for_all_members():

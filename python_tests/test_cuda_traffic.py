@@ -1,34 +1,42 @@
 """bench/model/cuda_launches.py: the bytes of its formulas are those that the compiled kernels move on the PTX machine,
 and, where there is no nvcc, those that their source moves on the emulator."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import skip_unless_available
+from cuda_groups import Group
 from emulator_helpers import forward_and_backward
 from helpers import Problem
 
 from afa_kernels.backend import registry
 from bench.model import __main__ as command
-from bench.model.cuda_launches import H100, Layer, kernels, overhead
+from bench.model.cuda_launches import H100, Layer, decoding, kernels, overhead
 
 _BYTES = ("global_read_bytes", "global_write_bytes", "async_copy_bytes")
 
 
-def moved(name: str, problem: Problem) -> int:
-    """Return the bytes between global memory and the blocks, in a forward and a backward."""
+def moved(name: str, call: Callable[[str], object]) -> int:
+    """Return the bytes between global memory and the blocks in a call of a backend."""
     if name == "cuda_ptx":
         from afa_kernels import _cuda_on_ptx
 
         _cuda_on_ptx.take_launches()
-        forward_and_backward(problem, name=name)
+        call(name)
         launches = _cuda_on_ptx.take_launches()
     else:
         from afa_kernels import _emulator
 
         _emulator.reset_counters()
-        forward_and_backward(problem, name=name)
+        call(name)
         launches = [_emulator.counters()]
     return sum(launch[counter] for launch in launches for counter in _BYTES)
+
+
+def modelled(layer: Layer, weights: torch.dtype) -> int:
+    both = kernels(layer, float_weights=weights == torch.float32)
+    return sum(kernel.hbm + kernel.l2 for direction in both for kernel in direction)
 
 
 @pytest.fixture(autouse=True)
@@ -54,14 +62,32 @@ def _planned():
 def test_bytes_of_a_call(name, shape, weights):
     skip_unless_available(name)
     problem = Problem.random(*shape, torch.bfloat16, adapter_dtype=weights)
-    layer = Layer(*shape)
-    modelled = sum(
-        kernel.hbm + kernel.l2
-        for direction in kernels(layer, float_weights=weights == torch.float32)
-        for kernel in direction
-    )
     base = 2 * shape[0] * shape[2]  # read here; in a layer the frozen GEMM accumulates instead
-    assert moved(name, problem) == pytest.approx(modelled + base, rel=0.03)
+    got = moved(name, lambda name: forward_and_backward(problem, name=name))
+    assert got == pytest.approx(modelled(Layer(*shape), weights) + base, rel=0.03)
+
+
+@pytest.mark.parametrize("name", [name for name in ("cuda_ptx", "cuda_emulated") if name in registry.names()])
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer(192, 512, (512, 256, 256), (16, 16, 16)),
+        Layer(200, 712, (264, 520), (8, 16)),
+        Layer(256, 136, (640, 256, 512), (32, 16, 32)),
+    ],
+    ids=str,
+)
+def test_bytes_of_layers_that_share_x(name, layer, weights):
+    skip_unless_available(name)
+    group = Group(*layer, float_weights=weights == torch.float32, layouts=("dense",) * 3)
+    group.bases = [None] * len(layer.n)
+
+    def call(name: str) -> None:
+        _, zs = group.forward(name)
+        group.backward(zs, name)
+
+    assert moved(name, call) == pytest.approx(modelled(layer, weights), rel=0.03)
 
 
 def test_a_kernel_with_little_under_way_or_a_short_last_wave_takes_longer():
@@ -85,10 +111,24 @@ def test_float32_weights_cost_bytes_from_the_l2_cache_and_no_launches():
 def test_the_command_prints_every_kernel_and_the_check_its_figures(capsys):
     assert command.main(["--m", "1024", "--r", "16", "64"]) == 0
     shown = capsys.readouterr().out
-    assert "MODELLED" in shown and all(
-        name in shown for name in ("project", "expand", "dy", "db", "x", "reduce")
-    )
+    assert "MODELLED" in shown and all(name in shown for name in ("project", "expand", "dy", "db", "x", "reduce"))
     status = command.main(["--check"])
     figures = [line for line in capsys.readouterr().out.splitlines() if "at most" in line]
-    assert len(figures) == 6 and all(line.startswith(("ok ", "MISSED ")) for line in figures)
+    assert len(figures) == 16 and all(line.startswith(("ok ", "MISSED ")) for line in figures)
     assert status == any(line.startswith("MISSED") for line in figures)
+
+
+def test_layers_that_share_x_cost_less_than_one_by_one():
+    together = sum(overhead(Layer(8192, 4096, (4096, 1024, 1024), (16, 16, 16))).both)
+    alone = [overhead(Layer(8192, 4096, n, 16)).both for n in (4096, 1024, 1024)]
+    flops = [4096, 1024, 1024]
+    apart = sum(sum(each) * share for each, share in zip(alone, flops, strict=True)) / sum(flops)
+    assert together < 0.75 * apart
+
+
+def test_one_token_waits_for_memory_and_not_for_bytes():
+    project, expand = kernels(Layer(1, 4096, 4096, 16))[0]
+    for kernel in (project, expand):
+        assert kernel.seconds(H100, "good")[0] >= (H100.launch.good + H100.latency.good) * 0.999
+        assert kernel.waits == 1
+    assert decoding(Layer(1, 4096, 4096, 16)).good > 0

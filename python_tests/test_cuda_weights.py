@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import skip_unless_available
-from emulator_helpers import forward_and_backward, same
+from emulator_helpers import forward_and_backward, held, kernel_names, same
 from helpers import Problem
 
+from afa_kernels.activation import IDENTITY
 from afa_kernels.backend import registry
 from afa_kernels.options import Spec
 
@@ -20,32 +21,13 @@ def _available():
     skip_unless_available("cuda_emulated")
 
 
-def count_launches(name: str, problem: Problem, **options) -> tuple[list[str], tuple]:
-    """Return the kernels that a forward and a backward launch on the PTX machine, and their results."""
+def launched(name: str, problem: Problem, **options) -> list[str]:
+    """Return the kernels that a forward and a backward launch on the PTX machine."""
     from afa_kernels import _cuda_on_ptx
 
     _cuda_on_ptx.take_launches()
-    results = forward_and_backward(problem, name=name, **options)
-    kernels = [launch["kernel"].partition("_kernelI")[0] for launch in _cuda_on_ptx.take_launches()]
-    return [kernel.removeprefix("_ZN3afa").lstrip("0123456789") for kernel in kernels], results
-
-
-def held(weight: torch.Tensor, how: str) -> torch.Tensor:
-    """Return a float32 weight that lies in memory in another way, between NaN that belong to nobody."""
-    weight = weight.float()
-    rows, cols = weight.shape
-    around = torch.full((rows + 1, cols + 9), torch.nan)
-    if how == "rows apart":  # rows of whole vectors
-        around = torch.full((rows, (cols + 7) // 4 * 4), torch.nan)
-        place = around[:, :cols]
-    elif how == "misaligned":
-        place = around[1:, 3 : 3 + cols]
-    elif how == "transposed":
-        place = torch.full((cols, rows + 5), torch.nan)[:, :rows].T
-    else:
-        assert how == "dense"
-        return weight.clone()
-    return place.copy_(weight)
+    forward_and_backward(problem, name=name, **options)
+    return kernel_names(_cuda_on_ptx.take_launches())
 
 
 @pytest.mark.parametrize("how", ["dense", "rows apart", "misaligned", "transposed"])
@@ -90,6 +72,7 @@ def test_float32_weights_need_no_room_in_shared_memory():
         _emulator.set_device_limits(132, 227 << 10, 228 << 10)
 
 
+@pytest.mark.parametrize("activation", ["silu", IDENTITY])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize(
     "r, m, expected",
@@ -100,12 +83,13 @@ def test_float32_weights_need_no_room_in_shared_memory():
         (64, 70, ["project", "expand", "project", "reduce", "db", "x", "reduce"]),
     ],
 )
-def test_what_a_call_launches(r, m, expected, dtype):
-    """Nothing but the passes and their sums, whatever the dtype of A and B."""
+def test_what_a_call_launches(r, m, expected, dtype, activation):
+    """Nothing but the passes and their sums, whatever the dtype of A and B, and the same at identity."""
     if "cuda_ptx" not in NAMES:
         pytest.skip("built with nvcc only")
     k, n = (904, 264) if m < 1000 else (16, 8)
-    kernels, _ = count_launches("cuda_ptx", Problem.random(m, k, n, r, torch.bfloat16, adapter_dtype=dtype))
+    problem = Problem.random(m, k, n, r, torch.bfloat16, adapter_dtype=dtype)
+    kernels = launched("cuda_ptx", problem, spec=Spec(activation, 1.5))
     assert kernels == expected
 
 

@@ -7,7 +7,8 @@ those that the compiled kernels move, as counted on the PTX machine (python_test
     time of a kernel = launch + the longest of
         memory      HBM bytes / memory rate
         L2          (HBM + L2 bytes) / L2 rate
-        latency     HBM bytes / (bytes under way on all multiprocessors / latency)
+        latency     HBM bytes / (bytes under way on all multiprocessors / latency), at least one latency for each load
+                    that waits for another one
     the second term divided by the full share of the last wave
 
 HBM counts x, dy, y, dx and z; everything else (A, B, dz, partial sums, and every repeated read) counts as L2.
@@ -63,6 +64,7 @@ class Kernel(NamedTuple):
     hbm: int  # bytes
     l2: int
     under_way: int  # bytes on a multiprocessor; 0 for the small kernels, which have no ring of tiles
+    waits: int = 1  # loads that wait for each other, in a launch
 
     def seconds(self, gpu: Gpu, which: str) -> tuple[float, str]:
         """Return the modelled time with the ``good`` or the ``bad`` assumptions, and what bounds it."""
@@ -72,11 +74,11 @@ class Kernel(NamedTuple):
 
         full = 1.0 if self.waves <= 1 else self.waves / math.ceil(self.waves)
         times = {"memory": self.hbm / value(gpu.memory), "L2": (self.hbm + self.l2) / value(gpu.l2)}
+        times["latency"] = self.launches * self.waits * value(gpu.latency)
         if self.under_way:
             busy = min(gpu.multiprocessors, self.grid[0] * self.grid[1])
-            times["latency"] = self.hbm / (busy * self.under_way / value(gpu.latency))
-        else:
-            times["latency"] = self.launches * value(gpu.latency)
+            streamed = self.hbm / (busy * self.under_way / value(gpu.latency))
+            times["latency"] = max(times["latency"], streamed)
         bound, longest = max(times.items(), key=lambda entry: entry[1])
         launch = self.launches * value(gpu.launch)
         if launch > longest / full:
@@ -87,20 +89,35 @@ class Kernel(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The branch of one layer with float32 A and B beside 16-bit x, forward and backward."""
+    """The branch of one layer, forward and backward; of several that share x where n and r are tuples."""
 
     m: int
     k: int
-    n: int
-    r: int
+    n: int | tuple[int, ...]
+    r: int | tuple[int, ...]
+
+    @property
+    def members(self) -> list[tuple[int, int]]:
+        """N and r of each."""
+        return list(zip(*((s if isinstance(s, tuple) else (s,)) for s in (self.n, self.r)), strict=True))
 
     @property
     def rank(self) -> int:
-        return next(padded for padded in (16, 32, 64, 128) if self.r <= padded)
+        """The class of all ranks together, each a multiple of 16."""
+        together = sum(math.ceil(r / 16) * 16 for _, r in self.members)
+        return _rank_class(together if len(self.members) > 1 else self.members[0][1])
+
+    @property
+    def dy_rank(self) -> int:
+        return _rank_class(max(r for _, r in self.members))
 
     @property
     def gemm_flops(self) -> int:
-        return 2 * self.m * self.k * self.n
+        return 2 * self.m * self.k * sum(n for n, _ in self.members)
+
+
+def _rank_class(r: int) -> int:
+    return next(padded for padded in (16, 32, 64, 128) if r <= padded)
 
 
 def _module():
@@ -119,21 +136,23 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
     """Return the kernels of the forward and of the backward, in order."""
     limits = (gpu.multiprocessors, gpu.shared_per_block, gpu.shared_per_multiprocessor)
     planned = {row["kernel"]: row for row in _module().launch_plan(tuple(layer), *limits, float_weights)}
-    m, k, n, r = layer
+    m, k, members = layer.m, layer.k, layer.members
     rank, row_tile = layer.rank, 128 if layer.rank == 128 else 64
     row_blocks = math.ceil(m / row_tile)
-    x, y, z = (_HALF * size for size in (m * k, m * n, m * r))
     weight = _FLOAT if float_weights else _HALF
-    a, b = weight * r * k, weight * n * r
+    ranks, n = sum(r for _, r in members), sum(n for n, _ in members)
+    x, y, z, dz = (_HALF * m * columns for columns in (k, n, ranks, rank))
+    a, b = weight * k * ranks, weight * sum(n * r for n, r in members)
 
-    def made(name: str, hbm: int, l2: int) -> Kernel:
+    def made(name: str, hbm: int, l2: int, waits: int = 1) -> Kernel:
         row = planned[name]
         blocks = row["grid"][0] * row["grid"][1]
         resident = min(row["blocks_per_sm"], math.ceil(blocks / gpu.multiprocessors))
         under_way = resident * row["stage_bytes"] * (row["stages"] - 1)
         return Kernel(
-            name, row["grid"], row["launches"], row["stages"], row["blocks_per_sm"], row["waves"], hbm, l2, under_way
-        )
+            name, row["grid"], row["launches"], row["stages"], row["blocks_per_sm"], row["waves"], hbm, l2, under_way,
+            waits,
+        )  # fmt: skip
 
     def small(name: str, l2: int, launches: int = 1) -> Kernel:
         return Kernel(name, (0, 0), launches, 0, 0, 0.0, 0, l2, 0)
@@ -142,31 +161,36 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
     if "forward" in planned:
         forward.append(made("forward", x + y + z, row_blocks * (a + b)))
     else:
-        partial = planned["project"]["grid"][1] * m * rank * _FLOAT
-        column_blocks = planned["expand"]["grid"][1]
-        forward.append(made("project", x, row_blocks * a + partial))
+        splits, column_blocks = planned["project"]["grid"][1], planned["expand"]["grid"][1]
+        partial = splits * m * rank * _FLOAT
+        segment = math.ceil(math.ceil(k / splits) / (128 if rank <= 32 else 64)) if splits > 1 else 1
+        fetches = math.ceil(segment / (planned["project"]["stages"] - 1))
+        forward.append(made("project", x, row_blocks * a + partial, fetches))
+        # Expand: all partial sums at once, while the first tiles of B are under way.
         forward.append(made("expand", y + z, row_blocks * b + column_blocks * partial))
-    da_chunks, x_slabs = planned["x"]["grid"][1], planned["x"]["grid"][0]
-    da = da_chunks * rank * k * _FLOAT
-    dz = _HALF * m * rank
+    x_slabs, da_chunks = planned["x"]["grid"]
+    rounds = planned["x"]["launches"]
+    da = da_chunks * rank * k * _FLOAT  # of a round
+    # Written by each round and read by all but the first; then what belongs to a rank is summed.
+    again, da_sum = 2 * rounds - 1, da * ranks // rank
     if "dy" in planned:
         slabs, db_chunks = planned["dy"]["grid"]
-        dh, db = slabs * m * rank * _FLOAT, db_chunks * n * rank * _FLOAT
-        rounds = planned["dy"]["launches"]
-        sums_again = (2 * rounds - 1) * db  # written by each round, read by all but the first
-        backward.append(made("dy", y, db_chunks * b + slabs * z + dh + sums_again))
-        backward.append(small("reduce", dh + z + dz + db + b, rounds))
+        dh, db = slabs * m * layer.dy_rank * _FLOAT, db_chunks * n * layer.dy_rank * _FLOAT
+        z_again = sum(math.ceil(n / 256) * _HALF * m * r for n, r in members)
+        backward.append(made("dy", y, db_chunks * b + z_again + dh + again * db))
+        db_sum = db_chunks * _FLOAT * sum(n * r for n, r in members)
+        backward.append(small("reduce", dh + z + dz + db_sum + b, rounds))
         left = 0
     else:
         dh = planned["project_dy"]["grid"][1] * m * rank * _FLOAT
         slabs, db_chunks = planned["db"]["grid"]
-        db, rounds = db_chunks * n * rank * _FLOAT, planned["db"]["launches"]
+        db = db_chunks * n * rank * _FLOAT
         backward.append(made("project_dy", y, row_blocks * b + dh))
         backward.append(small("reduce", dh + z + 2 * dz, rounds))
-        backward.append(made("db", y, slabs * dz + (2 * rounds - 1) * db))
-        left = db + b
-    backward.append(made("x", 2 * x, da_chunks * a + x_slabs * dz + (2 * rounds - 1) * da))
-    backward.append(small("reduce", da + a + left))
+        backward.append(made("db", y, slabs * dz + again * db))
+        left = db * ranks // rank + b
+    backward.append(made("x", 2 * x, da_chunks * a + x_slabs * dz + again * da))
+    backward.append(small("reduce", da_sum + a + left))
     return forward, backward
 
 
@@ -184,11 +208,24 @@ def overhead(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> Ov
 
     def percent(direction: int, which: str) -> float:
         seconds = sum(kernel.seconds(gpu, which)[0] for kernel in passes[direction])
-        # The branch writes y (dx), and the frozen GEMM accumulates into it.
-        accumulated = _HALF * layer.m * (layer.n, layer.k)[direction]
-        seconds += getattr(gpu.unhidden, which) * accumulated / getattr(gpu.memory, which)
+        # The branch writes y (dx), and the frozen GEMMs accumulate into it: one into each y, all into one dx.
+        columns = sum(n for n, _ in layer.members) if direction == 0 else layer.k
+        seconds += getattr(gpu.unhidden, which) * _HALF * layer.m * columns / getattr(gpu.memory, which)
         return 100 * seconds / gemm
 
     each = [Range(percent(direction, "good"), percent(direction, "bad")) for direction in (0, 1)]
     both = Range(*((each[0][i] + each[1][i]) / 2 for i in (0, 1)))
     return Overhead(each[0], each[1], both)
+
+
+def decoding(layer: Layer, gpu: Gpu = H100) -> Range:
+    """Return the modelled time that the branch of a forward of few tokens adds to the frozen matrix-vector products in
+    a CUDA graph, in percent of them."""
+    forward = kernels(layer, gpu)[0]
+    weights = _HALF * layer.k * sum(n for n, _ in layer.members)
+
+    def percent(which: str) -> float:
+        gemv = weights / getattr(gpu.memory, which) + len(layer.members) * getattr(gpu.launch, which)
+        return 100 * sum(kernel.seconds(gpu, which)[0] for kernel in forward) / gemv
+
+    return Range(percent("good"), percent("bad"))

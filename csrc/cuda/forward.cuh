@@ -292,7 +292,7 @@ project_kernel(const ProjectParams p) {
 
 // Grid: (tiles of rows, column blocks). Sums the splits in order; the first column block stores z.
 template <typename T, int R>
-AFA_KERNEL(RowTile<R>::kThreads, 2)
+AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kExpandBlocks)
 expand_kernel(const ForwardParams p) {
     using Tile = RowTile<R>;
     const int stages = p.project.stages;
@@ -305,15 +305,18 @@ expand_kernel(const ForwardParams p) {
     const int first = static_cast<int>(tiles * block_y() / p.column_blocks),
               last = static_cast<int>(tiles * (block_y() + 1) / p.column_blocks);
     const auto sum_of_splits = [&](int row, int col) {
-        Float2 sum{0.0f, 0.0f};
-        if (row0 + row < p.project.m) {
-            const float* partial = p.project.partial + (row0 + row) * R + col;
-            for (int s = 0; s < p.project.splits; ++s) {
-                const Float2 part =
+        const float* partial = p.project.partial + (row0 + row) * R + col;
+        Float2 part[kMaxSegments] = {};  // all under way at once
+        AFA_UNROLL
+        for (int s = 0; s < kMaxSegments; ++s)
+            if (s < p.project.splits && row0 + row < p.project.m)
+                part[s] =
                     load_global(reinterpret_cast<const Float2*>(partial + s * p.project.m * R));
-                sum.x += part.x;
-                sum.y += part.y;
-            }
+        Float2 sum{0.0f, 0.0f};
+        AFA_UNROLL
+        for (int s = 0; s < kMaxSegments; ++s) {
+            sum.x += part[s].x;
+            sum.y += part[s].y;
         }
         return pack<T>(p.inverse_keep * sum.x, p.inverse_keep * sum.y);
     };

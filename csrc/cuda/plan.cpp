@@ -7,6 +7,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "cuda/grids.h"
 #include "cuda/tiles.h"
 
 namespace afa {
@@ -25,87 +26,24 @@ namespace {
 
 // Constants, since the order of sums must not depend on the device. Column blocks of the expand
 // kernel: about two blocks on each multiprocessor of the GPUs of today.
-constexpr int64_t kExpandBlocks = 256;
-// The number of chunks is the best one for these GPUs together: A100, H100 and B200.
-constexpr DeviceLimits kChosenFor[] = {
-    {108, 163 << 10, 164 << 10}, {132, 227 << 10, 228 << 10}, {148, 227 << 10, 228 << 10}};
-// The share of the multiprocessors that has to have a block for the full bandwidth.
-constexpr double kBusyShare = 0.8;
+constexpr int64_t kExpandGrid = 256;
 // From here on one block per tile of rows has enough bytes under way to go through all segments;
 // with more, it makes y too.
 constexpr int64_t kWholeRowBlocks = 48, kOnePassRowBlocks = 96;
 // Scratch memory of the rows that a backward takes at once; it should stay in the L2 cache.
-constexpr int64_t kRoundBytes = 32 << 20;
-// Most scratch memory of the partial results of dA, and of dB, where there is more than one.
-constexpr int64_t kPartialBytes = 12 << 20;
-constexpr int64_t kMaxChunks = 64;
-constexpr int64_t kRoundUnit = 128;    // rows, whole tiles of every kernel
-constexpr int64_t kMinChunkTiles = 2;  // what a block keeps and what it leaves behind must pay
-// What bandwidth times latency asks of a multiprocessor of B200, and more than twice what it asks
-// of one of H100 or A100 (a model: no GPU has confirmed it).
-constexpr int64_t kBytesUnderWay = 48 * 1024;
-constexpr int kReservedPerBlock = 1024;  // shared memory that CUDA keeps per block
-constexpr int kRegistersPerSm = 65536;
+template <int R>
+constexpr int64_t kRoundBytes = (R <= 32 ? 32 : 24) << 20;
+// Most scratch memory of the partial results of dA, and of dB, where there is more than one: this,
+// or a share of x and every y.
+template <int R>
+constexpr int64_t kPartialBytes = (R <= 32 ? 12 : 16) << 20;
+constexpr int64_t kPartialShare = 400;
+constexpr int64_t kRoundUnit = 128;  // rows, whole tiles of every kernel
 constexpr int kMaxFeatures =
     1 << 30;  // column indices are 32-bit, with room for a tile beyond the end
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t clamp(int64_t value, int64_t low, int64_t high) {
     return std::max(low, std::min(value, high));
-}
-
-// The number of stages for a grid: the one that slows the kernel least; among equals, the one with
-// most bytes under way, of which there are `stage_bytes` in a tile.
-template <typename Bytes>
-KernelPlan ring(const char* kernel, int threads, int registers, const DeviceLimits& device,
-                int64_t grid_x, int64_t grid_y, int stage_bytes, const Bytes& bytes) {
-    KernelPlan best;
-    int64_t most = 0;
-    double least = 0;
-    for (int stages = 2; stages <= kMaxStages; ++stages) {
-        const int shared = bytes(stages);
-        if (shared > device.shared_per_block)
-            break;
-        const int fit = std::max(1, std::min(device.shared_per_sm / (shared + kReservedPerBlock),
-                                             kRegistersPerSm / (registers * threads)));
-        const KernelPlan plan{kernel,  grid_x,    static_cast<int>(grid_y),
-                              threads, stages,    stage_bytes,
-                              shared,  registers, fit};
-        // Blocks that the grid really gives a multiprocessor.
-        const int64_t resident = std::min<int64_t>(fit, ceil_div(grid_x * grid_y, device.sm_count));
-        const int64_t under_way = resident * (stages - 1) * stage_bytes;
-        // Than on a full GPU: for a last wave that is not full, or for too few bytes under way.
-        const double slower = std::max(
-            {1.0, 1 / (1 - tail(plan, device)), static_cast<double>(kBytesUnderWay) / under_way});
-        if (most == 0 || slower < least || (slower == least && under_way > most)) {
-            best = plan;
-            most = under_way;
-            least = slower;
-        }
-    }
-    if (most == 0)
-        throw std::invalid_argument(
-            std::string(kernel) + " kernel: needs " + std::to_string(bytes(2)) +
-            " bytes of shared memory, the device gives " + std::to_string(device.shared_per_block));
-    return best;
-}
-
-// The best ring for a kernel that streams a weight: `bytes(stages, weights)`. Where floats have no
-// room beside it, they are rounded as they are read.
-template <typename Bytes>
-KernelPlan streaming(const char* kernel, int threads, int registers, const DeviceLimits& device,
-                     int64_t grid_x, int64_t grid_y, Weights weights, const Bytes& bytes) {
-    const bool staged =
-        weights == Weights::rounded && bytes(2, Streamed::staged) <= device.shared_per_block;
-    const Streamed kept = staged                            ? Streamed::staged
-                          : weights == Weights::as_they_are ? Streamed::tiles
-                                                            : Streamed::unstaged;
-    // Floats count as what they become: most of what is under way has to be x or dy.
-    const int stage_bytes = bytes(3, Streamed::tiles) - bytes(2, Streamed::tiles);
-    KernelPlan plan = ring(kernel, threads, registers, device, grid_x, grid_y, stage_bytes,
-                           [&](int stages) { return bytes(stages, kept); });
-    plan.staged = staged;
-    return plan;
 }
 
 void check(const Shape& shape) {
@@ -131,41 +69,6 @@ int splits_of(int64_t row_blocks, int width) {
     return row_blocks >= kWholeRowBlocks ? 1 : static_cast<int>(ceil_div(width, segment_of(width)));
 }
 
-// A kernel with a block for each slab of columns and chunk of rows. Few chunks leave a GPU idle,
-// many cost the traffic of their partial results (R columns for each column of the slab), and what
-// matters most is that the last wave of blocks is full.
-template <class Tile, int R, typename Bytes>
-KernelPlan chunked(const char* kernel, int registers, const DeviceLimits& device, int64_t m,
-                   int64_t slabs, const Bytes& bytes, int64_t& rows_of_chunk) {
-    const int64_t tiles = ceil_div(m, Tile::kRows), width = slabs * Tile::kColumns;
-    const auto plan = [&](const DeviceLimits& target, int64_t chunks) {
-        return ring(kernel, Tile::kThreads, registers, target, slabs, chunks, bytes(3) - bytes(2),
-                    bytes);
-    };
-    const auto chunk_rows = [&](int64_t chunks) { return ceil_div(tiles, chunks) * Tile::kRows; };
-    const int64_t most = std::min({ceil_div(tiles, kMinChunkTiles),
-                                   device.chunk_limit > 0 ? device.chunk_limit : kMaxChunks,
-                                   std::max<int64_t>(1, kPartialBytes / (4 * R * width))});
-    int64_t best = 1;
-    double least = 0;
-    for (int64_t wanted = 1; wanted <= most; ++wanted) {
-        const int64_t chunks = ceil_div(m, chunk_rows(wanted));
-        if (chunks < wanted)
-            continue;  // an equal number of whole tiles in each makes fewer
-        double cost = 1;
-        for (const DeviceLimits& target : kChosenFor)
-            cost = std::max({cost, 1 / (1 - tail(plan(target, chunks), target)),
-                             kBusyShare * target.sm_count / static_cast<double>(slabs * chunks)});
-        cost *= 1 + 2.0 * R * chunks / static_cast<double>(m);
-        if (least == 0 || cost < least) {
-            least = cost;
-            best = chunks;
-        }
-    }
-    rows_of_chunk = chunk_rows(best);
-    return plan(device, best);
-}
-
 template <int R>
 ForwardPlan forward_of(const Shape& shape, Weights weights, const DeviceLimits& device) {
     using Tile = RowTile<R>;
@@ -181,7 +84,7 @@ ForwardPlan forward_of(const Shape& shape, Weights weights, const DeviceLimits& 
     plan.project = streaming("project", Tile::kThreads, Tile::kRegisters, device, row_blocks,
                              plan.splits, weights, Tile::forward_bytes);
     plan.expand = streaming("expand", Tile::kThreads, Tile::kExpandRegisters, device, row_blocks,
-                            clamp(ceil_div(kExpandBlocks, row_blocks), 1, columns), weights,
+                            clamp(ceil_div(kExpandGrid, row_blocks), 1, columns), weights,
                             Tile::expand_bytes);
     return plan;
 }
@@ -206,20 +109,56 @@ int64_t row_bytes(const Shape& shape) {
     return 4 * R * parts + 2 * rank_class(shape) + (R > 32 ? 2 * R : 0) + 2 * ranks;
 }
 
-// Rows that a backward takes at once: all, or equal parts whose scratch memory fits kRoundBytes.
+// Scratch memory of partial results of dA, or of dB.
+template <int R>
+int64_t partial_bytes(const Shape& shape) {
+    int64_t columns = shape.k;
+    for (int i = 0; i < shape.count; ++i)
+        columns += shape.members[i].n;
+    return std::max(kPartialBytes<R>, shape.m * columns * kElementBytes / kPartialShare);
+}
+
+// The kernel of dh at R >= 64, for the rows of a round.
+template <int R>
+KernelPlan project_dy_of(const Shape& shape, int64_t rows, Weights weights,
+                         const DeviceLimits& device) {
+    using Tile = RowTile<R>;
+    return streaming("project_dy", Tile::kThreads, Tile::kRegisters, device,
+                     ceil_div(rows, Tile::kRows), dh_parts_of<R>(rows, shape.members[0].n), weights,
+                     Tile::dy_project_bytes);
+}
+
+// Rows that a backward takes at once: all, or equal parts whose scratch memory fits kRoundBytes<R>.
+// At R >= 64 a round has one block for each tile of rows, and there may be more rounds than needed,
+// for full waves.
 template <int R>
 int64_t round_rows(const Shape& shape, const DeviceLimits& device) {
     const int64_t most =
-        device.round_limit > 0 ? device.round_limit : kRoundBytes / row_bytes<R>(shape);
-    const int64_t rounds = ceil_div(shape.m, std::max(most, kRoundUnit));
-    return ceil_div(ceil_div(shape.m, rounds), kRoundUnit) * kRoundUnit;
+        device.round_limit > 0 ? device.round_limit : kRoundBytes<R> / row_bytes<R>(shape);
+    const int64_t fewest = ceil_div(shape.m, std::max(most, kRoundUnit));
+    const auto rows_of = [&](int64_t rounds) {
+        return ceil_div(ceil_div(shape.m, rounds), kRoundUnit) * kRoundUnit;
+    };
+    int64_t best = fewest;
+    if constexpr (R > 32) {
+        double least = 0;
+        for (int64_t rounds = fewest; fewest > 1 && rounds <= 2 * fewest; ++rounds) {
+            const double cost = slowdown([&](const DeviceLimits& target) {
+                return project_dy_of<R>(shape, rows_of(rounds), Weights::rounded, target);
+            });
+            if (least == 0 || cost < least) {
+                least = cost;
+                best = rounds;
+            }
+        }
+    }
+    return rows_of(best);
 }
 
 // The pass over dy; R is the rank class of the largest member.
 template <int R>
 BackwardPlan dy_pass_of(const Shape& shape, Weights weights, const DeviceLimits& device) {
     using Outer = OuterTile<R>;
-    using Row = RowTile<R>;
     BackwardPlan plan{};
     plan.dy_rank = R;
     plan.rows = std::min(shape.m, round_rows<R>(shape, device));
@@ -229,17 +168,17 @@ BackwardPlan dy_pass_of(const Shape& shape, Weights weights, const DeviceLimits&
         plan.dh_parts[i] = dh_parts_of<R>(plan.rows, shape.members[i].n);
     if constexpr (R <= 32) {
         using Dy = DyTile<R>;
-        plan.dy = chunked<Dy, R>("dy", Dy::kRegisters, device, plan.rows,
-                                 dy_slabs(shape, shape.count), Dy::bytes, plan.db_rows);
+        plan.dy =
+            chunked<Dy, R>("dy", Dy::kRegisters, device, plan.rows, dy_slabs(shape, shape.count),
+                           partial_bytes<R>(shape), Dy::bytes, plan.db_rows);
         plan.db_chunks = plan.dy.grid_y;
     } else {
         const int n = shape.members[0].n;
         plan.segment = segment_of(n);
-        plan.project_dy = streaming("project_dy", Row::kThreads, Row::kRegisters, device,
-                                    ceil_div(plan.rows, Row::kRows), plan.dh_parts[0], weights,
-                                    Row::dy_project_bytes);
+        plan.project_dy = project_dy_of<R>(shape, plan.rows, weights, device);
         plan.db = chunked<Outer, R>("db", Outer::kDbRegisters, device, plan.rows,
-                                    ceil_div(n, Outer::kColumns), Outer::db_bytes, plan.db_rows);
+                                    ceil_div(n, Outer::kColumns), partial_bytes<R>(shape),
+                                    Outer::db_bytes, plan.db_rows);
         plan.db_chunks = plan.db.grid_y;
     }
     return plan;
@@ -251,7 +190,8 @@ void add_x_pass(BackwardPlan& plan, const Shape& shape, const DeviceLimits& devi
     using Outer = OuterTile<R>;
     plan.rank = R;
     plan.x = chunked<Outer, R>("x", Outer::kXRegisters, device, plan.rows,
-                               ceil_div(shape.k, Outer::kColumns), Outer::x_bytes, plan.da_rows);
+                               ceil_div(shape.k, Outer::kColumns), partial_bytes<R>(shape),
+                               Outer::x_bytes, plan.da_rows);
     plan.da_chunks = plan.x.grid_y;
     for (KernelPlan* kernel : {&plan.dy, &plan.project_dy, &plan.db, &plan.x})
         kernel->launches = plan.rounds;

@@ -98,7 +98,7 @@ int tile_rows(int rank_class);
 
 // Columns of a segment of a sum over `width` columns: at most kMaxSegments segments, each a whole
 // number of kSegmentUnit columns. afa_kernels/backend/triton/launch.py has the same rule.
-constexpr int kMaxSegments = 8, kSegmentUnit = 256;
+constexpr int kSegmentUnit = 256;
 int segment_of(int width);
 
 // The padded rank. Raises std::invalid_argument beyond kMaxRank.

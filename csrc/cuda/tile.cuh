@@ -58,9 +58,9 @@ AFA_DEVICE float element_of(const Weight& w, int row, int col) {
 // their way into a tile of T.
 //
 // copy() is for T in vectors, and as load_tile. What has to be rounded may take two steps: stage()
-// copies floats in vectors into `floats` (kRows x kCols), and round() rounds, by each thread, what
-// the thread has copied itself, so that it needs the wait, but no barrier. Anything else is read
-// from memory when it is rounded, element by element.
+// copies floats in vectors into `floats` (kRows x kCols), and round_staged() rounds, by each
+// thread, what the thread has copied itself, so that it needs the wait, but no barrier. round()
+// takes one step, whatever the weight is like: it waits for memory.
 template <typename T, int kRows, int kCols, int kThreads, bool kReorder = false>
 struct WeightTile {
     AFA_DEVICE static void copy(T* tile, const Weight& w, int64_t row0, int col0) {
@@ -71,28 +71,54 @@ struct WeightTile {
     AFA_DEVICE static void stage(float* floats, const Weight& w, int64_t row0, int col0) {
         if (!w.is_float || !w.in_vectors)
             return;
-        const float* data = static_cast<const float*>(w.data);
-        const int64_t row = row0 + first_row();
-        const int col = col0 + column();
         AFA_UNROLL
         for (int i = 0; i < kCount; ++i) {
-            const bool valid = row + i * kStep < w.rows && col < w.cols;
-            copy_async(own(floats, i), valid ? data + (row + i * kStep) * w.row_stride + col : data,
-                       valid);
+            const bool valid = row0 + row(i) < w.rows && col0 + column() < w.cols;
+            copy_async(own(floats, i), valid ? source(w, row0, col0, i) : w.data, valid);
         }
     }
 
-    AFA_DEVICE static void round(T* tile, float* floats, const Weight& w, int64_t row0, int col0) {
+    AFA_DEVICE static void round_staged(T* tile, float* floats, const Weight& w, int64_t row0,
+                                        int col0) {
         if (!w.is_float || !w.in_vectors)
             return round_elements(tile, w, row0, col0);
         AFA_UNROLL
-        for (int i = 0; i < kCount; ++i) {
-            const Float4 v = load_shared<Float4>(own(floats, i));
-            store_shared(place(tile, first_row() + i * kStep, column()),
-                         Vec8{{pack<T>(v.x, v.y), pack<T>(v.z, v.w)}});
-        }
+        for (int i = 0; i < kCount; ++i)
+            store(tile, i, load_shared<Float4>(own(floats, i)));
     }
 
+    AFA_DEVICE static void round(T* tile, const Weight& w, int64_t row0, int col0) {
+        if (!w.is_float || !w.in_vectors)
+            return round_elements(tile, w, row0, col0);
+        Float4 v[kCount] = {};  // all under way at once
+        AFA_UNROLL
+        for (int i = 0; i < kCount; ++i)
+            if (row0 + row(i) < w.rows && col0 + column() < w.cols)
+                v[i] = load_global(reinterpret_cast<const Float4*>(source(w, row0, col0, i)));
+        AFA_UNROLL
+        for (int i = 0; i < kCount; ++i)
+            store(tile, i, v[i]);
+    }
+
+  private:
+    static constexpr int kVectors = kCols / 4, kStep = kThreads / kVectors, kCount = kRows / kStep;
+    static_assert(kThreads % kVectors == 0 && kRows % kStep == 0);
+
+    // Where the thread's vector i lies in the tile, in the weight and among the floats.
+    AFA_DEVICE static int row(int i) { return thread_index() / kVectors + i * kStep; }
+    AFA_DEVICE static int column() { return thread_index() % kVectors * 4; }
+    AFA_DEVICE static const float* source(const Weight& w, int64_t row0, int col0, int i) {
+        return static_cast<const float*>(w.data) + (row0 + row(i)) * w.row_stride + col0 + column();
+    }
+    AFA_DEVICE static float* own(float* floats, int i) {
+        return floats + (thread_index() + i * kThreads) * 4;
+    }
+    AFA_DEVICE static T* place(T* tile, int row, int col) {
+        return tile + (kReorder ? column_order(row) : row) * pitch(kCols) + col;
+    }
+    AFA_DEVICE static void store(T* tile, int i, const Float4& v) {
+        store_shared(place(tile, row(i), column()), Vec8{{pack<T>(v.x, v.y), pack<T>(v.z, v.w)}});
+    }
     AFA_DEVICE static void round_elements(T* tile, const Weight& w, int64_t row0, int col0) {
         AFA_UNROLL_BY_4
         for (int i = thread_index(); i < kRows * kCols / 2; i += kThreads) {
@@ -101,19 +127,6 @@ struct WeightTile {
                          pack<T>(element_of<T>(w, row0 + row, col0 + col),
                                  element_of<T>(w, row0 + row, col0 + col + 1)));
         }
-    }
-
-  private:
-    static constexpr int kVectors = kCols / 4, kStep = kThreads / kVectors, kCount = kRows / kStep;
-    static_assert(kThreads % kVectors == 0 && kRows % kStep == 0);
-
-    AFA_DEVICE static int first_row() { return thread_index() / kVectors; }
-    AFA_DEVICE static int column() { return thread_index() % kVectors * 4; }
-    AFA_DEVICE static float* own(float* floats, int i) {
-        return floats + (thread_index() + i * kThreads) * 4;
-    }
-    AFA_DEVICE static T* place(T* tile, int row, int col) {
-        return tile + (kReorder ? column_order(row) : row) * pitch(kCols) + col;
     }
 };
 
@@ -134,15 +147,15 @@ struct RankRows {
         for (int i = 0; i < R / kRankUnit; ++i)
             Rows::stage(floats + i * kFloats, a[i], 0, col0);
     }
-    AFA_DEVICE static void round(T* tile, float* floats, Blocks a, int col0) {
+    AFA_DEVICE static void round_staged(T* tile, float* floats, Blocks a, int col0) {
         AFA_UNROLL
         for (int i = 0; i < R / kRankUnit; ++i)
-            Rows::round(tile + i * kTile, floats + i * kFloats, a[i], 0, col0);
+            Rows::round_staged(tile + i * kTile, floats + i * kFloats, a[i], 0, col0);
     }
-    AFA_DEVICE static void round_elements(T* tile, Blocks a, int col0) {
+    AFA_DEVICE static void round(T* tile, Blocks a, int col0) {
         AFA_UNROLL
         for (int i = 0; i < R / kRankUnit; ++i)
-            Rows::round_elements(tile + i * kTile, a[i], 0, col0);
+            Rows::round(tile + i * kTile, a[i], 0, col0);
     }
 };
 
@@ -173,9 +186,9 @@ struct WeightRing {
     template <typename Source, typename W, typename... Place>
     AFA_DEVICE void finish(Source, int t, int slot, const W& weight, Place... place) const {
         if (staged)
-            Source::round(tile(t, slot), staging + slot * kFloats, weight, place...);
+            Source::round_staged(tile(t, slot), staging + slot * kFloats, weight, place...);
         else if (rounded)
-            Source::round_elements(tile(t, slot), weight, place...);
+            Source::round(tile(t, slot), weight, place...);
     }
 };
 
@@ -202,8 +215,10 @@ AFA_DEVICE void wait_oldest(int stages) {
         copy_wait<0>();
     else if (stages == 3)
         copy_wait<1>();
-    else
+    else if (stages == 4)
         copy_wait<2>();
+    else
+        copy_wait<3>();
 }
 
 // Element offset, in a row-major tile, of what this lane points ldmatrix to for a 16x16 piece whose

@@ -12,7 +12,7 @@ namespace afa {
 constexpr int kWarpSize = 32;
 constexpr int kPad = 8;     // elements between the rows of a tile in shared memory
 constexpr int kVector = 8;  // elements of a 16-byte access
-constexpr int kMaxStages = 4;
+constexpr int kMaxStages = 5;
 constexpr int kReduceThreads = 128;
 constexpr int kElementBytes = 2, kFloatBytes = 4;
 
@@ -38,7 +38,8 @@ struct RowTile {
     // Budgets per thread, on every architecture. At rank 128 the two accumulators of a sum in
     // segments leave room for one block on a multiprocessor, which has tiles enough under way.
     static constexpr int kRegisters = R == 128 ? 248 : 128, kExpandRegisters = 128;
-    static constexpr int kBlocks = R == 128 ? 1 : 4;  // that kRegisters leave room for
+    // Blocks that these leave room for.
+    static constexpr int kBlocks = R == 128 ? 1 : 4, kExpandBlocks = R == 128 ? 2 : 4;
     static constexpr int kWide = tile_elements(kRows, kDepth);
     static constexpr int kNarrow = tile_elements(R, kDepth);
     static constexpr int kNarrowTransposed = tile_elements(kDepth, R);

@@ -75,9 +75,9 @@ class Nvcc:
         for dtype in (torch.bfloat16, torch.float16):
             for rank in (16, 32, 64, 128):
                 for shape, dropout in self.shapes:
-                    # Full ranks and one that is padded, weights as they are and packed from float32.
-                    packed = dropout > 0
-                    arguments = (rank - 3 if packed else rank, dtype, torch.float32 if packed else dtype, dropout)
+                    # Full ranks and one that is padded, weights as they are and rounded from float32.
+                    rounded = dropout > 0
+                    arguments = (rank - 3 if rounded else rank, dtype, torch.float32 if rounded else dtype, dropout)
                     calls.append(call(ptx_cuda.NAME, shape, *arguments))
         _cuda_on_ptx.take_launches()
         reached: dict[str, list] = {}
