@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import afa_kernels as afa
+from afa_kernels.group import on_shards
 from afa_kernels.parallel import ColwiseAFA, RowwiseAFA
 
 
@@ -253,11 +254,33 @@ def check_tensor_parallel_groups_keep_to_what_is_shared(_folder: Path) -> None:
         with torch.no_grad():
             got, want = made(given.clone(), between=write), whole(x.clone(), between=Tensor.neg_)
         assert_close(got, want, 1e-6, "y of an x that was written")
-    # The others read a part of the sequence.
-    made, whole = attention(True, {"k_proj": Shard(1), "v_proj": Shard(1)})
-    with torch.no_grad():
-        got = made(x, context=other.chunk(2, 1)[dist.get_rank()])
-        assert_close(got, whole(x, context=other), 1e-6, "y of members with other layouts")
+
+
+def check_tensor_parallel_members_that_do_not_share(_folder: Path) -> None:
+    def shared(**changed) -> bool:
+        made, whole = attention(False)
+        members = {"q_proj": made.q_proj, "k_proj": made.k_proj, "v_proj": made.v_proj}
+        members |= {name: change(made, whole) for name, change in changed.items()}
+        return on_shards(list(members.values()), torch.randn(3, 4, FEATURES)) is not None
+
+    def merged(made, _whole):
+        made.v_proj.set_alpha_t(0.0)
+        made.v_proj.merge()
+        return made.v_proj
+
+    def hooked(made, _whole):
+        made.v_proj.register_forward_pre_hook(lambda *_: None)
+        return made.v_proj
+
+    assert shared()
+    assert not shared(k_proj=lambda *_: attention(False, {"k_proj": Shard(1)})[0].k_proj), "another input layout"
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    rowwise = [parallelize_module(afa.AFALinear(nn.Linear(8, 8), r=4), mesh, RowwiseAFA()) for _ in range(2)]
+    assert on_shards(rowwise, torch.randn(3, 4)) is None, "split over their inputs"
+    assert not shared(q_proj=lambda _, whole: whole.q_proj) and not shared(v_proj=lambda _, whole: whole.v_proj), (
+        "whole"
+    )
+    assert not shared(v_proj=merged) and not shared(v_proj=hooked)
 
 
 def check_tensor_parallel_groups_of_a_dtensor(_folder: Path) -> None:
