@@ -175,6 +175,10 @@ triton-report: build-tests  ## the same for every row of the Triton tile table
 ptx-report: build-tests  ## what every compiled kernel does in a call, counted: bytes, conflicts, barriers, products
 	$(RUN) -m tools.ptx_report $(ARGS)
 
+.PHONY: host-time
+host-time: build-tests  ## processor time of a call of the cuda backend before its kernels run, without a GPU
+	$(RUN) -m tools.host_time $(ARGS)
+
 gpu-check: build-tests  ## on a machine with a GPU: everything that the tests cannot run without one
 	$(RUN) -m tools.gpu_check $(ARGS)
 

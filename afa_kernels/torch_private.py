@@ -25,6 +25,7 @@ def _find(path: str) -> Any:
 _autocast_state = _find("_C._is_any_autocast_enabled")
 _hooks_of_saved_tensors = _find("_C._autograd._top_saved_tensors_default_hooks")
 _dispatch_keys = _find("_C._dispatch_keys")
+_raw_stream = _find("_C._cuda_getCurrentRawStream")
 # Functions that tell whether something may see, record or replace operators: modes, transforms, traces and profilers.
 _WATCHERS = (
     _find("_C._len_torch_dispatch_stack"),
@@ -81,6 +82,11 @@ def are_ordinary(tensors: Iterable[Tensor | None]) -> bool:
 def autocast_may_be_on() -> bool:
     """Whether autocast may be on for some device: False spares asking for the one in question."""
     return True if _autocast_state is None else _autocast_state()
+
+
+def current_stream(device: int) -> int:
+    """Return the address of the current stream of a CUDA device, without an object for it where torch offers that."""
+    return torch.cuda.current_stream(device).cuda_stream if _raw_stream is None else _raw_stream(device)
 
 
 def in_forward_mode() -> bool:

@@ -103,6 +103,8 @@ OPTIONAL: dict[str, dict[str, object]] = {
         "tax_interval": list,
         "floor_tax": _NUMBER,
         "over_floor": _NUMBER,
+        "peft_share": _NUMBER,  # the tax over that of provider "peft"
+        "peft_share_interval": list,
         "adamw_ratio": _NUMBER,  # a variant of AdamW over the pass "adamw"
         "adamw_ratio_interval": list,
     },

@@ -59,6 +59,17 @@ def tax(own: list[float], frozen: list[float]) -> dict[str, object]:
     return {"tax": found.middle - 1, "tax_interval": [value - 1 for value in found.interval]}
 
 
+def peft_share(own: list[float], peft: list[float], frozen: list[float]) -> dict[str, object]:
+    """Return the fields of the tax over PEFT's: the median of its ratio within the round, which both taxes share the
+    frozen model's time of, and its interval; none if that is unknown, or PEFT's tax is not above 0 beyond the error."""
+    of_peft = ratio(peft, frozen)
+    if not of_peft.interval or of_peft.interval[0] <= 1:
+        return {}
+    taxes, peft_taxes = ([time - base for time, base in zip(times, frozen, strict=True)] for times in (own, peft))
+    found = ratio(taxes, peft_taxes)
+    return {"peft_share": found.middle, "peft_share_interval": [*found.interval]}
+
+
 def absent(reason: str) -> dict[str, object]:
     return {"kind": "absent", "reason": reason}
 

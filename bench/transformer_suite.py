@@ -13,7 +13,8 @@ from bench.timing import Work, clock_of, measure, ratio
 from bench.transformer import Checker, Operands, Step
 
 # All providers have the same adapters, so the optimizer is timed for one of ours and one peer.
-_OPTIMIZED = ("peft", "afa")
+_PEFT = "peft"
+_OPTIMIZED = (_PEFT, "afa")
 _OPTIMIZER_SECONDS = 5.0  # at most
 
 
@@ -55,7 +56,10 @@ def run_case(
             row = rows.row(case, step, provider, works, model.least(step), check, memory, roof)
             row |= {"cache": "hot", "launch": "eager", "rounds": rounds}
             if FROZEN in works and provider.function != FROZEN:
-                row |= rows.tax(works[name].samples[step], works[FROZEN].samples[step])
+                own, frozen = works[name].samples[step], works[FROZEN].samples[step]
+                row |= rows.tax(own, frozen)
+                if _PEFT in works and name != _PEFT:
+                    row |= rows.peft_share(own, works[_PEFT].samples[step], frozen)
             yield row
     optimized = {name: entrants[name] for name in _OPTIMIZED if name in entrants}
     if optimized:

@@ -108,11 +108,9 @@ def verdicts(rows: list[dict], goal: Goal) -> Iterator[Verdict]:
             value = own["tax"] / own["floor_tax"]
             good = value <= goal.largest_tax
             yield _verdict(title, f"tax / floor {value:.2f}, at most {goal.largest_tax}", good)
-        if "tax" in problem.get("peft", {}):
-            peft = problem["peft"]
-            for name in goal.peft_taxes:
-                if "tax" in problem.get(name, {}):
-                    yield _of_peft(title, problem[name], peft)
+        for name in goal.peft_taxes:
+            if "peft_share" in problem.get(name, {}):
+                yield _of_peft(title, problem[name], problem["peft"])
     for other, wanted in goal.mean_ratios.items():
         problems = [problem for _, problem in measured(rows, goal) if OURS in problem.get(other, {}).get("ratio", {})]
         if problems:
@@ -139,15 +137,12 @@ def comparisons(rows: list[dict], goal: Goal) -> Iterator[Verdict]:
 
 def _of_peft(title: str, own: dict, peft: dict) -> Verdict:
     """Return whether a tax is small beside PEFT's, and whether their intervals are apart."""
-    name, tax, (low, high) = own["provider"], own["tax"], own["tax_interval"]
-    peft_low, peft_high = peft["tax_interval"]
-    if peft["tax"] <= 0:
-        return _verdict(title, f"tax of {name}: PEFT's is not above 0", False, unsure=True)
-    value, apart = tax / peft["tax"], high < peft_low or low > peft_high
-    text = (
-        f"tax of {name} / PEFT's: {100 * tax:.1f}% / {100 * peft['tax']:.1f}% = {value:.2f}, at most {LARGEST_OF_PEFT}"
-    )
-    return _verdict(title, text, value <= LARGEST_OF_PEFT, f", intervals {'apart' if apart else 'overlap'}")
+    (low, high), (peft_low, peft_high) = own["tax_interval"], peft["tax_interval"]
+    share, interval = own["peft_share"], own["peft_share_interval"]
+    apart = "apart" if high < peft_low or low > peft_high else "overlap"
+    text = f"tax of {own['provider']} {100 * own['tax']:.1f}%, PEFT's {100 * peft['tax']:.1f}%, intervals {apart}; "
+    text += f"ratio {share:.2f}{interval_text(interval, 1, 2)}, at most {LARGEST_OF_PEFT}"
+    return _verdict(title, text, share <= LARGEST_OF_PEFT, unsure=_includes(interval, LARGEST_OF_PEFT))
 
 
 def _verdict(title: str, text: str, met: bool, more: str = "", *, unsure: bool = False) -> Verdict:

@@ -14,12 +14,18 @@ bool is_matrix(const dlpack::Tensor& t, int64_t rows, int64_t cols) {
     return t.dimensions == 2 && t.sizes[0] == rows && t.sizes[1] == cols;
 }
 
+bool same_device(const dlpack::Tensor& t, const dlpack::Tensor& x) {
+    return t.device_type == x.device_type && t.device_id == x.device_id;
+}
+
 int64_t last_size(const dlpack::Tensor& t) { return t.sizes[t.dimensions - 1]; }
 
 // Reads x and whether A and B fit it; *n is N.
 bool fits(py::handle x, py::handle a, py::handle b, dlpack::Tensor* xs, int64_t* n) {
     dlpack::Tensor as, bs;
     if (!lend_plain(x, xs) || !lend_plain(a, &as) || !lend_plain(b, &bs))
+        return false;
+    if (!same_device(as, *xs) || !same_device(bs, *xs))
         return false;
     if (xs->dimensions < 1 || as.dimensions != 2 || bs.dimensions != 2)
         return false;
@@ -43,7 +49,8 @@ bool recognizes_lora(py::handle x, py::handle a, py::handle b, py::handle base) 
         return false;
     if (base.is_none())
         return true;
-    return lend_plain(base, &bases) && bases.dimensions == xs.dimensions && last_size(bases) == n &&
+    return lend_plain(base, &bases) && same_device(bases, xs) &&
+           bases.dimensions == xs.dimensions && last_size(bases) == n &&
            std::equal(xs.sizes, xs.sizes + xs.dimensions - 1, bases.sizes);
 }
 
@@ -51,14 +58,14 @@ bool recognizes_linear(py::handle x, py::handle weight, py::handle bias, py::han
                        py::handle b) {
     dlpack::Tensor xs, weights, biases;
     int64_t n;
-    if (!fits(x, a, b, &xs, &n) || !lend_plain(weight, &weights))
+    if (!fits(x, a, b, &xs, &n) || !lend_plain(weight, &weights) || !same_device(weights, xs))
         return false;
     const bool same_dtype =
         xs.dtype.code == weights.dtype.code && xs.dtype.bits == weights.dtype.bits;
     if (!same_dtype || !is_matrix(weights, n, last_size(xs)))
         return false;
-    return bias.is_none() ||
-           (lend_plain(bias, &biases) && biases.dimensions == 1 && biases.sizes[0] == n);
+    return bias.is_none() || (lend_plain(bias, &biases) && same_device(biases, xs) &&
+                              biases.dimensions == 1 && biases.sizes[0] == n);
 }
 
 bool recognizes_group(py::handle x, const py::list& layers) {

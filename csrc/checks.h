@@ -8,7 +8,8 @@
 
 namespace afa {
 
-// Whether all are ordinary floating tensors on the CPU whose memory holds their values, or None.
+// Whether all are ordinary floating tensors on the CPU or a CUDA device whose memory holds their
+// values, or None.
 bool are_plain(pybind11::args tensors);
 
 // x (..., K), A (r, K), B (N, r), base (..., N) with the leading sizes of x or None.

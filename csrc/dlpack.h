@@ -10,7 +10,7 @@ namespace afa::dlpack {
 constexpr const char* kAttribute = "__dlpack_c_exchange_api__";
 constexpr const char* kCapsule = "dlpack_exchange_api";
 constexpr uint32_t kMajorVersion = 1;
-constexpr int32_t kDeviceCpu = 1;
+constexpr int32_t kDeviceCpu = 1, kDeviceCuda = 2;
 
 enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };
 

@@ -60,9 +60,7 @@ void check_type(py::handle tensor, const char* name) {
                              Py_TYPE(tensor.ptr())->tp_name);
 }
 
-void check_place(bool on_cpu, int64_t dimensions, const char* name) {
-    if (!on_cpu)
-        throw py::value_error(std::string(name) + ": expected a tensor on the CPU");
+void check_dimensions(int64_t dimensions, const char* name) {
     if (dimensions > 2)
         throw py::value_error(std::string(name) + ": expected at most two dimensions, got " +
                               std::to_string(dimensions));
@@ -102,6 +100,32 @@ int64_t integer(PyObject* value) {
     return number;
 }
 
+TensorView on_cpu(const TensorView& view, const char* name) {
+    if (!view.on_cpu)
+        throw py::value_error(std::string(name) + ": expected a tensor on the CPU");
+    return view;
+}
+
+TensorView attributes_of(py::handle tensor, const char* name) {
+    check_type(tensor, name);
+    const py::object sizes = attribute(tensor, known.shape), strides = call(tensor, known.stride);
+    const py::object dtype = attribute(tensor, known.dtype);
+    const py::ssize_t dimensions = PyTuple_GET_SIZE(sizes.ptr());
+    check_dimensions(dimensions, name);
+    TensorView view;
+    view.on_cpu = attribute(tensor, known.is_cpu).ptr() == Py_True;
+    view.data = reinterpret_cast<void*>(integer(call(tensor, known.data_ptr).ptr()));
+    view.dimensions = static_cast<int>(dimensions);
+    for (int i = 0; i < kElements; ++i)
+        if (dtype.ptr() == known.dtypes[i])
+            view.element = static_cast<Element>(i);
+    for (int i = 0; i < view.dimensions; ++i) {
+        view.sizes[i] = integer(PyTuple_GET_ITEM(sizes.ptr(), i));
+        view.strides[i] = integer(PyTuple_GET_ITEM(strides.ptr(), i));
+    }
+    return view;
+}
+
 }  // namespace
 
 void use_torch(const py::module_& torch) {
@@ -124,14 +148,19 @@ void use_torch(const py::module_& torch) {
 bool has_exchange_table() { return known.table != nullptr; }
 
 TensorView view_of(py::handle tensor, const char* name) {
+    return on_cpu(view_anywhere(tensor, name), name);
+}
+
+TensorView view_anywhere(py::handle tensor, const char* name) {
     if (known.table == nullptr)
-        return view_by_attributes(tensor, name);
+        return attributes_of(tensor, name);
     check_type(tensor, name);
     dlpack::Tensor lent;
     if (known.table->tensor_from_object(tensor.ptr(), &lent) != 0)
         throw py::error_already_set();
-    check_place(lent.device_type == dlpack::kDeviceCpu, lent.dimensions, name);
+    check_dimensions(lent.dimensions, name);
     TensorView view;
+    view.on_cpu = lent.device_type == dlpack::kDeviceCpu;
     view.data = static_cast<char*>(lent.data) + lent.byte_offset;
     view.dimensions = lent.dimensions;
     view.element = element_of(lent.dtype);
@@ -150,27 +179,13 @@ bool lend_plain(py::handle tensor, dlpack::Tensor* out) {
         PyErr_Clear();  // a layout, wrapper or dtype that DLPack does not know
         return false;
     }
-    return out->device_type == dlpack::kDeviceCpu && element_of(out->dtype) <= Element::f64 &&
-           holds_its_values(tensor, *out);
+    const bool in_memory =
+        out->device_type == dlpack::kDeviceCpu || out->device_type == dlpack::kDeviceCuda;
+    return in_memory && element_of(out->dtype) <= Element::f64 && holds_its_values(tensor, *out);
 }
 
 TensorView view_by_attributes(py::handle tensor, const char* name) {
-    check_type(tensor, name);
-    const py::object sizes = attribute(tensor, known.shape), strides = call(tensor, known.stride);
-    const py::object dtype = attribute(tensor, known.dtype);
-    const py::ssize_t dimensions = PyTuple_GET_SIZE(sizes.ptr());
-    check_place(attribute(tensor, known.is_cpu).ptr() == Py_True, dimensions, name);
-    TensorView view;
-    view.data = reinterpret_cast<void*>(integer(call(tensor, known.data_ptr).ptr()));
-    view.dimensions = static_cast<int>(dimensions);
-    for (int i = 0; i < kElements; ++i)
-        if (dtype.ptr() == known.dtypes[i])
-            view.element = static_cast<Element>(i);
-    for (int i = 0; i < view.dimensions; ++i) {
-        view.sizes[i] = integer(PyTuple_GET_ITEM(sizes.ptr(), i));
-        view.strides[i] = integer(PyTuple_GET_ITEM(strides.ptr(), i));
-    }
-    return view;
+    return on_cpu(attributes_of(tensor, name), name);
 }
 
 }  // namespace afa

@@ -12,14 +12,15 @@ namespace afa {
 
 enum class Element : int { f32, bf16, f16, f64, i64, other };
 
-// A CPU tensor of at most two dimensions. Sizes and strides are in elements; a missing dimension
-// has size 1 and stride 0. It holds no reference: use it while the caller holds the tensor.
+// A tensor of at most two dimensions. Sizes and strides are in elements; a missing dimension has
+// size 1 and stride 0. It holds no reference: use it while the caller holds the tensor.
 struct TensorView {
     void* data = nullptr;
     int dimensions = 0;
     int64_t sizes[2] = {1, 1};
     int64_t strides[2] = {0, 0};
     Element element = Element::other;
+    bool on_cpu = false;
 };
 
 // Learns torch's types from the imported module, before any tensor is read.
@@ -33,13 +34,16 @@ bool has_exchange_table();
 // most two dimensions.
 TensorView view_of(pybind11::handle tensor, const char* name);
 
+// As view_of, of a tensor on any device.
+TensorView view_anywhere(pybind11::handle tensor, const char* name);
+
 // As view_of, through the attributes that every torch has.
 TensorView view_by_attributes(pybind11::handle tensor, const char* name);
 
-// A tensor of torch's own types, dense, on the CPU and of a floating dtype, of any dimensions,
-// whose memory holds its values (torch can negate one lazily, and keep zeros without memory); false
-// if it is anything else, or if this torch has no exchange table. Never throws. `out` is valid
-// while the caller holds the tensor.
+// A tensor of torch's own types, dense, on the CPU or a CUDA device and of a floating dtype, of any
+// dimensions, whose memory holds its values (torch can negate one lazily, and keep zeros without
+// memory); false if it is anything else, or if this torch has no exchange table. Never throws.
+// `out` is valid while the caller holds the tensor.
 bool lend_plain(pybind11::handle tensor, dlpack::Tensor* out);
 
 }  // namespace afa

@@ -55,12 +55,14 @@ def kernel(body: str, *, parameters: int = 1, shared: int = 0, threads: int = 32
 """
 
 
-def launch(text: str, *arrays: np.ndarray, threads: int = 32, grid: int = 1, seed: int = 0, writable=True) -> dict:
+def launch(
+    text: str, *arrays: np.ndarray, threads: int = 32, grid: int = 1, seed: int = 0, writable=True, **options
+) -> dict:
     """Run kernel ``k`` on numpy arrays, each exactly one allocation."""
     EXECUTED.update(re.findall(r"[a-z][\w.:]*\w", text))
     parameters = np.array([a.ctypes.data for a in arrays], dtype=np.uint64).tobytes()
     allocations = [(a.ctypes.data, a.nbytes, writable, f"array {i}") for i, a in enumerate(arrays)]
-    return _ptx.Module(text).launch("k", (grid, 1, 1), (threads, 1, 1), parameters, 0, allocations, seed)
+    return _ptx.Module(text).launch("k", (grid, 1, 1), (threads, 1, 1), parameters, 0, allocations, seed, **options)
 
 
 def per_lane(code: str, inputs: list[np.ndarray], outputs: list[np.dtype]) -> list[np.ndarray]:

@@ -1,5 +1,4 @@
-"""The benchmarks are right before they are fast: truth, records, cases, costs, and the counts that hold what a call
-does."""
+"""The benchmarks are right before they are fast: truth, records, cases and costs."""
 
 import argparse
 import dataclasses
@@ -14,10 +13,9 @@ from helpers import eager
 
 from bench import __main__ as command
 from bench import cost, optimizer, problem, scaling, suite, timing
+from bench import rows as row_fields
 from bench.cases import PRESETS, cases
 from bench.environment import left_to_container
-from bench.memory import allocations, saved_bytes
-from bench.model import counts
 from bench.problem import SCALING, Problem, relative_error, truth
 from bench.providers import by_default, measured_again, providers
 from bench.results import KEY, Writer, read, recorded, validate
@@ -292,6 +290,14 @@ def test_the_tax_is_counted_over_the_frozen_layer():
     assert got["over_floor"] == pytest.approx(1.0 / floor_ms)
 
 
+def test_a_tax_is_compared_with_pefts_within_the_round():
+    frozen, peft = [100.0, 200.0, 100.0] * 3, [120.0, 240.0, 110.0] * 3
+    got = row_fields.peft_share([110.0, 220.0, 106.0] * 3, peft, frozen)
+    assert got == {"peft_share": pytest.approx(0.5), "peft_share_interval": [pytest.approx(0.5), pytest.approx(0.6)]}
+    assert not row_fields.peft_share(peft[:5], peft[:5], frozen[:5])  # too few rounds
+    assert not row_fields.peft_share(peft, frozen, frozen)  # of a tax of 0
+
+
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
 def test_the_exponent_of_a_power_law_is_found(exponent):
     values = [8, 16, 64, 128]
@@ -350,53 +356,3 @@ def test_tensor_parallelism_splits_every_layer_of_the_model_once():
     weights = sum(count * k * n for count, k, n, _ in linears) * LLAMA_70B.blocks
     assert sum(count for count, *_ in linears) == 7
     assert 68e9 < weights + 2 * 128256 * LLAMA_70B.hidden < 71e9  # with embedding and head: 70B
-
-
-# Memory and counts
-
-
-def test_allocations_are_counted_with_their_peak():
-    def call():
-        first = torch.empty(1000, dtype=torch.float32)
-        del first
-        return torch.empty(250, dtype=torch.float32), torch.empty(250, dtype=torch.float32)
-
-    assert allocations(call) == (4000, 6000)
-
-
-def test_saved_bytes_count_a_storage_once_and_no_operand():
-    x = torch.randn(10, 10, requires_grad=True)
-    assert saved_bytes(lambda: x.exp().sum(), [x]) == 400  # exp saves its result
-    assert saved_bytes(lambda: (x * x).sum(), [x]) == 0
-    assert saved_bytes(lambda: (x * x).sum(), []) == 400
-
-
-def test_no_call_does_more_than_recorded():
-    worse, _ = counts.compare(counts.measure(), json.loads(counts.RECORDED.read_text()))
-    assert not worse, "\n".join([*worse, "if this is meant: python -m bench.model.counts --write"])
-
-
-def test_the_counts_see_one_gemm_and_one_saved_tensor_more():
-    class Heavier(torch.nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-            self.lora_a, self.lora_b = module.lora_a, module.lora_b
-
-        def forward(self, x):
-            return self.module(x) + 1e-9 * (x @ self.lora_a.T).exp().mean()
-
-    ours = providers()["afa.torch"]
-
-    def heavier(*arguments):
-        module = Heavier(ours.layer(*arguments)[0])
-        return module, (module.lora_a, module.lora_b)
-
-    case = counts.CASES["layer"]
-    before = counts.counts(ours, case)
-    after = counts.counts(dataclasses.replace(ours, layer=heavier), case)
-    worse, better = counts.compare({"layer": {"x": after}}, {"layer": {"x": before}})
-    assert not better
-    assert {text.split(": ")[1].split()[0] for text in worse} >= {"gemms", "saved_bytes"}
-    assert counts.compare({"layer": {"x": before}}, {"layer": {"x": after}})[0] == []
-    assert counts.compare({"layer": {"x": before}}, {})[0] == ["layer, x: not recorded"]

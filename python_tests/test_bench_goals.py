@@ -129,6 +129,8 @@ def _step_rows() -> list[dict]:
         for name, (value, half) in taxes.items():
             tax = value - 0.01 if name == "afa" and not alpha_t else value
             row = base | {"provider": name, "alpha_t": alpha_t, "tax": tax, "tax_interval": [tax - half, tax + half]}
+            share = tax / 0.2
+            row |= {"peft_share": share, "peft_share_interval": [share - 0.1, share + (0.05 if alpha_t else 0.3)]}
             rows.append(row)
     return rows
 
@@ -136,15 +138,14 @@ def _step_rows() -> list[dict]:
 def test_the_tax_of_a_step_is_judged_beside_pefts():
     text = "\n".join(goals.report(_step_rows()))
     assert "goals, training step: 2 of 4 met" in text
-    assert (
-        "fp32 0.5 512 1024 2816 16   tax of afa / PEFT's: 9.0% / 20.0% = 0.45, at most 0.6: met, intervals apart"
-        in text
-    )
-    assert "tax of afa.peft / PEFT's: 15.0% / 20.0% = 0.75, at most 0.6: not met, intervals overlap" in text
+    beside = "9.0%, PEFT's 20.0%, intervals apart; ratio 0.45 [0.35, 0.50], at most 0.6: met\n"
+    assert f"fp32 0.5 512 1024 2816 16   tax of afa {beside}" in text
+    assert "afa.peft 15.0%, PEFT's 20.0%, intervals overlap; ratio 0.75 [0.65, 0.80], at most 0.6: not met\n" in text
+    assert "ratio 0.40 [0.30, 0.70], at most 0.6: met, within the error" in text
     assert "of 2 intervals of its ratio to itself 0 include 1" in text and "distance from 1 is 1.0%" in text
     row = "| fp32 | 0 | 100 | 20.0 [19.0, 21.0] | 22.0 [21.0, 23.0] | **8.0** [6.0, 10.0] | 15.0 [9.0, 21.0] | 1.0 |"
     assert row in text
-    short = [{k: v for k, v in row.items() if not k.startswith("tax")} for row in _step_rows()]
+    short = [{k: v for k, v in row.items() if not k.startswith(("tax", "peft_"))} for row in _step_rows()]
     assert "training step" not in "\n".join(goals.report(short))  # too few rounds
 
 

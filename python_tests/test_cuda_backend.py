@@ -112,8 +112,8 @@ def test_an_old_gpu_is_refused_by_its_capability(monkeypatch):
 
 
 OLD_DRIVER = (
-    "the driver (CUDA 12.4) is older than the CUDA 13 runtime this wheel was built with; "
-    "update the driver or install triton"
+    "the driver (CUDA 12.4) is too old for CUDA 13.0, which this wheel was built with; "
+    "update the driver, build the package with an nvcc of CUDA 12, or install triton"
 )
 
 
@@ -137,7 +137,7 @@ def test_a_driver_that_the_runtime_refuses_all_the_same_is_a_reason(machine):
     machine(("cudaErrorInsufficientDriver", "CUDA driver version is insufficient"), versions=(13000, 13010))
     chosen, reason = registry.select(call(), None)
     assert chosen.name == "triton"
-    assert reason.startswith("cuda: the driver (CUDA 13.0) is older than the CUDA 13 runtime")
+    assert reason.startswith("cuda: the driver (CUDA 13.0) is too old for CUDA 13.1")
 
 
 def test_the_real_runtime_tells_its_error_and_raises_nothing():

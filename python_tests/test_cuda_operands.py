@@ -1,5 +1,7 @@
 """Operands of the CUDA kernels as callers hold them, on the emulator: any strides, addresses and dtypes."""
 
+import sys
+
 import pytest
 import torch
 from conftest import skip_unless_available
@@ -103,3 +105,38 @@ def test_identity_is_plain_lora():
     got = afa.afa_lora(problem.x, problem.lora_a, problem.lora_b, 0.0, backend="cuda_emulated")
     double = [t.double() for t in (problem.x, problem.lora_a, problem.lora_b)]
     assert relative_error(got, eager(*double, 0.0)) < 1e-2
+
+
+def torch_calls(call) -> list[str]:
+    """Return the names of torch's functions and methods that ``call`` calls from Python."""
+    names = []
+
+    def note(frame, event, function):
+        if event == "c_call" and (function.__module__ or "").startswith("torch"):
+            names.append(function.__name__)
+        elif event == "c_call" and isinstance(function.__self__, torch.Tensor):
+            names.append(function.__name__)
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return names
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+def test_a_call_asks_torch_for_memory_and_nothing_else(weights):
+    """Of operands that the kernels read where they lie. Each of torch's methods takes as long as half of the compiled
+    part of a call."""
+    problem = Problem.random(9, 64, 72, 16, torch.bfloat16)
+    x, a, b, dy, y = problem.x, problem.lora_a.to(weights), problem.lora_b.to(weights), problem.dy, problem.base.clone()
+    backend, rest = registry.get("cuda_emulated"), (torch.tensor(0.3), None, Spec("silu", 1.5))
+    needs = {"need_dx": True, "need_da": True, "need_db": True}
+    z = backend.forward(x, a, b, *rest, base=problem.base, out=y, save_z=True)
+
+    def forward():
+        backend.forward(x, a, b, *rest, base=problem.base, out=y, save_z=True)
+
+    assert torch_calls(forward) == ["new_empty"]  # z
+    assert torch_calls(lambda: backend.backward(dy, x, a, b, z, *rest, **needs)) == ["new_empty"] * 4

@@ -19,14 +19,19 @@ SASS = f"""\
         /*0140*/                   LDSM.16.M88.4 R8, [R2] ;              /* 0x000 */
         /*0150*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ; /* 0x000 */
         /*0160*/                   HMMA.16816.F32.BF16 R4, R8, R14, R4 ; /* 0x000 */
+        /*0170*/                   ACQBULK ;                             /* 0x000 */
+        /*0180*/                   LDG.E R4, [R2.64] ;                   /* 0x000 */
         /*1170*/              @P1  STL [R1], R4 ;                        /* 0x000 */
 """
+
+
+SOUND = {"HMMA": 32, "LDGSTS": 16, "LDSM": 20, "ACQBULK": 1}
 
 
 def sound_row(**changes):
     row = cuda_report.Row("90", "project", 64, "bf16", registers=70, register_budget=128)
     row.threads, row.shared_bytes, row.blocks_per_sm = 128, 50_000, 4
-    row.opcodes = {"HMMA": 32, "LDGSTS": 16, "LDSM": 20}
+    row.opcodes = dict(SOUND)
     for name, value in changes.items():
         setattr(row, name, value)
     return row
@@ -57,7 +62,7 @@ def test_what_ptxas_says():
 
 
 def test_instructions_are_counted():
-    expected = {"HMMA": 2, "LDGSTS": 1, "LDSM": 1, "LDL": 0, "STL": 1}
+    expected = {"HMMA": 2, "LDGSTS": 1, "LDSM": 1, "LDL": 0, "STL": 1, "ACQBULK": 1, cuda_report.EARLY: 1}
     assert cuda_report.count_opcodes(SASS) == {MANGLED: expected}
 
 
@@ -75,14 +80,20 @@ def test_a_sound_kernel_passes():
         ({"stack": 64}, "64 bytes of stack, budget 48"),
         ({"shared_bytes": 300_000}, "300000 bytes of shared memory, the block gets 232448"),
         ({"blocks_per_sm": 0}, "no block fits an SM"),
-        ({"opcodes": {"LDGSTS": 1, "LDSM": 1}}, "no HMMA in the SASS"),
-        ({"opcodes": {"HMMA": 1, "LDSM": 1}}, "no LDGSTS in the SASS"),
+        ({"opcodes": SOUND | {"HMMA": 0}}, "no HMMA in the SASS"),
+        ({"opcodes": SOUND | {"LDGSTS": 0}}, "no LDGSTS in the SASS"),
+        ({"opcodes": SOUND | {"ACQBULK": 0}}, "does not wait for the kernel before it, or touches memory first"),
+        (
+            {"opcodes": SOUND | {cuda_report.EARLY: 1}},
+            "does not wait for the kernel before it, or touches memory first",
+        ),
+        ({"opcodes": SOUND | {"ACQBULK": 0}, "arch": "80"}, None),
     ],
 )
 def test_each_fault_is_named(changes, fault):
     row = sound_row(**changes)
     cuda_report.check(row)
-    assert row.faults == [fault]
+    assert row.faults == ([fault] if fault else [])
 
 
 def test_occupancy_is_the_scarcest_resource():

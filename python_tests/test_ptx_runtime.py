@@ -119,17 +119,59 @@ def test_an_automatic_call_runs_the_kernels(on_machine):
     assert {launch["device"] for launch in _cuda_on_ptx.take_launches()} == {0}
 
 
-@pytest.mark.parametrize("version", [12040, 13000])
-def test_a_driver_that_is_too_old(on_machine, version):
-    """Of an older CUDA, or of the same one and refused all the same."""
+# CUDA of the runtime in a wheel and of the driver, and what a message advises; None: the driver serves it. A driver
+# runs every runtime of its major version and of older ones.
+DRIVERS = {
+    (12080, 12000): None,
+    (12080, 12020): None,  # r535
+    (12080, 12040): None,
+    (12080, 12080): None,
+    (12080, 13000): None,
+    (13000, 13000): None,
+    (13000, 13020): None,
+    (13000, 12000): "update the driver, build the package with an nvcc of CUDA 12, or install triton",
+    (13000, 12020): "update the driver, build the package with an nvcc of CUDA 12, or install triton",
+    (13000, 12080): "update the driver, build the package with an nvcc of CUDA 12, or install triton",
+    (12080, 11080): "update the driver, or install triton",
+}
+
+
+@pytest.mark.parametrize("of_runtime, of_driver", DRIVERS)
+def test_drivers(on_machine, of_runtime, of_driver):
+    advice = DRIVERS[of_runtime, of_driver]
     on_machine()
-    runtime.install_driver(version, True)
-    of_runtime = _cuda_on_ptx.versions()[1] // 1000
+    runtime.install_runtime(of_runtime)
+    runtime.install_driver(of_driver, advice is not None)
+    assert afa.backends()["cuda"].available == (advice is None)
+    if advice is None:
+        assert_matches(automatic, plain, problem(), LORA)
+        assert _cuda_on_ptx.take_launches()
+    else:
+        driver, built = (f"CUDA {v // 1000}.{v % 1000 // 10}" for v in (of_driver, of_runtime))
+        check_fallback(f"the driver ({driver}) is too old for {built}, which this wheel was built with; {advice}")
+
+
+def test_a_driver_of_the_same_cuda_that_refuses_all_the_same(on_machine):
+    on_machine()
+    runtime.install_runtime(13000)
+    runtime.install_driver(13000, True)
     check_fallback(
-        f"the driver (CUDA {version // 1000}.{version % 1000 // 10}) is older than the CUDA {of_runtime} runtime this "
-        "wheel was built with; update the driver or install triton"
+        "the driver (CUDA 13.0) is too old for CUDA 13.0, which this wheel was built with; update the driver, or "
+        "install triton"
     )
-    assert afa.backends()["cuda"].available == (version // 1000 == of_runtime)
+    assert afa.backends()["cuda"].available
+
+
+def test_ptx_that_is_newer_than_the_driver(on_machine):
+    """A card for which the wheel has no code of its own: the driver would have to translate PTX of a later CUDA."""
+    on_machine(1)
+    runtime.install_runtime(12080)
+    runtime.install_driver(12020, False)
+    runtime.fail("cudaFuncGetAttributes", "cudaErrorUnsupportedPtxVersion")
+    check_fallback(
+        "this build has PTX of CUDA 12.8 for compute capability 9.0, which the driver (CUDA 12.2) cannot translate; "
+        "update the driver, or build the package with AFA_CUDA_ARCHITECTURES=90-real"
+    )
 
 
 def test_an_old_driver_that_is_the_first_thing_the_process_meets():
@@ -204,21 +246,18 @@ def test_shared_memory_is_asked_for_once_per_device():
     assert asked(p, one) == 1
     assert max(launch["shared_bytes"] for launch in _cuda_on_ptx.take_launches()) > 48 << 10
     assert [asked(p, device) for device in (one, one, other, one, other)] == [0, 0, 1, 0, 0]
-    for _ in range(70):  # past what the launch code remembers: then it asks every time
-        last = new_device()
-    assert asked(p, last) == asked(p, last) == 1
 
 
 def test_a_launch_that_fails_is_named_with_its_shape():
     p = problem()
-    runtime.fail("cudaLaunchKernel", "cudaErrorInvalidValue")
+    runtime.fail("cudaLaunchKernelExC", "cudaErrorInvalidValue")
     message = failure(p)
     assert re.match(
         r"forward kernel failed: invalid argument \(cudaErrorInvalidValue\) \(M=75, K=136, N=264, r=16, grid 2 x 1, "
         r"\d+ threads", message
     )  # fmt: skip
     assert "earlier" not in message and runtime.last_error() == "cudaSuccess"
-    runtime.succeed("cudaLaunchKernel")
+    runtime.succeed("cudaLaunchKernelExC")
     forward(p)
 
 
@@ -258,7 +297,7 @@ def test_a_fault_is_blamed_on_the_kernel_where_launches_wait(monkeypatch):
 @pytest.mark.parametrize("error", ["cudaErrorIllegalAddress", "cudaErrorECCUncorrectable"])
 def test_a_launch_that_reports_what_only_a_running_kernel_does(monkeypatch, error):
     monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
-    runtime.fail("cudaLaunchKernel", error)
+    runtime.fail("cudaLaunchKernelExC", error)
     assert failure(problem()).startswith(EARLIER)
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     assert failure(problem()).startswith("forward kernel failed")
@@ -267,11 +306,94 @@ def test_a_launch_that_reports_what_only_a_running_kernel_does(monkeypatch, erro
 def test_an_error_that_stood_before_the_launch_is_not_its_own():
     p = problem()
     runtime.set_last_error("cudaErrorUnknown")
-    runtime.fail("cudaLaunchKernel", "cudaErrorUnknown")
+    runtime.fail("cudaLaunchKernelExC", "cudaErrorUnknown")
     assert failure(p).startswith(EARLIER)
     runtime.restart()
     runtime.set_last_error("cudaErrorInvalidValue")  # somebody else's, which concerns nobody here
     forward(p)
+
+
+# --- Kernels that may start before the one before them has ended (programmatic dependent launch) ---
+
+
+def of_many_kernels():
+    """Return a problem whose kernels hand each other scratch memory, in several passes."""
+    return problem(m=520, n=1032, r=64)
+
+
+def forward_and_backward(p, device=0, stream=0):
+    """Return the results of a call, and for each of its kernels whether it may start early."""
+    _cuda_on_ptx.take_launches()
+    y, z = forward(p, device, stream)
+    with ptx_cuda.kernels.on(device, stream):
+        gradients = ptx_cuda.kernels.backward(
+            p.dy, p.x, p.lora_a, p.lora_b, z, ALPHA_T, None, SPEC, need_dx=True, need_da=True, need_db=True
+        )  # fmt: skip
+    return (y, z, *gradients), [launch["overlaps"] for launch in _cuda_on_ptx.take_launches()]
+
+
+def test_kernels_overlap_where_their_code_waits():
+    """sm_90 has griddepcontrol, sm_80 does not; neither has the PTX of sm_80 on a newer card."""
+    p = of_many_kernels()
+    results, overlaps = forward_and_backward(p, 0)
+    assert len(overlaps) >= 6 and not any(overlaps)
+    ada, blackwell = new_device(**RTX_4090), new_device(major=12, minor=0)
+    for device, expected in ((1, True), (ada, False), (blackwell, True)):
+        others, overlaps = forward_and_backward(p, device)
+        assert set(overlaps) == {expected}, device
+        assert all(map(torch.equal, results, others))
+
+
+def test_a_build_of_older_ptx_does_not_overlap_on_a_new_card():
+    """The code decides, not the card."""
+    _cuda_on_ptx.set_edit(lambda text: text.replace(".target sm_90", ".target sm_89"))
+    assert not any(forward_and_backward(of_many_kernels(), new_device(major=9))[1])
+
+
+def test_memory_that_is_touched_before_the_wait_is_a_race():
+    _cuda_on_ptx.set_edit(lambda text: text.replace("griddepcontrol.wait;", ""))
+    assert "without griddepcontrol.wait, and the kernel before this one may still run" in failure(problem(), 1)
+    forward(problem(), 0)  # kernels that start in order need no wait
+
+
+def test_every_kernel_waits_first_and_lets_the_next_one_start():
+    seen = []
+    _cuda_on_ptx.set_edit(lambda text: seen.append(text) or text)
+    for r in (16, 32, 64, 128):
+        forward(problem(r=r), 1)
+    for text in seen:
+        kernels = re.split(r"\.entry ", text)[1:]
+        assert kernels
+        for body in kernels:
+            name = body.split("(")[0]
+            first = re.search(r"\b(griddepcontrol\.\w+|(?:ld|st)\.global|cp\.async)", body)[0]
+            assert first == "griddepcontrol.wait", name
+            assert body.count("griddepcontrol.wait;") == body.count("griddepcontrol.launch_dependents;") == 1, name
+
+
+@pytest.mark.parametrize("version, expected", [(12020, False), (12030, True)])
+def test_a_driver_that_cannot_capture_overlaps_gets_none(kept_allocations, version, expected):
+    p, device = of_many_kernels(), new_device(major=9)
+    runtime.install_driver(version, False)
+    runtime.begin_capture(7)
+    captured, _ = forward_and_backward(p, device, 7)
+    graph = runtime.end_capture()
+    direct, overlaps = forward_and_backward(p, device)
+    assert set(overlaps) == {expected}
+    graph.replay()
+    assert {launch["overlaps"] for launch in _cuda_on_ptx.take_launches()} == {expected}
+    assert all(map(torch.equal, captured, direct))
+
+
+def test_a_device_that_refuses_overlaps_is_asked_once_for_each_kernel():
+    p, device = of_many_kernels(), new_device(major=9)
+    runtime.set_overlaps(False)
+    results, overlaps = forward_and_backward(p, device)
+    assert not any(overlaps) and runtime.last_error() == "cudaSuccess"
+    before = runtime.calls("cudaLaunchKernelExC")
+    others, overlaps = forward_and_backward(p, device)
+    assert runtime.calls("cudaLaunchKernelExC") == before + len(overlaps)
+    assert all(map(torch.equal, results, others))
 
 
 # --- Capturing streams ---
@@ -280,13 +402,13 @@ def test_an_error_that_stood_before_the_launch_is_not_its_own():
 @pytest.fixture
 def kept_allocations(monkeypatch):
     """Keep what a capture has allocated, as torch's allocator does for a graph."""
-    kept, empty = [], torch.empty
+    kept, new_empty = [], torch.Tensor.new_empty
 
     def keep(*arguments, **options):
-        kept.append(empty(*arguments, **options))
+        kept.append(new_empty(*arguments, **options))
         return kept[-1]
 
-    monkeypatch.setattr(torch, "empty", keep)
+    monkeypatch.setattr(torch.Tensor, "new_empty", keep)
 
 
 def test_a_captured_call_runs_again_with_new_values(kept_allocations):
@@ -362,7 +484,7 @@ def test_the_context_that_was_current_comes_back():
     forward(problem(), 1)
     assert runtime.current_device() == 0
     failing = problem()
-    runtime.fail("cudaLaunchKernel", "cudaErrorInvalidValue")
+    runtime.fail("cudaLaunchKernelExC", "cudaErrorInvalidValue")
     failure(failing, 1)
     assert runtime.current_device() == 0
 
@@ -372,3 +494,15 @@ def test_the_current_device_costs_no_switch():
     before = runtime.calls("cudaSetDevice")
     forward(problem(), 1)
     assert runtime.current_device() == 1 and runtime.calls("cudaSetDevice") == before
+
+
+def test_devices_past_what_the_launch_code_remembers_are_asked_about_every_time():
+    for _ in range(70):
+        last = new_device(major=9)
+    p = problem()
+    results = []
+    for _ in range(2):
+        before = runtime.calls("cudaFuncSetAttribute")
+        results.append(forward(p, last)[0])
+        assert runtime.calls("cudaFuncSetAttribute") == before + 1
+    assert torch.equal(*results) and all(launch["overlaps"] for launch in _cuda_on_ptx.take_launches())

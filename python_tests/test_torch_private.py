@@ -5,6 +5,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ PACKAGE = Path(afa_kernels.__file__).parent
 PRIVATE = (
     "_C._is_any_autocast_enabled",
     "_C._autograd._top_saved_tensors_default_hooks",
+    "_C._cuda_getCurrentRawStream",
     "_C._dispatch_keys",
     "_C._len_torch_dispatch_stack",
     "_C._len_torch_function_stack",
@@ -60,7 +62,7 @@ def test_without_a_name_the_ordinary_path_is_taken(path, monkeypatch):
         )
     assert hooks is None
     assert watched in (True, False) and ordinary == (not watched)
-    about_skipping = path not in (PRIVATE[0], PRIVATE[1], PRIVATE[-1])
+    about_skipping = path not in (*PRIVATE[:3], PRIVATE[-1])
     assert watched == about_skipping
     assert forward_mode == (path == PRIVATE[-1])
     assert autocast == (path == PRIVATE[0])
@@ -139,3 +141,12 @@ def test_tensors_tell_whether_they_are_views_and_were_written():
     before = torch_private.version_of(x)
     x.add_(1)
     assert torch_private.version_of(x) != before
+
+
+def test_the_current_stream_is_torchs_own(monkeypatch):
+    """By the number where torch gives it, and by its object where it does not."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=device + 5))
+    monkeypatch.setattr(torch_private, "_raw_stream", lambda device: device + 3)
+    assert torch_private.current_stream(1) == 4
+    monkeypatch.setattr(torch_private, "_raw_stream", None)
+    assert torch_private.current_stream(1) == 6

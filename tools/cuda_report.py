@@ -2,10 +2,10 @@
 
     python -m tools.cuda_report [--quick] [--arch 80,90,100,120] [--json FILE]
 
-Compiles every kernel for every architecture and checks: no spills, registers and shared memory
-within the budget below, tensor-core instructions (HMMA), asynchronous copies (LDGSTS) and ldmatrix
-(LDSM) in the SASS. Prints one table with the occupancy; exit status 1 if a check fails. cuobjdump
-comes from PATH, from the CUDA toolkit or from the triton package.
+Compiles every kernel for every architecture and checks: no spills, registers and shared memory within the budget below,
+tensor-core instructions (HMMA), asynchronous copies (LDGSTS) and ldmatrix (LDSM) in the SASS, and from sm_90 on a wait
+for the kernel before it (ACQBULK) ahead of every access of global memory. Prints one table with the occupancy; exit
+status 1 if a check fails. cuobjdump comes from PATH, from the CUDA toolkit or from the triton package.
 """
 
 import argparse
@@ -48,12 +48,18 @@ REGISTERS_PER_SM = 65536
 RESERVED_SHARED = 1024
 SMALL_THREADS = 128
 
+# From here on a kernel may start before the one before it has ended, so that it has to wait first.
+FIRST_OVERLAPPED = 90
+
 # Registers per thread that a kernel may take: launch_plan says it for those that use tensor cores.
 SMALL_KERNELS = {"reduce": 80}
 # sinf and cosf reduce large arguments through a small array in local memory: a stack, and no spill.
 STACK_BUDGET = 48
 SHOWN_OPCODES = ("HMMA", "LDGSTS", "LDSM")  # tensor cores, asynchronous copies, ldmatrix
-OPCODES = (*SHOWN_OPCODES, "LDL", "STL")
+WAIT = "ACQBULK"  # griddepcontrol.wait
+OPCODES = (*SHOWN_OPCODES, "LDL", "STL", WAIT)
+GLOBAL_OPCODES = ("LD", "ST", "LDG", "STG", "LDGSTS", "ATOM", "ATOMG", "RED", "REDG")
+EARLY = "global memory before the wait"
 
 _ENTRY = re.compile(r"afa\d+(\w+?)_kernelINS_4(Bf16|Fp16)E(?:Li(\d+)E)?(?:Lb([01])E)?")
 
@@ -138,10 +144,12 @@ def count_opcodes(sass: str) -> dict[str, dict[str, int]]:
     current: dict[str, int] = {}
     for line in sass.splitlines():
         if match := re.search(r"Function : (\S+)", line):
-            current = counts.setdefault(match[1], dict.fromkeys(OPCODES, 0))
+            current = counts.setdefault(match[1], dict.fromkeys((*OPCODES, EARLY), 0))
         elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", line):
             if match[1] in OPCODES:
                 current[match[1]] += 1
+            if match[1] in GLOBAL_OPCODES and not current[WAIT]:
+                current[EARLY] += 1
     return counts
 
 
@@ -197,6 +205,8 @@ def check(row: Row) -> None:
         row.faults.append(f"{row.shared_bytes} bytes of shared memory, the block gets {gpu.shared_per_block}")
     if row.blocks_per_sm < 1:
         row.faults.append("no block fits an SM")
+    if int(row.arch) >= FIRST_OVERLAPPED and (not row.opcodes.get(WAIT) or row.opcodes.get(EARLY)):
+        row.faults.append("does not wait for the kernel before it, or touches memory first")
     for opcode in SHOWN_OPCODES:
         if row.kernel not in SMALL_KERNELS and not row.opcodes.get(opcode):
             row.faults.append(f"no {opcode} in the SASS")

@@ -1,10 +1,10 @@
 """The ``cuda`` backend: compiled kernels for NVIDIA GPUs, and ``cuda_emulated``, the same source
 run on the CPU.
 
-This file turns torch tensors into pointers, strides and scratch memory; csrc/cuda/ops.cpp decides
-what is launched. What the kernels cannot read in place (columns that are not adjacent, rows that do
-not start at 16 bytes) is copied first. ``cuda_emulated`` takes CPU tensors, is slow, and exists for
-tests: it is only chosen by name.
+This file allocates results and scratch memory; csrc/cuda/bind_ops.cpp turns tensors into pointers and strides, and
+csrc/cuda/ops.cpp decides what is launched. What the kernels cannot read in place (columns that are not adjacent, rows
+that do not start at 16 bytes) is copied. ``cuda_emulated`` takes CPU tensors, is slow, and exists for tests: it is only
+chosen by name.
 """
 
 import importlib
@@ -18,12 +18,14 @@ from torch import Tensor
 from afa_kernels.activation import COMPILED_IDS
 from afa_kernels.backend import native
 from afa_kernels.backend.registry import Backend, BackendStatus, Call, Member
+from afa_kernels.torch_private import current_stream
 
 _MAX_RANK = 128
 # Of layers that share x: how many, and the rank of each (beyond it the pass over dy is two kernels, one layer each).
 _MAX_MEMBERS = 3
 _MAX_MEMBER_RANK = 32
 _MIN_CAPABILITY = (8, 0)
+_OLDEST_RUNTIME = 12000  # CUDA of the oldest nvcc that builds the kernels
 # Beyond this rank the passes over x and dy are bound by mma.sync's issue rate, not by memory; on
 # these GPUs triton compiles them to faster tensor-core instructions. This limit comes from a model and has not been
 # measured on a GPU.
@@ -31,7 +33,8 @@ _MAX_MEMORY_BOUND_RANK = 64
 _FASTER_IN_TRITON = (9, 10)  # major compute capabilities
 _VECTOR = 8  # 16-bit elements in the 16 bytes that the kernels move at a time
 _ALIGNMENT = 16
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+_ELEMENT_BYTES = 2
+_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def _reads_in_place(t: Tensor) -> bool:
@@ -51,115 +54,133 @@ def _readable_z(z: Tensor) -> Tensor:
     return z if fits else z.clone(memory_format=torch.contiguous_format)
 
 
-def _matrix(t: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if t is None else (t.data_ptr(), t.stride(0))
+def _readable_weight(weight: Tensor, x: Tensor) -> Tensor:
+    """Return a weight in a dtype that the kernels read and in which they write its gradient."""
+    return weight if weight.dtype in (x.dtype, torch.float32) else weight.float()
 
 
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _weight(t: Tensor) -> tuple[int, int, int, bool]:
-    return (t.data_ptr(), *t.stride(), t.dtype == torch.float32)
-
-
-def _written(gradient: Tensor | None) -> tuple[int, bool]:
-    return (0, False) if gradient is None else (gradient.data_ptr(), gradient.dtype == torch.float32)
-
-
-def _gradient(weight: Tensor, x: Tensor) -> Tensor:
-    """Return an empty gradient of ``weight`` in a dtype that the kernels write: its own, or float32
-    to be rounded."""
-    dtype = weight.dtype if weight.dtype == x.dtype else torch.float32
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+def _readable_members(x: Tensor, members: list[Member]) -> list[Member]:
+    return [Member(_readable_weight(a, x), _readable_weight(b, x), *rest) for a, b, *rest in members]
 
 
 class _Kernels:
-    """The forward and backward of a native module (``_C.cuda`` or ``_emulator``). A lone layer is a group of one."""
+    """The forward and backward of a native module (``_C.cuda`` or ``_emulator``).
+
+    A lone layer is a group of one, in a form of its own that costs a third less. The module reads tensors itself,
+    because Python takes longer for their attributes than the module for all the rest. Where it finds one that the
+    kernels cannot read, it returns False, and the call starts again with copies.
+    """
 
     def __init__(self, module: ModuleType):
         self._module = module
+        module.use_torch(torch)
         self._forward_workspace = lru_cache(maxsize=1024)(module.forward_workspace)
         self._backward_workspace = lru_cache(maxsize=1024)(module.backward_workspace)
 
-    @staticmethod
-    def _operands(x: Tensor, members: list[Member]) -> tuple[tuple[Any, ...], list[Any], list[Tensor]]:
-        """Return the sizes of a call, its members, and the tensors that must live until the launch."""
-        described, kept, n, r = [], [], [], []
-        for a, b, alpha_t, spec in members:
-            n.append(b.shape[0])
-            r.append(a.shape[0])
-            a, b = (w if w.dtype in (x.dtype, torch.float32) else w.to(x.dtype) for w in (a, b))
-            kept += (a, b)
-            described.append((_weight(a), _weight(b), _pointer(alpha_t), COMPILED_IDS[spec.activation], spec.scaling))
-        return (x.shape[0], x.shape[1], tuple(n), tuple(r)), described, kept
-
-    @staticmethod
-    def _place(x: Tensor) -> tuple[int, int]:
+    def _place(self, x: Tensor) -> tuple[int, int]:
         """Return the device and the stream to launch on."""
-        return (x.device.index, torch.cuda.current_stream(x.device).cuda_stream) if x.is_cuda else (0, 0)
+        if not x.is_cuda:
+            return 0, 0
+        device = x.device.index
+        return device, current_stream(device)
 
-    def _forward(self, x, members, seed, dropout, bases, outs, save_z) -> list[Tensor] | None:
-        x = _readable(x)
-        sizes, described, kept = self._operands(x, members)
-        results, written, zs = [], [], []
-        for base, out, r in zip(bases, outs, sizes[3], strict=True):
-            y = out if _reads_in_place(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-            if base is not None:
-                base = y if base is out and y is out else _readable(base)
-            z = torch.empty(x.shape[0], r, dtype=x.dtype, device=x.device) if save_z else None
-            results.append((_matrix(base), _matrix(y), _pointer(z)))
-            written.append(y)
+    # new_empty takes half the time of torch.empty, and naming another dtype as much again.
+
+    def _forward_scratch(self, x: Tensor, sizes: tuple) -> Tensor | None:
+        count = self._forward_workspace(sizes)
+        return x.new_empty(count // _ELEMENT_BYTES) if count else None
+
+    def _backward_scratch(self, x: Tensor, sizes: tuple, recompute_z: bool) -> Tensor:
+        return x.new_empty(self._backward_workspace(sizes, recompute_z) // _ELEMENT_BYTES)
+
+    def _forward(self, x, members, seed, dropout, bases, outs, save_z) -> list[Tensor | None]:
+        m, k = x.shape
+        described, results, zs, widths, ranks = [], [], [], (), ()
+        for (a, b, alpha_t, spec), base, out in zip(members, bases, outs, strict=True):
+            n, r = b.shape
+            z = x.new_empty(m, r) if save_z else None
+            described.append((a, b, alpha_t, COMPILED_IDS[spec.activation], spec.scaling))
+            results.append((base, out, z))
             zs.append(z)
-            kept.append(base)
-        workspace = torch.empty(self._forward_workspace(sizes), dtype=torch.uint8, device=x.device)
-        self._module.forward(
-            _DTYPES[x.dtype], sizes, _matrix(x), described, results,
-            _pointer(seed), dropout, workspace.data_ptr(), *self._place(x),
-        )  # fmt: skip
-        for y, out in zip(written, outs, strict=True):
+            widths, ranks = (*widths, n), (*ranks, r)
+        workspace = self._forward_scratch(x, (m, k, widths, ranks))
+        if self._module.forward(x, described, results, seed, dropout, workspace, *self._place(x)):
+            return zs
+        return self._forward_of_copies(x, members, seed, dropout, bases, outs, save_z)
+
+    def _forward_of_copies(self, x, members, seed, dropout, bases, outs, save_z) -> list[Tensor | None]:
+        ys = [
+            out if _reads_in_place(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
+            for out in outs
+        ]
+        readable = []
+        for base, out, y in zip(bases, outs, ys, strict=True):
+            accumulates = base is out and y is out
+            readable.append(y if accumulates else None if base is None else _readable(base))
+        zs = self._forward(_readable(x), _readable_members(x, members), seed, dropout, readable, ys, save_z)
+        for out, y in zip(outs, ys, strict=True):
             if y is not out:
                 out.copy_(y)
-        return zs if save_z else None
+        return zs
 
     def _backward(self, dys, x, members, zs, seed, dropout, need_dx, need_da, need_db):
-        x = _readable(x)
-        sizes, described, kept = self._operands(x, members)
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
-        gradients, das, dbs = [], [], []
-        for i, (member, dy) in enumerate(zip(members, dys, strict=True)):
-            dy = _readable(dy)
-            z = None if zs is None else _readable_z(zs[i])
-            da = _gradient(member.a, x) if need_da[i] else None
-            db = _gradient(member.b, x) if need_db[i] else None
-            gradients.append((_matrix(dy), _pointer(z), _written(da), _written(db)))
+        m, k = x.shape
+        dx = x.new_empty(m, k) if need_dx else None
+        described, gradients, das, dbs, widths, ranks = [], [], [], [], (), ()
+        for (a, b, alpha_t, spec), dy, z, needs_a, needs_b in zip(members, dys, zs, need_da, need_db, strict=True):
+            n, r = b.shape
+            da = a.new_empty(r, k) if needs_a else None
+            db = b.new_empty(n, r) if needs_b else None
+            described.append((a, b, alpha_t, COMPILED_IDS[spec.activation], spec.scaling))
+            gradients.append((dy, z, da, db))
             das.append(da)
             dbs.append(db)
-            kept += (dy, z)
-        workspace = torch.empty(self._backward_workspace(sizes, zs is None), dtype=torch.uint8, device=x.device)
-        self._module.backward(
-            _DTYPES[x.dtype], sizes, _matrix(x), described, _pointer(dx), gradients,
-            _pointer(seed), dropout, workspace.data_ptr(), *self._place(x),
-        )  # fmt: skip
-        for i, member in enumerate(members):
-            das[i] = None if das[i] is None else das[i].to(member.a.dtype)
-            dbs[i] = None if dbs[i] is None else dbs[i].to(member.b.dtype)
+            widths, ranks = (*widths, n), (*ranks, r)
+        workspace = self._backward_scratch(x, (m, k, widths, ranks), zs[0] is None)
+        if self._module.backward(x, described, dx, gradients, seed, dropout, workspace, *self._place(x)):
+            return dx, das, dbs
+        return self._backward_of_copies(dys, x, members, zs, seed, dropout, need_dx, need_da, need_db)
+
+    def _backward_of_copies(self, dys, x, members, zs, seed, dropout, *needs):
+        zs = [None if z is None else _readable_z(z) for z in zs]
+        dys, readable = [_readable(dy) for dy in dys], _readable_members(x, members)
+        dx, das, dbs = self._backward(dys, _readable(x), readable, zs, seed, dropout, *needs)
+        das = [None if da is None else da.to(member.a.dtype) for da, member in zip(das, members, strict=True)]
+        dbs = [None if db is None else db.to(member.b.dtype) for db, member in zip(dbs, members, strict=True)]
         return dx, das, dbs
 
     def forward(self, x, a, b, alpha_t, seed, spec, *, base, out, save_z):
-        zs = self._forward(x, [Member(a, b, alpha_t, spec)], seed, spec.dropout, [base], [out], save_z)
-        return zs[0] if save_z else None
+        (m, k), (n, r) = x.shape, b.shape
+        activation, scaling, dropout = spec
+        z = x.new_empty(m, r) if save_z else None
+        workspace = self._forward_scratch(x, (m, k, n, r))
+        member = (a, b, alpha_t, COMPILED_IDS[activation], scaling)
+        if self._module.forward(x, [member], [(base, out, z)], seed, dropout, workspace, *self._place(x)):
+            return z
+        members = [Member(a, b, alpha_t, spec)]
+        (z,) = self._forward_of_copies(x, members, seed, dropout, [base], [out], save_z)
+        return z
 
     def backward(self, dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
-        zs = None if z is None else [z]
-        members = [Member(a, b, alpha_t, spec)]
-        dx, (da,), (db,) = self._backward([dy], x, members, zs, seed, spec.dropout, need_dx, [need_da], [need_db])
+        (m, k), (n, r) = x.shape, b.shape
+        activation, scaling, dropout = spec
+        dx = x.new_empty(m, k) if need_dx else None
+        da = a.new_empty(r, k) if need_da else None
+        db = b.new_empty(n, r) if need_db else None
+        workspace = self._backward_scratch(x, (m, k, n, r), z is None)
+        member = (a, b, alpha_t, COMPILED_IDS[activation], scaling)
+        if self._module.backward(x, [member], dx, [(dy, z, da, db)], seed, dropout, workspace, *self._place(x)):
+            return dx, da, db
+        members, needs = [Member(a, b, alpha_t, spec)], (need_dx, [need_da], [need_db])
+        dx, (da,), (db,) = self._backward_of_copies([dy], x, members, [z], seed, dropout, *needs)
         return dx, da, db
 
     def group_forward(self, x, members, *, bases, outs, save_z):
-        return self._forward(x, members, None, 0, bases, outs, save_z)
+        zs = self._forward(x, members, None, 0, bases, outs, save_z)
+        return zs if save_z else None
 
     def group_backward(self, dys, x, members, zs, *, need_dx, need_da, need_db):
+        zs = [None] * len(members) if zs is None else zs
         return self._backward(dys, x, members, zs, None, 0, need_dx, need_da, need_db)
 
     def launches(self, call: Call) -> list[dict[str, Any]]:
@@ -242,10 +263,16 @@ def _status() -> BackendStatus:
 
 def _old_driver(driver: int, runtime: int) -> str:
     """Return what to do about a driver; versions are 1000 * major + 10 * minor."""
+    can_build = _OLDEST_RUNTIME <= driver and driver // 1000 < runtime // 1000
+    builds = f", build the package with an nvcc of CUDA {driver // 1000}" if can_build else ""
     return (
-        f"the driver (CUDA {driver // 1000}.{driver % 1000 // 10}) is older than the CUDA {runtime // 1000} runtime "
-        "this wheel was built with; update the driver or install triton"
+        f"the driver ({_cuda(driver)}) is too old for {_cuda(runtime)}, which this wheel was built with; update the "
+        f"driver{builds}, or install triton"
     )
+
+
+def _cuda(version: int) -> str:
+    return f"CUDA {version // 1000}.{version % 1000 // 10}"
 
 
 def _device_name(index: int) -> str:
@@ -264,6 +291,13 @@ def _refuses_device(index: int) -> str | None:
     error, text = module.kernel_image_failure(index)
     if error == "cudaErrorInsufficientDriver":
         return _old_driver(*module.versions())
+    if error == "cudaErrorUnsupportedPtxVersion":  # code for this card is translated by the driver, unlike cubins
+        driver, runtime = map(_cuda, module.versions())
+        return (
+            f"this build has PTX of {runtime} for compute capability {capability[0]}.{capability[1]}, which the driver "
+            f"({driver}) cannot translate; update the driver, or build the package with "
+            f"AFA_CUDA_ARCHITECTURES={capability[0]}{capability[1]}-real"
+        )
     if error in ("cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction"):
         return f"this build has no kernels for compute capability {capability[0]}.{capability[1]}"
     return f"the CUDA runtime cannot use this device: {text} ({error})" if error else None

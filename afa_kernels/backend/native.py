@@ -22,7 +22,7 @@ _NAMES = (
 )  # fmt: skip
 _CUDA_NAMES = (
     "backward", "backward_workspace", "device_limits", "forward", "forward_workspace", "kernel_image_failure",
-    "launch_plan", "versions",
+    "launch_plan", "use_torch", "versions",
 )  # fmt: skip
 
 
@@ -50,8 +50,8 @@ def _recognizes_nothing(*_operands: object) -> bool:
     return False
 
 
-# Whether operands are ordinary CPU tensors (None counts as one), and whether they pass the checks of checks.py. False
-# means only: not recognized.
+# Whether operands are ordinary tensors on the CPU or on a CUDA device (None counts as one), and whether they pass the
+# checks of checks.py. False means only: not recognized.
 are_plain = recognizes_lora = recognizes_linear = recognizes_group = _recognizes_nothing
 if _C is not None:
     are_plain, recognizes_lora = _C.are_plain, _C.recognizes_lora

@@ -109,6 +109,7 @@ AFA_DEVICE void emit_dh(const T* tile, const T* b_slab, float* slab_dh, int64_t 
 template <typename T, int R>
 AFA_KERNEL(DyTile<R>::kThreads, DyTile<R>::kBlocks)
 dy_kernel(const DyParams p) {
+    follow_previous_kernel();
     using Tile = DyTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
     constexpr int kPairs = Tile::kRows * R / 2 / Tile::kThreads;  // of z, per thread and tile
@@ -191,6 +192,7 @@ dy_kernel(const DyParams p) {
 template <typename T, int R>
 AFA_KERNEL(OuterTile<R>::kThreads)
 db_kernel(const OuterParams p) {
+    follow_previous_kernel();
     using Tile = OuterTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
     const int ahead = p.stages - 1;
@@ -285,6 +287,7 @@ AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
 template <typename T, int R>
 AFA_KERNEL(OuterTile<R>::kThreads)
 x_kernel(const OuterParams p) {
+    follow_previous_kernel();
     using Tile = OuterTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R),
                   kSlice = Tile::kSlice;

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <variant>
 
+#include "cuda/bind_tensor.h"
 #include "cuda/ops.h"
 
 namespace afa {
@@ -14,24 +15,16 @@ namespace {
 
 namespace py = pybind11;
 
-template <typename T = void>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-using Weight =
-    std::tuple<uintptr_t, int64_t, int64_t, bool>;  // data, row stride, column stride, is float32
-using Matrix = std::pair<uintptr_t, int64_t>;       // data, row stride
-using Gradient = std::pair<uintptr_t, bool>;        // data, is float32
 // M, K, N, r; N and r are lists where layers share x.
 using OneOrMore = std::variant<int, std::vector<int>>;
 using Sizes = std::tuple<int64_t, int, OneOrMore, OneOrMore>;
+using Tensor = const TensorArgument&;
 // A, B, alpha_t, activation, scaling.
-using Member = std::tuple<Weight, Weight, uintptr_t, int, float>;
+using Member = std::tuple<TensorArgument, TensorArgument, TensorArgument, int, float>;
 // base, y, z.
-using Out = std::tuple<Matrix, Matrix, uintptr_t>;
+using Out = std::tuple<TensorArgument, TensorArgument, TensorArgument>;
 // dy, z, da, db.
-using Gradients = std::tuple<Matrix, uintptr_t, Gradient, Gradient>;
+using Gradients = std::tuple<TensorArgument, TensorArgument, TensorArgument, TensorArgument>;
 
 Shape shape_of(const Sizes& sizes) {
     const auto& [m, k, n, r] = sizes;
@@ -50,62 +43,71 @@ Shape shape_of(const Sizes& sizes) {
     return shape;
 }
 
-WeightOperand operand_of(const Weight& w) {
-    return {pointer(std::get<0>(w)), std::get<1>(w), std::get<2>(w), std::get<3>(w)};
-}
+bool is_weight(Tensor w, Tensor x) { return w.element == x.element || w.is_float(); }
 
-// The part of a call that forward and backward share, in the order of the Python arguments.
-void fill(BranchCall& call, int dtype, const Sizes& sizes, Matrix x,
-          const std::vector<Member>& members, size_t results, uintptr_t seed, int threshold,
-          uintptr_t workspace, int device, uintptr_t stream) {
-    call.dtype = static_cast<DType>(dtype);
-    call.shape = shape_of(sizes);
-    const size_t count = call.shape.count;
-    if (members.size() != count || results != count)
-        throw std::invalid_argument("expected " + std::to_string(count) + " members, got " +
-                                    std::to_string(members.size()));
-    call.x = pointer(x.first);
-    call.x_stride = x.second;
-    for (size_t i = 0; i < count; ++i) {
-        const auto& [a, b, alpha_t, activation, scaling] = members[i];
-        call.members[i] = {operand_of(a), operand_of(b), pointer<float>(alpha_t), activation,
-                           scaling};
+// The part of a call that forward and backward share; false where an operand is not as the kernels
+// read it.
+bool fill(BranchCall& call, Tensor x, const std::vector<Member>& members, size_t results,
+          Tensor seed, int threshold, Tensor workspace, int device, uintptr_t stream) {
+    if (members.empty() || members.size() > kMaxMembers || results != members.size())
+        throw std::invalid_argument(
+            "expected 1 to " + std::to_string(kMaxMembers) + " members and as many results, got " +
+            std::to_string(members.size()) + " and " + std::to_string(results));
+    if (!x.is_readable())
+        return false;
+    call.dtype = x.element == Element::bf16 ? DType::bf16 : DType::fp16;
+    call.shape.m = x.sizes[0];
+    call.shape.k = static_cast<int>(x.sizes[1]);
+    for (const auto& [a, b, alpha_t, activation, scaling] : members) {
+        if (!is_weight(a, x) || !is_weight(b, x))
+            return false;
+        const int i = call.shape.count++;
+        call.shape.members[i] = {static_cast<int>(b.sizes[0]), static_cast<int>(a.sizes[0])};
+        call.members[i] = {a.weight(), b.weight(), alpha_t.pointer<float>(), activation, scaling};
     }
-    call.seed = pointer<int64_t>(seed);
+    call.x = x.data;
+    call.x_stride = x.strides[0];
+    call.seed = seed.pointer<int64_t>();
     call.threshold = threshold;
-    call.workspace = pointer(workspace);
-    call.stream = pointer(stream);
+    call.workspace = workspace.data;
+    call.stream = reinterpret_cast<void*>(stream);
     call.device = device_limits(device);
+    return true;
 }
 
-void bound_forward(int dtype, const Sizes& sizes, Matrix x, const std::vector<Member>& members,
-                   const std::vector<Out>& outs, uintptr_t seed, int threshold, uintptr_t workspace,
-                   int device, uintptr_t stream) {
+bool bound_forward(Tensor x, const std::vector<Member>& members, const std::vector<Out>& outs,
+                   Tensor seed, int threshold, Tensor workspace, int device, uintptr_t stream) {
     ForwardCall call{};
     const DeviceScope scope(device);
-    fill(call, dtype, sizes, x, members, outs.size(), seed, threshold, workspace, device, stream);
-    for (size_t i = 0; i < outs.size(); ++i) {
-        const auto& [base, y, z] = outs[i];
-        call.outputs[i] = {pointer(base.first), base.second, pointer(y.first), y.second,
-                           pointer(z)};
+    if (!fill(call, x, members, outs.size(), seed, threshold, workspace, device, stream))
+        return false;
+    MemberOutput* output = call.outputs;
+    for (const auto& [base, y, z] : outs) {
+        if (!y.is_readable() || (base.present && !base.is_readable()))
+            return false;
+        *output++ = {base.data, base.strides[0], y.data, y.strides[0], z.data};
     }
     forward(call);
+    return true;
 }
 
-void bound_backward(int dtype, const Sizes& sizes, Matrix x, const std::vector<Member>& members,
-                    uintptr_t dx, const std::vector<Gradients>& gradients, uintptr_t seed,
-                    int threshold, uintptr_t workspace, int device, uintptr_t stream) {
+bool bound_backward(Tensor x, const std::vector<Member>& members, Tensor dx,
+                    const std::vector<Gradients>& gradients, Tensor seed, int threshold,
+                    Tensor workspace, int device, uintptr_t stream) {
     BackwardCall call{};
     const DeviceScope scope(device);
-    fill(call, dtype, sizes, x, members, gradients.size(), seed, threshold, workspace, device,
-         stream);
-    call.dx = pointer(dx);
-    for (size_t i = 0; i < gradients.size(); ++i) {
-        const auto& [dy, z, da, db] = gradients[i];
-        call.gradients[i] = {pointer(dy.first), dy.second, pointer(z), pointer(da.first),
-                             pointer(db.first), da.second, db.second};
+    if (!fill(call, x, members, gradients.size(), seed, threshold, workspace, device, stream))
+        return false;
+    call.dx = dx.data;
+    MemberGradients* gradient = call.gradients;
+    for (const auto& [dy, z, da, db] : gradients) {
+        if (!dy.is_readable() || (z.present && !z.is_readable_z()))
+            return false;
+        *gradient++ = {dy.data, dy.strides[0], z.data,       da.data,
+                       db.data, da.is_float(), db.is_float()};
     }
     backward(call);
+    return true;
 }
 
 py::dict described(const KernelPlan& plan, const DeviceLimits& device) {
@@ -144,8 +146,11 @@ void bind_ops(py::module_& module) {
     module.def("backward_workspace", [](const Sizes& sizes, bool recompute_z) {
         return backward_workspace(shape_of(sizes), recompute_z);
     });
-    module.def("forward", &bound_forward, py::call_guard<py::gil_scoped_release>());
-    module.def("backward", &bound_backward, py::call_guard<py::gil_scoped_release>());
+    module.def("use_torch", &use_torch, "Learn torch's types, before forward and backward.");
+    module.def("forward", &bound_forward, py::call_guard<py::gil_scoped_release>(),
+               "Returns False, and does nothing, where an operand is not as the kernels read it.");
+    module.def("backward", &bound_backward, py::call_guard<py::gil_scoped_release>(),
+               "As forward.");
     module.def("launch_plan", &launch_plan, py::arg("sizes"), py::arg("sm_count"),
                py::arg("shared_per_block"), py::arg("shared_per_sm"), py::arg("rounded") = false,
                "The kernels of a forward and a backward, in order; `rounded`: A or B is float32.");
@@ -153,8 +158,10 @@ void bind_ops(py::module_& module) {
         "primitive_check",
         [](int dtype, uintptr_t in, uintptr_t values, uintptr_t out, int device, uintptr_t stream) {
             const DeviceScope scope(device);
-            launch_primitive_check(static_cast<DType>(dtype), pointer(in), pointer<float>(values),
-                                   pointer<uint32_t>(out), pointer(stream));
+            launch_primitive_check(static_cast<DType>(dtype), reinterpret_cast<void*>(in),
+                                   reinterpret_cast<float*>(values),
+                                   reinterpret_cast<uint32_t*>(out),
+                                   reinterpret_cast<void*>(stream));
         },
         "One warp runs every primitive once (csrc/cuda/prim_check.cuh).");
     module.def("device_limits", [](int device) {

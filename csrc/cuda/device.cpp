@@ -93,41 +93,71 @@ bool launches_wait() {
     return blocking && blocking[0] == '1';
 }
 
+// Of the innermost DeviceScope of this thread.
+thread_local int scope_device = -1;
+
+// What is remembered of the kernel on this device, 0: nothing. Of devices with higher numbers than
+// anybody has nothing is.
+int remembered(const std::atomic<int> (&values)[KernelRecord::kDevices]) {
+    const bool fits = scope_device >= 0 && scope_device < KernelRecord::kDevices;
+    return fits ? values[scope_device].load() : 0;
+}
+void remember(std::atomic<int> (&values)[KernelRecord::kDevices], int value) {
+    if (scope_device >= 0 && scope_device < KernelRecord::kDevices)
+        values[scope_device].store(value);
+}
+
 // Asks for the shared memory that a kernel needs, once per device.
-cudaError_t grant_shared_memory(const void* kernel, SharedGrants& grants, int bytes) {
+cudaError_t grant_shared_memory(const void* kernel, KernelRecord& record, int bytes) {
     constexpr int kDefault = 48 * 1024;  // what every kernel has without asking
-    if (bytes <= kDefault)
-        return cudaSuccess;
-    int device = 0;
-    const cudaError_t unknown = cudaGetDevice(&device);
-    if (unknown != cudaSuccess)
-        return unknown;
-    const bool remembered = device < SharedGrants::kDevices;
-    if (remembered && grants.bytes[device].load() >= bytes)
+    if (bytes <= kDefault || remembered(record.shared_bytes) >= bytes)
         return cudaSuccess;
     const cudaError_t refused =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (remembered && refused == cudaSuccess)
-        grants.bytes[device].store(bytes);
+    if (refused == cudaSuccess)
+        remember(record.shared_bytes, bytes);
     return refused;
+}
+
+// Finds out whether a kernel may be started before the one before it in the stream has ended. Its
+// code has to wait for that (follow_previous_kernel, prim_device.cuh), and only code compiled for
+// 9.0 and later does: not the PTX of an older architecture that the driver translates for this
+// card.
+cudaError_t find_order(const void* kernel, KernelRecord& record, bool& overlaps) {
+    int order = remembered(record.order);
+    if (order == KernelRecord::kUnknown) {
+        constexpr int kCaptured = 12030;  // before, a stream could not capture such a launch
+        cudaFuncAttributes code{};
+        const cudaError_t unknown = cudaFuncGetAttributes(&code, kernel);
+        if (unknown != cudaSuccess)
+            return unknown;
+        order = code.ptxVersion >= 90 && cuda_versions().driver >= kCaptured
+                    ? KernelRecord::kOverlaps
+                    : KernelRecord::kInOrder;
+        remember(record.order, order);
+    }
+    overlaps = order == KernelRecord::kOverlaps;
+    return cudaSuccess;
 }
 
 }  // namespace
 
-DeviceScope::DeviceScope(int device) {
+DeviceScope::DeviceScope(int device) : outer_(scope_device) {
     const ContextFunctions& driver = context_functions();
     CUcontext previous = nullptr;
     int current = -1;
     if (driver.get_current(&previous) != CUDA_SUCCESS)
         previous = nullptr;  // nothing is current before the driver is initialized
-    if (previous && cudaGetDevice(&current) == cudaSuccess && current == device)
-        return;
-    previous_ = previous;
-    check(cudaSetDevice(device), "set device");
-    switched_ = true;
+    if (!previous || cudaGetDevice(&current) != cudaSuccess || current != device) {
+        previous_ = previous;
+        check(cudaSetDevice(device), "set device");
+        switched_ = true;
+    }
+    scope_device = device;
 }
 
 DeviceScope::~DeviceScope() {
+    scope_device = outer_;
     // The context and not the device number: cudaSetDevice creates a context where there is none,
     // which takes hundreds of megabytes on a GPU that this thread has never used.
     if (switched_)
@@ -165,17 +195,34 @@ CudaVersions cuda_versions() {
     return versions;
 }
 
-void launch_kernel(const void* kernel, SharedGrants& grants, const LaunchConfig& config,
+void launch_kernel(const void* kernel, KernelRecord& record, const LaunchConfig& config,
                    void* params) {
     const KernelPlan& plan = config.plan;
     const cudaError_t before = cudaPeekAtLastError();
-    cudaError_t error = grant_shared_memory(kernel, grants, plan.shared_bytes);
+    bool overlaps = false;
+    cudaError_t error = grant_shared_memory(kernel, record, plan.shared_bytes);
+    if (error == cudaSuccess)
+        error = find_order(kernel, record, overlaps);
     if (error == cudaSuccess) {
+        cudaLaunchAttribute overlap{};
+        overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        overlap.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t launch{};
+        launch.gridDim =
+            dim3(static_cast<unsigned>(plan.grid_x), static_cast<unsigned>(plan.grid_y));
+        launch.blockDim = dim3(static_cast<unsigned>(plan.threads));
+        launch.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
+        launch.stream = static_cast<cudaStream_t>(config.stream);
+        launch.attrs = &overlap;
+        launch.numAttrs = overlaps ? 1 : 0;
         void* arguments[] = {params};
-        error = cudaLaunchKernel(
-            kernel, dim3(static_cast<unsigned>(plan.grid_x), static_cast<unsigned>(plan.grid_y)),
-            dim3(static_cast<unsigned>(plan.threads)), arguments, plan.shared_bytes,
-            static_cast<cudaStream_t>(config.stream));
+        error = cudaLaunchKernelExC(&launch, kernel, arguments);
+        if (error == cudaErrorNotSupported && overlaps) {
+            cudaGetLastError();
+            remember(record.order, KernelRecord::kInOrder);
+            launch.numAttrs = 0;
+            error = cudaLaunchKernelExC(&launch, kernel, arguments);
+        }
     }
     if (error == cudaSuccess)
         return;

@@ -235,6 +235,7 @@ AFA_DEVICE void emit_columns(const T* tile, const BRing<T, R>& b_ring, int stage
 template <typename T, int R>
 AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
 forward_kernel(const ForwardParams p) {
+    follow_previous_kernel();
     using Tile = RowTile<R>;
     const int stages = p.project.stages;
     SharedMemory shared;
@@ -269,6 +270,7 @@ forward_kernel(const ForwardParams p) {
 template <typename T, int R, bool kTransposed>
 AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
 project_kernel(const ProjectParams p) {
+    follow_previous_kernel();
     using Tile = RowTile<R>;
     SharedMemory shared;
     T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
@@ -294,6 +296,7 @@ project_kernel(const ProjectParams p) {
 template <typename T, int R>
 AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kExpandBlocks)
 expand_kernel(const ForwardParams p) {
+    follow_previous_kernel();
     using Tile = RowTile<R>;
     const int stages = p.project.stages;
     SharedMemory shared;

@@ -15,8 +15,8 @@ namespace afa {
 template <auto kKernel, int R, typename Params>
 void launch(const LaunchConfig& config, const Params& params) {
 #if defined(__CUDACC__)
-    static SharedGrants grants;
-    launch_kernel(reinterpret_cast<const void*>(kKernel), grants, config,
+    static KernelRecord record;
+    launch_kernel(reinterpret_cast<const void*>(kKernel), record, config,
                   const_cast<Params*>(&params));
 #else
     const KernelPlan& plan = config.plan;

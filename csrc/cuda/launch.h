@@ -52,15 +52,17 @@ inline std::string kernel_failure(const LaunchConfig& config, const char* what) 
 
 // --- What device.cpp does on a device; the emulator has a DeviceScope and device_limits of its own
 
-// The dynamic shared memory that a kernel was granted, by device.
-struct SharedGrants {
+// What is known of a kernel, by device, so that the runtime is asked once.
+struct KernelRecord {
     static constexpr int kDevices = 64;
-    std::atomic<int> bytes[kDevices];
+    std::atomic<int> shared_bytes[kDevices];  // dynamic shared memory that it was granted
+    enum : int { kUnknown, kInOrder, kOverlaps };
+    std::atomic<int> order[kDevices];  // whether it may start before the kernel before it has ended
 };
 
-// Launches a kernel of one parameter on the current device. Raises std::runtime_error that says
-// whether the launch itself failed or a kernel before it.
-void launch_kernel(const void* kernel, SharedGrants& grants, const LaunchConfig& config,
+// Launches a kernel of one parameter on the device of the DeviceScope. Raises std::runtime_error
+// that says whether the launch itself failed or a kernel before it.
+void launch_kernel(const void* kernel, KernelRecord& record, const LaunchConfig& config,
                    void* params);
 
 // Any kernel of this build, to ask the runtime about.
@@ -76,6 +78,7 @@ class DeviceScope {
     DeviceScope& operator=(const DeviceScope&) = delete;
 
   private:
+    int outer_ = -1;            // device of the scope around this one
     void* previous_ = nullptr;  // the context that was current, null: none
     bool switched_ = false;
 };

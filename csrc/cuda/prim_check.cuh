@@ -18,6 +18,7 @@ constexpr int kCheckMatrices = 0, kCheckTransposed = 128, kCheckProduct = 256, k
 template <typename T>
 AFA_KERNEL(kWarpSize)
 primitive_check_kernel(const PrimitiveCheckParams p) {
+    follow_previous_kernel();
     constexpr int kPitch = pitch(16);
     SharedMemory shared;
     uint16_t* tile = shared.take<uint16_t>(tile_elements(32, 16));

@@ -17,6 +17,17 @@ AFA_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 AFA_DEVICE void block_sync() { __syncthreads(); }
 AFA_DEVICE void warp_sync() { __syncwarp(); }
 
+// Every kernel begins with this. It may have been started while the kernel before it in the stream
+// still ran (launch_kernel, device.cpp): waits until that one has ended and its memory is visible,
+// then lets the kernel behind start in the same way. As each waits for the one before it, all
+// kernels further back have ended too. Code for older architectures is never started early.
+AFA_DEVICE void follow_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 AFA_DEVICE unsigned char* shared_array(int offset, int /*bytes*/) {
     extern __shared__ __align__(16) unsigned char afa_shared[];
     return afa_shared + offset;

@@ -26,6 +26,8 @@ inline int block_y() { return simt::block_y(); }
 inline void block_sync(AFA_SITE) { simt::block_sync(site); }
 inline void warp_sync(AFA_SITE) { simt::warp_sync(site); }
 
+inline void follow_previous_kernel() {}  // the emulator runs one kernel at a time
+
 inline unsigned char* shared_array(int offset, int bytes, AFA_SITE) {
     return simt::shared_array(offset, bytes, site);
 }

@@ -69,6 +69,7 @@ AFA_DEVICE void sum_weight(const SumWeightJob& job, int64_t element) {
 template <typename T>
 AFA_KERNEL(kReduceThreads)
 reduce_kernel(const ReduceParams p) {
+    follow_previous_kernel();
     const auto thread = [](int block) {
         return static_cast<int64_t>(block) * kReduceThreads + thread_index();
     };

@@ -17,6 +17,10 @@ void require_members(const Warp& warp, const uint32_t* masks) {
 
 void sync_block(Warp& warp, const Instruction& i) { warp.barrier = i.op[0]; }
 
+// The threads of other warps are not told apart: each has to wait for itself, although a barrier
+// behind the wait of one would do.
+void wait_for_grids(Warp& warp, const Instruction&) { warp.in_order |= warp.active; }
+
 void sync_warp(Warp& warp, const Instruction& i) {
     require_members(warp, warp.in<uint32_t>(i.op[0]));
     warp.segment = warp.cta->shared.new_segment(warp.index);
@@ -50,6 +54,8 @@ void add_control_forms(Forms& f) {
     f.add("bra", "b", nothing, Flow::branch);
     f.add("bra.uni", "b", nothing, Flow::branch);
     f.add("ret", "", nothing, Flow::exit);
+    f.add("griddepcontrol.wait", "", wait_for_grids);
+    f.add("griddepcontrol.launch_dependents", "", nothing);
     f.add("bar.sync", "n", sync_block, Flow::barrier);
     f.add("bar.warp.sync", "d", sync_warp, Flow::collective);
     f.add("shfl.sync.idx.b32", "Ddddd", shuffle_index, Flow::collective);

@@ -56,6 +56,9 @@ struct Launch {
     std::vector<Allocation> allocations;
     uint64_t seed = 0;     // of the order of CTAs and of the interleaving of warps
     bool explain = false;  // fill Counters::effective, which takes time
+    // Launched so that it may start before the kernel before it has ended: what it does to global
+    // memory has to wait for griddepcontrol.wait.
+    bool overlaps = false;
     // The cp.async of this PTX line fills up with other numbers than zeros; 0: none. Shows what
     // depends on the zeros.
     uint32_t unfilled_line = 0;

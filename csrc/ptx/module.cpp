@@ -34,7 +34,7 @@ using Region = std::tuple<uint64_t, uint64_t, bool, std::string>;
 py::dict launch(const ptx::Module& module, const std::string& kernel, const Triple& grid,
                 const Triple& block, const py::bytes& parameters, uint32_t dynamic_shared,
                 const std::vector<Region>& allocations, uint64_t seed, bool explain,
-                uint32_t unfilled_line) {
+                uint32_t unfilled_line, bool overlaps) {
     ptx::Launch l;
     l.kernel = kernel;
     for (size_t k = 0; k < 3; ++k) {
@@ -49,6 +49,7 @@ py::dict launch(const ptx::Module& module, const std::string& kernel, const Trip
     l.seed = seed;
     l.explain = explain;
     l.unfilled_line = unfilled_line;
+    l.overlaps = overlaps;
     ptx::Counters counters;
     {
         const py::gil_scoped_release released;
@@ -77,7 +78,7 @@ PYBIND11_MODULE(_ptx, m) {
         .def("launch", &launch, py::arg("kernel"), py::arg("grid"), py::arg("block"),
              py::arg("parameters"), py::arg("dynamic_shared") = 0,
              py::arg("allocations") = std::vector<Region>(), py::arg("seed") = 0,
-             py::arg("explain") = false, py::arg("unfilled_line") = 0,
+             py::arg("explain") = false, py::arg("unfilled_line") = 0, py::arg("overlaps") = false,
              "Runs a grid. allocations: (address, bytes, writable, name) of the global memory that "
-             "it may touch.");
+             "it may touch. overlaps: it may start before the kernel before it has ended.");
 }

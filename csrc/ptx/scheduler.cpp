@@ -54,6 +54,10 @@ void leave(Warp& warp, uint32_t lanes) {
         throw Fault{busy, "returns with a cp.async that has not been waited for"};
     if (!warp.group_reads.empty())
         throw Fault{-1, "returns with a wgmma that has not been waited for"};
+    if (lanes & ~warp.in_order)
+        throw Fault{__builtin_ctz(lanes & ~warp.in_order),
+                    "returns without griddepcontrol.wait: a kernel that waits for this one would "
+                    "not wait for those before it"};
     for (const Group& other : warp.groups)
         if (other.parked)
             throw Fault{__builtin_ctz(lanes),
@@ -211,6 +215,7 @@ class Runner {
         const uint32_t first = static_cast<uint32_t>(index) * kLanes;
         const uint32_t lanes = std::min<uint32_t>(kLanes, threads_ - first);
         warp.live = lanes == kLanes ? kAllLanes : (1u << lanes) - 1;
+        warp.in_order = launch_.overlaps ? 0 : kAllLanes;
         warp.groups.push_back({0, warp.live, false});
         warp.local.assign(static_cast<size_t>(kLanes) * kernel_.local_bytes, 0xFF);
         warp.segment = cta_.shared.new_segment(index);

@@ -71,7 +71,8 @@ struct Warp {
     std::vector<uint16_t> pinned;          // by register: number of wgmma in flight that use it,
     std::vector<uint16_t> pinned_columns;  // and the columns of their shape
     uint32_t live = 0;                     // lanes that have not returned
-    uint32_t active = 0;                   // lanes that execute the current instruction
+    uint32_t in_order = 0;  // lanes that know the kernels before this one to have ended
+    uint32_t active = 0;    // lanes that execute the current instruction
     std::vector<Group> groups;
     size_t current = 0;  // index into groups
     bool at_barrier = false;
@@ -130,10 +131,16 @@ struct Cta {
     std::vector<Traffic> traffic;  // by allocation
 };
 
-// Fails if another CTA of the launch touches these bytes, and one of the two writes.
+// Fails if another CTA of the launch touches these bytes, and one of the two writes; or if a kernel
+// before this one may still do so.
 inline void check_ctas(const Warp& warp, int lane, const Allocation& allocation, uint64_t address,
                        uint32_t bytes, bool store) {
     Cta& cta = *warp.cta;
+    if (!(warp.in_order >> lane & 1))
+        throw Fault{lane, std::string("race: ") + (store ? "stores to '" : "loads from '") +
+                              allocation.name +
+                              "' without griddepcontrol.wait, and the kernel before this one may "
+                              "still run"};
     const size_t index = cta.global->index(allocation);
     const int64_t other = store ? cta.races->write(index, address, bytes, cta.number)
                                 : cta.races->read(index, address, bytes, cta.number);

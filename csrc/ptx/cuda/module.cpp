@@ -23,6 +23,7 @@ py::dict describe(const ptx::LaunchRecord& record) {
     d["grid"] = py::make_tuple(record.grid[0], record.grid[1], record.grid[2]);
     d["block"] = py::make_tuple(record.block[0], record.block[1], record.block[2]);
     d["shared_bytes"] = record.shared_bytes;
+    d["overlaps"] = record.overlaps;
     return d;
 }
 
@@ -81,6 +82,14 @@ void bind_runtime(py::module_& m) {
         runtime_state().faults.driver_version = version;
         runtime_state().faults.driver_is_too_old = too_old;
     });
+    m.def(
+        "set_idle", [](bool on) { runtime_state().idle = on; },
+        "Lets launches be counted and do nothing, to time the code that launches.");
+    m.def("idle_launches", [] { return runtime_state().idle_launches; });
+    m.def("install_runtime", [](int version) { runtime_state().faults.runtime_version = version; });
+    m.def(
+        "set_overlaps", [](bool on) { runtime_state().faults.overlaps = on; },
+        "Whether the device starts a launch before the one before it has ended.");
     m.def("fail", &fail, py::arg("function"), py::arg("error"), "Lets calls of a function fail.");
     m.def("succeed", [](const std::string& f) { runtime_state().faults.calls.erase(f); });
     m.def("calls", [](const std::string& f) { return runtime_state().calls[f]; });

@@ -27,6 +27,7 @@ void restart() {
 
 namespace {
 
+constexpr int kCapturesOverlaps = 12030;      // the first CUDA with programmatic edges of graphs
 constexpr size_t kDefaultShared = 48 * 1024;  // what every kernel has without asking
 char context_of[128];                         // contexts are told apart by their address
 
@@ -102,6 +103,7 @@ cudaError_t run(const CapturedLaunch& captured) {
         std::copy(launch.grid, launch.grid + 3, record.grid);
         std::copy(launch.block, launch.block + 3, record.block);
         record.shared_bytes = launch.dynamic_shared_bytes;
+        record.overlaps = launch.overlaps;
         state.launches.push_back(record);
         return cudaSuccess;
     } catch (const std::exception& error) {
@@ -134,14 +136,19 @@ using ptx::runtime_state;
 
 extern "C" {
 
-// What host stubs call; this project launches through cudaLaunchKernel, never with <<<>>>.
+// What host stubs call; this project launches through cudaLaunchKernelExC, never with <<<>>>.
+cudaError_t CUDARTAPI cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) {
+    return cudaErrorMissingConfiguration;
+}
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) {
     return cudaErrorMissingConfiguration;
 }
+#if CUDART_VERSION >= 12010
 cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorMissingConfiguration; }
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
     return cudaErrorMissingConfiguration;
 }
+#endif
 
 cudaError_t CUDARTAPI cudaGetDevice(int* device) {
     const cudaError_t error = begins("cudaGetDevice");
@@ -188,9 +195,11 @@ cudaError_t CUDARTAPI cudaFuncGetAttributes(cudaFuncAttributes* attributes, cons
     const cudaError_t error = begins_with_kernel("cudaFuncGetAttributes", function, kernel);
     if (error != cudaSuccess)
         return error;
-    if (!ptx::image(*kernel, runtime_state().current))
+    const ptx::Module* module = ptx::image(*kernel, runtime_state().current);
+    if (!module)
         return ends(cudaErrorNoKernelImageForDevice);
     std::memset(attributes, 0, sizeof(*attributes));
+    attributes->ptxVersion = std::stoi(module->target().substr(3));  // behind "sm_"
     return cudaSuccess;
 }
 
@@ -210,21 +219,33 @@ cudaError_t CUDARTAPI cudaFuncSetAttribute(const void* function, cudaFuncAttribu
     return cudaSuccess;
 }
 
-cudaError_t CUDARTAPI cudaLaunchKernel(const void* function, dim3 grid, dim3 block,
-                                       void** arguments, size_t shared, cudaStream_t stream) {
+cudaError_t CUDARTAPI cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
+                                          void** arguments) {
+    if (runtime_state().idle) {
+        ++runtime_state().idle_launches;
+        return cudaSuccess;
+    }
     const ptx::Function* kernel = nullptr;
-    const cudaError_t error = begins_with_kernel("cudaLaunchKernel", function, kernel);
+    const cudaError_t error = begins_with_kernel("cudaLaunchKernelExC", function, kernel);
     if (error != cudaSuccess)
         return error;
     ptx::RuntimeState& state = runtime_state();
     const auto grant = state.granted.find({state.current, function});
     const size_t allowed = grant == state.granted.end() ? 0 : static_cast<size_t>(grant->second);
+    const size_t shared = config->dynamicSmemBytes;
     if (shared > std::max(allowed, ptx::kDefaultShared))
         return ends(cudaErrorInvalidValue);
     ptx::CapturedLaunch captured{function, state.current, {}};
     ptx::Launch& launch = captured.launch;
     launch.kernel = kernel->name;
-    const dim3 sizes[2] = {grid, block};
+    for (unsigned k = 0; k < config->numAttrs; ++k) {
+        if (config->attrs[k].id != cudaLaunchAttributeProgrammaticStreamSerialization)
+            return ends(cudaErrorInvalidValue);
+        launch.overlaps = config->attrs[k].val.programmaticStreamSerializationAllowed != 0;
+    }
+    if (launch.overlaps && !state.faults.overlaps)
+        return ends(cudaErrorNotSupported);
+    const dim3 sizes[2] = {config->gridDim, config->blockDim};
     uint32_t* const targets[2] = {launch.grid, launch.block};
     for (int k = 0; k < 2; ++k) {
         targets[k][0] = sizes[k].x;
@@ -250,11 +271,15 @@ cudaError_t CUDARTAPI cudaLaunchKernel(const void* function, dim3 grid, dim3 blo
         return ends(cudaErrorUnknown);
     }
     if (state.capture.running) {
-        if (stream == state.capture.stream) {
+        if (config->stream == state.capture.stream) {
+            if (launch.overlaps && state.faults.driver_version < ptx::kCapturesOverlaps) {
+                state.capture.invalidated = true;
+                return ends(cudaErrorStreamCaptureUnsupported);
+            }
             state.capture.launches.push_back(captured);
             return cudaSuccess;
         }
-        if (!stream) {
+        if (!config->stream) {
             state.capture.invalidated = true;
             return ends(cudaErrorStreamCaptureImplicit);
         }
@@ -303,7 +328,7 @@ cudaError_t CUDARTAPI cudaDriverGetVersion(int* version) {
     return cudaSuccess;
 }
 cudaError_t CUDARTAPI cudaRuntimeGetVersion(int* version) {
-    *version = CUDART_VERSION;
+    *version = runtime_state().faults.runtime_version;
     return cudaSuccess;
 }
 

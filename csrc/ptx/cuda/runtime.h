@@ -20,6 +20,7 @@ struct LaunchRecord {
     std::string kernel;  // mangled
     int device;
     uint32_t grid[3], block[3], shared_bytes;
+    bool overlaps;  // it may start before the launch before it has ended
     Counters counters;
 };
 
@@ -45,7 +46,8 @@ struct Capture {
 // What a test asks of the runtime; all as on a machine where nothing is wrong.
 struct Faults {
     bool driver_is_too_old = false;
-    int driver_version = CUDART_VERSION;
+    int driver_version = CUDART_VERSION, runtime_version = CUDART_VERSION;
+    bool overlaps = true;  // false: no launch may start before the one before it has ended
     std::map<std::string, cudaError_t> calls;  // by the function of the runtime that fails
     // A kernel's fault comes up at the calls behind its launch, and stays, as on hardware.
     // Otherwise the launch itself reports it.
@@ -53,6 +55,9 @@ struct Faults {
 };
 
 struct RuntimeState {
+    // Launches are counted and do nothing, as fast as that goes: to time the code that launches.
+    bool idle = false;
+    int64_t idle_launches = 0;
     // From the compute-capability table of NVIDIA's programming guide: an A100 and an H100.
     std::vector<DeviceModel> devices{{8, 0, 108, 163 * 1024, 164 * 1024},
                                      {9, 0, 132, 227 * 1024, 228 * 1024}};
