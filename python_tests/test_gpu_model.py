@@ -160,20 +160,24 @@ def test_the_kernels_of_a_profile_have_the_names_of_the_model(layer):
         def recorded(self, call, *arguments):
             _cuda_on_ptx.take_launches()
             result = call(*arguments)
-            return result, [(launch["kernel"], 1.0) for launch in _cuda_on_ptx.take_launches()]
+            launched = enumerate(_cuda_on_ptx.take_launches())
+            return result, [gpu_meter.Event(launch["kernel"], at, at + 1) for at, launch in launched]
 
     taken = OnPtx(Context("cpu", ("cuda_ptx",), small=True)).kernels(layer)
     assert [set(each) for each in taken] == [set(each) for each in gpu_model.durations(layer, H100)]
 
 
-def test_other_kernels_of_a_profile_are_left_out():
+def test_the_time_of_a_kernel_in_a_profile_starts_when_it_no_longer_waits():
+    ours = "void afa::{}_kernel<afa::Bf16, 16>(afa::{}Params)"
     events = [
-        ("void afa::dy_kernel<afa::Bf16, 16>(afa::DyParams)", 2.0),
-        ("void afa::dy_kernel<afa::Bf16, 16>(afa::DyParams)", 3.0),
-        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT", 7.0),
-        ("void at::native::reduce_kernel<512, 1, float>()", 7.0),
+        (ours.format("x", "Outer"), 14_000, 27_000),  # waits for the product until 20
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT", 8_000, 20_000),
+        (ours.format("dy", "Dy"), 1_000, 4_000),
+        (ours.format("dy", "Dy"), 5_000, 7_000),
+        ("void at::native::reduce_kernel<512, 1, float>()", 30_000, 35_000),
     ]
-    assert gpu_meter.by_kernel(events) == {"dy": 5.0}
+    taken = gpu_meter.by_kernel(gpu_meter.Event(*event) for event in events)
+    assert taken == pytest.approx({"dy": 5e-6, "x": 7e-6})
 
 
 _CHASE = """

@@ -6,10 +6,12 @@ Every time is a median of interleaved rounds (gpu_figures.medians); a kernel's o
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from afa_kernels import AFALinear, AFALinearGroup
@@ -23,6 +25,14 @@ _LOADS = 2000
 _TOKEN_LAYERS = 8  # that one after the other read their weights, together beyond L2
 _PROFILED = 20  # calls
 _KERNEL = re.compile(r"afa(?:::|\d+)(forward|project|expand|dy|db|x|reduce)_kernel")  # demangled or not
+
+
+class Event(NamedTuple):
+    """Something that ran on the device, in nanoseconds."""
+
+    name: str
+    start: int
+    end: int
 
 
 class CardMeter:
@@ -65,13 +75,14 @@ class CardMeter:
             backward["project_dy"] = backward.pop("project")  # the kernel of the forward, on dy
         return forward, backward
 
-    def recorded(self, call: Callable, *arguments) -> tuple[object, list[tuple[str, float]]]:
-        """Return what ``call`` returns, and the name and seconds of every kernel that it launched."""
+    def recorded(self, call: Callable, *arguments) -> tuple[object, list[Event]]:
+        """Return what ``call`` returns, and all that ran on the device."""
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             result = call(*arguments)
             torch.cuda.synchronize()
         events = profiler.profiler.kineto_results.events()
-        return result, [(event.name(), event.duration_ns() * 1e-9) for event in events]
+        on_device = [event for event in events if event.device_type() == DeviceType.CUDA]
+        return result, [Event(e.name(), e.start_ns(), e.start_ns() + e.duration_ns()) for e in on_device]
 
     def step(self, layer: Layer) -> tuple[float, float]:
         x, dys, leaves, weights, call = self._layer(layer)
@@ -142,11 +153,17 @@ class CardMeter:
         return self._seconds({"graph": repeated})["graph"] / _REPEATS
 
 
-def by_kernel(events: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Return the seconds of the kernels of this package among the profiler's events, summed by the model's names."""
+def by_kernel(events: Iterable[Event]) -> dict[str, float]:
+    """Return the seconds of the kernels of this package among ``events``, summed by the model's names.
+
+    With programmatic dependent launch a kernel starts while the one before it runs, and waits for it: its time counts
+    from that one's end.
+    """
     seconds: dict[str, float] = {}
-    for name, taken in events:
+    free = 0
+    for name, start, end in sorted(events, key=lambda event: event.start):
         found = _KERNEL.search(name)
         if found:
-            seconds[found[1]] = seconds.get(found[1], 0.0) + taken
+            seconds[found[1]] = seconds.get(found[1], 0.0) + max(0, end - max(start, free)) * 1e-9
+        free = max(free, end)
     return seconds
