@@ -38,7 +38,7 @@ class Meter(Protocol):
         """A load that waits for the one before it, with the memory busy."""
 
     def launch(self) -> float:
-        """A kernel that does nothing and waits for the one before it, in a graph."""
+        """A kernel that does next to nothing, after another one in a graph, without programmatic dependent launch."""
 
     def gemm(self, m: int, k: int, n: int) -> tuple[float, float]:
         """A product of the frozen layer, and one that is added to its output."""
