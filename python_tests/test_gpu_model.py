@@ -49,8 +49,9 @@ class Synthetic:
             for direction in gpu_model.durations(layer, self.gpu)
         )
 
-    def step(self, layer):
-        factor = self.factors.get("tax" if len(layer.members) == 1 else "taxes", 1.0)
+    def step(self, layer, alpha_t):
+        name = "taxes" if len(layer.members) > 1 else "tax" if alpha_t else "identity"
+        factor = self.factors.get(name, 1.0)
         return 1.0 + overhead(layer, self.gpu).both.good * factor / 100, 1.0
 
     def token(self, layer):
@@ -109,11 +110,14 @@ def test_an_assumption_outside_of_its_range_fails(name, above, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-@pytest.mark.parametrize("what", ["forward", "dy", "x", "reduce", "project_dy", "db", "tax", "taxes", "token"])
+@pytest.mark.parametrize(
+    "what", ["forward", "dy", "x", "reduce", "project_dy", "db", "tax", "identity", "taxes", "token"]
+)
 def test_a_figure_outside_of_its_range_fails_alone(what, factor, tmp_path, monkeypatch):
     status, record, page = checked(Synthetic(**{what: factor}), tmp_path, monkeypatch)
     assert status == 1
-    said = {"tax": "a layer, r=16: tax", "taxes": ": tax", "token": "one token, in a graph"}.get(what, f": {what}, ")
+    names = {"tax": "a layer: tax", "identity": "a layer at identity: tax", "taxes": ": tax", "token": "in a graph"}
+    said = names.get(what, f": {what}, ")
     wrong = off(record)
     assert wrong and all(said in name for name in wrong), wrong
     assert "off by +" in page if factor > 1 else "off by -" in page
@@ -142,7 +146,14 @@ def test_noise_that_turns_two_sizes_around_is_no_rate():
 @pytest.mark.parametrize("layer", [Layer(8, 16, 24, 4), Layer(8, 16, (24, 8), (4, 4))], ids=["lone", "group"])
 def test_the_meter_of_a_card_runs_what_it_times(layer):
     meter = gpu_meter.CardMeter(SMALL)
-    times = [meter.mapped(64), meter.launch(), *meter.gemm(8, 16, 24), *meter.step(layer), *meter.token(layer)]
+    times = [
+        meter.mapped(64),
+        meter.launch(),
+        *meter.gemm(8, 16, 24),
+        *meter.step(layer, 0.5),
+        *meter.step(layer, 0.0),
+        *meter.token(layer),
+    ]
     assert all(seconds > 0 for seconds in times)
 
 

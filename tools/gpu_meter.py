@@ -84,8 +84,8 @@ class CardMeter:
         on_device = [event for event in events if event.device_type() == DeviceType.CUDA]
         return result, [Event(e.name(), e.start_ns(), e.start_ns() + e.duration_ns()) for e in on_device]
 
-    def step(self, layer: Layer) -> tuple[float, float]:
-        x, dys, leaves, weights, call = self._layer(layer)
+    def step(self, layer: Layer, alpha_t: float) -> tuple[float, float]:
+        x, dys, leaves, weights, call = self._layer(layer, alpha_t)
         ys, dx = [torch.empty_like(dy) for dy in dys], torch.empty_like(x)
 
         @torch.no_grad()
@@ -112,14 +112,16 @@ class CardMeter:
 
         return tuple(self._in_graph(function) / _TOKEN_LAYERS for function in (whole, frozen))
 
-    def _layer(self, layer: Layer) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Callable]:
+    def _layer(
+        self, layer: Layer, alpha_t: float = 0.5
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Callable]:
         """Return x, every dy, what is differentiated, the weights, and a call. A and B are float32 beside 16 bits."""
         members = []
         for n, r in layer.members:
             base = nn.Linear(layer.k, n, bias=False, device=self.device, dtype=torch.bfloat16)
             member = AFALinear(base, r, backend=self.context.backends[0])
             nn.init.normal_(member.lora_b)
-            member.set_alpha_t(0.5)
+            member.set_alpha_t(alpha_t)
             members.append(member)
         group = AFALinearGroup(members) if len(members) > 1 else lambda x: (members[0](x),)
         x = self._half(layer.m, layer.k).requires_grad_()
