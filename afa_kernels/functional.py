@@ -166,8 +166,8 @@ def _apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplac
     # Under forward-mode differentiation the Function refuses; the operators alone would drop the
     # tangents in silence.
     if differentiated or torch_private.in_forward_mode():
-        return AFALoRAFunction.apply(
-            rows, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace, direct
+        return torch_private.apply(
+            AFALoRAFunction, direct, rows, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace, direct
         )  # fmt: skip
     branch = (rows, lora_a, lora_b, alpha_t, seed, options)
     if weight is not None:

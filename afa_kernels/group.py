@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from afa_kernels import _group_ops, checks
+from afa_kernels import _group_ops, checks, torch_private
 from afa_kernels.backend import native
 from afa_kernels.functional import LinearCall, _as_rows, _like, autocast
 from afa_kernels.torch_private import are_ordinary, autocast_may_be_on, in_forward_mode, operators_are_watched
@@ -161,7 +161,7 @@ def group_linear(x: Tensor, calls: Calls, *, only_together: bool = False) -> lis
         return None
     tensors = (*weights, *biases, *a, *b, *alpha_t)
     if differentiated:
-        ys = AFAGroupFunction.apply(rows, choice, direct, *tensors)
+        ys = torch_private.apply(AFAGroupFunction, direct, rows, choice, direct, *tensors)
     else:
         ys, _ = _group_ops.group_forward(direct, rows, *_split(tensors), choice)
     return [_like(y, x, y.shape[-1]) for y in ys]

@@ -79,6 +79,14 @@ def are_ordinary(tensors: Iterable[Tensor | None]) -> bool:
     return True
 
 
+def apply(function: type[torch.autograd.Function], unwatched: bool, *arguments: Any) -> Any:
+    """Return ``function.apply(*arguments)``. Where no operator is watched and the tensors are ordinary, the search for
+    transforms, and for what they left behind, is spared."""
+    if unwatched:
+        return super(torch.autograd.Function, function).apply(*arguments)
+    return function.apply(*arguments)
+
+
 def autocast_may_be_on() -> bool:
     """Whether autocast may be on for some device: False spares asking for the one in question."""
     return True if _autocast_state is None else _autocast_state()
