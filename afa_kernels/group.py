@@ -5,7 +5,7 @@ all members is accumulated in one tensor, where separate layers make one each an
 :class:`AFALinearGroup` says it in code; shared_input.py does it for model code that calls the layers one by one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,8 @@ class AFALinearGroup(nn.Module):
 
     A member that cannot share makes all of them run one by one: it is merged, drops x (each layer
     has its own mask, so no product is shared), trains its base, has a base that hooks or another
-    class change, has another ``save`` or ``backend``, or x is no plain tensor (a DTensor, say).
+    class change, has another ``save`` or ``backend``, or x is no plain tensor (a DTensor, say, unless all members have
+    the style ``ColwiseAFA``).
     """
 
     def __init__(self, layers: Iterable[nn.Module]):
@@ -45,10 +46,9 @@ class AFALinearGroup(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the output of each layer: ``(..., K) -> (..., N_i)``."""
-        calls, reason = calls_of(self.layers, x)
-        if reason is not None:
-            return tuple(layer(x) for layer in self.layers)
-        return tuple(group_linear(x, calls))
+        calls, _ = calls_of(self.layers, x)
+        ys = on_shards(self.layers, x) if calls is None else group_linear(x, calls)
+        return tuple(layer(x) for layer in self.layers) if ys is None else tuple(ys)
 
 
 def why_separate(layers: list[nn.Module], x: Tensor) -> str | None:
@@ -69,10 +69,15 @@ def calls_of(layers: Iterable[nn.Module], x: Tensor) -> tuple[Calls | None, str 
         return None, f"x is a {type(x).__name__}"
     members = []
     for layer in layers:
-        call = None if _is_hooked(layer) else layer.linear_call()
+        call = None if is_hooked(layer) else layer.linear_call()
         if call is None:
             return None, "a member or its base is merged, has hooks or a forward of its own"
         members.append(call)
+    return fitting(members, x)
+
+
+def fitting(members: list[LinearCall], x: Tensor) -> tuple[Calls | None, str | None]:
+    """Return ``members`` as what computes together on x, or None and the reason why they do not fit."""
     recognized = not autocast_may_be_on() and not operators_are_watched()
     recognized = recognized and native.recognizes_group(x, members)
     first = members[0].options
@@ -114,7 +119,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _is_hooked(layer: nn.Module) -> bool:
+def is_hooked(layer: nn.Module) -> bool:
     """Whether something must run before ``layer`` does (a prefetch of its parameters, say), which
     only a call of the layer itself brings about."""
     return bool(
@@ -160,6 +165,13 @@ def group_linear(x: Tensor, calls: Calls, *, only_together: bool = False) -> lis
     else:
         ys, _ = _group_ops.group_forward(direct, rows, *_split(tensors), choice)
     return [_like(y, x, y.shape[-1]) for y in ys]
+
+
+def on_shards(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:
+    """Return the output of each member on x, computed together on the shards that tensor parallelism gave this process;
+    None where it did not split all of them over their outputs, on one mesh."""
+    parallel = getattr(layers[0], "_parallel", None)
+    return None if parallel is None or torch.compiler.is_compiling() else parallel.together(layers, x)
 
 
 def _split(tensors: tuple[Tensor | None, ...]) -> list[list[Tensor | None]]:

@@ -155,10 +155,10 @@ class AFALinear(Annealed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``base_layer(x)`` plus the branch: ``(..., K) -> (..., N)``."""
-        if self._merged:
-            return self.base_layer(x)
         if self._parallel is not None:
             return self._parallel(self, x)
+        if self._merged:
+            return self.base_layer(x)
         if self._shared_input is not None:
             y = self._shared_input.take(self, x)
             if y is not None:

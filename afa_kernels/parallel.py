@@ -6,11 +6,11 @@ so z must be summed before it.
 
 | style | weight (N, K) | lora_a (r, K) | lora_b (N, r) | communication |
 |---|---|---|---|---|
-| ColwiseAFA | N | whole | N | backward: sum of dx and dA |
+| ColwiseAFA | N | whole | N | backward: sum of dx and dA; one dx for all layers of a group |
 | RowwiseAFA | K | K | r | forward: reduce-scatter of z over r, sum of y; backward: gather of dz |
 """
 
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from afa_kernels.base_layer import is_plain
-from afa_kernels.functional import linear, lora
+from afa_kernels.functional import LinearCall, linear, lora
+from afa_kernels.group import fitting, group_linear, is_hooked
 from afa_kernels.layer import AFALinear
 
 
@@ -56,10 +57,9 @@ class _StyleAFA(ParallelStyle):
                 shards = distribute_tensor(parameter, device_mesh, [placement], **self._source_of_data())
                 sharded = nn.Parameter(shards, requires_grad=parameter.requires_grad)
                 owner.register_parameter(name, sharded)
-        module._parallel = self._forward
-        # distribute_module would also make a DTensor of alpha_t_buffer, which kernels read as a plain tensor.
-        module.register_forward_pre_hook(partial(_prepare_input, self.input_layouts, self.desired_input, device_mesh))
-        module.register_forward_hook(partial(_prepare_output, self.output_layouts, self.use_local_output))
+        # distribute_module would also make a DTensor of alpha_t_buffer, which kernels read as a plain tensor, and hooks
+        # would make another DTensor of x for each layer of a group.
+        module._parallel = _Shards(self, device_mesh)
         return module
 
     def _source_of_data(self) -> dict[str, int | None]:
@@ -126,17 +126,19 @@ class ColwiseAFA(_StyleAFA):
 
     @staticmethod
     def _forward(layer: AFALinear, x: DTensor) -> DTensor:
-        mesh, everywhere = x.device_mesh, [Partial()]
-        y = linear(
-            x.to_local(grad_placements=everywhere),
+        y = linear(x.to_local(grad_placements=[Partial()]), *ColwiseAFA._call(layer))
+        return _split_over_outputs(y, x.device_mesh)
+
+    @staticmethod
+    def _call(layer: AFALinear) -> LinearCall:
+        return LinearCall(
             _local_weight(layer),
             _local(layer.base_layer.bias),
-            layer.lora_a.to_local(grad_placements=everywhere),
+            layer.lora_a.to_local(grad_placements=[Partial()]),
             layer.lora_b.to_local(),
             layer.coefficient(),
             layer.options,
         )
-        return DTensor.from_local(y, mesh, [Shard(x.dim() - 1)], run_check=False)
 
 
 class RowwiseAFA(_StyleAFA):
@@ -186,16 +188,59 @@ class RowwiseAFA(_StyleAFA):
         return DTensor.from_local(y, mesh, [Partial()], run_check=False)
 
 
-def _prepare_input(given: Placement, desired: Placement, mesh: DeviceMesh, _module, inputs):
-    x = inputs[0]
-    if not isinstance(x, DTensor):
-        x = DTensor.from_local(x, mesh, [given], run_check=False)
-    return (x.redistribute(placements=[desired]), *inputs[1:])
+class _Shards:
+    """The forward of a layer, or of a group of layers, on the shards of this process: ``AFALinear._parallel``."""
+
+    def __init__(self, style: _StyleAFA, mesh: DeviceMesh):
+        self.style, self.mesh = style, mesh
+
+    def __call__(self, layer: AFALinear, x: Tensor) -> Tensor:
+        if layer._shared_input is not None:
+            y = layer._shared_input.take(layer, x)
+            if y is not None:
+                return y
+        x = self._input(x)
+        return self._output(layer.base_layer(x) if layer.merged else self.style._forward(layer, x))
+
+    def together(self, layers: Sequence[nn.Module], x: Tensor) -> list[Tensor] | None:
+        """Return the output of each of ``layers``, or None where each has to compute its own.
+
+        x becomes a DTensor once, so its gradient is one partial sum, and is reduced once. That is worth it with any
+        backend, also one that computes the members one by one.
+        """
+        if not all(self._shares_input_with(layer) for layer in layers):
+            return None
+        local = self._input(x).to_local(grad_placements=[Partial()])
+        calls, _ = fitting([ColwiseAFA._call(layer) for layer in layers], local)
+        if calls is None:
+            return None
+        ys = group_linear(local, calls)
+        return [layer._parallel._output(_split_over_outputs(y, self.mesh)) for layer, y in zip(layers, ys, strict=True)]
+
+    def _shares_input_with(self, layer: nn.Module) -> bool:
+        other = getattr(layer, "_parallel", None)
+        return (
+            other is not None
+            and isinstance(other.style, ColwiseAFA)
+            and other.mesh == self.mesh
+            and other.style.input_layouts == self.style.input_layouts
+            and not layer.merged
+            and not is_hooked(layer)
+            and is_plain(layer.base_layer)
+        )
+
+    def _input(self, x: Tensor) -> DTensor:
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, self.mesh, [self.style.input_layouts], run_check=False)
+        return x.redistribute(placements=[self.style.desired_input])
+
+    def _output(self, y: DTensor) -> Tensor:
+        y = y.redistribute(placements=[self.style.output_layouts])
+        return y.to_local() if self.style.use_local_output else y
 
 
-def _prepare_output(wanted: Placement, local: bool, _module, _inputs, y: DTensor):
-    y = y.redistribute(placements=[wanted])
-    return y.to_local() if local else y
+def _split_over_outputs(y: Tensor, mesh: DeviceMesh) -> DTensor:
+    return DTensor.from_local(y, mesh, [Shard(y.dim() - 1)], run_check=False)
 
 
 def _local(t: Tensor | None) -> Tensor | None:

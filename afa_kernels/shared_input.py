@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from afa_kernels.functional import LinearCall
-from afa_kernels.group import autocast_dtype, calls_of, check_layers, group_linear
+from afa_kernels.group import autocast_dtype, calls_of, check_layers, group_linear, on_shards
 from afa_kernels.torch_private import saved_tensor_hooks, version_of
 
 # Children of one module that common transformer code calls with the same tensor.
@@ -167,10 +167,13 @@ class SharedInput:
 
     def _compute(self, x: Tensor) -> _Pending | None:
         calls, _ = calls_of(self.layers, x)
-        if calls is None or not _may_be_shared(x, calls.members):
-            return None
         version, modes = _version(x), _modes(x)
-        ys = group_linear(x, calls, only_together=True)
+        if calls is None:
+            ys = None if x.is_inference() else on_shards(self.layers, x)
+        elif not _may_be_shared(x, calls.members):
+            return None
+        else:
+            ys = group_linear(x, calls, only_together=True)
         return None if ys is None else _Pending(x, version, modes, dict(zip(self.layers, ys, strict=True)))
 
     def __getstate__(self) -> dict:
@@ -192,7 +195,12 @@ def _may_be_shared(x: Tensor, calls: list[LinearCall]) -> bool:
 
 
 def _version(x: Tensor) -> object:
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else version_of(x)
+    if torch.compiler.is_compiling() or x.is_inference():
+        return 0
+    if type(x) is not Tensor and hasattr(x, "_local_tensor"):
+        # A write to the shard of a DTensor does not count as one to the DTensor.
+        return version_of(x), version_of(x._local_tensor)
+    return version_of(x)
 
 
 def _modes(x: Tensor) -> tuple[bool, torch.dtype | None]:

@@ -1,5 +1,5 @@
 """Two processes under torchrun, over gloo on the CPU: DDP, FSDP2 and tensor parallelism compute
-what one process computes. The checks themselves are in distributed_worker.py."""
+what one process computes. The checks themselves are in distributed_worker.py and distributed_tensor_parallel.py."""
 
 import ast
 import json
@@ -17,7 +17,8 @@ WORKER = ROOT / "python_tests" / "distributed_worker.py"
 TIMEOUT = 1800  # seconds: ends a deadlock; a busy machine takes minutes
 CHECKS = [
     node.name
-    for node in ast.parse(WORKER.read_text(encoding="utf-8")).body
+    for file in (WORKER, WORKER.with_name("distributed_tensor_parallel.py"))
+    for node in ast.parse(file.read_text(encoding="utf-8")).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
 ]
 _TORCH = tuple(map(int, torch.__version__.split(".")[:2]))

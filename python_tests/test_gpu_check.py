@@ -37,13 +37,13 @@ def test_the_rehearsal_runs_the_steps_on_the_emulator(capsys, tmp_path):
         "sanitizer",
         "beta",
     ]
-    steps += ["bandwidth", "launches"]
+    steps += ["bandwidth", "launches", "model"]
     assert gpu_check.main(["--rehearse", "--only", ",".join(steps), "--out", str(tmp_path)]) == 0
     head, *records = map(json.loads, (tmp_path / "gpu-rehearsal-cpu.jsonl").read_text().splitlines())
     assert head["kind"] == "environment"
     assert [record["step"] for record in records] == steps
     status = {record["step"]: record["status"] for record in records}
-    needs_gpu = {"graphs", "streams", "devices", "sanitizer", "launches"}
+    needs_gpu = {"graphs", "streams", "devices", "sanitizer", "launches", "model"}
     assert {name for name, value in status.items() if value == "absent"} == needs_gpu
     assert all(record["message"] for record in records), "an absent step must say why"
 

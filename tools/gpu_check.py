@@ -4,10 +4,11 @@ one.
     python -m tools.gpu_check [--only STEPS] [--rehearse] [--out FOLDER]
 
 Runs the steps in order, prints one line for each, and writes one file named after the card with
-what was checked and measured. A step that cannot run (a tool or a peer that is not installed) is
-listed as absent with the reason, never passed over. Without a GPU it prints what it would have
-done. ``--rehearse`` runs the same code on the CPU, small, with the emulator in the place of the
-device.
+what was checked and measured. The step ``model`` holds bench.model to the card: it fails where a
+figure is outside of its modelled range, and writes the table of all as Markdown beside that file.
+A step that cannot run (a tool or a peer that is not installed) is listed as absent with the reason,
+never passed over. Without a GPU it prints what it would have done. ``--rehearse`` runs the same
+code on the CPU, small, with the emulator in the place of the device.
 
 Exit status: 0 all right, 1 a step failed, 77 no GPU.
 """
@@ -23,13 +24,13 @@ from pathlib import Path
 import torch
 
 from bench.environment import environment
-from tools import gpu_figures, gpu_steps
+from tools import gpu_figures, gpu_model, gpu_steps
 from tools.gpu_steps import Context, Outcome, Step
 
 NO_GPU = 77
 _OUTPUT = Path("bench/results")
 
-STEPS: tuple[Step, ...] = (*gpu_steps.STEPS, *gpu_figures.STEPS)
+STEPS: tuple[Step, ...] = (*gpu_steps.STEPS, *gpu_figures.STEPS, *gpu_model.STEPS)
 
 
 def run_step(step: Step, context: Context) -> Outcome:
@@ -50,6 +51,8 @@ def card_name(context: Context) -> str:
 def run_all(steps: list[Step], context: Context, folder: Path) -> int:
     records = [environment(context.device)]
     failures = 0
+    path = folder / f"gpu-{card_name(context)}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
     for step in steps:
         start = time.monotonic()
         outcome = run_step(step, context)
@@ -60,8 +63,8 @@ def run_all(steps: list[Step], context: Context, folder: Path) -> int:
             print("        " + "  ".join(f"{key} {value}" for key, value in row.items()))
         record = {"kind": "gpu_check", "step": step.name, "seconds": seconds}
         records.append(record | asdict(outcome))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"gpu-{card_name(context)}.jsonl"
+        if outcome.page:
+            path.with_name(f"{path.stem}-{step.name}.md").write_text(outcome.page)
     path.write_text("".join(json.dumps(record, default=str) + "\n" for record in records))
     print(f"{len(steps)} steps, {failures} failed; results in {path}")
     return int(failures > 0)

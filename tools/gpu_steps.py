@@ -28,6 +28,7 @@ class Outcome:
     message: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     records: list[str] = field(default_factory=list)  # kept in the file, not printed
+    page: str = ""  # Markdown, kept in a file of its own
 
     @staticmethod
     def ok(message: str, rows: list[dict[str, Any]] | None = None) -> "Outcome":

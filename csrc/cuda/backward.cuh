@@ -153,7 +153,7 @@ dy_kernel(const DyParams p) {
     for (int s = 0; s < ahead; ++s)
         load(s, s);  // B belongs to the first group
     if (member.dh && !copies_b)
-        B::round(b_slab, member.b, col0, 0);
+        B::round(b_slab, nullptr, false, member.b, col0, 0);
     load_z(0);
     float db[Tile::kSlice / 16][R / 8][4];
     zero(db);
@@ -321,7 +321,7 @@ x_kernel(const OuterParams p) {
     for (int s = 0; s < ahead; ++s)
         load(s, s);  // A belongs to the first group
     if (p.dx && p.rounded)
-        A::round(a_slab, p.a, col0);
+        A::round(a_slab, nullptr, false, p.a, col0);
     wait_oldest(p.stages);
     block_sync();
     uint32_t a[R / 16][kSlice / 16][4];

@@ -13,7 +13,7 @@ namespace afa {
 constexpr int kMaxMembers = 3;
 constexpr int kRankUnit = 16;  // what one mma sums over
 constexpr int kMaxRank = 128;
-constexpr int kMaxSegments = 8;  // of a sum over K or N
+constexpr int kMaxSegments = 8;       // of a sum over K or N
 constexpr int kNoMember = INT32_MAX;  // `first` of a place that no member takes
 
 // Dropout of x. threshold 0: none, and seed is not read.

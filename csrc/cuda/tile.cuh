@@ -58,9 +58,9 @@ AFA_DEVICE float element_of(const Weight& w, int row, int col) {
 // their way into a tile of T.
 //
 // copy() is for T in vectors, and as load_tile. What has to be rounded may take two steps: stage()
-// copies floats in vectors into `floats` (kRows x kCols), and round_staged() rounds, by each
-// thread, what the thread has copied itself, so that it needs the wait, but no barrier. round()
-// takes one step, whatever the weight is like: it waits for memory.
+// copies floats in vectors into `floats` (kRows x kCols), and round() rounds, by each thread, what
+// the thread has copied itself, so that it needs the wait, but no barrier. What was not staged,
+// round() reads from memory.
 template <typename T, int kRows, int kCols, int kThreads, bool kReorder = false>
 struct WeightTile {
     AFA_DEVICE static void copy(T* tile, const Weight& w, int64_t row0, int col0) {
@@ -78,26 +78,21 @@ struct WeightTile {
         }
     }
 
-    AFA_DEVICE static void round_staged(T* tile, float* floats, const Weight& w, int64_t row0,
-                                        int col0) {
-        if (!w.is_float || !w.in_vectors)
-            return round_elements(tile, w, row0, col0);
-        AFA_UNROLL
-        for (int i = 0; i < kCount; ++i)
-            store(tile, i, load_shared<Float4>(own(floats, i)));
-    }
-
-    AFA_DEVICE static void round(T* tile, const Weight& w, int64_t row0, int col0) {
+    AFA_DEVICE static void round(T* tile, float* floats, bool staged, const Weight& w, int64_t row0,
+                                 int col0) {
         if (!w.is_float || !w.in_vectors)
             return round_elements(tile, w, row0, col0);
         Float4 v[kCount] = {};  // all under way at once
         AFA_UNROLL
         for (int i = 0; i < kCount; ++i)
-            if (row0 + row(i) < w.rows && col0 + column() < w.cols)
+            if (staged)
+                v[i] = load_shared<Float4>(own(floats, i));
+            else if (row0 + row(i) < w.rows && col0 + column() < w.cols)
                 v[i] = load_global(reinterpret_cast<const Float4*>(source(w, row0, col0, i)));
         AFA_UNROLL
         for (int i = 0; i < kCount; ++i)
-            store(tile, i, v[i]);
+            store_shared(place(tile, row(i), column()),
+                         Vec8{{pack<T>(v[i].x, v[i].y), pack<T>(v[i].z, v[i].w)}});
     }
 
   private:
@@ -116,11 +111,8 @@ struct WeightTile {
     AFA_DEVICE static T* place(T* tile, int row, int col) {
         return tile + (kReorder ? column_order(row) : row) * pitch(kCols) + col;
     }
-    AFA_DEVICE static void store(T* tile, int i, const Float4& v) {
-        store_shared(place(tile, row(i), column()), Vec8{{pack<T>(v.x, v.y), pack<T>(v.z, v.w)}});
-    }
     AFA_DEVICE static void round_elements(T* tile, const Weight& w, int64_t row0, int col0) {
-        AFA_UNROLL_BY_4
+        AFA_UNROLL_BY_2
         for (int i = thread_index(); i < kRows * kCols / 2; i += kThreads) {
             const int row = i / (kCols / 2), col = i % (kCols / 2) * 2;
             store_shared(place(tile, row, col),
@@ -147,15 +139,10 @@ struct RankRows {
         for (int i = 0; i < R / kRankUnit; ++i)
             Rows::stage(floats + i * kFloats, a[i], 0, col0);
     }
-    AFA_DEVICE static void round_staged(T* tile, float* floats, Blocks a, int col0) {
+    AFA_DEVICE static void round(T* tile, float* floats, bool staged, Blocks a, int col0) {
         AFA_UNROLL
         for (int i = 0; i < R / kRankUnit; ++i)
-            Rows::round_staged(tile + i * kTile, floats + i * kFloats, a[i], 0, col0);
-    }
-    AFA_DEVICE static void round(T* tile, Blocks a, int col0) {
-        AFA_UNROLL
-        for (int i = 0; i < R / kRankUnit; ++i)
-            Rows::round(tile + i * kTile, a[i], 0, col0);
+            Rows::round(tile + i * kTile, floats + i * kFloats, staged, a[i], 0, col0);
     }
 };
 
@@ -185,10 +172,8 @@ struct WeightRing {
     // Ends it, between the wait of this thread and the barrier of the block.
     template <typename Source, typename W, typename... Place>
     AFA_DEVICE void finish(Source, int t, int slot, const W& weight, Place... place) const {
-        if (staged)
-            Source::round_staged(tile(t, slot), staging + slot * kFloats, weight, place...);
-        else if (rounded)
-            Source::round(tile(t, slot), weight, place...);
+        if (rounded)
+            Source::round(tile(t, slot), staging + slot * kFloats, staged, weight, place...);
     }
 };
 

@@ -56,14 +56,14 @@ std::vector<Case> fixed_cases() {
     add({90, 136, 136, 13}, [](Options& o) { o.need_da = false, o.threshold = 60; });
     add({90, 136, 136, 8}, [](Options& o) { o.need_db = false; });
     add({90, 136, 136, 70}, [](Options& o) { o.need_dx = o.need_da = false; });
-    // Layers that share x: two and three, full ranks and ragged ones, one pass and split.
+    // Layers that share x: two and three, full ranks and ragged ones; the last one in one pass.
     add({130, 136, {{264, 16}, {72, 16}, {72, 16}}}, nothing);
     add({70, 712, {{8, 3}, {392, 17}, {136, 32}}},
         [](Options& o) { o.float_weights = o.recompute_z = true; });
     add({70, 264, {{136, 5}, {264, 8}}}, [](Options& o) { o.strided = o.float_weights = true; });
     add({330, 72, {{72, 32}, {72, 8}, {136, 32}}},
         [](Options& o) { o.round_limit = 128, o.in_place = true; });
-    add({90, 136, {{136, 16}, {136, 13}}}, [](Options& o) { o.need_dx = o.need_db = false; });
+    add({90, 136, {{72, 16}, {136, 13}}}, [](Options& o) { o.need_dx = o.need_db = false; });
     // More tiles of rows in a chunk than there are stages in any ring.
     for (const int rank : {16, 32, 64, 128})
         add({330, 72, 72, rank},

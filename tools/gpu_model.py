@@ -1,0 +1,201 @@
+"""The step of gpu_check that holds ``bench.model`` to a card: what the model assumes of an H100, and what it says that
+the kernels, a layer, layers that share x and decoding take on it, against what they take.
+
+A meter brings the times: gpu_meter.py on a card, a synthetic one in the tests. Each figure is compared with the range
+that the model gives it, on both sides: a kernel that is faster than modelled shows a wrong model, too. Beside the range
+stands what the model says with the measured assumptions in the place of its own: where that agrees with the card, an
+assumption was wrong, and where it does not, the model is.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from bench.model.__main__ import GROUPS, RANKS
+from bench.model.cuda_launches import H100, Gpu, Layer, Range, decoding, kernels, overhead
+from tools.gpu_steps import Context, Outcome, Step
+
+M, K, N = 8192, 4096, 4096
+LONE = {f"a layer, r={r}": Layer(M, K, N, r) for r in RANKS}
+TOGETHER = {name: Layer(M, k, n, (16,) * len(n)) for name, (k, n) in GROUPS.items()}
+# With alpha_t: the model has the same kernels at identity.
+TAXED = (
+    ("a layer", LONE["a layer, r=16"], 0.5),
+    ("a layer at identity", LONE["a layer, r=16"], 0.0),
+    *((name, layer, 0.5) for name, layer in TOGETHER.items()),
+)
+TOKEN = Layer(1, K, N, 16)
+
+# A pass over the larger ones goes to memory, over the smaller ones to L2; the difference of two has no launch in it.
+MEMORY_BYTES, L2_BYTES = (256 << 20, 1 << 30), (4 << 20, 12 << 20)
+_GEMM_MARGIN = 0.05  # the model has one rate for GEMMs, and no range
+_HALF = 2
+_US, _PERCENT = "us", "% of the frozen products"
+
+
+class Meter(Protocol):
+    """What a card takes, in seconds."""
+
+    def mapped(self, nbytes: int) -> float:
+        """An elementwise kernel that reads ``nbytes`` and writes as many, again and again on the same tensors."""
+
+    def load(self) -> float:
+        """A load that waits for the one before it, with the memory busy."""
+
+    def launch(self) -> float:
+        """A kernel that does next to nothing, after another one in a graph, without programmatic dependent launch."""
+
+    def gemm(self, m: int, k: int, n: int) -> tuple[float, float]:
+        """A product of the frozen layer, and one that is added to its output."""
+
+    def kernels(self, layer: Layer) -> tuple[dict[str, float], dict[str, float]]:
+        """The kernels of the branch in a forward and in a backward, summed by the names of the model."""
+
+    def step(self, layer: Layer, alpha_t: float) -> tuple[float, float]:
+        """Forward and backward of the layer with its branch, and the frozen products alone."""
+
+    def token(self, layer: Layer) -> tuple[float, float]:
+        """One call in a graph with the branch, and the frozen product alone; the weights come from memory."""
+
+
+class Figure(NamedTuple):
+    """A figure of the model: its range, what the measured assumptions make of it, and what the card takes."""
+
+    name: str
+    unit: str
+    modelled: Range
+    with_measured: float | None  # None for an assumption
+    measured: float
+
+    @property
+    def off(self) -> float:
+        """How far the card is outside of the range, relative to its nearer end; 0 inside."""
+        low, high = sorted(self.modelled)
+        end = min(max(self.measured, low), high)
+        return (self.measured - end) / end
+
+    @property
+    def row(self) -> dict[str, str]:
+        low, high = sorted(self.modelled)
+        return {
+            "figure": self.name,
+            "unit": self.unit,
+            "modelled": f"{low:.3g} to {high:.3g}",
+            "with measured assumptions": "" if self.with_measured is None else f"{self.with_measured:.3g}",
+            "measured": f"{self.measured:.3g}",
+            "verdict": f"off by {self.off:+.0%}" if self.off else "ok",
+        }
+
+
+def measured_gpu(meter: Meter, assumed: Gpu = H100) -> Gpu:
+    """Return ``assumed`` with what the card shows in the place of what was assumed."""
+    memory, l2 = (_rate(meter, sizes) for sizes in (MEMORY_BYTES, L2_BYTES))
+    product, added = meter.gemm(M, K, N)
+    unhidden = (added - product) * memory / (_HALF * M * N)
+    latency, launch = meter.load(), meter.launch()
+    return assumed._replace(
+        gemm=2 * M * K * N / product,
+        **{
+            name: Range(value, value)
+            for name, value in (
+                ("memory", memory), ("l2", l2), ("latency", latency), ("launch", launch), ("unhidden", unhidden),
+            )
+        },
+    )  # fmt: skip
+
+
+def _rate(meter: Meter, sizes: tuple[int, int]) -> float:
+    """Return bytes per second, read and written, of what one size takes longer than the other."""
+    less, more = sizes
+    seconds = meter.mapped(more) - meter.mapped(less)
+    return 2 * (more - less) / seconds if seconds > 0 else math.inf
+
+
+def assumptions(measured: Gpu, assumed: Gpu = H100) -> Iterator[Figure]:
+    for name, scale, unit in (
+        ("memory", 1e-12, "TB/s"), ("l2", 1e-12, "TB/s"), ("latency", 1e6, _US), ("launch", 1e6, _US),
+        ("unhidden", 1, "of the read"),
+    ):  # fmt: skip
+        given, found = getattr(assumed, name), getattr(measured, name)
+        yield Figure(name, unit, Range(*(value * scale for value in given)), None, found.good * scale)
+    rates = Range(*(assumed.gemm * 1e-12 * (1 + margin) for margin in (_GEMM_MARGIN, -_GEMM_MARGIN)))
+    yield Figure("gemm", "TFLOP/s", rates, None, measured.gemm * 1e-12)
+
+
+def durations(layer: Layer, gpu: Gpu) -> tuple[dict[str, Range], dict[str, Range]]:
+    """Return what the model gives the kernels of a forward and of a backward from start to end, in seconds."""
+    running = gpu._replace(launch=Range(0.0, 0.0))  # it lies before the start
+    directions = []
+    for direction in kernels(layer, running):
+        summed: dict[str, Range] = {}
+        for kernel in direction:
+            good, bad = summed.get(kernel.name, Range(0.0, 0.0))
+            good, bad = good + kernel.seconds(running, "good")[0], bad + kernel.seconds(running, "bad")[0]
+            summed[kernel.name] = Range(good, bad)
+        directions.append(summed)
+    return tuple(directions)
+
+
+def kernel_figures(meter: Meter, name: str, layer: Layer, measured: Gpu) -> Iterator[Figure]:
+    taken = meter.kernels(layer)
+    for direction, modelled, refit, found in zip(
+        ("forward", "backward"), durations(layer, H100), durations(layer, measured), taken, strict=True
+    ):
+        if found.keys() != modelled.keys():
+            raise RuntimeError(f"{name}, {direction}: modelled are {sorted(modelled)}, launched were {sorted(found)}")
+        for kernel, (good, bad) in modelled.items():
+            yield Figure(
+                f"{name}: {kernel}, {direction}", _US, Range(good * 1e6, bad * 1e6), refit[kernel].good * 1e6,
+                found[kernel] * 1e6,
+            )  # fmt: skip
+
+
+def compare(meter: Meter) -> list[Figure]:
+    """Return every figure of the model with what the card takes."""
+    measured = measured_gpu(meter)
+    figures = list(assumptions(measured))
+    for name, layer in (LONE | TOGETHER | {"one token": TOKEN}).items():
+        figures += kernel_figures(meter, name, layer, measured)
+    for name, layer, alpha_t in TAXED:
+        modelled, refit = (overhead(layer, gpu).both for gpu in (H100, measured))
+        figures.append(Figure(f"{name}: tax", _PERCENT, modelled, refit.good, _added(*meter.step(layer, alpha_t))))
+    modelled, refit = decoding(TOKEN), decoding(TOKEN, measured)
+    figures.append(Figure("one token, in a graph", _PERCENT, modelled, refit.good, _added(*meter.token(TOKEN))))
+    return figures
+
+
+def _added(whole: float, frozen: float) -> float:
+    return 100 * (whole / frozen - 1)
+
+
+def table(figures: list[Figure], card: str) -> str:
+    """Return the figures as a page of Markdown."""
+    rows = [figure.row for figure in figures]
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *(list(row.values()) for row in rows)]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"# bench.model of an {H100.name} beside what was measured on {card}\n\n{text}"
+
+
+def outcome_of(figures: list[Figure], card: str) -> Outcome:
+    """Return the step's outcome: failed where a figure is off, absent of a card that the model does not know."""
+    off = [figure for figure in figures if figure.off]
+    told = f"{len(figures) - len(off)} of {len(figures)} figures within their modelled range"
+    page, rows = table(figures, card), [figure.row for figure in figures]
+    if H100.name not in card:
+        return Outcome("absent", f"the model is of an {H100.name}, no verdict on {card}; {told}", rows, page=page)
+    return Outcome("failed" if off else "ok", told, rows, page=page)
+
+
+def check_model(context: Context) -> Outcome:
+    """Hold the model to the card of ``context``."""
+    if context.device != "cuda":
+        return Outcome.absent("what the model says of a GPU needs one")
+    import torch
+
+    from tools.gpu_meter import CardMeter
+
+    return outcome_of(compare(CardMeter(context)), torch.cuda.get_device_name(0))
+
+
+STEPS = (Step("model", "bench.model: its assumptions and every modelled figure, measured", check_model),)
