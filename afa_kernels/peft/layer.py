@@ -79,19 +79,20 @@ class AFALoraVariant(LoraVariant):
 
 def _branch(module: LoraLayer, name: str) -> tuple[Tensor, Tensor, Tensor | None, Options] | None:
     """Return A, B, alpha_t and the options of an adapter, or None where its layers have to be called."""
-    state, lora_a, lora_b = module.lora_afa[name], module.lora_A[name], module.lora_B[name]
+    state, a, b = module.lora_afa[name], _plain_weight(module.lora_A[name]), _plain_weight(module.lora_B[name])
     scaling, dropout = module.scaling[name], module.lora_dropout[name]
     # PEFT makes the scaling a tensor where adapters are to be swapped in a compiled model.
-    if isinstance(scaling, Tensor) or not (_is_plain(lora_a) and _is_plain(lora_b)):
+    if a is None or b is None or isinstance(scaling, Tensor):
         return None
-    dropout_p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+    dropout_p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     # PEFT owns the scaling and the dropout, and may change them between two calls.
-    options = checks.options(state.activation, scaling, dropout_p, state.save, None)
-    return lora_a.weight, lora_b.weight, state.coefficient(), options
+    return a, b, state.coefficient(), checks.options(state.activation, scaling, dropout_p, state.save, None)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    return is_plain(layer) and type(layer.weight) in (nn.Parameter, Tensor)
+def _plain_weight(layer: nn.Module) -> Tensor | None:
+    """Return the weight of an ordinary linear layer as ``(N, K)``, or None where the layer has to be called."""
+    weight = weight_of(layer) if is_plain(layer) else None
+    return weight if type(weight) in (nn.Parameter, Tensor) else None
 
 
 def _composed(module: LoraLayer, name: str, x: Tensor, result: Tensor) -> Tensor:
@@ -131,14 +132,15 @@ class AFALoraLayer:
     def linear_call(self) -> LinearCall | None:
         """Return what ``linear(x, ...)`` takes beside x, or None where PEFT's forward has to run: it is merged or
         disabled, another number of adapters than one is active, or a layer cannot be left out."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if len(names) != 1 or self.disable_adapters or self.merged or not _is_plain(self.base_layer):
+        adapters, base = self.lora_A, self.base_layer
+        names = [name for name in self.active_adapters if name in adapters]
+        if len(names) != 1 or self.merged_adapters or self.disable_adapters:
             return None
-        name = names[0]
-        if not isinstance(self.lora_variant.get(name), AFALoraVariant) or self.lora_B[name].bias is not None:
+        name, weight = names[0], _plain_weight(base)
+        if weight is None or self.lora_variant.get(name).__class__ is not AFALoraVariant:
             return None
-        branch = _branch(self, name)
-        return None if branch is None else LinearCall(weight_of(self.base_layer), self.base_layer.bias, *branch)
+        branch = None if self.lora_B[name].bias is not None else _branch(self, name)
+        return None if branch is None else LinearCall(weight, base.bias, *branch)
 
     @property
     def alpha_t(self) -> float:
