@@ -38,9 +38,7 @@ def configure(folder: Path, version: str, **options: str) -> subprocess.Complete
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "version, architectures", [("12.7", "80-real;90"), ("12.8", "80-real;90-real;100-real;120")]
-)
+@pytest.mark.parametrize("version, architectures", [("12.7", "80-real;90"), ("12.8", "80-real;90-real;100-real;120")])
 def test_every_architecture_that_the_compiler_knows(tmp_path, version, architectures):
     done = configure(tmp_path, version)
     assert done.returncode == 0, done.stderr
