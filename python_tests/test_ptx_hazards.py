@@ -370,39 +370,3 @@ def test_what_one_cta_writes_no_other_one_touches(body, message):
             continue
         with pytest.raises(_ptx.ExecutionError, match=message):
             launch(text, np.arange(64, dtype=np.uint32), threads=32, grid=3, seed=seed)
-
-
-# A kernel that may start before the one before it has ended.
-STORE = "st.global.b32 [%rd8], %r0;"
-WAIT = "griddepcontrol.wait;"
-UNORDERED = {
-    "a store before the wait": (STORE + WAIT, "race: stores to 'array 0' without griddepcontrol.wait"),
-    "a load before the wait": ("ld.global.b32 %r5, [%rd8];" + WAIT, "race: loads from 'array 0' without"),
-    "a copy before the wait": (COPY + "cp.async.wait_group 0;" + WAIT, "race: loads from 'array 0' without"),
-    "a store of lanes that do not wait": (
-        "setp.lt.u32 %p1, %r0, 40; @%p1 griddepcontrol.wait;" + STORE, "lane 8: race: stores"
-    ),
-    "no wait at all": ("", "returns without griddepcontrol.wait"),
-    "leave to start the next one, which is no wait": (
-        "griddepcontrol.launch_dependents;" + STORE, "race: stores to 'array 0' without griddepcontrol.wait"
-    ),
-}  # fmt: skip
-
-
-def run_overlapped(body: str, overlaps: bool) -> np.ndarray:
-    array = np.zeros(1024, dtype=np.uint32)
-    launch(kernel(PLACES + body, shared=4096, threads=64), array, threads=64, overlaps=overlaps)
-    return array
-
-
-@pytest.mark.parametrize("name", UNORDERED)
-def test_memory_of_the_kernel_before_is_waited_for(name):
-    body, message = UNORDERED[name]
-    run_overlapped(body, False)
-    with pytest.raises(_ptx.ExecutionError, match=message):
-        run_overlapped(body, True)
-
-
-def test_a_kernel_that_waits_may_start_early():
-    body = "st.shared.b32 [%r1], %r0; bar.sync 0; ld.shared.b32 %r5, [%r2];" + WAIT + "st.global.b32 [%rd8], %r5;"
-    assert set(run_overlapped(body + "griddepcontrol.launch_dependents;", True)[:64]) == set(range(64))

@@ -5,59 +5,27 @@ import re
 from dataclasses import replace
 
 import ptx_cuda
+import ptx_runtime_helpers
 import pytest
 import torch
-from helpers import Problem, assert_matches, eager, run_python
+from helpers import assert_matches, eager, run_python
+from ptx_runtime_helpers import (
+    CAPABILITIES,
+    RTX_4090,
+    cuda_on_ptx,
+    failure,
+    forward,
+    new_device,
+    problem,
+    runtime,
+)
 
 import afa_kernels as afa
 from afa_kernels.backend import cuda, registry
 from afa_kernels.backend.registry import Call, Spec
 
-_cuda_on_ptx = pytest.importorskip("afa_kernels._cuda_on_ptx", reason="built with nvcc and the emulator only")
-runtime = _cuda_on_ptx.runtime
-
-SPEC, ALPHA_T = Spec("relu", 1.5), torch.tensor(0.3)
-RTX_4090 = {"major": 8, "minor": 9, "multiprocessors": 128, "shared_per_block": 99 << 10,
-            "shared_per_multiprocessor": 100 << 10}  # fmt: skip
-CAPABILITIES = {0: (8, 0), 1: (9, 0)}
 LORA = ("x", "lora_a", "lora_b", "base")
-
-
-@pytest.fixture(autouse=True)
-def _a_sound_machine():
-    runtime.restart()
-    _cuda_on_ptx.take_launches()
-    yield
-    runtime.restart()
-    _cuda_on_ptx.set_edit(lambda text: text)
-
-
-def problem(m=75, k=136, n=264, r=16):
-    torch.manual_seed(2)
-    return Problem.random(m, k, n, r, torch.bfloat16)
-
-
-def forward(p, device=0, stream=0):
-    y = torch.full_like(p.base, torch.nan)
-    with ptx_cuda.kernels.on(device, stream):
-        z = ptx_cuda.kernels.forward(
-            p.x, p.lora_a, p.lora_b, ALPHA_T, None, SPEC, base=p.base, out=y, save_z=True
-        )  # fmt: skip
-    return y, z
-
-
-def failure(p, device=0, stream=0) -> str:
-    """Return the message of a forward, which must fail."""
-    with pytest.raises(RuntimeError) as caught:
-        forward(p, device, stream)
-    return str(caught.value)
-
-
-def new_device(**model) -> int:
-    """Return a device that no test has used: the launch code remembers what it has asked of one."""
-    index = runtime.add_device(**({"major": 8, "minor": 0} | model))
-    CAPABILITIES[index] = (model.get("major", 8), model.get("minor", 0))
-    return index
+_a_sound_machine, kept_allocations = ptx_runtime_helpers.sound_machine, ptx_runtime_helpers.kept_allocations
 
 
 # --- Which backend takes a call ---
@@ -67,7 +35,7 @@ def new_device(**model) -> int:
 def on_machine(monkeypatch):
     """Let the backend ``cuda`` itself, with its status and its refusals, take calls on CPU tensors: on a machine that
     has the simulated runtime's device of the given number."""
-    monkeypatch.setattr(cuda, "_device_module", lambda: (_cuda_on_ptx, ""))
+    monkeypatch.setattr(cuda, "_device_module", lambda: (cuda_on_ptx, ""))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "simulated")
     monkeypatch.setattr(torch.cuda, "get_device_capability", CAPABILITIES.get)
@@ -106,7 +74,7 @@ def check_fallback(why: str) -> None:
     """An automatic call has its result from the next backend; a named one says why it cannot run."""
     p = problem()
     assert_matches(automatic, plain, p, LORA)
-    assert not _cuda_on_ptx.take_launches()
+    assert not cuda_on_ptx.take_launches()
     call = Call("cpu", torch.bfloat16, 75, 136, 264, 16, "relu")
     assert registry.select(call, None) == (registry.get("torch"), f"cuda: {why}")
     with pytest.raises(afa.BackendUnavailable, match=re.escape(why)):
@@ -116,7 +84,7 @@ def check_fallback(why: str) -> None:
 def test_an_automatic_call_runs_the_kernels(on_machine):
     on_machine()
     assert_matches(automatic, plain, problem(), LORA)
-    assert {launch["device"] for launch in _cuda_on_ptx.take_launches()} == {0}
+    assert {launch["device"] for launch in cuda_on_ptx.take_launches()} == {0}
 
 
 # CUDA of the runtime in a wheel and of the driver, and what a message advises; None: the driver serves it. A driver
@@ -145,7 +113,7 @@ def test_drivers(on_machine, of_runtime, of_driver):
     assert afa.backends()["cuda"].available == (advice is None)
     if advice is None:
         assert_matches(automatic, plain, problem(), LORA)
-        assert _cuda_on_ptx.take_launches()
+        assert cuda_on_ptx.take_launches()
     else:
         driver, built = (f"CUDA {v // 1000}.{v % 1000 // 10}" for v in (of_driver, of_runtime))
         check_fallback(f"the driver ({driver}) is too old for {built}, which this wheel was built with; {advice}")
@@ -196,7 +164,7 @@ def test_a_card_without_an_image(on_machine):
     CAPABILITIES[turing] = (8, 0)  # as a build without sm_80 looks to an A100
     on_machine(turing)
     check_fallback("this build has no kernels for compute capability 8.0")
-    assert _cuda_on_ptx.kernel_image_failure(turing)[0] == "cudaErrorNoKernelImageForDevice"
+    assert cuda_on_ptx.kernel_image_failure(turing)[0] == "cudaErrorNoKernelImageForDevice"
     assert runtime.last_error() == "cudaSuccess"
     assert "forward kernel failed: no kernel image is available" in failure(problem(), turing)
 
@@ -211,8 +179,8 @@ def test_a_device_that_the_runtime_cannot_use(on_machine):
 
 def test_images_that_fit_are_no_failure():
     for device in (0, 1, new_device(**RTX_4090), new_device(major=12, minor=0)):
-        assert _cuda_on_ptx.kernel_image_failure(device) == ("", "")
-    assert _cuda_on_ptx.versions()[0] >= _cuda_on_ptx.versions()[1]
+        assert cuda_on_ptx.kernel_image_failure(device) == ("", "")
+    assert cuda_on_ptx.versions()[0] >= cuda_on_ptx.versions()[1]
 
 
 # --- Calls of the runtime that fail ---
@@ -231,7 +199,7 @@ def test_a_refused_grant_of_shared_memory_is_asked_for_again():
     runtime.fail("cudaFuncSetAttribute", "cudaErrorInvalidValue")
     message = failure(p, device)
     assert message.startswith("forward kernel failed: invalid argument (cudaErrorInvalidValue) (M=75, K=136, N=264")
-    assert not _cuda_on_ptx.take_launches() and runtime.last_error() == "cudaSuccess"
+    assert not cuda_on_ptx.take_launches() and runtime.last_error() == "cudaSuccess"
     runtime.succeed("cudaFuncSetAttribute")
     assert torch.equal(forward(p, device)[0], forward(p)[0])
 
@@ -244,7 +212,7 @@ def test_shared_memory_is_asked_for_once_per_device():
 
     one, other, p = new_device(), new_device(), problem()
     assert asked(p, one) == 1
-    assert max(launch["shared_bytes"] for launch in _cuda_on_ptx.take_launches()) > 48 << 10
+    assert max(launch["shared_bytes"] for launch in cuda_on_ptx.take_launches()) > 48 << 10
     assert [asked(p, device) for device in (one, one, other, one, other)] == [0, 0, 1, 0, 0]
 
 
@@ -268,7 +236,7 @@ EARLIER = "a kernel that was launched earlier failed"
 
 def break_the_forward(monkeypatch) -> None:
     """Let the forward kernel do what hardware punishes, which comes up late unless launches wait."""
-    _cuda_on_ptx.set_edit(lambda text: re.sub(r"cp\.async\.wait_group \d+;", "", text))
+    cuda_on_ptx.set_edit(lambda text: re.sub(r"cp\.async\.wait_group \d+;", "", text))
     monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
     runtime.set_asynchronous(True)
 
@@ -283,7 +251,7 @@ def test_a_fault_of_an_earlier_kernel_is_not_blamed_on_the_next(monkeypatch):
         assert f"the forward kernel only reports it; CUDA_LAUNCH_BLOCKING=1 shows where it happens (M={m}," in (message)
     assert "kernel forward" not in message and "forward kernel failed" not in message
     forward(p, device=1)  # another device is not hit by it
-    assert _cuda_on_ptx.kernel_image_failure(0)[0] == "cudaErrorLaunchFailure"
+    assert cuda_on_ptx.kernel_image_failure(0)[0] == "cudaErrorLaunchFailure"
 
 
 def test_a_fault_is_blamed_on_the_kernel_where_launches_wait(monkeypatch):
@@ -313,102 +281,7 @@ def test_an_error_that_stood_before_the_launch_is_not_its_own():
     forward(p)
 
 
-# --- Kernels that may start before the one before them has ended (programmatic dependent launch) ---
-
-
-def of_many_kernels():
-    """Return a problem whose kernels hand each other scratch memory, in several passes."""
-    return problem(m=520, n=1032, r=64)
-
-
-def forward_and_backward(p, device=0, stream=0):
-    """Return the results of a call, and for each of its kernels whether it may start early."""
-    _cuda_on_ptx.take_launches()
-    y, z = forward(p, device, stream)
-    with ptx_cuda.kernels.on(device, stream):
-        gradients = ptx_cuda.kernels.backward(
-            p.dy, p.x, p.lora_a, p.lora_b, z, ALPHA_T, None, SPEC, need_dx=True, need_da=True, need_db=True
-        )  # fmt: skip
-    return (y, z, *gradients), [launch["overlaps"] for launch in _cuda_on_ptx.take_launches()]
-
-
-def test_kernels_overlap_where_their_code_waits():
-    """sm_90 has griddepcontrol, sm_80 does not; neither has the PTX of sm_80 on a newer card."""
-    p = of_many_kernels()
-    results, overlaps = forward_and_backward(p, 0)
-    assert len(overlaps) >= 6 and not any(overlaps)
-    ada, blackwell = new_device(**RTX_4090), new_device(major=12, minor=0)
-    for device, expected in ((1, True), (ada, False), (blackwell, True)):
-        others, overlaps = forward_and_backward(p, device)
-        assert set(overlaps) == {expected}, device
-        assert all(map(torch.equal, results, others))
-
-
-def test_a_build_of_older_ptx_does_not_overlap_on_a_new_card():
-    """The code decides, not the card."""
-    _cuda_on_ptx.set_edit(lambda text: text.replace(".target sm_90", ".target sm_89"))
-    assert not any(forward_and_backward(of_many_kernels(), new_device(major=9))[1])
-
-
-def test_memory_that_is_touched_before_the_wait_is_a_race():
-    _cuda_on_ptx.set_edit(lambda text: text.replace("griddepcontrol.wait;", ""))
-    assert "without griddepcontrol.wait, and the kernel before this one may still run" in failure(problem(), 1)
-    forward(problem(), 0)  # kernels that start in order need no wait
-
-
-def test_every_kernel_waits_first_and_lets_the_next_one_start():
-    seen = []
-    _cuda_on_ptx.set_edit(lambda text: seen.append(text) or text)
-    for r in (16, 32, 64, 128):
-        forward(problem(r=r), 1)
-    for text in seen:
-        kernels = re.split(r"\.entry ", text)[1:]
-        assert kernels
-        for body in kernels:
-            name = body.split("(")[0]
-            first = re.search(r"\b(griddepcontrol\.\w+|(?:ld|st)\.global|cp\.async)", body)[0]
-            assert first == "griddepcontrol.wait", name
-            assert body.count("griddepcontrol.wait;") == body.count("griddepcontrol.launch_dependents;") == 1, name
-
-
-@pytest.mark.parametrize("version, expected", [(12020, False), (12030, True)])
-def test_a_driver_that_cannot_capture_overlaps_gets_none(kept_allocations, version, expected):
-    p, device = of_many_kernels(), new_device(major=9)
-    runtime.install_driver(version, False)
-    runtime.begin_capture(7)
-    captured, _ = forward_and_backward(p, device, 7)
-    graph = runtime.end_capture()
-    direct, overlaps = forward_and_backward(p, device)
-    assert set(overlaps) == {expected}
-    graph.replay()
-    assert {launch["overlaps"] for launch in _cuda_on_ptx.take_launches()} == {expected}
-    assert all(map(torch.equal, captured, direct))
-
-
-def test_a_device_that_refuses_overlaps_is_asked_once_for_each_kernel():
-    p, device = of_many_kernels(), new_device(major=9)
-    runtime.set_overlaps(False)
-    results, overlaps = forward_and_backward(p, device)
-    assert not any(overlaps) and runtime.last_error() == "cudaSuccess"
-    before = runtime.calls("cudaLaunchKernelExC")
-    others, overlaps = forward_and_backward(p, device)
-    assert runtime.calls("cudaLaunchKernelExC") == before + len(overlaps)
-    assert all(map(torch.equal, results, others))
-
-
 # --- Capturing streams ---
-
-
-@pytest.fixture
-def kept_allocations(monkeypatch):
-    """Keep what a capture has allocated, as torch's allocator does for a graph."""
-    kept, new_empty = [], torch.Tensor.new_empty
-
-    def keep(*arguments, **options):
-        kept.append(new_empty(*arguments, **options))
-        return kept[-1]
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", keep)
 
 
 def test_a_captured_call_runs_again_with_new_values(kept_allocations):
@@ -424,7 +297,7 @@ def test_a_captured_call_runs_again_with_new_values(kept_allocations):
             p.dy, *operands, z, alpha_t, None, spec, need_dx=True, need_da=True, need_db=True
         )  # fmt: skip
     graph = runtime.end_capture()
-    assert len(graph) >= 3 and y.isnan().all() and not _cuda_on_ptx.take_launches(), "a capture runs nothing"
+    assert len(graph) >= 3 and y.isnan().all() and not cuda_on_ptx.take_launches(), "a capture runs nothing"
 
     def expected():
         direct = torch.full_like(y, torch.nan)
@@ -458,12 +331,12 @@ def test_two_devices_with_different_limits():
     results = [forward(p, device) for device in (0, small, 1, small, 0)]
     for y, z in results[1:]:
         assert torch.equal(y, results[0][0]) and torch.equal(z, results[0][1])
-    launches = _cuda_on_ptx.take_launches()
+    launches = cuda_on_ptx.take_launches()
     assert [launch["device"] for launch in launches] == [0, small, 1, small, 0]
     shared = {launch["device"]: launch["shared_bytes"] for launch in launches}
     assert len(set(shared.values())) >= 2, "each has a plan of its own"
     for device, model in ((small, RTX_4090),):
-        assert _cuda_on_ptx.device_limits(device) == tuple(model.values())[2:]
+        assert cuda_on_ptx.device_limits(device) == tuple(model.values())[2:]
         assert shared[device] <= model["shared_per_block"]
 
 
@@ -496,13 +369,21 @@ def test_the_current_device_costs_no_switch():
     assert runtime.current_device() == 1 and runtime.calls("cudaSetDevice") == before
 
 
+# In a process of its own: the devices that it adds would be in the way of other tests.
+MANY_DEVICES = """
+import torch
+from ptx_runtime_helpers import cuda_on_ptx, forward, new_device, problem, runtime
+
+for _ in range(70):
+    last = new_device(major=9)
+p, results = problem(), []
+for _ in range(2):
+    before = runtime.calls("cudaFuncSetAttribute")
+    results.append(forward(p, last)[0])
+    assert runtime.calls("cudaFuncSetAttribute") == before + 1
+assert torch.equal(*results) and all(launch["overlaps"] for launch in cuda_on_ptx.take_launches())
+"""
+
+
 def test_devices_past_what_the_launch_code_remembers_are_asked_about_every_time():
-    for _ in range(70):
-        last = new_device(major=9)
-    p = problem()
-    results = []
-    for _ in range(2):
-        before = runtime.calls("cudaFuncSetAttribute")
-        results.append(forward(p, last)[0])
-        assert runtime.calls("cudaFuncSetAttribute") == before + 1
-    assert torch.equal(*results) and all(launch["overlaps"] for launch in _cuda_on_ptx.take_launches())
+    run_python(MANY_DEVICES)
