@@ -371,9 +371,11 @@ def test_the_current_device_costs_no_switch():
 
 # In a process of its own: the devices that it adds would be in the way of other tests.
 MANY_DEVICES = """
+import ptx_cuda
 import torch
 from ptx_runtime_helpers import cuda_on_ptx, forward, new_device, problem, runtime
 
+ptx_cuda.register()
 for _ in range(70):
     last = new_device(major=9)
 p, results = problem(), []
