@@ -20,10 +20,10 @@ from afa_kernels.torch_private import are_ordinary, autocast_may_be_on, in_forwa
 class AFALinearGroup(nn.Module):
     """Several :class:`AFALinear` layers applied to the same x, in one pass over it.
 
-    ``group(x) == tuple(layer(x) for layer in layers)``, with the same gradients. z, dA and dx are
-    sums in another order than in separate layers, so they agree to a rounding; given z, all else is
-    computed by the same calls. Ranks, scalings, activations, alpha_t and the dtypes of A and B may
-    differ from member to member.
+    ``group(x) == tuple(layer(x) for layer in layers)``, with the same gradients. dx is one sum over
+    all members, which agrees with that of separate layers to a rounding (docs/groups.md says what
+    agrees to the bit). Ranks, scalings, activations, alpha_t and the dtypes of A and B may differ
+    from member to member.
 
     Args:
         layers: two or more AFALinear layers, or layers of PEFT with an adapter of this package, with the same
