@@ -291,10 +291,11 @@ class Mlp(nn.Module):
         return self.down_proj(torch.relu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def test_inject_groups_and_unload_takes_the_groups_out(fused):
+@pytest.mark.parametrize("group", [None, True])
+def test_inject_groups_and_unload_takes_the_groups_out(fused, group):
     model = nn.Sequential(Mlp(), Mlp())
     keys = list(afa.inject(copy.deepcopy(model), r=2, group=False).state_dict())
-    afa.inject(model, r=2, group=True)
+    afa.inject(model, r=2, group=group)
     assert list(model.state_dict()) == keys
     x = torch.randn(3, 8)
     model(x)
@@ -305,6 +306,13 @@ def test_inject_groups_and_unload_takes_the_groups_out(fused):
     assert len(fused) == 4
     afa.unload(model)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_inject_without_groups_or_with_dropout_has_none(fused):
+    for options in ({"group": False}, {"dropout": 0.1}):
+        model = afa.inject(nn.Sequential(Mlp()), r=2, **options).train()
+        model(torch.randn(3, 8))
+        assert not fused and not model[0]._forward_pre_hooks
 
 
 def test_adapters_of_a_grouped_model_are_those_of_any_other(tmp_path):
