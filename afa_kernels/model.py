@@ -44,8 +44,8 @@ def inject(
             ``modules_to_save``).
         exclude_modules: names or regular expression of modules not to adapt.
         group: let q, k and v, and gate and up, of the common transformer blocks share their passes over x where a
-            backend takes them together (see :func:`afa_kernels.share_inputs`): None where there are such layers, True
-            where it is an error if there are none.
+            backend takes them together (see :func:`afa_kernels.share_inputs`). None: where there are such layers and no
+            dropout; True: it is an error if there are none; False: not at all.
         r, lora_alpha, activation, dropout, use_rslora, dtype, save, backend: as in
             :class:`AFALinear`.
 
@@ -84,7 +84,7 @@ def inject(
 
     replace(model, targets, trained, make)
     if group is not False and not dropout:
-        attach_groups(model)
+        attach_groups(model, AFALinear)
     return model
 
 

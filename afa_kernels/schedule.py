@@ -41,6 +41,14 @@ _MAX_SHARPNESS = 500.0  # exp() of it is still finite
 _CALLABLE = "callable"  # the kind that state_dict stores for a function, which itself is not stored
 
 
+def annealed_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of ``model`` that have ``set_alpha_t``, those of PEFT prepared for it."""
+    integration = sys.modules.get("afa_kernels.peft")
+    if integration is not None:
+        integration.install_annealed(model)
+    return [m for m in model.modules() if callable(getattr(m, "set_alpha_t", None))]
+
+
 class AnnealSchedule:
     """The annealing schedule ``alpha_t(step) = end + (start - end) * blend(progress)``.
 
@@ -133,10 +141,7 @@ class AnnealSchedule:
         Raises:
             ValueError: no layer of ``model`` has ``set_alpha_t``.
         """
-        integration = sys.modules.get("afa_kernels.peft")
-        if integration is not None:
-            integration.install_annealed(model)
-        layers = [m for m in model.modules() if callable(getattr(m, "set_alpha_t", None))]
+        layers = annealed_layers(model)
         if not layers:
             raise ValueError(f"model: expected layers with set_alpha_t, found none in {type(model).__name__}")
         self._layers.update(layers)

@@ -42,22 +42,23 @@ def share_inputs(model: nn.Module) -> nn.Module:
     A block that turns out not to call all its members with the same tensor (cross-attention) goes
     back to separate layers after its first call.
 
-    :func:`afa_kernels.inject`, :func:`afa_kernels.peft.accelerate` and the callbacks do this by themselves.
+    :func:`afa_kernels.inject` and :func:`afa_kernels.peft.accelerate` do this by themselves, and for a model with an
+    :class:`~afa_kernels.peft.AFALoraConfig` the callbacks and :meth:`AnnealSchedule.attach` do.
 
     Raises:
         ValueError: no module of ``model`` has two AFA layers that can share.
     """
-    if not attach_groups(model):
+    if not attach_groups(model, nn.Module):
         raise ValueError(nothing_to_share(model))
     return model
 
 
-def attach_groups(model: nn.Module) -> bool:
-    """:func:`share_inputs`; return whether there is anything to share."""
-    unshare_inputs(model)
+def attach_groups(model: nn.Module, kind: type) -> bool:
+    """Form the groups of the layers of a class, and leave those of others as they are; return whether there are any."""
+    detach_groups(model, kind)
     found = False
     for parent in model.modules():
-        children = {n: m for n, m in parent._modules.items() if hasattr(m, "linear_call")}
+        children = {n: m for n, m in parent._modules.items() if isinstance(m, kind) and hasattr(m, "linear_call")}
         for names in groups_of({n: m.in_features for n, m in children.items()}):
             SharedInput({name: children[name] for name in names}).attach(parent)
             found = True
@@ -65,13 +66,19 @@ def attach_groups(model: nn.Module) -> bool:
 
 
 def unshare_inputs(model: nn.Module) -> nn.Module:
-    """Undo :func:`share_inputs`; return ``model``."""
+    """Undo :func:`share_inputs`; return ``model``. What forms groups by itself forms them again when it is called
+    again, a schedule that is attached to a PEFT model for example."""
+    detach_groups(model, nn.Module)
+    return model
+
+
+def detach_groups(model: nn.Module, kind: type) -> None:
+    """Dissolve the groups of the layers of a class."""
     for parent in model.modules():
         for hook in list(parent._forward_pre_hooks.values()):
             owner = getattr(hook, "__self__", None)
-            if isinstance(owner, SharedInput):
+            if isinstance(owner, SharedInput) and all(isinstance(layer, kind) for layer in owner.layers):
                 owner.detach()
-    return model
 
 
 def groups_of(in_features: dict[str, int]) -> Iterator[list[str]]:
@@ -166,6 +173,8 @@ class SharedInput:
         return pending.outputs.pop(layer, None)
 
     def _compute(self, x: Tensor) -> _Pending | None:
+        if not isinstance(x, Tensor):  # an error, which the layer names
+            return None
         calls, _ = calls_of(self.layers, x)
         version, modes = _version(x), _modes(x)
         if calls is None:
@@ -195,12 +204,7 @@ def _may_be_shared(x: Tensor, calls: list[LinearCall]) -> bool:
 
 
 def _version(x: Tensor) -> object:
-    if torch.compiler.is_compiling() or x.is_inference():
-        return 0
-    if type(x) is not Tensor and hasattr(x, "_local_tensor"):
-        # A write to the shard of a DTensor does not count as one to the DTensor.
-        return version_of(x), version_of(x._local_tensor)
-    return version_of(x)
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else version_of(x)
 
 
 def _modes(x: Tensor) -> tuple[bool, torch.dtype | None]:

@@ -117,7 +117,11 @@ def is_zero_tensor(t: Tensor) -> bool:
 
 def version_of(t: Tensor) -> object:
     """Return what changes with every write to ``t``."""
-    return t._version if hasattr(t, "_version") else object()
+    if not hasattr(t, "_version"):
+        return object()
+    if type(t) not in _TENSOR_TYPES and hasattr(t, "_local_tensor"):
+        return t._version, version_of(t._local_tensor)  # a write to the shard of a DTensor is none to the DTensor
+    return t._version
 
 
 def is_view(t: Tensor) -> bool:

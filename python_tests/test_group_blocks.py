@@ -157,6 +157,11 @@ def test_an_exception_in_between_leaves_nothing_behind(block, fused):
     assert fused == [3, 3]  # an exception is no sign of different tensors
 
 
+def test_what_is_no_tensor_is_named_by_the_layer(block):
+    with pytest.raises(TypeError, match="x: expected a torch.Tensor, got list"):
+        block([1.0])
+
+
 def test_nothing_is_held_after_the_call(block):
     x = torch.randn(5, K)
     y = weakref.ref(block(x)[1])

@@ -157,3 +157,13 @@ def test_the_base_layer_is_called_only_where_it_has_to_be(monkeypatch, change):
         want = want + layer.scaling[name] * nn.functional.linear(0.5 * (z := x @ a.T) + 0.5 * nn.functional.silu(z), b)
     torch.testing.assert_close(y, want)
     assert torch.isfinite(got["dx"]).all()
+
+
+@pytest.mark.parametrize("group", [None, False])
+def test_a_schedule_leaves_groups_of_other_layers_as_they_are(group):
+    """With PEFT's integration imported, too: it speaks for PEFT's layers alone."""
+    model = afa.inject(nn.Sequential(Attention()), target_modules=TARGETS, r=2, group=group)
+    before = list(model[0]._forward_pre_hooks)
+    assert len(before) == (group is None)
+    set_alpha_t(model, 0.5)
+    assert list(model[0]._forward_pre_hooks) == before

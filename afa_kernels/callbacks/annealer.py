@@ -1,13 +1,12 @@
 """What the callbacks of all frameworks share: the schedule, the layers, and how training ends."""
 
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from afa_kernels.schedule import AnnealSchedule
+from afa_kernels.schedule import AnnealSchedule, annealed_layers
 
 FINISH = ("force", "warn")
 
@@ -60,10 +59,7 @@ class Annealer:
         Raises:
             ValueError: nothing in ``model`` can be annealed.
         """
-        integration = sys.modules.get("afa_kernels.peft")
-        if integration is not None:
-            integration.install_annealed(model)
-        self._layers = [m for m in model.modules() if callable(getattr(m, "set_alpha_t", None))]
+        self._layers = annealed_layers(model)
         if not self._layers:
             raise ValueError(
                 f"model: expected layers with set_alpha_t, found none in {type(model).__name__}; "

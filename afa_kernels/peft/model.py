@@ -6,7 +6,7 @@ from torch import nn
 
 from afa_kernels.peft.config import AFALoraConfig
 from afa_kernels.peft.layer import AFALoraLayer, install, release, why_not
-from afa_kernels.shared_input import attach_groups
+from afa_kernels.shared_input import attach_groups, detach_groups
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -36,7 +36,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     if not any(isinstance(module, AFALoraLayer) for module in model.modules()):
         found = "; ".join(sorted(reasons)) or "it has no plain LoRA layers"
         raise ValueError(f"model: nothing to run on the kernels in {type(model).__name__}: {found}")
-    attach_groups(model)
+    attach_groups(model, AFALoraLayer)
     return model
 
 
@@ -55,7 +55,7 @@ def install_annealed(model: nn.Module) -> None:
     for layer, name in _plain_adapters(model):
         if isinstance(configs.get(name), AFALoraConfig):
             install(layer, name, configs[name])
-    attach_groups(model)
+    attach_groups(model, AFALoraLayer)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -66,6 +66,7 @@ def restore(model: nn.Module) -> nn.Module:
     Returns:
         ``model``, changed in place.
     """
+    detach_groups(model, AFALoraLayer)
     for layer in _lora_layers(model):
         if not isinstance(layer, AFALoraLayer):
             continue
@@ -74,7 +75,7 @@ def restore(model: nn.Module) -> nn.Module:
             del layer.lora_variant[name]
         if not layer.lora_afa:
             release(layer)
-    attach_groups(model)
+    attach_groups(model, AFALoraLayer)
     return model
 
 
