@@ -266,5 +266,5 @@ def test_bad_groups_are_errors():
         with pytest.raises((TypeError, ValueError), match=match):
             call()
     wide = fields_of(Group(7, 70, ((9, 100), (9, 100)), torch.float32))[1]
-    with pytest.raises(ValueError, match="ranks of 256 together"):
+    with pytest.raises(ValueError, match="ranks of at most 256 together"):
         native._C.cpu_group_forward(x, 2, (*wide, *wide))
