@@ -227,7 +227,8 @@ std::vector<Member> members_of(const afa::cpu::CommonParams& p, const py::tuple&
         ranks += members.back().r;
     }
     if (members.empty() || ranks > afa::cpu::kMaxRank)
-        throw std::invalid_argument("members: expected at least one, and ranks of at most 256 together");
+        throw std::invalid_argument(
+            "members: expected at least one, and ranks of at most 256 together");
     return members;
 }
 
