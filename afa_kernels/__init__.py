@@ -13,6 +13,7 @@ from afa_kernels.group import AFALinearGroup
 from afa_kernels.layer import AFALinear
 from afa_kernels.model import inject, merge, set_alpha_t, unload, unmerge
 from afa_kernels.plan import Plan, plan
+from afa_kernels.ragged import afa_linear_grouped, afa_lora_grouped
 from afa_kernels.schedule import AnnealSchedule
 from afa_kernels.shared_input import share_inputs, unshare_inputs
 
@@ -28,7 +29,9 @@ __all__ = [
     "Plan",
     "activations",
     "afa_linear",
+    "afa_linear_grouped",
     "afa_lora",
+    "afa_lora_grouped",
     "backends",
     "inject",
     "load_adapter",

@@ -21,10 +21,10 @@ from afa_kernels.backend.registry import Call, remembered
 from afa_kernels.options import Options, Spec, at_identity
 
 NAMESPACE = "afa_kernels"
-_OPTIONS = "str activation, float scaling, int dropout, bool save_z, str? backend"
-_BRANCH = f"Tensor x, Tensor lora_a, Tensor lora_b, Tensor? alpha_t, Tensor? seed, {_OPTIONS}"
-_SAVED = f"Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? z, Tensor? alpha_t, Tensor? seed, {_OPTIONS}"
-_GRADIENTS = "(Tensor dx, Tensor da, Tensor db)"
+OPTIONS = "str activation, float scaling, int dropout, bool save_z, str? backend"
+_BRANCH = f"Tensor x, Tensor lora_a, Tensor lora_b, Tensor? alpha_t, Tensor? seed, {OPTIONS}"
+_SAVED = f"Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? z, Tensor? alpha_t, Tensor? seed, {OPTIONS}"
+GRADIENTS = "(Tensor dx, Tensor da, Tensor db)"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _no_context = nullcontext()
@@ -49,18 +49,18 @@ def resolved(x: Tensor, b: Tensor, options: Options, identity: bool, differentia
     in both directions.
     """
     if is_compiling():
-        return _decided(options, identity, differentiated, registry.requested_in_trace(options.backend))
+        return decided(options, identity, differentiated, registry.requested_in_trace(options.backend))
     name = registry.requested(options.backend)
     return _resolved(x.device, x.dtype, *x.shape, *b.shape, options, identity, differentiated, name)
 
 
 @remembered
 def _resolved(device, dtype, m, k, n, r, options, identity, differentiated, name) -> Options:
-    spec, save_z, name = _decided(options, identity, differentiated, name)
+    spec, save_z, name = decided(options, identity, differentiated, name)
     return Options(spec, save_z, registry.select(_call(device, dtype, m, k, n, r, spec), name).backend.name)
 
 
-def _decided(options: Options, identity: bool, differentiated: bool, name: str | None) -> Options:
+def decided(options: Options, identity: bool, differentiated: bool, name: str | None) -> Options:
     options = at_identity(options) if identity else options
     return Options(options.spec, options.save_z and differentiated, name)
 
@@ -118,7 +118,7 @@ def _linear_forward(weight, bias, x, a, b, alpha_t, seed, options):
 
 def _lora_backward(dy, x, a, b, z, alpha_t, seed, options, need_dx, need_da, need_db):
     if x.shape[0] == 0:
-        return _gradients_of_no_rows(x, a, b, need_dx, need_da, need_db)
+        return gradients_of_no_rows(x, a, b, need_dx, need_da, need_db)
     with plain_precision(x):
         backend, spec = registry.get(options.backend), options.spec
         needs = {"need_dx": need_dx, "need_da": need_da, "need_db": need_db}
@@ -127,7 +127,7 @@ def _lora_backward(dy, x, a, b, z, alpha_t, seed, options, need_dx, need_da, nee
 
 def _linear_backward(weight, dy, x, a, b, z, alpha_t, seed, options, need_da, need_db):
     if x.shape[0] == 0:
-        return _gradients_of_no_rows(x, a, b, True, need_da, need_db)
+        return gradients_of_no_rows(x, a, b, True, need_da, need_db)
     with plain_precision(x):
         backend, spec = registry.get(options.backend), options.spec
         needs = {"need_dx": True, "need_da": need_da, "need_db": need_db}
@@ -139,8 +139,8 @@ def _linear_backward(weight, dy, x, a, b, z, alpha_t, seed, options, need_da, ne
         return frozen.backward(backend, spec, [(dy, weight)], branch)
 
 
-def _gradients_of_no_rows(x, a, b, need_dx, need_da, need_db):
-    dx, da, db = _fake_gradients(x, a, b, need_dx, need_da, need_db)
+def gradients_of_no_rows(x, a, b, need_dx, need_da, need_db):
+    dx, da, db = fake_gradients(x, a, b, need_dx, need_da, need_db)
     return dx, da.zero_(), db.zero_()
 
 
@@ -155,7 +155,7 @@ def _fake_forward(x, a, b, save_z):
     return _empty(x, x.shape[0], b.shape[0]), _fake_z(x, a, save_z)
 
 
-def _fake_gradients(x, a, b, need_dx, need_da, need_db):
+def fake_gradients(x, a, b, need_dx, need_da, need_db):
     return tuple(
         _empty(t, *t.shape) if needed else _empty(t, 0) for t, needed in ((x, need_dx), (a, need_da), (b, need_db))
     )
@@ -174,11 +174,11 @@ def _fake_linear_forward(weight, bias, x, a, b, *options):
 
 
 def _fake_lora_backward(dy, x, a, b, *options):
-    return _fake_gradients(x, a, b, *options[-3:])
+    return fake_gradients(x, a, b, *options[-3:])
 
 
 def _fake_linear_backward(weight, dy, x, a, b, *options):
-    return _fake_gradients(x, a, b, True, *options[-2:])
+    return fake_gradients(x, a, b, True, *options[-2:])
 
 
 # --- the operators
@@ -192,13 +192,16 @@ def define(name: str, signature: str, implementation, fake):
     return getattr(torch.ops.afa_kernels, name).default
 
 
-def _define_direct(name: str, signature: str, implementation, fake, tensors: int, x: int, likes: tuple[int, ...]):
+def define_direct(
+    name: str, signature: str, implementation, fake, tensors: int, x: int, likes: tuple[int, ...], call_of=call_of
+):  # fmt: skip
     """Define an operator and return the function ``call(direct, *tensors, options, *needs)`` that stands for it.
 
     Args:
         tensors: how many arguments, from the first on, are tensors or None.
         x: the place of x among them; A and B follow it.
         likes: for each result, the place of the argument whose dtype and device it has.
+        call_of: gives the call that a backend is chosen for, from x, B and the spec.
     """
 
     def operator(*arguments):
@@ -226,7 +229,7 @@ def _or_nothing(t: Tensor | None, like: Tensor) -> Tensor:
     return _empty(like, 0) if t is None else t
 
 
-lora_forward = _define_direct(
+lora_forward = define_direct(
     "lora_forward",
     f"(Tensor? base, {_BRANCH}) -> (Tensor y, Tensor z)",
     _lora_forward,
@@ -235,7 +238,7 @@ lora_forward = _define_direct(
     x=1,
     likes=(1, 1),
 )
-lora_forward_ = _define_direct(
+lora_forward_ = define_direct(
     "lora_forward_",
     f"(Tensor(a!) base, {_BRANCH}) -> Tensor z",
     _lora_forward_,
@@ -244,7 +247,7 @@ lora_forward_ = _define_direct(
     x=1,
     likes=(1,),
 )
-linear_forward = _define_direct(
+linear_forward = define_direct(
     "linear_forward",
     f"(Tensor weight, Tensor? bias, {_BRANCH}) -> (Tensor y, Tensor z)",
     _linear_forward,
@@ -253,18 +256,18 @@ linear_forward = _define_direct(
     x=2,
     likes=(2, 2),
 )
-lora_backward = _define_direct(
+lora_backward = define_direct(
     "lora_backward",
-    f"({_SAVED}, bool need_dx, bool need_da, bool need_db) -> {_GRADIENTS}",
+    f"({_SAVED}, bool need_dx, bool need_da, bool need_db) -> {GRADIENTS}",
     _lora_backward,
     _fake_lora_backward,
     tensors=7,
     x=1,
     likes=(1, 2, 3),
 )
-linear_backward = _define_direct(
+linear_backward = define_direct(
     "linear_backward",
-    f"(Tensor weight, {_SAVED}, bool need_da, bool need_db) -> {_GRADIENTS}",
+    f"(Tensor weight, {_SAVED}, bool need_da, bool need_db) -> {GRADIENTS}",
     _linear_backward,
     _fake_linear_backward,
     tensors=8,

@@ -24,8 +24,12 @@ _FLOATING_NAMES = "float64, float32, bfloat16 or float16"
 SAVE = ("z", "nothing")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _dtype(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
+    return dtype_name(t.dtype)
 
 
 def _is_number(value: object) -> bool:
@@ -49,11 +53,11 @@ def lora(x: Tensor, lora_a: Tensor, lora_b: Tensor, base: Tensor | None, *, inpl
     if not recognized:
         branch(x, lora_a, lora_b)
         if base is not None:
-            _base(base, x, lora_b.shape[0])
+            base_tensor(base, x, lora_b.shape[0])
     if inplace:
         if base is None:
             raise ValueError("inplace: expected a base to accumulate into, got base=None")
-        _can_be_written(base)
+        can_be_written(base)
     return recognized or (not watched and torch_private.are_ordinary((x, lora_a, lora_b, base)))
 
 
@@ -104,7 +108,7 @@ def same_device(name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: expected on {x.device}, the device of x, got {value.device}")
 
 
-def _base(value: Tensor, x: Tensor, n: int) -> None:
+def base_tensor(value: Tensor, x: Tensor, n: int) -> None:
     tensor("base", value)
     wanted = (*x.shape[:-1], n)
     if value.shape != wanted:
@@ -112,7 +116,7 @@ def _base(value: Tensor, x: Tensor, n: int) -> None:
     same_device("base", value, x)
 
 
-def _can_be_written(base: Tensor) -> None:
+def can_be_written(base: Tensor) -> None:
     if base.requires_grad and base.is_leaf and torch.is_grad_enabled():
         raise ValueError(
             "base: a leaf that requires grad cannot be accumulated into; "

@@ -34,15 +34,17 @@ def inverse_keep(threshold: int) -> float:
     return LEVELS / (LEVELS - threshold)
 
 
-def keep_mask(seed: Tensor, rows: int, cols: int, threshold: int) -> Tensor:
-    """Return the boolean ``(rows, cols)`` mask, True where an element is kept.
+def keep_mask(seed: Tensor, rows: int, cols: int, threshold: int, first_row: int = 0) -> Tensor:
+    """Return the boolean ``(rows, cols)`` mask, True where an element is kept: rows ``first_row`` and on of the mask of
+    a larger input.
 
     Args:
         seed: 0-dim int64 tensor; its device is the device of the mask.
         threshold: dropped values out of 256, from :func:`threshold_of`.
     """
     calls = -(-cols // COLUMNS_PER_CALL)
-    counter = torch.arange(rows * calls, dtype=torch.int64, device=seed.device)
+    first = first_row * calls
+    counter = torch.arange(first, first + rows * calls, dtype=torch.int64, device=seed.device)
     # Each int64 holds a 32-bit word. The product of two words may overflow into the sign bit, which does no harm: its
     # low and high 32 bits are extracted with & and >>, and they are those of the unsigned product.
     c = [counter & _LOW32, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]

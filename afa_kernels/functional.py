@@ -132,7 +132,7 @@ def lora(
     if base is None or (base.dtype == x.dtype and not inplace):
         flat_base = None if base is None else _as_rows(base)
         return _like(_apply(x, None, None, lora_a, lora_b, flat_base, alpha_t, seed, options, False, direct), x, n)
-    if inplace and base.dtype == x.dtype and _can_accumulate(base, x, lora_a, lora_b):
+    if inplace and base.dtype == x.dtype and can_accumulate(base, x, lora_a, lora_b):
         return _apply(x, None, None, lora_a, lora_b, base, alpha_t, seed, options, True, direct)
     # The base has another dtype, cannot be viewed as rows or overlaps an operand, or the call is being traced. The
     # branch is then computed alone and added, in one more pass over the base.
@@ -156,8 +156,8 @@ def _apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplac
     rows = _as_rows(x)
     identity = alpha_t is None
     if not identity:
-        alpha_t = _on_device(alpha_t, torch.float32, x.device)
-    seed = _seed(seed, x.device) if options.spec.dropout else None
+        alpha_t = on_device(alpha_t, torch.float32, x.device)
+    seed = seed_on_device(seed, x.device) if options.spec.dropout else None
     direct = direct and (native.are_plain(alpha_t, seed) or torch_private.are_ordinary((alpha_t, seed)))
     differentiated = torch.is_grad_enabled() and (
         lora_a.requires_grad or x.requires_grad or lora_b.requires_grad or _any_requires_grad(weight, bias, base)
@@ -209,7 +209,7 @@ def autocast(name: str, t: Tensor) -> Tensor:
     return t
 
 
-def _on_device(scalar: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def on_device(scalar: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return ``scalar`` as a 0-dim tensor of ``dtype`` on ``device``, without waiting for the device.
 
     The value of a CPU tensor goes to a GPU as the argument of a fill. A copy would have to wait, or, from pinned
@@ -225,15 +225,15 @@ def _on_device(scalar: float | Tensor, dtype: torch.dtype, device: torch.device)
     return torch.full((), scalar, dtype=dtype, device=device)
 
 
-def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+def seed_on_device(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         # From the generator of x's device, so that manual_seed, checkpointing and CUDA graphs
         # see it.
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
-    return _on_device(seed, torch.int64, device)
+    return on_device(seed, torch.int64, device)
 
 
-def _can_accumulate(base: Tensor, *operands: Tensor) -> bool:
+def can_accumulate(base: Tensor, *operands: Tensor) -> bool:
     if is_compiling():
         return False  # the traced form is out of place; functionalization removes the extra pass
     first, last = _extent(base)

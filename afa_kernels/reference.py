@@ -24,10 +24,10 @@ def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype).to(compute_dtype(dtype))
 
 
-def _drop(x: Tensor, seed: Tensor | None, spec: Spec) -> Tensor:
+def _drop(x: Tensor, seed: Tensor | None, spec: Spec, first_row: int) -> Tensor:
     if not spec.dropout:
         return x
-    return x * keep_mask(seed, *x.shape, spec.dropout) * spec.inverse_keep
+    return x * keep_mask(seed, *x.shape, spec.dropout, first_row) * spec.inverse_keep
 
 
 def _phi(z: Tensor, alpha_t: Tensor | None, spec: Spec) -> Tensor:
@@ -42,11 +42,15 @@ def forward(
     seed: Tensor | None,
     spec: Spec,
     base: Tensor | None,
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return ``base + scaling * phi(dropout(x) @ a.T) @ b.T`` in ``x.dtype``, and ``z`` in
-    ``x.dtype``."""
+    ``x.dtype``.
+
+    ``first_row`` is the row of the dropout mask that belongs to the first row of x.
+    """
     dtype = x.dtype
-    z = (_drop(_operand(x, dtype), seed, spec) @ _operand(a, dtype).T).to(dtype)
+    z = (_drop(_operand(x, dtype), seed, spec, first_row) @ _operand(a, dtype).T).to(dtype)
     y = spec.scaling * (_phi(_operand(z, dtype), alpha_t, spec) @ _operand(b, dtype).T)
     if base is not None:
         y = base + y
@@ -61,6 +65,7 @@ def backward(
     alpha_t: Tensor | None,
     seed: Tensor | None,
     spec: Spec,
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(dx, da, db)``, each in the dtype of its input, by the closed formulas.
 
@@ -69,7 +74,7 @@ def backward(
     """
     dtype = x.dtype
     x_dropped, wide_a, wide_b = (
-        _drop(_operand(x, dtype), seed, spec),
+        _drop(_operand(x, dtype), seed, spec, first_row),
         _operand(a, dtype),
         _operand(b, dtype),
     )
@@ -78,7 +83,7 @@ def backward(
     dz = spec.scaling * (wide_dy @ wide_b)
     if spec.activation != IDENTITY:
         dz = dz * phi_slope(z, alpha_t.to(z.dtype), spec.activation)
-    dx = _drop(dz @ wide_a, seed, spec)
+    dx = _drop(dz @ wide_a, seed, spec, first_row)
     da = dz.T @ x_dropped
     db = spec.scaling * (wide_dy.T @ _phi(z, alpha_t, spec))
     return dx.to(dtype), da.to(a.dtype), db.to(b.dtype)

@@ -26,6 +26,7 @@ _autocast_state = _find("_C._is_any_autocast_enabled")
 _hooks_of_saved_tensors = _find("_C._autograd._top_saved_tensors_default_hooks")
 _dispatch_keys = _find("_C._dispatch_keys")
 _raw_stream = _find("_C._cuda_getCurrentRawStream")
+_grouped_mm = _find("nn.functional.grouped_mm") or _find("_grouped_mm")
 # Functions that tell whether something may see, record or replace operators: modes, transforms, traces and profilers.
 _WATCHERS = (
     _find("_C._len_torch_dispatch_stack"),
@@ -108,6 +109,16 @@ def saved_tensor_hooks() -> object:
     if _hooks_of_saved_tensors is None or is_compiling():
         return None
     return _hooks_of_saved_tensors(False)
+
+
+def has_grouped_mm() -> bool:
+    """Whether torch has a product of rows that are sorted by group (public since 2.10)."""
+    return _grouped_mm is not None
+
+
+def grouped_mm(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    """Return torch's ``grouped_mm``."""
+    return _grouped_mm(rows, matrices, offs=offsets)
 
 
 def is_zero_tensor(t: Tensor) -> bool:

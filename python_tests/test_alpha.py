@@ -27,14 +27,14 @@ class Operators(TorchDispatchMode):
 def test_a_scalar_on_the_cpu_goes_to_another_device_as_a_fill(scalar):
     """A copy that does not wait might run after the caller wrote the next value (the meta device stands for a GPU)."""
     with Operators() as operators:
-        there = functional._on_device(scalar, scalar.dtype, torch.device("meta"))
+        there = functional.on_device(scalar, scalar.dtype, torch.device("meta"))
     assert there.device.type == "meta" and there.dtype == scalar.dtype
     assert "aten::_to_copy" not in operators.names and "aten::copy_" not in operators.names
 
 
 def test_a_scalar_that_is_there_is_taken_as_it_is():
     alpha_t = torch.tensor(0.25)
-    assert functional._on_device(alpha_t, torch.float32, alpha_t.device) is alpha_t
+    assert functional.on_device(alpha_t, torch.float32, alpha_t.device) is alpha_t
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -41,6 +41,7 @@ class Call(NamedTuple):
     activation: str
     dropout: bool = False
     device_index: int | None = None
+    groups: int = 0  # of rows, each with its own A and B (ragged); 0: all rows have the same
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,60 @@ class GroupBackward(Protocol):
         """
 
 
+class Groups(NamedTuple):
+    """The groups of a ragged call, whose rows of x are sorted by group: group g has the rows ``offsets[g - 1]`` (0 for
+    the first) to ``offsets[g] - 1``. All tensors are on the device of x."""
+
+    offsets: Tensor  # (G,) int32, does not decrease
+    ranks: Tensor | None  # (G,) int32, from 0 to r; None: all r
+    alpha_t: Tensor | None  # (G,) float32, of any stride; None at identity
+    scaling: Tensor | None  # (G,) float32; None: spec.scaling for all
+
+
+class RaggedForward(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        groups: Groups,
+        seed: Tensor | None,
+        spec: Spec,
+        *,
+        base: Tensor | None,
+        out: Tensor,
+        save_z: bool,
+    ) -> Tensor | None:
+        """Do for the rows of each group what :class:`Forward` does with its ``a (G, r, K)`` and ``b (G, N, r)``, to the
+        bit, and return ``z (T, r)`` if asked for, zero beyond the rank of a group.
+
+        The dropout mask is that of the whole x. Rows behind the last offset belong to no group: their branch is zero,
+        and so is their z.
+        """
+
+
+class RaggedBackward(Protocol):
+    def __call__(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        groups: Groups,
+        z: Tensor | None,
+        seed: Tensor | None,
+        spec: Spec,
+        *,
+        need_dx: bool,
+        need_da: bool,
+        need_db: bool,
+        dx: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return dx, ``da (G, r, K)`` and ``db (G, N, r)``: of each group what :class:`Backward` returns, zero beyond
+        its rank and where it has no rows. A given ``dx`` is accumulated into, as in :class:`Backward`.
+        """
+
+
 @dataclass(frozen=True)
 class Backend:
     name: str
@@ -165,6 +220,9 @@ class Backend:
     group_forward: GroupForward | None = None
     group_backward: GroupBackward | None = None
     refuses_group: Callable[[list[Call]], str | None] = lambda calls: None
+    # Rows sorted by group, each group with its own A and B (ragged); both or neither.
+    ragged_forward: RaggedForward | None = None
+    ragged_backward: RaggedBackward | None = None
     # For a call that this backend can take, but for which another one is the better choice: the name of that one, and
     # the reason, which ``plan`` shows; else None. It is not asked where the caller names a backend.
     leaves: Callable[[Call], tuple[str, str] | None] | None = None
@@ -177,6 +235,8 @@ class Backend:
         status = self.status()
         if not status.available:
             return status.reason
+        if call.groups and self.ragged_forward is None:
+            return "takes no rows that are sorted by group"
         return self.refuses(call)
 
 
@@ -265,7 +325,7 @@ def requested_in_trace(explicit: str | None) -> str | None:
 
 def _left(backend: Backend, call: Call) -> str | None:
     """Return why ``backend`` leaves ``call`` to another one that can take it, or None."""
-    left = backend.leaves(call) if backend.leaves is not None else None
+    left = backend.leaves(call) if backend.leaves is not None and not call.groups else None
     if left is None:
         return None
     name, reason = left
@@ -321,4 +381,5 @@ def select_group(calls: tuple[Call, ...], name: str | None) -> tuple[Backend | N
 
 def _describe(call: Call) -> str:
     dtype = str(call.dtype).removeprefix("torch.")
-    return f"M={call.m}, K={call.k}, N={call.n}, r={call.r}, {dtype}, {call.activation}, {call.device}"
+    groups = f"{call.groups} groups, " if call.groups else ""
+    return f"{groups}M={call.m}, K={call.k}, N={call.n}, r={call.r}, {dtype}, {call.activation}, {call.device}"

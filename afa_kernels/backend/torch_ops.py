@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from afa_kernels.activation import IDENTITY, phi, phi_slope
-from afa_kernels.backend.registry import Backend, BackendStatus
+from afa_kernels import torch_private
+from afa_kernels.backend import group_loop, torch_ragged
+from afa_kernels.backend.registry import Backend, BackendStatus, Call
 from afa_kernels.dropout import keep_mask
 from afa_kernels.options import Spec
 from afa_kernels.reference import compute_dtype
 
 
-def _drop(t: Tensor, seed: Tensor | None, spec: Spec) -> Tensor:
+def _drop(t: Tensor, seed: Tensor | None, spec: Spec, first_row: int) -> Tensor:
     """Zero the dropped elements; the factor of inverted dropout is left to the (M, r) side."""
-    return t * keep_mask(seed, *t.shape, spec.dropout) if spec.dropout else t
+    return t * keep_mask(seed, *t.shape, spec.dropout, first_row) if spec.dropout else t
 
 
 def _z(x_dropped: Tensor, a: Tensor, spec: Spec) -> Tensor:
@@ -70,14 +72,14 @@ def _db(dy: Tensor, b: Tensor, z: Tensor, alpha_t: Tensor | None, spec: Spec) ->
     return _mm_into(dy.T, _h(z, alpha_t, spec), b.dtype).mul_(spec.scaling)
 
 
-def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
-    z = _z(_drop(x, seed, spec), a.to(x.dtype), spec)
+def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z, first_row=0):
+    z = _z(_drop(x, seed, spec, first_row), a.to(x.dtype), spec)
     _write(z, b, alpha_t, spec, base, out)
     return z if save_z else None
 
 
-def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
-    x_dropped = _drop(x, seed, spec) if spec.dropout and (need_da or z is None) else x
+def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db, first_row=0):
+    x_dropped = _drop(x, seed, spec, first_row) if spec.dropout and (need_da or z is None) else x
     if z is None:
         z = _z(x_dropped, a.to(x.dtype), spec)
     dx = da = None
@@ -85,7 +87,7 @@ def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
     if need_dx or need_da:
         dz = _dz(dy, b, z, alpha_t, spec)
         if need_dx:
-            dx = _drop(dz @ a.to(x.dtype), seed, spec)
+            dx = _drop(dz @ a.to(x.dtype), seed, spec, first_row)
         if need_da:
             da = _mm_into(dz.T, x_dropped, a.dtype)
     return dx, da, db
@@ -134,12 +136,36 @@ def group_backward(dys, x, members, zs, *, need_dx, need_da, need_db):
     return dx, da, db
 
 
+# --- rows sorted by group
+
+
+def ragged_forward(x, a, b, groups, seed, spec, **results):
+    if x.is_cpu:
+        return group_loop.forward(forward, x, a, b, groups, seed, spec, **results)
+    return torch_ragged.forward(x, a, b, groups, seed, spec, **results)
+
+
+def ragged_backward(dy, x, a, b, groups, z, seed, spec, **needs):
+    if x.is_cpu:
+        return group_loop.backward(backward, dy, x, a, b, groups, z, seed, spec, **needs)
+    return torch_ragged.backward(dy, x, a, b, groups, z, seed, spec, **needs)
+
+
+def _refuses(call: Call) -> str | None:
+    if call.groups and call.device != "cpu" and not torch_private.has_grouped_mm():
+        return "needs a torch with grouped_mm (2.8 or later) for rows that are sorted by group on a GPU"
+    return None
+
+
 BACKEND = Backend(
     name="torch",
     devices=frozenset(),
     status=lambda: BackendStatus(True, details={"torch": torch.__version__}),
     forward=forward,
     backward=backward,
+    refuses=_refuses,
+    ragged_forward=ragged_forward,
+    ragged_backward=ragged_backward,
     group_forward=group_forward,
     group_backward=group_backward,
 )
