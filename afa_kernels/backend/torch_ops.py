@@ -12,8 +12,8 @@ under autocast.
 import torch
 from torch import Tensor
 
-from afa_kernels.activation import IDENTITY, phi, phi_slope
 from afa_kernels import torch_private
+from afa_kernels.activation import IDENTITY, phi, phi_slope
 from afa_kernels.backend import group_loop, torch_ragged
 from afa_kernels.backend.registry import Backend, BackendStatus, Call
 from afa_kernels.dropout import keep_mask
