@@ -17,7 +17,7 @@ from afa_kernels.ragged import afa_linear_grouped, afa_lora_grouped
 from afa_kernels.schedule import AnnealSchedule
 from afa_kernels.shared_input import share_inputs, unshare_inputs
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AFALinear",
