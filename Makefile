@@ -191,5 +191,10 @@ wheel-check: build-tests  ## builds the wheel, tests it and trains with it in fr
 	$(SAY) 'Building the wheel, which takes minutes'
 	$(RUN) -m pytest -m slow python_tests/test_wheel.py $(ARGS)
 
+.PHONY: docs
+docs: build-tests  ## the documentation as a site, into build/site (ARGS=--serve: on localhost)
+	$(SAY) 'Building the site'
+	$(RUN) -m tools.docs_site $(ARGS)
+
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build dist outputs *.egg-info afa_kernels/*.so .pytest_cache .ruff_cache
