@@ -40,7 +40,7 @@ def test_every_page_is_in_the_menu(site):
 def test_references_in_docstrings_are_links(site):
     text = (site / "api.html").read_text()
     assert ":func:" not in text and ":class:" not in text
-    assert 'href="#afa_kernels.afa_lora"' in text
+    assert 'href="#afa_kernels.functional.afa_lora"' in text
 
 
 def test_a_page_loads_nothing_from_elsewhere(site):

@@ -1,8 +1,11 @@
 """Turns the references of docstrings, ``:func:`afa_lora```, into links of the site."""
 
 import re
+from functools import lru_cache
 
 import griffe
+
+from tools.docs_site import public_names
 
 _ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):`~?([\w.]+)`")
 
@@ -14,11 +17,12 @@ class References(griffe.Extension):
 
 
 def _link(role: re.Match) -> str:
-    name = role[1].removeprefix("afa_kernels.")
-    return f"[`{name}`][afa_kernels.{name}]" if name in _public() else f"`{role[1]}`"
+    name = role[1].rpartition(".")[2]
+    address = _addresses().get(name)
+    return f"`{role[1]}`" if address is None else f"[`{name}`][{address}]"
 
 
-def _public() -> set[str]:
-    from tools.docs_site import public_names
-
-    return {name.removeprefix("afa_kernels.") for names in public_names().values() for name in names}
+@lru_cache
+def _addresses() -> dict[str, str]:
+    """Return the full name of each public name."""
+    return {full.rpartition(".")[2]: full for names in public_names().values() for full in names}

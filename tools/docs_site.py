@@ -25,8 +25,14 @@ _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def public_names() -> dict[str, list[str]]:
-    """Return the full names of what each module makes public."""
-    return {m: [f"{m}.{name}" for name in importlib.import_module(m).__all__] for m in MODULES}
+    """Return what each module makes public, by the full names of where it is defined. ``afa_kernels.plan`` is a module,
+    the function is ``afa_kernels.plan.plan``."""
+    return {name: [_defined(name, public) for public in importlib.import_module(name).__all__] for name in MODULES}
+
+
+def _defined(module: str, name: str) -> str:
+    value = getattr(importlib.import_module(module), name)
+    return f"{value.__module__}.{value.__qualname__}"
 
 
 def collect() -> None:
