@@ -29,7 +29,7 @@ _CUDA_NAMES = (
 def _load() -> tuple[ModuleType | None, str]:
     """Return the module, or None and what keeps it from being used."""
     try:
-        module = importlib.import_module("afa_kernels._C")
+        module = importlib.import_module(f"{__name__.removesuffix('.backend.native')}._C")
     except ImportError as error:
         return None, f"the compiled module afa_kernels._C cannot be loaded ({error}); build it with `pip install .`"
     missing = [name for name in _NAMES if not hasattr(module, name)]
