@@ -191,5 +191,17 @@ wheel-check: build-tests  ## builds the wheel, tests it and trains with it in fr
 	$(SAY) 'Building the wheel, which takes minutes'
 	$(RUN) -m pytest -m slow python_tests/test_wheel.py $(ARGS)
 
+.PHONY: hub-kernel hub-check
+hub-kernel: build-tests  ## the Triton and torch paths as a kernel of the Hugging Face hub, into build/hub
+	$(RUN) -m tools.hub_kernel $(ARGS)
+
+hub-check: build-tests  ## the hub kernel, loaded in a process that has not the package
+	$(RUN) -m pytest python_tests/test_hub_kernel.py $(ARGS)
+
+.PHONY: docs
+docs: build-tests  ## the documentation as a site, into build/site (ARGS=--serve: on localhost)
+	$(SAY) 'Building the site'
+	$(RUN) -m tools.docs_site $(ARGS)
+
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build dist outputs *.egg-info afa_kernels/*.so .pytest_cache .ruff_cache
