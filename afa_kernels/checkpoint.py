@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from afa_kernels import peft_format as fmt
 from afa_kernels.base_layer import is_conv1d
-from afa_kernels.layer import AFALinear, check_options, why_unsupported
+from afa_kernels.branch import check_options
+from afa_kernels.layer import AFALinear, why_unsupported
 from afa_kernels.model import marked_modules, named_layers, named_trainable_modules, replace
 from afa_kernels.targets import Candidate, find_targets
 

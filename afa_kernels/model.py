@@ -7,7 +7,8 @@ from torch import nn
 
 from afa_kernels import checks
 from afa_kernels.base_layer import is_conv1d
-from afa_kernels.layer import AFALinear, check_options
+from afa_kernels.branch import check_options
+from afa_kernels.layer import AFALinear
 from afa_kernels.shared_input import attach_groups, groups_of, nothing_to_share, unshare_inputs
 from afa_kernels.targets import ALL_LINEAR, Candidate, find_targets, trainable_modules
 
