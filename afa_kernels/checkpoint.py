@@ -142,7 +142,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
             a, b = checkpoint.branches[name]
             _assign(layer.lora_a, a)
             _assign(layer.lora_b, b)
-            layer.set_alpha_t(checkpoint.alpha_t(name))
+            layer.write_alpha_t(checkpoint.alpha_t(name))
         for values in trained.values():
             for parameter, value in values:
                 _assign(parameter, value)
