@@ -137,10 +137,16 @@ def _passes(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[dict[str, An
         return []
     some = next(call for call in calls if call is not None)
     no_a, no_b = some.lora_a.new_zeros(r, x.shape[-1]), some.lora_b.new_zeros(some.lora_b.shape[0], r)
-    lora_a = [no_a if call is None else F.pad(call.lora_a, (0, 0, 0, r - call.lora_a.shape[0])) for call in calls]
-    lora_b = [no_b if call is None else F.pad(call.lora_b, (0, r - call.lora_b.shape[1])) for call in calls]
-    operands = {"lora_a": torch.stack(lora_a), "lora_b": torch.stack(lora_b)}
+    operands = {
+        "lora_a": torch.stack([no_a if call is None else _to_rank(call.lora_a, 0, r) for call in calls]),
+        "lora_b": torch.stack([no_b if call is None else _to_rank(call.lora_b, 1, r) for call in calls]),
+    }
     return [operands | _of_groups(x, calls, ranks, members) for members in _settings(x, calls)]
+
+
+def _to_rank(t: Tensor, dimension: int, r: int) -> Tensor:
+    missing = r - t.shape[dimension]
+    return F.pad(t, (0, 0, 0, missing) if dimension == 0 else (0, missing)) if missing else t
 
 
 def _settings(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[list[int]]:

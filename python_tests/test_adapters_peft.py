@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraModel
 from peft_models import TARGETS, Net, assert_same, fill_adapters
 from test_peft_adapter import PASSES_CONFIG, config
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import afa_kernels as afa
 from afa_kernels.callbacks import AnnealCallback
@@ -226,6 +227,23 @@ def test_gradient_checkpointing_recomputes_with_the_names_of_the_forward(reentra
     model.enable_input_require_grads()
     got = gradients()
     assert got.keys() == wanted.keys() and all(torch.equal(got[n], wanted[n]) for n in wanted)
+
+
+@pytest.mark.parametrize("names", [["a", "b", "a"], ["a", "a", "a"]], ids=["mixed", "one"])
+def test_a_model_that_recomputes_by_itself_is_noticed(names):
+    model = mixed()
+    y = checkpoint(lambda x: model(x, adapter_names=names), torch.randn(3, 16), use_reentrant=False)
+    y.sum().backward()  # the whole call is recomputed, with its names
+    inner = model.base_model.model
+    layer, forward = inner.q_proj, inner.q_proj.forward
+    layer.forward = lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    model(torch.randn(3, 16), adapter_names=names).sum().backward()  # the names are among what is recomputed
+    del layer.forward
+    inner_forward = inner.forward
+    inner.forward = lambda x: checkpoint(inner_forward, x, use_reentrant=False)
+    late = model(torch.randn(3, 16), adapter_names=names).sum()
+    with pytest.raises(CheckpointError):
+        late.backward()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
