@@ -227,6 +227,24 @@ def test_16_bit_models_have_float32_adapters():
     assert y.dtype == torch.bfloat16 and layer.adapters["a"].lora_b.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_autocast_and_inference_mode(hooked):
+    base = nn.Linear(12, 10)
+    if hooked:
+        base.register_forward_hook(lambda *_: None)
+    layer, x, names = stack_of(base), torch.randn(4, 3, 12), ["c", "a", "__base__", "c"]
+    with afa.adapters_of(layer, names):
+        wanted = layer(x)
+        with torch.inference_mode():
+            torch.testing.assert_close(layer(x), wanted)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), wanted, rtol=0.05, atol=0.05)
+        y.float().sum().backward()
+    assert layer.adapters["a"].lora_a.grad.dtype == torch.float32
+
+
 def test_contexts_nest_and_end():
     layer, x = stack_of(), torch.randn(2, 12)
     with afa.adapters_of(layer, "a"):

@@ -197,6 +197,8 @@ def test_each_adapter_has_its_own_schedule():
     for name in ("plain", "x"):
         with pytest.raises(ValueError, match=f"has an adapter '{name}' that can be annealed"):
             of_a.attach(model, name)
+        with pytest.raises(ValueError, match=f"'{name}' is no annealed adapter of this layer"):
+            layer.set_alpha_t(0.5, name)
 
 
 def llama_with(*names, **options):

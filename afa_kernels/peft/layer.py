@@ -163,10 +163,12 @@ class AFALoraLayer:
 
         Raises:
             TypeError, ValueError: ``value`` is no number in [0, 1], or is not 0 while the adapter
-            is merged.
+            is merged, or the layer has no such annealed adapter.
         """
         value = normal(checks.alpha_value(value))
         annealed = self._annealed(adapter)
+        if adapter is not None and not annealed:
+            raise ValueError(f"adapter: {adapter!r} is no annealed adapter of this layer")
         for name in annealed:
             if name in self.merged_adapters and value != 0.0:
                 raise ValueError(f"alpha_t: adapter {name!r} is merged, got {value}; unmerge_adapter() first")
