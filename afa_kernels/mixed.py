@@ -4,6 +4,7 @@ The stack is small: the copy of A and B, and autograd's way back through it, cos
 are present. An adapter that is not present is no part of the call, so it gets no gradient.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from afa_kernels import checks
 from afa_kernels.functional import on_device
 from afa_kernels.options import Options
 from afa_kernels.ragged import afa_linear_grouped, afa_lora_grouped
@@ -60,6 +62,7 @@ class Assignment:
         Raises:
             ValueError: there is no name for each sample of x, nor for each of its rows.
         """
+        checks.input_tensor(x)
         rows, given = _rows(x), len(self.names)
         samples = len(x) if x.dim() > 1 else 1
         if not self.for_all and given not in (samples, rows):
@@ -135,7 +138,8 @@ def _passes(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[dict[str, An
     if r == 0:
         return []
     some = next(call for call in calls if call is not None)
-    no_a, no_b = some.lora_a.new_zeros(r, x.shape[-1]), some.lora_b.new_zeros(some.lora_b.shape[0], r)
+    no_a = some.lora_a.new_zeros(r, some.lora_a.shape[1])
+    no_b = some.lora_b.new_zeros(some.lora_b.shape[0], r)
     operands = {
         "lora_a": torch.stack([no_a if call is None else _to_rank(call.lora_a, 0, r) for call in calls]),
         "lora_b": torch.stack([no_b if call is None else _to_rank(call.lora_b, 1, r) for call in calls]),
@@ -191,7 +195,7 @@ def _of_groups(x: Tensor, own: list[AdapterCall | None], r: int) -> dict[str, An
 
 
 def _rows(x: Tensor) -> int:
-    return x.numel() // x.shape[-1]
+    return math.prod(x.shape[:-1])
 
 
 _constants: dict[tuple, Tensor] = {}
