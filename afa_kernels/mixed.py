@@ -51,8 +51,10 @@ class Assignment:
         self.names = names
         self.adapters = tuple(dict.fromkeys(names))
         number = {name: i for i, name in enumerate(self.adapters)}
-        order = sorted(range(len(names)), key=lambda sample: number[names[sample]])  # stable: samples keep their order
-        self.order = None if order == list(range(len(names))) else tuple(order)
+        samples = range(len(names))
+        order = tuple(sorted(samples, key=lambda sample: number[names[sample]]))  # stable: samples keep their order
+        self.order = None if order == tuple(samples) else order
+        self._back = tuple(sorted(samples, key=order.__getitem__))
         counts = Counter(names)
         self._ends = tuple(accumulate(counts[name] for name in self.adapters))
 
@@ -78,8 +80,7 @@ class Assignment:
     def restore(self, rows: Tensor, x: Tensor) -> Tensor:
         """Undo :meth:`sort` for a result with as many rows as x."""
         if self.order is not None:
-            back = sorted(range(len(self.order)), key=self.order.__getitem__)
-            rows = self._permuted(rows, tuple(back))
+            rows = self._permuted(rows, self._back)
         return rows.view(*x.shape[:-1], rows.shape[-1])
 
     def _permuted(self, t: Tensor, order: tuple[int, ...]) -> Tensor:
