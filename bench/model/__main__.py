@@ -35,6 +35,7 @@ def assumptions() -> Iterator[str]:
     yield f"assumed of an {H100.name}                    good       bad"
     for name, scale, unit in (
         ("memory", 1e-12, "TB/s"), ("l2", 1e-12, "TB/s"), ("latency", 1e6, "us"), ("launch", 1e6, "us"),
+        ("hidden", 1e6, "us of a launch behind a kernel of this package"),
         ("unhidden", 1, "of the read of a GEMM's third operand"),
     ):  # fmt: skip
         value: Range = getattr(H100, name)

@@ -1,7 +1,7 @@
 // The small kernel: sums of partial results, in the order of their index.
 #pragma once
 
-#include "cuda/tile.cuh"
+#include "cuda/dz.cuh"
 
 namespace afa {
 
@@ -41,7 +41,7 @@ AFA_DEVICE void sum_rows(const SumRowsJob& job, int64_t pair) {
     const int64_t index = row * job.rank_class + col;
     if (job.dz)
         store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.dz) + index),
-                     pack<T>(job.scale * low.slope * sum.x, job.scale * high.slope * sum.y));
+                     dz_pair<T>(job, low.slope, high.slope, sum));
     if (job.h)
         store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.h) + index),
                      pack<T>(low.value, high.value));
