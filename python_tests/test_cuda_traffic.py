@@ -12,7 +12,7 @@ from helpers import Problem
 
 from afa_kernels.backend import registry
 from bench.model import __main__ as command
-from bench.model.cuda_launches import H100, Layer, Range, decoding, kernels, overhead
+from bench.model.cuda_launches import H100, Layer, Range, decoding, kernels, overhead, traffic_alone
 
 _BYTES = ("global_read_bytes", "global_write_bytes", "async_copy_bytes")
 
@@ -116,6 +116,15 @@ def test_the_command_prints_every_kernel_and_the_check_its_figures(capsys):
     figures = [line for line in capsys.readouterr().out.splitlines() if "at most" in line]
     assert len(figures) == 16 and all(line.startswith(("ok ", "MISSED ")) for line in figures)
     assert status == any(line.startswith("MISSED") for line in figures)
+
+
+def test_the_check_says_where_traffic_alone_is_above_the_figure(capsys):
+    command.check()
+    said = [line for line in capsys.readouterr().out.splitlines() if "its traffic with memory alone" in line]
+    assert len(said) == 4 and [line.endswith("above that") for line in said] == [False, True, False, False]
+    for name, (k, n) in command.GROUPS.items():
+        layer = Layer(8192, k, n, (16,) * len(n))
+        assert traffic_alone(layer).both.good < overhead(layer).both.good, name
 
 
 def test_layers_that_share_x_cost_less_than_one_by_one():

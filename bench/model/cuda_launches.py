@@ -18,6 +18,7 @@ HBM counts x, dy, y, dx and z; everything else (A, B, dz, partial sums, and ever
 
 import importlib
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from afa_kernels.backend import native
@@ -223,11 +224,23 @@ class Overhead(NamedTuple):
 
 
 def overhead(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> Overhead:
-    gemm = layer.gemm_flops / gpu.gemm
     passes = kernels(layer, gpu, float_weights=float_weights)
+    return _overhead(layer, gpu, passes, lambda kernel, which: kernel.seconds(gpu, which)[0])
+
+
+def traffic_alone(layer: Layer, gpu: Gpu = H100) -> Overhead:
+    """Return what the large operands would add, each read and written once at the memory's rate, with no launch, no
+    latency and no L2: no order of passes adds less."""
+    return _overhead(layer, gpu, kernels(layer, gpu), lambda kernel, which: kernel.hbm / getattr(gpu.memory, which))
+
+
+def _overhead(
+    layer: Layer, gpu: Gpu, passes: tuple[list[Kernel], list[Kernel]], seconds_of: Callable[[Kernel, str], float]
+) -> Overhead:
+    gemm = layer.gemm_flops / gpu.gemm
 
     def percent(direction: int, which: str) -> float:
-        seconds = sum(kernel.seconds(gpu, which)[0] for kernel in passes[direction])
+        seconds = sum(seconds_of(kernel, which) for kernel in passes[direction])
         # The branch writes y (dx), and the frozen GEMMs accumulate into it: one into each y, all into one dx.
         columns = sum(n for n, _ in layer.members) if direction == 0 else layer.k
         seconds += getattr(gpu.unhidden, which) * _HALF * layer.m * columns / getattr(gpu.memory, which)
