@@ -24,6 +24,7 @@ from typing import NamedTuple
 from afa_kernels.backend import native
 
 _HALF, _FLOAT = 2, 4
+_SUMS_AT_ONCE = 16  # partial results that a thread of the reduce kernel has under way (kSumsAtOnce)
 
 
 class Range(NamedTuple):
@@ -167,8 +168,8 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
             waits,
         )  # fmt: skip
 
-    def small(name: str, l2: int, launches: int = 1) -> Kernel:
-        return Kernel(name, (0, 0), launches, 0, 0, 0.0, 0, l2, 0)
+    def reduce(l2: int, sums: int, launches: int = 1) -> Kernel:
+        return Kernel("reduce", (0, 0), launches, 0, 0, 0.0, 0, l2, 0, math.ceil(sums / _SUMS_AT_ONCE))
 
     forward, backward = [], []
     if "forward" in planned:
@@ -194,19 +195,20 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
         backward.append(made("dy", y, db_chunks * b + z_again + dh + again * db))
         left = db_chunks * _FLOAT * sum(n * r for n, r in members) + b
         if not makes_dz:
-            backward.append(small("reduce", dh + z + dz + left, rounds))
+            parts = max(math.ceil(n / 256) for n, _ in members)
+            backward.append(reduce(dh + z + dz + left, max(parts, db_chunks), rounds))
             left = 0
     else:
         dh = planned["project_dy"]["grid"][1] * m * rank * _FLOAT
         slabs, db_chunks = planned["db"]["grid"]
         db = db_chunks * n * rank * _FLOAT
         backward.append(made("project_dy", y, row_blocks * b + dh))
-        backward.append(small("reduce", dh + z + 2 * dz, rounds))
+        backward.append(reduce(dh + z + 2 * dz, planned["project_dy"]["grid"][1], rounds))
         backward.append(made("db", y, slabs * dz + again * db))
         left = db * ranks // rank + b
     dz_again = x_slabs * (dh + z if makes_dz else dz)
     backward.append(made("x", 2 * x, da_chunks * a + dz_again + again * da))
-    backward.append(small("reduce", da_sum + a + left))
+    backward.append(reduce(da_sum + a + left, max(da_chunks, db_chunks if left else 0)))
     return _in_a_row(forward), _in_a_row(backward)
 
 

@@ -15,7 +15,7 @@ AFA_DEVICE uint32_t dz_pair(const SumRowsJob& job, float low_slope, float high_s
 // are under way at once; they are added in the order of the reduce kernel.
 template <typename T, int R, int kRows, int kThreads>
 struct DzTile {
-    Float2 part[kMaxDhSums];
+    Float2 part[kSumsAtOnce];
     uint32_t z;
 
     AFA_DEVICE static int row() { return thread_index() / (R / 2); }
@@ -27,7 +27,7 @@ struct DzTile {
         const bool valid = row0 + row() < row_end;
         const float* partial = job.partial + (row0 + row()) * R + col();
         AFA_UNROLL
-        for (int i = 0; i < kMaxDhSums; ++i, partial += job.m * R)
+        for (int i = 0; i < kSumsAtOnce; ++i, partial += job.m * R)
             part[i] = valid && i < job.count ? load_global(reinterpret_cast<const Float2*>(partial))
                                              : Float2{0.0f, 0.0f};
         z = valid ? load_pair(static_cast<const T*>(job.z), row0 + row(), job.r, col()) : 0u;
@@ -36,7 +36,7 @@ struct DzTile {
     AFA_DEVICE void store(T* tile, const SumRowsJob& job, float alpha_t) const {
         Float2 dh{0.0f, 0.0f};
         AFA_UNROLL
-        for (int i = 0; i < kMaxDhSums; ++i) {
+        for (int i = 0; i < kSumsAtOnce; ++i) {
             dh.x += part[i].x;
             dh.y += part[i].y;
         }

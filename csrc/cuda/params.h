@@ -14,7 +14,7 @@ constexpr int kMaxMembers = 3;
 constexpr int kRankUnit = 16;  // what one mma sums over
 constexpr int kMaxRank = 128;
 constexpr int kMaxSegments = 8;       // of a sum over K or N
-constexpr int kMaxDhSums = 16;        // partial sums of dh from which the x pass makes dz
+constexpr int kSumsAtOnce = 16;       // partial results that a thread has under way
 constexpr int kNoMember = INT32_MAX;  // `first` of a place that no member takes
 
 // Dropout of x. threshold 0: none, and seed is not read.

@@ -267,8 +267,8 @@ MUTANTS = (
         "sum off by one",
         "partial results",
         "reduce.cuh",
-        "for (int i = 0; i < count; ++i)",
-        "for (int i = 1; i < count; ++i)",
+        "first + i < count ?",
+        "first + i + 1 < count ?",
     ),
     Mutant(
         "sum off by one",
