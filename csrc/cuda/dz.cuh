@@ -18,12 +18,15 @@ struct DzTile {
     Float2 part[kSumsAtOnce];
     uint32_t z;
 
-    AFA_DEVICE static int row() { return thread_index() / (R / 2); }
-    AFA_DEVICE static int col() { return thread_index() % (R / 2) * 2; }
+    // A warp has every other one of eight rows: in shared memory these lie in different banks.
+    AFA_DEVICE static int row() {
+        return warp_index() / 2 * 8 + lane_index() / (R / 2) * 2 + warp_index() % 2;
+    }
+    AFA_DEVICE static int col() { return lane_index() % (R / 2) * 2; }
 
     // Begins to fetch rows [row0, row0 + kRows); those from row_end on become 0.
     AFA_DEVICE void load(const SumRowsJob& job, int64_t row0, int64_t row_end) {
-        static_assert(kRows * R / 2 == kThreads);
+        static_assert(R == 16 && kRows * R / 2 == kThreads);
         const bool valid = row0 + row() < row_end;
         const float* partial = job.partial + (row0 + row()) * R + col();
         AFA_UNROLL
