@@ -11,6 +11,8 @@ from bench.model.cuda_launches import Layer
 
 pytest.importorskip("triton")
 from bench.model.choice import CARDS, cheapest, middle, prices
+from bench.model.layer_overhead import torch_backend_costs
+from tools.triton_aot import Problem
 
 # How much more than the cheapest backend a call may cost that stays with `cuda`: the others are flattered.
 _MARGIN = 1.3
@@ -54,3 +56,8 @@ def test_products_cost_triton_less_and_launches_more():
         assert wide["triton"][direction].bad < wide["cuda"][direction].bad
         assert few["triton"][direction].good > few["cuda"][direction].good
         assert all(few["torch"][direction].good > few[name][direction].good for name in ("cuda", "triton"))
+
+
+def test_an_operand_as_large_as_the_weight_is_not_taken_for_it():
+    square, other = (torch_backend_costs(Problem(m, 512, 512, 16)) for m in (512, 520))
+    assert [[cost.name for cost in each] for each in square] == [[cost.name for cost in each] for each in other]
