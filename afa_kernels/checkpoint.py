@@ -21,8 +21,17 @@ from torch import Tensor, nn
 
 from afa_kernels import peft_format as fmt
 from afa_kernels.base_layer import is_conv1d
+from afa_kernels.experts import AFAExpertLinear, seam
+from afa_kernels.experts.peft_names import as_matrices, from_matrices, names_in_peft
+from afa_kernels.experts.targets import Target, find_parameters
 from afa_kernels.layer import AFALinear, check_options, why_unsupported
-from afa_kernels.model import marked_modules, named_layers, named_trainable_modules, replace
+from afa_kernels.model import (
+    add_to_experts,
+    marked_modules,
+    named_layers,
+    named_trainable_modules,
+    replace,
+)
 from afa_kernels.targets import Candidate, find_targets
 
 
@@ -49,15 +58,27 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if "" in layers:
         raise ValueError("model: expected a model that contains AFA layers, got an AFALinear, which has no name")
     trained = dict(named_trainable_modules(model))
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        tensors[fmt.PREFIX + name + fmt.LORA_A] = layer.lora_a
-        tensors[fmt.PREFIX + name + fmt.LORA_B] = layer.lora_b
-    for name, module in trained.items():
-        for key, value in _tensors_of(module).items():
-            tensors[f"{fmt.PREFIX}{name}.{key}"] = value
-    sharded = any(_is_sharded(t) for t in tensors.values())
-    tensors = {key: _whole(t).to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+    of_experts = {name for name, layer in layers.items() if isinstance(layer, AFAExpertLinear)}
+    nameless = next((name for name in of_experts if "." not in name), None)
+    if nameless is not None:
+        raise ValueError(f"model: expected a model that contains its experts, got an experts module with {nameless}")
+    branches = {name: (layer.lora_a, layer.lora_b) for name, layer in layers.items()}
+    others = {
+        f"{fmt.PREFIX}{name}.{key}": value
+        for name, module in trained.items()
+        for key, value in _tensors_of(module).items()
+    }
+    sharded = any(_is_sharded(t) for t in (*others.values(), *(t for pair in branches.values() for t in pair)))
+    in_peft = names_in_peft(model, of_experts)
+    tensors = {}
+    for name, pair in branches.items():
+        a, b = map(_whole, pair)
+        if name in of_experts:
+            a, b = as_matrices(a, b)
+        name = in_peft.get(name, name)
+        tensors |= {fmt.PREFIX + name + fmt.LORA_A: a, fmt.PREFIX + name + fmt.LORA_B: b}
+    tensors |= {key: _whole(t) for key, t in others.items()}
+    tensors = {key: t.to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     if sharded and torch.distributed.get_rank() != 0:
         torch.distributed.barrier()  # process 0 reaches it when it has written the files
         return
@@ -107,6 +128,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         folder,
         fmt.read_config(folder / fmt.CONFIG_FILE),
         *fmt.read_weights(folder / fmt.WEIGHTS_FILE),
+        model,
     )
     layers = dict(named_layers(model))
     if layers:
@@ -138,22 +160,42 @@ class _Checkpoint:
         config: dict[str, Any],
         tensors: dict[str, Tensor],
         state: dict[str, Any],
+        model: nn.Module,
     ):
         self._config_file = folder / fmt.CONFIG_FILE
         self._weights_file = folder / fmt.WEIGHTS_FILE
         self._config = config
         self._state = fmt.checked_state(self._weights_file, state or config.get(fmt.METADATA_KEY, {}))
         self.branches, self._other = fmt.split(self._weights_file, tensors)
+        self._experts = self._parameters(model)
         for name, (a, _) in self.branches.items():
-            r = self._of(name, "rank_pattern", "r")
-            if r != a.shape[0]:
-                raise ValueError(f"{self._config_file}: r is {r} for {name}, the tensors have rank {a.shape[0]}")
+            r, rank = self._of(name, "rank_pattern", "r"), a.shape[-2]
+            if r != rank:
+                raise ValueError(f"{self._config_file}: r is {r} for {name}, the tensors have rank {rank}")
         for names, what in (
             (self._state.keys() - self.branches.keys(), "is in the metadata and has no tensors"),
             (self.branches.keys() - self._state.keys(), "is missing in the metadata"),
         ):
             if self._state and names:
                 raise self._misfit(fmt.PREFIX + min(names), what)
+
+    def _parameters(self, model: nn.Module) -> dict[str, Target]:
+        """Return the fused parameters that the configuration targets; their branches get their names and shapes."""
+        try:
+            targets = find_parameters(model, self._config.get("target_parameters") or ())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self._config_file}: {error}") from None
+        in_peft = names_in_peft(model, [target.name for target in targets])
+        for name, experts, parameter in targets:
+            a, b = self.branches.pop(in_peft[name], (None, None))
+            if a is None:
+                raise self._misfit(fmt.PREFIX + in_peft[name] + fmt.LORA_A, "is missing")
+            count = seam.weight_of(experts, parameter).shape[0]
+            if a.shape[0] % count or b.shape[1] % count:
+                shapes = f"have {a.shape[0]} rows and {b.shape[1]} columns, the model has {count} experts"
+                raise self._misfit(fmt.PREFIX + in_peft[name], shapes)
+            self.branches[name] = from_matrices(a, b, count)
+        return {target.name: target for target in targets}
 
     def alpha_t(self, name: str) -> float:
         return self._state.get(name, {}).get("alpha_t", 0.0)
@@ -167,7 +209,7 @@ class _Checkpoint:
 
     def _arguments(self, name: str) -> dict[str, Any]:
         return {
-            "r": self.branches[name][0].shape[0],
+            "r": self.branches[name][0].shape[-2],
             "lora_alpha": self._of(name, "alpha_pattern", "lora_alpha"),
             "activation": self._state.get(name, {}).get("activation", "silu"),
             "dropout": self._config.get("lora_dropout") or 0.0,
@@ -177,18 +219,20 @@ class _Checkpoint:
     def _misfit(self, key: str, what: str) -> ValueError:
         return ValueError(f"{self._weights_file}: {key} {what}")
 
-    def _check_shapes(self, name: str, in_features: int, out_features: int) -> None:
+    def _check_shapes(self, name: str, *weight: int) -> None:
+        """Check the shapes of a branch beside a weight of the shape (N, K) or (E, N, K)."""
+        *experts, out_features, in_features = weight
         a, b = self.branches[name]
-        r = a.shape[0]
+        r = a.shape[-2]
         for suffix, tensor, wanted in (
-            (fmt.LORA_A, a, (r, in_features)),
-            (fmt.LORA_B, b, (out_features, r)),
+            (fmt.LORA_A, a, (*experts, r, in_features)),
+            (fmt.LORA_B, b, (*experts, out_features, r)),
         ):
             if tuple(tensor.shape) != wanted:
                 shapes = f"has shape {tuple(tensor.shape)}, the model needs {wanted}"
                 raise self._misfit(fmt.PREFIX + name + suffix, shapes)
 
-    def check_layers(self, layers: dict[str, AFALinear]) -> None:
+    def check_layers(self, layers: dict[str, AFALinear | AFAExpertLinear]) -> None:
         """Check an injected model."""
         for names, what in (
             (layers.keys() - self.branches.keys(), "is missing, the model has that layer"),
@@ -199,7 +243,7 @@ class _Checkpoint:
         for name, layer in layers.items():
             if layer.merged:
                 raise ValueError(f"model: {name} is merged; unmerge(model) before loading")
-            self._check_shapes(name, layer.in_features, layer.out_features)
+            self._check_shapes(name, *layer.lora_b.shape[:-1], layer.in_features)
             arguments = self._arguments(name)
             if not self._state:
                 arguments["activation"] = layer.activation  # PEFT knows none
@@ -215,12 +259,15 @@ class _Checkpoint:
         """Check a model that is to be injected."""
         modules = dict(model.named_modules())
         for name in self.branches:
-            module = modules.get(name)
-            reason = "no such layer in the model" if module is None else why_unsupported(module)
-            if reason is not None:
-                raise self._misfit(fmt.PREFIX + name + fmt.LORA_A, f"cannot be loaded: {reason}")
-            k, n = module.weight.shape if is_conv1d(module) else reversed(module.weight.shape)
-            self._check_shapes(name, k, n)
+            if name in self._experts:
+                _, experts, parameter = self._experts[name]
+                self._check_shapes(name, *seam.weight_of(experts, parameter).shape)
+            else:
+                module = modules.get(name)
+                reason = "no such layer in the model" if module is None else why_unsupported(module)
+                if reason is not None:
+                    raise self._misfit(fmt.PREFIX + name + fmt.LORA_A, f"cannot be loaded: {reason}")
+                self._check_shapes(name, *(reversed(module.weight.shape) if is_conv1d(module) else module.weight.shape))
             arguments = self._arguments(name)
             del arguments["use_rslora"]
             try:
@@ -230,7 +277,9 @@ class _Checkpoint:
         self._targets(model, ())
 
     def _targets(self, model: nn.Module, trained: Iterable[str]) -> list[Candidate]:
-        names = "|".join(re.escape(name) for name in self.branches)
+        names = "|".join(re.escape(name) for name in self.branches.keys() - self._experts.keys())
+        if not names:
+            return []
         try:
             return find_targets(model, names, (), list(trained))
         except (TypeError, ValueError) as error:
@@ -241,6 +290,8 @@ class _Checkpoint:
             return AFALinear(module, **self._arguments(name))
 
         replace(model, self._targets(model, trained), list(trained), make)
+        for name, (_, experts, parameter) in self._experts.items():
+            add_to_experts(AFAExpertLinear(experts, parameter, **self._arguments(name)))
 
     def trained_modules(self, model: nn.Module) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """Return the modules saved in full: name -> pairs (tensor of the model, its new value)."""

@@ -7,18 +7,24 @@ from torch import nn
 
 from afa_kernels import checks
 from afa_kernels.base_layer import is_conv1d
+from afa_kernels.experts import AFAExpertLinear, seam
+from afa_kernels.experts.layer import AFAExperts, check_expert_rank, rank_of_expert
+from afa_kernels.experts.targets import find_parameters
 from afa_kernels.layer import AFALinear, check_options
 from afa_kernels.shared_input import attach_groups, groups_of, nothing_to_share, unshare_inputs
 from afa_kernels.targets import ALL_LINEAR, Candidate, find_targets, trainable_modules
 
 _TRAINABLE_MARK = "_afa_trainable"
 _FAST_PATH_MARK = "_afa_fast_path"
+_Layer = AFALinear | AFAExpertLinear
+_KINDS = (AFALinear, AFAExpertLinear)
 
 
 def inject(
     model: nn.Module,
-    target_modules: str | Iterable[str] = ALL_LINEAR,
+    target_modules: str | Iterable[str] | None = None,
     *,
+    target_parameters: Iterable[str] = (),
     r: int = 8,
     lora_alpha: float = 16,
     activation: str = "silu",
@@ -30,15 +36,22 @@ def inject(
     save: str = "z",
     backend: str | None = None,
     group: bool | None = None,
+    expert_rank: str = "same",
 ) -> nn.Module:
-    """Replace linear layers of ``model`` in place by :class:`AFALinear` and freeze everything else.
+    """Replace linear layers of ``model`` in place by :class:`AFALinear`, give the experts of a mixture their branches,
+    and freeze everything else.
 
     Args:
         target_modules: names (a module matches that is called so or ends in ``"." + name``), a
             regular expression (a string, matched against whole names), or ``"all-linear"``: every
             supported layer except the output head (``get_output_embeddings()``, or modules called
             lm_head, score or classifier) and layers that cannot be adapted (tied weights, inside
-            ``nn.MultiheadAttention``).
+            ``nn.MultiheadAttention``). By default ``"all-linear"``, or none where ``target_parameters`` are given.
+        target_parameters: names of fused expert parameters of a model of transformers 5, such as
+            ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``, matched as names of modules are. Each expert gets
+            its own A and B (:class:`AFAExpertLinear`); routers and shared experts stay as they are.
+        expert_rank: ``"same"``: each expert has rank r; ``"per_active"``: ``max(1, r // num_experts_per_tok)``, so that
+            a token meets about r columns of A in all.
         trainable: names or regular expression of modules to train in full, a classification head
             for example. No layer inside them is adapted; :func:`save_adapter` saves them (PEFT's
             ``modules_to_save``).
@@ -60,29 +73,25 @@ def inject(
             unchanged.
     """
     check_options(r, lora_alpha, activation, dropout, save, backend)
+    check_expert_rank(expert_rank)
     if dtype is not None and dtype not in checks.FLOATING:
         raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
-    if any(isinstance(m, AFALinear) for m in model.modules()):
+    if any(isinstance(m, _KINDS) for m in model.modules()):
         raise ValueError("model: it has AFA layers already; unload(model) first")
     trained = trainable_modules(model, trainable)
-    targets = find_targets(model, target_modules, exclude_modules, trained)
+    parameters = find_parameters(model, target_parameters, trained)
+    targets = []
+    if target_modules is not None or not parameters:
+        targets = find_targets(model, target_modules or ALL_LINEAR, exclude_modules, trained)
+    ranks = [rank_of_expert(target.experts, r, expert_rank) for target in parameters]
     if group:
         _check_group(model, targets, dropout)
 
-    def make(_name: str, module: nn.Module) -> AFALinear:
-        return AFALinear(
-            module,
-            r,
-            lora_alpha,
-            activation,
-            dropout,
-            use_rslora,
-            dtype=dtype,
-            save=save,
-            backend=backend,
-        )
-
-    replace(model, targets, trained, make)
+    options = (lora_alpha, activation, dropout, use_rslora)
+    keywords = {"dtype": dtype, "save": save, "backend": backend}
+    replace(model, targets, trained, lambda _name, module: AFALinear(module, r, *options, **keywords))
+    for target, rank in zip(parameters, ranks, strict=True):
+        add_to_experts(AFAExpertLinear(target.experts, target.parameter, rank, *options, **keywords))
     if group is not False and not dropout:
         attach_groups(model, AFALinear)
     return model
@@ -116,6 +125,13 @@ def replace(
     for target in targets:
         setattr(target.parent, target.attribute, make(target.name, target.module))
     _leave_fast_paths(model)
+
+
+def add_to_experts(layer: AFAExpertLinear) -> None:
+    """Let the experts module of ``layer`` compute with it."""
+    if not hasattr(layer.experts, "afa"):
+        seam.attach(layer.experts, AFAExperts())
+    layer.experts.afa[layer.parameter] = layer
 
 
 def set_alpha_t(model: nn.Module, value: float) -> None:
@@ -153,7 +169,7 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> nn.Module:
         if not layer.merged:
             # Computed here to be checked and again to be written, so that no copy of the whole
             # model is held.
-            _named(name, layer.merged_weight)
+            _named(name, layer.check_merge)
         elif keep_original:
             _named(name, lambda layer=layer: layer.merge(keep_original=True))
     for _, layer in layers:
@@ -183,7 +199,7 @@ def unload(model: nn.Module) -> nn.Module:
     if len({layer.merged for _, layer in layers}) > 1:
         name = next(name for name, layer in layers if not layer.merged)
         raise ValueError(f"model: some layers are merged and {name} is not; merge(model) or unmerge(model) first")
-    sharded = next((name for name, layer in layers if layer._parallel is not None), None)
+    sharded = next((name for name, layer in layers if getattr(layer, "_parallel", None) is not None), None)
     if sharded is not None:
         raise ValueError(
             f"model: {sharded} is sharded by a style of afa_kernels.parallel, which its base layer "
@@ -197,17 +213,21 @@ def unload(model: nn.Module) -> nn.Module:
             if isinstance(child, AFALinear):
                 child.base_layer.train(child.training)
                 setattr(parent, attribute, child.base_layer)
+            elif isinstance(child, AFAExperts):
+                seam.detach(parent)
         for attribute, value in parent.__dict__.pop(_FAST_PATH_MARK, {}).items():
             setattr(parent, attribute, value)
         parent.__dict__.pop(_TRAINABLE_MARK, None)
     return model
 
 
-def named_layers(model: nn.Module) -> Iterator[tuple[str, AFALinear]]:
-    """Yield the AFA layers of ``model`` with their names."""
+def named_layers(model: nn.Module) -> Iterator[tuple[str, _Layer]]:
+    """Yield the AFA layers of ``model`` with the names of the modules and parameters that they adapt."""
     for name, module in model.named_modules():
         if isinstance(module, AFALinear):
             yield name, module
+        elif isinstance(module, AFAExpertLinear):
+            yield (name.removesuffix(f"afa.{module.parameter}") + module.parameter), module
 
 
 def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -221,6 +241,9 @@ def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in covered):
             continue
+        if isinstance(module, AFAExperts):
+            covered.append(f"{name}.")
+            continue
         if isinstance(module, AFALinear):
             covered.append(f"{name}.")
             own = module.base_layer.named_parameters(f"{name}.base_layer")
@@ -233,7 +256,7 @@ def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]
         trains = [parameter_name for parameter_name, p in own if p.requires_grad]
         if not trains:
             continue
-        if not name or any(isinstance(m, AFALinear) for m in module.modules()):
+        if not name or any(isinstance(m, _KINDS) for m in module.modules()):
             raise ValueError(
                 f"{trains[0]} trains, but a LoRA checkpoint holds, beside the branches, only whole "
                 "modules without AFA layers"
@@ -247,7 +270,7 @@ def marked_modules(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if getattr(module, _TRAINABLE_MARK, False)]
 
 
-def _layers(model: nn.Module) -> list[tuple[str, AFALinear]]:
+def _layers(model: nn.Module) -> list[tuple[str, _Layer]]:
     layers = list(named_layers(model))
     if not layers:
         raise _nothing_found(model)

@@ -5,6 +5,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from afa_kernels.peft.config import AFALoraConfig
+from afa_kernels.peft.experts import ParamWrapper
 from afa_kernels.peft.layer import AFALoraLayer, install, release, why_not
 from afa_kernels.shared_input import attach_groups, detach_groups
 
@@ -68,7 +69,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     detach_groups(model, AFALoraLayer)
     for layer in _lora_layers(model):
-        if not isinstance(layer, AFALoraLayer):
+        if not isinstance(layer, AFALoraLayer) or isinstance(layer, ParamWrapper):
             continue
         for name in [name for name, state in layer.lora_afa.items() if not state.annealed]:
             del layer.lora_afa[name]
@@ -101,4 +102,9 @@ def _lora_layers(model: nn.Module) -> list[LoraLayer]:
 
 def _plain_adapters(model: nn.Module) -> list[tuple[LoraLayer, str]]:
     """Return the adapters that PEFT runs without a variant, with their layers."""
-    return [(layer, name) for layer in _lora_layers(model) for name in layer.r if name not in layer.lora_variant]
+    return [
+        (layer, name)
+        for layer in _lora_layers(model)
+        for name in layer.r
+        if name not in layer.lora_variant and not isinstance(layer, ParamWrapper)
+    ]
