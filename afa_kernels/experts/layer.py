@@ -162,10 +162,6 @@ class AFAExpertLinear(Annealed):
     ):
         merged = prefix + _MERGED_KEY in state_dict
         brings_branch = any(prefix + name in state_dict for name in ("lora_a", "lora_b", "alpha_t_buffer"))
-        weight = prefix.removesuffix(f"afa.{self.parameter}.") + self.parameter
-        if (self._merged or merged) and brings_branch and weight not in state_dict:
-            error_msgs.append(f"{prefix}lora_a: branches of merged experts cannot be loaded without their weight")
-            return
         try:
             value = self._loaded_alpha_t(state_dict, prefix)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -82,6 +82,7 @@ class ParamWrapper(AFALoraLayer, lora.ParamWrapper):
 
     def _branch(self, name: str) -> Branch:
         a, b = from_matrices(self.lora_A[name].weight, self.lora_B[name].weight, self.num_experts)
+        b = b.contiguous()  # once, because in PEFT's layout the B of one expert touches the memory of all
         dropout, scaling = self.lora_dropout[name], self.scaling[name]
         if isinstance(scaling, Tensor):  # where adapters are to be swapped in a compiled model
             scaling = scaling.to(a.device, torch.float32).expand(self.num_experts)
