@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from afa_kernels import peft_format as fmt
 from afa_kernels.base_layer import is_conv1d
-from afa_kernels.experts import AFAExpertLinear, seam
+from afa_kernels.experts import AFAExpertLinear
+from afa_kernels.experts.parameters import weight_of
 from afa_kernels.experts.peft_names import as_matrices, from_matrices, names_in_peft
 from afa_kernels.experts.targets import Target, find_parameters
 from afa_kernels.layer import AFALinear, check_options, why_unsupported
@@ -190,7 +191,7 @@ class _Checkpoint:
             a, b = self.branches.pop(in_peft[name], (None, None))
             if a is None:
                 raise self._misfit(fmt.PREFIX + in_peft[name] + fmt.LORA_A, "is missing")
-            count = seam.weight_of(experts, parameter).shape[0]
+            count = weight_of(experts, parameter).shape[0]
             if a.shape[0] % count or b.shape[1] % count:
                 shapes = f"have {a.shape[0]} rows and {b.shape[1]} columns, the model has {count} experts"
                 raise self._misfit(fmt.PREFIX + in_peft[name], shapes)
@@ -261,7 +262,7 @@ class _Checkpoint:
         for name in self.branches:
             if name in self._experts:
                 _, experts, parameter = self._experts[name]
-                self._check_shapes(name, *seam.weight_of(experts, parameter).shape)
+                self._check_shapes(name, *weight_of(experts, parameter).shape)
             else:
                 module = modules.get(name)
                 reason = "no such layer in the model" if module is None else why_unsupported(module)

@@ -7,7 +7,7 @@ behind the last offset; what is computed there is undefined and masked, as in tr
 import torch
 from torch import Tensor, nn
 
-from afa_kernels.experts.seam import Branch, autocast_off, frozen_forward, local, projections, weight_of
+from afa_kernels.experts.parameters import Branch, local, projections, weight_of
 from afa_kernels.ragged import afa_linear_grouped, afa_lora_grouped
 
 
@@ -23,7 +23,7 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
     up, down = projections(experts)
     up_branches, down_branches = experts.afa.branches(up), experts.afa.branches(down)
     if not up_branches and not down_branches:
-        return frozen_forward(experts, hidden_states, top_k_index, top_k_weights)
+        return _frozen_forward(experts, hidden_states, top_k_index, top_k_weights)
     tokens, top_k = top_k_index.shape
     expert, pairs = torch.sort(top_k_index.reshape(-1), stable=True)
     offsets = _offsets(expert, experts.num_experts)
@@ -47,6 +47,15 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
     return rows[place].view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
 
 
+def _frozen_forward(experts: nn.Module, *args: Tensor) -> Tensor:
+    """Return what the implementation that the model is set to computes."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    eager = type(experts).forward.__wrapped__
+    name = experts.config.of_model._experts_implementation
+    return ALL_EXPERTS_FUNCTIONS.get_interface(name, eager)(experts, *args)
+
+
 def _offsets(expert: Tensor, count: int) -> Tensor:
     """Return where the rows of each expert end, from the sorted experts of the rows, without waiting for the device."""
     # histc as in transformers: bincount cannot be captured in a CUDA graph. It takes no integers on a CPU, and no
@@ -63,7 +72,7 @@ def _project(
     weight = local(weight_of(experts, parameter))
     bias = local(getattr(experts, f"{parameter}_bias")) if experts.has_bias else None
     x = x.to(weight.dtype)  # as transformers does: a grouped product does not take part in autocast
-    with autocast_off(x):
+    with torch.autocast(x.device.type, enabled=False):
         if not branches:
             return _frozen_product(x, offsets, expert, weight, bias)
         first, *others = branches

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from afa_kernels import checks
 from afa_kernels.alpha import Annealed, normal
-from afa_kernels.experts import seam
-from afa_kernels.experts.seam import Branch
+from afa_kernels.experts.parameters import Branch, local, weight_of, why_unsupported
 from afa_kernels.layer import check_options
 
 EXPERT_RANKS = ("same", "per_active")
@@ -50,7 +49,7 @@ class AFAExpertLinear(Annealed):
         backend: str | None = None,
     ):
         super().__init__()
-        reason = seam.why_unsupported(experts, parameter)
+        reason = why_unsupported(experts, parameter)
         if reason is not None:
             raise TypeError(f"parameter: {parameter} cannot be adapted: {reason}")
         check_options(r, lora_alpha, activation, dropout, save, backend)
@@ -61,7 +60,7 @@ class AFAExpertLinear(Annealed):
             raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
         self.__dict__["experts"] = experts  # no submodule: this layer is a part of it
         self.parameter = parameter
-        self.num_experts, self.out_features, self.in_features = seam.weight_of(experts, parameter).shape
+        self.num_experts, self.out_features, self.in_features = weight_of(experts, parameter).shape
         self.r, self.lora_alpha, self.use_rslora = int(r), lora_alpha, bool(use_rslora)
         self.scaling = float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
         self.activation, self.dropout, self.save, self.backend = activation, float(dropout), save, backend
@@ -144,8 +143,8 @@ class AFAExpertLinear(Annealed):
     def _sums(self, factor: float):
         """Yield the weight of each expert of this process, ``(N, K)``, and its sum with ``factor`` times its branch,
         rounded once."""
-        weights = seam.local(seam.weight_of(self.experts, self.parameter).detach())
-        for weight, a, b in zip(weights, seam.local(self.lora_a), seam.local(self.lora_b), strict=True):
+        weights = local(weight_of(self.experts, self.parameter).detach())
+        for weight, a, b in zip(weights, local(self.lora_a), local(self.lora_b), strict=True):
             wide = torch.float64 if torch.float64 in (weight.dtype, a.dtype) else torch.float32
             with torch.autocast(weight.device.type, enabled=False):
                 product = b.to(wide) @ a.to(wide)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from afa_kernels.experts.seam import why_unsupported
+from afa_kernels.experts.parameters import why_unsupported
 
 
 class Target(NamedTuple):

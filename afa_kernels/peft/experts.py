@@ -14,8 +14,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from afa_kernels.experts import seam
+from afa_kernels.experts.parameters import Branch, why_unsupported
 from afa_kernels.experts.peft_names import from_matrices
-from afa_kernels.experts.seam import Branch
 from afa_kernels.peft.layer import AFALoraLayer
 from afa_kernels.peft.state import AdapterState, device_of
 
@@ -102,7 +102,7 @@ def why_not(experts: nn.Module, parameter: str) -> str | None:
     """Return why PEFT's wrapper of a parameter cannot run on the operator, or None if it can."""
     if hasattr(getattr(experts, parameter), "device_mesh"):
         return "it is sharded, and PEFT keeps whole adapters; use afa_kernels.inject"
-    return seam.why_unsupported(experts, parameter)
+    return why_unsupported(experts, parameter)
 
 
 def _of_plain_lora(config) -> LoraConfig:
