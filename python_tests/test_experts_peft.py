@@ -12,6 +12,7 @@ pytest.importorskip("peft", minversion="0.19")
 import torch._dynamo.testing
 from expert_models import ARCHITECTURES, PARAMETERS, copy_of, fill, gradients, mixture, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 from peft_models import assert_same, set_alpha_t
 
 import afa_kernels as afa
@@ -214,7 +215,30 @@ def test_what_cannot_be_wrapped_is_named():
         model(tokens(), adapter_names=["default", "default"])
 
 
-def test_accelerate_and_restore_leave_the_wrappers_alone():
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stock_adapters_are_taken_over_and_given_back(architecture):
+    net, ids = mixture(architecture), tokens()
+    stock = adapted(net, config(LoraConfig))
+    want = gradients(stock, ids)
+    stock.add_adapter("other", config(LoraConfig))
+    model = accelerate(copy.deepcopy(stock))
+    assert len(wrappers(model)) == len([n for n in want if "lora_A" in n])
+    assert_same(gradients(model, ids), want)
+    assert (
+        not wrappers(restore(model)) and type(model.base_model.model.model.layers[1].mlp.experts) is lora.ParamWrapper
+    )
+    assert_same(gradients(model, ids), want)
+    assert model.state_dict().keys() == stock.state_dict().keys()
+
+
+def test_annealed_adapters_stay_when_others_are_given_back():
     model, ids = adapted(mixture(), config(target_modules=["q_proj"])), tokens()
     want = model(ids).logits
     assert torch.equal(restore(accelerate(model))(ids).logits, want) and len(wrappers(model)) == 4
+
+
+def test_what_accelerate_cannot_take_over_is_named():
+    net = mixture()
+    stock = get_peft_model(copy_of(net), config(LoraConfig, target_parameters=["gate.weight"]))
+    with pytest.raises(ValueError, match="nothing to run on the kernels .*Router is not an experts module"):
+        accelerate(stock)

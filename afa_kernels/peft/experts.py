@@ -47,9 +47,7 @@ class ParamWrapper(AFALoraLayer, lora.ParamWrapper):
             raise ValueError(f"target_parameters: {parameter_name} cannot be adapted: {reason}")
         super().__init__(base_layer, adapter_name, parameter_name, config=_of_plain_lora(config), **kwargs)
         self._prepare(adapter_name, config)
-        if not hasattr(experts, "afa"):
-            seam.attach(experts, WrappedParameters())
-        experts.afa.wrappers[parameter_name] = self
+        _register(self)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config, **kwargs: Any) -> None:
         if not hasattr(self, "lora_afa"):  # PEFT's __init__ comes through here
@@ -103,6 +101,37 @@ def why_not(experts: nn.Module, parameter: str) -> str | None:
     if hasattr(getattr(experts, parameter), "device_mesh"):
         return "it is sharded, and PEFT keeps whole adapters; use afa_kernels.inject"
     return why_unsupported(experts, parameter)
+
+
+def adopt(layer: lora.ParamWrapper) -> str | None:
+    """Let the branches of PEFT's own wrapper run on the operator, or return why they cannot."""
+    if isinstance(layer, ParamWrapper):
+        return None
+    reason = why_not(layer.get_base_layer(), layer.parameter_name)
+    if reason is None:
+        layer.__class__ = ParamWrapper
+        layer.lora_afa = nn.ModuleDict()
+        _register(layer)
+    return reason
+
+
+def release(layer: ParamWrapper) -> None:
+    """Undo :func:`adopt`, unless the layer has an annealed adapter."""
+    if layer.lora_afa:
+        return
+    experts = layer.get_base_layer()
+    del experts.afa.wrappers[layer.parameter_name]
+    if not experts.afa.wrappers:
+        seam.detach(experts)
+    del layer.lora_afa
+    layer.__class__ = lora.ParamWrapper
+
+
+def _register(wrapper: ParamWrapper) -> None:
+    experts = wrapper.get_base_layer()
+    if not hasattr(experts, "afa"):
+        seam.attach(experts, WrappedParameters())
+    experts.afa.wrappers[wrapper.parameter_name] = wrapper
 
 
 def _of_plain_lora(config) -> LoraConfig:
