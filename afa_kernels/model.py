@@ -81,8 +81,9 @@ def inject(
     trained = trainable_modules(model, trainable)
     parameters = find_parameters(model, target_parameters, trained)
     targets = []
-    if target_modules is not None or not parameters:
-        targets = find_targets(model, target_modules or ALL_LINEAR, exclude_modules, trained)
+    if target_modules or not parameters:
+        wanted = ALL_LINEAR if target_modules is None else target_modules
+        targets = find_targets(model, wanted, exclude_modules, trained)
     ranks = [rank_of_expert(target.experts, r, expert_rank) for target in parameters]
     if group:
         _check_group(model, targets, dropout)

@@ -88,6 +88,13 @@ def test_modules_and_parameters_together():
     torch.testing.assert_close(model(ids).logits, want)
 
 
+def test_no_modules_beside_parameters_as_peft_says_it():
+    model = injected(target_modules=[])
+    assert not any(isinstance(m, afa.AFALinear) for m in model.modules())
+    with pytest.raises(ValueError, match="target_modules"):
+        afa.inject(mixture(), target_modules=[])
+
+
 def test_one_parameter_of_two():
     for parameter in ("gate_up_proj", "down_proj"):
         experts = experts_of(injected("GptOss", target_parameters=[f"experts.{parameter}"]))

@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 
 from afa_kernels import checks
-from afa_kernels.peft.experts import ParamWrapper
+from afa_kernels.peft.experts import TAKES_CONFIG, ParamWrapper
 from afa_kernels.peft.layer import install
 from afa_kernels.peft_format import FORMAT_VERSION, METADATA_KEY
 from afa_kernels.schedule import AnnealSchedule
@@ -160,6 +160,8 @@ class AFALoraConfig(LoraConfig):
                     f"init_lora_weights: {self.init_lora_weights!r} is not possible with "
                     "AFALoraConfig: it is another kind of branch"
                 )
+        if self.target_parameters and not TAKES_CONFIG:
+            raise ValueError("target_parameters: PEFT 0.19 or later is needed: earlier wrappers get no configuration")
         kind = self.init_lora_weights
         if isinstance(kind, str) and kind.startswith(_CHANGES_BASE) and self.alpha_t != 0.0:
             warnings.warn(

@@ -6,6 +6,7 @@ which.
 """
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from afa_kernels.experts.parameters import Branch, why_unsupported
 from afa_kernels.experts.peft_names import from_matrices
 from afa_kernels.peft.layer import AFALoraLayer
 from afa_kernels.peft.state import AdapterState, device_of
+
+TAKES_CONFIG = "config" in inspect.signature(lora.ParamWrapper.update_layer).parameters
 
 
 class WrappedParameters:
