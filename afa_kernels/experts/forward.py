@@ -7,6 +7,7 @@ behind the last offset; what is computed there is undefined and masked, as in tr
 import torch
 from torch import Tensor, nn
 
+from afa_kernels.experts.order import Order
 from afa_kernels.experts.parameters import Branch, local, projections, weight_of
 from afa_kernels.ragged import afa_linear_grouped, afa_lora_grouped
 
@@ -24,16 +25,15 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
     up_branches, down_branches = experts.afa.branches(up), experts.afa.branches(down)
     if not up_branches and not down_branches:
         return _frozen_forward(experts, hidden_states, top_k_index, top_k_weights)
-    tokens, top_k = top_k_index.shape
-    expert, pairs = torch.sort(top_k_index.reshape(-1), stable=True)
-    offsets = _offsets(expert, experts.num_experts)
-    elsewhere = (expert >= experts.num_experts)[:, None] if experts._is_expert_parallel else None
+    order = Order(top_k_index)
+    offsets = _offsets(order.expert, experts.num_experts)
+    elsewhere = (order.expert >= experts.num_experts)[:, None] if experts._is_expert_parallel else None
 
     def project(rows: Tensor, parameter: str, branches: list[Branch]) -> Tensor:
-        y = _project(experts, rows, offsets, expert, parameter, branches)
+        y = _project(experts, rows, offsets, order.expert, parameter, branches)
         return y if elsewhere is None else y.masked_fill(elsewhere, 0.0)
 
-    rows = hidden_states[pairs // top_k]
+    rows = order.by_expert(hidden_states)
     if elsewhere is not None:
         rows = rows.masked_fill(elsewhere, 0.0)  # its backward drops what is undefined there in dx
     rows = project(rows, up, up_branches)
@@ -41,10 +41,8 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
     rows = project(rows, down, down_branches)
     if getattr(experts, "has_post_expert_norm", False):
         rows = experts.post_expert_norm(rows)
-    rows = rows * top_k_weights.reshape(-1)[pairs][:, None]
-    place = torch.empty_like(pairs)
-    place[pairs] = torch.arange(pairs.shape[0], device=pairs.device)
-    return rows[place].view(tokens, top_k, -1).sum(1).to(hidden_states.dtype)
+    rows = rows * order.of_pairs(top_k_weights.reshape(-1, 1))
+    return order.sum_by_token(rows).to(hidden_states.dtype)
 
 
 def _frozen_forward(experts: nn.Module, *args: Tensor) -> Tensor:
