@@ -131,7 +131,8 @@ format: $(VENV)/.tests  ## rewrite the sources as lint wants them
 bench: build-tests  ## time every provider of this machine (ARGS=--quick: within two minutes)
 	$(RUN) -m bench $(ARGS)
 
-.PHONY: sanitize-cpu sanitize-quick sanitize mutation reports-quick cuda-report triton-report gpu-check wheel-check clean
+.PHONY: sanitize-cpu sanitize-quick sanitize mutation reports-quick cuda-report triton-report gpu-check wheel wheel-check
+.PHONY: clean
 sanitize-cpu: $(VENV)/.tests
 	$(SAY) 'CPU kernels under ASan and UBSan, with every instruction set that this machine has'
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DAFA_SANITIZE=ON
@@ -182,9 +183,25 @@ host-time: build-tests  ## processor time of a call of the cuda backend before i
 gpu-check: build-tests  ## on a machine with a GPU: everything that the tests cannot run without one
 	$(RUN) -m tools.gpu_check $(ARGS)
 
-wheel-check: build-tests  ## builds the wheel and trains with it in a fresh environment that has another torch
+wheel: build-tests  ## a wheel for any Linux that torch runs on, into dist/ (AFA_BUILD_CUDA=0: without CUDA kernels)
+	$(SAY) 'Building the wheel, which takes minutes'
+	$(RUN) -m tools.portable_wheel $(ARGS)
+
+wheel-check: build-tests  ## builds the wheel, tests it and trains with it in fresh environments with other versions of torch
 	$(SAY) 'Building the wheel, which takes minutes'
 	$(RUN) -m pytest -m slow python_tests/test_wheel.py $(ARGS)
+
+.PHONY: hub-kernel hub-check
+hub-kernel: build-tests  ## the Triton and torch paths as a kernel of the Hugging Face hub, into build/hub
+	$(RUN) -m tools.hub_kernel $(ARGS)
+
+hub-check: build-tests  ## the hub kernel, loaded in a process that has not the package
+	$(RUN) -m pytest python_tests/test_hub_kernel.py $(ARGS)
+
+.PHONY: docs
+docs: build-tests  ## the documentation as a site, into build/site (ARGS=--serve: on localhost)
+	$(SAY) 'Building the site'
+	$(RUN) -m tools.docs_site $(ARGS)
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build dist outputs *.egg-info afa_kernels/*.so .pytest_cache .ruff_cache

@@ -1,23 +1,27 @@
 """AFA-LoRA over a whole model: inject, anneal, merge, unmerge, unload."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from afa_kernels import checks
 from afa_kernels.base_layer import is_conv1d
+from afa_kernels.branch import Branch, check_options
 from afa_kernels.experts import AFAExpertLinear, seam
 from afa_kernels.experts.layer import AFAExperts, check_expert_rank, rank_of_expert
 from afa_kernels.experts.targets import find_parameters
-from afa_kernels.layer import AFALinear, check_options
+from afa_kernels.layer import AFALinear
+from afa_kernels.schedule import no_adapter, set_alpha_t_of, takes_alpha_t
 from afa_kernels.shared_input import attach_groups, groups_of, nothing_to_share, unshare_inputs
+from afa_kernels.stack import AFALinearStack, check_name
 from afa_kernels.targets import ALL_LINEAR, Candidate, find_targets, trainable_modules
 
 _TRAINABLE_MARK = "_afa_trainable"
 _FAST_PATH_MARK = "_afa_fast_path"
-_Layer = AFALinear | AFAExpertLinear
-_KINDS = (AFALinear, AFAExpertLinear)
+LAYERS = (AFALinear, AFALinearStack)
+_ADAPTED = (*LAYERS, AFAExpertLinear)
 
 
 def inject(
@@ -36,6 +40,7 @@ def inject(
     save: str = "z",
     backend: str | None = None,
     group: bool | None = None,
+    adapters: Mapping[str, Mapping[str, Any]] | None = None,
     expert_rank: str = "same",
 ) -> nn.Module:
     """Replace linear layers of ``model`` in place by :class:`AFALinear`, give the experts of a mixture their branches,
@@ -59,6 +64,8 @@ def inject(
         group: let q, k and v, and gate and up, of the common transformer blocks share their passes over x where a
             backend takes them together (see :func:`afa_kernels.share_inputs`). None: where there are such layers and no
             dropout; True: it is an error if there are none; False: not at all.
+        adapters: make a stack of adapters of each layer (:class:`AFALinearStack`): their names, and for each the
+            options of the next line in which it differs. :func:`adapters_of` says which one computes which sample.
         r, lora_alpha, activation, dropout, use_rslora, dtype, save, backend: as in
             :class:`AFALinear`.
 
@@ -72,30 +79,72 @@ def inject(
             with nothing to group, or with dropout, which leaves nothing to share. The model is then
             unchanged.
     """
-    check_options(r, lora_alpha, activation, dropout, save, backend)
+    options = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "activation": activation,
+        "dropout": dropout,
+        "use_rslora": use_rslora,
+        "dtype": dtype,
+        "save": save,
+        "backend": backend,
+    }
+    if adapters is None:
+        _check(options)
+    else:
+        adapters = _each(adapters, options)
     check_expert_rank(expert_rank)
-    if dtype is not None and dtype not in checks.FLOATING:
-        raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
-    if any(isinstance(m, _KINDS) for m in model.modules()):
+    if any(isinstance(m, _ADAPTED) for m in model.modules()):
         raise ValueError("model: it has AFA layers already; unload(model) first")
     trained = trainable_modules(model, trainable)
     parameters = find_parameters(model, target_parameters, trained)
+    if parameters and adapters is not None:
+        raise ValueError("adapters: experts have one adapter, without a name; got target_parameters too")
     targets = []
     if target_modules or not parameters:
         wanted = ALL_LINEAR if target_modules is None else target_modules
         targets = find_targets(model, wanted, exclude_modules, trained)
     ranks = [rank_of_expert(target.experts, r, expert_rank) for target in parameters]
     if group:
+        if adapters is not None:
+            raise ValueError("group: layers with a stack of adapters compute on their own; got group=True")
         _check_group(model, targets, dropout)
 
-    options = (lora_alpha, activation, dropout, use_rslora)
-    keywords = {"dtype": dtype, "save": save, "backend": backend}
-    replace(model, targets, trained, lambda _name, module: AFALinear(module, r, *options, **keywords))
+    def make(_name: str, module: nn.Module) -> nn.Module:
+        return AFALinear(module, **options) if adapters is None else AFALinearStack(module, adapters)
+
+    replace(model, targets, trained, make)
     for target, rank in zip(parameters, ranks, strict=True):
-        add_to_experts(AFAExpertLinear(target.experts, target.parameter, rank, *options, **keywords))
-    if group is not False and not dropout:
+        add_to_experts(AFAExpertLinear(target.experts, target.parameter, **{**options, "r": rank}))
+    if adapters is None and group is not False and not dropout:
         attach_groups(model, AFALinear)
     return model
+
+
+def _check(options: dict[str, Any]) -> None:
+    names = ("r", "lora_alpha", "activation", "dropout", "save", "backend")
+    check_options(*(options[name] for name in names))
+    dtype = options["dtype"]
+    if dtype is not None and dtype not in checks.FLOATING:
+        raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
+
+
+def _each(adapters: Mapping[str, Mapping[str, Any]], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the checked options of each adapter in full."""
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise TypeError(f"adapters: expected the options of each adapter by its name, got {adapters!r}")
+    full = {}
+    for name, own in adapters.items():
+        check_name(name)
+        unknown = own.keys() - options.keys()
+        if unknown:
+            raise TypeError(f"adapters: {name!r} has {min(unknown)}; expected some of {', '.join(options)}")
+        full[name] = {**options, **own}
+        try:
+            _check(full[name])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"adapters: {name!r}: {error}") from None
+    return full
 
 
 def _check_group(model: nn.Module, targets: list[Candidate], dropout: float) -> None:
@@ -115,7 +164,7 @@ def replace(
     model: nn.Module,
     targets: list[Candidate],
     trained: list[str],
-    make: Callable[[str, nn.Module], AFALinear],
+    make: Callable[[str, nn.Module], nn.Module],
 ) -> None:
     """Freeze ``model`` but for ``trained``, and put ``make(name, module)`` at each target."""
     model.requires_grad_(False)
@@ -135,24 +184,26 @@ def add_to_experts(layer: AFAExpertLinear) -> None:
     layer.experts.afa[layer.parameter] = layer
 
 
-def set_alpha_t(model: nn.Module, value: float) -> None:
+def set_alpha_t(model: nn.Module, value: float, adapter: str | None = None) -> None:
     """Set the blend coefficient of every layer of ``model`` that has ``set_alpha_t``: AFA layers,
     and the layers of a PEFT model with an :class:`afa_kernels.peft.AFALoraConfig`.
+
+    Args:
+        adapter: of this adapter alone; by default of all adapters, and in a PEFT model of the active ones.
 
     Raises:
         TypeError, ValueError: ``value`` is no number in [0, 1], is not 0 while a layer is merged,
             or the model has no such layer. No layer is changed then.
     """
-    named = model.named_modules()
-    layers = [(name, m) for name, m in named if callable(getattr(m, "set_alpha_t", None))]
+    layers = [(name, m) for name, m in model.named_modules() if takes_alpha_t(m, adapter)]
     if not layers:
-        raise _nothing_found(model)
+        raise _nothing_found(model) if adapter is None else no_adapter(model, adapter)
     value = checks.alpha_value(value)
     merged = [name for name, layer in layers if layer.merged]
     if merged and value != 0.0:
         raise ValueError(f"alpha_t: {merged[0]} is merged, got {value}; unmerge(model) first")
     for _, layer in layers:
-        layer.set_alpha_t(value)
+        set_alpha_t_of(layer, value, adapter)
 
 
 def merge(model: nn.Module, *, keep_original: bool = False) -> nn.Module:
@@ -163,7 +214,8 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> nn.Module:
             :meth:`AFALinear.merge`).
 
     Raises:
-        ValueError: a layer cannot be merged (``alpha_t`` is not 0, say). No layer is changed then.
+        ValueError: a layer cannot be merged (``alpha_t`` is not 0, say, or it has a stack of adapters). No layer is
+            changed then.
     """
     layers = _layers(model)
     for name, layer in layers:
@@ -196,7 +248,9 @@ def unload(model: nn.Module) -> nn.Module:
         ValueError: the model has no AFA layer, only some of them are merged, or one is sharded for
             tensor parallelism. The model is unchanged then.
     """
-    layers = _layers(model)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _ADAPTED)]
+    if not layers:
+        raise _nothing_found(model)
     if len({layer.merged for _, layer in layers}) > 1:
         name = next(name for name, layer in layers if not layer.merged)
         raise ValueError(f"model: some layers are merged and {name} is not; merge(model) or unmerge(model) first")
@@ -206,12 +260,12 @@ def unload(model: nn.Module) -> nn.Module:
             f"model: {sharded} is sharded by a style of afa_kernels.parallel, which its base layer "
             "does not know; save_adapter(model) and load it into a whole model"
         )
-    if isinstance(model, AFALinear):
+    if isinstance(model, LAYERS):
         return model.base_layer
     unshare_inputs(model)
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):
-            if isinstance(child, AFALinear):
+            if isinstance(child, LAYERS):
                 child.base_layer.train(child.training)
                 setattr(parent, attribute, child.base_layer)
             elif isinstance(child, AFAExperts):
@@ -222,13 +276,16 @@ def unload(model: nn.Module) -> nn.Module:
     return model
 
 
-def named_layers(model: nn.Module) -> Iterator[tuple[str, _Layer]]:
-    """Yield the AFA layers of ``model`` with the names of the modules and parameters that they adapt."""
+def named_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Branch | AFAExpertLinear]]:
+    """Yield the AFA layers of ``model`` with the names of the modules and parameters that they adapt; with ``adapter``,
+    the branches of that adapter."""
     for name, module in model.named_modules():
-        if isinstance(module, AFALinear):
+        if adapter is None and isinstance(module, AFALinear):
             yield name, module
-        elif isinstance(module, AFAExpertLinear):
+        elif adapter is None and isinstance(module, AFAExpertLinear):
             yield (name.removesuffix(f"afa.{module.parameter}") + module.parameter), module
+        elif isinstance(module, AFALinearStack) and adapter in module.adapters:
+            yield name, module.adapters[adapter]
 
 
 def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -245,7 +302,7 @@ def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]
         if isinstance(module, AFAExperts):
             covered.append(f"{name}.")
             continue
-        if isinstance(module, AFALinear):
+        if isinstance(module, LAYERS):
             covered.append(f"{name}.")
             own = module.base_layer.named_parameters(f"{name}.base_layer")
         elif getattr(module, _TRAINABLE_MARK, False):
@@ -257,7 +314,7 @@ def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]
         trains = [parameter_name for parameter_name, p in own if p.requires_grad]
         if not trains:
             continue
-        if not name or any(isinstance(m, _KINDS) for m in module.modules()):
+        if not name or any(isinstance(m, _ADAPTED) for m in module.modules()):
             raise ValueError(
                 f"{trains[0]} trains, but a LoRA checkpoint holds, beside the branches, only whole "
                 "modules without AFA layers"
@@ -271,7 +328,7 @@ def marked_modules(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if getattr(module, _TRAINABLE_MARK, False)]
 
 
-def _layers(model: nn.Module) -> list[tuple[str, _Layer]]:
+def _layers(model: nn.Module) -> list[tuple[str, AFALinear | AFAExpertLinear]]:
     layers = list(named_layers(model))
     if not layers:
         raise _nothing_found(model)
@@ -279,6 +336,11 @@ def _layers(model: nn.Module) -> list[tuple[str, _Layer]]:
 
 
 def _nothing_found(model: nn.Module) -> ValueError:
+    if any(isinstance(module, AFALinearStack) for module in model.modules()):
+        return ValueError(
+            "model: its layers have a stack of adapters, and no weight equals several branches; save_adapter(model, "
+            "path, adapter) and load that into a model of its own"
+        )
     return ValueError(f"model: expected AFA layers, found none in {type(model).__name__}; inject(model) adds them")
 
 
@@ -299,6 +361,6 @@ def _leave_fast_paths(model: nn.Module) -> None:
             attribute, off = "activation_relu_or_gelu", 0
         else:
             continue
-        if any(isinstance(m, AFALinear) for m in module.modules()):
+        if any(isinstance(m, LAYERS) for m in module.modules()):
             setattr(module, _FAST_PATH_MARK, {attribute: getattr(module, attribute, off)})
             setattr(module, attribute, off)

@@ -100,5 +100,16 @@ def test_what_does_not_fit_is_named(change, message, tmp_path):
 def test_an_experts_module_alone_has_no_name_in_a_checkpoint(tmp_path):
     experts = mixture().model.layers[0].mlp.experts
     afa.inject(experts, target_parameters=["down_proj"])
-    with pytest.raises(ValueError, match="expected a model that contains its experts"):
+    with pytest.raises(ValueError, match="got an Qwen3MoeExperts, which has no name"):
         afa.save_adapter(experts, tmp_path)
+
+
+def test_experts_have_no_named_adapters(tmp_path):
+    base = mixture()
+    ours = injected(base)
+    afa.set_alpha_t(ours, 0.0)
+    afa.save_adapter(ours, tmp_path)
+    with pytest.raises(ValueError, match="holds experts, which have no named adapters; got 'mine'"):
+        afa.load_adapter(base, tmp_path, "mine")
+    with pytest.raises(ValueError, match="adapters: experts have one adapter"):
+        afa.inject(base, target_parameters=PARAMETERS, adapters={"mine": {}})

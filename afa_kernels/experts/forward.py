@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from afa_kernels.experts.order import Order
-from afa_kernels.experts.parameters import Branch, local, projections, weight_of
+from afa_kernels.experts.parameters import BranchCall, local, projections, weight_of
 from afa_kernels.ragged import afa_linear_grouped, afa_lora_grouped
 
 
@@ -29,7 +29,7 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
     offsets = _offsets(order.expert, experts.num_experts)
     elsewhere = (order.expert >= experts.num_experts)[:, None] if experts._is_expert_parallel else None
 
-    def project(rows: Tensor, parameter: str, branches: list[Branch]) -> Tensor:
+    def project(rows: Tensor, parameter: str, branches: list[BranchCall]) -> Tensor:
         y = _project(experts, rows, offsets, order.expert, parameter, branches)
         return y if elsewhere is None else y.masked_fill(elsewhere, 0.0)
 
@@ -64,7 +64,7 @@ def _offsets(expert: Tensor, count: int) -> Tensor:
 
 
 def _project(
-    experts: nn.Module, x: Tensor, offsets: Tensor, expert: Tensor, parameter: str, branches: list[Branch]
+    experts: nn.Module, x: Tensor, offsets: Tensor, expert: Tensor, parameter: str, branches: list[BranchCall]
 ) -> Tensor:
     """Return the frozen product with a fused parameter, with its bias, and the branches beside it."""
     weight = local(weight_of(experts, parameter))
@@ -80,11 +80,11 @@ def _project(
     return y
 
 
-def _operands(branch: Branch) -> tuple[Tensor, Tensor, Tensor | float]:
+def _operands(branch: BranchCall) -> tuple[Tensor, Tensor, Tensor | float]:
     return local(branch.lora_a), local(branch.lora_b), 0.0 if branch.alpha_t is None else branch.alpha_t
 
 
-def _options(branch: Branch) -> dict[str, object]:
+def _options(branch: BranchCall) -> dict[str, object]:
     return {
         "activation": branch.activation,
         "scaling": branch.scaling,

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from afa_kernels import checks
 from afa_kernels.alpha import Annealed, normal
-from afa_kernels.experts.parameters import Branch, local, weight_of, why_unsupported
-from afa_kernels.layer import check_options
+from afa_kernels.branch import check_options
+from afa_kernels.experts.parameters import BranchCall, local, weight_of, why_unsupported
 
 EXPERT_RANKS = ("same", "per_active")
 _MERGED_KEY = "merged"
@@ -92,9 +92,9 @@ class AFAExpertLinear(Annealed):
             raise ValueError(f"alpha_t: merged experts have no branch, got {value}; unmerge() first")
         self.write_alpha_t(value)
 
-    def branch(self) -> Branch:
+    def branch(self) -> BranchCall:
         """Return what a call needs; dropout acts in training only."""
-        return Branch(
+        return BranchCall(
             self.lora_a, self.lora_b, self.coefficient(), self.activation, self.scaling,
             self.dropout if self.training else 0.0, self.save, self.backend,
         )  # fmt: skip
@@ -186,7 +186,7 @@ class AFAExpertLinear(Annealed):
 class AFAExperts(nn.ModuleDict):
     """The :class:`AFAExpertLinear` of the targeted parameters of an experts module, which keeps it as ``afa``."""
 
-    def branches(self, parameter: str) -> list[Branch]:
+    def branches(self, parameter: str) -> list[BranchCall]:
         if parameter not in self or self[parameter].merged:
             return []
         return [self[parameter].branch()]

@@ -9,7 +9,7 @@ from afa_kernels import checks
 _NEEDED = "an experts module of transformers 5 (a class under its decorator use_experts_implementation)"
 
 
-class Branch(NamedTuple):
+class BranchCall(NamedTuple):
     """One branch of every expert beside one fused parameter, as a call needs it."""
 
     lora_a: Tensor  # (E, r, K)
@@ -25,7 +25,7 @@ class Branch(NamedTuple):
 class Branches(Protocol):
     """What an experts module keeps as ``afa``."""
 
-    def branches(self, parameter: str) -> list[Branch]:
+    def branches(self, parameter: str) -> list[BranchCall]:
         """Return the branches that are to be computed beside a parameter of the module."""
 
 

@@ -15,7 +15,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from afa_kernels.experts import seam
-from afa_kernels.experts.parameters import Branch, why_unsupported
+from afa_kernels.experts.parameters import BranchCall, why_unsupported
 from afa_kernels.experts.peft_names import from_matrices
 from afa_kernels.peft.layer import AFALoraLayer
 from afa_kernels.peft.state import AdapterState, device_of
@@ -29,7 +29,7 @@ class WrappedParameters:
     def __init__(self):
         self.wrappers: dict[str, ParamWrapper] = {}
 
-    def branches(self, parameter: str) -> list[Branch]:
+    def branches(self, parameter: str) -> list[BranchCall]:
         wrapper = self.wrappers.get(parameter)
         return [] if wrapper is None else wrapper.branches()
 
@@ -75,13 +75,13 @@ class ParamWrapper(AFALoraLayer, lora.ParamWrapper):
             self.unmerge()
         return self.base_layer(x, *args, **kwargs)
 
-    def branches(self) -> list[Branch]:
+    def branches(self) -> list[BranchCall]:
         """Return the branches of the active adapters."""
         if self.disable_adapters or self.merged:
             return []
         return [self._branch(name) for name in self.active_adapters if name in self.lora_A]
 
-    def _branch(self, name: str) -> Branch:
+    def _branch(self, name: str) -> BranchCall:
         a, b = from_matrices(self.lora_A[name].weight, self.lora_B[name].weight, self.num_experts)
         b = b.contiguous()  # once, because in PEFT's layout the B of one expert touches the memory of all
         dropout, scaling = self.lora_dropout[name], self.scaling[name]
@@ -89,9 +89,9 @@ class ParamWrapper(AFALoraLayer, lora.ParamWrapper):
             scaling = scaling.to(a.device, torch.float32).expand(self.num_experts)
         dropout_p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         if name not in self.lora_afa:
-            return Branch(a, b, None, "relu", scaling, dropout_p, "z", None)
+            return BranchCall(a, b, None, "relu", scaling, dropout_p, "z", None)
         state = self.lora_afa[name]
-        return Branch(a, b, state.coefficient(), state.activation, scaling, dropout_p, state.save, None)
+        return BranchCall(a, b, state.coefficient(), state.activation, scaling, dropout_p, state.save, None)
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
         experts = super().unload_and_optionally_merge_module(*args, **kwargs)

@@ -8,6 +8,7 @@ from torch import nn
 from afa_kernels.peft import experts
 from afa_kernels.peft.config import AFALoraConfig
 from afa_kernels.peft.layer import AFALoraLayer, install, release, why_not
+from afa_kernels.peft.mixed import take_mixed_batches
 from afa_kernels.shared_input import attach_groups, detach_groups
 
 
@@ -38,14 +39,15 @@ def accelerate(model: nn.Module) -> nn.Module:
     if not any(isinstance(module, AFALoraLayer) for module in model.modules()):
         found = "; ".join(sorted(reasons)) or "it has no plain LoRA layers"
         raise ValueError(f"model: nothing to run on the kernels in {type(model).__name__}: {found}")
-    attach_groups(model, AFALoraLayer)
+    _prepare(model)
     return model
 
 
 def install_annealed(model: nn.Module) -> None:
     """Prepare a model with an :class:`AFALoraConfig`, where PEFT shows no more than one layer at a time.
 
-    Layers that read the same x share their passes over it (:func:`afa_kernels.share_inputs`). And adapters get their
+    Layers that read the same x share their passes over it (:func:`afa_kernels.share_inputs`), and ``adapter_names`` may
+    be given in training too. And adapters get their
     activation whose configuration never reached their layer: PEFT before 0.19 does not pass the configuration of
     another adapter to a layer that exists, so that layer would run it as a plain LoRA.
 
@@ -57,7 +59,13 @@ def install_annealed(model: nn.Module) -> None:
     for layer, name in _plain_adapters(model):
         if isinstance(configs.get(name), AFALoraConfig):
             install(layer, name, configs[name])
+    _prepare(model)
+
+
+def _prepare(model: nn.Module) -> None:
+    """Do what needs a whole model."""
     attach_groups(model, AFALoraLayer)
+    take_mixed_batches(model)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -80,7 +88,7 @@ def restore(model: nn.Module) -> nn.Module:
             del layer.lora_variant[name]
         if not layer.lora_afa:
             release(layer)
-    attach_groups(model, AFALoraLayer)
+    _prepare(model)
     return model
 
 
