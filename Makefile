@@ -16,7 +16,7 @@ SAY := @printf '\n== %s\n'
 
 .PHONY: help
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '  %s\n' '' \
 		'ARGS="..."    passed on to what a target runs: make test ARGS="-k dropout"' \
 		'ISA=avx2      as on a processor with no more than that: $(ISAS)' \
@@ -138,6 +138,27 @@ sanitize-cpu: $(VENV)/.tests
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DAFA_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+# On Debian in the packages g++-aarch64-linux-gnu and qemu-user.
+AARCH64_TOOLS := aarch64-linux-gnu-g++ qemu-aarch64
+AARCH64_MISSING := $(strip $(foreach tool,$(AARCH64_TOOLS),$(if $(shell command -v $(tool)),,$(tool))))
+# Looking for leaks takes ptrace, which qemu-user does not have.
+AARCH64_TESTS = QEMU_LD_PREFIX=/usr/aarch64-linux-gnu HWASAN_OPTIONS=detect_leaks=0 \
+	$(BIN)/ctest --test-dir build/sanitize-aarch64 --output-on-failure
+.PHONY: sanitize-aarch64
+ifneq ($(AARCH64_MISSING),)
+sanitize-aarch64:
+	@echo 'no $(AARCH64_MISSING): the CPU kernels for aarch64 are not checked'
+else
+sanitize-aarch64: $(VENV)/.tests  ## CPU kernels for aarch64 under HWASan and UBSan in qemu, where a cross-compiler is
+	$(SAY) 'CPU kernels for aarch64 under HWASan and UBSan, in qemu'
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize-aarch64 -G Ninja -DAFA_SANITIZE=ON \
+		-DCMAKE_TOOLCHAIN_FILE=csrc/cpu/tests/aarch64.cmake
+	$(BIN)/cmake --build build/sanitize-aarch64
+	QEMU_CPU=max $(AARCH64_TESTS)
+	$(SAY) 'Those of NEON on an ARMv8-A without extensions; those for BF16 are skipped there'
+	QEMU_CPU=cortex-a53 $(AARCH64_TESTS) -R neon
+endif
 
 sanitize-quick: sanitize-cpu  ## sanitize with few random shapes
 	$(SAY) 'The PTX machine under ASan and UBSan'

@@ -4,6 +4,7 @@ The stack is small: the copy of A and B, and autograd's way back through it, cos
 are present. An adapter that is not present is no part of the call, so it gets no gradient.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from afa_kernels import checks
 from afa_kernels.functional import on_device
 from afa_kernels.options import Options
 from afa_kernels.ragged import afa_linear_grouped, afa_lora_grouped
@@ -49,8 +51,10 @@ class Assignment:
         self.names = names
         self.adapters = tuple(dict.fromkeys(names))
         number = {name: i for i, name in enumerate(self.adapters)}
-        order = sorted(range(len(names)), key=lambda sample: number[names[sample]])  # stable: samples keep their order
-        self.order = None if order == list(range(len(names))) else tuple(order)
+        samples = range(len(names))
+        order = tuple(sorted(samples, key=lambda sample: number[names[sample]]))  # stable: samples keep their order
+        self.order = None if order == tuple(samples) else order
+        self._back = tuple(sorted(samples, key=order.__getitem__))
         counts = Counter(names)
         self._ends = tuple(accumulate(counts[name] for name in self.adapters))
 
@@ -60,6 +64,7 @@ class Assignment:
         Raises:
             ValueError: there is no name for each sample of x, nor for each of its rows.
         """
+        checks.input_tensor(x)
         rows, given = _rows(x), len(self.names)
         samples = len(x) if x.dim() > 1 else 1
         if not self.for_all and given not in (samples, rows):
@@ -75,8 +80,7 @@ class Assignment:
     def restore(self, rows: Tensor, x: Tensor) -> Tensor:
         """Undo :meth:`sort` for a result with as many rows as x."""
         if self.order is not None:
-            back = sorted(range(len(self.order)), key=self.order.__getitem__)
-            rows = self._permuted(rows, tuple(back))
+            rows = self._permuted(rows, self._back)
         return rows.view(*x.shape[:-1], rows.shape[-1])
 
     def _permuted(self, t: Tensor, order: tuple[int, ...]) -> Tensor:
@@ -131,17 +135,17 @@ def mixed_lora(x: Tensor, base: Tensor, assignment: Assignment, calls: Sequence[
 def _passes(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[dict[str, Any]]:
     """Return the arguments of the ragged calls. Adapters that differ in activation or dropout, of which a call has one,
     need a call each: over the same rows, where those of the other adapters have rank 0."""
-    ranks = [0 if call is None else call.lora_a.shape[0] for call in calls]
-    r = max(ranks, default=0)
+    r = max([call.lora_a.shape[0] for call in calls if call is not None], default=0)
     if r == 0:
         return []
     some = next(call for call in calls if call is not None)
-    no_a, no_b = some.lora_a.new_zeros(r, x.shape[-1]), some.lora_b.new_zeros(some.lora_b.shape[0], r)
+    no_a = some.lora_a.new_zeros(r, some.lora_a.shape[1])
+    no_b = some.lora_b.new_zeros(some.lora_b.shape[0], r)
     operands = {
         "lora_a": torch.stack([no_a if call is None else _to_rank(call.lora_a, 0, r) for call in calls]),
         "lora_b": torch.stack([no_b if call is None else _to_rank(call.lora_b, 1, r) for call in calls]),
     }
-    return [operands | _of_groups(x, calls, ranks, members) for members in _settings(x, calls)]
+    return [operands | _of_groups(x, own, r) for own in _by_setting(x, calls)]
 
 
 def _to_rank(t: Tensor, dimension: int, r: int) -> Tensor:
@@ -149,53 +153,50 @@ def _to_rank(t: Tensor, dimension: int, r: int) -> Tensor:
     return F.pad(t, (0, 0, 0, missing) if dimension == 0 else (0, missing)) if missing else t
 
 
-def _settings(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[list[int]]:
-    """Return the places in ``calls`` of those that one ragged call can take together."""
-    annealed: dict[tuple, list[int]] = {}
-    linear: dict[tuple, list[int]] = {}
-    for i, call in enumerate(calls):
-        if call is None:
-            continue
-        spec, save_z, backend = call.options
-        # The scaling of each group is a float32, which is not exact enough for float64.
-        setting = (spec.dropout, save_z, backend, spec.scaling if x.dtype == torch.float64 else None)
-        if call.alpha_t is None:
-            linear.setdefault(setting, []).append(i)
-        else:
-            annealed.setdefault((*setting, spec.activation), []).append(i)
+def _by_setting(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[list[AdapterCall | None]]:
+    """Return, for each ragged call, ``calls`` with None for the adapters that it does not take."""
+    settings = [None if call is None else _setting(x, call) for call in calls]
     # At alpha_t = 0 every activation is the identity: such an adapter joins any call, so that reaching 0 costs none.
-    for setting, members in annealed.items():
-        members += linear.pop(setting[:-1], [])
-    return [*annealed.values(), *linear.values()]
+    annealed = {s[:-1]: s for s in settings if s is not None and s[-1] is not None}
+    settings = [annealed.get(s[:-1], s) if s is not None and s[-1] is None else s for s in settings]
+    different = dict.fromkeys(s for s in settings if s is not None)
+    return [[call if s == each else None for call, s in zip(calls, settings, strict=True)] for each in different]
 
 
-def _of_groups(x: Tensor, calls: Sequence[AdapterCall | None], ranks: list[int], members: list[int]) -> dict[str, Any]:
-    """Return what differs between the calls over the same rows: only the branches of ``members`` take part."""
-    spec, save_z, backend = calls[members[0]].options
-    own = [calls[i] if i in members else None for i in range(len(calls))]
+def _setting(x: Tensor, call: AdapterCall) -> tuple:
+    """Return what the adapters of one ragged call have in common, the activation (None at identity) last."""
+    spec, save_z, backend = call.options
+    # The scaling of each group is a float32, which is not exact enough for float64.
+    scaling = spec.scaling if x.dtype == torch.float64 else None
+    return spec.dropout, save_z, backend, scaling, None if call.alpha_t is None else spec.activation
+
+
+def _of_groups(x: Tensor, own: list[AdapterCall | None], r: int) -> dict[str, Any]:
+    """Return the arguments in which ragged calls over the same rows differ; a group whose call is None has rank 0."""
+    some = [call for call in own if call is not None]
+    annealed = [call for call in some if call.alpha_t is not None]
+    spec, save_z, backend = (annealed or some)[0].options
     alpha_t = 0.0
-    if calls[members[0]].alpha_t is not None:
+    if annealed:
         zero = constant((0.0,), torch.float32, x.device)[0]
         values = [zero if call is None or call.alpha_t is None else call.alpha_t for call in own]
         alpha_t = torch.stack([on_device(value, torch.float32, x.device) for value in values])
-    scaling = spec.scaling
-    if any(calls[i].options.spec.scaling != scaling for i in members):
-        each = (1.0 if call is None else call.options.spec.scaling for call in own)
-        scaling = constant(tuple(each), torch.float32, x.device)
-    own_ranks = tuple(0 if call is None else rank for call, rank in zip(own, ranks, strict=True))
+    scalings = [spec.scaling if call is None else call.options.spec.scaling for call in own]
+    same_scaling = all(scaling == spec.scaling for scaling in scalings)
+    ranks = [0 if call is None else call.lora_a.shape[0] for call in own]
     return {
         "alpha_t": alpha_t,
         "activation": spec.activation,
-        "scaling": scaling,
+        "scaling": spec.scaling if same_scaling else constant(tuple(scalings), torch.float32, x.device),
         "dropout_p": spec.dropout / 256,
         "save": "z" if save_z else "nothing",
         "backend": backend,
-        "ranks": None if min(own_ranks) == max(ranks) else constant(own_ranks, torch.int32, x.device),
+        "ranks": None if min(ranks) == r else constant(tuple(ranks), torch.int32, x.device),
     }
 
 
 def _rows(x: Tensor) -> int:
-    return x.numel() // x.shape[-1]
+    return math.prod(x.shape[:-1])
 
 
 _constants: dict[tuple, Tensor] = {}

@@ -273,6 +273,22 @@ def test_names_that_do_not_fit(names, error, message):
         layer(torch.randn(2, 3, 12))
 
 
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ([1.0], "x: expected a torch.Tensor, got list"),
+        (torch.zeros(()), r"x: expected shape \(..., in_features\)"),
+        (torch.zeros(2, 11), r"to match x \(2, 11\)"),
+        (torch.zeros(2, 12, dtype=torch.float64), "float64, the dtype of x"),
+        (torch.zeros(2, 12, dtype=torch.int64), "x: expected"),
+    ],
+)
+def test_what_is_no_input_is_named(x, message):
+    layer = stack_of()
+    with pytest.raises((TypeError, ValueError), match=message), afa.adapters_of(layer, ["a", "__base__"]):
+        layer(x)
+
+
 @pytest.mark.parametrize("name", ["", "a.b", "__base__", "keys", 3])
 def test_what_cannot_be_the_name_of_an_adapter(name):
     layer = stack_of()

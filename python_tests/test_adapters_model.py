@@ -275,3 +275,33 @@ def test_stock_peft_loads_one_of_them(model, tmp_path):
     stock.save_pretrained(tmp_path / "stock")
     afa.load_adapter(model, tmp_path / "stock", "again")
     assert torch.equal(logits(model, x, "again"), wanted)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_trainer_whose_loss_is_computed_in_the_context(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from afa_kernels.callbacks import AnnealCallback
+
+    model = filled(afa.inject(llama(), adapters={**ADAPTERS, "c": {}}), {})
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rows = [{"input_ids": list(range(i, i + 6)), "name": "ab"[i % 2]} for i in range(16)]
+
+    class Trainer(transformers.Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            with afa.adapters_of(model, inputs.pop("names")):
+                return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def collate(samples):
+        ids = torch.tensor([sample["input_ids"] for sample in samples])
+        return {"input_ids": ids, "labels": ids, "names": [sample["name"] for sample in samples]}
+
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=4, remove_unused_columns=False, report_to="none",
+        save_strategy="no", use_cpu=True,
+    )  # fmt: skip
+    callbacks = [AnnealCallback(adapter="a", end_frac=0.5), AnnealCallback(adapter="b", end_frac=1.0)]
+    Trainer(model, arguments, data_collator=collate, train_dataset=rows, callbacks=callbacks).train()
+    moved = {name.split(".")[-2] for name, p in model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == {"a", "b"}
+    layer = model.model.layers[0].mlp.up_proj
+    assert {name: branch.alpha_t for name, branch in layer.adapters.items()} == {"a": 0.0, "b": 0.0, "c": 1.0}

@@ -31,10 +31,7 @@ static inline void stream2(T* p, Vec low, Vec high) {
 #if AFA_ISA_LEVEL >= 2
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow2<T>(low, high));
 #elif AFA_ISA_LEVEL == 1
-    alignas(32) T narrow[2 * kLanes];
-    store2(narrow, low, high);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
-                        _mm256_load_si256(reinterpret_cast<const __m256i*>(narrow)));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow2<T>(low, high));
 #elif defined(__SSE2__)
     alignas(16) T narrow[2 * kLanes];
     store2(narrow, low, high);

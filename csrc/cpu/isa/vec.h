@@ -34,6 +34,10 @@ namespace afa::cpu::AFA_ISA {
 // Two vectors, one behind the other.
 template <class T>
 static inline void store2(T* p, Vec low, Vec high) {
+#if AFA_ISA_LEVEL == 1
+    if constexpr (sizeof(T) < sizeof(float))
+        return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow2<T>(low, high));
+#endif
     store(p, low);
     store(p + kLanes, high);
 }

@@ -24,20 +24,35 @@ static inline Vec load(const f16* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 static inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
-static inline void store(bf16* p, Vec v) {
+// bfloat16 in the lower half of each lane, zeros in the upper one.
+static inline __m256i round_bf16(Vec v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded =
         _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
     const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+}
+static inline __m128i narrow_f16(Vec v) {
+    return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// Two vectors, one behind the other.
+template <class T>
+static inline __m256i narrow2(Vec low, Vec high) {
+    if constexpr (std::is_same_v<T, bf16>)
+        return _mm256_permute4x64_epi64(_mm256_packus_epi32(round_bf16(low), round_bf16(high)),
+                                        0xD8);
+    else
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(narrow_f16(low)), narrow_f16(high),
+                                       1);
+}
+static inline void store(bf16* p, Vec v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_castsi256_si128(narrow2<bf16>(v, zero())));
 }
 static inline void store(f16* p, Vec v) {
-    const __m128i bits = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bits);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_f16(v));
 }
 static inline void add_sums(float* out, Vec a, Vec b, Vec c, Vec d) {
     const Vec ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
