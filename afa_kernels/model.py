@@ -73,7 +73,7 @@ def inject(
         ``model``, at ``alpha_t = 1`` with ``lora_b = 0``: its outputs are unchanged.
 
     Raises:
-        TypeError: a named module is of another kind.
+        TypeError: a named module or parameter is of another kind.
         ValueError: nothing matches, the model has AFA layers already, or a named module shares its
             weight, is registered twice, or is read by its parent without being called; ``group=True``
             with nothing to group, or with dropout, which leaves nothing to share. The model is then

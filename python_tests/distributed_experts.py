@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from distributed_helpers import assert_close, assert_parameters, full
+from distributed_helpers import assert_close, assert_parameters, expects, full
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -117,11 +117,11 @@ def expert_parallel(architecture: str, implementation: str) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     plan = {}
     for name, module in model.named_modules():
-        if name.endswith(".experts"):
+        if name.endswith(".experts"):  # what the plans of transformers' own configurations say
             plan |= {f"{name}.{parameter}": "grouped_gemm" for parameter, _ in module.named_parameters(recurse=False)}
             plan[name] = "ep_dispatch_experts"
     apply_expert_parallelism(model, mesh, mesh, plan, ep_implementation=implementation)
-    return adapted(model)
+    return model
 
 
 def check_expert_parallelism_of_transformers(folder: Path) -> None:
@@ -130,7 +130,7 @@ def check_expert_parallelism_of_transformers(folder: Path) -> None:
         alone = trained_alone(architecture)
         ids, target = batch()
         for implementation in ("all_reduce", "all_to_all"):
-            model = expert_parallel(architecture, implementation)
+            model = adapted(expert_parallel(architecture, implementation))
             layer = layers_of(model)[0]
             assert layer.lora_a.to_local().shape[0] == layer.experts.num_experts == 2
             fresh = made(architecture)
@@ -152,3 +152,14 @@ def check_expert_parallelism_of_transformers(folder: Path) -> None:
             torch.testing.assert_close(model(ids).logits.detach(), want)
             afa.unmerge(model)
             torch.testing.assert_close(afa.unload(afa.merge(model))(ids).logits.detach(), want)
+
+
+def check_experts_that_are_split_are_refused_in_peft(_folder: Path) -> None:
+    from expert_models import PARAMETERS
+    from peft import get_peft_model
+
+    from afa_kernels.peft import AFALoraConfig
+
+    model = expert_parallel("Qwen3Moe", "auto")
+    with expects(ValueError, "it is sharded, and PEFT keeps whole adapters; use afa_kernels.inject"):
+        get_peft_model(model, AFALoraConfig(target_parameters=list(PARAMETERS), target_modules=[]))

@@ -113,3 +113,17 @@ def test_experts_have_no_named_adapters(tmp_path):
         afa.load_adapter(base, tmp_path, "mine")
     with pytest.raises(ValueError, match="adapters: experts have one adapter"):
         afa.inject(base, target_parameters=PARAMETERS, adapters={"mine": {}})
+
+
+def test_a_router_that_trains_is_saved_and_experts_that_train_are_refused(tmp_path):
+    base, ids = mixture(), tokens()
+    ours = injected(base, trainable=["mlp.gate"])
+    with torch.no_grad():
+        ours.model.layers[1].mlp.gate.weight.add_(0.5)
+    afa.set_alpha_t(ours, 0.0)
+    afa.save_adapter(ours, tmp_path)
+    for loaded in (PeftModel.from_pretrained(copy_of(base), str(tmp_path)), afa.load_adapter(copy_of(base), tmp_path)):
+        torch.testing.assert_close(loaded.eval()(ids).logits, ours(ids).logits)
+    ours.model.layers[0].mlp.experts.down_proj.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"experts\.down_proj trains"):
+        afa.save_adapter(ours, tmp_path)
