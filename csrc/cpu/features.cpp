@@ -91,7 +91,7 @@ bool has(const Features& features, Isa isa) {
     case Isa::amx:  // the vector code of its kernels needs AVX-512 with BF16
         return features.avx512_bf16 && features.amx_bf16 && may_use_tiles();
     default:
-        return true;
+        return isa == Isa::generic;
     }
 }
 
