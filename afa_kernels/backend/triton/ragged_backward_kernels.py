@@ -29,12 +29,12 @@ def ragged_dyb_dphi_backward_kernel(
     group, first_row, rows_left, rank = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
     if (rows_left <= 0) | (rank == 0):
         return
+    alpha_t = own_alpha(alpha_ptr, group, rank, stride_alpha, ACT)
+    factor = own_factor(scaling_ptr, group, rank, stride_scaling, factor, threshold)
     dh = project(
         dy_ptr, own(b_ptr, group, rank, stride_bg), first_row, rows_left, 0, tl.cdiv(N, BLOCK_L), segment_tiles, N,
         stride_dym, stride_br, stride_bn, 0, 0, 0, BLOCK_M, BLOCK_L, R, False, PRECISION, EMULATE_BF16,
     )  # fmt: skip
-    alpha_t = own_alpha(alpha_ptr, group, rank, stride_alpha, ACT)
-    factor = own_factor(scaling_ptr, group, rank, stride_scaling, factor, threshold)
     store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
 
 

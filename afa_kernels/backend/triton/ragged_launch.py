@@ -1,5 +1,6 @@
 """The launches of a ragged call are those of passes.py, with kernels that find the group of their rows."""
 
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -66,6 +67,11 @@ class RaggedContext(Context):
     def _scalings(self) -> dict[str, Any]:
         stride = 0 if self.scalings is None else self.scalings.stride(0)
         return {"scaling_ptr": self.scalings, "stride_scaling": stride}
+
+    def x_tile(self) -> Tile:
+        """The tile of X with half its columns: a second accumulator takes the registers of the other half."""
+        tile = super().x_tile()
+        return replace(tile, cols=tile.cols // 2)
 
     def split(self, tile: Tile, slabs: int) -> Split:
         parts = 1
