@@ -112,6 +112,8 @@ def variants(
 def _is_quick(variant: Variant) -> bool:
     if variant.dtype != "bf16" or variant.row == configs.DEFAULT:
         return False
+    if variant.groups and (variant.arch in AMD or variant.dropout):
+        return False
     ranks = (16, 64) if variant.arch == "sm_90" else (16,)
     return variant.rank in ranks and (variant.dropout == 0 or variant.rows > 512)
 

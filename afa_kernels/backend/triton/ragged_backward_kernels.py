@@ -26,13 +26,13 @@ def ragged_dyb_dphi_backward_kernel(
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """D1. Grid: (tiles of rows,). Here and below: rows without a branch get no dz, and nothing reads it."""
-    group, first_row, rows_left, rank = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
-    if (rows_left <= 0) | (rank == 0):
+    group, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
+    if (rows_left <= 0) | (group < 0):
         return
-    alpha_t = own_alpha(alpha_ptr, group, rank, stride_alpha, ACT)
-    factor = own_factor(scaling_ptr, group, rank, stride_scaling, factor, threshold)
+    alpha_t = own_alpha(alpha_ptr, group, stride_alpha, ACT)
+    factor = own_factor(scaling_ptr, group, stride_scaling, factor, threshold)
     dh = project(
-        dy_ptr, own(b_ptr, group, rank, stride_bg), first_row, rows_left, 0, tl.cdiv(N, BLOCK_L), segment_tiles, N,
+        dy_ptr, own(b_ptr, group, stride_bg), first_row, rows_left, 0, tl.cdiv(N, BLOCK_L), segment_tiles, N,
         stride_dym, stride_br, stride_bn, 0, 0, 0, BLOCK_M, BLOCK_L, R, False, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
@@ -46,12 +46,12 @@ def ragged_dphi_backward_kernel(
     ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """R, first job. Grid: (tiles of rows,)."""
-    group, first_row, rows_left, rank = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
-    if (rows_left <= 0) | (rank == 0):
+    group, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
+    if (rows_left <= 0) | (group < 0):
         return
     dh = sum_partials(partial_ptr, first_row, rows_left, M, count, BLOCK_M, R)
-    alpha_t = own_alpha(alpha_ptr, group, rank, stride_alpha, ACT)
-    factor = own_factor(scaling_ptr, group, rank, stride_scaling, factor, threshold)
+    alpha_t = own_alpha(alpha_ptr, group, stride_alpha, ACT)
+    factor = own_factor(scaling_ptr, group, stride_scaling, factor, threshold)
     store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
 
 
@@ -72,8 +72,8 @@ def ragged_dy_pass_backward_kernel(
     first, end, tiles_per_chunk = rows_of_part(first, end, part, chunks, chunks_per_part, BLOCK_M)
     if (first >= end) | (rank == 0):
         return
-    alpha_t = own_alpha(alpha_ptr, group, rank, stride_alpha, ACT)
-    own_b_ptr = own(b_ptr, group, rank, stride_bg)
+    alpha_t = own_alpha(alpha_ptr, group, stride_alpha, ACT)
+    own_b_ptr = own(b_ptr, group, stride_bg)
     b = load_slab(own_b_ptr, slab, N, stride_br, stride_bn, R, BLOCK_L) if dh_ptr is not None else None
     db = tl.zeros((R, BLOCK_L), tl.float32)
     chunk = tl.zeros((R, BLOCK_L), tl.float32)
@@ -120,7 +120,7 @@ def ragged_x_pass_backward_kernel(
             _store_zeros(dx_ptr, first, end, slab, K, BLOCK_M, BLOCK_L)
         return
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    own_a_ptr = own(a_ptr, group, rank, stride_ag)
+    own_a_ptr = own(a_ptr, group, stride_ag)
     a = load_slab(own_a_ptr, slab, K, stride_ar, stride_ak, R, BLOCK_L) if dx_ptr is not None else None
     da = tl.zeros((R, BLOCK_L), tl.float32)
     chunk = tl.zeros((R, BLOCK_L), tl.float32)
@@ -183,7 +183,7 @@ def ragged_weight_gradients_kernel(
             col = (block - blocks_a) * BLOCK + tl.arange(0, BLOCK)
             count = parts_with_rows(first, end, chunks, chunks_per_part_b, rows_per_tile_b)
             partial_ptr = db_partial_ptr + group.to(tl.int64) * parts_b * R * N
-            scaling = own_scaling(scaling_ptr, group, rank, stride_scaling, scaling)
+            scaling = own_scaling(scaling_ptr, group, stride_scaling, scaling)
             db = scaling * sum_chunks(partial_ptr, column, col, N, count, R, RANKS, BLOCK)
             db = round_to(tl.where(in_rank, db, 0.0), db_ptr.dtype.element_ty, EMULATE_B)
             target = db_ptr + (group.to(tl.int64) * N + col)[None, :] * r + column[:, None]

@@ -44,24 +44,24 @@ def ragged_xa_phi_hb_forward_kernel(
     BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """F. Grid: (tiles of rows,). Rows without a branch get the base, or zeros, and a z of zeros."""
-    group, first_row, rows_left, rank = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
+    group, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
     if rows_left <= 0:
         return
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    tiles = tl.where(rank > 0, tl.cdiv(K, BLOCK_L), 0)
+    tiles = tl.where(group >= 0, tl.cdiv(K, BLOCK_L), 0)
     z = project(
-        x_ptr, own(a_ptr, group, rank, stride_ag), first_row, rows_left, 0, tiles, segment_tiles, K, stride_xm,
+        x_ptr, own(a_ptr, group, stride_ag), first_row, rows_left, 0, tiles, segment_tiles, K, stride_xm,
         stride_ar, stride_ak, seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     z = round_to(z * inverse_keep, x_ptr.dtype.element_ty, EMULATE_BF16)
     if z_ptr is not None:
         store_z(z_ptr, z, first_row, rows_left, r, BLOCK_M, R)
     if y_ptr is not None:
-        alpha_t = own_alpha(alpha_ptr, group, rank, stride_alpha, ACT)
-        scaling = own_scaling(scaling_ptr, group, rank, stride_scaling, scaling)
+        alpha_t = own_alpha(alpha_ptr, group, stride_alpha, ACT)
+        scaling = own_scaling(scaling_ptr, group, stride_scaling, scaling)
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), x_ptr.dtype.element_ty, EMULATE_BF16)
-        b_ptr = own(b_ptr, group, rank, stride_bg)
-        b_rows = tl.where(rank > 0, N, 0)
+        b_ptr = own(b_ptr, group, stride_bg)
+        b_rows = tl.where(group >= 0, N, 0)
         for start in range(0, N, BLOCK_N):
             store_y(
                 h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, b_rows, stride_bn, stride_br,
@@ -78,15 +78,15 @@ def ragged_project_partial_kernel(
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """F1, and D1 of few rows. Grid: (tiles of rows, segments)."""
-    group, first_row, rows_left, rank = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
+    group, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
     if rows_left <= 0:
         return
     segment = tl.program_id(1)
     first = segment * segment_tiles
-    tiles = tl.where(rank > 0, tl.minimum(segment_tiles, tl.cdiv(length, BLOCK_L) - first), 0)
+    tiles = tl.where(group >= 0, tl.minimum(segment_tiles, tl.cdiv(length, BLOCK_L) - first), 0)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     partial = project(
-        left_ptr, own(small_ptr, group, rank, stride_group), first_row, rows_left, first, tiles, segment_tiles, length,
+        left_ptr, own(small_ptr, group, stride_group), first_row, rows_left, first, tiles, segment_tiles, length,
         stride_row, stride_rank, stride_small, seed, threshold, calls_per_row,
         BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
     )  # fmt: skip
@@ -105,7 +105,7 @@ def ragged_phi_hb_forward_kernel(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """F2. Grid: (tiles of rows, columns of programs), ``tiles`` tiles of y in each."""
-    group, first_row, rows_left, rank = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
+    group, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
     if rows_left <= 0:
         return
     column = tl.program_id(1)
@@ -115,11 +115,11 @@ def ragged_phi_hb_forward_kernel(
         z_rows = tl.where(column == 0, rows_left, 0)
         store_z(z_ptr, z, first_row, z_rows, r, BLOCK_M, R)
     if y_ptr is not None:
-        alpha_t = own_alpha(alpha_ptr, group, rank, stride_alpha, ACT)
-        scaling = own_scaling(scaling_ptr, group, rank, stride_scaling, scaling)
+        alpha_t = own_alpha(alpha_ptr, group, stride_alpha, ACT)
+        scaling = own_scaling(scaling_ptr, group, stride_scaling, scaling)
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), DTYPE, EMULATE_BF16)
-        b_ptr = own(b_ptr, group, rank, stride_bg)
-        b_rows = tl.where(rank > 0, N, 0)
+        b_ptr = own(b_ptr, group, stride_bg)
+        b_rows = tl.where(group >= 0, N, 0)
         first = column * tiles * BLOCK_N
         for start in range(first, tl.minimum(first + tiles * BLOCK_N, N), BLOCK_N):
             store_y(

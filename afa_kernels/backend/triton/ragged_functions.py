@@ -30,7 +30,8 @@ def rows_of(group, ends_ptr, ranks_ptr, M, G, r):
 
 @triton.jit
 def find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M: tl.constexpr):
-    """Return the tile of rows that this program takes: its group, first row (int64), rows, and the rank of the group.
+    """Return the tile of rows that this program takes: its group, or -1 for rows without a branch, its first row
+    (int64) and its rows.
 
     The tiles of a group begin at its first row, as in a call with that group alone. Its first tile has the number
     ``first row // BLOCK_M + group``: then no two groups share a number, M // BLOCK_M + G + 1 programs are enough, and a
@@ -46,37 +47,37 @@ def find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M: tl.constexpr):
     number = tile - (first // BLOCK_M + group)
     first_row = first + number * BLOCK_M
     rows_left = tl.where(number >= 0, tl.minimum(end - first_row, BLOCK_M), 0)
-    return group, first_row.to(tl.int64), rows_left, rank
+    return tl.where(rank > 0, group, -1), first_row.to(tl.int64), rows_left
 
 
 @triton.jit
-def own(small_ptr, group, rank, stride_group):
-    """Return a pointer to the matrix of a group, or to the first one where it has no branch and none is read."""
-    return small_ptr + tl.where(rank > 0, group, 0).to(tl.int64) * stride_group
+def own(small_ptr, group, stride_group):
+    """Return a pointer to the matrix of a group; here and below, that of the first one for -1, which nothing reads."""
+    return small_ptr + tl.maximum(group, 0).to(tl.int64) * stride_group
 
 
 @triton.jit
-def own_alpha(alpha_ptr, group, rank, stride_alpha, ACT: tl.constexpr):
+def own_alpha(alpha_ptr, group, stride_alpha, ACT: tl.constexpr):
     """:func:`load_alpha` of a group."""
     if ACT == "identity":
         return 0.0
     else:
-        return tl.load(alpha_ptr + tl.where(rank > 0, group, 0) * stride_alpha)
+        return tl.load(alpha_ptr + tl.maximum(group, 0) * stride_alpha)
 
 
 @triton.jit
-def own_scaling(scaling_ptr, group, rank, stride_scaling, scaling):
+def own_scaling(scaling_ptr, group, stride_scaling, scaling):
     """Return the scaling of a group: ``scaling`` without ``scaling_ptr``."""
     if scaling_ptr is not None:
-        scaling = tl.load(scaling_ptr + tl.where(rank > 0, group, 0) * stride_scaling)
+        scaling = tl.load(scaling_ptr + tl.maximum(group, 0) * stride_scaling)
     return scaling
 
 
 @triton.jit
-def own_factor(scaling_ptr, group, rank, stride_scaling, factor, threshold):
+def own_factor(scaling_ptr, group, stride_scaling, factor, threshold):
     """Return the scaling of a group over what dropout keeps, rounded once, as ``factor`` was on the host."""
     if scaling_ptr is not None:
-        scaling = tl.load(scaling_ptr + tl.where(rank > 0, group, 0) * stride_scaling)
+        scaling = tl.load(scaling_ptr + tl.maximum(group, 0) * stride_scaling)
         factor = tl.div_rn(scaling * 256.0, 256.0 - threshold)
     return factor
 
