@@ -47,6 +47,8 @@ Element element_of(const dlpack::DataType& dtype) {
         return Element::f64;
     case dlpack::kInt << 8 | 64:
         return Element::i64;
+    case dlpack::kInt << 8 | 32:
+        return Element::i32;
     default:
         return Element::other;
     }
@@ -61,8 +63,8 @@ void check_type(py::handle tensor, const char* name) {
 }
 
 void check_dimensions(int64_t dimensions, const char* name) {
-    if (dimensions > 2)
-        throw py::value_error(std::string(name) + ": expected at most two dimensions, got " +
+    if (dimensions > TensorView::kMaxDimensions)
+        throw py::value_error(std::string(name) + ": expected at most three dimensions, got " +
                               std::to_string(dimensions));
 }
 
@@ -131,7 +133,8 @@ TensorView attributes_of(py::handle tensor, const char* name) {
 void use_torch(const py::module_& torch) {
     const py::object tensor_type = torch.attr("Tensor");
     known.table = exchange_table(tensor_type);
-    const char* const names[kElements] = {"float32", "bfloat16", "float16", "float64", "int64"};
+    const char* const names[kElements] = {"float32", "bfloat16", "float16",
+                                          "float64", "int64",    "int32"};
     for (int i = 0; i < kElements; ++i)
         known.dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
     known.parameter_type = reinterpret_cast<PyTypeObject*>(

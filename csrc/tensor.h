@@ -10,15 +10,16 @@
 
 namespace afa {
 
-enum class Element : int { f32, bf16, f16, f64, i64, other };
+enum class Element : int { f32, bf16, f16, f64, i64, i32, other };
 
-// A tensor of at most two dimensions. Sizes and strides are in elements; a missing dimension has
+// A tensor of at most three dimensions. Sizes and strides are in elements; a missing dimension has
 // size 1 and stride 0. It holds no reference: use it while the caller holds the tensor.
 struct TensorView {
+    static constexpr int kMaxDimensions = 3;
     void* data = nullptr;
     int dimensions = 0;
-    int64_t sizes[2] = {1, 1};
-    int64_t strides[2] = {0, 0};
+    int64_t sizes[kMaxDimensions] = {1, 1, 1};
+    int64_t strides[kMaxDimensions] = {0, 0, 0};
     Element element = Element::other;
     bool on_cpu = false;
 };
@@ -31,7 +32,7 @@ void use_torch(const pybind11::module_& torch);
 bool has_exchange_table();
 
 // Throws TypeError or ValueError with `name` unless `tensor` is a torch tensor on the CPU of at
-// most two dimensions.
+// most three dimensions.
 TensorView view_of(pybind11::handle tensor, const char* name);
 
 // As view_of, of a tensor on any device.

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.fast
 if native._C is None:
     pytest.skip(native.load_error, allow_module_level=True)
 
-ELEMENTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
+ELEMENTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
 
 
 class Subclass(torch.Tensor):
@@ -23,11 +23,12 @@ class Subclass(torch.Tensor):
 
 
 def tensors():
-    for dtype in (*ELEMENTS, torch.int32):
+    for dtype in (*ELEMENTS, torch.int16):
         t = torch.arange(60).reshape(5, 12).to(dtype)
         yield from (t, t.T, t[1:, 3:], t[::2, ::3], t[2:3], t[:, 5:6], t[0], t[1, 2], t[:0])
         yield t[0].expand(4, 12)
         yield t[:, :1].expand(5, 7)
+        yield t.view(5, 3, 4).permute(2, 0, 1)[1:]
     yield torch.nn.Parameter(torch.randn(3, 4))
     yield torch.randn(3, 4).as_subclass(Subclass)
     yield torch.randn(3, 4, requires_grad=True) * 2
@@ -50,8 +51,8 @@ def test_what_is_no_matrix_in_memory_is_refused(by_attributes):
         native._C.tensor_view(0.5, by_attributes)
     with pytest.raises(TypeError, match="tensor: expected a torch.Tensor, got NoneType"):
         native._C.tensor_view(None, by_attributes)
-    with pytest.raises(ValueError, match="tensor: expected at most two dimensions, got 3"):
-        native._C.tensor_view(torch.zeros(2, 3, 4), by_attributes)
+    with pytest.raises(ValueError, match="tensor: expected at most three dimensions, got 4"):
+        native._C.tensor_view(torch.zeros(2, 3, 4, 5), by_attributes)
     with pytest.raises((ValueError, RuntimeError, BufferError)):
         native._C.tensor_view(torch.zeros(2, 3, device="meta"), by_attributes)
 

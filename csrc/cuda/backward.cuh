@@ -188,19 +188,18 @@ dy_kernel(const DyParams p) {
                                      col0 + warp_index() * Tile::kSlice, n, 0, R, p.adds);
 }
 
-// Grid: (slabs of kColumns columns of dy, chunks of rows). dB = dy^T h with h read from memory.
-template <typename T, int R>
-AFA_KERNEL(OuterTile<R>::kThreads)
-db_kernel(const OuterParams p) {
-    follow_previous_kernel();
+// dB = dy^T h with h read from memory: one slab of kColumns columns of dy and one chunk of rows.
+// store(db, column) takes the sums of a warp, whose first column of dy that is.
+template <typename T, int R, typename Store>
+AFA_DEVICE void db_pass(const OuterParams& p, SharedMemory& shared, int slab, int chunk,
+                        const Store& store) {
     using Tile = OuterTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
     const int ahead = p.stages - 1;
-    SharedMemory shared;
     T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
     T* narrow_ring = shared.take<T>(p.stages * Tile::kNarrow);
-    const int col0 = block_x() * Tile::kColumns;
-    const int64_t row_begin = block_y() * p.rows_per_chunk;
+    const int col0 = slab * Tile::kColumns;
+    const int64_t row_begin = chunk * p.rows_per_chunk;
     const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
     const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
 
@@ -232,8 +231,19 @@ db_kernel(const OuterParams p) {
         slot = slot == ahead ? 0 : slot + 1;
     }
     copy_wait<0>();
-    store_outer<Tile::kSlice, R>(p.partial + static_cast<int64_t>(block_y()) * p.w * R, db,
-                                 col0 + warp_index() * Tile::kSlice, p.w, 0, R, p.adds);
+    store(db, col0 + warp_index() * Tile::kSlice);
+}
+
+// Grid: (slabs, chunks).
+template <typename T, int R>
+AFA_KERNEL(OuterTile<R>::kThreads)
+db_kernel(const OuterParams p) {
+    follow_previous_kernel();
+    SharedMemory shared;
+    db_pass<T, R>(p, shared, block_x(), block_y(), [&](const auto& db, int col) {
+        store_outer<OuterTile<R>::kSlice, R>(p.partial + static_cast<int64_t>(block_y()) * p.w * R,
+                                             db, col, p.w, 0, R, p.adds);
+    });
 }
 
 // dx = dz A for the columns of this warp: products into the place of x in shared memory, then
@@ -282,23 +292,22 @@ AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
     }
 }
 
-// Grid: (slabs of kColumns columns of x, chunks of rows). Each warp works on its own slice of the
-// slab, and reuses the place of its x for dx.
-template <typename T, int R>
-AFA_KERNEL(OuterTile<R>::kThreads)
-x_kernel(const OuterParams p) {
-    follow_previous_kernel();
+// dx and dA of one slab of kColumns columns of x and one chunk of rows. Each warp works on its own
+// slice of the slab, and reuses the place of its x for dx. store(da, column) as in db_pass; where
+// p.partial is null, the sums are zeros.
+template <typename T, int R, typename Store>
+AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int chunk,
+                       const Store& store) {
     using Tile = OuterTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R),
                   kSlice = Tile::kSlice;
     const int ahead = p.stages - 1;
-    SharedMemory shared;
     T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
     T* narrow_ring = shared.take<T>(p.stages * Tile::kNarrow);
     T* a_slab = shared.take<T>(Tile::kA);
     uint16_t* masks = shared.take<uint16_t>(Tile::kRows * Tile::kMaskPitch);
-    const int col0 = block_x() * Tile::kColumns, slice0 = warp_index() * kSlice;
-    const int64_t row_begin = block_y() * p.rows_per_chunk;
+    const int col0 = slab * Tile::kColumns, slice0 = warp_index() * kSlice;
+    const int64_t row_begin = chunk * p.rows_per_chunk;
     const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
     const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
 
@@ -359,9 +368,20 @@ x_kernel(const OuterParams p) {
         slot = slot == ahead ? 0 : slot + 1;
     }
     copy_wait<0>();
-    if (p.partial)
-        store_outer<R, kSlice>(p.partial + static_cast<int64_t>(block_y()) * R * p.w, da, 0, R,
-                               col0 + slice0, p.w, p.adds);
+    store(da, col0 + slice0);
+}
+
+// Grid: (slabs, chunks).
+template <typename T, int R>
+AFA_KERNEL(OuterTile<R>::kThreads)
+x_kernel(const OuterParams p) {
+    follow_previous_kernel();
+    SharedMemory shared;
+    x_pass<T, R>(p, shared, block_x(), block_y(), [&](const auto& da, int col) {
+        if (p.partial)
+            store_outer<R, OuterTile<R>::kSlice>(
+                p.partial + static_cast<int64_t>(block_y()) * R * p.w, da, 0, R, col, p.w, p.adds);
+    });
 }
 
 }  // namespace afa

@@ -130,7 +130,7 @@ AFA_DEVICE void finish_rows(T* tile, const ForwardParams& p, int64_t row0, bool 
             const int row = warp_index() * 16 + j / pairs, col = j % pairs * 2;
             const uint32_t pair = pair_of(row, member.rank0 + col);
             if (store_z && member.z && row0 + row < p.project.m)
-                store_pair(static_cast<T*>(member.z), row0 + row, member.b.cols, col, pair);
+                store_pair(static_cast<T*>(member.z), row0 + row, member.z_cols, col, pair);
             // h comes from the rounded z: the backward has only that one.
             store_shared(tile + row * pitch(R) + member.rank0 + col,
                          phi_pair<T>(member.activation, pair, alpha_t));
@@ -231,18 +231,14 @@ AFA_DEVICE void emit_columns(const T* tile, const BRing<T, R>& b_ring, int stage
     copy_wait<0>();
 }
 
-// Grid: one block per kRows rows. x, A and B pass through shared memory once per block.
+// The work of one block: z and y of its kRows rows. x, A and B pass through shared memory once.
 template <typename T, int R>
-AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
-forward_kernel(const ForwardParams p) {
-    follow_previous_kernel();
+AFA_DEVICE void forward_rows(const ForwardParams& p, SharedMemory& shared, int64_t row0) {
     using Tile = RowTile<R>;
     const int stages = p.project.stages;
-    SharedMemory shared;
     T* wide_ring = shared.take<T>(stages * Tile::kWide);
     const auto narrow_ring =
         NarrowRing<T, R, false>::take(shared, stages, p.project.rounded, p.project.staged);
-    const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
 
     float acc[R / 8][4];
     project<T, R, false>(acc, p.project, wide_ring, narrow_ring, row0, 0);
@@ -264,6 +260,15 @@ forward_kernel(const ForwardParams p) {
             return load_shared<uint32_t>(tile + r * pitch(R) + c);
         });
     });
+}
+
+// Grid: one block per kRows rows.
+template <typename T, int R>
+AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
+forward_kernel(const ForwardParams p) {
+    follow_previous_kernel();
+    SharedMemory shared;
+    forward_rows<T, R>(p, shared, static_cast<int64_t>(block_x()) * RowTile<R>::kRows);
 }
 
 // Grid: (tiles of rows, splits). Writes the product, or that of one segment: [splits, M, R].

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <type_traits>
 
+#include "cuda/params.h"
 #include "cuda/plan.h"
 #include "cuda/tiles.h"
 
@@ -21,6 +23,24 @@ constexpr int64_t kMinChunkTiles = 2;  // what a block keeps and what it leaves 
 constexpr int64_t kBytesUnderWay = 48 * 1024;
 constexpr int kReservedPerBlock = 1024;  // shared memory that CUDA keeps per block
 constexpr int kRegistersPerSm = 65536;
+
+// Raises std::invalid_argument where the kernels cannot take the shape.
+void check_shape(const Shape& shape);
+
+// f of the rank class as a constant.
+template <typename F>
+auto with_rank(int rank, const F& f) {
+    switch (rank) {
+    case 16:
+        return f(std::integral_constant<int, 16>{});
+    case 32:
+        return f(std::integral_constant<int, 32>{});
+    case 64:
+        return f(std::integral_constant<int, 64>{});
+    default:
+        return f(std::integral_constant<int, kMaxRank>{});
+    }
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -255,6 +255,7 @@ void forward(const ForwardCall& call) {
         member.y = out.y;
         member.y_stride = out.y_stride;
         member.z = out.z;
+        member.z_cols = shape.members[i].r;
         member.alpha_t = call.members[i].alpha_t;
         member.activation = call.members[i].activation;
         member.scaling = call.members[i].scaling;

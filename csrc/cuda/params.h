@@ -60,7 +60,8 @@ struct ForwardMember {
     int64_t base_stride;
     void* y;  // T [M, N], row stride y_stride
     int64_t y_stride;
-    void* z;               // T [M, r]; null: not stored
+    void* z;               // T [M, z_cols]; null: not stored
+    int z_cols;            // r
     const float* alpha_t;  // [1]; null at identity
     int activation;
     float scaling;

@@ -5,7 +5,6 @@
 #include <iterator>
 #include <stdexcept>
 #include <tuple>
-#include <type_traits>
 
 #include "cuda/grids.h"
 #include "cuda/tiles.h"
@@ -44,25 +43,6 @@ constexpr int kMaxFeatures =
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) {
     return std::max(low, std::min(value, high));
-}
-
-void check(const Shape& shape) {
-    const auto fits = [](int width) { return width >= 1 && width <= kMaxFeatures; };
-    const auto in_vectors = [](int width) { return width % kVector == 0; };
-    bool fit = shape.m >= 1 && fits(shape.k) && shape.count >= 1 && shape.count <= kMaxMembers;
-    bool vectors = in_vectors(shape.k);
-    for (int i = 0; i < shape.count && fit; ++i) {
-        fit = fits(shape.members[i].n);
-        vectors = vectors && in_vectors(shape.members[i].n);
-    }
-    if (!fit)
-        throw std::invalid_argument("shape out of range: " + describe(shape));
-    if (!vectors)
-        throw std::invalid_argument("K and N must be multiples of 8: " + describe(shape));
-    for (int i = 0; i < shape.count && shape.count > 1; ++i)
-        if (shape.members[i].r > kMaxMemberRank)
-            throw std::invalid_argument("layers that share x have ranks up to " +
-                                        std::to_string(kMaxMemberRank) + ": " + describe(shape));
 }
 
 int splits_of(int64_t row_blocks, int width) {
@@ -223,28 +203,32 @@ Plan remembered(const Shape& shape, Weights weights, const DeviceLimits& device,
     for (const Entry& entry : entries)
         if (entry.shape == shape && entry.weights == weights && entry.device == device)
             return entry.plan;
-    check(shape);
+    check_shape(shape);
     const Plan plan = make();
     entries[next++ % std::size(entries)] = {shape, weights, device, plan};
     return plan;
 }
 
-// f of the rank class as a constant.
-template <typename F>
-auto with_rank(int rank, const F& f) {
-    switch (rank) {
-    case 16:
-        return f(std::integral_constant<int, 16>{});
-    case 32:
-        return f(std::integral_constant<int, 32>{});
-    case 64:
-        return f(std::integral_constant<int, 64>{});
-    default:
-        return f(std::integral_constant<int, kMaxRank>{});
-    }
-}
-
 }  // namespace
+
+void check_shape(const Shape& shape) {
+    const auto fits = [](int width) { return width >= 1 && width <= kMaxFeatures; };
+    const auto in_vectors = [](int width) { return width % kVector == 0; };
+    bool fit = shape.m >= 1 && fits(shape.k) && shape.count >= 1 && shape.count <= kMaxMembers;
+    bool vectors = in_vectors(shape.k);
+    for (int i = 0; i < shape.count && fit; ++i) {
+        fit = fits(shape.members[i].n);
+        vectors = vectors && in_vectors(shape.members[i].n);
+    }
+    if (!fit)
+        throw std::invalid_argument("shape out of range: " + describe(shape));
+    if (!vectors)
+        throw std::invalid_argument("K and N must be multiples of 8: " + describe(shape));
+    for (int i = 0; i < shape.count && shape.count > 1; ++i)
+        if (shape.members[i].r > kMaxMemberRank)
+            throw std::invalid_argument("layers that share x have ranks up to " +
+                                        std::to_string(kMaxMemberRank) + ": " + describe(shape));
+}
 
 int rank_class(int r) {
     for (const int rank : {16, 32, 64, kMaxRank})
