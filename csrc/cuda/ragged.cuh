@@ -115,7 +115,7 @@ AFA_DEVICE float scaling_at(float scaling, const Groups& groups, const Place& at
 
 // Grid: slots of kRows rows. Rows without a branch have z = 0, y = base.
 template <typename T, int R>
-AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
+AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kRaggedBlocks)
 ragged_forward_kernel(const RaggedForwardParams p) {
     follow_previous_kernel();
     using Tile = RowTile<R>;
@@ -172,7 +172,7 @@ AFA_DEVICE void finish_dz(const float* sums, const RaggedDzParams& p, int64_t ro
 // Grid: slots of kRows rows. dz = scale * phi'(z) * dy B and h = phi(z), of rows without a branch
 // zeros.
 template <typename T, int R>
-AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
+AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kRaggedBlocks)
 ragged_dz_kernel(const RaggedDzParams p) {
     follow_previous_kernel();
     using Tile = RowTile<R>;

@@ -66,10 +66,10 @@ RaggedPlan ragged_plan_of(const Shape& shape, int groups, Weights weights,
     plan.db = slab_rounds<R>(n, shape.m, plan.chunk_rows);
     const int64_t tiles = slots_of(shape.m, groups, Rows::kRows),
                   chunks = slots_of(shape.m, groups, plan.chunk_rows);
-    plan.forward = streaming("ragged_forward", Rows::kThreads, Rows::kRegisters, device, tiles, 1,
-                             weights, with_place(Rows::forward_bytes));
-    plan.dz = streaming("ragged_dz", Rows::kThreads, Rows::kRegisters, device, tiles, 1, weights,
-                        with_place(Rows::dy_project_bytes));
+    plan.forward = streaming("ragged_forward", Rows::kThreads, Rows::kRaggedRegisters, device,
+                             tiles, 1, weights, with_place(Rows::forward_bytes));
+    plan.dz = streaming("ragged_dz", Rows::kThreads, Rows::kRaggedRegisters, device, tiles, 1,
+                        weights, with_place(Rows::dy_project_bytes));
     const auto outer = [&](const char* kernel, int registers, int slabs, const auto& bytes) {
         return ring(kernel, Outer::kThreads, registers, device, chunks * slabs, 1,
                     bytes(3) - bytes(2), bytes);
