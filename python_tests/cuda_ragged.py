@@ -59,7 +59,9 @@ class Ragged:
                 a[g, rank:], b[g, :, rank:] = torch.nan, torch.nan
         self.a, self.b = LAYOUTS[layouts[0]](a), LAYOUTS[layouts[1]](b)
         alpha_t = None if activation == IDENTITY else torch.rand(count, 3)[:, 1]
-        ranks = None if ranks is None else torch.tensor([*self.ranks, -1], dtype=torch.int32).repeat_interleave(2)[:-2:2]
+        ranks = (
+            None if ranks is None else torch.tensor([*self.ranks, -1], dtype=torch.int32).repeat_interleave(2)[:-2:2]
+        )
         scaling = (torch.rand(count) + 0.5) * torch.tensor(-1.0) if scaling == "of groups" else None
         self.groups = Groups(self.ends, ranks, alpha_t, scaling)
         self.spec = Spec(activation, 1.5, round(256 * dropout))
@@ -134,7 +136,12 @@ class Ragged:
         one.__dict__ = dict(self.__dict__)
         one.x, one.dy = self.x[rows], self.dy[rows]
         one.base = None if self.base is None else self.base[rows]
-        one.a, one.b, one.ranks, one.rows = self.a[g : g + 1], self.b[g : g + 1], [self.ranks[g]], rows.stop - rows.start
+        one.a, one.b, one.ranks, one.rows = (
+            self.a[g : g + 1],
+            self.b[g : g + 1],
+            [self.ranks[g]],
+            rows.stop - rows.start,
+        )
         one.ends = torch.tensor([one.rows], dtype=torch.int32)
         one.groups = Groups(one.ends, *(None if t is None else t[g : g + 1] for t in self.groups[1:]))
         return one

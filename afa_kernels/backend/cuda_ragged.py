@@ -37,7 +37,7 @@ class RaggedKernels:
         dx = x.new_empty(m, k) if need_dx else None
         da = a.new_empty(count, r, k) if need_da else None
         db = b.new_empty(count, n, r) if need_db else None
-        workspace = x.new_empty(self._module.ragged_workspace((m, k, n, r), z is None) // x.element_size())
+        workspace = x.new_empty(self._module.ragged_workspace((m, k, n, r)) // x.element_size())
         gradients, described = (dy, z, dx, da, db), _described(a, b, groups, spec)
         if self._module.ragged_backward(x, *described, gradients, seed, spec.dropout, workspace, *self._place(x)):
             return dx, da, db

@@ -98,9 +98,8 @@ bool bound_backward(Tensor x, const Weights3& weights, const GroupValues& values
 }  // namespace
 
 void bind_ragged_ops(py::module_& module) {
-    module.def("ragged_workspace", [](const Sizes& sizes, bool recompute_z) {
-        return ragged_workspace(shape_of(sizes), recompute_z);
-    });
+    module.def("ragged_workspace",
+               [](const Sizes& sizes) { return ragged_workspace(shape_of(sizes)); });
     module.def("ragged_forward", &bound_forward, py::call_guard<py::gil_scoped_release>(),
                "As forward, of rows sorted by group.");
     module.def("ragged_backward", &bound_backward, py::call_guard<py::gil_scoped_release>(),

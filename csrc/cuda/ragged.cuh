@@ -156,7 +156,7 @@ AFA_DEVICE void finish_dz(const float* sums, const RaggedDzParams& p, int64_t ro
             break;
         const Float2 sum = load_shared<Float2>(sums + row * pitch(kColumns) + col);
         const Float2 z =
-            unpack<T>(load_pair(static_cast<const T*>(p.z), row0 + row, p.groups.r, col0 + col));
+            unpack<T>(load_pair(static_cast<const T*>(p.z), row0 + row, p.z_cols, col0 + col));
         const ValueSlope low = anneal_by_id(p.activation, z.x, alpha_t);
         const ValueSlope high = anneal_by_id(p.activation, z.y, alpha_t);
         const int64_t index = (row0 + row) * R + col0 + col;

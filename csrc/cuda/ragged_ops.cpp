@@ -18,12 +18,11 @@ namespace {
 constexpr DeviceLimits kAnyDevice{1, 99 * 1024, 100 * 1024};
 
 struct RaggedScratch {
-    Element *dz, *h, *z;
+    Element *dz, *h;  // [M, R]; h is first z, where that is recomputed
     float *da, *db;
 
-    RaggedScratch(const Shape& shape, const RaggedPlan& plan, bool recompute_z, Workspace& w)
+    RaggedScratch(const Shape& shape, const RaggedPlan& plan, Workspace& w)
         : dz(w.take<Element>(shape.m * plan.rank)), h(w.take<Element>(shape.m * plan.rank)),
-          z(w.take<Element>(recompute_z ? shape.m * shape.members[0].r : 0)),
           da(w.take<float>(plan.da.partials)), db(w.take<float>(plan.db.partials)) {}
 };
 
@@ -78,7 +77,7 @@ Groups filled(Groups groups, const BranchCall& call, const RaggedPlan& plan) {
 DropoutParams dropout_of(const BranchCall& call) { return {call.seed, call.threshold, 0}; }
 
 void launch_forward(const BranchCall& call, const Groups& groups, const RaggedPlan& plan,
-                    const MemberOutput& out, int column_tiles) {
+                    const MemberOutput& out, int z_cols, int column_tiles) {
     RaggedForwardParams p{};
     p.groups = groups;
     ProjectParams& project = p.call.project;
@@ -101,7 +100,7 @@ void launch_forward(const BranchCall& call, const Groups& groups, const RaggedPl
     member.y = out.y;
     member.y_stride = out.y_stride;
     member.z = out.z;
-    member.z_cols = groups.r;
+    member.z_cols = z_cols;
     member.alpha_t = call.members[0].alpha_t;
     member.activation = call.members[0].activation;
     member.scaling = call.members[0].scaling;
@@ -129,7 +128,8 @@ void launch_dz(const RaggedBackwardCall& call, const Groups& groups, const Ragge
     p.call.segment = segment_of(n);
     p.call.splits = 1;
     p.call.stages = plan.dz.stages;
-    p.z = gradients.z ? gradients.z : scratch.z;
+    p.z = gradients.z ? gradients.z : scratch.h;
+    p.z_cols = gradients.z ? groups.r : plan.rank;
     p.dz = need_dz ? scratch.dz : nullptr;
     p.h = gradients.db ? scratch.h : nullptr;
     p.alpha_t = call.members[0].alpha_t;
@@ -214,10 +214,9 @@ void launch_sum(const RaggedBackwardCall& call, const Groups& groups, const Ragg
 
 }  // namespace
 
-int64_t ragged_workspace(const Shape& shape, bool recompute_z) {
+int64_t ragged_workspace(const Shape& shape) {
     Workspace count(nullptr);
-    RaggedScratch scratch(shape, plan_ragged(shape, 1, Weights::as_they_are, kAnyDevice),
-                          recompute_z, count);
+    RaggedScratch scratch(shape, plan_ragged(shape, 1, Weights::as_they_are, kAnyDevice), count);
     return count.used();
 }
 
@@ -227,7 +226,7 @@ void ragged_forward(const RaggedForwardCall& call) {
     check_matrix("y", out.y, out.y_stride, call.shape);
     check_matrix("base", out.base, out.base_stride, call.shape);
     check_z(out.z, call.shape.members[0].r, call.shape);
-    launch_forward(call, filled(call.groups, call, plan), plan, out,
+    launch_forward(call, filled(call.groups, call, plan), plan, out, call.shape.members[0].r,
                    column_tiles(call.shape, call.shape.count));
 }
 
@@ -239,9 +238,9 @@ void ragged_backward(const RaggedBackwardCall& call) {
     check_matrix("dy", gradients.dy, gradients.dy_stride, call.shape);
     check_z(gradients.z, call.shape.members[0].r, call.shape);
     Workspace workspace(call.workspace);
-    const RaggedScratch scratch(call.shape, plan, !gradients.z, workspace);
+    const RaggedScratch scratch(call.shape, plan, workspace);
     if (!gradients.z)
-        launch_forward(call, groups, plan, {nullptr, 0, nullptr, 0, scratch.z}, 0);
+        launch_forward(call, groups, plan, {nullptr, 0, nullptr, 0, scratch.h}, plan.rank, 0);
     launch_dz(call, groups, plan, scratch);
     const int rounds = std::max(plan.da.rounds(), plan.db.rounds());
     for (int round = 0; round < rounds; ++round) {

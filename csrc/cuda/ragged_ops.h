@@ -18,8 +18,8 @@ struct RaggedBackwardCall : BackwardCall {  // da [groups, r, K], db [groups, N,
     Groups groups;
 };
 
-// Bytes of scratch memory. The shape is that of a lone call on all rows.
-int64_t ragged_workspace(const Shape& shape, bool recompute_z);
+// Bytes of scratch memory of a backward. The shape is that of a lone call on all rows.
+int64_t ragged_workspace(const Shape& shape);
 
 // Raise as forward and backward do. Neither waits for the device.
 void ragged_forward(const RaggedForwardCall& call);

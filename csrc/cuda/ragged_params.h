@@ -31,7 +31,8 @@ struct RaggedForwardParams {
 struct RaggedDzParams {
     Groups groups;
     ProjectParams call;    // dy and B; w is 0 where dz is not needed
-    const void* z;         // T [M, r]
+    const void* z;         // T [M, z_cols]
+    int z_cols;            // r; or R, where h takes the place of z
     void *dz, *h;          // T [M, R]; null: not needed
     const float* alpha_t;  // null at identity
     int activation;

@@ -58,7 +58,8 @@ std::vector<simt::Buffer> emulated_buffers(const RaggedDzParams& p) {
     const Weight& weight = p.call.narrow[0];
     b.matrix("dy", p.call.wide, p.call.m, weight.rows, p.call.wide_stride);
     b.weights("b", weight, weight.rows, p.groups.b_stride);
-    b.matrix("z", p.z, p.call.m, p.groups.r, p.groups.r);
+    if (p.z != p.h)
+        b.matrix("z", p.z, p.call.m, p.z_cols, p.z_cols);
     b.matrix("dz", p.dz, p.call.m, R, R, true);
     b.matrix("h", p.h, p.call.m, R, R, true);
     b.of_groups("alpha_t", p.alpha_t, p.groups.alpha_stride);

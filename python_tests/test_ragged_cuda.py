@@ -1,0 +1,267 @@
+"""The ragged kernels of the CUDA backend: their source on the emulator, and what nvcc makes of it on the PTX machine."""
+
+import re
+
+import ptx_cuda
+import pytest
+import torch
+from conftest import skip_unless_available
+from cuda_ragged import RESULTS, Ragged, random_problem
+from helpers import assert_as_accurate_as_torch
+
+import afa_kernels as afa
+from afa_kernels.activation import IDENTITY
+from afa_kernels.backend import cuda
+from afa_kernels.backend.registry import Call, Groups
+
+EMULATED = "cuda_emulated"
+cuda_on_ptx = ptx_cuda._cuda_on_ptx
+on_ptx = pytest.mark.skipif(cuda_on_ptx is None, reason="built with nvcc and the emulator only")
+
+
+@pytest.fixture
+def kept_allocations(monkeypatch):
+    """Keep what a capture has allocated, as torch's allocator does for a graph."""
+    kept, new_empty = [], torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *args, **options: kept.append(new_empty(*args, **options)) or kept[-1]
+    )
+
+
+@pytest.fixture(autouse=True)
+def _emulator():
+    skip_unless_available(EMULATED)
+    torch.manual_seed(1)
+    if cuda_on_ptx is not None:
+        cuda_on_ptx.take_launches()
+    yield
+    if cuda_on_ptx is not None:
+        cuda_on_ptx.set_edit(lambda text: text)
+        cuda_on_ptx.runtime.restart()
+
+
+def emulator():
+    return cuda._emulator_module()[0]
+
+
+def assert_bits(got: dict, expected: dict, why: object) -> None:
+    for what, value in expected.items():
+        assert torch.equal(got[what], value), (why, what)
+
+
+# --- Against float64 ---
+
+
+@pytest.mark.parametrize("number", range(24))
+def test_random_problems(number):
+    random_problem(number, sizes=(0, 1, 3, 17, 64, 65)).check(EMULATED)
+
+
+@pytest.mark.parametrize("r", [5, 20])
+def test_groups_of_several_chunks(r):
+    chunk = 512 if r <= 16 else 1024
+    problem = Ragged([chunk + 1, 0, 3 * chunk - 70, 1, chunk], 16, 24, r, weights=torch.float32, scaling="of groups")
+    got = problem.check(EMULATED)
+    for g in (0, 2):
+        alone = problem.alone(g).run(EMULATED)
+        assert torch.equal(got["da"][g], alone["da"][0]) and torch.equal(got["db"][g], alone["db"][0])
+
+
+def test_more_groups_than_a_block_has_threads():
+    sizes = [(g * 7919) % 3 for g in range(300)]
+    Ragged(sizes, 16, 24, 8, ranks=[g % 9 for g in range(300)]).check(EMULATED)
+
+
+@pytest.mark.parametrize("through", ["lora", "linear"])
+def test_the_operator(through):
+    p = Ragged([30, 0, 65, 2], 72, 80, 12, behind=3, ranks=[12, 5, 7, 0], weights=torch.float32, dropout=0.3)
+    p.x[p.rows :] = p.dy[p.rows :] = 0.25  # torch's own products read them
+    p.a.nan_to_num_(), p.b.nan_to_num_()
+    weight, bias = torch.randn(4, 80, 72).to(p.x.dtype), torch.randn(80).to(p.x.dtype)
+
+    def call(backend, dtype):
+        leaves = [t.to(dtype or t.dtype).detach().clone().requires_grad_() for t in (p.x, p.a, p.b, p.base)]
+        options = {"dropout_p": 0.3, "dropout_seed": 77, "ranks": p.groups.ranks, "backend": backend}
+        x, a, b, base = leaves
+        if through == "lora":
+            y = afa.afa_lora_grouped(x, p.ends, a, b, p.groups.alpha_t, base=base, **options)
+        else:
+            own = (weight.to(x.dtype), bias.to(x.dtype))
+            y = afa.afa_linear_grouped(x, p.ends, *own, a, b, p.groups.alpha_t, **options)
+        y.backward(p.dy.to(y.dtype))
+        return [y.detach(), *(t.grad for t in leaves if t.grad is not None)]
+
+    results = [call(EMULATED, None), call("torch", None), call("reference", torch.float64)]
+    for what, got, same, truth in zip(("y", "dx", "da", "db"), *results, strict=False):
+        assert_as_accurate_as_torch(got, same, truth, what, p.x.dtype)
+
+
+# --- A group has the bits that it has alone ---
+
+
+@pytest.mark.parametrize("r", [16, 32, 64, 128])
+def test_the_bits_of_a_group_are_those_that_it_has_alone(r):
+    p = Ragged([30, 0, 65, 128, 2], 136, 264, r, behind=9, ranks=[r, r, 7, r // 2 + 1, 0], weights=torch.float32)
+    got = p.run(EMULATED)
+    for g in (0, 2, 3):
+        rows, rank = p.of(g), p.ranks[g]
+        mine = {what: got[what][rows] for what in ("y", "z", "dx")} | {what: got[what][g] for what in ("da", "db")}
+        alone = p.alone(g).run(EMULATED)
+        assert_bits(mine, alone | {what: alone[what][0] for what in ("da", "db")}, g)
+        # An ordinary call of that rank cuts its sums over rows in other places, and nothing else.
+        mine["z"] = mine["z"][:, :rank]
+        assert_bits(mine, p.lone(EMULATED, g), g)
+
+
+def test_a_sum_over_wide_rows_has_the_order_of_its_own_rank():
+    p = Ragged([3, 5], 16, 4360, 40, ranks=[8, 40])
+    got = p.run(EMULATED)
+    for g in range(2):
+        assert torch.equal(got["dx"][p.of(g)], p.lone(EMULATED, g)["dx"])
+
+
+def test_the_mask_of_a_group_is_that_of_its_rows_of_x():
+    everything = Ragged([30, 0, 65, 2], 136, 72, 16, ranks=[16] * 4, dropout=0.3)
+    got = everything.run(EMULATED)
+    for g in range(4):
+        everything.groups = everything.groups._replace(ranks=torch.tensor([16 * (g == i) for i in range(4)]).int())
+        one, rows = everything.run(EMULATED), everything.of(g)
+        for what in ("y", "z", "dx"):
+            assert torch.equal(one[what][rows], got[what][rows])
+        for what in ("da", "db"):
+            assert torch.equal(one[what][g], got[what][g]) and not one[what][:g].any() and not one[what][g + 1 :].any()
+
+
+@pytest.mark.parametrize("r", [16, 64])
+def test_gradients_do_not_depend_on_what_else_is_asked_for(r):
+    p = Ragged([30, 0, 65, 2], 72, 80, r, behind=5, ranks=[r, r, 7, 0], dropout=0.3, weights=torch.float32)
+    y, z = p.forward(EMULATED)
+    again, none = p.forward(EMULATED, save_z=False)
+    assert torch.equal(y, again) and none is None
+    everything = p.backward(EMULATED, z)
+    for need in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (1, 1, 1)):
+        for saved in (z, None):
+            for wanted, full, got in zip(need, everything, p.backward(EMULATED, saved, need), strict=True):
+                assert (got is None) == (not wanted)
+                assert got is None or torch.equal(got, full)
+
+
+def test_a_call_at_identity():
+    Ragged([30, 0, 65], 72, 80, 16, activation=IDENTITY).check(EMULATED)
+
+
+# --- What may go wrong ---
+
+
+@pytest.mark.parametrize("ends", [[50, 20, 97], [-5, 40, 97], [30, 200, 97], [97, 97, 3]], ids=str)
+def test_bad_ends_touch_nothing_but_the_tensors(ends):
+    """They are on the device, where nobody checks them; the emulator fails where a kernel leaves its buffers."""
+    p = Ragged([30, 60, 7], 72, 80, 16, ranks=[16, 99, -3])
+    p.a.nan_to_num_(), p.b.nan_to_num_()
+    p.groups = Groups(torch.tensor(ends, dtype=torch.int32), *p.groups[1:])
+    _, z = p.forward(EMULATED)
+    p.backward(EMULATED, z)
+
+
+@pytest.mark.parametrize(
+    "k, r, dtype, reason",
+    [
+        (64, 8, torch.float32, "takes bfloat16 and float16, got float32"),
+        (64, 129, torch.bfloat16, "takes ranks up to 128, got 129"),
+        (60, 8, torch.bfloat16, "multiples of 8, got K=60 and N=64"),
+    ],
+)
+def test_refusals_say_why(k, r, dtype, reason):
+    x, a, b = torch.randn(4, k).to(dtype), torch.randn(2, r, k).to(dtype), torch.randn(2, 64, r).to(dtype)
+    with pytest.raises(afa.BackendUnavailable, match=reason):
+        afa.afa_lora_grouped(x, torch.tensor([1, 4], dtype=torch.int32), a, b, 0.5, backend=EMULATED)
+
+
+@pytest.mark.parametrize("r", [8, 16, 32, 64])
+def test_scratch_memory_is_bounded(r):
+    for k, n in ((4096, 4096), (2048, 768), (7168, 2048), (4096, 14336)):
+        for rows in (1, 1024, 8192, 131072):
+            bound = max(64 << 20, (k + n) * rows * 2 // 50)  # or 2% of x and y
+            assert emulator().ragged_workspace((rows, k, n, r)) <= bound, (rows, k, n)
+
+
+@pytest.mark.parametrize("r", [16, 32, 64, 128])
+def test_launches_fit_the_device(r):
+    for device in ((132, 227 << 10, 228 << 10), (170, 99 << 10, 100 << 10)):
+        for rows in (1, 4096, 1 << 20):
+            for launch in emulator().ragged_kernels((rows, 4096, 14336, r), 256, *device, rounded=True):
+                assert launch["shared_bytes"] <= device[1] and 2 <= launch["stages"] <= 5
+    call = Call(EMULATED, torch.bfloat16, 4096, 4096, 4096, r, "silu", groups=8)
+    names = [launch["kernel"] for launch in cuda._emulator_kernels().launches(call)]
+    assert names == ["ragged_forward", "ragged_dz", "ragged_db", "ragged_x"]
+
+
+# --- What nvcc compiles ---
+
+
+@on_ptx
+@pytest.mark.parametrize("number", range(8))
+def test_compiled_kernels(number):
+    cuda_on_ptx.set_seed(1000 * number)
+    with ptx_cuda.kernels.on(number // 4):
+        problem = random_problem(number + 100, sizes=(0, 1, 17, 65))
+        first = problem.check(ptx_cuda.NAME)
+        cuda_on_ptx.set_seed(1000 * number + 500)
+        assert_bits(first, problem.run(ptx_cuda.NAME), "depends on the schedule")
+    assert {launch["device"] for launch in cuda_on_ptx.take_launches()} == {number // 4}
+
+
+@on_ptx
+def test_compiled_kernels_with_several_chunks():
+    p = Ragged([600, 3, 515], 16, 24, 8, behind=2, weights=torch.float32)
+    got = p.check(ptx_cuda.NAME)
+    alone = p.alone(2).run(ptx_cuda.NAME)
+    assert torch.equal(got["da"][2], alone["da"][0]) and torch.equal(got["db"][2], alone["db"][0])
+
+
+# The word of shared memory in which a block finds its group.
+FOUND = re.compile(r"ld\.shared\.u32\s+(%r\d+), \[\w+afa_shared\w*\];")
+PLANTED = {
+    "no barrier": lambda text: re.sub(r"bar\.sync[^;]*;", "", text),
+    "every block is one of the first group": lambda text: FOUND.sub(r"mov.u32 \1, 0;", text),
+}
+
+
+@on_ptx
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_noticed(fault):
+    p = Ragged([30, 0, 65], 72, 80, 16, activation="relu")
+    right, texts = p.run(ptx_cuda.NAME), []
+
+    def edit(text: str) -> str:
+        texts.append((text, PLANTED[fault](text)))
+        return texts[-1][1]
+
+    cuda_on_ptx.set_edit(edit)
+    try:
+        wrong = p.run(ptx_cuda.NAME)
+    except RuntimeError:
+        wrong = {}
+    assert any(before != after for before, after in texts)
+    assert any(what not in wrong or not torch.equal(right[what], wrong[what]) for what in RESULTS)
+
+
+@on_ptx
+def test_a_captured_call_follows_its_groups(kept_allocations):
+    """Offsets, ranks, alpha_t and scaling are read on the device, each time that the graph runs."""
+    p = Ragged([30, 0, 65, 2], 72, 80, 16, behind=20, ranks=[16, 16, 7, 0], scaling="of groups", activation="relu")
+    p.x.nan_to_num_(), p.dy.nan_to_num_(), p.a.nan_to_num_(), p.b.nan_to_num_()
+    runtime = cuda_on_ptx.runtime
+    runtime.begin_capture(7)
+    with ptx_cuda.kernels.on(0, 7):
+        y, z = p.forward(ptx_cuda.NAME)
+        gradients = p.backward(ptx_cuda.NAME, z)
+    graph = runtime.end_capture()
+    assert len(graph) >= 4 and y.isnan().all() and not cuda_on_ptx.take_launches(), "a capture runs nothing"
+    for ends in ([30, 30, 95, 97], [0, 117, 117, 117], [1, 2, 3, 4]):
+        p.ends.copy_(torch.tensor(ends))
+        p.groups.ranks.copy_(p.groups.ranks.flip(0))
+        p.groups.alpha_t.mul_(0.5), p.groups.scaling.mul_(0.5)
+        graph.replay()
+        expected = p.run(ptx_cuda.NAME)
+        assert_bits(dict(zip(RESULTS, (y, z, *gradients), strict=True)), expected, ends)
