@@ -170,14 +170,19 @@ def random_problem(number: int, sizes=(0, 1, 3, 17, 64, 65, 100)) -> Ragged:
     count = draw.choice((1, 2, 3, 5, 9))
     own_ranks = draw.random() < 0.5
     width = lambda: 8 * draw.choice((1, 2, 9, 17, 33, draw.randint(1, 70)))  # noqa: E731
-    names = sorted(ACTIVATIONS)
+    names, apart = sorted(ACTIVATIONS), tuple(LAYOUTS)[:-1]
     return Ragged(
         [draw.choice(sizes) for _ in range(count - 1)] + [draw.choice(sizes[1:])], width(), width(), r,
         draw.choice((torch.bfloat16, torch.float16)), behind=draw.choice((0, 0, 5, 70)),
         ranks=[draw.randint(0, r) for _ in range(count)] if own_ranks else None,
         weights=draw.choice((None, torch.float32)),
-        layouts=(draw.choice(tuple(LAYOUTS)[:-1]), draw.choice(tuple(LAYOUTS)[:-1])) if number % 5 else ("one for all",) * 2,
+        layouts=(draw.choice(apart), draw.choice(apart)) if number % 5 else ("one for all",) * 2,
         base=draw.choice(("none", "matrix", "accumulated")), dropout=draw.choice((0.0, 0.0, 0.3)),
         activation=names[number % len(names)] if number % 7 else IDENTITY,
         scaling=draw.choice((None, "of groups")), rows=draw.choice(("packed", "apart")),
     )  # fmt: skip
+
+
+def assert_bits(got: dict, expected: dict, why: object) -> None:
+    for what, value in expected.items():
+        assert torch.equal(got[what], value), (why, what)

@@ -1,12 +1,9 @@
-"""The ragged kernels of the CUDA backend: their source on the emulator, and what nvcc makes of it on the PTX machine."""
+"""The ragged kernels of the CUDA backend, on the emulator."""
 
-import re
-
-import ptx_cuda
 import pytest
 import torch
 from conftest import skip_unless_available
-from cuda_ragged import RESULTS, Ragged, random_problem
+from cuda_ragged import Ragged, assert_bits, random_problem
 from helpers import assert_as_accurate_as_torch
 
 import afa_kernels as afa
@@ -15,38 +12,16 @@ from afa_kernels.backend import cuda
 from afa_kernels.backend.registry import Call, Groups
 
 EMULATED = "cuda_emulated"
-cuda_on_ptx = ptx_cuda._cuda_on_ptx
-on_ptx = pytest.mark.skipif(cuda_on_ptx is None, reason="built with nvcc and the emulator only")
-
-
-@pytest.fixture
-def kept_allocations(monkeypatch):
-    """Keep what a capture has allocated, as torch's allocator does for a graph."""
-    kept, new_empty = [], torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda *args, **options: kept.append(new_empty(*args, **options)) or kept[-1]
-    )
 
 
 @pytest.fixture(autouse=True)
 def _emulator():
     skip_unless_available(EMULATED)
     torch.manual_seed(1)
-    if cuda_on_ptx is not None:
-        cuda_on_ptx.take_launches()
-    yield
-    if cuda_on_ptx is not None:
-        cuda_on_ptx.set_edit(lambda text: text)
-        cuda_on_ptx.runtime.restart()
 
 
 def emulator():
     return cuda._emulator_module()[0]
-
-
-def assert_bits(got: dict, expected: dict, why: object) -> None:
-    for what, value in expected.items():
-        assert torch.equal(got[what], value), (why, what)
 
 
 # --- Against float64 ---
@@ -194,74 +169,3 @@ def test_launches_fit_the_device(r):
     call = Call(EMULATED, torch.bfloat16, 4096, 4096, 4096, r, "silu", groups=8)
     names = [launch["kernel"] for launch in cuda._emulator_kernels().launches(call)]
     assert names == ["ragged_forward", "ragged_dz", "ragged_db", "ragged_x"]
-
-
-# --- What nvcc compiles ---
-
-
-@on_ptx
-@pytest.mark.parametrize("number", range(8))
-def test_compiled_kernels(number):
-    cuda_on_ptx.set_seed(1000 * number)
-    with ptx_cuda.kernels.on(number // 4):
-        problem = random_problem(number + 100, sizes=(0, 1, 17, 65))
-        first = problem.check(ptx_cuda.NAME)
-        cuda_on_ptx.set_seed(1000 * number + 500)
-        assert_bits(first, problem.run(ptx_cuda.NAME), "depends on the schedule")
-    assert {launch["device"] for launch in cuda_on_ptx.take_launches()} == {number // 4}
-
-
-@on_ptx
-def test_compiled_kernels_with_several_chunks():
-    p = Ragged([600, 3, 515], 16, 24, 8, behind=2, weights=torch.float32)
-    got = p.check(ptx_cuda.NAME)
-    alone = p.alone(2).run(ptx_cuda.NAME)
-    assert torch.equal(got["da"][2], alone["da"][0]) and torch.equal(got["db"][2], alone["db"][0])
-
-
-# The word of shared memory in which a block finds its group.
-FOUND = re.compile(r"ld\.shared\.u32\s+(%r\d+), \[\w+afa_shared\w*\];")
-PLANTED = {
-    "no barrier": lambda text: re.sub(r"bar\.sync[^;]*;", "", text),
-    "every block is one of the first group": lambda text: FOUND.sub(r"mov.u32 \1, 0;", text),
-}
-
-
-@on_ptx
-@pytest.mark.parametrize("fault", PLANTED)
-def test_a_planted_fault_is_noticed(fault):
-    p = Ragged([30, 0, 65], 72, 80, 16, activation="relu")
-    right, texts = p.run(ptx_cuda.NAME), []
-
-    def edit(text: str) -> str:
-        texts.append((text, PLANTED[fault](text)))
-        return texts[-1][1]
-
-    cuda_on_ptx.set_edit(edit)
-    try:
-        wrong = p.run(ptx_cuda.NAME)
-    except RuntimeError:
-        wrong = {}
-    assert any(before != after for before, after in texts)
-    assert any(what not in wrong or not torch.equal(right[what], wrong[what]) for what in RESULTS)
-
-
-@on_ptx
-def test_a_captured_call_follows_its_groups(kept_allocations):
-    """Offsets, ranks, alpha_t and scaling are read on the device, each time that the graph runs."""
-    p = Ragged([30, 0, 65, 2], 72, 80, 16, behind=20, ranks=[16, 16, 7, 0], scaling="of groups", activation="relu")
-    p.x.nan_to_num_(), p.dy.nan_to_num_(), p.a.nan_to_num_(), p.b.nan_to_num_()
-    runtime = cuda_on_ptx.runtime
-    runtime.begin_capture(7)
-    with ptx_cuda.kernels.on(0, 7):
-        y, z = p.forward(ptx_cuda.NAME)
-        gradients = p.backward(ptx_cuda.NAME, z)
-    graph = runtime.end_capture()
-    assert len(graph) >= 4 and y.isnan().all() and not cuda_on_ptx.take_launches(), "a capture runs nothing"
-    for ends in ([30, 30, 95, 97], [0, 117, 117, 117], [1, 2, 3, 4]):
-        p.ends.copy_(torch.tensor(ends))
-        p.groups.ranks.copy_(p.groups.ranks.flip(0))
-        p.groups.alpha_t.mul_(0.5), p.groups.scaling.mul_(0.5)
-        graph.replay()
-        expected = p.run(ptx_cuda.NAME)
-        assert_bits(dict(zip(RESULTS, (y, z, *gradients), strict=True)), expected, ends)
