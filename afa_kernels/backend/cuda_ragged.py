@@ -20,9 +20,12 @@ class RaggedKernels:
     """The ``ragged_forward`` and ``ragged_backward`` of the kernels of a native module (``cuda._Kernels``)."""
 
     def ragged_forward(self, x, a, b, groups: Groups, seed, spec: Spec, *, base, out, save_z):
-        z = x.new_empty(x.shape[0], a.shape[1]) if save_z else None
-        described = _described(a, b, groups, spec)
-        if self._module.ragged_forward(x, *described, (base, out, z), seed, spec.dropout, *self._place(x)):
+        (m, k), (count, n, r) = x.shape, b.shape
+        z = x.new_empty(m, r) if save_z else None
+        size = self._module.ragged_forward_workspace((m, k, n, r), count)
+        workspace = x.new_empty(size // x.element_size()) if size else None
+        call = (x, *_described(a, b, groups, spec), (base, out, z), seed, spec.dropout, workspace, *self._place(x))
+        if self._module.ragged_forward(*call):
             return z
         y = readable_out(out)
         a, b = readable_weight(a, x), readable_weight(b, x)
@@ -37,9 +40,10 @@ class RaggedKernels:
         dx = x.new_empty(m, k) if need_dx else None
         da = a.new_empty(count, r, k) if need_da else None
         db = b.new_empty(count, n, r) if need_db else None
-        workspace = x.new_empty(self._module.ragged_workspace((m, k, n, r)) // x.element_size())
-        gradients, described = (dy, z, dx, da, db), _described(a, b, groups, spec)
-        if self._module.ragged_backward(x, *described, gradients, seed, spec.dropout, workspace, *self._place(x)):
+        size = self._module.ragged_backward_workspace((m, k, n, r), count, z is None)
+        workspace, gradients = x.new_empty(size // x.element_size()), (dy, z, dx, da, db)
+        call = (x, *_described(a, b, groups, spec), gradients, seed, spec.dropout, workspace, *self._place(x))
+        if self._module.ragged_backward(*call):
             return dx, da, db
         dx, da, db = self.ragged_backward(
             readable(dy), readable(x), readable_weight(a, x), readable_weight(b, x), groups,

@@ -105,26 +105,23 @@ AFA_DEVICE void emit_dh(const T* tile, const T* b_slab, float* slab_dh, int64_t 
         }
 }
 
-// Grid: (slabs of kColumns columns of every dy, chunks of rows_per_chunk rows).
-template <typename T, int R>
-AFA_KERNEL(DyTile<R>::kThreads, DyTile<R>::kBlocks)
-dy_kernel(const DyParams p) {
-    follow_previous_kernel();
+// dh, into slab_dh, and dB of a member from one slab of kColumns columns of its dy and one chunk of
+// rows. store(db, column) takes the sums of a warp, whose first column of dy that is.
+template <typename T, int R, typename Store>
+AFA_DEVICE void dy_pass(const DyParams& p, const DyMember& member, float* slab_dh,
+                        SharedMemory& shared, int slab, int chunk, const Store& store) {
     using Tile = DyTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
     constexpr int kPairs = Tile::kRows * R / 2 / Tile::kThreads;  // of z, per thread and tile
-    const DyMember member = member_with(p.members, block_x());
-    const int n = member.b.rows, r = member.b.cols, slab = block_x() - member.first;
+    const int n = member.b.rows;
     const T* dy = static_cast<const T*>(member.dy);
     const T* z = static_cast<const T*>(member.z);
-    float* slab_dh = member.dh + slab * p.m * R;
     const int ahead = p.stages - 1;
-    SharedMemory shared;
     T* ring = shared.take<T>(p.stages * Tile::kWide);
     T* b_slab = shared.take<T>(Tile::kB);
     T* h_tiles = shared.take<T>(2 * Tile::kH);
     const int col0 = slab * Tile::kColumns;
-    const int64_t row_begin = block_y() * p.rows_per_chunk;
+    const int64_t row_begin = chunk * p.rows_per_chunk;
     const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
     const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
     const float alpha_t = alpha_of(member.alpha_t);
@@ -142,7 +139,7 @@ dy_kernel(const DyParams p) {
         for (int i = 0; i < kPairs; ++i) {
             const int pair = thread_index() + i * Tile::kThreads;
             const int64_t row = row_begin + t * Tile::kRows + pair / (R / 2);
-            z_next[i] = row < row_end ? load_pair(z, row, r, pair % (R / 2) * 2) : 0u;
+            z_next[i] = row < row_end ? load_pair(z, row, member.z_cols, pair % (R / 2) * 2) : 0u;
         }
     };
 
@@ -183,9 +180,24 @@ dy_kernel(const DyParams p) {
         slot = slot == ahead ? 0 : slot + 1;
     }
     copy_wait<0>();
-    if (member.db)
-        store_outer<Tile::kSlice, R>(member.db + static_cast<int64_t>(block_y()) * n * R, db,
-                                     col0 + warp_index() * Tile::kSlice, n, 0, R, p.adds);
+    store(db, col0 + warp_index() * Tile::kSlice);
+}
+
+// Grid: (slabs of every dy, chunks).
+template <typename T, int R>
+AFA_KERNEL(DyTile<R>::kThreads, DyTile<R>::kBlocks)
+dy_kernel(const DyParams p) {
+    follow_previous_kernel();
+    const DyMember member = member_with(p.members, block_x());
+    const int slab = block_x() - member.first, n = member.b.rows;
+    SharedMemory shared;
+    dy_pass<T, R>(p, member, member.dh + slab * p.m * R, shared, slab, block_y(),
+                  [&](const auto& db, int col) {
+                      if (member.db)
+                          store_outer<DyTile<R>::kSlice, R>(
+                              member.db + static_cast<int64_t>(block_y()) * n * R, db, col, n, 0, R,
+                              p.adds);
+                  });
 }
 
 // dB = dy^T h with h read from memory: one slab of kColumns columns of dy and one chunk of rows.

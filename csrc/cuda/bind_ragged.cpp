@@ -67,12 +67,12 @@ bool fill(Call& call, Tensor x, const Weights3& weights, const GroupValues& valu
 }
 
 bool bound_forward(Tensor x, const Weights3& weights, const GroupValues& values, const Out& out,
-                   Tensor seed, int threshold, int device, uintptr_t stream) {
+                   Tensor seed, int threshold, Tensor workspace, int device, uintptr_t stream) {
     const auto& [base, y, z] = out;
     const DeviceScope scope(device);
     RaggedForwardCall call{};
-    if (!fill(call, x, weights, values, seed, threshold, {}, device, stream) || !y.is_readable() ||
-        (base.present && !base.is_readable()))
+    if (!fill(call, x, weights, values, seed, threshold, workspace, device, stream) ||
+        !y.is_readable() || (base.present && !base.is_readable()))
         return false;
     call.outputs[0] = {base.data, base.strides[0], y.data, y.strides[0], z.data};
     ragged_forward(call);
@@ -98,8 +98,12 @@ bool bound_backward(Tensor x, const Weights3& weights, const GroupValues& values
 }  // namespace
 
 void bind_ragged_ops(py::module_& module) {
-    module.def("ragged_workspace",
-               [](const Sizes& sizes) { return ragged_workspace(shape_of(sizes)); });
+    module.def("ragged_forward_workspace", [](const Sizes& sizes, int groups) {
+        return ragged_forward_workspace(shape_of(sizes), groups);
+    });
+    module.def("ragged_backward_workspace", [](const Sizes& sizes, int groups, bool recompute_z) {
+        return ragged_backward_workspace(shape_of(sizes), groups, recompute_z);
+    });
     module.def("ragged_forward", &bound_forward, py::call_guard<py::gil_scoped_release>(),
                "As forward, of rows sorted by group.");
     module.def("ragged_backward", &bound_backward, py::call_guard<py::gil_scoped_release>(),

@@ -23,12 +23,6 @@ double tail(const KernelPlan& plan, const DeviceLimits& device) {
 
 namespace {
 
-// Constants, since the order of sums must not depend on the device. Column blocks of the expand
-// kernel: about two blocks on each multiprocessor of the GPUs of today.
-constexpr int64_t kExpandGrid = 256;
-// From here on one block per tile of rows has enough bytes under way to go through all segments;
-// with more, it makes y too.
-constexpr int64_t kWholeRowBlocks = 48, kOnePassRowBlocks = 96;
 // Scratch memory of the rows that a backward takes at once; it should stay in the L2 cache.
 template <int R>
 constexpr int64_t kRoundBytes = (R <= 32 ? 32 : 24) << 20;
@@ -40,14 +34,6 @@ constexpr int64_t kPartialShare = 400;
 constexpr int64_t kRoundUnit = 128;  // rows, whole tiles of every kernel
 constexpr int kMaxFeatures =
     1 << 30;  // column indices are 32-bit, with room for a tile beyond the end
-
-int64_t clamp(int64_t value, int64_t low, int64_t high) {
-    return std::max(low, std::min(value, high));
-}
-
-int splits_of(int64_t row_blocks, int width) {
-    return row_blocks >= kWholeRowBlocks ? 1 : static_cast<int>(ceil_div(width, segment_of(width)));
-}
 
 template <int R>
 ForwardPlan forward_of(const Shape& shape, Weights weights, const DeviceLimits& device) {

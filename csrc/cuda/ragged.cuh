@@ -10,6 +10,7 @@
 #include "cuda/backward.cuh"
 #include "cuda/forward.cuh"
 #include "cuda/ragged_params.h"
+#include "cuda/reduce.cuh"
 
 namespace afa {
 
@@ -113,6 +114,34 @@ AFA_DEVICE float scaling_at(float scaling, const Groups& groups, const Place& at
                           : scaling;
 }
 
+// The lone call on the rows of the group.
+template <typename T, int R>
+AFA_DEVICE void take_rows(ProjectParams& p, const Groups& groups, const Place& at) {
+    p.wide = row_of<T>(p.wide, at.first_row, p.wide_stride);
+    p.partial = p.partial ? p.partial + at.first_row * R : nullptr;
+    p.m = at.rows;
+    p.w = at.rank > 0 ? p.w : 0;
+    p.dropout.first_row = at.first_row;
+    if (p.narrow_transposed)
+        take_b<T>(p.narrow[0], groups, at);
+    else
+        take_a<T, R>(p.narrow, groups, at);
+}
+template <typename T, int R>
+AFA_DEVICE void take_rows(ForwardParams& p, const Groups& groups, const Place& at) {
+    p.project.narrow_transposed = false;
+    take_rows<T, R>(p.project, groups, at);
+    p.count = 1;
+    p.members[1].first = p.members[2].first = kNoMember;
+    ForwardMember& member = p.members[0];
+    take_b<T>(member.b, groups, at);
+    member.base = row_of<T>(member.base, at.first_row, member.base_stride);
+    member.y = row_of<T>(member.y, at.first_row, member.y_stride);
+    member.z = row_of<T>(member.z, at.first_row, member.z_cols);
+    member.alpha_t = alpha_at(member.alpha_t, groups, at);
+    member.scaling = scaling_at(member.scaling, groups, at);
+}
+
 // Grid: slots of kRows rows. Rows without a branch have z = 0, y = base.
 template <typename T, int R>
 AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kRaggedBlocks)
@@ -125,98 +154,70 @@ ragged_forward_kernel(const RaggedForwardParams p) {
     if (!at.exists || row0 >= at.rows)
         return;
     ForwardParams call = p.call;
-    call.count = 1;
-    call.members[1].first = call.members[2].first = kNoMember;
-    call.project.wide = row_of<T>(call.project.wide, at.first_row, call.project.wide_stride);
-    call.project.m = at.rows;
-    if (at.rank == 0)
-        call.project.w = 0;
-    call.project.dropout.first_row = at.first_row;
-    take_a<T, R>(call.project.narrow, p.groups, at);
-    ForwardMember& member = call.members[0];
-    take_b<T>(member.b, p.groups, at);
-    member.base = row_of<T>(member.base, at.first_row, member.base_stride);
-    member.y = row_of<T>(member.y, at.first_row, member.y_stride);
-    member.z = row_of<T>(member.z, at.first_row, member.z_cols);
-    member.alpha_t = alpha_at(member.alpha_t, p.groups, at);
-    member.scaling = scaling_at(member.scaling, p.groups, at);
+    take_rows<T, R>(call, p.groups, at);
     forward_rows<T, R>(call, shared, row0);
 }
 
-// dz and h of the 16 rows of this warp, of kColumns columns from col0 on whose sums of dh are in
-// `sums`. `row0` is the first row of the warp among those of x.
-template <typename T, int R, int kColumns>
-AFA_DEVICE void finish_dz(const float* sums, const RaggedDzParams& p, int64_t row0, int rows,
-                          int col0, float alpha_t, float scale) {
-    constexpr int kPairs = kColumns / 2;
-    AFA_ROLLED
-    for (int i = lane_index(); i < 16 * kPairs; i += kWarpSize) {
-        const int row = i / kPairs, col = i % kPairs * 2;
-        if (row >= rows)
-            break;
-        const Float2 sum = load_shared<Float2>(sums + row * pitch(kColumns) + col);
-        const Float2 z =
-            unpack<T>(load_pair(static_cast<const T*>(p.z), row0 + row, p.z_cols, col0 + col));
-        const ValueSlope low = anneal_by_id(p.activation, z.x, alpha_t);
-        const ValueSlope high = anneal_by_id(p.activation, z.y, alpha_t);
-        const int64_t index = (row0 + row) * R + col0 + col;
-        if (p.dz)
-            store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(p.dz) + index),
-                         pack<T>(scale * low.slope * sum.x, scale * high.slope * sum.y));
-        if (p.h)
-            store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(p.h) + index),
-                         pack<T>(low.value, high.value));
-    }
-}
-
-// Grid: slots of kRows rows. dz = scale * phi'(z) * dy B and h = phi(z), of rows without a branch
-// zeros.
+// Grid: (slots of kRows rows, column blocks). The same from the partial sums of z.
 template <typename T, int R>
 AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kRaggedBlocks)
-ragged_dz_kernel(const RaggedDzParams p) {
+ragged_expand_kernel(const RaggedForwardParams p) {
     follow_previous_kernel();
     using Tile = RowTile<R>;
-    constexpr int kColumns = R < 64 ? R : 64;  // that are finished at a time
-    static_assert(Tile::kRows * pitch(kColumns) * kFloatBytes <= 2 * Tile::kWide * kElementBytes);
+    SharedMemory shared;
+    const Place at = place_of<Tile::kThreads>(p.groups, shared, block_x(), Tile::kRows);
+    const int64_t row0 = static_cast<int64_t>(at.piece) * Tile::kRows;
+    if (!at.exists || row0 >= at.rows)
+        return;
+    ForwardParams call = p.call;
+    take_rows<T, R>(call, p.groups, at);
+    expand_rows<T, R>(call, shared, row0, block_y());
+}
+
+// Grid: (slots of kRows rows, splits). Partial sums of z = x A^T, or of dh = dy B; zeros of rows
+// without a branch.
+template <typename T, int R, bool kTransposed>
+AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kRaggedBlocks)
+ragged_project_kernel(const RaggedProjectParams p) {
+    follow_previous_kernel();
+    using Tile = RowTile<R>;
     SharedMemory shared;
     const Place at = place_of<Tile::kThreads>(p.groups, shared, block_x(), Tile::kRows);
     const int64_t row0 = static_cast<int64_t>(at.piece) * Tile::kRows;
     if (!at.exists || row0 >= at.rows)
         return;
     ProjectParams call = p.call;
-    call.wide = row_of<T>(call.wide, at.first_row, call.wide_stride);
-    call.m = at.rows;
-    if (at.rank == 0)
-        call.w = 0;
+    call.narrow_transposed = kTransposed;
+    take_rows<T, R>(call, p.groups, at);
     if (at.rank <= kSlabRank)
-        call.segment = p.rank_segment;
-    take_b<T>(call.narrow[0], p.groups, at);
+        call.segment = p.low_rank_segment;
+    project_rows<T, R, kTransposed>(call, shared, row0, block_y());
+}
 
-    T* wide_ring = shared.take<T>(call.stages * Tile::kWide);
-    const auto narrow_ring =
-        NarrowRing<T, R, true>::take(shared, call.stages, call.rounded, call.staged);
-    float acc[R / 8][4];
-    project<T, R, true>(acc, call, wide_ring, narrow_ring, row0, 0);
-    block_sync();  // the ring has been read by all: it becomes a tile of sums
-    const float alpha_t = alpha_of(alpha_at(p.alpha_t, p.groups, at));
-    const float scale = scaling_at(p.scaling, p.groups, at) * p.inverse_keep;
-    const int warp_row = warp_index() * 16;
-    const int64_t left = at.rows - row0 - warp_row;
-    float* sums = reinterpret_cast<float*>(wide_ring) + warp_row * pitch(kColumns);
-    float* own = sums + lane_index() / 4 * pitch(kColumns) + lane_index() % 4 * 2;
-    AFA_UNROLL
-    for (int c = 0; c < R; c += kColumns) {
-        AFA_UNROLL
-        for (int j = 0; j < kColumns / 8; ++j) {
-            const float (&sum)[4] = acc[c / 8 + j];
-            store_shared(own + j * 8, Float2{sum[0], sum[1]});
-            store_shared(own + 8 * pitch(kColumns) + j * 8, Float2{sum[2], sum[3]});
-        }
-        warp_sync();
-        finish_dz<T, R, kColumns>(sums, p, at.first_row + row0 + warp_row,
-                                  static_cast<int>(left < 16 ? left : 16), c, alpha_t, scale);
-        warp_sync();
-    }
+// Grid: slots of kRowsOfPiece rows. z, or dz and h, from partial sums; zeros of rows without a
+// branch.
+template <typename T>
+AFA_KERNEL(kReduceThreads)
+ragged_rows_kernel(const RaggedRowsParams p) {
+    follow_previous_kernel();
+    SharedMemory shared;
+    const Place at = place_of<kReduceThreads>(p.groups, shared, block_x(), kRowsOfPiece);
+    const int64_t row0 = static_cast<int64_t>(at.piece) * kRowsOfPiece;
+    if (!at.exists || row0 >= at.rows)
+        return;
+    SumRowsJob job = p.job;
+    if (at.rank == 0)
+        job.partial = nullptr;
+    if (at.rank <= kSlabRank)
+        job.count = p.low_rank_count;
+    job.alpha_t = alpha_at(job.alpha_t, p.groups, at);
+    job.scale = (job.z_out ? 1.0f : scaling_at(p.scaling, p.groups, at)) * p.inverse_keep;
+    const int64_t half = job.cols / 2, first = (at.first_row + row0) * half;
+    const int64_t left = at.rows - row0;
+    const int pairs = static_cast<int>((left < kRowsOfPiece ? left : kRowsOfPiece) * half);
+    AFA_ROLLED
+    for (int i = thread_index(); i < pairs; i += kReduceThreads)
+        sum_rows<T>(job, first + i);
 }
 
 // Chunks of a group; one without a branch has one, which has no rows.
@@ -271,36 +272,84 @@ AFA_DEVICE void* result_of(const GroupSums& sums, const Groups& groups, int grou
                                      : static_cast<void*>(static_cast<T*>(sums.out) + start);
 }
 
+// What stores the sums of a chunk of dB: the result of a group that has one chunk, or a partial
+// result.
+template <typename T, int kSlice, int R>
+AFA_DEVICE void store_db(const float (&db)[kSlice / 16][R / 8][4], const Groups& groups,
+                         const GroupSums& sums, const Place& at, int col) {
+    const int64_t chunks = chunks_of(groups, at);
+    if (chunks == 1)
+        store_result<T, kSlice, R>(result_of<T>(sums, groups, at.group), sums.type, db, col, sums.w,
+                                   0, groups.r, sums.w, at.rank,
+                                   scaling_at(sums.scaling, groups, at));
+    else
+        store_outer<kSlice, R>(
+            sums.partial + partial_index(groups, at.first_row, at.piece, chunks) * sums.columns * R,
+            db, col - sums.first_column, sums.columns, 0, R, false);
+}
+template <typename T, int kSlice, int R>
+AFA_DEVICE void store_da(const float (&da)[R / 16][kSlice / 8][4], const Groups& groups,
+                         const GroupSums& sums, const Place& at, int col) {
+    const int64_t chunks = chunks_of(groups, at);
+    if (chunks == 1)
+        store_result<T, R, kSlice>(result_of<T>(sums, groups, at.group), sums.type, da, 0, groups.r,
+                                   col, sums.w, at.rank, sums.w, 1.0f);
+    else
+        store_outer<R, kSlice>(
+            sums.partial + partial_index(groups, at.first_row, at.piece, chunks) * R * sums.columns,
+            da, 0, R, col - sums.first_column, sums.columns, false);
+}
+
+// Whether the block at this place has nothing to sum or to clear.
+AFA_DEVICE bool has_no_sum(const Groups& groups, const Place& at) {
+    return at.group == groups.count || at.piece >= chunks_of(groups, at);
+}
+
+// Grid: (slots of chunk_rows rows) x (slabs of the round), slabs fastest. dh by slab, of groups
+// with a branch, and dB = dy^T h.
+template <typename T, int R>
+AFA_KERNEL(DyTile<R>::kThreads, DyTile<R>::kRaggedBlocks)
+ragged_dy_kernel(const RaggedDyParams p) {
+    follow_previous_kernel();
+    using Tile = DyTile<R>;
+    SharedMemory shared;
+    const Place at =
+        place_of<Tile::kThreads>(p.groups, shared, block_x() / p.sums.slabs, p.groups.chunk_rows);
+    if (!at.exists || has_no_sum(p.groups, at))
+        return;
+    const int slab = p.sums.first_slab + block_x() % p.sums.slabs;
+    DyParams call = p.call;
+    call.m = at.rank > 0 ? at.rows : 0;
+    DyMember member = p.call.members[0];
+    take_b<T>(member.b, p.groups, at);
+    member.dy = row_of<T>(member.dy, at.first_row, member.dy_stride);
+    member.z = row_of<T>(member.z, at.first_row, member.z_cols);
+    member.alpha_t = alpha_at(member.alpha_t, p.groups, at);
+    float* slab_dh = member.dh + (slab * p.groups.rows + at.first_row) * R;
+    dy_pass<T, R>(call, member, slab_dh, shared, slab, at.piece, [&](const auto& db, int col) {
+        if (p.sums.out)
+            store_db<T, Tile::kSlice, R>(db, p.groups, p.sums, at, col);
+    });
+}
+
 // Grid: (slots of chunk_rows rows) x (slabs of the round), slabs fastest. dB = dy^T h.
 template <typename T, int R>
 AFA_KERNEL(OuterTile<R>::kThreads)
 ragged_db_kernel(const RaggedOuterParams p) {
     follow_previous_kernel();
     using Tile = OuterTile<R>;
-    const GroupSums& sums = p.sums;
     SharedMemory shared;
     const Place at =
-        place_of<Tile::kThreads>(p.groups, shared, block_x() / sums.slabs, p.groups.chunk_rows);
-    const int64_t chunks = chunks_of(p.groups, at);
-    if (!at.exists || at.group == p.groups.count || at.piece >= chunks)
+        place_of<Tile::kThreads>(p.groups, shared, block_x() / p.sums.slabs, p.groups.chunk_rows);
+    if (!at.exists || has_no_sum(p.groups, at))
         return;
     OuterParams call = p.call;
     call.wide = row_of<T>(call.wide, at.first_row, call.wide_stride);
     call.narrow = row_of<T>(call.narrow, at.first_row, R);
     call.m = at.rank > 0 ? at.rows : 0;
-    const float scale = scaling_at(sums.scaling, p.groups, at);
-    db_pass<T, R>(call, shared, sums.first_slab + block_x() % sums.slabs, at.piece,
+    db_pass<T, R>(call, shared, p.sums.first_slab + block_x() % p.sums.slabs, at.piece,
                   [&](const auto& db, int col) {
-                      if (chunks == 1)
-                          store_result<T, Tile::kSlice, R>(result_of<T>(sums, p.groups, at.group),
-                                                           sums.type, db, col, sums.w, 0,
-                                                           p.groups.r, sums.w, at.rank, scale);
-                      else
-                          store_outer<Tile::kSlice, R>(
-                              sums.partial +
-                                  partial_index(p.groups, at.first_row, at.piece, chunks) *
-                                      sums.columns * R,
-                              db, col - sums.first_column, sums.columns, 0, R, false);
+                      store_db<T, Tile::kSlice, R>(db, p.groups, p.sums, at, col);
                   });
 }
 
@@ -310,11 +359,11 @@ AFA_KERNEL(OuterTile<R>::kThreads)
 ragged_x_kernel(const RaggedOuterParams p) {
     follow_previous_kernel();
     using Tile = OuterTile<R>;
-    const GroupSums& sums = p.sums;
     SharedMemory shared;
     const Place at =
-        place_of<Tile::kThreads>(p.groups, shared, block_x() / sums.slabs, p.groups.chunk_rows);
-    if (!at.exists)
+        place_of<Tile::kThreads>(p.groups, shared, block_x() / p.sums.slabs, p.groups.chunk_rows);
+    const bool no_sum = !p.sums.out || has_no_sum(p.groups, at);
+    if (!at.exists || (no_sum && !p.call.dx))
         return;
     OuterParams call = p.call;
     call.wide = row_of<T>(call.wide, at.first_row, call.wide_stride);
@@ -322,24 +371,13 @@ ragged_x_kernel(const RaggedOuterParams p) {
     call.dx = row_of<T>(call.dx, at.first_row, call.w);
     call.dropout.first_row = at.first_row;
     call.m = at.rank > 0 || call.dx ? at.rows : 0;
-    // x is read where there is a partial result, whose place `store` decides.
-    call.partial = at.rank > 0 ? static_cast<float*>(sums.out) : nullptr;
+    // x is read where there is a partial result, whose place store_da decides.
+    call.partial = at.rank > 0 ? static_cast<float*>(p.sums.out) : nullptr;
     take_a<T, R>(call.a, p.groups, at);
-    const int64_t chunks = chunks_of(p.groups, at);
-    x_pass<T, R>(call, shared, sums.first_slab + block_x() % sums.slabs, at.piece,
+    x_pass<T, R>(call, shared, p.sums.first_slab + block_x() % p.sums.slabs, at.piece,
                  [&](const auto& da, int col) {
-                     if (!sums.out || at.group == p.groups.count || at.piece >= chunks)
-                         return;
-                     if (chunks == 1)
-                         store_result<T, R, Tile::kSlice>(result_of<T>(sums, p.groups, at.group),
-                                                          sums.type, da, 0, p.groups.r, col, sums.w,
-                                                          at.rank, sums.w, 1.0f);
-                     else
-                         store_outer<R, Tile::kSlice>(
-                             sums.partial +
-                                 partial_index(p.groups, at.first_row, at.piece, chunks) * R *
-                                     sums.columns,
-                             da, 0, R, col - sums.first_column, sums.columns, false);
+                     if (!no_sum)
+                         store_da<T, Tile::kSlice, R>(da, p.groups, p.sums, at, col);
                  });
 }
 

@@ -12,11 +12,17 @@
 namespace afa {
 
 template <typename T, int R>
-constexpr RaggedKernels make_ragged_kernels() {
-    return {launch<ragged_forward_kernel<T, R>, R, RaggedForwardParams>,
-            launch<ragged_dz_kernel<T, R>, R, RaggedDzParams>,
-            launch<ragged_db_kernel<T, R>, R, RaggedOuterParams>,
-            launch<ragged_x_kernel<T, R>, R, RaggedOuterParams>};
+RaggedKernels make_ragged_kernels() {
+    RaggedKernels table{};
+    table.forward = launch<ragged_forward_kernel<T, R>, R, RaggedForwardParams>;
+    table.expand = launch<ragged_expand_kernel<T, R>, R, RaggedForwardParams>;
+    table.project = launch<ragged_project_kernel<T, R, false>, R, RaggedProjectParams>;
+    table.project_dy = launch<ragged_project_kernel<T, R, true>, R, RaggedProjectParams>;
+    if constexpr (R <= kSlabRank)
+        table.dy = launch<ragged_dy_kernel<T, R>, R, RaggedDyParams>;
+    table.db = launch<ragged_db_kernel<T, R>, R, RaggedOuterParams>;
+    table.x = launch<ragged_x_kernel<T, R>, R, RaggedOuterParams>;
+    return table;
 }
 
 template <int R>

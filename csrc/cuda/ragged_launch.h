@@ -8,8 +8,9 @@ namespace afa {
 
 // The ragged kernels of one rank class.
 struct RaggedKernels {
-    Launcher<RaggedForwardParams> forward;
-    Launcher<RaggedDzParams> dz;
+    Launcher<RaggedForwardParams> forward, expand;
+    Launcher<RaggedProjectParams> project, project_dy;
+    Launcher<RaggedDyParams> dy;  // null beyond kSlabRank
     Launcher<RaggedOuterParams> db, x;
 };
 
@@ -18,6 +19,7 @@ const RaggedKernels& ragged32_kernels(DType dtype);
 const RaggedKernels& ragged64_kernels(DType dtype);
 const RaggedKernels& ragged128_kernels(DType dtype);
 
+void launch_ragged_rows(DType dtype, const LaunchConfig& config, const RaggedRowsParams& params);
 void launch_ragged_sum(DType dtype, const LaunchConfig& config, const RaggedSumParams& params);
 
 }  // namespace afa

@@ -17,13 +17,24 @@ namespace {
 // Scratch memory does not depend on the device or the groups.
 constexpr DeviceLimits kAnyDevice{1, 99 * 1024, 100 * 1024};
 
+int64_t partial_z(const Shape& shape, const RaggedPlan& plan) {
+    return plan.one_pass ? 0 : plan.splits * shape.m * plan.rank;
+}
+
 struct RaggedScratch {
     Element *dz, *h;  // [M, R]; h is first z, where that is recomputed
+    float *z, *dh;    // partial sums; those of z are dead before those of dh exist
     float *da, *db;
 
-    RaggedScratch(const Shape& shape, const RaggedPlan& plan, Workspace& w)
-        : dz(w.take<Element>(shape.m * plan.rank)), h(w.take<Element>(shape.m * plan.rank)),
-          da(w.take<float>(plan.da.partials)), db(w.take<float>(plan.db.partials)) {}
+    RaggedScratch(const Shape& shape, const RaggedPlan& plan, bool recompute_z, Workspace& w) {
+        const int64_t rows = shape.m * plan.rank;
+        dz = w.take<Element>(rows);
+        h = w.take<Element>(recompute_z || !plan.one_pass_dy ? rows : 0);
+        z = dh = w.take<float>(std::max(std::max(plan.dh_parts, plan.low_rank_parts) * rows,
+                                        recompute_z ? partial_z(shape, plan) : 0));
+        da = w.take<float>(plan.da.partials);
+        db = w.take<float>(plan.db.partials);
+    }
 };
 
 const RaggedKernels& ragged_kernels(DType dtype, int rank) {
@@ -76,22 +87,29 @@ Groups filled(Groups groups, const BranchCall& call, const RaggedPlan& plan) {
 
 DropoutParams dropout_of(const BranchCall& call) { return {call.seed, call.threshold, 0}; }
 
+ProjectParams project_x(const BranchCall& call, const Groups& groups, const RaggedPlan& plan,
+                        const KernelPlan& kernel, float* partial) {
+    ProjectParams p{};
+    p.wide = call.x;
+    p.wide_stride = call.x_stride;
+    p.narrow[0] = a_of(call, groups);
+    p.rounded = weights_of(call, groups) == Weights::rounded;
+    p.staged = kernel.staged;
+    p.partial = partial;
+    p.m = p.partial_rows = call.shape.m;
+    p.w = call.shape.k;
+    p.segment = plan.segment;
+    p.splits = plan.splits;
+    p.stages = kernel.stages;
+    p.dropout = dropout_of(call);
+    return p;
+}
+
+// z and y; without columns z alone.
 void launch_forward(const BranchCall& call, const Groups& groups, const RaggedPlan& plan,
-                    const MemberOutput& out, int z_cols, int column_tiles) {
+                    const MemberOutput& out, int z_cols, int columns, float* partial) {
     RaggedForwardParams p{};
     p.groups = groups;
-    ProjectParams& project = p.call.project;
-    project.wide = call.x;
-    project.wide_stride = call.x_stride;
-    project.narrow[0] = a_of(call, groups);
-    project.rounded = weights_of(call, groups) == Weights::rounded;
-    project.staged = plan.forward.staged;
-    project.m = call.shape.m;
-    project.w = call.shape.k;
-    project.segment = segment_of(call.shape.k);
-    project.splits = 1;
-    project.stages = plan.forward.stages;
-    project.dropout = dropout_of(call);
     ForwardMember& member = p.call.members[0];
     member.ranks = plan.rank;
     member.b = b_of(call, groups);
@@ -105,39 +123,71 @@ void launch_forward(const BranchCall& call, const Groups& groups, const RaggedPl
     member.activation = call.members[0].activation;
     member.scaling = call.members[0].scaling;
     p.call.count = 1;
-    p.call.column_tiles = column_tiles;
+    p.call.column_tiles = columns;
+    p.call.column_blocks = columns > 0 ? plan.expand.grid_y : 1;
     p.call.inverse_keep = inverse_keep(call.threshold);
-    ragged_kernels(call.dtype, plan.rank).forward({plan.forward, call.shape, call.stream}, p);
+    const RaggedKernels& kernels = ragged_kernels(call.dtype, plan.rank);
+    if (plan.one_pass) {
+        p.call.project = project_x(call, groups, plan, plan.forward, nullptr);
+        kernels.forward({plan.forward, call.shape, call.stream}, p);
+        return;
+    }
+    const RaggedProjectParams project{groups, project_x(call, groups, plan, plan.project, partial),
+                                      plan.segment};
+    kernels.project({plan.project, call.shape, call.stream}, project);
+    p.call.project = project_x(call, groups, plan, plan.expand, partial);
+    KernelPlan expand = plan.expand;
+    expand.grid_y = p.call.column_blocks;
+    kernels.expand({expand, call.shape, call.stream}, p);
 }
 
-void launch_dz(const RaggedBackwardCall& call, const Groups& groups, const RaggedPlan& plan,
-               const RaggedScratch& scratch) {
-    const MemberGradients& gradients = call.gradients[0];
-    const bool need_dz = needs_dz(call, 0);
-    const int n = call.shape.members[0].n;
-    RaggedDzParams p{};
+void launch_project_dy(const RaggedBackwardCall& call, const Groups& groups, const RaggedPlan& plan,
+                       const RaggedScratch& scratch) {
+    RaggedProjectParams p{};
     p.groups = groups;
-    p.call.wide = gradients.dy;
-    p.call.wide_stride = gradients.dy_stride;
+    p.call.wide = call.gradients[0].dy;
+    p.call.wide_stride = call.gradients[0].dy_stride;
     p.call.narrow[0] = b_of(call, groups);
     p.call.narrow_transposed = true;
     p.call.rounded = weights_of(call, groups) == Weights::rounded;
-    p.call.staged = plan.dz.staged;
-    p.call.m = call.shape.m;
-    p.call.w = need_dz ? n : 0;
-    p.call.segment = segment_of(n);
-    p.call.splits = 1;
-    p.call.stages = plan.dz.stages;
-    p.z = gradients.z ? gradients.z : scratch.h;
-    p.z_cols = gradients.z ? groups.r : plan.rank;
-    p.dz = need_dz ? scratch.dz : nullptr;
-    p.h = gradients.db ? scratch.h : nullptr;
-    p.alpha_t = call.members[0].alpha_t;
-    p.activation = call.members[0].activation;
-    p.rank_segment = kSlab;
+    p.call.staged = plan.project_dy.staged;
+    p.call.partial = scratch.dh;
+    p.call.m = p.call.partial_rows = call.shape.m;
+    p.call.w = call.shape.members[0].n;
+    p.call.segment = plan.dy_segment;
+    p.call.splits = plan.project_dy.grid_y;
+    p.call.stages = plan.project_dy.stages;
+    p.low_rank_segment = plan.low_rank_segment;
+    ragged_kernels(call.dtype, plan.rank).project_dy({plan.project_dy, call.shape, call.stream}, p);
+}
+
+// dz and, for the db kernel, h.
+void launch_rows(const RaggedBackwardCall& call, const Groups& groups, const RaggedPlan& plan,
+                 const RaggedScratch& scratch, const void* z, int z_cols) {
+    RaggedRowsParams p{};
+    p.groups = groups;
+    SumRowsJob& job = p.job;
+    job.partial = needs_dz(call, 0) ? scratch.dh : nullptr;
+    job.count = plan.dh_parts;
+    job.partial_stride = job.cols = job.rank_class = plan.rank;
+    job.z = z;
+    job.dz = needs_dz(call, 0) ? scratch.dz : nullptr;
+    job.h = call.gradients[0].db && !plan.one_pass_dy ? scratch.h : nullptr;
+    job.alpha_t = call.members[0].alpha_t;
+    job.m = call.shape.m;
+    job.r = z_cols;
+    job.activation = call.members[0].activation;
+    p.low_rank_count = plan.low_rank_parts;
     p.scaling = call.members[0].scaling;
     p.inverse_keep = inverse_keep(call.threshold);
-    ragged_kernels(call.dtype, plan.rank).dz({plan.dz, call.shape, call.stream}, p);
+    if (!job.dz && !job.h)
+        return;
+    LaunchConfig config{{}, call.shape, call.stream};
+    config.plan.kernel = "ragged_rows";
+    config.plan.grid_x = slots_of(call.shape.m, groups.count, kRowsOfPiece);
+    config.plan.threads = kReduceThreads;
+    config.plan.shared_bytes = kPlaceBytes;
+    launch_ragged_rows(call.dtype, config, p);
 }
 
 // Round `round` of a sum over rows; without slabs where it has none.
@@ -159,6 +209,27 @@ LaunchConfig slots_config(KernelPlan kernel, const RaggedBackwardCall& call, con
                           const GroupSums& sums) {
     kernel.grid_x = slots_of(call.shape.m, groups.count, groups.chunk_rows) * sums.slabs;
     return {kernel, call.shape, call.stream};
+}
+
+void launch_dy(const RaggedBackwardCall& call, const Groups& groups, const RaggedPlan& plan,
+               const RaggedScratch& scratch, const GroupSums& sums, const void* z, int z_cols) {
+    RaggedDyParams p{};
+    p.groups = groups;
+    p.sums = sums;
+    DyMember& member = p.call.members[0];
+    member.dy = call.gradients[0].dy;
+    member.dy_stride = call.gradients[0].dy_stride;
+    member.b = b_of(call, groups);
+    member.z = z;
+    member.z_cols = z_cols;
+    member.alpha_t = call.members[0].alpha_t;
+    member.dh = needs_dz(call, 0) ? scratch.dh : nullptr;
+    member.db = static_cast<float*>(sums.out);  // whether there is one; its place is in the sums
+    member.activation = call.members[0].activation;
+    p.call.m = call.shape.m;
+    p.call.rows_per_chunk = plan.chunk_rows;
+    p.call.stages = plan.dy.stages;
+    ragged_kernels(call.dtype, plan.rank).dy(slots_config(plan.dy, call, groups, sums), p);
 }
 
 void launch_db(const RaggedBackwardCall& call, const Groups& groups, const RaggedPlan& plan,
@@ -214,9 +285,15 @@ void launch_sum(const RaggedBackwardCall& call, const Groups& groups, const Ragg
 
 }  // namespace
 
-int64_t ragged_workspace(const Shape& shape) {
+int64_t ragged_forward_workspace(const Shape& shape, int groups) {
+    return partial_z(shape, plan_ragged(shape, groups, Weights::as_they_are, kAnyDevice)) *
+           kFloatBytes;
+}
+
+int64_t ragged_backward_workspace(const Shape& shape, int groups, bool recompute_z) {
     Workspace count(nullptr);
-    RaggedScratch scratch(shape, plan_ragged(shape, 1, Weights::as_they_are, kAnyDevice), count);
+    RaggedScratch scratch(shape, plan_ragged(shape, groups, Weights::as_they_are, kAnyDevice),
+                          recompute_z, count);
     return count.used();
 }
 
@@ -227,31 +304,49 @@ void ragged_forward(const RaggedForwardCall& call) {
     check_matrix("base", out.base, out.base_stride, call.shape);
     check_z(out.z, call.shape.members[0].r, call.shape);
     launch_forward(call, filled(call.groups, call, plan), plan, out, call.shape.members[0].r,
-                   column_tiles(call.shape, call.shape.count));
+                   column_tiles(call.shape, 1), static_cast<float*>(call.workspace));
 }
 
+// As backward_round of ops.cpp: dh, dz, then the sums over rows, one round of columns after the
+// other. The dy kernel makes dh and dB in one pass, so that its rounds come before dz.
 void ragged_backward(const RaggedBackwardCall& call) {
     const RaggedPlan plan = plan_of(call, call.groups);
     const Groups groups = filled(call.groups, call, plan);
     const MemberGradients& gradients = call.gradients[0];
+    const int n = call.shape.members[0].n;
+    const bool need_dz = needs_dz(call, 0);
     check_matrix("dx", call.dx, call.shape.k, call.shape);
     check_matrix("dy", gradients.dy, gradients.dy_stride, call.shape);
     check_z(gradients.z, call.shape.members[0].r, call.shape);
     Workspace workspace(call.workspace);
-    const RaggedScratch scratch(call.shape, plan, workspace);
+    const RaggedScratch scratch(call.shape, plan, !gradients.z, workspace);
+    const void* z = gradients.z ? gradients.z : scratch.h;
+    const int z_cols = gradients.z ? groups.r : plan.rank;
     if (!gradients.z)
-        launch_forward(call, groups, plan, {nullptr, 0, nullptr, 0, scratch.h}, plan.rank, 0);
-    launch_dz(call, groups, plan, scratch);
-    const int rounds = std::max(plan.da.rounds(), plan.db.rounds());
-    for (int round = 0; round < rounds; ++round) {
-        GroupSums db = sums_of(plan.db, round, call.shape.members[0].n, gradients.db,
-                               gradients.db_is_float, scratch.db);
+        launch_forward(call, groups, plan, {nullptr, 0, nullptr, 0, scratch.h}, z_cols, 0,
+                       scratch.z);
+    const auto db_of = [&](int round) {
+        GroupSums db = sums_of(plan.db, round, n, gradients.db, gradients.db_is_float, scratch.db);
         db.scaling = call.members[0].scaling;
+        return db;
+    };
+    const GroupSums none{};
+    const bool dy_rounds = plan.one_pass_dy && plan.db.rounds() > 1;
+    for (int round = 0; plan.one_pass_dy && round < plan.db.rounds(); ++round) {
+        launch_dy(call, groups, plan, scratch, db_of(round), z, z_cols);
+        if (dy_rounds)
+            launch_sum(call, groups, plan, none, db_of(round));
+    }
+    if (!plan.one_pass_dy && need_dz)
+        launch_project_dy(call, groups, plan, scratch);
+    launch_rows(call, groups, plan, scratch, z, z_cols);
+    for (int round = 0; round < std::max(plan.da.rounds(), plan.db.rounds()); ++round) {
+        const GroupSums db = dy_rounds ? none : db_of(round);
         const GroupSums da =
             sums_of(plan.da, round, call.shape.k, gradients.da, gradients.da_is_float, scratch.da);
-        if (gradients.db && db.slabs > 0)
+        if (!plan.one_pass_dy && gradients.db && db.slabs > 0)
             launch_db(call, groups, plan, scratch, db);
-        if (needs_dz(call, 0) && da.slabs > 0)
+        if (need_dz && da.slabs > 0)
             launch_x(call, groups, plan, scratch, da);
         launch_sum(call, groups, plan, da, db);
     }
@@ -260,7 +355,17 @@ void ragged_backward(const RaggedBackwardCall& call) {
 std::vector<KernelPlan> ragged_kernels_of(const Shape& shape, int groups, Weights weights,
                                           const DeviceLimits& device) {
     const RaggedPlan plan = plan_ragged(shape, groups, weights, device);
-    return {plan.forward, plan.dz, plan.db_kernel, plan.x};
+    std::vector<KernelPlan> kernels;
+    if (plan.one_pass)
+        kernels = {plan.forward};
+    else
+        kernels = {plan.project, plan.expand};
+    if (plan.one_pass_dy)
+        kernels.push_back(plan.dy);
+    else
+        kernels.insert(kernels.end(), {plan.project_dy, plan.db_kernel});
+    kernels.push_back(plan.x);
+    return kernels;
 }
 
 }  // namespace afa

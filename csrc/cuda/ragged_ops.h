@@ -18,8 +18,9 @@ struct RaggedBackwardCall : BackwardCall {  // da [groups, r, K], db [groups, N,
     Groups groups;
 };
 
-// Bytes of scratch memory of a backward. The shape is that of a lone call on all rows.
-int64_t ragged_workspace(const Shape& shape);
+// Bytes of scratch memory. The shape is that of a lone call on all rows.
+int64_t ragged_forward_workspace(const Shape& shape, int groups);
+int64_t ragged_backward_workspace(const Shape& shape, int groups, bool recompute_z);
 
 // Raise as forward and backward do. Neither waits for the device.
 void ragged_forward(const RaggedForwardCall& call);

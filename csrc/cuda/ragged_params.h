@@ -27,16 +27,19 @@ struct RaggedForwardParams {
     ForwardParams call;
 };
 
-// dz and h from dh = dy B.
-struct RaggedDzParams {
+// x A^T, or dy B; here `partial` is [splits, rows of x, R].
+struct RaggedProjectParams {
     Groups groups;
-    ProjectParams call;    // dy and B; w is 0 where dz is not needed
-    const void* z;         // T [M, z_cols]
-    int z_cols;            // r; or R, where h takes the place of z
-    void *dz, *h;          // T [M, R]; null: not needed
-    const float* alpha_t;  // null at identity
-    int activation;
-    int rank_segment;  // for groups of ranks up to kSlabRank, the length of a segment
+    ProjectParams call;
+    int low_rank_segment;  // of groups of ranks up to kSlabRank
+};
+
+// z of the rows of x, or dz and h, from partial sums; its own alpha_t, scale and number of partial
+// sums for each group.
+struct RaggedRowsParams {
+    Groups groups;
+    SumRowsJob job;
+    int low_rank_count;  // of partial sums, for groups of ranks up to kSlabRank
     float scaling, inverse_keep;
 };
 
@@ -50,6 +53,13 @@ struct GroupSums {
     int first_slab, slabs;         // of the round
     int first_column, columns, w;  // of the round; of all
     float scaling;                 // of dB, where the groups have none of their own
+};
+
+// One pass over dy (R <= 32), as DyParams; dh is [slabs, rows of x, R].
+struct RaggedDyParams {
+    Groups groups;
+    DyParams call;
+    GroupSums sums;
 };
 
 struct RaggedOuterParams {
@@ -67,5 +77,6 @@ struct RaggedSumParams {
 
 // Ranks up to this one sum dy B by slabs of DyTile<>::kColumns columns where they are alone.
 constexpr int kSlabRank = 32, kSlab = 256;
+constexpr int kRowsOfPiece = 16;  // that a block of the rows kernel takes
 
 }  // namespace afa

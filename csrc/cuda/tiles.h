@@ -72,6 +72,7 @@ struct DyTile {
     static constexpr int kWarps = kRows / 16;
     static constexpr int kThreads = kWarps * kWarpSize;
     static constexpr int kRegisters = R == 16 ? 128 : 248, kBlocks = R == 16 ? 4 : 2;
+    static constexpr int kRaggedRegisters = 248, kRaggedBlocks = 2;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);
     static constexpr int kB = tile_elements(kColumns, R);

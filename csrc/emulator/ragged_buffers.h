@@ -1,6 +1,8 @@
 // The global memory that each ragged kernel may touch, derived from its parameters.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/ragged_params.h"
 #include "emulator/buffers.h"
 
@@ -43,6 +45,7 @@ std::vector<simt::Buffer> emulated_buffers(const RaggedForwardParams& p) {
     const ForwardMember& member = p.call.members[0];
     b.matrix("x", q.wide, q.m, q.w, q.wide_stride);
     b.weights("a", q.narrow[0], p.groups.r, p.groups.a_stride);
+    b.floats("partial", q.partial, q.splits * q.m * R);
     b.seed(q.dropout);
     b.weights("b", member.b, member.b.rows, p.groups.b_stride);
     b.matrix("y", member.y, q.m, member.b.rows, member.y_stride, true);
@@ -53,16 +56,44 @@ std::vector<simt::Buffer> emulated_buffers(const RaggedForwardParams& p) {
 }
 
 template <int R>
-std::vector<simt::Buffer> emulated_buffers(const RaggedDzParams& p) {
+std::vector<simt::Buffer> emulated_buffers(const RaggedProjectParams& p) {
     RaggedBufferList b(p.groups);
-    const Weight& weight = p.call.narrow[0];
-    b.matrix("dy", p.call.wide, p.call.m, weight.rows, p.call.wide_stride);
-    b.weights("b", weight, weight.rows, p.groups.b_stride);
-    if (p.z != p.h)
-        b.matrix("z", p.z, p.call.m, p.z_cols, p.z_cols);
-    b.matrix("dz", p.dz, p.call.m, R, R, true);
-    b.matrix("h", p.h, p.call.m, R, R, true);
-    b.of_groups("alpha_t", p.alpha_t, p.groups.alpha_stride);
+    const ProjectParams& q = p.call;
+    const bool transposed = q.narrow_transposed;
+    b.matrix("wide", q.wide, q.m, q.w, q.wide_stride);
+    b.weights(transposed ? "b" : "a", q.narrow[0], transposed ? q.narrow[0].rows : p.groups.r,
+              transposed ? p.groups.b_stride : p.groups.a_stride);
+    b.floats("partial", q.partial, q.splits * q.m * R, true);
+    b.seed(q.dropout);
+    return b.list;
+}
+
+template <int R>
+std::vector<simt::Buffer> emulated_buffers(const RaggedRowsParams& p) {
+    RaggedBufferList b(p.groups);
+    const SumRowsJob& job = p.job;
+    const int count = std::max(job.count, p.low_rank_count);
+    b.floats("partial", job.partial, count * job.m * job.partial_stride);
+    b.matrix("z_out", job.z_out, job.m, job.r, job.r, true);
+    if (job.z != job.h)
+        b.matrix("z", job.z, job.m, job.r, job.r);
+    b.matrix("dz", job.dz, job.m, job.cols, job.rank_class, true);
+    b.matrix("h", job.h, job.m, job.cols, job.rank_class, true);
+    b.of_groups("alpha_t", job.alpha_t, p.groups.alpha_stride);
+    return b.list;
+}
+
+template <int R>
+std::vector<simt::Buffer> emulated_buffers(const RaggedDyParams& p) {
+    RaggedBufferList b(p.groups);
+    const DyMember& member = p.call.members[0];
+    const int64_t slabs = (member.b.rows + kSlab - 1) / kSlab;
+    b.matrix("dy", member.dy, p.call.m, member.b.rows, member.dy_stride);
+    b.weights("b", member.b, member.b.rows, p.groups.b_stride);
+    b.matrix("z", member.z, p.call.m, member.z_cols, member.z_cols);
+    b.of_groups("alpha_t", member.alpha_t, p.groups.alpha_stride);
+    b.floats("dh", member.dh, slabs * p.call.m * R, true);
+    b.sums(p.sums, R);
     return b.list;
 }
 
