@@ -146,6 +146,15 @@ class Ragged:
         one.groups = Groups(one.ends, *(None if t is None else t[g : g + 1] for t in self.groups[1:]))
         return one
 
+    def lengthened(self, rows: int) -> "Ragged":
+        """Return the same groups with ``rows`` more rows that belong to none; they take no memory in dy, where all
+        rows have to be the same. For a backward."""
+        longer = Ragged.__new__(Ragged)
+        longer.__dict__ = dict(self.__dict__)
+        longer.x = torch.cat([self.x, torch.full((rows, self.x.shape[1]), torch.nan, dtype=self.x.dtype)])
+        longer.dy = self.dy[:1].expand(self.dy.shape[0] + rows, -1)
+        return longer
+
     def lone(self, name: str, g: int) -> dict[str, Tensor]:
         """Return y, z and dx of the rows of group g in an ordinary call with its part of A and B."""
         rows, rank, backend = self.of(g), self.ranks[g], registry.get(name)
