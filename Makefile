@@ -16,7 +16,7 @@ SAY := @printf '\n== %s\n'
 
 .PHONY: help
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '  %s\n' '' \
 		'ARGS="..."    passed on to what a target runs: make test ARGS="-k dropout"' \
 		'ISA=avx2      as on a processor with no more than that: $(ISAS)' \
@@ -131,12 +131,34 @@ format: $(VENV)/.tests  ## rewrite the sources as lint wants them
 bench: build-tests  ## time every provider of this machine (ARGS=--quick: within two minutes)
 	$(RUN) -m bench $(ARGS)
 
-.PHONY: sanitize-cpu sanitize-quick sanitize mutation reports-quick cuda-report triton-report gpu-check wheel-check clean
+.PHONY: sanitize-cpu sanitize-quick sanitize mutation reports-quick cuda-report triton-report gpu-check wheel wheel-check
+.PHONY: clean
 sanitize-cpu: $(VENV)/.tests
 	$(SAY) 'CPU kernels under ASan and UBSan, with every instruction set that this machine has'
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DAFA_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+# On Debian in the packages g++-aarch64-linux-gnu and qemu-user.
+AARCH64_TOOLS := aarch64-linux-gnu-g++ qemu-aarch64
+AARCH64_MISSING := $(strip $(foreach tool,$(AARCH64_TOOLS),$(if $(shell command -v $(tool)),,$(tool))))
+# Looking for leaks takes ptrace, which qemu-user does not have.
+AARCH64_TESTS = QEMU_LD_PREFIX=/usr/aarch64-linux-gnu HWASAN_OPTIONS=detect_leaks=0 \
+	$(BIN)/ctest --test-dir build/sanitize-aarch64 --output-on-failure
+.PHONY: sanitize-aarch64
+ifneq ($(AARCH64_MISSING),)
+sanitize-aarch64:
+	@echo 'no $(AARCH64_MISSING): the CPU kernels for aarch64 are not checked'
+else
+sanitize-aarch64: $(VENV)/.tests  ## CPU kernels for aarch64 under HWASan and UBSan in qemu, where a cross-compiler is
+	$(SAY) 'CPU kernels for aarch64 under HWASan and UBSan, in qemu'
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize-aarch64 -G Ninja -DAFA_SANITIZE=ON \
+		-DCMAKE_TOOLCHAIN_FILE=csrc/cpu/tests/aarch64.cmake
+	$(BIN)/cmake --build build/sanitize-aarch64
+	QEMU_CPU=max $(AARCH64_TESTS)
+	$(SAY) 'Those of NEON on an ARMv8-A without extensions; those for BF16 are skipped there'
+	QEMU_CPU=cortex-a53 $(AARCH64_TESTS) -R neon
+endif
 
 sanitize-quick: sanitize-cpu  ## sanitize with few random shapes
 	$(SAY) 'The PTX machine under ASan and UBSan'
@@ -182,9 +204,25 @@ host-time: build-tests  ## processor time of a call of the cuda backend before i
 gpu-check: build-tests  ## on a machine with a GPU: everything that the tests cannot run without one
 	$(RUN) -m tools.gpu_check $(ARGS)
 
-wheel-check: build-tests  ## builds the wheel and trains with it in a fresh environment that has another torch
+wheel: build-tests  ## a wheel for any Linux that torch runs on, into dist/ (AFA_BUILD_CUDA=0: without CUDA kernels)
+	$(SAY) 'Building the wheel, which takes minutes'
+	$(RUN) -m tools.portable_wheel $(ARGS)
+
+wheel-check: build-tests  ## builds the wheel, tests it and trains with it in fresh environments with other versions of torch
 	$(SAY) 'Building the wheel, which takes minutes'
 	$(RUN) -m pytest -m slow python_tests/test_wheel.py $(ARGS)
+
+.PHONY: hub-kernel hub-check
+hub-kernel: build-tests  ## the Triton and torch paths as a kernel of the Hugging Face hub, into build/hub
+	$(RUN) -m tools.hub_kernel $(ARGS)
+
+hub-check: build-tests  ## the hub kernel, loaded in a process that has not the package
+	$(RUN) -m pytest python_tests/test_hub_kernel.py $(ARGS)
+
+.PHONY: docs
+docs: build-tests  ## the documentation as a site, into build/site (ARGS=--serve: on localhost)
+	$(SAY) 'Building the site'
+	$(RUN) -m tools.docs_site $(ARGS)
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build dist outputs *.egg-info afa_kernels/*.so .pytest_cache .ruff_cache

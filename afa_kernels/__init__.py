@@ -8,6 +8,7 @@ from afa_kernels.autograd import AFALoRAFunction
 from afa_kernels.backend import builtin as _builtin  # noqa: F401 - registers the backends
 from afa_kernels.backend.registry import BackendStatus, BackendUnavailable, backends, use_backend
 from afa_kernels.checkpoint import load_adapter, save_adapter
+from afa_kernels.experts import AFAExpertLinear
 from afa_kernels.functional import afa_linear, afa_lora
 from afa_kernels.group import AFALinearGroup
 from afa_kernels.layer import AFALinear
@@ -16,23 +17,29 @@ from afa_kernels.plan import Plan, plan
 from afa_kernels.ragged import afa_linear_grouped, afa_lora_grouped
 from afa_kernels.schedule import AnnealSchedule
 from afa_kernels.shared_input import share_inputs, unshare_inputs
+from afa_kernels.stack import AFALinearStack, adapters_of, add_adapter, delete_adapter
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
+    "AFAExpertLinear",
     "AFALinear",
     "AFALinearGroup",
+    "AFALinearStack",
     "AFALoRAFunction",
     "AnnealSchedule",
     "BackendStatus",
     "BackendUnavailable",
     "Plan",
     "activations",
+    "adapters_of",
+    "add_adapter",
     "afa_linear",
     "afa_linear_grouped",
     "afa_lora",
     "afa_lora_grouped",
     "backends",
+    "delete_adapter",
     "inject",
     "load_adapter",
     "merge",

@@ -1,5 +1,7 @@
-"""``python -m afa_kernels``: versions, devices, and each backend, available or why not."""
+"""``python -m afa_kernels``: versions, devices, and each backend, available or why not. ``--self-test`` also runs each
+of them against float64."""
 
+import argparse
 import os
 import platform
 import sys
@@ -8,6 +10,7 @@ from importlib import metadata
 import torch
 
 import afa_kernels
+from afa_kernels import self_test
 from afa_kernels.backend.registry import ENVIRONMENT_VARIABLE
 
 _OPTIONAL_PACKAGES = ("triton", "transformers", "peft", "safetensors")
@@ -53,8 +56,11 @@ def _backends() -> list[str]:
     return lines
 
 
-def main() -> int:
-    """Print the report and return the exit status."""
+def main(argv: list[str] | None = None) -> int:
+    """Print the report and return the exit status. ``argv``: the arguments, by default those of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m afa_kernels", description="what runs here, and why not the rest")
+    parser.add_argument("--self-test", action="store_true", help="run every backend against float64, in seconds")
+    arguments = parser.parse_args(argv)
     print(_versions())
     print("devices:")
     for line in _devices():
@@ -65,6 +71,9 @@ def main() -> int:
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced:
         print(f"{ENVIRONMENT_VARIABLE}={forced} asks for one backend")
+    if arguments.self_test:
+        print("self-test, against float64:")
+        return self_test.run()
     return 0
 
 

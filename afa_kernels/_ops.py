@@ -189,7 +189,7 @@ def define(name: str, signature: str, implementation, fake):
     _library.define(f"{name}{signature}")
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(torch.ops.afa_kernels, name).default
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def define_direct(

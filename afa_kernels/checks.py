@@ -80,13 +80,10 @@ def group(x: Tensor, layers: list[tuple[Tensor, Tensor | None, Tensor, Tensor]])
 
 def branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     """Check the operands of the branch: types, dtypes, shapes and devices."""
-    tensor("x", x)
+    input_tensor(x)
     tensor("lora_a", lora_a)
     tensor("lora_b", lora_b)
-    shape = x.shape
-    if not shape:
-        raise ValueError("x: expected shape (..., in_features), got a 0-dim tensor")
-    k = shape[-1]
+    k = x.shape[-1]
     if lora_a.dim() != 2 or lora_a.shape[1] != k:
         raise ValueError(f"lora_a: expected shape (r, {k}) to match x {tuple(x.shape)}, got {tuple(lora_a.shape)}")
     r = lora_a.shape[0]
@@ -101,6 +98,12 @@ def branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
         raise ValueError(f"x, lora_b: expected at least one feature, got K={k} and N={lora_b.shape[0]}")
     same_device("lora_a", lora_a, x)
     same_device("lora_b", lora_b, x)
+
+
+def input_tensor(x: Tensor) -> None:
+    tensor("x", x)
+    if not x.shape:
+        raise ValueError("x: expected shape (..., in_features), got a 0-dim tensor")
 
 
 def same_device(name: str, value: Tensor, x: Tensor) -> None:

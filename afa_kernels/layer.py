@@ -1,16 +1,13 @@
 """AFALinear: a frozen linear layer with a trainable branch whose activation anneals away."""
 
-import math
-from numbers import Integral, Real
-
 import torch
 from torch import Tensor, nn
 
 from afa_kernels import checks
-from afa_kernels.alpha import Annealed, normal
+from afa_kernels.alpha import normal
 from afa_kernels.base_layer import is_conv1d, is_plain, weight_of
+from afa_kernels.branch import Branch
 from afa_kernels.functional import LinearCall, linear, lora
-from afa_kernels.options import Options, without_dropout
 from afa_kernels.plan import Plan, plan_of
 
 SUPPORTED = "torch.nn.Linear or transformers' Conv1D with a floating-point weight"
@@ -31,13 +28,7 @@ def why_unsupported(module: nn.Module) -> str | None:
     return None
 
 
-def _option(name: str) -> property:
-    """Return an attribute of AFALinear that its calls depend on: setting it makes the layer's options anew."""
-    # A property and no descriptor of our own: torch.compile of torch 2.6 sees through properties alone.
-    return property(lambda layer: layer._chosen[name], lambda layer, value: layer._choose(**{name: value}))
-
-
-class AFALinear(Annealed):
+class AFALinear(Branch):
     """A frozen linear layer with a trainable AFA-LoRA branch.
 
     ``y = base_layer(x) + scaling * phi(dropout(x) @ lora_a.T) @ lora_b.T`` with
@@ -71,12 +62,6 @@ class AFALinear(Annealed):
     not be changed.
     """
 
-    activation = _option("activation")
-    scaling = _option("scaling")
-    dropout = _option("dropout")
-    save = _option("save")
-    backend = _option("backend")
-
     def __init__(
         self,
         base_layer: nn.Module,
@@ -90,41 +75,18 @@ class AFALinear(Annealed):
         save: str = "z",
         backend: str | None = None,
     ):
-        super().__init__()
         reason = why_unsupported(base_layer)
         if reason is not None:
             raise TypeError(f"base_layer: expected {SUPPORTED}; {reason}")
-        check_options(r, lora_alpha, activation, dropout, save, backend)
-        weight = base_layer.weight
-        if dtype is None:
-            dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
-        if dtype not in checks.FLOATING:
-            raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
-
+        super().__init__(
+            base_layer, r, lora_alpha, activation, dropout, use_rslora, dtype=dtype, save=save, backend=backend
+        )
         self.base_layer = base_layer.requires_grad_(False)
-        self.transposed = is_conv1d(base_layer)
-        self.out_features, self.in_features = reversed(weight.shape) if self.transposed else weight.shape
-        self.r = int(r)
-        self.lora_alpha = lora_alpha
-        self.use_rslora = bool(use_rslora)
-        self._chosen = {}
-        scaling = float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
-        self._choose(activation=activation, scaling=scaling, dropout=float(dropout), save=save, backend=backend)
-        self.lora_a = nn.Parameter(torch.empty(self.r, self.in_features, dtype=dtype, device=weight.device))
-        self.lora_b = nn.Parameter(torch.empty(self.out_features, self.r, dtype=dtype, device=weight.device))
-        self.start_alpha_t(1.0, weight.device, persistent=True)
         self.register_buffer("_original_weight", None, persistent=False)
         self._merged = False
         self._shared_input = None  # set by shared_input.SharedInput for the time of a call of the block
         self._parallel = None  # set by the styles of parallel.py: the forward on local shards
-        self.reset_parameters()
         self.train(base_layer.training)
-
-    def reset_parameters(self) -> None:
-        """Initialise the branch as PEFT does: ``lora_a`` Kaiming-uniform with a = sqrt(5),
-        ``lora_b`` zero."""
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_b)
 
     @property
     def weight(self) -> Tensor:
@@ -185,19 +147,6 @@ class AFALinear(Annealed):
             return Plan("torch", "merged", "the branch is part of the frozen weight")
         return plan_of(x, self.lora_a, self.lora_b, self.identity, self.options)
 
-    @property
-    def options(self) -> Options:
-        """The options of a call of this layer: dropout acts in training only."""
-        return self._options if self.training else self._options_in_evaluation
-
-    def _choose(self, **changes) -> None:
-        chosen = {**self._chosen, **changes}
-        self._options = checks.options(
-            chosen["activation"], chosen["scaling"], chosen["dropout"], chosen["save"], chosen["backend"]
-        )
-        self._options_in_evaluation = without_dropout(self._options)
-        self._chosen = chosen
-
     def merge(self, *, keep_original: bool = False) -> None:
         """Add ``scaling * lora_b @ lora_a`` to the weight: afterwards the layer costs one GEMM.
         Merging twice is once.
@@ -257,6 +206,10 @@ class AFALinear(Annealed):
             raise ValueError("merge: the merged weight would not be finite; the weight is unchanged")
         return merged
 
+    def check_merge(self) -> None:
+        """Raise the ValueError that :meth:`merge` would raise."""
+        self.merged_weight()
+
     @torch.no_grad()
     def _weight_plus(self, factor: float) -> Tensor:
         weight = self.base_layer.weight
@@ -288,41 +241,12 @@ class AFALinear(Annealed):
         if (self._merged or merged) and brings_branch and prefix + "base_layer.weight" not in state_dict:
             error_msgs.append(f"{prefix}lora_a: a branch of a merged layer cannot be loaded without its weight")
             return
-        try:
-            value = self._loaded_alpha_t(state_dict, prefix)
-        except (TypeError, ValueError, RuntimeError) as error:
-            error_msgs.append(str(error))
-            return
+        errors = len(error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if prefix + _MERGED_KEY in unexpected_keys:
             unexpected_keys.remove(prefix + _MERGED_KEY)
-        self._take_loaded_alpha_t(value)
-        if brings_branch:
+        if brings_branch and len(error_msgs) == errors:
             self._merged = merged
             self._original_weight = None
-
-    def extra_repr(self) -> str:
-        state = "merged" if self._merged else f"alpha_t={self._alpha_t:g}"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
-            f"scaling={self.scaling:g}, activation={self.activation}, dropout={self.dropout:g}, "
-            f"{state}"
-        )
-
-
-def check_options(r, lora_alpha, activation, dropout, save, backend) -> None:
-    if isinstance(r, bool) or not isinstance(r, Integral):
-        raise TypeError(f"r: expected a positive int, got {type(r).__name__}")
-    if r < 1:
-        raise ValueError(f"r: expected a rank of at least 1, got {r}")
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, Real):
-        raise TypeError(f"lora_alpha: expected a number, got {type(lora_alpha).__name__}")
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha}")
-    if isinstance(dropout, bool) or not isinstance(dropout, Real):
-        raise TypeError(f"dropout: expected a float in [0, 1), got {type(dropout).__name__}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-    checks.options(activation, 1.0, 0.0, save, backend)

@@ -1,24 +1,34 @@
 """AFA-LoRA over a whole model: inject, anneal, merge, unmerge, unload."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from afa_kernels import checks
 from afa_kernels.base_layer import is_conv1d
-from afa_kernels.layer import AFALinear, check_options
+from afa_kernels.branch import Branch, check_options
+from afa_kernels.experts import AFAExpertLinear, seam
+from afa_kernels.experts.layer import AFAExperts, check_expert_rank, rank_of_expert
+from afa_kernels.experts.targets import find_parameters
+from afa_kernels.layer import AFALinear
+from afa_kernels.schedule import no_adapter, set_alpha_t_of, takes_alpha_t
 from afa_kernels.shared_input import attach_groups, groups_of, nothing_to_share, unshare_inputs
+from afa_kernels.stack import AFALinearStack, check_name
 from afa_kernels.targets import ALL_LINEAR, Candidate, find_targets, trainable_modules
 
 _TRAINABLE_MARK = "_afa_trainable"
 _FAST_PATH_MARK = "_afa_fast_path"
+LAYERS = (AFALinear, AFALinearStack)
+_ADAPTED = (*LAYERS, AFAExpertLinear)
 
 
 def inject(
     model: nn.Module,
-    target_modules: str | Iterable[str] = ALL_LINEAR,
+    target_modules: str | Iterable[str] | None = None,
     *,
+    target_parameters: Iterable[str] = (),
     r: int = 8,
     lora_alpha: float = 16,
     activation: str = "silu",
@@ -30,15 +40,23 @@ def inject(
     save: str = "z",
     backend: str | None = None,
     group: bool | None = None,
+    adapters: Mapping[str, Mapping[str, Any]] | None = None,
+    expert_rank: str = "same",
 ) -> nn.Module:
-    """Replace linear layers of ``model`` in place by :class:`AFALinear` and freeze everything else.
+    """Replace linear layers of ``model`` in place by :class:`AFALinear`, give the experts of a mixture their branches,
+    and freeze everything else.
 
     Args:
         target_modules: names (a module matches that is called so or ends in ``"." + name``), a
             regular expression (a string, matched against whole names), or ``"all-linear"``: every
             supported layer except the output head (``get_output_embeddings()``, or modules called
             lm_head, score or classifier) and layers that cannot be adapted (tied weights, inside
-            ``nn.MultiheadAttention``).
+            ``nn.MultiheadAttention``). By default ``"all-linear"``, or none where ``target_parameters`` are given.
+        target_parameters: names of fused expert parameters of a model of transformers 5, such as
+            ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``, matched as names of modules are. Each expert gets
+            its own A and B (:class:`AFAExpertLinear`); routers and shared experts stay as they are.
+        expert_rank: ``"same"``: each expert has rank r; ``"per_active"``: ``max(1, r // num_experts_per_tok)``, so that
+            a token meets about r columns of A in all.
         trainable: names or regular expression of modules to train in full, a classification head
             for example. No layer inside them is adapted; :func:`save_adapter` saves them (PEFT's
             ``modules_to_save``).
@@ -46,6 +64,8 @@ def inject(
         group: let q, k and v, and gate and up, of the common transformer blocks share their passes over x where a
             backend takes them together (see :func:`afa_kernels.share_inputs`). None: where there are such layers and no
             dropout; True: it is an error if there are none; False: not at all.
+        adapters: make a stack of adapters of each layer (:class:`AFALinearStack`): their names, and for each the
+            options of the next line in which it differs. :func:`adapters_of` says which one computes which sample.
         r, lora_alpha, activation, dropout, use_rslora, dtype, save, backend: as in
             :class:`AFALinear`.
 
@@ -59,33 +79,72 @@ def inject(
             with nothing to group, or with dropout, which leaves nothing to share. The model is then
             unchanged.
     """
-    check_options(r, lora_alpha, activation, dropout, save, backend)
-    if dtype is not None and dtype not in checks.FLOATING:
-        raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
-    if any(isinstance(m, AFALinear) for m in model.modules()):
+    options = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "activation": activation,
+        "dropout": dropout,
+        "use_rslora": use_rslora,
+        "dtype": dtype,
+        "save": save,
+        "backend": backend,
+    }
+    if adapters is None:
+        _check(options)
+    else:
+        adapters = _each(adapters, options)
+    check_expert_rank(expert_rank)
+    if any(isinstance(m, _ADAPTED) for m in model.modules()):
         raise ValueError("model: it has AFA layers already; unload(model) first")
     trained = trainable_modules(model, trainable)
-    targets = find_targets(model, target_modules, exclude_modules, trained)
+    parameters = find_parameters(model, target_parameters, trained)
+    if parameters and adapters is not None:
+        raise ValueError("adapters: experts have one adapter, without a name; got target_parameters too")
+    targets = []
+    if target_modules or not parameters:
+        wanted = ALL_LINEAR if target_modules is None else target_modules
+        targets = find_targets(model, wanted, exclude_modules, trained)
+    ranks = [rank_of_expert(target.experts, r, expert_rank) for target in parameters]
     if group:
+        if adapters is not None:
+            raise ValueError("group: layers with a stack of adapters compute on their own; got group=True")
         _check_group(model, targets, dropout)
 
-    def make(_name: str, module: nn.Module) -> AFALinear:
-        return AFALinear(
-            module,
-            r,
-            lora_alpha,
-            activation,
-            dropout,
-            use_rslora,
-            dtype=dtype,
-            save=save,
-            backend=backend,
-        )
+    def make(_name: str, module: nn.Module) -> nn.Module:
+        return AFALinear(module, **options) if adapters is None else AFALinearStack(module, adapters)
 
     replace(model, targets, trained, make)
-    if group is not False and not dropout:
+    for target, rank in zip(parameters, ranks, strict=True):
+        add_to_experts(AFAExpertLinear(target.experts, target.parameter, **{**options, "r": rank}))
+    if adapters is None and group is not False and not dropout:
         attach_groups(model, AFALinear)
     return model
+
+
+def _check(options: dict[str, Any]) -> None:
+    names = ("r", "lora_alpha", "activation", "dropout", "save", "backend")
+    check_options(*(options[name] for name in names))
+    dtype = options["dtype"]
+    if dtype is not None and dtype not in checks.FLOATING:
+        raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
+
+
+def _each(adapters: Mapping[str, Mapping[str, Any]], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the checked options of each adapter in full."""
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise TypeError(f"adapters: expected the options of each adapter by its name, got {adapters!r}")
+    full = {}
+    for name, own in adapters.items():
+        check_name(name)
+        unknown = own.keys() - options.keys()
+        if unknown:
+            raise TypeError(f"adapters: {name!r} has {min(unknown)}; expected some of {', '.join(options)}")
+        full[name] = {**options, **own}
+        try:
+            _check(full[name])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"adapters: {name!r}: {error}") from None
+    return full
 
 
 def _check_group(model: nn.Module, targets: list[Candidate], dropout: float) -> None:
@@ -105,7 +164,7 @@ def replace(
     model: nn.Module,
     targets: list[Candidate],
     trained: list[str],
-    make: Callable[[str, nn.Module], AFALinear],
+    make: Callable[[str, nn.Module], nn.Module],
 ) -> None:
     """Freeze ``model`` but for ``trained``, and put ``make(name, module)`` at each target."""
     model.requires_grad_(False)
@@ -118,24 +177,33 @@ def replace(
     _leave_fast_paths(model)
 
 
-def set_alpha_t(model: nn.Module, value: float) -> None:
+def add_to_experts(layer: AFAExpertLinear) -> None:
+    """Let the experts module of ``layer`` compute with it."""
+    if not hasattr(layer.experts, "afa"):
+        seam.attach(layer.experts, AFAExperts())
+    layer.experts.afa[layer.parameter] = layer
+
+
+def set_alpha_t(model: nn.Module, value: float, adapter: str | None = None) -> None:
     """Set the blend coefficient of every layer of ``model`` that has ``set_alpha_t``: AFA layers,
     and the layers of a PEFT model with an :class:`afa_kernels.peft.AFALoraConfig`.
+
+    Args:
+        adapter: of this adapter alone; by default of all adapters, and in a PEFT model of the active ones.
 
     Raises:
         TypeError, ValueError: ``value`` is no number in [0, 1], is not 0 while a layer is merged,
             or the model has no such layer. No layer is changed then.
     """
-    named = model.named_modules()
-    layers = [(name, m) for name, m in named if callable(getattr(m, "set_alpha_t", None))]
+    layers = [(name, m) for name, m in model.named_modules() if takes_alpha_t(m, adapter)]
     if not layers:
-        raise _nothing_found(model)
+        raise _nothing_found(model) if adapter is None else no_adapter(model, adapter)
     value = checks.alpha_value(value)
     merged = [name for name, layer in layers if layer.merged]
     if merged and value != 0.0:
         raise ValueError(f"alpha_t: {merged[0]} is merged, got {value}; unmerge(model) first")
     for _, layer in layers:
-        layer.set_alpha_t(value)
+        set_alpha_t_of(layer, value, adapter)
 
 
 def merge(model: nn.Module, *, keep_original: bool = False) -> nn.Module:
@@ -146,14 +214,15 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> nn.Module:
             :meth:`AFALinear.merge`).
 
     Raises:
-        ValueError: a layer cannot be merged (``alpha_t`` is not 0, say). No layer is changed then.
+        ValueError: a layer cannot be merged (``alpha_t`` is not 0, say, or it has a stack of adapters). No layer is
+            changed then.
     """
     layers = _layers(model)
     for name, layer in layers:
         if not layer.merged:
             # Computed here to be checked and again to be written, so that no copy of the whole
             # model is held.
-            _named(name, layer.merged_weight)
+            _named(name, layer.check_merge)
         elif keep_original:
             _named(name, lambda layer=layer: layer.merge(keep_original=True))
     for _, layer in layers:
@@ -179,35 +248,44 @@ def unload(model: nn.Module) -> nn.Module:
         ValueError: the model has no AFA layer, only some of them are merged, or one is sharded for
             tensor parallelism. The model is unchanged then.
     """
-    layers = _layers(model)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _ADAPTED)]
+    if not layers:
+        raise _nothing_found(model)
     if len({layer.merged for _, layer in layers}) > 1:
         name = next(name for name, layer in layers if not layer.merged)
         raise ValueError(f"model: some layers are merged and {name} is not; merge(model) or unmerge(model) first")
-    sharded = next((name for name, layer in layers if layer._parallel is not None), None)
+    sharded = next((name for name, layer in layers if getattr(layer, "_parallel", None) is not None), None)
     if sharded is not None:
         raise ValueError(
             f"model: {sharded} is sharded by a style of afa_kernels.parallel, which its base layer "
             "does not know; save_adapter(model) and load it into a whole model"
         )
-    if isinstance(model, AFALinear):
+    if isinstance(model, LAYERS):
         return model.base_layer
     unshare_inputs(model)
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):
-            if isinstance(child, AFALinear):
+            if isinstance(child, LAYERS):
                 child.base_layer.train(child.training)
                 setattr(parent, attribute, child.base_layer)
+            elif isinstance(child, AFAExperts):
+                seam.detach(parent)
         for attribute, value in parent.__dict__.pop(_FAST_PATH_MARK, {}).items():
             setattr(parent, attribute, value)
         parent.__dict__.pop(_TRAINABLE_MARK, None)
     return model
 
 
-def named_layers(model: nn.Module) -> Iterator[tuple[str, AFALinear]]:
-    """Yield the AFA layers of ``model`` with their names."""
+def named_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Branch | AFAExpertLinear]]:
+    """Yield the AFA layers of ``model`` with the names of the modules and parameters that they adapt; with ``adapter``,
+    the branches of that adapter."""
     for name, module in model.named_modules():
-        if isinstance(module, AFALinear):
+        if adapter is None and isinstance(module, AFALinear):
             yield name, module
+        elif adapter is None and isinstance(module, AFAExpertLinear):
+            yield (name.removesuffix(f"afa.{module.parameter}") + module.parameter), module
+        elif isinstance(module, AFALinearStack) and adapter in module.adapters:
+            yield name, module.adapters[adapter]
 
 
 def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -221,7 +299,10 @@ def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in covered):
             continue
-        if isinstance(module, AFALinear):
+        if isinstance(module, AFAExperts):
+            covered.append(f"{name}.")
+            continue
+        if isinstance(module, LAYERS):
             covered.append(f"{name}.")
             own = module.base_layer.named_parameters(f"{name}.base_layer")
         elif getattr(module, _TRAINABLE_MARK, False):
@@ -233,7 +314,7 @@ def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]
         trains = [parameter_name for parameter_name, p in own if p.requires_grad]
         if not trains:
             continue
-        if not name or any(isinstance(m, AFALinear) for m in module.modules()):
+        if not name or any(isinstance(m, _ADAPTED) for m in module.modules()):
             raise ValueError(
                 f"{trains[0]} trains, but a LoRA checkpoint holds, beside the branches, only whole "
                 "modules without AFA layers"
@@ -247,7 +328,7 @@ def marked_modules(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if getattr(module, _TRAINABLE_MARK, False)]
 
 
-def _layers(model: nn.Module) -> list[tuple[str, AFALinear]]:
+def _layers(model: nn.Module) -> list[tuple[str, AFALinear | AFAExpertLinear]]:
     layers = list(named_layers(model))
     if not layers:
         raise _nothing_found(model)
@@ -255,6 +336,11 @@ def _layers(model: nn.Module) -> list[tuple[str, AFALinear]]:
 
 
 def _nothing_found(model: nn.Module) -> ValueError:
+    if any(isinstance(module, AFALinearStack) for module in model.modules()):
+        return ValueError(
+            "model: its layers have a stack of adapters, and no weight equals several branches; save_adapter(model, "
+            "path, adapter) and load that into a model of its own"
+        )
     return ValueError(f"model: expected AFA layers, found none in {type(model).__name__}; inject(model) adds them")
 
 
@@ -275,6 +361,6 @@ def _leave_fast_paths(model: nn.Module) -> None:
             attribute, off = "activation_relu_or_gelu", 0
         else:
             continue
-        if any(isinstance(m, AFALinear) for m in module.modules()):
+        if any(isinstance(m, LAYERS) for m in module.modules()):
             setattr(module, _FAST_PATH_MARK, {attribute: getattr(module, attribute, off)})
             setattr(module, attribute, off)

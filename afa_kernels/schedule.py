@@ -41,12 +41,36 @@ _MAX_SHARPNESS = 500.0  # exp() of it is still finite
 _CALLABLE = "callable"  # the kind that state_dict stores for a function, which itself is not stored
 
 
-def annealed_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of ``model`` that have ``set_alpha_t``, those of PEFT prepared for it."""
+def annealed_layers(model: nn.Module, adapter: str | None = None) -> list[nn.Module]:
+    """Return the layers of ``model`` that have ``set_alpha_t``, those of PEFT prepared for it; with ``adapter``, those
+    that anneal an adapter of that name."""
     integration = sys.modules.get("afa_kernels.peft")
     if integration is not None:
         integration.install_annealed(model)
-    return [m for m in model.modules() if callable(getattr(m, "set_alpha_t", None))]
+    layers = [module for module in model.modules() if takes_alpha_t(module, adapter)]
+    if adapter is not None and not layers:
+        raise no_adapter(model, adapter)
+    return layers
+
+
+def takes_alpha_t(module: nn.Module, adapter: str | None) -> bool:
+    """Whether :func:`set_alpha_t_of` can set something in a module. Layers with several adapters have ``anneals``."""
+    if adapter is None:
+        return callable(getattr(module, "set_alpha_t", None))
+    anneals = getattr(module, "anneals", None)
+    return callable(anneals) and anneals(adapter)
+
+
+def set_alpha_t_of(layer: nn.Module, value: float, adapter: str | None) -> None:
+    """Set alpha_t of a layer, or of one adapter in it."""
+    if adapter is None:
+        layer.set_alpha_t(value)
+    else:
+        layer.set_alpha_t(value, adapter)
+
+
+def no_adapter(model: nn.Module, adapter: str) -> ValueError:
+    return ValueError(f"adapter: no layer of {type(model).__name__} has an adapter {adapter!r} that can be annealed")
 
 
 class AnnealSchedule:
@@ -101,7 +125,8 @@ class AnnealSchedule:
         self._begin = _boundary(self.begin_frac, self.total_steps)
         self._end = _boundary(self.end_frac, self.total_steps)
         self._step = 0
-        self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        # The adapters of each layer that it drives; None stands for those that set_alpha_t takes without a name.
+        self._layers: weakref.WeakKeyDictionary[nn.Module, set[str | None]] = weakref.WeakKeyDictionary()
 
     def __call__(self, step: int) -> float:
         """Return alpha_t at optimizer step ``step`` (0 before the first); steps past
@@ -131,20 +156,24 @@ class AnnealSchedule:
         """The value at the current step."""
         return self(self._step)
 
-    def attach(self, model: nn.Module) -> "AnnealSchedule":
+    def attach(self, model: nn.Module, adapter: str | None = None) -> "AnnealSchedule":
         """Drive every layer of ``model`` that has ``set_alpha_t``: set the current value now and at
             each step.
 
         Layers are remembered weakly: attaching keeps no model alive, and copies of it are not
         followed.
 
+        Args:
+            adapter: drive this adapter alone; by default all adapters, and in a PEFT model the active ones.
+
         Raises:
-            ValueError: no layer of ``model`` has ``set_alpha_t``.
+            ValueError: no layer of ``model`` has ``set_alpha_t``, or none has the adapter.
         """
-        layers = annealed_layers(model)
+        layers = annealed_layers(model, adapter)
         if not layers:
             raise ValueError(f"model: expected layers with set_alpha_t, found none in {type(model).__name__}")
-        self._layers.update(layers)
+        for layer in layers:
+            self._layers.setdefault(layer, set()).add(adapter)
         self._write()
         return self
 
@@ -189,7 +218,7 @@ class AnnealSchedule:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._layers = weakref.WeakSet()
+        self._layers = weakref.WeakKeyDictionary()
 
     def _definition(self) -> dict[str, Any]:
         names = ("total_steps", "kind", "start", "end", "begin_frac", "end_frac")
@@ -197,8 +226,9 @@ class AnnealSchedule:
 
     def _write(self) -> float:
         alpha_t = self.alpha_t
-        for layer in self._layers:
-            layer.set_alpha_t(alpha_t)
+        for layer, adapters in self._layers.items():
+            for adapter in adapters:
+                set_alpha_t_of(layer, alpha_t, adapter)
         return alpha_t
 
     def __repr__(self) -> str:

@@ -16,16 +16,23 @@
 #include "checks.h"
 #include "common/activation.h"
 #include "common/philox.h"
+#include "cpu/bind_operands.h"
 #include "cpu/cpu.h"
-#include "tensor.h"
 
 namespace py = pybind11;
 
+void bind_ragged(py::module_& module);  // csrc/cpu/bind_ragged.cpp
 #if defined(AFA_WITH_CUDA)
 void bind_cuda(py::module_& module);  // csrc/cuda/bindings.cpp
 #endif
 
 namespace {
+
+using afa::cpu::common;
+using afa::cpu::dense;
+using afa::cpu::matrix;
+using afa::cpu::scalar;
+using afa::cpu::set_dx;
 
 py::dict build_info() {
     py::dict info;
@@ -56,78 +63,6 @@ py::dict activation_ids() {
     for (int id = 0; id < afa::kActivationCount; ++id)
         ids[afa::kActivationNames[id]] = id;
     return ids;
-}
-
-static_assert(static_cast<int>(afa::Element::f32) == static_cast<int>(afa::cpu::Dtype::f32) &&
-              static_cast<int>(afa::Element::bf16) == static_cast<int>(afa::cpu::Dtype::bf16) &&
-              static_cast<int>(afa::Element::f16) == static_cast<int>(afa::cpu::Dtype::f16) &&
-              static_cast<int>(afa::Element::f64) == static_cast<int>(afa::cpu::Dtype::f64));
-
-afa::cpu::Matrix matrix(const afa::TensorView& view, const char* name, int64_t rows, int64_t cols) {
-    if (view.dimensions != 2 || view.sizes[0] != rows || view.sizes[1] != cols)
-        throw py::value_error(std::string(name) + ": expected shape (" + std::to_string(rows) +
-                              ", " + std::to_string(cols) + ")");
-    if (view.element > afa::Element::f64)
-        throw py::type_error(std::string(name) + ": expected a floating dtype");
-    if (view.data == nullptr)
-        throw py::value_error(std::string(name) + ": expected a tensor that has memory");
-    return {view.data, view.strides[0], view.strides[1],
-            static_cast<afa::cpu::Dtype>(static_cast<int>(view.element))};
-}
-
-// None: absent.
-afa::cpu::Matrix matrix(py::handle tensor, const char* name, int64_t rows, int64_t cols,
-                        afa::cpu::Dtype dtype) {
-    if (tensor.is_none())
-        return {};
-    const afa::cpu::Matrix found = matrix(afa::view_of(tensor, name), name, rows, cols);
-    if (found.dtype != dtype)
-        throw py::type_error(std::string(name) +
-                             ": expected the dtype of the operand it goes with");
-    return found;
-}
-
-// As matrix, for a tensor that must be contiguous.
-afa::cpu::Matrix dense(py::handle tensor, const char* name, int64_t rows, int64_t cols,
-                       afa::cpu::Dtype dtype) {
-    afa::cpu::Matrix found = matrix(tensor, name, rows, cols, dtype);
-    const bool adjacent =
-        (cols == 1 || found.col_stride == 1) && (rows == 1 || found.row_stride == cols);
-    if (found.data != nullptr && !adjacent)
-        throw py::value_error(std::string(name) + ": expected a contiguous tensor");
-    found.row_stride = cols;  // the strides of a single row or column can be anything
-    found.col_stride = 1;
-    return found;
-}
-
-template <class T>
-const T* scalar(py::handle tensor, const char* name, afa::Element element) {
-    const afa::TensorView view = afa::view_of(tensor, name);
-    if (view.dimensions != 0 || view.element != element || view.data == nullptr)
-        throw py::type_error(std::string(name) + ": expected a 0-dim " +
-                             (element == afa::Element::i64 ? "int64" : "float32") + " tensor");
-    return static_cast<const T*>(view.data);
-}
-
-// What forward and backward have in common: x, its sizes, and how it is dropped.
-template <class Params>
-Params common(py::handle x, py::handle seed, int dropout, int threads) {
-    if (dropout < 0 || dropout >= afa::kDropoutLevels)
-        throw std::invalid_argument("dropout: expected 0..255");
-    const afa::TensorView view = afa::view_of(x, "x");
-    Params p;
-    p.m = view.sizes[0];
-    p.k = view.sizes[1];
-    if (p.m < 1 || p.k < 1)
-        throw std::invalid_argument("x: expected M, K >= 1");
-    p.x = matrix(view, "x", p.m, p.k);
-    if (p.x.dtype == afa::cpu::Dtype::f64)
-        throw std::invalid_argument("x: the CPU kernels do not take float64");
-    p.dtype = p.x.dtype;
-    p.seed = dropout > 0 ? scalar<int64_t>(seed, "seed", afa::Element::i64) : nullptr;
-    p.dropout = dropout;
-    p.threads = threads < 1 ? 1 : threads;
-    return p;
 }
 
 // What a member is in both directions: A, B, and the sizes that follow.
@@ -168,13 +103,6 @@ void set_results(const afa::cpu::CommonParams& p, afa::cpu::BackwardMember& one,
     one.db = dense(db, "db", one.n, one.r, one.b.dtype);
     if (one.dy.data == nullptr)
         throw py::type_error("dy: expected a torch.Tensor, got None");
-}
-
-void set_dx(afa::cpu::BackwardParams& p, py::handle dx, bool accumulate_dx) {
-    p.dx = dense(dx, "dx", p.m, p.k, p.dtype);
-    p.accumulate_dx = accumulate_dx;
-    if (accumulate_dx && p.dropout > 0)
-        throw std::invalid_argument("accumulate_dx: not with dropout");
 }
 
 // base and z may be None. out may be base.
@@ -312,6 +240,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("cpu_backward", &cpu_backward);
     module.def("cpu_group_forward", &cpu_group_forward);
     module.def("cpu_group_backward", &cpu_group_backward);
+    bind_ragged(module);
     module.def("activation_ids", &activation_ids, "Name -> id of every activation.");
     module.def("dropout_mask", &dropout_mask, py::arg("out"), py::arg("rows"), py::arg("cols"),
                py::arg("seed"), py::arg("threshold"), "Write the keep mask as bytes (for tests).");

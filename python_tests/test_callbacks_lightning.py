@@ -115,3 +115,22 @@ def test_a_peft_model_is_driven_too(tmp_path):
     x = torch.randn(3, 8)
     y = module.net(x)
     torch.testing.assert_close(adapted.merge_and_unload()(x), y)
+
+
+class Several(Regression):
+    def __init__(self):
+        super().__init__()
+        afa.inject(afa.unload(self.net), adapters={"a": {}, "b": {}}, r=4)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.seen.append(tuple(branch.alpha_t for branch in self.net[0].adapters.values()))
+        with afa.adapters_of(self.net, ["a", "b", "b", "a"]):
+            return nn.functional.mse_loss(self.net(x), y)
+
+
+def test_each_adapter_has_its_callback(tmp_path):
+    callbacks = [LightningAnnealCallback(adapter="a", end_frac=1.0), LightningAnnealCallback(adapter="b", end_frac=0.5)]
+    trainer, module = fit(tmp_path, *callbacks, module=Several(), max_steps=4)
+    assert module.seen == [(1.0, 1.0), (0.75, 0.5), (0.5, 0.0), (0.25, 0.0)]
+    assert trainer.callback_metrics["alpha_t/a"] == trainer.callback_metrics["alpha_t/b"] == 0.0

@@ -58,6 +58,30 @@ def test_opcheck_group(dtype):
         opcheck(torch.ops.afa_kernels.group_backward, (*saved, *needed))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("save_z", [True, False])
+def test_opcheck_ragged(dtype, save_z):
+    members = [Problem.random(6, 16, 8, 4, dtype) for _ in range(3)]
+    x, dy, base = members[0].x, members[0].dy, members[0].base
+    weight, bias, a, b = (
+        torch.stack([getattr(p, name) for p in members]) for name in ("weight", "bias", "lora_a", "lora_b")
+    )
+    offsets, ranks = torch.tensor([2, 2, 5], dtype=torch.int32), torch.tensor([4, 1, 3], dtype=torch.int32)
+    alpha_t, scaling = torch.tensor([0.0, 0.3, 1.0]), torch.tensor([1.0, 2.0, 0.5])
+    groups = (offsets, ranks, alpha_t, scaling)
+    options = ("gelu", 1.0, 64, save_z, None)
+    branch = (x, a, b, *groups, torch.tensor(5), *options)
+    operators = torch.ops.afa_kernels
+    opcheck(operators.ragged_lora_forward, (base, *branch))
+    opcheck(operators.ragged_lora_forward_, (base, *branch))
+    opcheck(operators.ragged_linear_forward, (weight, bias, *branch))
+    z = operators.ragged_lora_forward(None, *branch)[1] if save_z else None
+    saved = (dy, x, a, b, *groups, z, torch.tensor(5), *options)
+    opcheck(operators.ragged_lora_backward, (*saved, True, False, True))
+    opcheck(operators.ragged_linear_backward, (weight, *saved, True, True))
+    opcheck(operators.ragged_outer, (dy, x, offsets))
+
+
 def test_every_operator_is_opchecked():
     """A new operator must come with its own opcheck above."""
     schemas = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("afa_kernels::")}
@@ -69,6 +93,12 @@ def test_every_operator_is_opchecked():
         "linear_backward",
         "group_forward",
         "group_backward",
+        "ragged_lora_forward",
+        "ragged_lora_forward_",
+        "ragged_linear_forward",
+        "ragged_lora_backward",
+        "ragged_linear_backward",
+        "ragged_outer",
     }
     assert schemas == {f"afa_kernels::{name}" for name in checked}
 

@@ -13,8 +13,8 @@ from afa_kernels.backend import cuda, registry
 from afa_kernels.backend.registry import Backend, BackendStatus, Call
 
 
-def call(r=16, k=64, n=64, dtype=torch.bfloat16):
-    return Call("cuda", dtype, 128, k, n, r, "silu", device_index=0)
+def call(r=16, k=64, n=64, dtype=torch.bfloat16, m=128):
+    return Call("cuda", dtype, m, k, n, r, "silu", device_index=0)
 
 
 def fake_triton(available=True):
@@ -70,23 +70,33 @@ def test_it_comes_first_on_every_gpu(table, capability):
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 3)])
-def test_the_widest_ranks_are_left_to_triton_and_the_plan_says_so(table, capability):
+@pytest.mark.parametrize(("r", "m"), [(128, 6144), (64, 12288), (33, 32768)])
+def test_wide_ranks_of_many_rows_are_left_to_triton_and_the_plan_says_so(table, capability, r, m):
     table(capability)
-    chosen, reason = registry.select(call(r=65), None)
+    chosen, reason = registry.select(call(r=r, m=m), None)
     assert chosen.name == "triton"
-    assert reason == (f"cuda: leaves ranks above 64 to triton on compute capability {capability[0]}.{capability[1]}")
-    assert registry.select(call(r=65), "cuda").backend.name == "cuda", "forced, it takes the call"
+    assert reason == (
+        "cuda: leaves ranks above 32, where rows times rank reach 786432, to triton on compute capability "
+        f"{capability[0]}.{capability[1]}"
+    )
+    assert registry.select(call(r=r, m=m), "cuda").backend.name == "cuda", "forced, it takes the call"
+
+
+@pytest.mark.parametrize(("r", "m"), [(128, 6143), (128, 1), (64, 8192), (32, 1 << 20)])
+def test_few_rows_and_narrow_ranks_stay(table, r, m):
+    table((9, 0))
+    assert registry.select(call(r=r, m=m), None).backend.name == "cuda"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
 def test_the_widest_ranks_stay_where_triton_has_no_better_instructions(table, capability):
     table(capability)
-    assert registry.select(call(r=128), None).backend.name == "cuda"
+    assert registry.select(call(r=128, m=8192), None).backend.name == "cuda"
 
 
 def test_nothing_is_left_to_a_backend_that_cannot_take_it(table):
     table((9, 0), triton=False)
-    assert registry.select(call(r=128), None).backend.name == "cuda"
+    assert registry.select(call(r=128, m=8192), None).backend.name == "cuda"
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,8 @@ def test_schedules_give_the_same_bits(name):
     "m, expected",
     [(75, ["project", "expand", "dy", "reduce", "x", "reduce"]), (6200, ["forward", "dy", "reduce", "x", "reduce"])],
 )
-def test_a_group_launches_what_a_lone_layer_does(m, expected):
+def test_what_a_group_launches(m, expected):
+    """As many passes as a lone layer has; the sums of dh of all members are one more launch."""
     if "cuda_ptx" not in NAMES:
         pytest.skip("built with nvcc only")
     from afa_kernels import _cuda_on_ptx

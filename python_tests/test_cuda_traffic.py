@@ -12,7 +12,7 @@ from helpers import Problem
 
 from afa_kernels.backend import registry
 from bench.model import __main__ as command
-from bench.model.cuda_launches import H100, Layer, decoding, kernels, overhead
+from bench.model.cuda_launches import H100, Layer, Range, decoding, kernels, overhead, traffic_alone
 
 _BYTES = ("global_read_bytes", "global_write_bytes", "async_copy_bytes")
 
@@ -118,6 +118,15 @@ def test_the_command_prints_every_kernel_and_the_check_its_figures(capsys):
     assert status == any(line.startswith("MISSED") for line in figures)
 
 
+def test_the_check_says_where_traffic_alone_is_above_the_figure(capsys):
+    command.check()
+    said = [line for line in capsys.readouterr().out.splitlines() if "its traffic with memory alone" in line]
+    assert len(said) == 4 and [line.endswith("above that") for line in said] == [False, True, False, False]
+    for name, (k, n) in command.GROUPS.items():
+        layer = Layer(8192, k, n, (16,) * len(n))
+        assert traffic_alone(layer).both.good < overhead(layer).both.good, name
+
+
 def test_layers_that_share_x_cost_less_than_one_by_one():
     together = sum(overhead(Layer(8192, 4096, (4096, 1024, 1024), (16, 16, 16))).both)
     alone = [overhead(Layer(8192, 4096, n, 16)).both for n in (4096, 1024, 1024)]
@@ -129,6 +138,27 @@ def test_layers_that_share_x_cost_less_than_one_by_one():
 def test_one_token_waits_for_memory_and_not_for_bytes():
     project, expand = kernels(Layer(1, 4096, 4096, 16))[0]
     for kernel in (project, expand):
-        assert kernel.seconds(H100, "good")[0] >= (H100.launch.good + H100.latency.good) * 0.999
+        assert kernel.seconds(H100, "good")[0] >= (kernel.gaps(H100, "good") + H100.latency.good) * 0.999
         assert kernel.waits == 1
+    assert project.gaps(H100, "bad") == H100.launch.bad > expand.gaps(H100, "bad")
     assert decoding(Layer(1, 4096, 4096, 16)).good > 0
+
+
+def test_a_launch_behind_a_kernel_of_ours_costs_less_but_the_kernel_still_waits_for_what_it_reads():
+    dy, x, reduce = kernels(Layer(8192, 4096, 4096, 16))[1]
+    assert dy.gaps(H100, "good") == H100.launch.good and dy.gaps(H100, "bad") == H100.launch.bad
+    for kernel in (x, reduce):
+        assert kernel.gaps(H100, "bad") == pytest.approx(H100.launch.bad - H100.hidden.bad)
+        assert kernel.gaps(H100, "good") == H100.latency.good, "more would be hidden than there is to wait for"
+    rounds = kernels(Layer(131072, 4096, 4096, 16))[1]
+    assert rounds[0].launches > 1 and rounds[0].behind == rounds[0].launches - 1
+    nothing = H100._replace(hidden=Range(0.0, 0.0))
+    assert overhead(Layer(8192, 4096, 4096, 16), nothing).both.bad > overhead(Layer(8192, 4096, 4096, 16)).both.bad
+
+
+@pytest.mark.parametrize(("n", "r", "made"), [(4096, 16, True), (4104, 16, False), (1024, 8, True), (1024, 17, False)])
+def test_the_x_kernel_makes_dz_where_that_costs_less_than_a_launch(n, r, made):
+    """At rank 16 with up to 16 sums of dh, which are under way at once."""
+    layer = Layer(8192, 4096, n, r)
+    names = [kernel.name for kernel in kernels(layer)[1]]
+    assert names == (["dy", "x", "reduce"] if made else ["dy", "reduce", "x", "reduce"])

@@ -20,7 +20,7 @@ LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 FOLDERS = ("afa_kernels", "bench", "csrc", "docs", "examples", "experiments", "python_tests", "tools")
 COMMAND = re.compile(rf"-m ((?:{'|'.join(FOLDERS)})(?:\.\w+)*)")
 FLAGS = re.compile(rf"-m ((?:{'|'.join(FOLDERS)}))\b((?:\\\n|[^`#\n])*)")
-MAKE = re.compile(r"(?:^    |`|\$ )(?:[A-Z_]+=\S+ )*make ([a-z][a-z-]*)", re.MULTILINE)
+MAKE = re.compile(r"(?:^    |`|\$ )(?:[A-Z_]+=\S+ )*make ([a-z][a-z0-9-]*)", re.MULTILINE)
 EXTRAS = re.compile(r"(?:afa-kernels|'\.|\.)\[([a-z,]+)\]'")
 VARIABLE = re.compile(r"\"(AFA_[A-Z_]+)\"|ENV\{(AFA_\w+)\}|foreach\(option ([A-Z_ ]+)\)")
 FILE = re.compile(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./]*\.(?:cpp|h|json|md|png|py|yaml)\b")
@@ -118,7 +118,7 @@ def test_flags_that_are_named_exist():
 def test_targets_of_make_and_extras_that_are_named_exist():
     pages = [(text, text.read_text(encoding="utf-8")) for text in texts() if text.suffix == ".md"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", makefile, re.MULTILINE))
     asked = {(text, target) for text, content in pages for target in MAKE.findall(content)}
     missing = [f"{text}: make {target}" for text, target in asked if target not in targets]
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

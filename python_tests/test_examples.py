@@ -42,6 +42,20 @@ def test_the_peft_script(monkeypatch, tmp_path, capsys):
     assert_plain_lora(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_script_for_experts(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("transformers", minversion="5.0")
+    script = run(monkeypatch, "moe_trainer.py", "--steps", 20, "--output", tmp_path)
+    printed = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", printed)]
+    assert losses[-1] < losses[0] - 0.3
+    assert "stock PEFT and the merged model agree" in printed
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert "afa_lora" not in config and len(config["target_parameters"]) == 4
+    merged = script["Qwen3MoeForCausalLM"].from_pretrained(tmp_path / "merged")
+    assert not any("lora" in name for name in merged.state_dict())
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_the_trl_script(monkeypatch, tmp_path):
     pytest.importorskip("trl")
@@ -61,3 +75,22 @@ def test_the_trl_script(monkeypatch, tmp_path):
         adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(input_ids=tokens).logits
         torch.testing.assert_close(merged(input_ids=tokens).logits, adapted, rtol=1e-3, atol=1e-3)
     assert (adapted - before).abs().max() > 0.05, "nothing was learned"
+
+
+def test_the_script_of_many_adapters(monkeypatch, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    script = run(monkeypatch, "many_adapters.py", "--steps", 12, "--output", tmp_path)
+    printed = capsys.readouterr().out
+    rows = {name: (float(a), float(b)) for name, a, b in re.findall(r"^(\w+) +(\d\.\d+) +(\d\.\d+)$", printed, re.M)}
+    assert rows.keys() == script["ADAPTERS"].keys()
+    uniform = torch.tensor(256.0).log().item()
+    assert all(at_once < uniform - 0.3 and alone < uniform - 0.3 for at_once, alone in rows.values()), rows
+    rates = re.search(r"samples per second: (\S+) at once, (\S+) one after the other: (\S+) times", printed).groups()
+    assert all(float(rate) > 0 for rate in rates)
+    ids = script["samples_of"]("code")[:1]
+    with torch.no_grad():
+        before = script["base_model"]()(input_ids=ids).logits
+        plain = peft.PeftModel.from_pretrained(script["base_model"](), tmp_path / "code")
+        assert (plain(input_ids=ids).logits - before).abs().max() > 0.05
+    config = json.loads((tmp_path / "numbers" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["r"] == 16 and "afa_lora" not in config

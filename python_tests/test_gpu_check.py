@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import skip_unless_available
 
-from tools import gpu_check, gpu_steps
+from tools import gpu_check, gpu_choice, gpu_steps
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -37,13 +37,13 @@ def test_the_rehearsal_runs_the_steps_on_the_emulator(capsys, tmp_path):
         "sanitizer",
         "beta",
     ]
-    steps += ["bandwidth", "launches", "model"]
+    steps += ["bandwidth", "launches", "choice", "model"]
     assert gpu_check.main(["--rehearse", "--only", ",".join(steps), "--out", str(tmp_path)]) == 0
     head, *records = map(json.loads, (tmp_path / "gpu-rehearsal-cpu.jsonl").read_text().splitlines())
     assert head["kind"] == "environment"
     assert [record["step"] for record in records] == steps
     status = {record["step"]: record["status"] for record in records}
-    needs_gpu = {"graphs", "streams", "devices", "sanitizer", "launches", "model"}
+    needs_gpu = {"graphs", "streams", "devices", "sanitizer", "launches", "choice", "model"}
     assert {name for name, value in status.items() if value == "absent"} == needs_gpu
     assert all(record["message"] for record in records), "an absent step must say why"
 
@@ -54,3 +54,12 @@ def test_a_step_that_raises_fails_alone():
 
     outcome = gpu_check.run_step(gpu_steps.Step("broken", "raises", broken), gpu_steps.Context.rehearsal())
     assert outcome.status == "failed" and "no such kernel" in outcome.message
+
+
+def test_a_backend_that_is_chosen_and_slower_than_another_is_a_failure():
+    fast = gpu_choice.Measured(1, 128, "cuda", {"torch": 3.0, "cuda": 1.0, "triton": 0.99})
+    slow = gpu_choice.Measured(8192, 128, "triton", {"torch": 3.0, "cuda": 1.0, "triton": 1.1})
+    assert gpu_choice.outcome_of([fast]).status == "ok"
+    outcome = gpu_choice.outcome_of([fast, slow])
+    assert outcome.status == "failed" and "1 of 2 shapes" in outcome.message
+    assert outcome.rows[1]["behind the fastest"] == "10.0%"

@@ -17,7 +17,7 @@ from tools.gpu_steps import Context, Step
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = "NVIDIA H100 80GB HBM3"
-RANGES = ("memory", "l2", "latency", "launch", "unhidden")
+RANGES = ("memory", "l2", "latency", "launch", "hidden", "unhidden")
 # In the middle of every range: the model is right there.
 SOUND = H100._replace(**{name: Range(*[sum(getattr(H100, name)) / 2] * 2) for name in RANGES})
 SMALL = Context("cpu", ("cuda_emulated",), small=True)
@@ -38,6 +38,9 @@ class Synthetic:
 
     def launch(self):
         return self.gpu.launch.good
+
+    def hidden(self):
+        return self.gpu.hidden.good
 
     def gemm(self, m, k, n):
         product = 2 * m * k * n / self.gpu.gemm
@@ -155,6 +158,7 @@ def test_the_meter_of_a_card_runs_what_it_times(layer):
         *meter.token(layer),
     ]
     assert all(seconds > 0 for seconds in times)
+    assert meter.hidden() >= 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -32,9 +33,31 @@ def test_every_backend_is_named_with_its_state(monkeypatch, capsys):
         status=lambda: afa.BackendStatus(False, "the device is on fire"),
     )
     monkeypatch.setitem(registry._BACKENDS, "broken", broken)
-    assert report.main() == 0
+    assert report.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name, status in afa.backends().items():
         line = next(line for line in lines if line.split()[:1] == [name])
         assert ("not available: " + status.reason if not status else "available") in line
     assert any("the device is on fire" in line for line in lines)
+
+
+def test_the_self_test_runs_every_backend(capsys):
+    assert report.main(["--self-test"]) == 0
+    lines = capsys.readouterr().out.partition("self-test")[2].splitlines()
+    for name, status in afa.backends().items():
+        if status and registry.get(name).automatic:
+            assert any(line.startswith(name) and ": ok; " in line for line in lines), lines
+
+
+def test_the_self_test_finds_a_wrong_result(monkeypatch, capsys):
+    torch_backend = registry.get("torch")
+
+    def forward(x, a, b, *rest, out, **options):
+        z = torch_backend.forward(x, a, b, *rest, out=out, **options)
+        out.mul_(1.01)
+        return z
+
+    broken = dataclasses.replace(torch_backend, name="broken", forward=forward)
+    monkeypatch.setitem(registry._BACKENDS, "broken", broken)
+    assert report.main(["--self-test"]) == 1
+    assert re.search(r"float32 .*: y is \d.\de-\d+ from float64, allowed", capsys.readouterr().out)

@@ -25,6 +25,8 @@ def test_every_instruction_set(isa):
 FEATURES = {"generic": set(), "avx2": {"avx2"}, "avx512": {"avx2", "avx512", "avx512_halved"}}
 FEATURES["avx512bf16"] = FEATURES["avx512"] | {"avx512_bf16"}
 FEATURES["amx"] = FEATURES["avx512bf16"] | {"amx_tile", "amx_bf16"}
+FEATURES["neon"] = {"neon"}
+FEATURES["neonbf16"] = {"neon", "neon_bf16"}
 
 
 @pytest.mark.long
@@ -38,14 +40,14 @@ def test_the_cap_makes_a_machine_of_that_kind(isa):
         "assert afa_kernels.backends()['cpu'].details['isas'] == native._C.cpu_isas()\n"
         "features = set(native._C.cpu_features())\n"
         f"assert features <= {FEATURES[isa]!r}, features\n"
-        f"assert {isa!r} in ('generic', 'avx512bf16', 'amx') or {isa!r} in features, features\n",
+        f"assert {isa!r} in ('generic', 'avx512bf16', 'amx', 'neonbf16') or {isa!r} in features, features\n",
     )
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["mmx", "amx"])
+@pytest.mark.parametrize("name", ["mmx", "amx", "neonbf16"])
 def test_impossible_instruction_set_is_an_error(name):
-    if name == "amx" and (name in ISAS or os.environ.get("AFA_CPU_ISA")):
+    if name != "mmx" and (name in ISAS or os.environ.get("AFA_CPU_ISA")):
         pytest.skip("this machine has it, or a cap hides whether it has")
     script = (
         "from afa_kernels.backend import cpu, native\nstatus = cpu.BACKEND.status()\n"

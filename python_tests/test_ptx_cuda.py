@@ -102,12 +102,13 @@ def test_schedules_give_the_same_bits(r):
 
 
 def test_traffic_is_one_pass_over_each_large_matrix():
-    m, k, n, r = 128, 256, 512, 16
+    m, k, n, r = 128, 512, 512, 16
     forward_and_backward("cuda_ptx", Problem.random(m, k, n, r, torch.bfloat16), Spec("silu", 1.5))
     launches = _cuda_on_ptx.take_launches()
     copied = sum(launch["async_copy_bytes"] for launch in launches)
     rows, weights = 2, 2 * (r * k + r * n)  # tiles of 64 rows, each of which reads A and B
-    forward, backward = 2 * m * k + rows * weights, 2 * m * (k + n) + 2 * m * r + weights
+    chunks = 2 * 2 * r * k + 2 * r * n  # of 64 rows of x, each of which reads A, and of 128 of dy
+    forward, backward = 2 * m * k + rows * weights, 2 * m * (k + n) + chunks
     assert copied == forward + backward
     moved = Counter()
     for launch in launches:
@@ -120,7 +121,7 @@ def test_traffic_is_one_pass_over_each_large_matrix():
 
 def test_products_and_barriers_are_as_many_as_the_shape_asks_for():
     """No product is computed twice, whatever the sum over K is split into; ldmatrix has no bank conflict."""
-    m, k, n, r = 128, 256, 512, 16
+    m, k, n, r = 128, 512, 512, 16
     forward_and_backward("cuda_ptx", Problem.random(m, k, n, r, torch.bfloat16), Spec("silu", 1.5))
     launches = {_name(launch): launch for launch in _cuda_on_ptx.take_launches()}
     of_mma = 16 * 8 * 16
@@ -135,10 +136,10 @@ def test_products_and_barriers_are_as_many_as_the_shape_asks_for():
 
 
 def test_the_report_adds_up():
-    (row,) = [row for row in ptx_report.rows(ptx_report.of_nvcc("sm_80", (64, 256, 64, 16))) if row[0] == "x_kernel"]
+    (row,) = [row for row in ptx_report.rows(ptx_report.of_nvcc("sm_80", (64, 512, 64, 16))) if row[0] == "x_kernel"]
     cells = dict(zip(ptx_report.COLUMNS, row, strict=True))
-    assert cells["launches"] == "1" and cells["copied"] == f"{2 * (64 * 256 + 64 * 16 + 16 * 256) // 1024}K"
-    assert cells["mma"] == str(2 * 64 * 256 * 16 // (16 * 8 * 16))
+    assert cells["launches"] == "1" and cells["copied"] == f"{2 * (64 * 512 + 16 * 512) // 1024}K"
+    assert cells["mma"] == str(2 * 64 * 512 * 16 // (16 * 8 * 16))
 
 
 # --- Faults planted in the PTX ---

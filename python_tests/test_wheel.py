@@ -1,13 +1,14 @@
-"""The package as people install it: one wheel, built without torch, beside a torch that was there
-before.
+"""The package as people install it: one portable wheel, built without torch, beside a torch that was there before.
 
-``AFA_WHEEL_TORCH`` names that torch as pip does (``torch==2.6.*``); by default it is another one
-than the one that runs the tests. Slow: it compiles the wheel (without the CUDA kernels, unless
+``AFA_WHEEL_TORCH`` names that torch as pip does (``torch==2.6.*``); by default it is the oldest one, one in between and
+the newest, each in a fresh environment. Slow: it compiles the wheel (without the CUDA kernels, unless
 ``AFA_BUILD_CUDA`` says otherwise) and installs torch.
 """
 
 import ast
+import io
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = {"torch", "numpy", "safetensors"}
@@ -68,31 +68,31 @@ def run(*command: object, **options) -> str:
     return done.stdout
 
 
-def another_torch() -> str:
-    return "torch==2.6.*" if not torch.__version__.startswith("2.6.") else "torch==2.13.*"
-
-
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Iterator[Path]:
+def wheel(tmp_path_factory) -> Path:
+    pytest.importorskip("ziglang")
+    pytest.importorskip("auditwheel")
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, ROOT, cwd=folder)
+    run(sys.executable, "-m", "tools.portable_wheel", "--into", folder, cwd=ROOT)
     (built,) = folder.glob("*.whl")
-    yield built
+    return built
 
 
-@pytest.fixture(scope="module")
-def python(tmp_path_factory) -> Iterator[Path]:
-    """The interpreter of a fresh environment with another torch and nothing of ours."""
+ASKED = os.environ.get("AFA_WHEEL_TORCH")
+
+
+@pytest.fixture(scope="module", params=[ASKED] if ASKED else ["torch==2.6.*", "torch==2.9.*", "torch"])
+def python(request, tmp_path_factory) -> Iterator[Path]:
+    """The interpreter of a fresh environment with a torch and nothing of ours."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
-    interpreter = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    asked = os.environ.get("AFA_WHEEL_TORCH")
+    interpreter = folder / "bin" / "python"
     try:
-        run(interpreter, "-m", "pip", "install", asked or another_torch())
+        run(interpreter, "-m", "pip", "install", request.param)
     except AssertionError as error:
-        if asked:
+        if ASKED:
             raise
-        pytest.skip(f"{another_torch()} cannot be installed here: {error}")
+        pytest.skip(f"{request.param} cannot be installed here: {error}")
     yield interpreter
     shutil.rmtree(folder)  # gigabytes, which pytest would keep for three runs
 
@@ -105,6 +105,35 @@ def test_the_wheel_holds_the_package_and_does_not_know_torch(wheel):
         assert b"libtorch" not in archive.read(core) and b"libc10" not in archive.read(core)
     tops = {name.split("/")[0] for name in names}
     assert tops == {"afa_kernels", next(top for top in tops if top.endswith(".dist-info"))}
+
+
+@pytest.mark.slow
+def test_it_holds_the_package_for_every_linux_that_torch_runs_on(wheel):
+    """What the module asks of the system: nothing newer than manylinux_2_28, and nothing that has no version."""
+    elf = pytest.importorskip("elftools.elf.elffile")
+    assert f"manylinux_2_28_{platform.machine()}" in wheel.name
+    assert wheel.stat().st_size < 3e6 or os.environ.get("AFA_BUILD_CUDA") == "1"
+    with zipfile.ZipFile(wheel) as archive:
+        (core,) = (name for name in archive.namelist() if name.startswith("afa_kernels/_C."))
+        module = elf.ELFFile(io.BytesIO(archive.read(core)))
+    symbols, versions = module.get_section_by_name(".dynsym"), module.get_section_by_name(".gnu.version")
+    unversioned = {
+        symbol.name
+        for i, symbol in enumerate(symbols.iter_symbols())
+        if symbol["st_shndx"] == "SHN_UNDEF"
+        and symbol["st_info"]["bind"] == "STB_GLOBAL"
+        and versions.get_symbol(i)["ndx"] in ("VER_NDX_LOCAL", "VER_NDX_GLOBAL")
+        and not symbol.name.startswith(("Py", "_Py"))
+    }
+    assert unversioned <= {"__tls_get_addr"}  # of the dynamic loader, which every process has
+
+
+@pytest.mark.slow
+def test_it_passes_its_own_test(wheel, python, tmp_path):
+    run(python, "-m", "pip", "install", wheel, cwd=tmp_path)
+    printed = run(python, "-m", "afa_kernels", "--self-test", cwd=tmp_path)
+    lines = printed.partition("self-test")[2].splitlines()
+    assert [line.split()[0] for line in lines[1:] if ": ok; " in line] == ["cpu", "torch", "reference"], printed
 
 
 @pytest.mark.slow

@@ -48,6 +48,29 @@ class CardMeter:
         nothing = torch.empty(1, device=self.device)
         return self._in_graph(lambda: nothing.fill_(1.0))
 
+    def hidden(self) -> float:
+        """Kernels of this package that do next to nothing, among themselves and by turns with others: only behind one
+        of its own may such a kernel begin before that one has ended."""
+        operands = [
+            torch.zeros(count, dtype=dtype, device=self.device)
+            for count, dtype in ((512, torch.bfloat16), (128, torch.float32), (608, torch.int32))
+        ]
+        pointers = [operand.data_ptr() for operand in operands]
+        nothing = torch.empty(1, device=self.device)
+
+        def ours() -> None:
+            stream = torch.cuda.current_stream().cuda_stream if self.device == "cuda" else 0
+            self.context.native.primitive_check(0, *pointers, 0, stream)
+
+        def other() -> None:
+            nothing.fill_(1.0)
+
+        def by_turns() -> None:
+            ours()
+            other()
+
+        return max(0.0, self._in_graph(by_turns) - self._in_graph(ours) - self._in_graph(other))
+
     def load(self) -> float:
         from tools.gpu_chase import chase  # Triton comes with torch for CUDA alone
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from bench.model.__main__ import GROUPS, RANKS
-from bench.model.cuda_launches import H100, Gpu, Layer, Range, decoding, kernels, overhead
+from bench.model.cuda_launches import H100, Gpu, Kernel, Layer, Range, decoding, kernels, overhead
 from tools.gpu_steps import Context, Outcome, Step
 
 M, K, N = 8192, 4096, 4096
@@ -44,6 +44,9 @@ class Meter(Protocol):
 
     def launch(self) -> float:
         """A kernel that does next to nothing, after another one in a graph, without programmatic dependent launch."""
+
+    def hidden(self) -> float:
+        """What programmatic dependent launch takes off a launch in a graph."""
 
     def gemm(self, m: int, k: int, n: int) -> tuple[float, float]:
         """A product of the frozen layer, and one that is added to its output."""
@@ -92,13 +95,14 @@ def measured_gpu(meter: Meter, assumed: Gpu = H100) -> Gpu:
     memory, l2 = (_rate(meter, sizes) for sizes in (MEMORY_BYTES, L2_BYTES))
     product, added = meter.gemm(M, K, N)
     unhidden = (added - product) * memory / (_HALF * M * N)
-    latency, launch = meter.load(), meter.launch()
+    latency, launch, hidden = meter.load(), meter.launch(), meter.hidden()
     return assumed._replace(
         gemm=2 * M * K * N / product,
         **{
             name: Range(value, value)
             for name, value in (
-                ("memory", memory), ("l2", l2), ("latency", latency), ("launch", launch), ("unhidden", unhidden),
+                ("memory", memory), ("l2", l2), ("latency", latency), ("launch", launch), ("hidden", hidden),
+                ("unhidden", unhidden),
             )
         },
     )  # fmt: skip
@@ -114,7 +118,7 @@ def _rate(meter: Meter, sizes: tuple[int, int]) -> float:
 def assumptions(measured: Gpu, assumed: Gpu = H100) -> Iterator[Figure]:
     for name, scale, unit in (
         ("memory", 1e-12, "TB/s"), ("l2", 1e-12, "TB/s"), ("latency", 1e6, _US), ("launch", 1e6, _US),
-        ("unhidden", 1, "of the read"),
+        ("hidden", 1e6, _US), ("unhidden", 1, "of the read"),
     ):  # fmt: skip
         given, found = getattr(assumed, name), getattr(measured, name)
         yield Figure(name, unit, Range(*(value * scale for value in given)), None, found.good * scale)
@@ -123,15 +127,20 @@ def assumptions(measured: Gpu, assumed: Gpu = H100) -> Iterator[Figure]:
 
 
 def durations(layer: Layer, gpu: Gpu) -> tuple[dict[str, Range], dict[str, Range]]:
-    """Return what the model gives the kernels of a forward and of a backward from start to end, in seconds."""
-    running = gpu._replace(launch=Range(0.0, 0.0))  # it lies before the start
+    """Return what the model gives the kernels of a forward and of a backward from start to end, in seconds.
+
+    A kernel behind one of ours counts from the end of that one, as in gpu_meter.by_kernel.
+    """
+
+    def seconds(kernel: Kernel, which: str) -> float:
+        return kernel.seconds(gpu, which)[0] - (kernel.launches - kernel.behind) * getattr(gpu.launch, which)
+
     directions = []
-    for direction in kernels(layer, running):
+    for direction in kernels(layer, gpu):
         summed: dict[str, Range] = {}
         for kernel in direction:
             good, bad = summed.get(kernel.name, Range(0.0, 0.0))
-            good, bad = good + kernel.seconds(running, "good")[0], bad + kernel.seconds(running, "bad")[0]
-            summed[kernel.name] = Range(good, bad)
+            summed[kernel.name] = Range(good + seconds(kernel, "good"), bad + seconds(kernel, "bad"))
         directions.append(summed)
     return tuple(directions)
 

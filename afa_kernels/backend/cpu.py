@@ -1,7 +1,8 @@
 """The ``cpu`` backend: the native kernels of csrc/cpu.
 
 The forward passes once over x and once over y, the backward once over dY and once over x; layers of a group share the
-passes over x. Threads follow ``torch.get_num_threads()``, and no result depends on their number.
+passes over x, and rows that are sorted by group are one call. Threads follow ``torch.get_num_threads()``, and no result
+depends on their number.
 """
 
 import torch
@@ -114,6 +115,31 @@ def group_backward(dys, x, members, zs, *, need_dx, need_da, need_db, dx=None):
     return dx, das, dbs
 
 
+def ragged_forward(x, a, b, groups, seed, spec, *, base, out, save_z):
+    z = torch.empty((x.shape[0], a.shape[1]), dtype=x.dtype) if save_z else None
+    activation, scaling, dropout = spec
+    native._C.cpu_ragged_forward(
+        x, a, b, *groups, seed, COMPILED_IDS[activation], dropout, scaling, torch.get_num_threads(), base, out, z
+    )
+    return z
+
+
+def ragged_backward(dy, x, a, b, groups, z, seed, spec, *, need_dx, need_da, need_db, dx=None):
+    accumulate_dx = dx is not None
+    if need_dx and dx is None:
+        dx = torch.empty(x.shape, dtype=x.dtype)
+    da = torch.empty(a.shape, dtype=a.dtype) if need_da else None
+    db = torch.empty(b.shape, dtype=b.dtype) if need_db else None
+    if z is not None and not z.is_contiguous():
+        z = z.contiguous()
+    activation, scaling, dropout = spec
+    native._C.cpu_ragged_backward(
+        x, a, b, *groups, seed, COMPILED_IDS[activation], dropout, scaling, torch.get_num_threads(),
+        dy, z, dx, da, db, accumulate_dx,
+    )  # fmt: skip
+    return dx, da, db
+
+
 BACKEND = Backend(
     name="cpu",
     devices=frozenset({"cpu"}),
@@ -126,4 +152,6 @@ BACKEND = Backend(
     group_forward=group_forward,
     group_backward=group_backward,
     refuses_group=_refuses_group,
+    ragged_forward=ragged_forward,
+    ragged_backward=ragged_backward,
 )

@@ -35,11 +35,12 @@ _MAX_MEMBERS = 3
 _MAX_MEMBER_RANK = 32
 _MIN_CAPABILITY = (8, 0)
 _OLDEST_RUNTIME = 12000  # CUDA of the oldest nvcc that builds the kernels
-# Beyond this rank the passes over x and dy are bound by mma.sync's issue rate, not by memory; on
-# these GPUs triton compiles them to faster tensor-core instructions. This limit comes from a model and has not been
-# measured on a GPU.
-_MAX_MEMORY_BOUND_RANK = 64
+# On these GPUs triton compiles products to faster tensor-core instructions, but rounds and pads A and B in a launch of
+# its own and has no programmatic dependent launch. That pays above this rank, from so many rows times rank on; few rows
+# stay here. From a model (bench/model/choice.py, to which a test holds it), not measured on a GPU.
 _FASTER_IN_TRITON = (9, 10)  # major compute capabilities
+_MAX_MEMORY_BOUND_RANK = 32
+_LEAST_LEFT = 768 << 10  # rows times rank
 _ELEMENT_BYTES = 2
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -290,10 +291,11 @@ def _refuses(call: Call) -> str | None:
 
 def _leaves(call: Call) -> tuple[str, str] | None:
     major, minor = torch.cuda.get_device_capability(call.device_index or 0)
-    if call.r <= _MAX_MEMORY_BOUND_RANK or major not in _FASTER_IN_TRITON:
+    few = call.r <= _MAX_MEMORY_BOUND_RANK or call.m * call.r < _LEAST_LEFT
+    if few or major not in _FASTER_IN_TRITON:
         return None
-    reason = f"leaves ranks above {_MAX_MEMORY_BOUND_RANK} to triton on compute capability"
-    return "triton", f"{reason} {major}.{minor}"
+    reason = f"leaves ranks above {_MAX_MEMORY_BOUND_RANK}, where rows times rank reach {_LEAST_LEFT}, to triton"
+    return "triton", f"{reason} on compute capability {major}.{minor}"
 
 
 def _emulator_status() -> BackendStatus:

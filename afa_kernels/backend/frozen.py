@@ -52,8 +52,10 @@ def backward(
 ) -> tuple:  # fmt: skip
     """Return what ``branch`` returned, its first element being ``dx``, with each ``dy @ weight`` of ``products`` in it.
 
-    ``branch(dx)`` accumulates its part of dx into ``dx``, or makes a new one from None.
+    ``branch(dx)`` accumulates its part of dx into ``dx``, or makes a new one from None. The layers go from the last to
+    the first, as without a group: the forward read the last weight last, and a small call finds it in the caches.
     """
+    products = products[::-1]
     if backend.gemm_first(spec, products[0][0].dtype, True):
         (dy, weight), *others = products
         dx = torch.mm(dy, weight)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from afa_kernels.schedule import AnnealSchedule, annealed_layers
+from afa_kernels.schedule import AnnealSchedule, annealed_layers, set_alpha_t_of
 
 FINISH = ("force", "warn")
 
@@ -22,6 +22,7 @@ class Annealer:
             warns, ``"warn"`` leaves it and warns.
         merge: merge the branches into the frozen weights at the end.
         options: arguments of :class:`AnnealSchedule` without ``total_steps``.
+        adapter: anneal this adapter alone; by default all adapters, and in a PEFT model the active ones.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Annealer:
         finish: str,
         merge: bool,
         options: dict[str, Any],
+        adapter: str | None = None,
     ):
         if finish not in FINISH:
             raise ValueError(f"finish: expected 'force' or 'warn', got {finish!r}")
@@ -41,8 +43,12 @@ class Annealer:
             raise TypeError(f"schedule: given already, got {', '.join(sorted(options))} too")
         if options:
             AnnealSchedule(1, **options)  # raises now, not when training starts, where an option is wrong
+        if merge and adapter is not None:
+            raise ValueError(f"merge: the layers have other adapters than {adapter!r}, got merge=True")
         self.finish = finish
         self.merge = merge
+        self.adapter = adapter
+        self.key = "alpha_t" if adapter is None else f"alpha_t/{adapter}"  # in a log
         self.alpha_t: float | None = None
         self._given = schedule
         self._options = options
@@ -59,7 +65,7 @@ class Annealer:
         Raises:
             ValueError: nothing in ``model`` can be annealed.
         """
-        self._layers = annealed_layers(model)
+        self._layers = annealed_layers(model, self.adapter)
         if not self._layers:
             raise ValueError(
                 f"model: expected layers with set_alpha_t, found none in {type(model).__name__}; "
@@ -74,15 +80,12 @@ class Annealer:
                 stacklevel=2,
             )
         self.set_step(step)
-        if self.alpha_t != 0.0 and all(layer.alpha_t == 0.0 for layer in self._layers):
+        if self.adapter is None and self.alpha_t != 0.0 and all(layer.alpha_t == 0.0 for layer in self._layers):
             raise ValueError("model: no active adapter is annealed; the adapters that train are plain LoRA")
 
     def set_step(self, step: int) -> float:
         """Set alpha_t for the number of optimizer steps taken and return it."""
-        self.alpha_t = self._schedule(step)
-        for layer in self._layers:
-            layer.set_alpha_t(self.alpha_t)
-        return self.alpha_t
+        return self._write(self._schedule(step))
 
     def end(self, what: str) -> None:
         """Bring alpha_t to 0 or warn, and merge; ``what`` says in a warning where training
@@ -100,18 +103,22 @@ class Annealer:
                 f"{reached}; it was set to 0, which changes what the model computes: evaluate it again",
                 stacklevel=2,
             )
-            self.alpha_t = 0.0
-            for layer in self._layers:
-                layer.set_alpha_t(0.0)
+            self._write(0.0)
         if self.merge:
             for layer in self._layers:
                 layer.merge()
+
+    def _write(self, alpha_t: float) -> float:
+        self.alpha_t = alpha_t
+        for layer in self._layers:
+            set_alpha_t_of(layer, alpha_t, self.adapter)
+        return alpha_t
 
     def _made_for(self, total_steps: int) -> AnnealSchedule:
         if self._options:
             return AnnealSchedule(total_steps, **self._options)
         # A layer of a PEFT model makes the schedule that its adapter's configuration describes.
         own = (getattr(layer, "schedule", None) for layer in self._layers)
-        made = (make(total_steps) for make in own if make is not None)
+        made = (make(total_steps, self.adapter) for make in own if make is not None)
         configured = next((each for each in made if each is not None), None)
         return configured or AnnealSchedule(total_steps)

@@ -23,7 +23,7 @@ class LightningAnnealCallback(Callback):
     of the training is ``trainer.estimated_stepping_batches``.
 
     Args:
-        schedule, finish, merge, **options: as in :class:`afa_kernels.callbacks.AnnealCallback`.
+        schedule, finish, merge, adapter, **options: as in :class:`afa_kernels.callbacks.AnnealCallback`.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or (when training starts) its length is
@@ -36,9 +36,10 @@ class LightningAnnealCallback(Callback):
         *,
         finish: str = "force",
         merge: bool = False,
+        adapter: str | None = None,
         **options: Any,
     ):
-        self._annealer = Annealer(schedule, finish, merge, options)
+        self._annealer = Annealer(schedule, finish, merge, options, adapter)
         self._step = 0
 
     @property
@@ -60,7 +61,7 @@ class LightningAnnealCallback(Callback):
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             self._annealer.set_step(self._step)
-        pl_module.log("alpha_t", self.alpha_t)
+        pl_module.log(self._annealer.key, self.alpha_t)
 
     def on_train_end(self, trainer, pl_module):
         self._annealer.end(f"training ended after {self._step} optimizer steps")

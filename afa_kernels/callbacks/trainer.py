@@ -26,6 +26,8 @@ class AnnealCallback(TrainerCallback):
         finish: when training stops before ``alpha_t = 0``, early for example: ``"force"`` sets it
             to 0 and warns that this changes the function; ``"warn"`` leaves it and warns.
         merge: merge the branches into the frozen weights when training ends.
+        adapter: anneal this adapter alone, and log ``alpha_t/NAME``: one callback for each adapter of a model whose
+            batches are mixed. By default all adapters, and in a PEFT model the active ones.
         **options: arguments of :class:`afa_kernels.AnnealSchedule` without ``total_steps``.
 
     With ``load_best_model_at_end`` the best checkpoint's own alpha_t comes back before ``finish``
@@ -41,9 +43,10 @@ class AnnealCallback(TrainerCallback):
         *,
         finish: str = "force",
         merge: bool = False,
+        adapter: str | None = None,
         **options: Any,
     ):
-        self._annealer = Annealer(schedule, finish, merge, options)
+        self._annealer = Annealer(schedule, finish, merge, options, adapter)
 
     @property
     def alpha_t(self) -> float | None:
@@ -67,9 +70,9 @@ class AnnealCallback(TrainerCallback):
         if self.alpha_t is None:
             return
         if logs is not None:
-            logs["alpha_t"] = self.alpha_t
+            logs[self._annealer.key] = self.alpha_t
         if state.log_history:
-            state.log_history[-1]["alpha_t"] = self.alpha_t
+            state.log_history[-1][self._annealer.key] = self.alpha_t
 
     def on_train_end(self, args, state, control, **kwargs):
         best = _best_step(state) if args.load_best_model_at_end else None

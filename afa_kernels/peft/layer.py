@@ -18,7 +18,7 @@ from afa_kernels.activation import phi
 from afa_kernels.alpha import normal
 from afa_kernels.base_layer import is_plain, weight_of
 from afa_kernels.functional import LinearCall, linear, lora
-from afa_kernels.options import Options
+from afa_kernels.mixed import BASE, AdapterCall, Assignment, mixed_linear, mixed_lora
 from afa_kernels.peft.state import AdapterState, device_of
 from afa_kernels.schedule import AnnealSchedule
 
@@ -35,7 +35,6 @@ ROUTED = (
 )
 _PREFIX = "AFALora"
 _STATES = "lora_afa"  # where a layer keeps the states of its adapters, among PEFT's own containers
-_BASE_MODEL = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 
 class AFALoraVariant(LoraVariant):
@@ -77,7 +76,7 @@ class AFALoraVariant(LoraVariant):
         return (orig_weight - delta).to(orig_weight.dtype)
 
 
-def _branch(module: LoraLayer, name: str) -> tuple[Tensor, Tensor, Tensor | None, Options] | None:
+def _branch(module: LoraLayer, name: str) -> AdapterCall | None:
     """Return A, B, alpha_t and the options of an adapter, or None where its layers have to be called."""
     state, a, b = module.lora_afa[name], _plain_weight(module.lora_A[name]), _plain_weight(module.lora_B[name])
     scaling, dropout = module.scaling[name], module.lora_dropout[name]
@@ -86,7 +85,8 @@ def _branch(module: LoraLayer, name: str) -> tuple[Tensor, Tensor, Tensor | None
         return None
     dropout_p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     # PEFT owns the scaling and the dropout, and may change them between two calls.
-    return a, b, state.coefficient(), checks.options(state.activation, scaling, dropout_p, state.save, None)
+    options = checks.options(state.activation, scaling, dropout_p, state.save, None)
+    return AdapterCall(a, b, state.coefficient(), options)
 
 
 def _plain_weight(layer: nn.Module) -> Tensor | None:
@@ -147,22 +147,28 @@ class AFALoraLayer:
         """The blend coefficient of the active adapters; 0 if none of them is annealed."""
         return max((state.alpha_t for state in self._annealed().values()), default=0.0)
 
-    def schedule(self, total_steps: int) -> AnnealSchedule | None:
-        """Return the schedule that the configuration of the active adapter describes, if one is
+    def schedule(self, total_steps: int, adapter: str | None = None) -> AnnealSchedule | None:
+        """Return the schedule that the configuration of an adapter, by default of the active one, describes, if it is
         annealed."""
-        configs = (state.config for state in self._annealed().values())
+        configs = (state.config for state in self._annealed(adapter).values())
         return next((config.schedule(total_steps) for config in configs), None)
 
-    def set_alpha_t(self, value: float) -> None:
-        """Set the blend coefficient of the active adapters, in [0, 1]. Plain LoRA adapters have
+    def anneals(self, adapter: str) -> bool:
+        """Whether the layer has an annealed adapter of that name, active or not."""
+        return adapter in self._annealed(adapter)
+
+    def set_alpha_t(self, value: float, adapter: str | None = None) -> None:
+        """Set the blend coefficient of an adapter, by default of the active ones, in [0, 1]. Plain LoRA adapters have
         none and stay as they are.
 
         Raises:
             TypeError, ValueError: ``value`` is no number in [0, 1], or is not 0 while the adapter
-            is merged.
+            is merged, or the layer has no such annealed adapter.
         """
         value = normal(checks.alpha_value(value))
-        annealed = self._annealed()
+        annealed = self._annealed(adapter)
+        if adapter is not None and not annealed:
+            raise ValueError(f"adapter: {adapter!r} is no annealed adapter of this layer")
         for name in annealed:
             if name in self.merged_adapters and value != 0.0:
                 raise ValueError(f"alpha_t: adapter {name!r} is merged, got {value}; unmerge_adapter() first")
@@ -183,8 +189,9 @@ class AFALoraLayer:
         super().delete_adapter(adapter_name)
         self.lora_variant.pop(adapter_name, None)
 
-    def _annealed(self) -> dict[str, AdapterState]:
-        states = {name: self.lora_afa[name] for name in self._ours(self.active_adapters)}
+    def _annealed(self, adapter: str | None = None) -> dict[str, AdapterState]:
+        names = self.active_adapters if adapter is None else [adapter]
+        states = {name: self.lora_afa[name] for name in self._ours(names)}
         return {name: state for name, state in states.items() if state.annealed}
 
     def _ours(self, names: list[str]) -> list[str]:
@@ -211,27 +218,40 @@ class AFALoraLayer:
         if not self._ours(adapter_names):
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         kwargs.pop("alora_offsets", None)  # PEFT's, for another variant
-        result = self.base_layer(x, *args, **kwargs)
-        if torch_private.is_view(result):  # it may share memory with the quantized layer, and must not be written
-            result = result.clone()
-        for name in dict.fromkeys(adapter_names):
-            if name == _BASE_MODEL or name not in self.lora_A:
-                continue
-            rows = [i for i, other in enumerate(adapter_names) if other == name]
-            variant = self.lora_variant.get(name)
-            if variant is None:
-                lora_a, lora_b = self.lora_A[name], self.lora_B[name]
-                dropped = self.lora_dropout[name](x[rows].to(lora_a.weight.dtype))
-                branch = lora_b(lora_a(dropped)) * self.scaling[name]
-                result[rows] += branch.to(result.dtype)
-            elif isinstance(variant, AFALoraVariant):
-                result[rows] = variant.forward(self, active_adapter=name, x=x[rows], result=result[rows])
-            else:
-                raise ValueError(
-                    f"adapter_names: {name!r} is a {type(variant).__name__}, which cannot share a "
-                    "batch with an AFA-LoRA adapter"
-                )
+        assignment = Assignment(adapter_names)
+        calls = {name: self._call_together(name) for name in assignment.adapters}
+        weight = None if args or kwargs else _plain_weight(self.base_layer)
+        if weight is not None:
+            result = mixed_linear(x, weight, self.base_layer.bias, assignment, list(calls.values()))
+        else:
+            base = self.base_layer(x, *args, **kwargs)
+            result = mixed_lora(x.to(base.dtype), base, assignment, list(calls.values()))
+        alone = [name for name, call in calls.items() if call is None and name != BASE and name in self.lora_A]
+        for name in alone:
+            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+            own = self._alone(name, x[rows], result[rows])
+            result = result.index_copy(0, rows, own.to(result.dtype))
         return result
+
+    def _call_together(self, name: str) -> AdapterCall | None:
+        """Return the call of an adapter that can be computed together with others, else None."""
+        if name not in self.lora_afa or self.lora_B[name].bias is not None:
+            return None
+        return _branch(self, name)
+
+    def _alone(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        """Return ``result`` plus the branch of an adapter that cannot be computed together with others."""
+        variant = self.lora_variant.get(name)
+        if variant is None:
+            lora_a, lora_b = self.lora_A[name], self.lora_B[name]
+            branch = lora_b(lora_a(self.lora_dropout[name](x.to(lora_a.weight.dtype)))) * self.scaling[name]
+            return result + branch.to(result.dtype)
+        if not isinstance(variant, AFALoraVariant):
+            raise ValueError(
+                f"adapter_names: {name!r} is a {type(variant).__name__}, which cannot share a "
+                "batch with an AFA-LoRA adapter"
+            )
+        return variant.forward(self, active_adapter=name, x=x, result=result)
 
 
 def why_not(layer: nn.Module) -> str | None:

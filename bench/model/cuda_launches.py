@@ -4,23 +4,27 @@ follows. MODELLED, nothing here was measured.
 The launches are those that the backend plans, for the dtypes of PEFT: x in 16 bits, A and B in float32. The bytes are
 those that the compiled kernels move, as counted on the PTX machine (python_tests/test_cuda_traffic.py).
 
-    time of a kernel = launch + the longest of
+    time of a kernel = gap before it + the longest of
         memory      HBM bytes / memory rate
         L2          (HBM + L2 bytes) / L2 rate
         latency     HBM bytes / (bytes under way on all multiprocessors / latency), at least one latency for each load
                     that waits for another one
     the second term divided by the full share of the last wave
+    gap              launch; behind another kernel of this package less what programmatic dependent launch hides of it,
+                     but at least one latency: the kernel waits until it can see what the one before it wrote
 
 HBM counts x, dy, y, dx and z; everything else (A, B, dz, partial sums, and every repeated read) counts as L2.
 """
 
 import importlib
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from afa_kernels.backend import native
 
 _HALF, _FLOAT = 2, 4
+_SUMS_AT_ONCE = 16  # partial results that a thread of the reduce kernel has under way (kSumsAtOnce)
 
 
 class Range(NamedTuple):
@@ -41,14 +45,17 @@ class Gpu(NamedTuple):
     l2: Range  # bytes per second, those from memory included
     latency: Range  # seconds from a load's issue to its data, with the memory busy
     launch: Range  # seconds from the end of a kernel to the start of the one that depends on it
+    hidden: Range  # seconds of these that programmatic dependent launch takes away
     gemm: float  # FLOP/s of the frozen layer's GEMM
     unhidden: Range  # share of the time of reading its third operand that a GEMM with beta = 1 takes longer
 
 
-# 3.0 TB/s and 798 TFLOP/s were measured on such a card, by others; the rest is assumed.
+# 3.0 TB/s and 798 TFLOP/s were measured on such a card, by others. So were 0.96 us hidden between two empty kernels at
+# 1755 MHz, as the most that can be (github.com/pegainfer-project/pegainfer/issues/569); half of it is assumed where the
+# blocks of the kernel before make room late. The rest is assumed.
 H100 = Gpu(
     "H100", 132, 227 << 10, 228 << 10, Range(3.1e12, 2.9e12), Range(6.5e12, 4.5e12), Range(0.6e-6, 1.0e-6),
-    Range(1.0e-6, 3.0e-6), 798e12, Range(0.15, 0.45),
+    Range(1.0e-6, 3.0e-6), Range(0.96e-6, 0.48e-6), 798e12, Range(0.15, 0.45),
 )  # fmt: skip
 
 
@@ -65,6 +72,13 @@ class Kernel(NamedTuple):
     l2: int
     under_way: int  # bytes on a multiprocessor; 0 for the small kernels, which have no ring of tiles
     waits: int = 1  # loads that wait for each other, in a launch
+    behind: int = 0  # launches right behind another kernel of this package
+
+    def gaps(self, gpu: Gpu, which: str) -> float:
+        """Return the modelled time in which the kernel before has ended and this one has not begun."""
+        launch, hidden, latency = (getattr(value, which) for value in (gpu.launch, gpu.hidden, gpu.latency))
+        followed = max(launch - hidden, min(launch, latency))
+        return (self.launches - self.behind) * launch + self.behind * followed
 
     def seconds(self, gpu: Gpu, which: str) -> tuple[float, str]:
         """Return the modelled time with the ``good`` or the ``bad`` assumptions, and what bounds it."""
@@ -80,7 +94,7 @@ class Kernel(NamedTuple):
             streamed = self.hbm / (busy * self.under_way / value(gpu.latency))
             times["latency"] = max(times["latency"], streamed)
         bound, longest = max(times.items(), key=lambda entry: entry[1])
-        launch = self.launches * value(gpu.launch)
+        launch = self.gaps(gpu, which)
         if launch > longest / full:
             bound = "launch"
         elif longest / full - longest > launch and full < 0.9:
@@ -154,8 +168,8 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
             waits,
         )  # fmt: skip
 
-    def small(name: str, l2: int, launches: int = 1) -> Kernel:
-        return Kernel(name, (0, 0), launches, 0, 0, 0.0, 0, l2, 0)
+    def reduce(l2: int, sums: int, launches: int = 1) -> Kernel:
+        return Kernel("reduce", (0, 0), launches, 0, 0, 0.0, 0, l2, 0, math.ceil(sums / _SUMS_AT_ONCE))
 
     forward, backward = [], []
     if "forward" in planned:
@@ -169,6 +183,7 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
         # Expand: all partial sums at once, while the first tiles of B are under way.
         forward.append(made("expand", y + z, row_blocks * b + column_blocks * partial))
     x_slabs, da_chunks = planned["x"]["grid"]
+    makes_dz = "dh_sums" in planned["x"]  # in the x kernel, each slab of columns for itself
     rounds = planned["x"]["launches"]
     da = da_chunks * rank * k * _FLOAT  # of a round
     # Written by each round and read by all but the first; then what belongs to a rank is summed.
@@ -178,20 +193,28 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
         dh, db = slabs * m * layer.dy_rank * _FLOAT, db_chunks * n * layer.dy_rank * _FLOAT
         z_again = sum(math.ceil(n / 256) * _HALF * m * r for n, r in members)
         backward.append(made("dy", y, db_chunks * b + z_again + dh + again * db))
-        db_sum = db_chunks * _FLOAT * sum(n * r for n, r in members)
-        backward.append(small("reduce", dh + z + dz + db_sum + b, rounds))
-        left = 0
+        left = db_chunks * _FLOAT * sum(n * r for n, r in members) + b
+        if not makes_dz:
+            parts = max(math.ceil(n / 256) for n, _ in members)
+            backward.append(reduce(dh + z + dz + left, max(parts, db_chunks), rounds))
+            left = 0
     else:
         dh = planned["project_dy"]["grid"][1] * m * rank * _FLOAT
         slabs, db_chunks = planned["db"]["grid"]
         db = db_chunks * n * rank * _FLOAT
         backward.append(made("project_dy", y, row_blocks * b + dh))
-        backward.append(small("reduce", dh + z + 2 * dz, rounds))
+        backward.append(reduce(dh + z + 2 * dz, planned["project_dy"]["grid"][1], rounds))
         backward.append(made("db", y, slabs * dz + again * db))
         left = db * ranks // rank + b
-    backward.append(made("x", 2 * x, da_chunks * a + x_slabs * dz + again * da))
-    backward.append(small("reduce", da_sum + a + left))
-    return forward, backward
+    dz_again = x_slabs * (dh + z if makes_dz else dz)
+    backward.append(made("x", 2 * x, da_chunks * a + dz_again + again * da))
+    backward.append(reduce(da_sum + a + left, max(da_chunks, db_chunks if left else 0)))
+    return _in_a_row(forward), _in_a_row(backward)
+
+
+def _in_a_row(kernels: list[Kernel]) -> list[Kernel]:
+    """Return the kernels of a direction as they follow each other: the first launch comes behind something else."""
+    return [kernel._replace(behind=kernel.launches - (kernel is kernels[0])) for kernel in kernels]
 
 
 class Overhead(NamedTuple):
@@ -203,11 +226,23 @@ class Overhead(NamedTuple):
 
 
 def overhead(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> Overhead:
-    gemm = layer.gemm_flops / gpu.gemm
     passes = kernels(layer, gpu, float_weights=float_weights)
+    return _overhead(layer, gpu, passes, lambda kernel, which: kernel.seconds(gpu, which)[0])
+
+
+def traffic_alone(layer: Layer, gpu: Gpu = H100) -> Overhead:
+    """Return what the large operands would add, each read and written once at the memory's rate, with no launch, no
+    latency and no L2: no order of passes adds less."""
+    return _overhead(layer, gpu, kernels(layer, gpu), lambda kernel, which: kernel.hbm / getattr(gpu.memory, which))
+
+
+def _overhead(
+    layer: Layer, gpu: Gpu, passes: tuple[list[Kernel], list[Kernel]], seconds_of: Callable[[Kernel, str], float]
+) -> Overhead:
+    gemm = layer.gemm_flops / gpu.gemm
 
     def percent(direction: int, which: str) -> float:
-        seconds = sum(kernel.seconds(gpu, which)[0] for kernel in passes[direction])
+        seconds = sum(seconds_of(kernel, which) for kernel in passes[direction])
         # The branch writes y (dx), and the frozen GEMMs accumulate into it: one into each y, all into one dx.
         columns = sum(n for n, _ in layer.members) if direction == 0 else layer.k
         seconds += getattr(gpu.unhidden, which) * _HALF * layer.m * columns / getattr(gpu.memory, which)

@@ -41,14 +41,16 @@ class _OpCosts(TorchDispatchMode):
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self._weight_numel = weight.numel()
+        self._weight = weight.untyped_storage()._cdata
         self.costs: list[Cost] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         operands = [t for t in args if isinstance(t, Tensor)]
-        frozen_gemm = name in ("mm", "addmm_", "addmm") and any(t.numel() == self._weight_numel for t in operands[-2:])
+        frozen_gemm = name in ("mm", "addmm_", "addmm") and any(
+            t.untyped_storage()._cdata == self._weight for t in operands
+        )
         if name not in self._FREE and not frozen_gemm:
             read = operands[1:] if name in self._WRITES_ONLY else operands
             results = result if isinstance(result, (tuple, list)) else (result,)
@@ -80,15 +82,17 @@ def _eager_overhead(problem: Problem, weight_dtype: torch.dtype, name: str) -> O
     return Overhead(name, forward.costs, backward.costs)
 
 
-def _torch_backend_overhead(problem: Problem) -> Overhead:
+def torch_backend_costs(problem: Problem) -> tuple[list[Cost], list[Cost]]:
+    """Return what the ``torch`` backend runs beside the frozen GEMMs, forward and backward."""
     m, k, n, r = problem.m, problem.k, problem.n, problem.r
-    x, weight, a, b, dy = _meta(m, k), _meta(n, k), _meta(r, k), _meta(n, r), _meta(m, n)
+    x, weight, dy = _meta(m, k), _meta(n, k), _meta(m, n)
+    a, b = (_meta(*shape, dtype=problem.weight_dtype or problem.dtype) for shape in ((r, k), (n, r)))
     alpha_t, options = _meta(dtype=torch.float32), Options(Spec("silu", 2.0, 0), True, "torch")
     with _OpCosts(weight) as forward:
         _, z = _ops.linear_forward(True, weight, None, x, a, b, alpha_t, None, options)
     with _OpCosts(weight) as backward:
         _ops.linear_backward(True, weight, dy, x, a, b, z, alpha_t, None, options, True, True)
-    return Overhead("afa_kernels, torch backend", forward.costs, backward.costs)
+    return forward.costs, backward.costs
 
 
 def _unsloth_overhead(problem: Problem) -> Overhead:
@@ -142,7 +146,7 @@ def overheads(problem: Problem, gpu: Gpu) -> list[Overhead]:
         _eager_overhead(problem, torch.bfloat16, "PEFT, bfloat16 a and b"),
         _unsloth_overhead(problem),
         _lorafusion_overhead(problem),
-        _torch_backend_overhead(problem),
+        Overhead("afa_kernels, torch backend", *torch_backend_costs(problem)),
         our_overhead(problem, gpu),
     ]
 

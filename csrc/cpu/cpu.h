@@ -9,8 +9,10 @@
 
 namespace afa::cpu {
 
-// From the least to the best: a machine that has one has those before it.
-enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4 };
+// From the least to the best of an architecture: a machine that has one has those before it.
+enum class Isa : int { generic, avx2, avx512, avx512bf16, amx, neon, neonbf16 };
+constexpr Isa kIsas[] = {Isa::generic, Isa::avx2, Isa::avx512,  Isa::avx512bf16,
+                         Isa::amx,     Isa::neon, Isa::neonbf16};
 
 const char* isa_name(Isa isa);
 

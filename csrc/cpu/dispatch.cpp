@@ -20,6 +20,13 @@ extern const Kernels kernels;
 namespace amx {
 extern const Kernels kernels;
 }
+#elif defined(AFA_AARCH64)
+namespace neon {
+extern const Kernels kernels;
+}
+namespace neonbf16 {
+extern const Kernels kernels;
+}
 #endif
 
 const char* isa_name(Isa isa) {
@@ -32,6 +39,10 @@ const char* isa_name(Isa isa) {
         return "avx512bf16";
     case Isa::amx:
         return "amx";
+    case Isa::neon:
+        return "neon";
+    case Isa::neonbf16:
+        return "neonbf16";
     default:
         return "generic";
     }
@@ -54,6 +65,8 @@ std::vector<std::string> machine_features() {
     add("avx512_halved", features.avx512_halved);
     add("amx_tile", features.amx_tile);
     add("amx_bf16", features.amx_bf16);
+    add("neon", features.neon);
+    add("neon_bf16", features.neon_bf16);
     return names;
 }
 
@@ -70,6 +83,11 @@ const Kernels& selected_kernels() {
         return avx512bf16::kernels;
     case Isa::amx:
         return amx::kernels;
+#elif defined(AFA_AARCH64)
+    case Isa::neon:
+        return neon::kernels;
+    case Isa::neonbf16:
+        return neonbf16::kernels;
 #endif
     default:
         return generic::kernels;

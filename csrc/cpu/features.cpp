@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 
 #if defined(AFA_X86_64)
 #include <cpuid.h>
@@ -10,12 +11,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(AFA_AARCH64) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace afa::cpu {
 
 namespace {
-
-constexpr Isa kIsas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx};
 
 #if defined(AFA_X86_64)
 
@@ -93,6 +95,27 @@ bool has(const Features& features, Isa isa) {
     }
 }
 
+#elif defined(AFA_AARCH64)
+
+// Every ARMv8-A that runs an operating system with floats in hardware has NEON. For what came later
+// Linux is asked; elsewhere it is taken to be absent.
+Features detect() {
+    Features found;
+#if defined(__linux__)
+    constexpr unsigned long kAsimd = 1ul << 1, kBf16 = 1ul << 14;  // HWCAP_ASIMD, HWCAP2_BF16
+    found.neon = getauxval(AT_HWCAP) & kAsimd;
+    found.neon_bf16 = found.neon && (getauxval(AT_HWCAP2) & kBf16);
+#else
+    found.neon = true;
+#endif
+    return found;
+}
+
+bool has(const Features& features, Isa isa) {
+    return isa == Isa::generic || (isa == Isa::neon && features.neon) ||
+           (isa == Isa::neonbf16 && features.neon_bf16);
+}
+
 #else
 
 Features detect() { return {}; }
@@ -107,6 +130,8 @@ Features cut(Features features, Isa best) {
     features.avx512_bf16 &= best >= Isa::avx512bf16;
     features.amx_tile &= best >= Isa::amx;
     features.amx_bf16 &= best >= Isa::amx;
+    features.neon &= best >= Isa::neon;
+    features.neon_bf16 &= best >= Isa::neonbf16;
     return features;
 }
 
@@ -129,20 +154,21 @@ std::string names_of(const std::vector<Isa>& isas) {
 Machine read_machine() {
     const char* variable = std::getenv("AFA_CPU_ISA");
     const std::string name = variable == nullptr ? "" : variable;
+    const Isa best = kIsas[std::size(kIsas) - 1];
     if (name.empty())
-        return machine_up_to(Isa::amx);
-    const auto expected = [&](const Machine& found) {
+        return machine_up_to(best);
+    const auto expected = [&] {
         return "AFA_CPU_ISA: expected one that this machine and build have (" +
-               names_of(found.isas) + "), got '" + name + "'";
+               names_of(machine_up_to(best).isas) + "), got '" + name + "'";
     };
     for (const Isa isa : kIsas)
         if (name == isa_name(isa)) {
             Machine found = machine_up_to(isa);
             if (found.isas.back() != isa)
-                throw MissingIsa(expected(found));
+                throw MissingIsa(expected());
             return found;
         }
-    throw std::invalid_argument(expected(machine_up_to(Isa::amx)));
+    throw std::invalid_argument(expected());
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ namespace afa::cpu {
 struct Features {
     bool avx2 = false, avx512 = false, avx512_bf16 = false, amx_tile = false, amx_bf16 = false;
     bool avx512_halved = false;  // a 512-bit instruction runs as two of 256 bits
+    bool neon = false, neon_bf16 = false;
 };
 
 struct Machine {

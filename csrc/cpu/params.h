@@ -14,6 +14,9 @@ namespace afa::cpu {
 
 constexpr int64_t kMaxRank = 256;  // of a member, and of all members together
 
+// A second thread costs more than it brings below this many multiply-adds.
+constexpr int64_t kWorthThreads = 200000;
+
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 
 struct Matrix {
@@ -29,6 +32,7 @@ struct CommonParams {
     Dtype dtype = Dtype::f32;       // of x, y, z, dy and dx; never f64
     const int64_t* seed = nullptr;  // 1 value, read if dropout > 0
     int dropout = 0;                // dropped values out of 256; 0 with several members
+    int64_t first_row = 0;          // of the dropout mask, which the first row of x has
     int threads = 1;
 };
 
@@ -56,7 +60,7 @@ struct BackwardMember : Member {
     Matrix dy;  // (M, N)
     Matrix z;   // (M, r); absent, of all members: recomputed
     Matrix da;  // (r, K), dense, any dtype, written if present
-    Matrix db;  // (N, r), dense, any dtype, written if present
+    Matrix db;  // (N, r), columns adjacent, any dtype, written if present
 };
 
 struct BackwardParams : CommonParams {

@@ -2,7 +2,7 @@
 //
 //   dy_kernel (R <= 32): dh = dy B and dB = dy^T h from one pass over dy.
 //   db_kernel (R >= 64): dB = dy^T h alone; dh comes from project_kernel.
-//   x_kernel: dx = dz A and dA = dz^T x from one pass over x.
+//   x_kernel: dx = dz A and dA = dz^T x from one pass over x. At R = 16 it may make dz itself.
 //
 // Layers that share x have one dz, side by side, so that dx is the sum over them.
 //
@@ -12,7 +12,7 @@
 // results of the one before it.
 #pragma once
 
-#include "cuda/tile.cuh"
+#include "cuda/dz.cuh"
 
 namespace afa {
 
@@ -330,19 +330,36 @@ AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int
                 load_tile<Tile::kRows, Tile::kColumns, Tile::kThreads>(
                     wide_ring + slot * Tile::kWide, static_cast<const T*>(p.wide), p.wide_stride,
                     row0, row_end, col0, p.w);
-            load_tile<Tile::kRows, R, Tile::kThreads>(narrow_ring + slot * Tile::kNarrow,
-                                                      static_cast<const T*>(p.narrow), R, row0,
-                                                      row_end, 0, R);
+            if (!Tile::kMakesDz || p.narrow)
+                load_tile<Tile::kRows, R, Tile::kThreads>(narrow_ring + slot * Tile::kNarrow,
+                                                          static_cast<const T*>(p.narrow), R, row0,
+                                                          row_end, 0, R);
         }
         copy_commit();
+    };
+    // Where this kernel makes dz, tile t + 1 of it is on its way while tile t is multiplied.
+    DzTile<T, R, Tile::kRows, Tile::kThreads> dz_next;
+    const bool makes_dz = Tile::kMakesDz && !p.narrow;
+    const float alpha_t = makes_dz ? alpha_of(p.dz.alpha_t) : 0.0f;
+    const auto load_dz = [&](int t) {
+        if constexpr (Tile::kMakesDz)
+            if (makes_dz)
+                dz_next.load(p.dz, row_begin + t * Tile::kRows, row_end);
+    };
+    const auto store_dz = [&](int slot) {
+        if constexpr (Tile::kMakesDz)
+            if (makes_dz)
+                dz_next.store(narrow_ring + slot * Tile::kNarrow, p.dz, alpha_t);
     };
     using A = RankRows<T, R, Tile::kColumns, Tile::kThreads>;
     if (p.dx && !p.rounded)
         A::copy(a_slab, p.a, col0);
     for (int s = 0; s < ahead; ++s)
         load(s, s);  // A belongs to the first group
+    load_dz(0);
     if (p.dx && p.rounded)
         A::round(a_slab, nullptr, false, p.a, col0);
+    store_dz(0);
     wait_oldest(p.stages);
     block_sync();
     uint32_t a[R / 16][kSlice / 16][4];
@@ -362,6 +379,7 @@ AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int
         wait_oldest(p.stages);
         block_sync();
         load(t + ahead, slot == 0 ? ahead : slot - 1);
+        load_dz(t + 1);
         T* slice = wide_ring + slot * Tile::kWide + slice0;
         const T* dz = narrow_ring + slot * Tile::kNarrow;
         uint16_t* slice_masks = masks + slice0 / kDropoutColumns;
@@ -378,6 +396,7 @@ AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int
             emit_dx<T, R>(slice, dz, slice_masks, a, p, row0, row_end, col0 + slice0);
         }
         slot = slot == ahead ? 0 : slot + 1;
+        store_dz(slot);  // last read before the barrier above
     }
     copy_wait<0>();
     store(da, col0 + slice0);

@@ -125,6 +125,8 @@ py::dict described(const KernelPlan& plan, const DeviceLimits& device) {
     row["blocks_per_sm"] = plan.blocks_per_sm;
     row["waves"] = waves(plan, device);
     row["launches"] = plan.launches;
+    if (plan.dh_sums > 0)
+        row["dh_sums"] = plan.dh_sums;
     return row;
 }
 

@@ -133,7 +133,10 @@ void launch_x(const BackwardCall& call, const BackwardPlan& plan, const Backward
     OuterParams p{};
     p.wide = call.x;
     p.wide_stride = call.x_stride;
-    p.narrow = scratch.dz;
+    if (plan.x.dh_sums > 0)
+        p.dz = dz_job(call, plan, scratch, 0);
+    else
+        p.narrow = scratch.dz;
     fill_rank_rows(p.a, call);
     p.rounded = any_a_rounded(call);
     p.dx = call.dx;
@@ -185,10 +188,10 @@ void backward_round(const BackwardCall& call, const BackwardPlan& plan,
     Reduction first, second;
     for (int i = 0; i < call.shape.count; ++i) {
         const MemberGradients& member = call.gradients[i];
-        if (needs_dz(call, i) || (apart && member.db))
+        if ((needs_dz(call, i) && plan.x.dh_sums == 0) || (apart && member.db))
             first.add(dz_job(call, plan, scratch, i));
         if (member.db && last)
-            (apart ? second : first).add(db_job(call, plan, scratch, i));
+            (apart || plan.x.dh_sums > 0 ? second : first).add(db_job(call, plan, scratch, i));
         if (member.da && last)
             second.add(da_job(call, plan, scratch, i));
     }

@@ -14,6 +14,7 @@ constexpr int kMaxMembers = 3;
 constexpr int kRankUnit = 16;  // what one mma sums over
 constexpr int kMaxRank = 128;
 constexpr int kMaxSegments = 8;       // of a sum over K or N
+constexpr int kSumsAtOnce = 16;       // partial results that a thread has under way
 constexpr int kNoMember = INT32_MAX;  // `first` of a place that no member takes
 
 // Dropout of x. threshold 0: none, and seed is not read.
@@ -100,11 +101,29 @@ struct DyParams {
     int stages;
 };
 
+// Per row of (M, cols), any subset of: z = scale * sum; dz = scale * phi'(z) * sum; h = phi(z).
+struct SumRowsJob {
+    int first;             // of its blocks (reduce kernel)
+    const float* partial;  // [count, M, partial_stride]; null: no sum, h only
+    int count;
+    int partial_stride;  // the sum is 0 in columns beyond it
+    void* z_out;         // T [M, r]: then z comes from the sum
+    const void* z;       // T [M, r]: else it is read
+    void* dz;            // T [M, cols], row stride R; null: not needed
+    void* h;             // T [M, cols], row stride R; null: not needed
+    const float* alpha_t;
+    int64_t m;
+    int r, cols, rank_class;
+    int activation;
+    float scale;
+};
+
 // One pass over x: dx = dz A and dA = dz^T x by chunk of rows. Or, over dy at R >= 64: dB = dy^T h.
 struct OuterParams {
     const void* wide;  // T [M, W], row stride wide_stride: x or dy
     int64_t wide_stride;
-    const void* narrow;              // T [M, R]: dz or h
+    const void* narrow;              // T [M, R]: dz or h; null (R = 16): the x pass makes dz
+    SumRowsJob dz;                   // by this job, for its own rows
     Weight a[kMaxRank / kRankUnit];  // kRankUnit rows each, (., W) (x pass only)
     bool rounded;                    // whether any of them is not T in vectors
     void* dx;                        // T [M, W], row stride W; null: not needed (x pass only)
@@ -127,23 +146,6 @@ struct SumWeightJob {
     int count;
     int64_t rows, rows_stride;  // rows_stride: elements of one partial result
     int cols, partial_cols;
-    float scale;
-};
-
-// Per row of (M, cols), any subset of: z = scale * sum; dz = scale * phi'(z) * sum; h = phi(z).
-struct SumRowsJob {
-    int first;             // of its blocks
-    const float* partial;  // [count, M, partial_stride]; null: no sum, h only
-    int count;
-    int partial_stride;  // the sum is 0 in columns beyond it
-    void* z_out;         // T [M, r]: then z comes from the sum
-    const void* z;       // T [M, r]: else it is read
-    void* dz;            // T [M, cols], row stride R; null: not needed
-    void* h;             // T [M, cols], row stride R; null: not needed
-    const float* alpha_t;
-    int64_t m;
-    int r, cols, rank_class;
-    int activation;
     float scale;
 };
 

@@ -159,6 +159,8 @@ void add_x_pass(BackwardPlan& plan, const Shape& shape, const DeviceLimits& devi
                                ceil_div(shape.k, Outer::kColumns), partial_bytes<R>(shape),
                                Outer::x_bytes, plan.da_rows);
     plan.da_chunks = plan.x.grid_y;
+    if (Outer::kMakesDz && shape.count == 1 && plan.dh_parts[0] <= kSumsAtOnce)
+        plan.x.dh_sums = plan.dh_parts[0];
     for (KernelPlan* kernel : {&plan.dy, &plan.project_dy, &plan.db, &plan.x})
         kernel->launches = plan.rounds;
 }

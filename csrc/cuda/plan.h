@@ -69,6 +69,7 @@ struct KernelPlan {
     int blocks_per_sm = 0;  // by shared memory and registers
     bool staged = false;    // floats of A and B lie in shared memory before they are rounded
     int launches = 1;       // in a backward, one for each round
+    int dh_sums = 0;        // x kernel: partial sums of dh that it makes dz from; 0: it reads dz
 };
 
 struct ForwardPlan {

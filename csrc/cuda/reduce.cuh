@@ -1,19 +1,30 @@
 // The small kernel: sums of partial results, in the order of their index.
 #pragma once
 
-#include "cuda/tile.cuh"
+#include "cuda/dz.cuh"
 
 namespace afa {
 
-// Elements index and index + 1 of a row-major float matrix, summed over `count` matrices of `size`
-// elements.
-AFA_DEVICE Float2 sum_pair(const float* partial, int count, int64_t size, int64_t index) {
-    Float2 sum{0.0f, 0.0f};
-    for (int i = 0; i < count; ++i) {
-        const Float2 part =
-            load_global(reinterpret_cast<const Float2*>(partial + i * size + index));
-        sum.x += part.x;
-        sum.y += part.y;
+AFA_DEVICE void add(float& sum, float part) { sum += part; }
+AFA_DEVICE void add(Float2& sum, Float2 part) {
+    sum.x += part.x;
+    sum.y += part.y;
+}
+
+// The sum of `count` elements, `stride` floats apart. kSumsAtOnce of them are under way at once.
+template <typename Element>
+AFA_DEVICE Element sum_of(const float* partial, int count, int64_t stride) {
+    Element sum{};
+    AFA_ROLLED
+    for (int first = 0; first < count; first += kSumsAtOnce) {
+        Element part[kSumsAtOnce];
+        AFA_UNROLL
+        for (int i = 0; i < kSumsAtOnce; ++i, partial += stride)
+            part[i] = first + i < count ? load_global(reinterpret_cast<const Element*>(partial))
+                                        : Element{};
+        AFA_UNROLL
+        for (int i = 0; i < kSumsAtOnce; ++i)
+            add(sum, part[i]);
     }
     return sum;
 }
@@ -27,8 +38,8 @@ AFA_DEVICE void sum_rows(const SumRowsJob& job, int64_t pair) {
         return;
     Float2 sum{0.0f, 0.0f};
     if (job.partial && col < job.partial_stride)
-        sum = sum_pair(job.partial, job.count, job.m * job.partial_stride,
-                       row * job.partial_stride + col);
+        sum = sum_of<Float2>(job.partial + row * job.partial_stride + col, job.count,
+                             job.m * job.partial_stride);
     if (job.z_out) {
         store_pair(static_cast<T*>(job.z_out), row, job.r, col,
                    pack<T>(job.scale * sum.x, job.scale * sum.y));
@@ -41,7 +52,7 @@ AFA_DEVICE void sum_rows(const SumRowsJob& job, int64_t pair) {
     const int64_t index = row * job.rank_class + col;
     if (job.dz)
         store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.dz) + index),
-                     pack<T>(job.scale * low.slope * sum.x, job.scale * high.slope * sum.y));
+                     dz_pair<T>(job, low.slope, high.slope, sum));
     if (job.h)
         store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.h) + index),
                      pack<T>(low.value, high.value));
@@ -54,10 +65,7 @@ AFA_DEVICE void sum_weight(const SumWeightJob& job, int64_t element) {
     if (row >= job.rows)
         return;
     const float* partial = job.partial + row * job.partial_cols + col;
-    float sum = 0.0f;
-    for (int i = 0; i < job.count; ++i)
-        sum += load_global(partial + i * job.rows_stride);
-    sum *= job.scale;
+    const float sum = job.scale * sum_of<float>(partial, job.count, job.rows_stride);
     if (job.type == Output::fp32)
         store_global(static_cast<float*>(job.out) + element, sum);
     else

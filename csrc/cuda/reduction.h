@@ -65,7 +65,8 @@ inline SumRowsJob z_job(const BranchCall& call, const ForwardPlan& plan,
     return job;
 }
 
-// dz of a member, with the columns up to the next one's, or h, from the partial sums of dh.
+// dz of a member, with the columns up to the next one's, or h, from the partial sums of dh. The x
+// kernel may do the job of a lone layer itself.
 inline SumRowsJob dz_job(const BackwardCall& call, const BackwardPlan& plan,
                          const BackwardScratch& scratch, int i) {
     const bool dz = needs_dz(call, i), h = !plan.one_pass_dy && call.gradients[i].db;

@@ -28,7 +28,7 @@ struct BackwardScratch {  // db and da for the whole call, the others for one ro
     BackwardScratch(const Shape& s, const ForwardPlan& forward, const BackwardPlan& plan,
                     bool recompute_z, Workspace& w) {
         const int64_t rows = plan.rows;
-        dz = w.take<Element>(rows * plan.rank);
+        dz = w.take<Element>(plan.x.dh_sums > 0 ? 0 : rows * plan.rank);
         h = w.take<Element>(plan.one_pass_dy ? 0 : rows * plan.rank);
         for (int i = 0; i < s.count && recompute_z; ++i)
             z[i] = w.take<Element>(rows * s.members[i].r);

@@ -87,10 +87,13 @@ struct DyTile {
 // The x kernel, and the dB kernel of R >= 64: each warp owns a slice of columns.
 template <int R>
 struct OuterTile {
-    static constexpr int kRows = R == 128 ? 32 : 64;
-    static constexpr int kColumns = R <= 32 ? 256 : 128;
-    static constexpr int kWarps = R == 128 ? 8 : 4;
+    static constexpr int kRows = R == 16 || R == 128 ? 32 : 64;
+    static constexpr int kColumns = R == 16 ? 512 : R == 32 ? 256 : 128;
+    static constexpr int kWarps = R == 16 || R == 128 ? 8 : 4;
     static constexpr int kThreads = kWarps * kWarpSize;
+    // Whether the x kernel can make dz from partial sums of dh, which every slab of columns reads
+    // again: at rank 16, where slabs are wide and the sums small, that costs less than a launch.
+    static constexpr bool kMakesDz = R == 16;
     static constexpr int kXRegisters = 248, kDbRegisters = 128;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);

@@ -102,6 +102,9 @@ std::vector<simt::Buffer> emulated_buffers(const OuterParams& p) {
     BufferList b;
     b.matrix("wide", p.wide, p.m, p.w, p.wide_stride);
     b.matrix("narrow", p.narrow, p.m, R, R);
+    b.floats("dh", p.dz.partial, p.dz.count * p.m * R);
+    b.matrix("z", p.dz.z, p.m, p.dz.r, p.dz.r);
+    b.floats("alpha_t", p.dz.alpha_t, 1);
     b.rank_rows(p.a, R);
     b.matrix("dx", p.dx, p.m, p.w, p.w, true);
     b.floats("partial", p.partial, chunks * R * p.w, true);

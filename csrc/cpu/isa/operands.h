@@ -141,6 +141,7 @@ struct Dropout {
     int threshold = 0;  // of 256; 0: none
     uint64_t seed = 0;
     int64_t calls_per_row = 0;
+    int64_t first_row = 0;  // of the mask, which row 0 has
 };
 
 constexpr int kMaxSlab = 512;
@@ -150,8 +151,9 @@ static void dropout_run(const Dropout& d, int64_t row, int64_t group, int64_t gr
                         uint8_t* bytes) {
     constexpr int kCalls = kMaxSlab / kDropoutColumns;
     uint32_t words[kCalls][4];
-    const uint64_t counter = static_cast<uint64_t>(row) * static_cast<uint64_t>(d.calls_per_row) +
-                             static_cast<uint64_t>(group);
+    const uint64_t counter =
+        static_cast<uint64_t>(d.first_row + row) * static_cast<uint64_t>(d.calls_per_row) +
+        static_cast<uint64_t>(group);
     for (int64_t i = 0; i < groups; ++i) {
         const Philox4 call = philox4x32_10(d.seed, counter + static_cast<uint64_t>(i));
         for (int w = 0; w < 4; ++w)

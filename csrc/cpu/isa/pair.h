@@ -1,54 +1,49 @@
-// The engine in bfloat16, for CPUs with vdpbf16ps: lane += a0 * b0 + a1 * b1, accumulated in
-// float32.
+// The engine in bfloat16, for CPUs with vdpbf16ps or bfdot: lane += a0 * b0 + a1 * b1, accumulated
+// in float32.
 #pragma once
 
 #include "cpu/isa/pairs.h"
 #include "cpu/isa/row_groups.h"
 
-#if AFA_ISA_LEVEL == 3
+#if AFA_BF16_PAIRS
 
 namespace afa::cpu::AFA_ISA {
 
 struct Pair : RowGroups<Pair> {
     using Elem = bf16;
-    using Operand = __m512i;
+    using Operand = Pairs;
     static constexpr int kDepth = 2;
     static constexpr int kSlab = 512;
     static constexpr bool kOnePanel = false;
-    static constexpr int kPairLanes = kDepth * kLanes;
 
-    static Operand load_operand(const bf16* p) { return _mm512_loadu_si512(p); }
-    static Operand broadcast_operand(const bf16* p) {
-        int32_t both;
-        memcpy(&both, p, sizeof(both));
-        return _mm512_set1_epi32(both);
-    }
+    static Operand load_operand(const bf16* p) { return load_pairs(p); }
+    static Operand broadcast_operand(const bf16* p) { return broadcast_pair(p); }
     static Vec multiply_add(Operand a, Operand b, Vec sum) { return multiply_add_pairs(a, b, sum); }
 
-    // One slab of P into the panels of row_groups.h, 16 x 32 elements at a time.
+    // One slab of P into the panels of row_groups.h, kLanes x kPairLanes elements at a time.
     template <class Src>
     static void pack(const Src* p, int64_t stride_j, int64_t stride_l, int64_t r, PanelRows rows,
                      int64_t cols, Elem* dot, Elem* expand) {
         const int64_t padded = round_up(cols, kTile), rp = rows.count, of = rows.of;
         const int64_t begin = rows.first * kTile;
-        __m512i block[16];
-        for (int64_t j = 0; j < rp && dot != nullptr; j += 16)
+        Pairs block[kLanes];
+        for (int64_t j = 0; j < rp && dot != nullptr; j += kLanes)
             for (int64_t c = 0; c < padded; c += kPairLanes) {
                 by_rows(PairBlock<Src>{p + j * stride_j + c * stride_l, stride_l, stride_j,
-                                       part_of(cols, c, kPairLanes), part_of(r, j, 16)},
+                                       part_of(cols, c, kPairLanes), part_of(r, j, kLanes)},
                         block);
                 Elem* out = dot + begin + round_down(c, kTile) * of + j * kTile + c % kTile;
-                for (int64_t i = 0; i < min_of<int64_t>(16, rp - j); ++i)
-                    _mm512_storeu_si512(out + i * kTile, block[i]);
+                for (int64_t i = 0; i < min_of<int64_t>(kLanes, rp - j); ++i)
+                    store_pairs(out + i * kTile, block[i]);
             }
-        for (int64_t j = 0; j < rp && expand != nullptr; j += 32)
+        for (int64_t j = 0; j < rp && expand != nullptr; j += kPairLanes)
             for (int64_t c = 0; c < padded; c += kLanes) {
                 by_pairs(PairBlock<Src>{p + j * stride_j + c * stride_l, stride_j, stride_l,
-                                        part_of(r, j, 32), part_of(cols, c, kLanes)},
+                                        part_of(r, j, kPairLanes), part_of(cols, c, kLanes)},
                          block);
                 Elem* out = expand + begin + round_down(c, kTile) * of + j * kTile + c % kTile * 2;
-                for (int64_t i = 0; i < min_of<int64_t>(16, (rp - j) / 2); ++i)
-                    _mm512_storeu_si512(out + i * 2 * kTile, block[i]);
+                for (int64_t i = 0; i < min_of<int64_t>(kLanes, (rp - j) / 2); ++i)
+                    store_pairs(out + i * 2 * kTile, block[i]);
             }
     }
     static int64_t coefficient_bytes(int64_t rows, int64_t ld) {
@@ -81,17 +76,12 @@ struct Pair : RowGroups<Pair> {
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; v += 2) {
             const bf16* even = x + m * ldx + v * kLanes;
-            const __m512i row0 = _mm512_loadu_si512(even);
-            const __m512i row1 =
-                m + 1 < rows ? _mm512_loadu_si512(even + ldx) : _mm512_setzero_si512();
-            bf16* out = packed + m * kTile + v * kPairLanes;
-            _mm512_storeu_si512(out, _mm512_unpacklo_epi16(row0, row1));
-            _mm512_storeu_si512(out + kPairLanes, _mm512_unpackhi_epi16(row0, row1));
+            const Pairs row0 = load_pairs(even);
+            const Pairs row1 = m + 1 < rows ? load_pairs(even + ldx) : zero_pairs();
+            store_row_pairs(packed + m * kTile + v * kPairLanes, row0, row1);
         }
     }
 
-    // pack_outer interleaves two rows by unpacking, which puts every other four columns into one
-    // vector.
     static void finish_sums(const Sums& sums, int64_t rp, int64_t cols) {
         for_each_row<Pair>(sums, rp, cols, sort_columns);
     }

@@ -22,7 +22,7 @@ static inline int64_t slab_cols(int64_t length, int64_t slab) {
 static inline Dropout dropout_of(const CommonParams& p) {
     if (p.dropout == 0)
         return {};
-    return {p.dropout, static_cast<uint64_t>(*p.seed), ceil_div(p.k, kDropoutColumns)};
+    return {p.dropout, static_cast<uint64_t>(*p.seed), ceil_div(p.k, kDropoutColumns), p.first_row};
 }
 static inline float alpha_of(const Member& member) {
     return member.alpha_t == nullptr ? 0.0f : *member.alpha_t;
@@ -31,11 +31,8 @@ static inline float inverse_keep_of(const CommonParams& p) {
     return kDropoutLevels / static_cast<float>(kDropoutLevels - p.dropout);
 }
 
-// A second thread costs more than it brings below this many multiply-adds. What counts is the
-// largest member: so a group never runs on threads that its members would not take alone, and is
-// not slower than they are for the sake of a barrier.
-constexpr int64_t kWorthThreads = 200000;
-
+// What counts is the largest member: so a group never runs on threads that its members would not
+// take alone, and is not slower than they are for the sake of a barrier.
 template <class Params>
 static inline int threads_for(const Params& p) {
     int64_t most = 0;
@@ -237,8 +234,8 @@ struct BackwardPlan {
         of.panel_elements = of.rp * E::kSlab;
         of.super_elements = super_rows * of.rp;
         of.need_db = member.db.data != nullptr;
-        of.db_in_place =
-            member.db.dtype == Dtype::f32 && of.rp == member.r && member.n % E::kTile == 0;
+        of.db_in_place = member.db.dtype == Dtype::f32 && of.rp == member.r &&
+                         member.db.row_stride == member.r && member.n % E::kTile == 0;
         of.h = layout.reserve<float>(of.super_elements);
         of.slope = layout.reserve<float>(need_dz ? of.super_elements : 0);
         of.h_packed =

@@ -107,7 +107,7 @@ struct RowGroups {
             return dot_rows<1, kPanel>(x, ldx, p, ldp, rp, tiles, z, ldz);
         case 2:
             return dot_rows<2, kPanel>(x, ldx, p, ldp, rp, tiles, z, ldz);
-#if AFA_ISA_LEVEL >= 2
+#if AFA_VECTOR_REGISTERS >= 32
         case 3:
             return dot_rows<3, kPanel>(x, ldx, p, ldp, rp, tiles, z, ldz);
         case 4:
@@ -164,7 +164,7 @@ struct RowGroups {
             return expand_group<1>(h, m, rows, rp, r, panel, target, begin, end);
         case 2:
             return expand_group<2>(h, m, rows, rp, r, panel, target, begin, end);
-#if AFA_ISA_LEVEL >= 2
+#if AFA_VECTOR_REGISTERS >= 32
         case 3:
             return expand_group<3>(h, m, rows, rp, r, panel, target, begin, end);
         case 4:
@@ -225,7 +225,7 @@ struct RowGroups {
     static void outer_tile(const Coefficients<E>& h, int64_t rows, int64_t ld, const Elem* packed,
                            const Sums& sums, const Elem* x, int64_t ldx, Elem* next,
                            const Elem* ahead) {
-        constexpr int kWidth = AFA_ISA_LEVEL >= 2 ? 4 : 2;
+        constexpr int kWidth = AFA_VECTOR_REGISTERS >= 32 ? 4 : 2;
         const Elem* none = nullptr;
         outer_group<kPackNext, kWidth>(h, rows, ld, 0, packed, sums.data, sums.row, x, ldx, next,
                                        ahead);

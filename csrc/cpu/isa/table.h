@@ -16,7 +16,7 @@ static void run(const Params& params) {
     case Dtype::bf16:
 #if AFA_ISA_LEVEL >= 4
         return Pass<bf16, Tiles>(params).run();
-#elif AFA_ISA_LEVEL == 3
+#elif AFA_BF16_PAIRS
         return Pass<bf16, Pair>(params).run();
 #else
         return Pass<bf16, Wide>(params).run();

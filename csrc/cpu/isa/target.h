@@ -6,13 +6,13 @@
 #include <unistd.h>
 #endif
 
-#include "cpu/isa/vec.h"
+#include "cpu/isa/stream.h"
 
 namespace afa::cpu::AFA_ISA {
 
-constexpr int kVectors = 4;                            // per tile
-constexpr int kGroup = 4;                              // rows of P at a time
-constexpr int kRowGroup = AFA_ISA_LEVEL >= 2 ? 6 : 3;  // rows of x or h at a time
+constexpr int kVectors = 4;                                    // per tile
+constexpr int kGroup = 4;                                      // rows of P at a time
+constexpr int kRowGroup = AFA_VECTOR_REGISTERS >= 32 ? 6 : 3;  // rows of x or h at a time
 
 // out = base + H P. The pointers are those of the first element of the block that is written.
 template <class T>

@@ -87,7 +87,7 @@ struct Tiles {
                 for (int i = 0; i < 16; ++i)
                     lanes[i] =
                         _mm512_castps_si512(m + i < rows ? load(h + (m + i) * rp + j) : zero());
-                transpose16(lanes);
+                transpose(lanes);
                 for (int i = 0; i < 16; ++i)
                     store(by_columns + (j + i) * kBlockRows + m, _mm512_castsi512_ps(lanes[i]));
             }

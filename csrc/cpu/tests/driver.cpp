@@ -17,8 +17,7 @@ namespace {
 constexpr int kFailed = 1, kSkipped = 77;
 
 afa::cpu::Isa isa_of(const std::string& name) {
-    using afa::cpu::Isa;
-    for (const Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx})
+    for (const afa::cpu::Isa isa : afa::cpu::kIsas)
         if (name == afa::cpu::isa_name(isa))
             return isa;
     throw std::invalid_argument("no instruction set is called '" + name + "'");

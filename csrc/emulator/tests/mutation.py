@@ -267,8 +267,8 @@ MUTANTS = (
         "sum off by one",
         "partial results",
         "reduce.cuh",
-        "for (int i = 0; i < count; ++i)",
-        "for (int i = 1; i < count; ++i)",
+        "first + i < count ?",
+        "first + i + 1 < count ?",
     ),
     Mutant(
         "sum off by one",
@@ -276,6 +276,21 @@ MUTANTS = (
         "forward.cuh",
         "if (s < p.project.splits &&",
         "if (s + 1 < p.project.splits &&",
+    ),
+    Mutant("sum off by one", "dh in the x kernel", "dz.cuh", "valid && i < job.count", "valid && i + 1 < job.count"),
+    Mutant(
+        "slot overwritten while read",
+        "x kernel: dz that it makes",
+        "backward.cuh",
+        "dz_next.store(narrow_ring + slot * Tile::kNarrow,",
+        "dz_next.store(narrow_ring,",
+    ),
+    Mutant(
+        "edge mask removed",
+        "rows of dz that the x kernel makes",
+        "dz.cuh",
+        "valid = row0 + row() < row_end;",
+        "valid = true;",
     ),
     Mutant(
         "blocks write the same place",

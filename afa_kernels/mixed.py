@@ -1,0 +1,241 @@
+"""One batch for many adapters: its samples sorted by adapter, the A and B of those present stacked, one ragged call.
+
+The stack is small: the copy of A and B, and autograd's way back through it, cost as much memory as the adapters that
+are present. An adapter that is not present is no part of the call, so it gets no gradient.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from afa_kernels import checks
+from afa_kernels.functional import on_device
+from afa_kernels.options import Options
+from afa_kernels.ragged import afa_linear_grouped, afa_lora_grouped
+
+BASE = "__base__"  # PEFT's name for "no adapter"
+_CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps its function of activation checkpointing
+
+
+class AdapterCall(NamedTuple):
+    """What an adapter computes with: the arguments of :func:`afa_kernels.functional.lora` beside x."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    alpha_t: Tensor | None  # None at identity
+    options: Options
+
+
+class Assignment:
+    """Which adapter computes what of a batch.
+
+    Args:
+        names: a name for each sample (or for each row of x), or one name for all.
+    """
+
+    def __init__(self, names: str | Sequence[str]):
+        self.for_all = isinstance(names, str)
+        names = (names,) if self.for_all else tuple(names)
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"names: expected names of adapters, got {name!r}")
+        self.names = names
+        self.adapters = tuple(dict.fromkeys(names))
+        number = {name: i for i, name in enumerate(self.adapters)}
+        samples = range(len(names))
+        order = tuple(sorted(samples, key=lambda sample: number[names[sample]]))  # stable: samples keep their order
+        self.order = None if order == tuple(samples) else order
+        self._back = tuple(sorted(samples, key=order.__getitem__))
+        counts = Counter(names)
+        self._ends = tuple(accumulate(counts[name] for name in self.adapters))
+
+    def offsets(self, x: Tensor) -> Tensor:
+        """Return where the rows of each adapter end, once the rows of x are sorted.
+
+        Raises:
+            ValueError: there is no name for each sample of x, nor for each of its rows.
+        """
+        checks.input_tensor(x)
+        rows, given = _rows(x), len(self.names)
+        samples = len(x) if x.dim() > 1 else 1
+        if not self.for_all and given not in (samples, rows):
+            wanted = f"{samples} samples" if samples == rows else f"{samples} samples, or of the {rows} rows,"
+            raise ValueError(f"names: expected one for each of the {wanted} of x {tuple(x.shape)}, got {given}")
+        each = rows // given if given else 0
+        return constant(tuple(end * each for end in self._ends), torch.int32, x.device)
+
+    def sort(self, x: Tensor) -> Tensor:
+        """Return the rows of x, those of each adapter together. Without a pass over x if they are so already."""
+        return x.reshape(_rows(x), x.shape[-1]) if self.order is None else self._permuted(x, self.order)
+
+    def restore(self, rows: Tensor, x: Tensor) -> Tensor:
+        """Undo :meth:`sort` for a result with as many rows as x."""
+        if self.order is not None:
+            rows = self._permuted(rows, self._back)
+        return rows.view(*x.shape[:-1], rows.shape[-1])
+
+    def _permuted(self, t: Tensor, order: tuple[int, ...]) -> Tensor:
+        rows, columns = _rows(t), t.shape[-1]
+        samples = t.reshape(len(order), rows // len(order), columns)
+        return _Permuted.apply(samples, constant(order, torch.int64, t.device)).view(rows, columns)
+
+
+class _Permuted(torch.autograd.Function):
+    """``t[order]``. The gradient of indexing is a sum into zeros, in two passes; of a permutation it is one too."""
+
+    @staticmethod
+    def forward(ctx, t, order):
+        ctx.save_for_backward(order)
+        return t.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (order,) = ctx.saved_tensors
+        return _Permuted.apply(dy, order.argsort()), None
+
+
+def mixed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, assignment: Assignment, calls: Sequence[AdapterCall | None]
+) -> Tensor:
+    """Return ``x @ weight.T + bias`` plus, for the samples of each of ``assignment.adapters``, the branch of its call;
+    None is no branch."""
+    offsets = assignment.offsets(x)
+    passes = _passes(x, calls)
+    if not passes:
+        return F.linear(x, weight, bias)
+    rows = assignment.sort(x)
+    y = afa_linear_grouped(rows, offsets, weight, bias, **passes[0])
+    for each in passes[1:]:
+        y = afa_lora_grouped(rows, offsets, base=y, inplace=True, **each)
+    return assignment.restore(y, x)
+
+
+def mixed_lora(x: Tensor, base: Tensor, assignment: Assignment, calls: Sequence[AdapterCall | None]) -> Tensor:
+    """Return ``base`` plus the branches, as in :func:`mixed_linear`; ``base`` is only read."""
+    offsets = assignment.offsets(x)
+    rows = assignment.sort(x)
+    y = None if assignment.order is not None else base.reshape(rows.shape[0], base.shape[-1])
+    for i, each in enumerate(_passes(x, calls)):
+        y = afa_lora_grouped(rows, offsets, base=y, inplace=i > 0, **each)
+    if y is None:
+        return base
+    y = assignment.restore(y, x)
+    return y if assignment.order is None else base + y
+
+
+def _passes(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[dict[str, Any]]:
+    """Return the arguments of the ragged calls. Adapters that differ in activation or dropout, of which a call has one,
+    need a call each: over the same rows, where those of the other adapters have rank 0."""
+    r = max([call.lora_a.shape[0] for call in calls if call is not None], default=0)
+    if r == 0:
+        return []
+    some = next(call for call in calls if call is not None)
+    no_a = some.lora_a.new_zeros(r, some.lora_a.shape[1])
+    no_b = some.lora_b.new_zeros(some.lora_b.shape[0], r)
+    operands = {
+        "lora_a": torch.stack([no_a if call is None else _to_rank(call.lora_a, 0, r) for call in calls]),
+        "lora_b": torch.stack([no_b if call is None else _to_rank(call.lora_b, 1, r) for call in calls]),
+    }
+    return [operands | _of_groups(x, own, r) for own in _by_setting(x, calls)]
+
+
+def _to_rank(t: Tensor, dimension: int, r: int) -> Tensor:
+    missing = r - t.shape[dimension]
+    return F.pad(t, (0, 0, 0, missing) if dimension == 0 else (0, missing)) if missing else t
+
+
+def _by_setting(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[list[AdapterCall | None]]:
+    """Return, for each ragged call, ``calls`` with None for the adapters that it does not take."""
+    settings = [None if call is None else _setting(x, call) for call in calls]
+    # At alpha_t = 0 every activation is the identity: such an adapter joins any call, so that reaching 0 costs none.
+    annealed = {s[:-1]: s for s in settings if s is not None and s[-1] is not None}
+    settings = [annealed.get(s[:-1], s) if s is not None and s[-1] is None else s for s in settings]
+    different = dict.fromkeys(s for s in settings if s is not None)
+    return [[call if s == each else None for call, s in zip(calls, settings, strict=True)] for each in different]
+
+
+def _setting(x: Tensor, call: AdapterCall) -> tuple:
+    """Return what the adapters of one ragged call have in common, the activation (None at identity) last."""
+    spec, save_z, backend = call.options
+    # The scaling of each group is a float32, which is not exact enough for float64.
+    scaling = spec.scaling if x.dtype == torch.float64 else None
+    return spec.dropout, save_z, backend, scaling, None if call.alpha_t is None else spec.activation
+
+
+def _of_groups(x: Tensor, own: list[AdapterCall | None], r: int) -> dict[str, Any]:
+    """Return the arguments in which ragged calls over the same rows differ; a group whose call is None has rank 0."""
+    some = [call for call in own if call is not None]
+    annealed = [call for call in some if call.alpha_t is not None]
+    spec, save_z, backend = (annealed or some)[0].options
+    alpha_t = 0.0
+    if annealed:
+        zero = constant((0.0,), torch.float32, x.device)[0]
+        values = [zero if call is None or call.alpha_t is None else call.alpha_t for call in own]
+        alpha_t = torch.stack([on_device(value, torch.float32, x.device) for value in values])
+    scalings = [spec.scaling if call is None else call.options.spec.scaling for call in own]
+    same_scaling = all(scaling == spec.scaling for scaling in scalings)
+    ranks = [0 if call is None else call.lora_a.shape[0] for call in own]
+    return {
+        "alpha_t": alpha_t,
+        "activation": spec.activation,
+        "scaling": spec.scaling if same_scaling else constant(tuple(scalings), torch.float32, x.device),
+        "dropout_p": spec.dropout / 256,
+        "save": "z" if save_z else "nothing",
+        "backend": backend,
+        "ranks": None if min(ranks) == r else constant(tuple(ranks), torch.int32, x.device),
+    }
+
+
+def _rows(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
+
+
+_constants: dict[tuple, Tensor] = {}
+
+
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor, which nobody may write. On a GPU, where making one waits for the device, it is the
+    same tensor each time."""
+    if device.type == "cpu" or is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    key = (values, dtype, device)
+    if key not in _constants:
+        with torch.inference_mode(False):  # a tensor of inference mode could not be saved for a backward later
+            made = torch.tensor(values, dtype=dtype, device=device)
+        if type(made) is not Tensor:  # a fake one, of whoever traces
+            return made
+        if len(_constants) >= 4096:
+            _constants.clear()
+        _constants[key] = made
+    return _constants[key]
+
+
+@contextmanager
+def recomputed_within(model: nn.Module, context: Callable[[nn.Module], AbstractContextManager]) -> Iterator[None]:
+    """Let what transformers' activation checkpointing of a module computes again in the backward run in
+    ``context(module)``, as in the forward, which is over by then."""
+
+    def checkpoint(module: nn.Module, original: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        def within(*args: Any, **kwargs: Any) -> Any:
+            with context(module):
+                return function(*args, **kwargs)
+
+        return original(within, *args, **kwargs)
+
+    originals = [(m, m.__dict__[_CHECKPOINT]) for m in model.modules() if _CHECKPOINT in m.__dict__]
+    for module, original in originals:
+        setattr(module, _CHECKPOINT, partial(checkpoint, module, original))
+    try:
+        yield
+    finally:
+        for module, original in originals:
+            setattr(module, _CHECKPOINT, original)

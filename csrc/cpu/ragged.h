@@ -1,0 +1,59 @@
+// Ragged calls: the rows of x are sorted by group, and each group has its own A, B, rank, alpha_t
+// and scaling. What the rows of a group get are the bits of a call with that group alone.
+#pragma once
+
+#include "cpu/params.h"
+
+namespace afa::cpu {
+
+// One value for each group.
+template <class T>
+struct PerGroup {
+    const T* data = nullptr;  // null: absent
+    int64_t stride = 0;       // in elements; 0: one value for all
+
+    const T* at(int64_t group) const { return data + group * stride; }
+};
+
+// One matrix for each group, all of the same size.
+struct Stack {
+    Matrix first;
+    int64_t stride = 0;  // in elements, from the matrix of one group to that of the next
+
+    bool present() const { return first.data != nullptr; }
+    Matrix at(int64_t group) const;
+};
+
+struct RaggedParams : CommonParams {
+    int64_t groups = 0, n = 0, r = 0;
+    PerGroup<int32_t> offsets;  // where the rows of each group end; they do not decrease
+    PerGroup<int32_t> ranks;    // from 0, no branch, to r; absent: all r
+    PerGroup<float> alpha_t;    // absent at identity
+    PerGroup<float> scalings;   // absent: `scaling` for all
+    float scaling = 1.0f;
+    int activation = 0;
+    Stack a;  // (G, r, K), any dtype
+    Stack b;  // (G, N, r), any dtype
+};
+
+// Rows of no group and groups of rank 0 have no branch: their y is base, their z and dx are zero.
+struct RaggedForwardParams : RaggedParams {
+    Matrix base;  // (M, N), or absent: zero; may be `out` itself
+    Matrix out;   // (M, N), written
+    Matrix z;     // (M, r), dense, written if present, zero beyond the rank of a group
+};
+
+struct RaggedBackwardParams : RaggedParams {
+    Matrix dy;                   // (M, N)
+    Matrix z;                    // (M, r), dense; absent: recomputed
+    Matrix dx;                   // (M, K), dense, written if present
+    bool accumulate_dx = false;  // add to what dx holds; not with dropout
+    Stack da;  // (G, r, K), dense, written if present, zero where there is no branch
+    Stack db;  // (G, N, r), likewise
+};
+
+// Run on params.threads threads at most, whose number never changes a bit of the results.
+void forward(const RaggedForwardParams& params);
+void backward(const RaggedBackwardParams& params);
+
+}  // namespace afa::cpu

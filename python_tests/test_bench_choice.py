@@ -1,0 +1,63 @@
+"""Which backend takes a call on compute capability 9.0 and 10.0 is what bench/model/choice.py makes of it."""
+
+import pytest
+import torch
+from conftest import skip_unless_available
+
+from afa_kernels.backend import cuda
+from afa_kernels.backend.registry import Call
+from bench.model.__main__ import LAYERS, RANKS, ROWS
+from bench.model.cuda_launches import Layer
+
+pytest.importorskip("triton")
+from bench.model.choice import CARDS, cheapest, middle, prices
+from bench.model.layer_overhead import torch_backend_costs
+from tools.triton_aot import Problem
+
+# How much more than the cheapest backend a call may cost that stays with `cuda`: the others are flattered.
+_MARGIN = 1.3
+
+
+@pytest.fixture(autouse=True)
+def _planned():
+    """Without CUDA kernels in the build, the emulator plans the launches."""
+    skip_unless_available("cuda_emulated")
+
+
+def left_to(layer: Layer) -> str:
+    left = cuda._leaves(Call("cuda", torch.bfloat16, layer.m, layer.k, layer.n, layer.r, "silu"))
+    return "cuda" if left is None else left[0]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.gpu.name)
+@pytest.mark.parametrize("r", RANKS)
+def test_the_choice_follows_the_model(card, r, monkeypatch):
+    major, minor = divmod(int(card.device.arch.removeprefix("sm_")), 10)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, minor))
+    backends = set()
+    for m in ROWS:
+        for k, n in LAYERS:
+            layer = Layer(m, k, n, r)
+            price, chosen = middle(prices(layer, card)), left_to(layer)
+            backends.add(chosen)
+            if chosen == "cuda":
+                assert price["cuda"] <= _MARGIN * min(price.values()), (layer, price)
+            else:
+                assert price[chosen] <= price["cuda"], (layer, price)
+            if m <= 64:
+                assert chosen == cheapest(price) == "cuda", (layer, price)
+    assert backends == ({"cuda", "triton"} if r > 32 else {"cuda"})
+
+
+def test_products_cost_triton_less_and_launches_more():
+    card = CARDS[0]
+    wide, few = (prices(Layer(m, 4096, 4096, 128), card) for m in (32768, 1))
+    for direction in (0, 1):
+        assert wide["triton"][direction].bad < wide["cuda"][direction].bad
+        assert few["triton"][direction].good > few["cuda"][direction].good
+        assert all(few["torch"][direction].good > few[name][direction].good for name in ("cuda", "triton"))
+
+
+def test_an_operand_as_large_as_the_weight_is_not_taken_for_it():
+    square, other = (torch_backend_costs(Problem(m, 512, 512, 16)) for m in (512, 520))
+    assert [[cost.name for cost in each] for each in square] == [[cost.name for cost in each] for each in other]

@@ -1,0 +1,49 @@
+"""The site of the documentation: it builds without a warning, and its reference has every public name."""
+
+import importlib
+import inspect
+import re
+
+import pytest
+
+from tools import docs_site
+
+pytest.importorskip("mkdocstrings")
+
+NAMES = [name for names in docs_site.public_names().values() for name in names]
+
+
+@pytest.fixture(scope="module")
+def site():
+    assert docs_site.main([]) == 0  # a link that leads nowhere is an error
+    return docs_site.ROOT / "build/site"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_name_says_what_it_is(name):
+    module, _, attribute = name.rpartition(".")
+    value = getattr(importlib.import_module(module), attribute)
+    assert inspect.getdoc(value), name
+
+
+def test_every_public_name_is_in_the_reference(site):
+    anchors = set(re.findall(r'id="(afa_kernels[\w.]*)"', (site / "api.html").read_text()))
+    assert set(NAMES) <= anchors
+
+
+def test_every_page_is_in_the_menu(site):
+    menu = (site.parents[1] / "mkdocs.yml").read_text()
+    pages = [page.relative_to(site.parents[1]) for page in (site.parents[1] / "docs").glob("*.md")]
+    assert pages and all(str(page) in menu for page in pages), pages
+
+
+def test_references_in_docstrings_are_links(site):
+    text = (site / "api.html").read_text()
+    assert ":func:" not in text and ":class:" not in text
+    assert 'href="#afa_kernels.functional.afa_lora"' in text
+
+
+def test_a_page_loads_nothing_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        loaded = re.findall(r'<(?:script|img|link)[^>]+(?:src|href)="(https?://[^"]+)"', page.read_text())
+        assert not loaded, (page, loaded)

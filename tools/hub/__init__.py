@@ -1,0 +1,26 @@
+"""Fused Triton kernels, and plain torch, for AFA-LoRA, the LoRA whose activation anneals away.
+
+The part of the package afa_kernels that needs no compilation: its functions and a stateless layer. The package itself
+adds CPU and CUDA kernels, layers with parameters, PEFT, schedules and checkpoints.
+"""
+
+from . import layers
+from .activation import activations
+from .backend import builtin as _builtin  # noqa: F401 - registers the backends
+from .backend.registry import BackendUnavailable, backends, use_backend
+from .functional import afa_linear, afa_lora
+from .plan import plan
+from .ragged import afa_linear_grouped, afa_lora_grouped
+
+__all__ = [
+    "BackendUnavailable",
+    "activations",
+    "afa_linear",
+    "afa_linear_grouped",
+    "afa_lora",
+    "afa_lora_grouped",
+    "backends",
+    "layers",
+    "plan",
+    "use_backend",
+]
