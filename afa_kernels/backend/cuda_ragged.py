@@ -4,6 +4,9 @@ As in cuda.py, this allocates and the native module (csrc/cuda/bind_ragged.cpp) 
 cannot read is copied. Nothing here looks at the values of the groups, so that nothing waits for the device.
 """
 
+from functools import lru_cache
+from types import ModuleType
+
 from torch import Tensor
 
 from afa_kernels.activation import COMPILED_IDS
@@ -16,13 +19,23 @@ def _described(a: Tensor, b: Tensor, groups: Groups, spec: Spec) -> tuple[tuple,
     return (a, b, COMPILED_IDS[spec.activation]), (*groups, spec.scaling)
 
 
+@lru_cache(maxsize=1024)
+def _forward_workspace(module: ModuleType, sizes: tuple, count: int) -> int:
+    return module.ragged_forward_workspace(sizes, count)
+
+
+@lru_cache(maxsize=1024)
+def _backward_workspace(module: ModuleType, sizes: tuple, count: int, recompute_z: bool) -> int:
+    return module.ragged_backward_workspace(sizes, count, recompute_z)
+
+
 class RaggedKernels:
     """The ``ragged_forward`` and ``ragged_backward`` of the kernels of a native module (``cuda._Kernels``)."""
 
     def ragged_forward(self, x, a, b, groups: Groups, seed, spec: Spec, *, base, out, save_z):
         (m, k), (count, n, r) = x.shape, b.shape
         z = x.new_empty(m, r) if save_z else None
-        size = self._module.ragged_forward_workspace((m, k, n, r), count)
+        size = _forward_workspace(self._module, (m, k, n, r), count)
         workspace = x.new_empty(size // x.element_size()) if size else None
         call = (x, *_described(a, b, groups, spec), (base, out, z), seed, spec.dropout, workspace, *self._place(x))
         if self._module.ragged_forward(*call):
@@ -40,7 +53,7 @@ class RaggedKernels:
         dx = x.new_empty(m, k) if need_dx else None
         da = a.new_empty(count, r, k) if need_da else None
         db = b.new_empty(count, n, r) if need_db else None
-        size = self._module.ragged_backward_workspace((m, k, n, r), count, z is None)
+        size = _backward_workspace(self._module, (m, k, n, r), count, z is None)
         workspace, gradients = x.new_empty(size // x.element_size()), (dy, z, dx, da, db)
         call = (x, *_described(a, b, groups, spec), gradients, seed, spec.dropout, workspace, *self._place(x))
         if self._module.ragged_backward(*call):

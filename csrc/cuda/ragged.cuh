@@ -194,8 +194,8 @@ ragged_project_kernel(const RaggedProjectParams p) {
     project_rows<T, R, kTransposed>(call, shared, row0, block_y());
 }
 
-// Grid: slots of kRowsOfPiece rows. z, or dz and h, from partial sums; zeros of rows without a
-// branch.
+// Grid: slots of kRowsOfPiece rows. dz from the partial sums of dh, and h; of rows without a branch
+// dz = 0.
 template <typename T>
 AFA_KERNEL(kReduceThreads)
 ragged_rows_kernel(const RaggedRowsParams p) {
@@ -211,7 +211,7 @@ ragged_rows_kernel(const RaggedRowsParams p) {
     if (at.rank <= kSlabRank)
         job.count = p.low_rank_count;
     job.alpha_t = alpha_at(job.alpha_t, p.groups, at);
-    job.scale = (job.z_out ? 1.0f : scaling_at(p.scaling, p.groups, at)) * p.inverse_keep;
+    job.scale = scaling_at(p.scaling, p.groups, at) * p.inverse_keep;
     const int64_t half = job.cols / 2, first = (at.first_row + row0) * half;
     const int64_t left = at.rows - row0;
     const int pairs = static_cast<int>((left < kRowsOfPiece ? left : kRowsOfPiece) * half);

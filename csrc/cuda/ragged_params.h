@@ -34,8 +34,7 @@ struct RaggedProjectParams {
     int low_rank_segment;  // of groups of ranks up to kSlabRank
 };
 
-// z of the rows of x, or dz and h, from partial sums; its own alpha_t, scale and number of partial
-// sums for each group.
+// dz and h of the rows of x, with an alpha_t, a scale and a number of partial sums for each group.
 struct RaggedRowsParams {
     Groups groups;
     SumRowsJob job;

@@ -74,7 +74,6 @@ std::vector<simt::Buffer> emulated_buffers(const RaggedRowsParams& p) {
     const SumRowsJob& job = p.job;
     const int count = std::max(job.count, p.low_rank_count);
     b.floats("partial", job.partial, count * job.m * job.partial_stride);
-    b.matrix("z_out", job.z_out, job.m, job.r, job.r, true);
     if (job.z != job.h)
         b.matrix("z", job.z, job.m, job.r, job.r);
     b.matrix("dz", job.dz, job.m, job.cols, job.rank_class, true);
