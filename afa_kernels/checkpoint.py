@@ -22,8 +22,12 @@ from torch import Tensor, nn
 from afa_kernels import peft_format as fmt
 from afa_kernels.base_layer import is_conv1d
 from afa_kernels.branch import Branch, check_options
+from afa_kernels.experts import AFAExpertLinear
+from afa_kernels.experts.parameters import weight_of
+from afa_kernels.experts.peft_names import as_matrices, from_matrices, names_in_peft
+from afa_kernels.experts.targets import Target, find_parameters
 from afa_kernels.layer import AFALinear, why_unsupported
-from afa_kernels.model import marked_modules, named_layers, named_trainable_modules, replace
+from afa_kernels.model import add_to_experts, marked_modules, named_layers, named_trainable_modules, replace
 from afa_kernels.stack import AFALinearStack, adapters_in, check_name
 from afa_kernels.targets import Candidate, find_targets
 
@@ -53,20 +57,25 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
         if known:
             raise ValueError(f"adapter: the model has no adapter {adapter!r}; it has {', '.join(known)}")
         raise ValueError(f"model: expected AFA layers, found none in {type(model).__name__}")
-    if "" in layers:
+    if any(name == "" or (isinstance(layer, AFAExpertLinear) and "." not in name) for name, layer in layers.items()):
         raise ValueError(
             f"model: expected a model that contains AFA layers, got an {type(model).__name__}, which has no name"
         )
     trained = dict(named_trainable_modules(model))
-    tensors: dict[str, Tensor] = {}
+    of_experts = [name for name, layer in layers.items() if isinstance(layer, AFAExpertLinear)]
+    in_peft = names_in_peft(model, of_experts)
+    tensors, sharded = {}, False
     for name, layer in layers.items():
-        tensors[fmt.PREFIX + name + fmt.LORA_A] = layer.lora_a
-        tensors[fmt.PREFIX + name + fmt.LORA_B] = layer.lora_b
+        sharded = sharded or _is_sharded(layer.lora_a) or _is_sharded(layer.lora_b)
+        pair = _whole(layer.lora_a), _whole(layer.lora_b)
+        a, b = as_matrices(*pair) if name in in_peft else pair
+        prefix = fmt.PREFIX + in_peft.get(name, name)
+        tensors |= {prefix + fmt.LORA_A: a, prefix + fmt.LORA_B: b}
     for name, module in trained.items():
         for key, value in _tensors_of(module).items():
-            tensors[f"{fmt.PREFIX}{name}.{key}"] = value
-    sharded = any(_is_sharded(t) for t in tensors.values())
-    tensors = {key: _whole(t).to("cpu", copy=True).contiguous() for key, t in tensors.items()}
+            sharded = sharded or _is_sharded(value)
+            tensors[f"{fmt.PREFIX}{name}.{key}"] = _whole(value)
+    tensors = {key: t.to("cpu", copy=True).contiguous() for key, t in tensors.items()}
     if sharded and torch.distributed.get_rank() != 0:
         torch.distributed.barrier()  # process 0 reaches it when it has written the files
         return
@@ -120,8 +129,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
         folder,
         fmt.read_config(folder / fmt.CONFIG_FILE),
         *fmt.read_weights(folder / fmt.WEIGHTS_FILE),
+        model,
     )
     _check_adapter(model, adapter)
+    checkpoint.check_name(adapter)
     layers, stacks = dict(named_layers(model, adapter)), _stacks(model)
     if layers:
         checkpoint.check_layers(layers)
@@ -173,22 +184,42 @@ class _Checkpoint:
         config: dict[str, Any],
         tensors: dict[str, Tensor],
         state: dict[str, Any],
+        model: nn.Module,
     ):
         self._config_file = folder / fmt.CONFIG_FILE
         self._weights_file = folder / fmt.WEIGHTS_FILE
         self._config = config
         self._state = fmt.checked_state(self._weights_file, state or config.get(fmt.METADATA_KEY, {}))
         self.branches, self._other = fmt.split(self._weights_file, tensors)
+        self._experts = self._parameters(model)
         for name, (a, _) in self.branches.items():
-            r = self._of(name, "rank_pattern", "r")
-            if r != a.shape[0]:
-                raise ValueError(f"{self._config_file}: r is {r} for {name}, the tensors have rank {a.shape[0]}")
+            r, rank = self._of(name, "rank_pattern", "r"), a.shape[-2]
+            if r != rank:
+                raise ValueError(f"{self._config_file}: r is {r} for {name}, the tensors have rank {rank}")
         for names, what in (
             (self._state.keys() - self.branches.keys(), "is in the metadata and has no tensors"),
             (self.branches.keys() - self._state.keys(), "is missing in the metadata"),
         ):
             if self._state and names:
                 raise self._misfit(fmt.PREFIX + min(names), what)
+
+    def _parameters(self, model: nn.Module) -> dict[str, Target]:
+        """Return the fused parameters that the configuration targets; their branches get their names and shapes."""
+        try:
+            targets = find_parameters(model, self._config.get("target_parameters") or ())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self._config_file}: {error}") from None
+        in_peft = names_in_peft(model, [target.name for target in targets])
+        for name, experts, parameter in targets:
+            a, b = self.branches.pop(in_peft[name], (None, None))
+            if a is None:
+                raise self._misfit(fmt.PREFIX + in_peft[name] + fmt.LORA_A, "is missing")
+            count = weight_of(experts, parameter).shape[0]
+            if a.shape[0] % count or b.shape[1] % count:
+                shapes = f"have {a.shape[0]} rows and {b.shape[1]} columns, the model has {count} experts"
+                raise self._misfit(fmt.PREFIX + in_peft[name], shapes)
+            self.branches[name] = from_matrices(a, b, count)
+        return {target.name: target for target in targets}
 
     def alpha_t(self, name: str) -> float:
         return self._state.get(name, {}).get("alpha_t", 0.0)
@@ -202,7 +233,7 @@ class _Checkpoint:
 
     def _arguments(self, name: str) -> dict[str, Any]:
         return {
-            "r": self.branches[name][0].shape[0],
+            "r": self.branches[name][0].shape[-2],
             "lora_alpha": self._of(name, "alpha_pattern", "lora_alpha"),
             "activation": self._state.get(name, {}).get("activation", "silu"),
             "dropout": self._config.get("lora_dropout") or 0.0,
@@ -212,18 +243,26 @@ class _Checkpoint:
     def _misfit(self, key: str, what: str) -> ValueError:
         return ValueError(f"{self._weights_file}: {key} {what}")
 
-    def _check_shapes(self, name: str, in_features: int, out_features: int) -> None:
+    def _check_shapes(self, name: str, *weight: int) -> None:
+        """Check the shapes of a branch beside a weight of the shape (N, K) or (E, N, K)."""
+        *experts, out_features, in_features = weight
         a, b = self.branches[name]
-        r = a.shape[0]
+        r = a.shape[-2]
         for suffix, tensor, wanted in (
-            (fmt.LORA_A, a, (r, in_features)),
-            (fmt.LORA_B, b, (out_features, r)),
+            (fmt.LORA_A, a, (*experts, r, in_features)),
+            (fmt.LORA_B, b, (*experts, out_features, r)),
         ):
             if tuple(tensor.shape) != wanted:
                 shapes = f"has shape {tuple(tensor.shape)}, the model needs {wanted}"
                 raise self._misfit(fmt.PREFIX + name + suffix, shapes)
 
-    def check_layers(self, layers: dict[str, Branch]) -> None:
+    def check_name(self, adapter: str | None) -> None:
+        if adapter is not None and self._experts:
+            raise ValueError(
+                f"adapter: {self._weights_file} holds experts, which have no named adapters; got {adapter!r}"
+            )
+
+    def check_layers(self, layers: dict[str, Branch | AFAExpertLinear]) -> None:
         """Check an injected model."""
         for names, what in (
             (layers.keys() - self.branches.keys(), "is missing, the model has that layer"),
@@ -234,7 +273,7 @@ class _Checkpoint:
         for name, layer in layers.items():
             if layer.merged:
                 raise ValueError(f"model: {name} is merged; unmerge(model) before loading")
-            self._check_shapes(name, layer.in_features, layer.out_features)
+            self._check_shapes(name, *layer.lora_b.shape[:-1], layer.in_features)
             arguments = self._arguments(name)
             if not self._state:
                 arguments["activation"] = layer.activation  # PEFT knows none
@@ -249,12 +288,15 @@ class _Checkpoint:
     def check_bases(self, modules: dict[str, nn.Module]) -> None:
         """Check the modules, by their names in the model, that are to get an adapter."""
         for name in self.branches:
-            module = modules.get(name)
-            reason = "no such layer in the model" if module is None else why_unsupported(module)
-            if reason is not None:
-                raise self._misfit(fmt.PREFIX + name + fmt.LORA_A, f"cannot be loaded: {reason}")
-            k, n = module.weight.shape if is_conv1d(module) else reversed(module.weight.shape)
-            self._check_shapes(name, k, n)
+            if name in self._experts:
+                _, experts, parameter = self._experts[name]
+                self._check_shapes(name, *weight_of(experts, parameter).shape)
+            else:
+                module = modules.get(name)
+                reason = "no such layer in the model" if module is None else why_unsupported(module)
+                if reason is not None:
+                    raise self._misfit(fmt.PREFIX + name + fmt.LORA_A, f"cannot be loaded: {reason}")
+                self._check_shapes(name, *(reversed(module.weight.shape) if is_conv1d(module) else module.weight.shape))
             arguments = self._arguments(name)
             del arguments["use_rslora"]
             try:
@@ -263,7 +305,9 @@ class _Checkpoint:
                 raise ValueError(f"{self._config_file}: {name}: {error}") from None
 
     def targets(self, model: nn.Module, trained: Iterable[str]) -> list[Candidate]:
-        names = "|".join(re.escape(name) for name in self.branches)
+        names = "|".join(re.escape(name) for name in self.branches.keys() - self._experts.keys())
+        if not names:
+            return []
         try:
             return find_targets(model, names, (), list(trained))
         except (TypeError, ValueError) as error:
@@ -275,6 +319,8 @@ class _Checkpoint:
             return AFALinear(module, **arguments) if adapter is None else AFALinearStack(module, {adapter: arguments})
 
         replace(model, self.targets(model, trained), list(trained), make)
+        for name, (_, experts, parameter) in self._experts.items():
+            add_to_experts(AFAExpertLinear(experts, parameter, **self._arguments(name)))
 
     def add_to(self, stacks: dict[str, AFALinearStack], adapter: str) -> None:
         for name in self.branches:

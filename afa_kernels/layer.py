@@ -206,6 +206,10 @@ class AFALinear(Branch):
             raise ValueError("merge: the merged weight would not be finite; the weight is unchanged")
         return merged
 
+    def check_merge(self) -> None:
+        """Raise the ValueError that :meth:`merge` would raise."""
+        self.merged_weight()
+
     @torch.no_grad()
     def _weight_plus(self, factor: float) -> Tensor:
         weight = self.base_layer.weight

@@ -9,6 +9,9 @@ from torch import nn
 from afa_kernels import checks
 from afa_kernels.base_layer import is_conv1d
 from afa_kernels.branch import Branch, check_options
+from afa_kernels.experts import AFAExpertLinear, seam
+from afa_kernels.experts.layer import AFAExperts, check_expert_rank, rank_of_expert
+from afa_kernels.experts.targets import find_parameters
 from afa_kernels.layer import AFALinear
 from afa_kernels.schedule import no_adapter, set_alpha_t_of, takes_alpha_t
 from afa_kernels.shared_input import attach_groups, groups_of, nothing_to_share, unshare_inputs
@@ -18,12 +21,14 @@ from afa_kernels.targets import ALL_LINEAR, Candidate, find_targets, trainable_m
 _TRAINABLE_MARK = "_afa_trainable"
 _FAST_PATH_MARK = "_afa_fast_path"
 LAYERS = (AFALinear, AFALinearStack)
+_ADAPTED = (*LAYERS, AFAExpertLinear)
 
 
 def inject(
     model: nn.Module,
-    target_modules: str | Iterable[str] = ALL_LINEAR,
+    target_modules: str | Iterable[str] | None = None,
     *,
+    target_parameters: Iterable[str] = (),
     r: int = 8,
     lora_alpha: float = 16,
     activation: str = "silu",
@@ -36,15 +41,22 @@ def inject(
     backend: str | None = None,
     group: bool | None = None,
     adapters: Mapping[str, Mapping[str, Any]] | None = None,
+    expert_rank: str = "same",
 ) -> nn.Module:
-    """Replace linear layers of ``model`` in place by :class:`AFALinear` and freeze everything else.
+    """Replace linear layers of ``model`` in place by :class:`AFALinear`, give the experts of a mixture their branches,
+    and freeze everything else.
 
     Args:
         target_modules: names (a module matches that is called so or ends in ``"." + name``), a
             regular expression (a string, matched against whole names), or ``"all-linear"``: every
             supported layer except the output head (``get_output_embeddings()``, or modules called
             lm_head, score or classifier) and layers that cannot be adapted (tied weights, inside
-            ``nn.MultiheadAttention``).
+            ``nn.MultiheadAttention``). By default ``"all-linear"``, or none where ``target_parameters`` are given.
+        target_parameters: names of fused expert parameters of a model of transformers 5, such as
+            ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``, matched as names of modules are. Each expert gets
+            its own A and B (:class:`AFAExpertLinear`); routers and shared experts stay as they are.
+        expert_rank: ``"same"``: each expert has rank r; ``"per_active"``: ``max(1, r // num_experts_per_tok)``, so that
+            a token meets about r columns of A in all.
         trainable: names or regular expression of modules to train in full, a classification head
             for example. No layer inside them is adapted; :func:`save_adapter` saves them (PEFT's
             ``modules_to_save``).
@@ -61,7 +73,7 @@ def inject(
         ``model``, at ``alpha_t = 1`` with ``lora_b = 0``: its outputs are unchanged.
 
     Raises:
-        TypeError: a named module is of another kind.
+        TypeError: a named module or parameter is of another kind.
         ValueError: nothing matches, the model has AFA layers already, or a named module shares its
             weight, is registered twice, or is read by its parent without being called; ``group=True``
             with nothing to group, or with dropout, which leaves nothing to share. The model is then
@@ -81,10 +93,18 @@ def inject(
         _check(options)
     else:
         adapters = _each(adapters, options)
-    if any(isinstance(m, LAYERS) for m in model.modules()):
+    check_expert_rank(expert_rank)
+    if any(isinstance(m, _ADAPTED) for m in model.modules()):
         raise ValueError("model: it has AFA layers already; unload(model) first")
     trained = trainable_modules(model, trainable)
-    targets = find_targets(model, target_modules, exclude_modules, trained)
+    parameters = find_parameters(model, target_parameters, trained)
+    if parameters and adapters is not None:
+        raise ValueError("adapters: experts have one adapter, without a name; got target_parameters too")
+    targets = []
+    if target_modules or not parameters:
+        wanted = ALL_LINEAR if target_modules is None else target_modules
+        targets = find_targets(model, wanted, exclude_modules, trained)
+    ranks = [rank_of_expert(target.experts, r, expert_rank) for target in parameters]
     if group:
         if adapters is not None:
             raise ValueError("group: layers with a stack of adapters compute on their own; got group=True")
@@ -94,6 +114,8 @@ def inject(
         return AFALinear(module, **options) if adapters is None else AFALinearStack(module, adapters)
 
     replace(model, targets, trained, make)
+    for target, rank in zip(parameters, ranks, strict=True):
+        add_to_experts(AFAExpertLinear(target.experts, target.parameter, **{**options, "r": rank}))
     if adapters is None and group is not False and not dropout:
         attach_groups(model, AFALinear)
     return model
@@ -155,6 +177,13 @@ def replace(
     _leave_fast_paths(model)
 
 
+def add_to_experts(layer: AFAExpertLinear) -> None:
+    """Let the experts module of ``layer`` compute with it."""
+    if not hasattr(layer.experts, "afa"):
+        seam.attach(layer.experts, AFAExperts())
+    layer.experts.afa[layer.parameter] = layer
+
+
 def set_alpha_t(model: nn.Module, value: float, adapter: str | None = None) -> None:
     """Set the blend coefficient of every layer of ``model`` that has ``set_alpha_t``: AFA layers,
     and the layers of a PEFT model with an :class:`afa_kernels.peft.AFALoraConfig`.
@@ -193,7 +222,7 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> nn.Module:
         if not layer.merged:
             # Computed here to be checked and again to be written, so that no copy of the whole
             # model is held.
-            _named(name, layer.merged_weight)
+            _named(name, layer.check_merge)
         elif keep_original:
             _named(name, lambda layer=layer: layer.merge(keep_original=True))
     for _, layer in layers:
@@ -219,7 +248,7 @@ def unload(model: nn.Module) -> nn.Module:
         ValueError: the model has no AFA layer, only some of them are merged, or one is sharded for
             tensor parallelism. The model is unchanged then.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _ADAPTED)]
     if not layers:
         raise _nothing_found(model)
     if len({layer.merged for _, layer in layers}) > 1:
@@ -239,18 +268,22 @@ def unload(model: nn.Module) -> nn.Module:
             if isinstance(child, LAYERS):
                 child.base_layer.train(child.training)
                 setattr(parent, attribute, child.base_layer)
+            elif isinstance(child, AFAExperts):
+                seam.detach(parent)
         for attribute, value in parent.__dict__.pop(_FAST_PATH_MARK, {}).items():
             setattr(parent, attribute, value)
         parent.__dict__.pop(_TRAINABLE_MARK, None)
     return model
 
 
-def named_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Branch]]:
-    """Yield the AFA layers of ``model`` with their names; with ``adapter``, the branches of that adapter with the names
-    of their layers."""
+def named_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Branch | AFAExpertLinear]]:
+    """Yield the AFA layers of ``model`` with the names of the modules and parameters that they adapt; with ``adapter``,
+    the branches of that adapter."""
     for name, module in model.named_modules():
         if adapter is None and isinstance(module, AFALinear):
             yield name, module
+        elif adapter is None and isinstance(module, AFAExpertLinear):
+            yield (name.removesuffix(f"afa.{module.parameter}") + module.parameter), module
         elif isinstance(module, AFALinearStack) and adapter in module.adapters:
             yield name, module.adapters[adapter]
 
@@ -266,6 +299,9 @@ def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in covered):
             continue
+        if isinstance(module, AFAExperts):
+            covered.append(f"{name}.")
+            continue
         if isinstance(module, LAYERS):
             covered.append(f"{name}.")
             own = module.base_layer.named_parameters(f"{name}.base_layer")
@@ -278,7 +314,7 @@ def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]
         trains = [parameter_name for parameter_name, p in own if p.requires_grad]
         if not trains:
             continue
-        if not name or any(isinstance(m, LAYERS) for m in module.modules()):
+        if not name or any(isinstance(m, _ADAPTED) for m in module.modules()):
             raise ValueError(
                 f"{trains[0]} trains, but a LoRA checkpoint holds, beside the branches, only whole "
                 "modules without AFA layers"
@@ -292,7 +328,7 @@ def marked_modules(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if getattr(module, _TRAINABLE_MARK, False)]
 
 
-def _layers(model: nn.Module) -> list[tuple[str, AFALinear]]:
+def _layers(model: nn.Module) -> list[tuple[str, AFALinear | AFAExpertLinear]]:
     layers = list(named_layers(model))
     if not layers:
         raise _nothing_found(model)

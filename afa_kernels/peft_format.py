@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from afa_kernels import checks
 from afa_kernels.activation import ACTIVATIONS
 from afa_kernels.branch import Branch
+from afa_kernels.experts import AFAExpertLinear
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -25,7 +26,7 @@ LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 # empty.
 _UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
-    "megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices",
+    "megatron_config", "monteclora_config", "trainable_token_indices",
     "use_bdlora", "use_dora", "use_qalora", "velora_config",
 )  # fmt: skip
 # Initialisations that leave the base weights alone. The others (PiSSA, say) pair the adapter with
@@ -63,15 +64,17 @@ _REQUIRED = {
     "rank_pattern": _is_pattern,
     "alpha_pattern": _is_pattern,
     "modules_to_save": _is_list_of_names,
+    "target_parameters": _is_list_of_names,
 }
 
 
-def peft_config(model: nn.Module, layers: dict[str, Branch], trained: list[str]) -> dict[str, Any]:
+def peft_config(model: nn.Module, layers: dict[str, Branch | AFAExpertLinear], trained: list[str]) -> dict[str, Any]:
     """Return PEFT's LoraConfig, with keys that PEFT has known since 0.17, so that none warns."""
     first = next(iter(layers.values()))
+    modules = {name: layer for name, layer in layers.items() if isinstance(layer, Branch)}
     rslora = all(layer.use_rslora for layer in layers.values())
 
-    def lora_alpha(layer: Branch) -> float:
+    def lora_alpha(layer: Branch | AFAExpertLinear) -> float:
         # PEFT has one switch for all layers; where they differ, the numerator makes up for it.
         return layer.lora_alpha if layer.use_rslora == rslora else layer.scaling * layer.r
 
@@ -83,12 +86,14 @@ def peft_config(model: nn.Module, layers: dict[str, Branch], trained: list[str])
         "inference_mode": True,
         "r": first.r,
         "lora_alpha": lora_alpha(first),
-        "lora_dropout": first.dropout,
+        # Stock PEFT refuses it beside parameters; the trained adapter is the same.
+        "lora_dropout": first.dropout if len(modules) == len(layers) else 0.0,
         "use_rslora": rslora,
         "bias": "none",
-        "fan_in_fan_out": sum(layer.transposed for layer in layers.values()) * 2 > len(layers),
+        "fan_in_fan_out": sum(layer.transposed for layer in modules.values()) * 2 > len(layers),
         "init_lora_weights": True,
-        "target_modules": _target_modules(model, list(layers)),
+        "target_modules": _target_modules(model, list(modules)),
+        "target_parameters": sorted(layers.keys() - modules.keys()) or None,
         "modules_to_save": trained or None,
         "rank_pattern": {_exactly(n): m.r for n, m in layers.items() if m.r != first.r},
         "alpha_pattern": {_exactly(n): lora_alpha(m) for n, m in layers.items() if lora_alpha(m) != lora_alpha(first)},

@@ -9,6 +9,9 @@ from afa_kernels import _ops, checks
 from afa_kernels.backend import registry
 from afa_kernels.functional import alpha_of, autocast
 from afa_kernels.options import Options, at_identity
+from afa_kernels.ragged import checks as ragged_checks
+from afa_kernels.ragged import frozen, ops
+from afa_kernels.ragged.functional import groups_of, options_of
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,15 @@ class Plan:
         reason: why this backend and path, with what stood against the ones before it.
         launches: the kernels of a forward and a backward with their launch parameters, where the
         backend tells them.
+        frozen: of a ragged call with a weight, how the rows of each group are multiplied with it, and why:
+            "bmm: groups of equally many rows ..".
     """
 
     backend: str
     path: str
     reason: str
     launches: tuple[dict[str, Any], ...] = ()
+    frozen: str = ""
 
 
 def plan(
@@ -39,24 +45,31 @@ def plan(
     alpha_t: float | Tensor,
     *,
     activation: str = "silu",
-    scaling: float = 1.0,
+    scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     save: str = "z",
     backend: str | None = None,
+    offsets: Tensor | None = None,
+    ranks: Tensor | None = None,
+    weight: Tensor | None = None,
     **_shared: object,
 ) -> Plan:
-    """Return what :func:`afa_lora` (or :func:`afa_linear`) would do with these arguments.
+    """Return what :func:`afa_lora` (or :func:`afa_linear`) would do with these arguments; with ``offsets``, what
+    :func:`afa_lora_grouped` (with ``weight``, :func:`afa_linear_grouped`) would.
 
     Args:
-        As in :func:`afa_lora`; ``base``, ``inplace`` and ``dropout_seed`` are accepted and change
-        nothing.
+        As in these; ``base``, ``inplace``, ``dropout_seed`` and ``bias`` are accepted and change
+        nothing, and neither does ``weight`` without ``offsets``.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as the call itself would.
     """
-    unknown = _shared.keys() - {"base", "inplace", "dropout_seed"}
+    unknown = _shared.keys() - {"base", "inplace", "dropout_seed", "bias"}
     if unknown:
         raise TypeError(f"plan: unexpected arguments {', '.join(sorted(unknown))}")
+    if offsets is not None:
+        options, scalings = options_of(activation, scaling, dropout_p, save, backend)
+        return _ragged_plan(x, offsets, ranks, lora_a, lora_b, alpha_t, scalings, weight, options)
     options = checks.options(activation, scaling, dropout_p, save, backend)
     return plan_of(x, lora_a, lora_b, alpha_of(alpha_t) is None, options)
 
@@ -67,7 +80,27 @@ def plan_of(x: Tensor, lora_a: Tensor, lora_b: Tensor, identity: bool, options: 
     rows = autocast("x", x.detach()).reshape(-1, x.shape[-1])
     if identity:
         options = at_identity(options)
-    call = _ops.call_of(rows, lora_b, options.spec)
+    return _planned(_ops.call_of(rows, lora_b, options.spec), identity, options)
+
+
+def _ragged_plan(x, offsets, ranks, lora_a, lora_b, alpha_t, scalings, weight, options: Options) -> Plan:
+    x = autocast("x", x.detach())
+    ragged_checks.operands(x, offsets, lora_a, lora_b, ranks)
+    way = ""
+    if weight is not None:
+        weight = autocast("weight", weight.detach())
+        ragged_checks.frozen(x, weight, None, *lora_b.shape[:2])
+        ways = frozen.way_of(x, offsets, weight.mT), frozen.way_of(x, offsets, weight)
+        way = ": ".join(ways[0])
+        if ways[1] != ways[0]:
+            way = f"forward {way}; backward {': '.join(ways[1])}"
+    identity = groups_of(x, offsets, ranks, alpha_t, scalings).alpha_t is None
+    if identity:
+        options = at_identity(options)
+    return _planned(ops.call_of(x, lora_b, options.spec), identity, options, way)
+
+
+def _planned(call: registry.Call, identity: bool, options: Options, way: str = "") -> Plan:
     chosen, reason = registry.select(call, registry.requested(options.backend))
     launches = () if chosen.launches is None or call.m == 0 else tuple(chosen.launches(call))
-    return Plan(chosen.name, "gemm" if identity else "fused", reason, launches)
+    return Plan(chosen.name, "gemm" if identity else "fused", reason, launches, way)

@@ -27,6 +27,11 @@ _hooks_of_saved_tensors = _find("_C._autograd._top_saved_tensors_default_hooks")
 _dispatch_keys = _find("_C._dispatch_keys")
 _raw_stream = _find("_C._cuda_getCurrentRawStream")
 _grouped_mm = _find("nn.functional.grouped_mm") or _find("_grouped_mm")
+_library_takes = {
+    torch.bfloat16: _find("ops.mkldnn._is_mkldnn_bf16_supported"),
+    torch.float16: _find("ops.mkldnn._is_mkldnn_fp16_supported"),
+}
+_WITHOUT_GEMM = [dtype for dtype, takes in _library_takes.items() if takes is not None and not takes()]
 # Functions that tell whether something may see, record or replace operators: modes, transforms, traces and profilers.
 _WATCHERS = (
     _find("_C._len_torch_dispatch_stack"),
@@ -119,6 +124,12 @@ def has_grouped_mm() -> bool:
 def grouped_mm(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
     """Return torch's ``grouped_mm``."""
     return _grouped_mm(rows, matrices, offs=offsets)
+
+
+def has_fast_gemm(dtype: torch.dtype) -> bool:
+    """Whether torch's CPU library has a GEMM in ``dtype`` for this CPU; else torch multiplies in loops of its own,
+    which are slow where the columns of the right operand are adjacent. True where torch does not tell."""
+    return dtype not in _WITHOUT_GEMM
 
 
 def is_zero_tensor(t: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """One process of the distributed tests: torchrun starts two of it, over gloo on the CPU.
 
-Every function called ``check_*``, here and in distributed_tensor_parallel.py, is one test; test_distributed.py reads
-what came of each.
+Every function called ``check_*``, here, in distributed_tensor_parallel.py and in distributed_experts.py, is one test;
+test_distributed.py reads what came of each.
 """
 
 import json
@@ -11,6 +11,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+import distributed_experts
 import distributed_tensor_parallel
 import torch
 import torch.distributed as dist
@@ -156,7 +157,8 @@ def main(folder: Path, names: list[str]) -> None:
 
 CHECKS = {
     name: check
-    for name, check in (*vars(distributed_tensor_parallel).items(), *globals().items())
+    for source in (vars(distributed_tensor_parallel), vars(distributed_experts), globals())
+    for name, check in source.items()
     if name.startswith("check_")
 }
 

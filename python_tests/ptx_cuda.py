@@ -53,6 +53,7 @@ def register() -> None:
         replace(
             cuda.EMULATED, name=NAME, status=lambda: BackendStatus(True), forward=kernels.forward,
             backward=kernels.backward, launches=kernels.launches, group_forward=kernels.group_forward,
-            group_backward=kernels.group_backward,
+            group_backward=kernels.group_backward, ragged_forward=kernels.ragged_forward,
+            ragged_backward=kernels.ragged_backward,
         )
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """Which backend takes a call on compute capability 9.0 and 10.0 is what bench/model/choice.py makes of it."""
 
+from collections import Counter
+
 import pytest
 import torch
 from conftest import skip_unless_available
@@ -14,8 +16,8 @@ from bench.model.choice import CARDS, cheapest, middle, prices
 from bench.model.layer_overhead import torch_backend_costs
 from tools.triton_aot import Problem
 
-# How much more than the cheapest backend a call may cost that stays with `cuda`: the others are flattered.
-_MARGIN = 1.3
+# How much more than on the cheapest backend a call may cost that stays with `cuda`: the others are flattered.
+_MARGIN = 1.2
 
 
 @pytest.fixture(autouse=True)
@@ -32,20 +34,23 @@ def left_to(layer: Layer) -> str:
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.gpu.name)
 @pytest.mark.parametrize("r", RANKS)
 def test_the_choice_follows_the_model(card, r, monkeypatch):
+    """All layers of the list together, for each number of rows: the choice does not depend on K and N."""
     major, minor = divmod(int(card.device.arch.removeprefix("sm_")), 10)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, minor))
     backends = set()
     for m in ROWS:
-        for k, n in LAYERS:
-            layer = Layer(m, k, n, r)
-            price, chosen = middle(prices(layer, card)), left_to(layer)
-            backends.add(chosen)
-            if chosen == "cuda":
-                assert price["cuda"] <= _MARGIN * min(price.values()), (layer, price)
-            else:
-                assert price[chosen] <= price["cuda"], (layer, price)
-            if m <= 64:
-                assert chosen == cheapest(price) == "cuda", (layer, price)
+        layers = [Layer(m, k, n, r) for k, n in LAYERS]
+        (chosen,) = {left_to(layer) for layer in layers}
+        backends.add(chosen)
+        total = Counter()
+        for layer in layers:
+            price = middle(prices(layer, card))
+            total.update(price)
+            assert m > 64 or cheapest(price) == chosen == "cuda", layer
+        if chosen == "cuda":
+            assert total["cuda"] <= _MARGIN * min(total.values()), (m, total)
+        else:
+            assert cheapest(total) == chosen, (m, total)
     assert backends == ({"cuda", "triton"} if r > 32 else {"cuda"})
 
 

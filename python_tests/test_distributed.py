@@ -2,6 +2,8 @@
 what one process computes. The checks themselves are in distributed_worker.py and distributed_tensor_parallel.py."""
 
 import ast
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -17,13 +19,17 @@ WORKER = ROOT / "python_tests" / "distributed_worker.py"
 TIMEOUT = 1800  # seconds: ends a deadlock; a busy machine takes minutes
 CHECKS = [
     node.name
-    for file in (WORKER, WORKER.with_name("distributed_tensor_parallel.py"))
+    for file in (WORKER, *(WORKER.with_name(f"distributed_{name}.py") for name in ("tensor_parallel", "experts")))
     for node in ast.parse(file.read_text(encoding="utf-8")).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
 ]
 _TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 # Seen with plain nn.Linear layers, too: torch 2.6 raises, and 2.7 and 2.8 return the sum of the gradients.
 _NEEDS_FSDP2 = pytest.mark.skip(reason="FSDP2 of torch before 2.9 does not average gradients on the CPU")
+_TRANSFORMERS = (0, 0)
+if importlib.util.find_spec("transformers") is not None:
+    _TRANSFORMERS = tuple(map(int, importlib.metadata.version("transformers").split(".")[:2]))
+_NEEDS_TRANSFORMERS = pytest.mark.skip(reason="needs the fused experts and the expert parallelism of transformers 5.24")
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="this torch was built without gloo",
@@ -57,6 +63,7 @@ def results(request, tmp_path_factory) -> dict[str, str]:
 def _parameters():
     for name in CHECKS:
         marks = [_NEEDS_FSDP2] if "fsdp2" in name and _TORCH < (2, 9) else []
+        marks += [_NEEDS_TRANSFORMERS] if "expert" in name and _TRANSFORMERS < (5, 24) else []
         yield pytest.param(name, id=name.removeprefix("check_"), marks=marks)
 
 

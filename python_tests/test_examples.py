@@ -42,6 +42,20 @@ def test_the_peft_script(monkeypatch, tmp_path, capsys):
     assert_plain_lora(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_script_for_experts(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("transformers", minversion="5.0")
+    script = run(monkeypatch, "moe_trainer.py", "--steps", 20, "--output", tmp_path)
+    printed = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", printed)]
+    assert losses[-1] < losses[0] - 0.3
+    assert "stock PEFT and the merged model agree" in printed
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert "afa_lora" not in config and len(config["target_parameters"]) == 4
+    merged = script["Qwen3MoeForCausalLM"].from_pretrained(tmp_path / "merged")
+    assert not any("lora" in name for name in merged.state_dict())
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_the_trl_script(monkeypatch, tmp_path):
     pytest.importorskip("trl")

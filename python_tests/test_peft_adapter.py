@@ -284,7 +284,7 @@ def test_conv1d_layers():
 
 @pytest.mark.parametrize(
     "options",
-    [{"use_dora": True}, {"use_qalora": True}, {"target_parameters": ["q_proj.weight"]}],
+    [{"use_dora": True}, {"use_qalora": True}],
     ids=lambda o: next(iter(o)),
 )
 def test_other_branches_are_refused_with_a_reason(options):

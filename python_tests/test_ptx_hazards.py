@@ -155,6 +155,7 @@ FAULTS = {
         "setp.gt.u32 %p1, %r0, 40; @%p1 bra out; shfl.sync.idx.b32 %r5, %r0, 0, 31, -1; bra out; out:",
         "returns while other lanes of its warp wait for it",
     ),
+    "sum over some lanes": ("redux.sync.add.s32 %r5, %r0, 15;", "some lanes of the warp only"),
     "shuffle with some lanes": ("shfl.sync.idx.b32 %r5, %r0, 0, 31, 15;", "some lanes of the warp only"),
     "shuffle from a lane that has returned": (
         "setp.eq.u32 %p1, %r0, 5; @%p1 ret; shfl.sync.idx.b32 %r5, %r0, 5, 31, -1;", "lane 5, which has returned"

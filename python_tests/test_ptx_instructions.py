@@ -254,3 +254,9 @@ def test_shuffle():
         lanes = np.arange(32)
         expected = a[lanes // segment * segment + source % segment]
         np.testing.assert_array_equal(got, expected)
+
+
+def test_sum_over_lanes():
+    a = bits(U32)
+    (got,) = per_lane("redux.sync.add.s32 {d0}, {a0}, -1;", [a], [U32])
+    np.testing.assert_array_equal(got, np.full(32, a.sum(dtype=U32)))

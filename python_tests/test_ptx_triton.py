@@ -6,6 +6,8 @@ a process for each.
 """
 
 import os
+import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +17,8 @@ import ptx_problems
 import pytest
 import torch
 from conftest import SIMULATED_GPU
-from helpers import Problem, relative_error, run
+from helpers import Problem, poisoned_memory, relative_error, run
+from ragged_gpu_problems import RaggedProblem
 
 pytest.importorskip("triton")
 _ptx = pytest.importorskip("afa_kernels._ptx", reason="built with the emulator only (AFA_BUILD_EMULATOR=1)")
@@ -25,6 +28,7 @@ from afa_kernels.backend.triton import configs  # noqa: E402
 
 here = pytest.mark.skipif(not SIMULATED_GPU, reason="run by test_on_simulated_gpus")
 LORA = ("x", "lora_a", "lora_b", "base")
+RAGGED_COUNT = 12
 COUNT = 16  # random problems: each dtype with each class of ranks; make ptx-check runs more
 
 
@@ -57,6 +61,34 @@ def test_random_problems(number, simulated_gpu):
 
 
 @here
+@pytest.mark.parametrize("number", range(RAGGED_COUNT))
+def test_random_ragged_problems(number, simulated_gpu):
+    """Against float64, each group against a call with it alone, and under another schedule to the bit."""
+    where = ptx_problems.TritonTarget(SIMULATED_GPU, simulated_gpu)
+    ranks = ((16,), (33, 64), (8, 20, 32), (100, 128))[number % 4]
+    problem = RaggedProblem(number, 200, 264, ranks)
+
+    def check(pipelined: bool) -> None:
+        itemsize = problem.dtype.itemsize
+        draw = random.Random(number)
+        with where.choices(draw, itemsize, problem.r, pipelined=pipelined), poisoned_memory():
+            where.set_seed(1000 * number)
+            first = problem.check()
+            problem.check_groups_alone(first)
+            where.set_seed(1000 * number + 500)
+            again = run(problem.call, problem.problem, problem.names, needed=problem.needed)
+        for what, value in first.items():
+            assert torch.equal(value, again[what]), f"{what} depends on the schedule: {problem}"
+
+    try:
+        check(pipelined=True)
+    except RuntimeError as error:
+        if not where.is_known(error):
+            raise RuntimeError(str(problem)) from error
+        check(pipelined=False)
+
+
+@here
 def test_every_kernel_has_run(simulated_gpu):
     """Together with the random problems; each product takes tensor cores in 16 bits."""
     kernels = {
@@ -67,7 +99,7 @@ def test_every_kernel_has_run(simulated_gpu):
     names = {name for name, _ in simulated_gpu.launched}
     if len(simulated_gpu.launched) < 8 * COUNT:
         pytest.skip(f"the random problems were left out: {len(simulated_gpu.launched)} launches")
-    assert names == kernels
+    assert names == kernels | {f"ragged_{name}" for name in kernels}
     total = simulated_gpu.counters()
     assert total["multiply_adds"] > 0 and total["async_copies"] > 0
     assert (total["group_multiply_adds"] > 0) == (SIMULATED_GPU == "sm_90")
@@ -114,11 +146,21 @@ def without(pattern: str):
     return edit
 
 
-def faulty(machine, edit) -> bool:
+def lone_call(**tensors):
+    return afa.afa_lora(**tensors, alpha_t=0.4, backend="triton")
+
+
+def ragged_call(lora_a, lora_b, **tensors):
+    """Two groups with the same A and B, and an empty one."""
+    a, b = (torch.stack([t] * 3) for t in (lora_a, lora_b))
+    offsets = torch.tensor([70, 70, 130], dtype=torch.int32)
+    return afa.afa_lora_grouped(**tensors, offsets=offsets, lora_a=a, lora_b=b, alpha_t=0.4, backend="triton")
+
+
+def faulty(machine, edit, call=lone_call) -> bool:
     """Return whether a forward and backward with edited kernels fails, or gives another result."""
     torch.manual_seed(4)
     problem = Problem.random(130, 264, 136, 16, torch.bfloat16)
-    call = lambda **t: afa.afa_lora(**t, alpha_t=0.4, backend="triton")  # noqa: E731
     right = run(call, problem, LORA)
     machine.edit = edit
     try:
@@ -131,10 +173,21 @@ def faulty(machine, edit) -> bool:
 
 
 @here
+@pytest.mark.parametrize("call", [lone_call, ragged_call])
 @pytest.mark.parametrize("pattern", ["bar.sync", "cp.async.wait_group", "cp.async.commit_group"])
-def test_a_removed_synchronization_is_noticed(simulated_gpu, pattern):
-    assert not faulty(simulated_gpu, lambda name, text: text)
-    assert faulty(simulated_gpu, without(pattern))
+def test_a_removed_synchronization_is_noticed(simulated_gpu, pattern, call):
+    assert not faulty(simulated_gpu, lambda name, text: text, call)
+    assert faulty(simulated_gpu, without(pattern), call)
+
+
+@here
+def test_another_divisor_of_the_tiles_of_a_group_is_noticed(simulated_gpu):
+    """A tile's number is a quotient by 64 rows: a shift by 6 bits."""
+
+    def edit(name: str, text: str) -> str:
+        return re.sub(r"(sh[rl]\.[sbu]32\s.*), 6;", r"\1, 5;", text) if name.startswith("ragged_xa_phi") else text
+
+    assert faulty(simulated_gpu, edit, ragged_call)
 
 
 @here

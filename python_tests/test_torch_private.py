@@ -106,6 +106,7 @@ def test_the_names_are_found_in_this_torch():
     if torch.__version__ >= (2, 7):
         assert torch_private._CAN_SKIP and not torch_private.operators_are_watched()
         assert torch_private.saved_tensor_hooks() is None
+        assert None not in torch_private._library_takes.values()
 
 
 def private_uses(source: str) -> list[str]:

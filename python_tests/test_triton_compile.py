@@ -14,7 +14,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from afa_kernels.backend.registry import Groups  # noqa: E402
 from afa_kernels.backend.triton import configs, launch, passes  # noqa: E402
+from afa_kernels.backend.triton.ragged_launch import RaggedContext  # noqa: E402
 from afa_kernels.options import Spec  # noqa: E402
 from tools import triton_aot, triton_report  # noqa: E402
 from tools.triton_aot import Problem, compile_launch, compiling_for, device_for  # noqa: E402
@@ -64,6 +66,33 @@ def test_one_compilation_for_every_alpha_seed_scaling_and_m():
 
 
 @compiles
+def test_one_compilation_for_every_number_of_groups_and_rows():
+    """And any offsets, ranks, alpha_t and scalings, which no host reads; one alpha_t for all groups has a stride of 0,
+    and that of every other group one of 2."""
+    k, n, r = 512, 64, 16
+    offsets, numbers = torch.arange(64, dtype=torch.int32), torch.linspace(0, 1, 64)
+    kernels = set()
+    for step in range(48):
+        m, count = 1 + step, 1 + step % 17
+        x, dy = torch.zeros(m, k), torch.zeros(m, n)
+        a, b = torch.zeros(count, r, k), torch.zeros(count, n, r)
+        alpha_t = (numbers[step].expand(count), numbers[:count], numbers[: 2 * count : 2])[step % 3]
+        groups = Groups(offsets[:count], offsets[step : step + 1].expand(count), alpha_t, numbers[:count])
+        with launch.recording(device_for("sm_90")) as launches:
+            for backward in (False, True):
+                context = RaggedContext(x, a, b, groups, torch.zeros(()), Spec("silu", 1.0, 1 + step))
+                if backward:
+                    needs = {"need_dx": True, "need_da": True, "need_db": True}
+                    passes.backward(context, dy, torch.zeros(m, r), a.dtype, b.dtype, **needs)
+                else:
+                    passes.forward(context, None, torch.empty_like(dy), True)
+        with compiling_for("sm_90"):
+            kernels.update((entry.name, id(compile_launch(entry))) for entry in launches)
+    names = [name for name, _ in kernels]
+    assert len(names) == len(set(names)) == 7, sorted(names)
+
+
+@compiles
 def test_another_activation_is_another_kernel():
     x, a, b, dy = torch.zeros(8, 512), torch.zeros(16, 512), torch.zeros(64, 16), torch.zeros(8, 64)
     alpha_t = torch.tensor(0.5)
@@ -95,8 +124,9 @@ def test_unaligned_rows_compile():
 
 
 @compiles
-def test_machine_code_of_one_row():
-    variant = triton_report.Variant("sm_80", "sm_80", "bf16", 16, 0, 16384)
+@pytest.mark.parametrize("groups, prefix", [(0, ""), (8, "ragged_")], ids=["one", "groups"])
+def test_machine_code_of_one_row(groups, prefix):
+    variant = triton_report.Variant("sm_80", "sm_80", "bf16", 16, 0, 16384, groups)
     found = {}
     for entry in variant.record():
         with compiling_for("sm_80"):
@@ -105,9 +135,10 @@ def test_machine_code_of_one_row():
         assert triton_report.faults(variant, entry, code._replace(spills=0)) == []
         found[entry.name] = code
     for name in ("xa_phi_hb_forward_kernel", "dy_pass_backward_kernel", "x_pass_backward_kernel"):
-        assert found[name].tensor_core["HMMA"] > 0 and found[name].async_copies > 0, name
-        assert 0 < found[name].registers <= 255 and found[name].instructions > 100
-    assert found["weight_gradients_kernel"].tensor_core == {}
+        code = found[prefix + name]
+        assert code.tensor_core["HMMA"] > 0 and code.async_copies > 0, name
+        assert 0 < code.registers <= 255 and code.instructions > 100
+    assert found[f"{prefix}weight_gradients_kernel"].tensor_core == {}
 
 
 def test_the_report_finds_faults():

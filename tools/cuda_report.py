@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-SOURCES = ("rank16", "rank32", "rank64", "rank128", "reduce")
+RANKS = (16, 32, 64, 128)
+SOURCES = (*(f"{kind}{rank}" for kind in ("rank", "ragged") for rank in RANKS), "ragged_sum", "reduce")
 QUICK_ARCHITECTURES = ("80", "90")
 
 
@@ -52,7 +53,7 @@ SMALL_THREADS = 128
 FIRST_OVERLAPPED = 90
 
 # Registers per thread that a kernel may take: launch_plan says it for those that use tensor cores.
-SMALL_KERNELS = {"reduce": 80}
+SMALL_KERNELS = {"reduce": 80, "ragged_rows": 80, "ragged_sum": 80}
 # sinf and cosf reduce large arguments through a small array in local memory: a stack, and no spill.
 STACK_BUDGET = 48
 SHOWN_OPCODES = ("HMMA", "LDGSTS", "LDSM")  # tensor cores, asynchronous copies, ldmatrix
@@ -220,10 +221,12 @@ def launch_plans(architectures: list[str]) -> dict[tuple[str, str, int], dict]:
     for arch in architectures:
         gpu = GPUS[arch]
         limits = (gpu.sm_count, gpu.shared_per_block, gpu.shared_per_sm)
-        for rank in (16, 32, 64, 128):
-            for m in (16384, 256):
-                for plan in native.launch_plan((m, 4096, 4096, rank), *limits, rounded=True):
-                    plans.setdefault((arch, plan["kernel"], rank), plan)
+        for rank in RANKS:
+            launches = [native.launch_plan((m, 4096, 4096, rank), *limits, rounded=True) for m in (16384, 256)]
+            for m in (1 << 18, 8192, 256):
+                launches.append(native.ragged_kernels((m, 4096, 4096, rank), 64, *limits, rounded=True))
+            for plan in (plan for one in launches for plan in one):
+                plans.setdefault((arch, plan["kernel"], rank), plan)
     return plans
 
 

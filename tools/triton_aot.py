@@ -18,9 +18,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from afa_kernels.backend.registry import Groups
 from afa_kernels.backend.triton import launch, passes
 from afa_kernels.backend.triton.configs import Device, Tiles
 from afa_kernels.backend.triton.launch import Launch
+from afa_kernels.backend.triton.ragged_launch import RaggedContext
 from afa_kernels.options import Spec
 
 # Shared memory that one block may take, in bytes; registers and resident threads per multiprocessor
@@ -96,6 +98,7 @@ class Problem:
     base: bool = True
     save_z: bool = True
     weight_dtype: torch.dtype | None = None  # of a and b; None: that of x
+    groups: int = 0  # of rows, each with its own a and b, rank, alpha_t and scaling; 0: all rows have the same
 
     def record(
         self, device: Device, *, tiles: Tiles | None = None, forward: bool = True, backward: bool = True
@@ -108,18 +111,25 @@ class Problem:
 
         weight_dtype = self.weight_dtype or self.dtype
         x, dy, z = meta(self.m, self.k), meta(self.m, self.n), meta(self.m, self.r)
-        a, b = meta(self.r, self.k, dtype=weight_dtype), meta(self.n, self.r, dtype=weight_dtype)
-        alpha_t, seed = meta(dtype=torch.float32), meta(dtype=torch.int64)
+        leading = (self.groups,) if self.groups else ()
+        a, b = (meta(*leading, *shape, dtype=weight_dtype) for shape in ((self.r, self.k), (self.n, self.r)))
+        alpha_t, seed = meta(*leading, dtype=torch.float32), meta(dtype=torch.int64)
         spec = Spec(self.activation, 2.0, self.dropout)
         base = meta(self.n).expand_as(dy) if self.base else None
+
+        def context() -> launch.Context:
+            if not self.groups:
+                return launch.Context(x, a, b, alpha_t, seed, spec, tiles)
+            ends, ranks = (meta(self.groups, dtype=torch.int32) for _ in range(2))
+            groups = Groups(ends, ranks, alpha_t, meta(self.groups, dtype=torch.float32))
+            return RaggedContext(x, a, b, groups, seed, spec, tiles)
+
         with launch.recording(device) as launches:
             if forward:
-                context = launch.Context(x, a, b, alpha_t, seed, spec, tiles)
-                passes.forward(context, base, meta(self.m, self.n), self.save_z)
+                passes.forward(context(), base, meta(self.m, self.n), self.save_z)
             if backward:
-                context = launch.Context(x, a, b, alpha_t, seed, spec, tiles)
                 passes.backward(
-                    context, dy, z, weight_dtype, weight_dtype, need_dx=True, need_da=True,
+                    context(), dy, z, weight_dtype, weight_dtype, need_dx=True, need_da=True,
                     need_db=True
                 )  # fmt: skip
         return launches

@@ -42,6 +42,7 @@ _DTYPES = {
 _DEFAULT_SHARED = 64 * 1024  # what the default rows have to fit into, on any GPU
 _DROPPED = 26  # of 256
 _TOKENS = (16384, 512)  # one pass over x, and the split kernels
+_GROUPS = (0, 8)  # of rows, each with its own a and b
 _PRODUCTS = (
     "project",
     "xa_phi",
@@ -62,6 +63,7 @@ class Variant(NamedTuple):
     rank: int
     dropout: int
     rows: int  # M: few rows take the split kernels
+    groups: int = 0  # 0: not a ragged call
 
     def is_taken(self) -> bool:
         problem = Call("meta", _DTYPES[self.dtype], 1, 1, 1, self.rank, "silu", self.dropout > 0)
@@ -76,6 +78,7 @@ class Variant(NamedTuple):
             r=self.rank,
             dtype=_DTYPES[self.dtype],
             dropout=self.dropout,
+            groups=self.groups,
             weight_dtype=torch.float32,
         )
         before = torch.backends.cuda.matmul.allow_tf32
@@ -100,14 +103,16 @@ def variants(
     16 and 64 on sm_90 and 16 elsewhere."""
     for arch in archs:
         rows = (arch,) if arch in AMD else (arch, configs.DEFAULT)
-        for row, dtype, rank, dropout, tokens in itertools.product(rows, dtypes, configs.RANKS, (0, _DROPPED), _TOKENS):
-            variant = Variant(arch, row, dtype, rank, dropout, tokens)
+        for use in itertools.product(rows, dtypes, configs.RANKS, (0, _DROPPED), _TOKENS, _GROUPS):
+            variant = Variant(arch, *use)
             if variant.is_taken() and not (quick and not _is_quick(variant)):
                 yield variant
 
 
 def _is_quick(variant: Variant) -> bool:
     if variant.dtype != "bf16" or variant.row == configs.DEFAULT:
+        return False
+    if variant.groups and (variant.arch in AMD or variant.dropout):
         return False
     ranks = (16, 64) if variant.arch == "sm_90" else (16,)
     return variant.rank in ranks and (variant.dropout == 0 or variant.rows > 512)
@@ -121,7 +126,11 @@ def faults(variant: Variant, launch: Launch, code: MachineCode) -> list[str]:
     limit = _DEFAULT_SHARED if variant.row == configs.DEFAULT else SHARED_MEMORY[variant.arch]
     if code.shared > limit:
         found.append(f"{code.shared} bytes of shared memory, {limit} available")
-    if variant.dtype in ("bf16", "fp16") and launch.name.startswith(_PRODUCTS) and not code.tensor_core:
+    if (
+        variant.dtype in ("bf16", "fp16")
+        and launch.name.removeprefix("ragged_").startswith(_PRODUCTS)
+        and not code.tensor_core
+    ):
         found.append("no tensor-core instruction")
     return found
 

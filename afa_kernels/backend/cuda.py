@@ -17,6 +17,15 @@ from torch import Tensor
 
 from afa_kernels.activation import COMPILED_IDS
 from afa_kernels.backend import native
+from afa_kernels.backend.cuda_operands import (
+    VECTOR,
+    readable,
+    readable_base,
+    readable_out,
+    readable_weight,
+    readable_z,
+)
+from afa_kernels.backend.cuda_ragged import RaggedKernels
 from afa_kernels.backend.registry import Backend, BackendStatus, Call, Member
 from afa_kernels.torch_private import current_stream
 
@@ -32,39 +41,15 @@ _OLDEST_RUNTIME = 12000  # CUDA of the oldest nvcc that builds the kernels
 _FASTER_IN_TRITON = (9, 10)  # major compute capabilities
 _MAX_MEMORY_BOUND_RANK = 32
 _LEAST_LEFT = 768 << 10  # rows times rank
-_VECTOR = 8  # 16-bit elements in the 16 bytes that the kernels move at a time
-_ALIGNMENT = 16
 _ELEMENT_BYTES = 2
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
-def _reads_in_place(t: Tensor) -> bool:
-    """Whether the kernels can read a ``(rows, cols)`` matrix where it lies."""
-    return t.stride(1) == 1 and t.stride(0) % _VECTOR == 0 and t.data_ptr() % _ALIGNMENT == 0
-
-
-def _readable(t: Tensor) -> Tensor:
-    return t if _reads_in_place(t) else t.clone(memory_format=torch.contiguous_format)
-
-
-def _readable_z(z: Tensor) -> Tensor:
-    """Return ``z (M, r)`` as the kernels read it: packed, in pairs of elements where r is even. One row of a wider
-    matrix is packed wherever it starts."""
-    in_pairs = z.shape[1] % 2 == 0
-    fits = z.is_contiguous() and not (in_pairs and z.data_ptr() % (2 * z.element_size()))
-    return z if fits else z.clone(memory_format=torch.contiguous_format)
-
-
-def _readable_weight(weight: Tensor, x: Tensor) -> Tensor:
-    """Return a weight in a dtype that the kernels read and in which they write its gradient."""
-    return weight if weight.dtype in (x.dtype, torch.float32) else weight.float()
-
-
 def _readable_members(x: Tensor, members: list[Member]) -> list[Member]:
-    return [Member(_readable_weight(a, x), _readable_weight(b, x), *rest) for a, b, *rest in members]
+    return [Member(readable_weight(a, x), readable_weight(b, x), *rest) for a, b, *rest in members]
 
 
-class _Kernels:
+class _Kernels(RaggedKernels):
     """The forward and backward of a native module (``_C.cuda`` or ``_emulator``).
 
     A lone layer is a group of one, in a form of its own that costs a third less. The module reads tensors itself,
@@ -110,15 +95,9 @@ class _Kernels:
         return self._forward_of_copies(x, members, seed, dropout, bases, outs, save_z)
 
     def _forward_of_copies(self, x, members, seed, dropout, bases, outs, save_z) -> list[Tensor | None]:
-        ys = [
-            out if _reads_in_place(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
-            for out in outs
-        ]
-        readable = []
-        for base, out, y in zip(bases, outs, ys, strict=True):
-            accumulates = base is out and y is out
-            readable.append(y if accumulates else None if base is None else _readable(base))
-        zs = self._forward(_readable(x), _readable_members(x, members), seed, dropout, readable, ys, save_z)
+        ys = [readable_out(out) for out in outs]
+        bases = [readable_base(*one) for one in zip(bases, outs, ys, strict=True)]
+        zs = self._forward(readable(x), _readable_members(x, members), seed, dropout, bases, ys, save_z)
         for out, y in zip(outs, ys, strict=True):
             if y is not out:
                 out.copy_(y)
@@ -143,9 +122,9 @@ class _Kernels:
         return self._backward_of_copies(dys, x, members, zs, seed, dropout, need_dx, need_da, need_db)
 
     def _backward_of_copies(self, dys, x, members, zs, seed, dropout, *needs):
-        zs = [None if z is None else _readable_z(z) for z in zs]
-        dys, readable = [_readable(dy) for dy in dys], _readable_members(x, members)
-        dx, das, dbs = self._backward(dys, _readable(x), readable, zs, seed, dropout, *needs)
+        zs = [None if z is None else readable_z(z) for z in zs]
+        dys, own = [readable(dy) for dy in dys], _readable_members(x, members)
+        dx, das, dbs = self._backward(dys, readable(x), own, zs, seed, dropout, *needs)
         das = [None if da is None else da.to(member.a.dtype) for da, member in zip(das, members, strict=True)]
         dbs = [None if db is None else db.to(member.b.dtype) for db, member in zip(dbs, members, strict=True)]
         return dx, das, dbs
@@ -188,6 +167,8 @@ class _Kernels:
         """Return the kernels of a forward and a backward, with their launch parameters, for
         ``plan``."""
         limits = self._module.device_limits(call.device_index or 0)
+        if call.groups:
+            return self._module.ragged_kernels((call.m, call.k, call.n, call.r), call.groups, *limits)
         return self._module.launch_plan((call.m, call.k, call.n, call.r), *limits)
 
 
@@ -196,8 +177,8 @@ def _refuses_shape(call: Call) -> str | None:
         return f"takes bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
     if call.r > _MAX_RANK:
         return f"takes ranks up to {_MAX_RANK}, got {call.r} (plain GEMMs are as fast from there on)"
-    if call.k % _VECTOR or call.n % _VECTOR:
-        return f"takes K and N that are multiples of {_VECTOR}, got K={call.k} and N={call.n}"
+    if call.k % VECTOR or call.n % VECTOR:
+        return f"takes K and N that are multiples of {VECTOR}, got K={call.k} and N={call.n}"
     return None
 
 
@@ -332,6 +313,8 @@ BACKEND = Backend(
     launches=lambda call: _device_kernels().launches(call),
     group_forward=lambda *args, **kwargs: _device_kernels().group_forward(*args, **kwargs),
     group_backward=lambda *args, **kwargs: _device_kernels().group_backward(*args, **kwargs),
+    ragged_forward=lambda *args, **kwargs: _device_kernels().ragged_forward(*args, **kwargs),
+    ragged_backward=lambda *args, **kwargs: _device_kernels().ragged_backward(*args, **kwargs),
     refuses_group=_refuses_group,
     leaves=_leaves,
 )
@@ -345,6 +328,8 @@ EMULATED = Backend(
     launches=lambda call: _emulator_kernels().launches(call),
     group_forward=lambda *args, **kwargs: _emulator_kernels().group_forward(*args, **kwargs),
     group_backward=lambda *args, **kwargs: _emulator_kernels().group_backward(*args, **kwargs),
+    ragged_forward=lambda *args, **kwargs: _emulator_kernels().ragged_forward(*args, **kwargs),
+    ragged_backward=lambda *args, **kwargs: _emulator_kernels().ragged_backward(*args, **kwargs),
     refuses_group=_refuses_group,
     automatic=False,
 )

@@ -14,6 +14,7 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 
 from afa_kernels import checks
+from afa_kernels.peft.experts import TAKES_CONFIG, ParamWrapper
 from afa_kernels.peft.layer import install
 from afa_kernels.peft_format import FORMAT_VERSION, METADATA_KEY
 from afa_kernels.schedule import AnnealSchedule
@@ -26,7 +27,6 @@ _OTHER_BRANCHES = {
     "use_qalora": "QA-LoRA pools the input of A, which the kernels do not",
     "alora_invocation_tokens": "aLoRA switches the branch on for some tokens only",
     "arrow_config": "Arrow routes between adapters",
-    "target_parameters": "a parameter is not a layer with an input and an output",
 }
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -106,7 +106,10 @@ class AFALoraConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return PEFT's part: what stock PEFT reads, without a word that it does not know."""
         own = _own_fields()
-        return {name: value for name, value in super().to_dict().items() if name not in own}
+        plain = {name: value for name, value in super().to_dict().items() if name not in own}
+        if self.target_parameters:
+            plain["lora_dropout"] = 0.0  # stock PEFT refuses it beside parameters
+        return plain
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write ``adapter_config.json``, which stock PEFT reads as a LoRA, and ``afa_config.json``
@@ -118,6 +121,8 @@ class AFALoraConfig(LoraConfig):
         super().save_pretrained(save_directory, **kwargs)
         state = {"format_version": FORMAT_VERSION}
         state |= {name: getattr(self, name) for name in sorted(_own_fields())}
+        if self.target_parameters:
+            state["lora_dropout"] = self.lora_dropout
         folder = Path(save_directory)
         _write_json(folder / AFA_CONFIG_NAME, state)
         if self.alpha_t != 0.0:
@@ -155,6 +160,8 @@ class AFALoraConfig(LoraConfig):
                     f"init_lora_weights: {self.init_lora_weights!r} is not possible with "
                     "AFALoraConfig: it is another kind of branch"
                 )
+        if self.target_parameters and not TAKES_CONFIG:
+            raise ValueError("target_parameters: PEFT 0.19 or later is needed: earlier wrappers get no configuration")
         kind = self.init_lora_weights
         if isinstance(kind, str) and kind.startswith(_CHANGES_BASE) and self.alpha_t != 0.0:
             warnings.warn(
@@ -167,6 +174,8 @@ class AFALoraConfig(LoraConfig):
     def _create_layer(self, target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:
         """Let PEFT choose and make the layer, then put the branch into it."""
         kwargs.pop("config", None)
+        if kwargs.get("parameter_name") is not None:
+            return ParamWrapper(target, adapter_name, config=self, **kwargs)
         plain = copy.copy(self)
         plain.__class__ = LoraConfig
         plain._custom_modules = None
@@ -200,4 +209,4 @@ def _checked(file: Path, state: Any) -> dict[str, Any]:
             )
         activation, alpha_t = kinds.pop()
         return {"activation": activation, "alpha_t": alpha_t}
-    return {name: state[name] for name in _own_fields() & state.keys()}
+    return {name: state[name] for name in (_own_fields() | {"lora_dropout"}) & state.keys()}

@@ -1,9 +1,11 @@
 """PEFT models as a whole: plain LoRA on the kernels of this package and back, and loading."""
 
 from peft import PeftModel
+from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from afa_kernels.peft import experts
 from afa_kernels.peft.config import AFALoraConfig
 from afa_kernels.peft.layer import AFALoraLayer, install, release, why_not
 from afa_kernels.peft.mixed import take_mixed_batches
@@ -13,12 +15,11 @@ from afa_kernels.shared_input import attach_groups, detach_groups
 def accelerate(model: nn.Module) -> nn.Module:
     """Let the LoRA layers of an existing PEFT model run on the kernels of this package.
 
-    Every plain LoRA adapter of a layer that has PEFT's seam for it is taken over; it computes what
-    it did before (``alpha_t = 0``: no activation). Layers that read the same x share their passes over it
-    (:func:`afa_kernels.share_inputs`). Adapters with an
-    :class:`AFALoraConfig` that PEFT before 0.19 added to existing layers get their activation.
-    Everything else (DoRA, embeddings, convolutions) stays as it is. :func:`restore`
-    undoes it.
+    Every plain LoRA adapter of a layer that has PEFT's seam for it is taken over, and those of fused experts
+    (``target_parameters``); it computes what it did before (``alpha_t = 0``: no activation). Layers that read the same
+    x share their passes over it (:func:`afa_kernels.share_inputs`). Adapters with an :class:`AFALoraConfig` that PEFT
+    before 0.19 added to existing layers get their activation. Everything else (DoRA, embeddings, convolutions) stays
+    as it is. :func:`restore` undoes it.
 
     Returns:
         ``model``, changed in place.
@@ -29,11 +30,12 @@ def accelerate(model: nn.Module) -> nn.Module:
     install_annealed(model)
     reasons: set[str] = set()
     for layer, name in _plain_adapters(model):
-        reason = why_not(layer)
-        if reason is None:
-            install(layer, name, None)
-        else:
+        is_parameter = isinstance(layer, lora.ParamWrapper)
+        reason = experts.adopt(layer) if is_parameter else why_not(layer)
+        if reason is not None:
             reasons.add(reason)
+        elif not is_parameter:
+            install(layer, name, None)
     if not any(isinstance(module, AFALoraLayer) for module in model.modules()):
         found = "; ".join(sorted(reasons)) or "it has no plain LoRA layers"
         raise ValueError(f"model: nothing to run on the kernels in {type(model).__name__}: {found}")
@@ -76,6 +78,9 @@ def restore(model: nn.Module) -> nn.Module:
     """
     detach_groups(model, AFALoraLayer)
     for layer in _lora_layers(model):
+        if isinstance(layer, experts.ParamWrapper):
+            experts.release(layer)
+            continue
         if not isinstance(layer, AFALoraLayer):
             continue
         for name in [name for name, state in layer.lora_afa.items() if not state.annealed]:
@@ -109,4 +114,9 @@ def _lora_layers(model: nn.Module) -> list[LoraLayer]:
 
 def _plain_adapters(model: nn.Module) -> list[tuple[LoraLayer, str]]:
     """Return the adapters that PEFT runs without a variant, with their layers."""
-    return [(layer, name) for layer in _lora_layers(model) for name in layer.r if name not in layer.lora_variant]
+    return [
+        (layer, name)
+        for layer in _lora_layers(model)
+        for name in layer.r
+        if name not in layer.lora_variant and not isinstance(layer, experts.ParamWrapper)
+    ]

@@ -1,12 +1,14 @@
 """The frozen part of a ragged call, ``x @ weight[g].T + bias[g]`` for the rows of each group, and its order with the
 branch.
 
-A weight that all groups share is one GEMM. With a weight for each group, a CPU runs one GEMM for each group that has
-rows, whose result or sum goes where it belongs; elsewhere torch's ``grouped_mm`` does, which reads the offsets on the
-device and cannot accumulate, so that it always comes before the branch.
+A weight that all groups share is one GEMM. With a weight for each group, torch's ``grouped_mm`` multiplies on a GPU,
+where it reads the offsets on the device; it cannot accumulate, so that it always comes before the branch. On a CPU it
+is a loop of GEMMs, which is here instead: its results go where they belong, or are added to what is there. Two kinds of
+call have something faster; :func:`way_of` names them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,43 @@ from afa_kernels.backend import frozen
 from afa_kernels.backend.group_loop import runs
 from afa_kernels.backend.registry import Backend
 from afa_kernels.options import Spec
+
+
+class Way(NamedTuple):
+    """How the rows of all groups are multiplied, and why."""
+
+    name: str
+    reason: str
+
+
+SHARED = Way("gemm", "all groups share the weight")
+GROUPED = Way("grouped_mm", "it reads the offsets on the device")
+EQUAL = Way("bmm", "groups of equally many rows are a batch, whose products run side by side")
+LOOP = Way("loop", "a GEMM on all threads for each group that has rows")
+WIDE = Way("float32 loop", "this torch has no fast product of such a weight in this dtype on this CPU")
+
+
+def way_of(rows: Tensor, offsets: Tensor, matrices: Tensor) -> Way:
+    """Return how ``rows @ matrices[g]`` is computed.
+
+    Measured on 2 cores of a Zen 4, 64 matrices of 1024 x 1024, 2048 rows, against ``grouped_mm``: LOOP within 2% of it
+    in float32, and 5% faster in bfloat16, wherever the rows lie. EQUAL takes 0.6 times as long in float32 and 0.8 times
+    in bfloat16: a GEMM of 32 rows has too little work for two threads, but two GEMMs have not. WIDE takes 0.025 times
+    as long as what torch does in bfloat16 under AVX2 (119 ms for 4.9 s), and in float16 without AVX512-FP16.
+    """
+    if matrices.dim() == 2:
+        return SHARED
+    if not rows.is_cpu:
+        return GROUPED
+    if matrices.stride(2) == 1 and not torch_private.has_fast_gemm(rows.dtype):
+        return WIDE
+    return EQUAL if _are_equal(offsets.tolist(), rows.shape[0]) else LOOP
+
+
+def _are_equal(ends: list[int], rows: int) -> bool:
+    """Whether the groups that end there have all rows, equally many each."""
+    each = ends[0]
+    return each > 0 and ends == list(range(each, rows + 1, each))
 
 
 def forward(
@@ -28,15 +67,18 @@ def forward(
     if weight.dim() == 2 and (bias is None or bias.dim() == 1):
         (y,), z = frozen.forward(backend, spec, x, [(weight, bias)], lambda bases, outs: branch(bases[0], outs[0]))
         return y, z
-    if not x.is_cpu or backend.gemm_first(spec, x.dtype, False):
-        y = products(x, offsets, weight, bias)
+    matrices = weight.mT
+    if not x.is_cpu:
+        y = _on_device(x, offsets, matrices, bias)
         return y, branch(y, y)
     y = x.new_empty(x.shape[0], weight.shape[-2])
     if bias is not None:
         _write_bias(y, offsets, bias)
+    if backend.gemm_first(spec, x.dtype, False):
+        _multiply(x, offsets, matrices, y, accumulate=bias is not None)
+        return y, branch(y, y)
     z = branch(None if bias is None else y, y)
-    for group, rows in runs(offsets):
-        y[rows].addmm_(x[rows], (weight if weight.dim() == 2 else weight[group]).T)
+    _multiply(x, offsets, matrices, y, accumulate=True)
     return y, z
 
 
@@ -49,35 +91,50 @@ def backward(
     """
     if weight.dim() == 2:
         return frozen.backward(backend, spec, [(dy, weight)], branch)
-    transposed = weight.transpose(1, 2)
     if backend.gemm_first(spec, dy.dtype, True):
-        return branch(products(dy, offsets, transposed, None))
+        if not dy.is_cpu:
+            return branch(_on_device(dy, offsets, weight, None))
+        dx = dy.new_empty(dy.shape[0], weight.shape[2])
+        _multiply(dy, offsets, weight, dx, accumulate=False)
+        return branch(dx)
     dx, *others = branch(None)
     if dy.is_cpu:
-        for group, rows in runs(offsets):
-            dx[rows].addmm_(dy[rows], weight[group])
+        _multiply(dy, offsets, weight, dx, accumulate=True)
     else:
-        dx += products(dy, offsets, transposed, None)
+        dx += _on_device(dy, offsets, weight, None)
     return dx, *others
 
 
-def products(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``x @ weight[g].T + bias[g]`` for the rows of each group; zero on a CPU, undefined elsewhere, for rows
-    behind the last offset."""
-    n = weight.shape[-2]
-    if not x.is_cpu:
-        return _on_device(x, offsets, weight, bias)
-    y = x.new_empty(x.shape[0], n)
-    end = 0
-    for group, rows in runs(offsets):
-        end = rows.stop
-        w = weight if weight.dim() == 2 else weight[group]
-        if bias is None:
-            torch.mm(x[rows], w.T, out=y[rows])
+def _multiply(rows: Tensor, offsets: Tensor, matrices: Tensor, out: Tensor, *, accumulate: bool) -> None:
+    """Write ``rows @ matrices[g]`` into out, or add it; for rows behind the last offset that is zero where each group
+    has a matrix."""
+    way = way_of(rows, offsets, matrices)
+    beta = 1 if accumulate else 0
+    if way is SHARED:
+        out.addmm_(rows, matrices, beta=beta)
+        return
+    if way is EQUAL:
+        batch = (offsets.shape[0], -1)
+        out.unflatten(0, batch).baddbmm_(rows.unflatten(0, batch), matrices, beta=beta)
+        return
+    for own, some, matrix in _pieces(rows, offsets, matrices, out):
+        if way is LOOP:
+            own.addmm_(some, matrix, beta=beta)
+        elif accumulate:
+            own.add_(some.float() @ matrix.float())
         else:
-            torch.addmm(bias if bias.dim() == 1 else bias[group], x[rows], w.T, out=y[rows])
-    y[end:] = 0
-    return y
+            own.copy_(some.float() @ matrix.float())
+    if not accumulate:
+        out[int(offsets[-1]) :] = 0
+
+
+def _pieces(rows: Tensor, offsets: Tensor, matrices: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (its rows of out, its rows, its matrix) of each group that has rows. Views are made in bulk: one by one
+    they took 1% of the products."""
+    ends = offsets.tolist()
+    sizes = [end - start for start, end in zip([0, *ends], [*ends, rows.shape[0]], strict=True)]
+    pieces = zip(out.split(sizes), rows.split(sizes), matrices.unbind(), strict=False)  # without the rows behind
+    return (piece for piece, size in zip(pieces, sizes, strict=False) if size)
 
 
 def _write_bias(y: Tensor, offsets: Tensor, bias: Tensor) -> None:
@@ -88,11 +145,15 @@ def _write_bias(y: Tensor, offsets: Tensor, bias: Tensor) -> None:
     y[end:] = 0
 
 
-def _on_device(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = x @ weight.T if weight.dim() == 2 else torch_private.grouped_mm(x, weight.transpose(1, 2), offsets)
+def _on_device(rows: Tensor, offsets: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``rows @ matrices[g] + bias[g]``; undefined for rows behind the last offset."""
+    if way_of(rows, offsets, matrices) is SHARED:
+        y = rows @ matrices
+    else:
+        y = torch_private.grouped_mm(rows, matrices, offsets)
     if bias is None:
         return y
-    return y.add_(bias if bias.dim() == 1 else bias[group_of_rows(offsets, x.shape[0])])
+    return y.add_(bias if bias.dim() == 1 else bias[group_of_rows(offsets, rows.shape[0])])
 
 
 def group_of_rows(offsets: Tensor, rows: int) -> Tensor:

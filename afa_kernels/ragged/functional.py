@@ -60,12 +60,12 @@ def afa_lora_grouped(
             of ``offsets``, ``ranks``, ``alpha_t`` and ``scaling`` are checked where they are on a CPU.
         BackendUnavailable: ``backend`` was named and cannot take this call; the message says why.
     """
-    options, scaling = _options(activation, scaling, dropout_p, save, backend)
+    options, scaling = options_of(activation, scaling, dropout_p, save, backend)
     plain_checks.seed(dropout_seed)
     x = functional.autocast("x", x)
     checks.operands(x, offsets, lora_a, lora_b, ranks)
     checks.base(base, x, lora_b.shape[1], inplace=inplace)
-    groups = _groups(x, offsets, ranks, alpha_t, scaling)
+    groups = groups_of(x, offsets, ranks, alpha_t, scaling)
     accumulates = inplace and base.dtype == x.dtype and functional.can_accumulate(base, x, lora_a, lora_b)
     if base is None or accumulates or (base.dtype == x.dtype and not inplace):
         return _apply(x, None, None, lora_a, lora_b, base, groups, dropout_seed, options, inplace)
@@ -108,23 +108,23 @@ def afa_linear_grouped(
     Raises:
         TypeError, ValueError, BackendUnavailable: as in :func:`afa_lora_grouped`.
     """
-    options, scaling = _options(activation, scaling, dropout_p, save, backend)
+    options, scaling = options_of(activation, scaling, dropout_p, save, backend)
     plain_checks.seed(dropout_seed)
     x, weight = functional.autocast("x", x), functional.autocast("weight", weight)
     checks.operands(x, offsets, lora_a, lora_b, ranks)
     checks.frozen(x, weight, bias, *lora_b.shape[:2])
-    groups = _groups(x, offsets, ranks, alpha_t, scaling)
+    groups = groups_of(x, offsets, ranks, alpha_t, scaling)
     return _apply(x, weight, bias, lora_a, lora_b, None, groups, dropout_seed, options, False)
 
 
-def _options(activation, scaling, dropout_p, save, backend) -> tuple[Options, Tensor | None]:
+def options_of(activation, scaling, dropout_p, save, backend) -> tuple[Options, Tensor | None]:
     """Return the checked options, and the scaling of each group or None where one number holds for all."""
     of_groups = isinstance(scaling, Tensor)
     options = plain_checks.options(activation, 1.0 if of_groups else scaling, dropout_p, save, backend)
     return options, scaling if of_groups else None
 
 
-def _groups(x: Tensor, offsets: Tensor, ranks: Tensor | None, alpha_t, scaling: Tensor | None) -> Groups:
+def groups_of(x: Tensor, offsets: Tensor, ranks: Tensor | None, alpha_t, scaling: Tensor | None) -> Groups:
     """Return the checked operands of the groups; alpha_t is None where it is the number 0."""
     count = offsets.shape[0]
     if scaling is not None:

@@ -13,64 +13,9 @@
 #pragma once
 
 #include "cuda/dz.cuh"
+#include "cuda/outer.cuh"
 
 namespace afa {
-
-template <int kCount, int kOthers>
-AFA_DEVICE void zero(float (&acc)[kCount][kOthers][4]) {
-    AFA_UNROLL
-    for (int i = 0; i < kCount; ++i)
-        AFA_UNROLL
-    for (int j = 0; j < kOthers; ++j)
-        acc[i][j][0] = acc[i][j][1] = acc[i][j][2] = acc[i][j][3] = 0.0f;
-}
-
-// acc[i][j] += (16 columns i of `left`)^T times (8 columns j of `right`), summed over kRows rows of
-// both tiles.
-template <typename T, int kRows, int kLeft, int kRight, int kLeftPitch, int kRightPitch>
-AFA_DEVICE void add_outer(float (&acc)[kLeft / 16][kRight / 8][4], const T* left, const T* right) {
-    AFA_UNROLL
-    for (int k = 0; k < kRows; k += 16) {
-        uint32_t b[kRight / 16][4];
-        AFA_UNROLL
-        for (int j = 0; j < kRight / 16; ++j)
-            load_matrices_transposed(b[j],
-                                     right + k * kRightPitch + j * 16 + down_first<kRightPitch>());
-        AFA_UNROLL
-        for (int i = 0; i < kLeft / 16; ++i) {
-            uint32_t a[4];
-            load_matrices_transposed(a, left + k * kLeftPitch + i * 16 + right_first<kLeftPitch>());
-            AFA_UNROLL
-            for (int j = 0; j < kRight / 16; ++j) {
-                multiply_add<T>(acc[i][2 * j], a, b[j][0], b[j][1]);
-                multiply_add<T>(acc[i][2 * j + 1], a, b[j][2], b[j][3]);
-            }
-        }
-    }
-}
-
-// Stores the accumulators of add_outer into rows [row0, ...) and columns [col0, ...) of a float
-// matrix, or adds them to it.
-template <int kLeft, int kRight>
-AFA_DEVICE void store_outer(float* matrix, const float (&acc)[kLeft / 16][kRight / 8][4],
-                            int64_t row0, int64_t rows, int col0, int cols, bool adds) {
-    const int col = col0 + lane_index() % 4 * 2;
-    AFA_UNROLL
-    for (int i = 0; i < kLeft / 16; ++i) {
-        AFA_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            const int64_t row = row0 + i * 16 + lane_index() / 4 + half * 8;
-            AFA_UNROLL
-            for (int j = 0; j < kRight / 8; ++j)
-                if (row < rows && col + j * 8 < cols) {
-                    Float2* out = reinterpret_cast<Float2*>(matrix + row * cols + col + j * 8);
-                    const Float2 old = adds ? load_global(out) : Float2{0.0f, 0.0f};
-                    store_global(
-                        out, Float2{old.x + acc[i][j][2 * half], old.y + acc[i][j][2 * half + 1]});
-                }
-        }
-    }
-}
 
 // dh = dy B for the 16 rows of this warp, from one tile of dy and one slab of B.
 template <typename T, int R>
@@ -105,26 +50,23 @@ AFA_DEVICE void emit_dh(const T* tile, const T* b_slab, float* slab_dh, int64_t 
         }
 }
 
-// Grid: (slabs of kColumns columns of every dy, chunks of rows_per_chunk rows).
-template <typename T, int R>
-AFA_KERNEL(DyTile<R>::kThreads, DyTile<R>::kBlocks)
-dy_kernel(const DyParams p) {
-    follow_previous_kernel();
+// dh, into slab_dh, and dB of a member from one slab of kColumns columns of its dy and one chunk of
+// rows. store(db, column) takes the sums of a warp, whose first column of dy that is.
+template <typename T, int R, typename Store>
+AFA_DEVICE void dy_pass(const DyParams& p, const DyMember& member, float* slab_dh,
+                        SharedMemory& shared, int slab, int chunk, const Store& store) {
     using Tile = DyTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
     constexpr int kPairs = Tile::kRows * R / 2 / Tile::kThreads;  // of z, per thread and tile
-    const DyMember member = member_with(p.members, block_x());
-    const int n = member.b.rows, r = member.b.cols, slab = block_x() - member.first;
+    const int n = member.b.rows;
     const T* dy = static_cast<const T*>(member.dy);
     const T* z = static_cast<const T*>(member.z);
-    float* slab_dh = member.dh + slab * p.m * R;
     const int ahead = p.stages - 1;
-    SharedMemory shared;
     T* ring = shared.take<T>(p.stages * Tile::kWide);
     T* b_slab = shared.take<T>(Tile::kB);
     T* h_tiles = shared.take<T>(2 * Tile::kH);
     const int col0 = slab * Tile::kColumns;
-    const int64_t row_begin = block_y() * p.rows_per_chunk;
+    const int64_t row_begin = chunk * p.rows_per_chunk;
     const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
     const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
     const float alpha_t = alpha_of(member.alpha_t);
@@ -142,7 +84,7 @@ dy_kernel(const DyParams p) {
         for (int i = 0; i < kPairs; ++i) {
             const int pair = thread_index() + i * Tile::kThreads;
             const int64_t row = row_begin + t * Tile::kRows + pair / (R / 2);
-            z_next[i] = row < row_end ? load_pair(z, row, r, pair % (R / 2) * 2) : 0u;
+            z_next[i] = row < row_end ? load_pair(z, row, member.z_cols, pair % (R / 2) * 2) : 0u;
         }
     };
 
@@ -183,24 +125,38 @@ dy_kernel(const DyParams p) {
         slot = slot == ahead ? 0 : slot + 1;
     }
     copy_wait<0>();
-    if (member.db)
-        store_outer<Tile::kSlice, R>(member.db + static_cast<int64_t>(block_y()) * n * R, db,
-                                     col0 + warp_index() * Tile::kSlice, n, 0, R, p.adds);
+    store(db, col0 + warp_index() * Tile::kSlice);
 }
 
-// Grid: (slabs of kColumns columns of dy, chunks of rows). dB = dy^T h with h read from memory.
+// Grid: (slabs of every dy, chunks).
 template <typename T, int R>
-AFA_KERNEL(OuterTile<R>::kThreads)
-db_kernel(const OuterParams p) {
+AFA_KERNEL(DyTile<R>::kThreads, DyTile<R>::kBlocks)
+dy_kernel(const DyParams p) {
     follow_previous_kernel();
+    const DyMember member = member_with(p.members, block_x());
+    const int slab = block_x() - member.first, n = member.b.rows;
+    SharedMemory shared;
+    dy_pass<T, R>(p, member, member.dh + slab * p.m * R, shared, slab, block_y(),
+                  [&](const auto& db, int col) {
+                      if (member.db)
+                          store_outer<DyTile<R>::kSlice, R>(
+                              member.db + static_cast<int64_t>(block_y()) * n * R, db, col, n, 0, R,
+                              p.adds);
+                  });
+}
+
+// dB = dy^T h with h read from memory: one slab of kColumns columns of dy and one chunk of rows.
+// store(db, column) takes the sums of a warp, whose first column of dy that is.
+template <typename T, int R, typename Store>
+AFA_DEVICE void db_pass(const OuterParams& p, SharedMemory& shared, int slab, int chunk,
+                        const Store& store) {
     using Tile = OuterTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
     const int ahead = p.stages - 1;
-    SharedMemory shared;
     T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
     T* narrow_ring = shared.take<T>(p.stages * Tile::kNarrow);
-    const int col0 = block_x() * Tile::kColumns;
-    const int64_t row_begin = block_y() * p.rows_per_chunk;
+    const int col0 = slab * Tile::kColumns;
+    const int64_t row_begin = chunk * p.rows_per_chunk;
     const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
     const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
 
@@ -232,8 +188,19 @@ db_kernel(const OuterParams p) {
         slot = slot == ahead ? 0 : slot + 1;
     }
     copy_wait<0>();
-    store_outer<Tile::kSlice, R>(p.partial + static_cast<int64_t>(block_y()) * p.w * R, db,
-                                 col0 + warp_index() * Tile::kSlice, p.w, 0, R, p.adds);
+    store(db, col0 + warp_index() * Tile::kSlice);
+}
+
+// Grid: (slabs, chunks).
+template <typename T, int R>
+AFA_KERNEL(OuterTile<R>::kThreads)
+db_kernel(const OuterParams p) {
+    follow_previous_kernel();
+    SharedMemory shared;
+    db_pass<T, R>(p, shared, block_x(), block_y(), [&](const auto& db, int col) {
+        store_outer<OuterTile<R>::kSlice, R>(p.partial + static_cast<int64_t>(block_y()) * p.w * R,
+                                             db, col, p.w, 0, R, p.adds);
+    });
 }
 
 // dx = dz A for the columns of this warp: products into the place of x in shared memory, then
@@ -282,23 +249,22 @@ AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
     }
 }
 
-// Grid: (slabs of kColumns columns of x, chunks of rows). Each warp works on its own slice of the
-// slab, and reuses the place of its x for dx.
-template <typename T, int R>
-AFA_KERNEL(OuterTile<R>::kThreads)
-x_kernel(const OuterParams p) {
-    follow_previous_kernel();
+// dx and dA of one slab of kColumns columns of x and one chunk of rows. Each warp works on its own
+// slice of the slab, and reuses the place of its x for dx. store(da, column) as in db_pass; where
+// p.partial is null, the sums are zeros.
+template <typename T, int R, typename Store>
+AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int chunk,
+                       const Store& store) {
     using Tile = OuterTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R),
                   kSlice = Tile::kSlice;
     const int ahead = p.stages - 1;
-    SharedMemory shared;
     T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
     T* narrow_ring = shared.take<T>(p.stages * Tile::kNarrow);
     T* a_slab = shared.take<T>(Tile::kA);
     uint16_t* masks = shared.take<uint16_t>(Tile::kRows * Tile::kMaskPitch);
-    const int col0 = block_x() * Tile::kColumns, slice0 = warp_index() * kSlice;
-    const int64_t row_begin = block_y() * p.rows_per_chunk;
+    const int col0 = slab * Tile::kColumns, slice0 = warp_index() * kSlice;
+    const int64_t row_begin = chunk * p.rows_per_chunk;
     const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
     const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
 
@@ -378,9 +344,20 @@ x_kernel(const OuterParams p) {
         store_dz(slot);  // last read before the barrier above
     }
     copy_wait<0>();
-    if (p.partial)
-        store_outer<R, kSlice>(p.partial + static_cast<int64_t>(block_y()) * R * p.w, da, 0, R,
-                               col0 + slice0, p.w, p.adds);
+    store(da, col0 + slice0);
+}
+
+// Grid: (slabs, chunks).
+template <typename T, int R>
+AFA_KERNEL(OuterTile<R>::kThreads)
+x_kernel(const OuterParams p) {
+    follow_previous_kernel();
+    SharedMemory shared;
+    x_pass<T, R>(p, shared, block_x(), block_y(), [&](const auto& da, int col) {
+        if (p.partial)
+            store_outer<R, OuterTile<R>::kSlice>(
+                p.partial + static_cast<int64_t>(block_y()) * R * p.w, da, 0, R, col, p.w, p.adds);
+    });
 }
 
 }  // namespace afa

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <variant>
 
+#include "cuda/bind_ragged.h"
 #include "cuda/bind_tensor.h"
 #include "cuda/ops.h"
 
@@ -110,6 +111,8 @@ bool bound_backward(Tensor x, const std::vector<Member>& members, Tensor dx,
     return true;
 }
 
+}  // namespace
+
 py::dict described(const KernelPlan& plan, const DeviceLimits& device) {
     py::dict row;
     row["kernel"] = plan.kernel;
@@ -127,6 +130,8 @@ py::dict described(const KernelPlan& plan, const DeviceLimits& device) {
     return row;
 }
 
+namespace {
+
 std::vector<py::dict> launch_plan(const Sizes& sizes, int sm_count, int shared_per_block,
                                   int shared_per_sm, bool rounded) {
     const DeviceLimits device{sm_count, shared_per_block, shared_per_sm};
@@ -140,6 +145,7 @@ std::vector<py::dict> launch_plan(const Sizes& sizes, int sm_count, int shared_p
 }  // namespace
 
 void bind_ops(py::module_& module) {
+    bind_ragged_ops(module);
     module.attr("MAX_RANK") = kMaxRank;
     module.attr("MAX_MEMBERS") = kMaxMembers;
     module.attr("MAX_MEMBER_RANK") = kMaxMemberRank;

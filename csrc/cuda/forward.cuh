@@ -130,7 +130,7 @@ AFA_DEVICE void finish_rows(T* tile, const ForwardParams& p, int64_t row0, bool 
             const int row = warp_index() * 16 + j / pairs, col = j % pairs * 2;
             const uint32_t pair = pair_of(row, member.rank0 + col);
             if (store_z && member.z && row0 + row < p.project.m)
-                store_pair(static_cast<T*>(member.z), row0 + row, member.b.cols, col, pair);
+                store_pair(static_cast<T*>(member.z), row0 + row, member.z_cols, col, pair);
             // h comes from the rounded z: the backward has only that one.
             store_shared(tile + row * pitch(R) + member.rank0 + col,
                          phi_pair<T>(member.activation, pair, alpha_t));
@@ -231,18 +231,14 @@ AFA_DEVICE void emit_columns(const T* tile, const BRing<T, R>& b_ring, int stage
     copy_wait<0>();
 }
 
-// Grid: one block per kRows rows. x, A and B pass through shared memory once per block.
+// The work of one block: z and y of its kRows rows. x, A and B pass through shared memory once.
 template <typename T, int R>
-AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
-forward_kernel(const ForwardParams p) {
-    follow_previous_kernel();
+AFA_DEVICE void forward_rows(const ForwardParams& p, SharedMemory& shared, int64_t row0) {
     using Tile = RowTile<R>;
     const int stages = p.project.stages;
-    SharedMemory shared;
     T* wide_ring = shared.take<T>(stages * Tile::kWide);
     const auto narrow_ring =
         NarrowRing<T, R, false>::take(shared, stages, p.project.rounded, p.project.staged);
-    const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
 
     float acc[R / 8][4];
     project<T, R, false>(acc, p.project, wide_ring, narrow_ring, row0, 0);
@@ -266,22 +262,28 @@ forward_kernel(const ForwardParams p) {
     });
 }
 
-// Grid: (tiles of rows, splits). Writes the product, or that of one segment: [splits, M, R].
-template <typename T, int R, bool kTransposed>
+// Grid: one block per kRows rows.
+template <typename T, int R>
 AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
-project_kernel(const ProjectParams p) {
+forward_kernel(const ForwardParams p) {
     follow_previous_kernel();
-    using Tile = RowTile<R>;
     SharedMemory shared;
+    forward_rows<T, R>(p, shared, static_cast<int64_t>(block_x()) * RowTile<R>::kRows);
+}
+
+// The work of one block: the product of its kRows rows, or that of one segment, into `partial`.
+template <typename T, int R, bool kTransposed>
+AFA_DEVICE void project_rows(const ProjectParams& p, SharedMemory& shared, int64_t row0,
+                             int split) {
+    using Tile = RowTile<R>;
     T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
     const auto narrow_ring =
         NarrowRing<T, R, kTransposed>::take(shared, p.stages, p.rounded, p.staged);
-    const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
 
     float acc[R / 8][4];
-    project<T, R, kTransposed>(acc, p, wide_ring, narrow_ring, row0, block_y());
+    project<T, R, kTransposed>(acc, p, wide_ring, narrow_ring, row0, split);
     const int64_t row = row0 + warp_index() * 16 + lane_index() / 4;
-    float* out = p.partial + (block_y() * p.m + row) * R + lane_index() % 4 * 2;
+    float* out = p.partial + (split * p.partial_rows + row) * R + lane_index() % 4 * 2;
     AFA_UNROLL
     for (int half = 0; half < 2; ++half)
         if (row + 8 * half < p.m) {
@@ -292,29 +294,37 @@ project_kernel(const ProjectParams p) {
         }
 }
 
-// Grid: (tiles of rows, column blocks). Sums the splits in order; the first column block stores z.
-template <typename T, int R>
-AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kExpandBlocks)
-expand_kernel(const ForwardParams p) {
+// Grid: (tiles of rows, splits).
+template <typename T, int R, bool kTransposed>
+AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
+project_kernel(const ProjectParams p) {
     follow_previous_kernel();
+    SharedMemory shared;
+    project_rows<T, R, kTransposed>(p, shared, static_cast<int64_t>(block_x()) * RowTile<R>::kRows,
+                                    block_y());
+}
+
+// The work of one block: z and y of its kRows rows and one of column_blocks parts of the columns,
+// from the splits, summed in order. The first column block stores z.
+template <typename T, int R>
+AFA_DEVICE void expand_rows(const ForwardParams& p, SharedMemory& shared, int64_t row0,
+                            int column_block) {
     using Tile = RowTile<R>;
     const int stages = p.project.stages;
-    SharedMemory shared;
     T* tile = shared.take<T>(Tile::kZ);
     const auto b_ring = BRing<T, R>::take(shared, stages, p.project.rounded, p.project.staged);
-    const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
 
     const int64_t tiles = p.column_tiles;
-    const int first = static_cast<int>(tiles * block_y() / p.column_blocks),
-              last = static_cast<int>(tiles * (block_y() + 1) / p.column_blocks);
+    const int first = static_cast<int>(tiles * column_block / p.column_blocks),
+              last = static_cast<int>(tiles * (column_block + 1) / p.column_blocks);
     const auto sum_of_splits = [&](int row, int col) {
         const float* partial = p.project.partial + (row0 + row) * R + col;
         Float2 part[kMaxSegments] = {};  // all under way at once
         AFA_UNROLL
         for (int s = 0; s < kMaxSegments; ++s)
             if (s < p.project.splits && row0 + row < p.project.m)
-                part[s] =
-                    load_global(reinterpret_cast<const Float2*>(partial + s * p.project.m * R));
+                part[s] = load_global(
+                    reinterpret_cast<const Float2*>(partial + s * p.project.partial_rows * R));
         Float2 sum{0.0f, 0.0f};
         AFA_UNROLL
         for (int s = 0; s < kMaxSegments; ++s) {
@@ -324,7 +334,16 @@ expand_kernel(const ForwardParams p) {
         return pack<T>(p.inverse_keep * sum.x, p.inverse_keep * sum.y);
     };
     emit_columns<T, R>(tile, b_ring, stages, p, row0, first, last,
-                       [&] { finish_rows<T, R>(tile, p, row0, block_y() == 0, sum_of_splits); });
+                       [&] { finish_rows<T, R>(tile, p, row0, column_block == 0, sum_of_splits); });
+}
+
+// Grid: (tiles of rows, column blocks).
+template <typename T, int R>
+AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kExpandBlocks)
+expand_kernel(const ForwardParams p) {
+    follow_previous_kernel();
+    SharedMemory shared;
+    expand_rows<T, R>(p, shared, static_cast<int64_t>(block_x()) * RowTile<R>::kRows, block_y());
 }
 
 }  // namespace afa

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <type_traits>
 
+#include "cuda/params.h"
 #include "cuda/plan.h"
 #include "cuda/tiles.h"
 
@@ -22,7 +24,40 @@ constexpr int64_t kBytesUnderWay = 48 * 1024;
 constexpr int kReservedPerBlock = 1024;  // shared memory that CUDA keeps per block
 constexpr int kRegistersPerSm = 65536;
 
+// Raises std::invalid_argument where the kernels cannot take the shape.
+void check_shape(const Shape& shape);
+
+// f of the rank class as a constant.
+template <typename F>
+auto with_rank(int rank, const F& f) {
+    switch (rank) {
+    case 16:
+        return f(std::integral_constant<int, 16>{});
+    case 32:
+        return f(std::integral_constant<int, 32>{});
+    case 64:
+        return f(std::integral_constant<int, 64>{});
+    default:
+        return f(std::integral_constant<int, kMaxRank>{});
+    }
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Constants, since the order of sums must not depend on the device. Column blocks of the expand
+// kernel: about two blocks on each multiprocessor of the GPUs of today.
+constexpr int64_t kExpandGrid = 256;
+// From here on one block per tile of rows has enough bytes under way to go through all segments;
+// with more, it makes y too.
+constexpr int64_t kWholeRowBlocks = 48, kOnePassRowBlocks = 96;
+inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
+    return std::max(low, std::min(value, high));
+}
+
+// Blocks that share the sum over `width` columns, where there are so many blocks of rows.
+inline int splits_of(int64_t row_blocks, int width) {
+    return row_blocks >= kWholeRowBlocks ? 1 : static_cast<int>(ceil_div(width, segment_of(width)));
+}
 
 // The number of stages for a grid: the one that slows the kernel least; among equals, the one with
 // most bytes under way, of which there are `stage_bytes` in a tile.

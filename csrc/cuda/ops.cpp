@@ -43,7 +43,7 @@ ProjectParams project_x(const BranchCall& call, const ForwardPlan& plan, const K
     p.rounded = weights_of(call) == Weights::rounded;
     p.staged = kernel.staged;
     p.partial = partial;
-    p.m = call.shape.m;
+    p.m = p.partial_rows = call.shape.m;
     p.w = call.shape.k;
     p.segment = plan.segment;
     p.splits = plan.splits;
@@ -77,6 +77,7 @@ void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const Backwar
         member.dy_stride = call.gradients[i].dy_stride;
         member.b = weight_b(call, i);
         member.z = call.gradients[i].z;
+        member.z_cols = call.shape.members[i].r;
         member.alpha_t = call.members[i].alpha_t;
         member.dh = needs_dz(call, i) ? scratch.dh[i] : nullptr;
         member.db = call.gradients[i].db ? scratch.db[i] : nullptr;
@@ -103,7 +104,7 @@ void launch_project_dy(const BackwardCall& call, const BackwardPlan& plan,
     p.rounded = weights_of(call) == Weights::rounded;
     p.staged = plan.project_dy.staged;
     p.partial = scratch.dh[0];
-    p.m = call.shape.m;
+    p.m = p.partial_rows = call.shape.m;
     p.w = call.shape.members[0].n;
     p.segment = plan.segment;
     p.splits = plan.dh_parts[0];
@@ -258,6 +259,7 @@ void forward(const ForwardCall& call) {
         member.y = out.y;
         member.y_stride = out.y_stride;
         member.z = out.z;
+        member.z_cols = shape.members[i].r;
         member.alpha_t = call.members[i].alpha_t;
         member.activation = call.members[i].activation;
         member.scaling = call.members[i].scaling;

@@ -43,8 +43,8 @@ struct ProjectParams {
     Weight narrow[kMaxRank / kRankUnit];  // x pass: A, kRankUnit rows each. dy pass: B, the first
     bool narrow_transposed;               // B; the kernel knows it from its template argument
     bool rounded, staged;  // whether a weight of the call is not T in vectors; a place for floats
-    float* partial;        // [splits, M, R]
-    int64_t m;
+    float* partial;        // [splits, partial_rows, R], from row 0 of wide on
+    int64_t m, partial_rows;
     int w;
     int segment;  // columns, a multiple of the tiles' kDepth
     int splits;   // blocks: 1, or one per segment
@@ -61,7 +61,8 @@ struct ForwardMember {
     int64_t base_stride;
     void* y;  // T [M, N], row stride y_stride
     int64_t y_stride;
-    void* z;               // T [M, r]; null: not stored
+    void* z;               // T [M, z_cols]; null: not stored
+    int z_cols;            // r
     const float* alpha_t;  // [1]; null at identity
     int activation;
     float scaling;
@@ -83,7 +84,8 @@ struct DyMember {
     const void* dy;  // T [M, N], row stride dy_stride
     int64_t dy_stride;
     Weight b;              // (N, r)
-    const void* z;         // T [M, r]
+    const void* z;         // T [M, z_cols]
+    int z_cols;            // r
     const float* alpha_t;  // [1]; null at identity
     float* dh;             // [slabs, M, R]; null: not needed
     float* db;             // [chunks, N, R]; null: not needed

@@ -5,7 +5,6 @@
 #include <iterator>
 #include <stdexcept>
 #include <tuple>
-#include <type_traits>
 
 #include "cuda/grids.h"
 #include "cuda/tiles.h"
@@ -24,12 +23,6 @@ double tail(const KernelPlan& plan, const DeviceLimits& device) {
 
 namespace {
 
-// Constants, since the order of sums must not depend on the device. Column blocks of the expand
-// kernel: about two blocks on each multiprocessor of the GPUs of today.
-constexpr int64_t kExpandGrid = 256;
-// From here on one block per tile of rows has enough bytes under way to go through all segments;
-// with more, it makes y too.
-constexpr int64_t kWholeRowBlocks = 48, kOnePassRowBlocks = 96;
 // Scratch memory of the rows that a backward takes at once; it should stay in the L2 cache.
 template <int R>
 constexpr int64_t kRoundBytes = (R <= 32 ? 32 : 24) << 20;
@@ -41,33 +34,6 @@ constexpr int64_t kPartialShare = 400;
 constexpr int64_t kRoundUnit = 128;  // rows, whole tiles of every kernel
 constexpr int kMaxFeatures =
     1 << 30;  // column indices are 32-bit, with room for a tile beyond the end
-
-int64_t clamp(int64_t value, int64_t low, int64_t high) {
-    return std::max(low, std::min(value, high));
-}
-
-void check(const Shape& shape) {
-    const auto fits = [](int width) { return width >= 1 && width <= kMaxFeatures; };
-    const auto in_vectors = [](int width) { return width % kVector == 0; };
-    bool fit = shape.m >= 1 && fits(shape.k) && shape.count >= 1 && shape.count <= kMaxMembers;
-    bool vectors = in_vectors(shape.k);
-    for (int i = 0; i < shape.count && fit; ++i) {
-        fit = fits(shape.members[i].n);
-        vectors = vectors && in_vectors(shape.members[i].n);
-    }
-    if (!fit)
-        throw std::invalid_argument("shape out of range: " + describe(shape));
-    if (!vectors)
-        throw std::invalid_argument("K and N must be multiples of 8: " + describe(shape));
-    for (int i = 0; i < shape.count && shape.count > 1; ++i)
-        if (shape.members[i].r > kMaxMemberRank)
-            throw std::invalid_argument("layers that share x have ranks up to " +
-                                        std::to_string(kMaxMemberRank) + ": " + describe(shape));
-}
-
-int splits_of(int64_t row_blocks, int width) {
-    return row_blocks >= kWholeRowBlocks ? 1 : static_cast<int>(ceil_div(width, segment_of(width)));
-}
 
 template <int R>
 ForwardPlan forward_of(const Shape& shape, Weights weights, const DeviceLimits& device) {
@@ -225,28 +191,32 @@ Plan remembered(const Shape& shape, Weights weights, const DeviceLimits& device,
     for (const Entry& entry : entries)
         if (entry.shape == shape && entry.weights == weights && entry.device == device)
             return entry.plan;
-    check(shape);
+    check_shape(shape);
     const Plan plan = make();
     entries[next++ % std::size(entries)] = {shape, weights, device, plan};
     return plan;
 }
 
-// f of the rank class as a constant.
-template <typename F>
-auto with_rank(int rank, const F& f) {
-    switch (rank) {
-    case 16:
-        return f(std::integral_constant<int, 16>{});
-    case 32:
-        return f(std::integral_constant<int, 32>{});
-    case 64:
-        return f(std::integral_constant<int, 64>{});
-    default:
-        return f(std::integral_constant<int, kMaxRank>{});
-    }
-}
-
 }  // namespace
+
+void check_shape(const Shape& shape) {
+    const auto fits = [](int width) { return width >= 1 && width <= kMaxFeatures; };
+    const auto in_vectors = [](int width) { return width % kVector == 0; };
+    bool fit = shape.m >= 1 && fits(shape.k) && shape.count >= 1 && shape.count <= kMaxMembers;
+    bool vectors = in_vectors(shape.k);
+    for (int i = 0; i < shape.count && fit; ++i) {
+        fit = fits(shape.members[i].n);
+        vectors = vectors && in_vectors(shape.members[i].n);
+    }
+    if (!fit)
+        throw std::invalid_argument("shape out of range: " + describe(shape));
+    if (!vectors)
+        throw std::invalid_argument("K and N must be multiples of 8: " + describe(shape));
+    for (int i = 0; i < shape.count && shape.count > 1; ++i)
+        if (shape.members[i].r > kMaxMemberRank)
+            throw std::invalid_argument("layers that share x have ranks up to " +
+                                        std::to_string(kMaxMemberRank) + ": " + describe(shape));
+}
 
 int rank_class(int r) {
     for (const int rank : {16, 32, 64, kMaxRank})

@@ -40,6 +40,9 @@ struct RowTile {
     static constexpr int kRegisters = R == 128 ? 248 : 128, kExpandRegisters = 128;
     // Blocks that these leave room for.
     static constexpr int kBlocks = R == 128 ? 1 : 4, kExpandBlocks = R == 128 ? 2 : 4;
+    // Of the ragged kernels, which keep in registers what the others read from their parameters.
+    static constexpr int kRaggedRegisters = R == 64 ? 168 : kRegisters,
+                         kRaggedBlocks = R == 64 ? 3 : kBlocks;
     static constexpr int kWide = tile_elements(kRows, kDepth);
     static constexpr int kNarrow = tile_elements(R, kDepth);
     static constexpr int kNarrowTransposed = tile_elements(kDepth, R);
@@ -69,6 +72,7 @@ struct DyTile {
     static constexpr int kWarps = kRows / 16;
     static constexpr int kThreads = kWarps * kWarpSize;
     static constexpr int kRegisters = R == 16 ? 128 : 248, kBlocks = R == 16 ? 4 : 2;
+    static constexpr int kRaggedRegisters = 248, kRaggedBlocks = 2;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);
     static constexpr int kB = tile_elements(kColumns, R);

@@ -1,4 +1,6 @@
 // Branches, barriers and shuffles. The scheduler does what their Flow says.
+#include <algorithm>
+
 #include "ptx/forms.h"
 #include "ptx/state.h"
 
@@ -48,6 +50,18 @@ void shuffle_index(Warp& warp, const Instruction& i) {
     warp.out(i.op[0], result);
 }
 
+// Operands: result, value, members. Every lane gets the sum of all.
+void sum_lanes(Warp& warp, const Instruction& i) {
+    const uint32_t* value = warp.in<uint32_t>(i.op[1]);
+    require_members(warp, warp.in<uint32_t>(i.op[2]));
+    uint32_t sum = 0;
+    for (uint32_t rest = warp.active; rest; rest &= rest - 1)
+        sum += value[__builtin_ctz(rest)];
+    uint32_t result[kLanes];
+    std::fill(result, result + kLanes, sum);
+    warp.out(i.op[0], result);
+}
+
 }  // namespace
 
 void add_control_forms(Forms& f) {
@@ -59,6 +73,7 @@ void add_control_forms(Forms& f) {
     f.add("bar.sync", "n", sync_block, Flow::barrier);
     f.add("bar.warp.sync", "d", sync_warp, Flow::collective);
     f.add("shfl.sync.idx.b32", "Ddddd", shuffle_index, Flow::collective);
+    f.add("redux.sync.add.s32", "Ddd", sum_lanes, Flow::collective);
 }
 
 }  // namespace ptx

@@ -20,6 +20,7 @@ from afa_kernels.backend.triton.configs import MAX_RANK
 OLDEST_TRITON = (3, 2)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 _MAX_RANK_FLOAT32_DROPOUT = 64
+_MAX_GROUPS = 65535 // 16 - 1  # with 16 parts each in the passes of the backward
 _OLDEST_CAPABILITY = (8, 0)
 
 
@@ -73,6 +74,8 @@ def _refuses(call: Call) -> str | None:
         return f"rank {call.r} is above {MAX_RANK}: compute-bound, which torch's GEMMs do faster"
     if call.dtype == torch.float32 and call.dropout and call.r > _MAX_RANK_FLOAT32_DROPOUT:
         return f"float32 with dropout above rank {_MAX_RANK_FLOAT32_DROPOUT} overflows the registers"
+    if call.groups > _MAX_GROUPS:
+        return f"{call.groups} groups are above {_MAX_GROUPS}, what a grid may have beside its first dimension"
     if call.device == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(call.device_index)
         if capability < _OLDEST_CAPABILITY:
@@ -111,6 +114,28 @@ def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
         return passes.backward(context, dy, z, a.dtype, b.dtype, need_dx=need_dx, need_da=need_da, need_db=need_db)
 
 
+def _ragged_context(x, a, b, groups, seed, spec):
+    from afa_kernels.backend.triton import autotune, launch, ragged_launch
+
+    tiles = autotune.tiles(launch.device_of(x), x, *b.shape[1:])
+    return ragged_launch.RaggedContext(x, a, b, groups, seed, spec, tiles)
+
+
+def ragged_forward(x, a, b, groups, seed, spec, *, base, out, save_z):
+    from afa_kernels.backend.triton import passes
+
+    with _on_device(x):
+        return passes.forward(_ragged_context(x, a, b, groups, seed, spec), base, out, save_z)
+
+
+def ragged_backward(dy, x, a, b, groups, z, seed, spec, *, need_dx, need_da, need_db):
+    from afa_kernels.backend.triton import passes
+
+    with _on_device(x):
+        context = _ragged_context(x, a, b, groups, seed, spec)
+        return passes.backward(context, dy, z, a.dtype, b.dtype, need_dx=need_dx, need_da=need_da, need_db=need_db)
+
+
 BACKEND = Backend(
     name="triton",
     devices=frozenset({"cpu"} if INTERPRETED else {"cuda", "xpu"}),
@@ -118,5 +143,7 @@ BACKEND = Backend(
     refuses=_refuses,
     forward=forward,
     backward=backward,
+    ragged_forward=ragged_forward,
+    ragged_backward=ragged_backward,
     automatic=not INTERPRETED,
 )

@@ -17,13 +17,13 @@ from afa_kernels.backend.triton.device_functions import (
 
 
 @triton.jit
-def _store_dz(
-    dh, z_ptr, dz_ptr, alpha_ptr, first_row, rows_left, r, factor,
+def store_dz(
+    dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor,
     ACT: tl.constexpr, BLOCK_M: tl.constexpr, R: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     z = load_z(z_ptr, first_row, rows_left, r, BLOCK_M, R)
-    dz = factor * dh * phi_slope(z, load_alpha(alpha_ptr, ACT), ACT)
+    dz = factor * dh * phi_slope(z, alpha_t, ACT)
     dz = round_to(dz, dz_ptr.dtype.element_ty, EMULATE_BF16)
     target = dz_ptr + first_row * R + row[:, None] * R + rank[None, :]
     tl.store(target, dz, mask=(row < rows_left)[:, None])
@@ -44,7 +44,8 @@ def dyb_dphi_backward_kernel(
         0, 0, 0,
         BLOCK_M, BLOCK_L, R, False, PRECISION, EMULATE_BF16,
     )  # fmt: skip
-    _store_dz(dh, z_ptr, dz_ptr, alpha_ptr, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
+    alpha_t = load_alpha(alpha_ptr, ACT)
+    store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
 
 
 @triton.jit(do_not_specialize=["M", "count", "alpha_ptr"])
@@ -56,7 +57,43 @@ def dphi_backward_kernel(
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
     dh = sum_partials(partial_ptr, first_row, rows_left, M, count, BLOCK_M, R)
-    _store_dz(dh, z_ptr, dz_ptr, alpha_ptr, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
+    alpha_t = load_alpha(alpha_ptr, ACT)
+    store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
+
+
+@triton.jit
+def load_slab(small_ptr, slab, length, stride_rank, stride_col, R: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Return the (R, BLOCK_L) slab of a, or of b transposed, that stays on the chip while a pass goes over rows."""
+    rank, col = tl.arange(0, R), slab * BLOCK_L + tl.arange(0, BLOCK_L)
+    offsets = rank[:, None] * stride_rank + col[None, :] * stride_col
+    return tl.load(small_ptr + offsets, mask=(col < length)[None, :], other=0.0)
+
+
+@triton.jit
+def dy_tile(
+    db, dy_ptr, b, z_ptr, dh_ptr, db_ptr, alpha_t, first_row, rows_left, slab, M, N, r, stride_dym,
+    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """Read one tile of dy: store its part of dh and return ``db + h^T dy``, each if wanted.
+
+    Both products have dy as their right operand, transposed or not: with dy on the left, or under a transpose of its
+    own, the compiler for sm_80 no longer stages it asynchronously, and spills.
+    """
+    row, rank, col = tl.arange(0, BLOCK_M), tl.arange(0, R), slab * BLOCK_L + tl.arange(0, BLOCK_L)
+    dy = tl.load(
+        dy_ptr + first_row * stride_dym + row[:, None] * stride_dym + col[None, :],
+        mask=(row < rows_left)[:, None] & (col < N)[None, :], other=0.0,
+    )  # fmt: skip
+    if db_ptr is not None:
+        z = load_z(z_ptr, first_row, rows_left, r, BLOCK_M, R)
+        h = round_to(phi(z, alpha_t, ACT), dy_ptr.dtype.element_ty, EMULATE_BF16)
+        db = dot(tl.trans(h), dy, db, PRECISION, EMULATE_BF16)
+    if dh_ptr is not None:
+        dh = dot(b, tl.trans(dy), tl.zeros((R, BLOCK_M), tl.float32), PRECISION, EMULATE_BF16)
+        target = dh_ptr + (slab.to(tl.int64) * M + first_row) * R + row[None, :] * R + rank[:, None]
+        tl.store(target, dh, mask=(row < rows_left)[None, :])
+    return db
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_chunk", "alpha_ptr"])
@@ -70,37 +107,53 @@ def dy_pass_backward_kernel(
     partials (chunks, R, N).
 
     ``db_ptr`` None: dh alone; ``dh_ptr`` None: db alone (D2). Grid: (N / BLOCK_L slabs, chunks of
-    rows). The slab of b stays on the chip. Both products have dy as their right operand, transposed
-    or not: with dy on the left, or under a transpose of its own, the compiler for sm_80 no longer
-    stages it asynchronously, and spills.
+    rows). The slab of b stays on the chip.
     """
     slab, chunk = tl.program_id(0), tl.program_id(1)
-    row, rank, offset = tl.arange(0, BLOCK_M), tl.arange(0, R), tl.arange(0, BLOCK_L)
-    col = slab * BLOCK_L + offset
-    col_mask = (col < N)[None, :]
+    rank, col = tl.arange(0, R), slab * BLOCK_L + tl.arange(0, BLOCK_L)
     alpha_t = load_alpha(alpha_ptr, ACT)
     db = tl.zeros((R, BLOCK_L), tl.float32)
-    if dh_ptr is not None:
-        b = tl.load(b_ptr + col[None, :] * stride_bn + rank[:, None] * stride_br, mask=col_mask, other=0.0)
+    b = load_slab(b_ptr, slab, N, stride_br, stride_bn, R, BLOCK_L) if dh_ptr is not None else None
     first = chunk.to(tl.int64) * rows_per_chunk
     for start in range(0, tl.minimum(rows_per_chunk, M - first).to(tl.int32), BLOCK_M):
         first_row = first + start
         rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
-        row_mask = (row < rows_left)[:, None]
-        dy = tl.load(
-            dy_ptr + first_row * stride_dym + row[:, None] * stride_dym + col[None, :],
-            mask=row_mask & col_mask, other=0.0,
+        db = dy_tile(
+            db, dy_ptr, b, z_ptr, dh_ptr, db_ptr, alpha_t, first_row, rows_left, slab, M, N, r, stride_dym,
+            ACT, R, BLOCK_M, BLOCK_L, PRECISION, EMULATE_BF16,
         )  # fmt: skip
-        if db_ptr is not None:
-            z = load_z(z_ptr, first_row, rows_left, r, BLOCK_M, R)
-            h = round_to(phi(z, alpha_t, ACT), dy_ptr.dtype.element_ty, EMULATE_BF16)
-            db = dot(tl.trans(h), dy, db, PRECISION, EMULATE_BF16)
-        if dh_ptr is not None:
-            dh = dot(b, tl.trans(dy), tl.zeros((R, BLOCK_M), tl.float32), PRECISION, EMULATE_BF16)
-            target = dh_ptr + (slab.to(tl.int64) * M + first_row) * R + row[None, :] * R + rank[:, None]
-            tl.store(target, dh, mask=(row < rows_left)[None, :])
     if db_ptr is not None:
-        tl.store(db_ptr + (chunk * R + rank[:, None]).to(tl.int64) * N + col[None, :], db, mask=col_mask)
+        tl.store(db_ptr + (chunk * R + rank[:, None]).to(tl.int64) * N + col[None, :], db, mask=(col < N)[None, :])
+
+
+@triton.jit
+def x_tile(
+    da, dz_ptr, a, x_ptr, dx_ptr, da_ptr, first_row, rows_left, slab, K, stride_xm, seed, threshold, calls_per_row,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """Store a tile ``drop(dz a)`` of dx, read the one of x, and return ``da + dz^T drop(x)``, each if wanted, under one
+    mask."""
+    row, rank, col = tl.arange(0, BLOCK_M), tl.arange(0, R), slab * BLOCK_L + tl.arange(0, BLOCK_L)
+    row_mask = (row < rows_left)[:, None]
+    mask = row_mask & (col < K)[None, :]
+    dz = tl.load(dz_ptr + first_row * R + row[:, None] * R + rank[None, :], mask=row_mask, other=0.0)
+    if DROPOUT:
+        keep = keep_mask(seed, threshold, first_row, slab * BLOCK_L, calls_per_row, BLOCK_M, BLOCK_L)
+    if da_ptr is not None:
+        x = tl.load(
+            x_ptr + first_row * stride_xm + row[:, None] * stride_xm + col[None, :], mask=mask, other=0.0
+        )  # fmt: skip
+        if DROPOUT:
+            x = tl.where(keep, x, 0.0).to(x.dtype)
+        da = dot(tl.trans(dz), x, da, PRECISION, EMULATE_BF16)
+    if dx_ptr is not None:
+        dx = dot(dz, a, tl.zeros((BLOCK_M, BLOCK_L), tl.float32), PRECISION, EMULATE_BF16)
+        if DROPOUT:
+            dx = tl.where(keep, dx, 0.0)
+        dx = round_to(dx, dx_ptr.dtype.element_ty, EMULATE_BF16)
+        tl.store(dx_ptr + first_row * K + row[:, None] * K + col[None, :], dx, mask=mask)
+    return da
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_chunk", "threshold", "seed_ptr"])
@@ -110,52 +163,30 @@ def x_pass_backward_kernel(
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """X: ``dx = drop(dz a)``, written, and ``da = dz^T drop(x)`` as partials (chunks, R, K), under
-    one mask.
+    """X: ``dx = drop(dz a)``, written, and ``da = dz^T drop(x)`` as partials (chunks, R, K).
 
     ``dx_ptr`` or ``da_ptr`` None: not wanted. dx is contiguous. Grid: (K / BLOCK_L slabs, chunks of
     rows).
     """
     slab, chunk = tl.program_id(0), tl.program_id(1)
-    row, rank, offset = tl.arange(0, BLOCK_M), tl.arange(0, R), tl.arange(0, BLOCK_L)
-    col = slab * BLOCK_L + offset
-    col_mask = (col < K)[None, :]
+    rank, col = tl.arange(0, R), slab * BLOCK_L + tl.arange(0, BLOCK_L)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     da = tl.zeros((R, BLOCK_L), tl.float32)
-    if dx_ptr is not None:
-        a = tl.load(a_ptr + rank[:, None] * stride_ar + col[None, :] * stride_ak, mask=col_mask, other=0.0)
+    a = load_slab(a_ptr, slab, K, stride_ar, stride_ak, R, BLOCK_L) if dx_ptr is not None else None
     first = chunk.to(tl.int64) * rows_per_chunk
     for start in range(0, tl.minimum(rows_per_chunk, M - first).to(tl.int32), BLOCK_M):
         first_row = first + start
         rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
-        row_mask = (row < rows_left)[:, None]
-        dz = tl.load(dz_ptr + first_row * R + row[:, None] * R + rank[None, :], mask=row_mask, other=0.0)
-        if DROPOUT:
-            keep = keep_mask(seed, threshold, first_row, slab * BLOCK_L, calls_per_row, BLOCK_M, BLOCK_L)
-        if da_ptr is not None:
-            x = tl.load(
-                x_ptr + first_row * stride_xm + row[:, None] * stride_xm + col[None, :],
-                mask=row_mask & col_mask, other=0.0,
-            )  # fmt: skip
-            if DROPOUT:
-                x = tl.where(keep, x, 0.0).to(x.dtype)
-            da = dot(tl.trans(dz), x, da, PRECISION, EMULATE_BF16)
-        if dx_ptr is not None:
-            dx = dot(dz, a, tl.zeros((BLOCK_M, BLOCK_L), tl.float32), PRECISION, EMULATE_BF16)
-            if DROPOUT:
-                dx = tl.where(keep, dx, 0.0)
-            dx = round_to(dx, dx_ptr.dtype.element_ty, EMULATE_BF16)
-            tl.store(
-                dx_ptr + first_row * K + row[:, None] * K + col[None, :],
-                dx,
-                mask=row_mask & col_mask,
-            )
+        da = x_tile(
+            da, dz_ptr, a, x_ptr, dx_ptr, da_ptr, first_row, rows_left, slab, K, stride_xm, seed, threshold,
+            calls_per_row, R, BLOCK_M, BLOCK_L, DROPOUT, PRECISION, EMULATE_BF16,
+        )  # fmt: skip
     if da_ptr is not None:
-        tl.store(da_ptr + (chunk * R + rank[:, None]).to(tl.int64) * K + col[None, :], da, mask=col_mask)
+        tl.store(da_ptr + (chunk * R + rank[:, None]).to(tl.int64) * K + col[None, :], da, mask=(col < K)[None, :])
 
 
 @triton.jit
-def _sum_chunks(
+def sum_chunks(
     partial_ptr,
     rank,
     col,
@@ -190,12 +221,12 @@ def weight_gradients_kernel(
     if da_ptr is not None:
         if block < blocks_a:
             col = block * BLOCK + tl.arange(0, BLOCK)
-            da = _sum_chunks(da_partial_ptr, rank, col, K, chunks_a, R, RANKS, BLOCK)
+            da = sum_chunks(da_partial_ptr, rank, col, K, chunks_a, R, RANKS, BLOCK)
             da = round_to(da, da_ptr.dtype.element_ty, EMULATE_A)
             tl.store(da_ptr + rank[:, None] * K + col[None, :], da, mask=rank_mask & (col < K)[None, :])
     if db_ptr is not None:
         if block >= blocks_a:
             col = (block - blocks_a) * BLOCK + tl.arange(0, BLOCK)
-            db = scaling * _sum_chunks(db_partial_ptr, rank, col, N, chunks_b, R, RANKS, BLOCK)
+            db = scaling * sum_chunks(db_partial_ptr, rank, col, N, chunks_b, R, RANKS, BLOCK)
             db = round_to(db, db_ptr.dtype.element_ty, EMULATE_B)
             tl.store(db_ptr + col[None, :] * r + rank[:, None], db, mask=rank_mask & (col < N)[None, :])

@@ -23,7 +23,7 @@ from afa_kernels.backend.triton.device_functions import (
 
 
 @triton.jit
-def _copy_padded(
+def copy_padded(
     source_ptr, target_ptr, block, rows, cols, target_rows, target_cols, stride_row, stride_col,
     BLOCK: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
@@ -47,9 +47,9 @@ def pack_kernel(
     blocks of b."""
     block = tl.program_id(0)
     if block < blocks_a:
-        _copy_padded(a_ptr, a_padded_ptr, block, r, K, R, K, stride_ar, stride_ak, BLOCK, EMULATE_BF16)
+        copy_padded(a_ptr, a_padded_ptr, block, r, K, R, K, stride_ar, stride_ak, BLOCK, EMULATE_BF16)
     else:
-        _copy_padded(
+        copy_padded(
             b_ptr,
             b_padded_ptr,
             block - blocks_a,
@@ -65,23 +65,25 @@ def pack_kernel(
 
 
 @triton.jit
-def _store_z(z_ptr, z, first_row, rows_left, r, BLOCK_M: tl.constexpr, R: tl.constexpr):
+def store_z(z_ptr, z, first_row, rows_left, r, BLOCK_M: tl.constexpr, R: tl.constexpr):
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     mask = (row < rows_left)[:, None] & (rank < r)[None, :]
     tl.store(z_ptr + first_row * r + row[:, None] * r + rank[None, :], z, mask=mask)
 
 
 @triton.jit
-def _store_y(
-    h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br, stride_base_m,
+def store_y(
+    h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, b_rows, stride_bn, stride_br, stride_base_m,
     stride_base_n, stride_ym, stride_yn, scaling,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
+    """Store the columns ``start ...`` of ``y = base + scaling * h b^T``; of b, ``b_rows`` rows are read: N, or 0 for
+    rows of x without a branch."""
     row, rank, col = tl.arange(0, BLOCK_M), tl.arange(0, R), start + tl.arange(0, BLOCK_N)
     b = tl.load(
         b_ptr + col[None, :] * stride_bn + rank[:, None] * stride_br,
-        mask=(col < N)[None, :],
+        mask=(col < b_rows)[None, :],
         other=0.0,
     )
     y = scaling * dot(h, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, EMULATE_BF16)
@@ -127,13 +129,13 @@ def xa_phi_hb_forward_kernel(
     # use two different h.
     z = round_to(z * inverse_keep, x_ptr.dtype.element_ty, EMULATE_BF16)
     if z_ptr is not None:
-        _store_z(z_ptr, z, first_row, rows_left, r, BLOCK_M, R)
+        store_z(z_ptr, z, first_row, rows_left, r, BLOCK_M, R)
     if y_ptr is not None:
         alpha_t = load_alpha(alpha_ptr, ACT)
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), x_ptr.dtype.element_ty, EMULATE_BF16)
         for start in range(0, N, BLOCK_N):
-            _store_y(
-                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br,
+            store_y(
+                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, N, stride_bn, stride_br,
                 stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
                 BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
             )  # fmt: skip
@@ -181,14 +183,14 @@ def phi_hb_forward_kernel(
     z = round_to(z * inverse_keep, DTYPE, EMULATE_BF16)
     if z_ptr is not None:
         z_rows = tl.where(column == 0, rows_left, 0)
-        _store_z(z_ptr, z, first_row, z_rows, r, BLOCK_M, R)
+        store_z(z_ptr, z, first_row, z_rows, r, BLOCK_M, R)
     if y_ptr is not None:
         alpha_t = load_alpha(alpha_ptr, ACT)
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), DTYPE, EMULATE_BF16)
         first = column * tiles * BLOCK_N
         for start in range(first, tl.minimum(first + tiles * BLOCK_N, N), BLOCK_N):
-            _store_y(
-                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br,
+            store_y(
+                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, N, stride_bn, stride_br,
                 stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
                 BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
             )  # fmt: skip

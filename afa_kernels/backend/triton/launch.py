@@ -13,13 +13,13 @@ import torch
 import triton
 from torch import Tensor
 
-from afa_kernels.backend.triton import configs, forward_kernels
+from afa_kernels.backend.triton import backward_kernels, configs, forward_kernels
 from afa_kernels.backend.triton.configs import Device, Tile, Tiles, padded_rank
 from afa_kernels.dropout import COLUMNS_PER_CALL
 from afa_kernels.options import Spec
 
 INTERPRETED = not isinstance(forward_kernels.pack_kernel, triton.runtime.JITFunction)
-_PACK_BLOCK = 1024
+PACK_BLOCK = 1024
 ELEMENTWISE = Tile(0, 0, 4, 1)  # warps and stages of a kernel without a streamed product
 # Rows per multiprocessor from which one pass over x has enough bytes in flight: a tile of 64 on
 # three of four. A tile of 128 rows occupies half as many, with twice the bytes.
@@ -89,9 +89,44 @@ def device_of(x: Tensor) -> Device:
     return configs.device_of(x.device) if recorder is None else recorder.device
 
 
+class Kernels(NamedTuple):
+    """The kernels of a call, by the names that the docstrings of forward_kernels.py and backward_kernels.py give."""
+
+    pack: Any
+    f: Any
+    f1: Any
+    f2: Any
+    d: Any
+    d1: Any
+    x: Any
+    dz: Any
+    weight_gradients: Any
+
+
+class Split(NamedTuple):
+    """How a pass over rows with a sum over them is split."""
+
+    programs: int
+    partials: int
+    arguments: dict[str, int]  # of the pass
+
+
 class Context:
     """What every launch of one call shares: operands made ready for the kernels, tiles (by default
-    those of the table), and constants."""
+    those of the table), and constants. ragged_launch.py has the one of a ragged call."""
+
+    kernels = Kernels(
+        forward_kernels.pack_kernel,
+        forward_kernels.xa_phi_hb_forward_kernel,
+        forward_kernels.project_partial_kernel,
+        forward_kernels.phi_hb_forward_kernel,
+        backward_kernels.dy_pass_backward_kernel,
+        backward_kernels.dyb_dphi_backward_kernel,
+        backward_kernels.x_pass_backward_kernel,
+        backward_kernels.dphi_backward_kernel,
+        backward_kernels.weight_gradients_kernel,
+    )
+    groups: tuple[int, ...] = ()  # the leading dimension of a and b in a ragged call
 
     def __init__(
         self, x: Tensor, a: Tensor, b: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec,
@@ -99,7 +134,7 @@ class Context:
     ):  # fmt: skip
         self.device = device_of(x)
         self.rows, self.k = x.shape
-        self.n, self.r = b.shape
+        self.n, self.r = b.shape[-2:]
         self.padded = padded_rank(self.r)
         self.dtype = x.dtype
         self.tiles = tiles or configs.table_tiles(self.device.arch, x.element_size(), self.r)
@@ -125,14 +160,54 @@ class Context:
             "calls_per_row": -(-self.k // COLUMNS_PER_CALL),
         }
 
-    def chunk(self, rows_per_tile: int) -> tuple[int, int]:
-        """Return (chunks, rows per chunk) for a pass whose sum over rows is split."""
-        row_tiles = triton.cdiv(self.rows, rows_per_tile)
+    def operand_a(self) -> dict[str, Any]:
+        return {"a_ptr": self.a, "stride_ar": self.a.stride(-2), "stride_ak": self.a.stride(-1)}
+
+    def operand_b(self) -> dict[str, Any]:
+        return {"b_ptr": self.b, "stride_bn": self.b.stride(-2), "stride_br": self.b.stride(-1)}
+
+    def small_operand(self, name: str) -> dict[str, Any]:
+        """The arguments of a product that takes a, or b transposed, by the name of its operand."""
+        t, rank, column = (self.a, -2, -1) if name == "a" else (self.b, -1, -2)
+        return {"small_ptr": t, "stride_rank": t.stride(rank), "stride_small": t.stride(column)}
+
+    def row_groups(self) -> dict[str, Any]:
+        """The arguments by which a program finds its rows."""
+        return {"M": self.rows}
+
+    def alpha(self) -> dict[str, Any]:
+        return {"alpha_ptr": self.alpha_t}
+
+    def scaling(self) -> dict[str, Any]:
+        return {"scaling": self.spec.scaling}
+
+    def factor(self) -> dict[str, Any]:
+        """The arguments of what dz is scaled by."""
+        return {"factor": self.spec.scaling * self.spec.inverse_keep}
+
+    def split(self, tile: Tile, slabs: int) -> Split:
+        """Return how a pass over rows in ``slabs`` slabs of columns is split, whose sum over rows is."""
+        row_tiles = triton.cdiv(self.rows, tile.rows)
         tiles_per_chunk = triton.cdiv(row_tiles, min(row_tiles, self.tiles.chunks))
-        return triton.cdiv(row_tiles, tiles_per_chunk), tiles_per_chunk * rows_per_tile
+        chunks = triton.cdiv(row_tiles, tiles_per_chunk)
+        return Split(chunks, chunks, {"rows_per_chunk": tiles_per_chunk * tile.rows})
+
+    def reduction(self, da_partial: Tensor | None, db_partial: Tensor | None) -> dict[str, Any]:
+        """The arguments by which partial sums over rows are summed."""
+        chunks = [0 if partial is None else partial.shape[0] for partial in (da_partial, db_partial)]
+        return {"chunks_a": chunks[0], "chunks_b": chunks[1]}
+
+    def dy_tile(self) -> Tile:
+        return self.tiles.dy_pass
+
+    def x_tile(self) -> Tile:
+        return self.tiles.x_pass_dropout if self.spec.dropout else self.tiles.x_pass
+
+    def row_tiles(self, rows_per_tile: int) -> int:
+        return triton.cdiv(self.rows, rows_per_tile)
 
     def row_programs(self) -> int:
-        return triton.cdiv(self.rows, self.tiles.project.rows)
+        return self.row_tiles(self.tiles.project.rows)
 
     def spread(self, steps: int) -> tuple[int, int]:
         """Return (programs, steps per program) for the columns of y: enough programs for each tile of rows to give the
@@ -149,25 +224,27 @@ class Context:
     def segment_tiles(self, length: int) -> int:
         return segment_columns(length) // self.tiles.project.cols
 
-    def _pack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        ready = self.r == self.padded and all(
-            t.dtype == self.dtype and t.stride(1) == 1 and int32_offsets(t) for t in (a, b)
+    def _are_ready(self, a: Tensor, b: Tensor) -> bool:
+        return self.r == self.padded and all(
+            t.dtype == self.dtype and t.stride(-1) == 1 and int32_offsets(t) for t in (a, b)
         )
-        if ready:
+
+    def _pack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        if self._are_ready(a, b):
             return a, b
         a, b = (t if int32_offsets(t) else t.contiguous() for t in (a, b))
         a_padded = self.empty(self.padded, self.k, dtype=self.dtype)
         b_padded = self.empty(self.n, self.padded, dtype=self.dtype)
-        blocks_a = triton.cdiv(a_padded.numel(), _PACK_BLOCK)
+        blocks_a = triton.cdiv(a_padded.numel(), PACK_BLOCK)
         arguments = {
             "a_ptr": a, "b_ptr": b, "a_padded_ptr": a_padded, "b_padded_ptr": b_padded,
             "blocks_a": blocks_a, "K": self.k, "N": self.n, "r": self.r,
             "stride_ar": a.stride(0), "stride_ak": a.stride(1), "stride_bn": b.stride(0),
             "stride_br": b.stride(1),
         }  # fmt: skip
-        constants = {"R": self.padded, "BLOCK": _PACK_BLOCK, "EMULATE_BF16": self.emulate}
-        grid = (blocks_a + triton.cdiv(b_padded.numel(), _PACK_BLOCK),)
-        submit(forward_kernels.pack_kernel, grid, arguments, constants, ELEMENTWISE)
+        constants = {"R": self.padded, "BLOCK": PACK_BLOCK, "EMULATE_BF16": self.emulate}
+        grid = (blocks_a + triton.cdiv(b_padded.numel(), PACK_BLOCK),)
+        submit(self.kernels.pack, grid, arguments, constants, ELEMENTWISE)
         return a_padded, b_padded
 
 
@@ -178,9 +255,10 @@ def segment_columns(length: int) -> int:
 
 
 def int32_offsets(t: Tensor, rows: int | None = None) -> bool:
-    """Whether the offsets inside ``rows`` rows of ``t`` (all, by default) fit in int32."""
-    rows = t.shape[0] if rows is None else rows
-    return rows * t.stride(0) + t.shape[1] * t.stride(1) < 2**31
+    """Whether the offsets inside ``rows`` rows of ``t`` (all, by default) fit in int32; of one matrix where t has
+    several."""
+    rows = t.shape[-2] if rows is None else rows
+    return rows * t.stride(-2) + t.shape[-1] * t.stride(-1) < 2**31
 
 
 def addressable(t: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from afa_kernels.backend.triton import backward_kernels, configs, forward_kernels
+from afa_kernels.backend.triton import configs
 from afa_kernels.backend.triton.launch import (
     ELEMENTWISE,
     INTERPRETED,
@@ -49,32 +49,24 @@ def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool)
     z = ctx.empty(ctx.rows, ctx.r, dtype=ctx.dtype) if save_z else None
     tile = ctx.tiles.project
     shared = {
-        "b_ptr": ctx.b, "z_ptr": z, "alpha_ptr": ctx.alpha_t, "M": ctx.rows, "N": ctx.n, "r": ctx.r,
-        "stride_bn": ctx.b.stride(0), "stride_br": ctx.b.stride(1), **_base_arguments(base, out),
-        "scaling": ctx.spec.scaling, "inverse_keep": ctx.spec.inverse_keep,
+        "z_ptr": z, "N": ctx.n, "r": ctx.r, "inverse_keep": ctx.spec.inverse_keep, **ctx.row_groups(),
+        **ctx.operand_b(), **ctx.alpha(), **ctx.scaling(), **_base_arguments(base, out),
     }  # fmt: skip
     constants = {"ACT": ctx.act, "BLOCK_M": tile.rows, "BLOCK_N": ctx.tiles.out_cols, **ctx.dots()}
     if ctx.one_program(ctx.k):
         arguments = {
-            "x_ptr": ctx.x, "a_ptr": ctx.a, "K": ctx.k, "stride_xm": ctx.x.stride(0),
-            "stride_ar": ctx.a.stride(0), "stride_ak": ctx.a.stride(1), "segment_tiles": ctx.segment_tiles(ctx.k),
-            **ctx.mask(), **shared,
+            "x_ptr": ctx.x, "K": ctx.k, "stride_xm": ctx.x.stride(0), "segment_tiles": ctx.segment_tiles(ctx.k),
+            **ctx.operand_a(), **ctx.mask(), **shared,
         }  # fmt: skip
         constants |= {"BLOCK_L": tile.cols, "DROPOUT": ctx.spec.dropout > 0}
-        submit(
-            forward_kernels.xa_phi_hb_forward_kernel,
-            (ctx.row_programs(),),
-            arguments,
-            constants,
-            tile,
-        )
+        submit(ctx.kernels.f, (ctx.row_programs(),), arguments, constants, tile)
         return z
-    partial = _project_partials(ctx, ctx.x, ctx.a, ctx.a.stride(), dropout=ctx.spec.dropout > 0)
+    partial = _project_partials(ctx, ctx.x, "a", dropout=ctx.spec.dropout > 0)
     constants["DTYPE"] = _triton_dtype(ctx.dtype)
     columns, tiles = (1, 0) if out is None else ctx.spread(triton.cdiv(ctx.n, ctx.tiles.out_cols))
     arguments = {"partial_ptr": partial, "segments": partial.shape[0], "tiles": tiles, **shared}
     grid = (ctx.row_programs(), columns)
-    submit(forward_kernels.phi_hb_forward_kernel, grid, arguments, constants, tile)
+    submit(ctx.kernels.f2, grid, arguments, constants, tile)
     return z
 
 
@@ -82,28 +74,18 @@ def _triton_dtype(dtype: torch.dtype) -> triton.language.dtype:
     return getattr(triton.language, str(dtype).removeprefix("torch."))
 
 
-def _project_partials(
-    ctx: Context,
-    left: Tensor,
-    small: Tensor,
-    strides: tuple[int, int],
-    *,
-    dropout: bool,
-) -> Tensor:
-    """Return float32 partials (segments, M, R) of ``left @ small.T``; ``strides`` are those of (rank,
-    column) of small."""
+def _project_partials(ctx: Context, left: Tensor, small: str, *, dropout: bool) -> Tensor:
+    """Return float32 partials (segments, M, R) of the product of ``left`` with "a" transposed, or with "b"."""
     tile = ctx.tiles.project
     length = left.shape[1]
     segments = triton.cdiv(length, segment_columns(length))
     partial = ctx.empty(segments, ctx.rows, ctx.padded)
     arguments = {
-        "left_ptr": left, "small_ptr": small, "partial_ptr": partial, "M": ctx.rows,
-        "length": length, "segment_tiles": ctx.segment_tiles(length), "stride_row": left.stride(0),
-        "stride_rank": strides[0], "stride_small": strides[1], **ctx.mask(),
+        "left_ptr": left, "partial_ptr": partial, "length": length, "segment_tiles": ctx.segment_tiles(length),
+        "stride_row": left.stride(0), **ctx.row_groups(), **ctx.small_operand(small), **ctx.mask(),
     }  # fmt: skip
     constants = {"BLOCK_M": tile.rows, "BLOCK_L": tile.cols, "DROPOUT": dropout, **ctx.dots()}
-    grid = (ctx.row_programs(), segments)
-    submit(forward_kernels.project_partial_kernel, grid, arguments, constants, tile)
+    submit(ctx.kernels.f1, (ctx.row_programs(), segments), arguments, constants, tile)
     return partial
 
 
@@ -136,28 +118,23 @@ def backward(
 def _dy_pass(
     ctx: Context, dy: Tensor, z: Tensor, *, need_dh: bool, need_db: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    tile = ctx.tiles.dy_pass
-    slabs, (chunks, rows_per_chunk) = triton.cdiv(ctx.n, tile.cols), ctx.chunk(tile.rows)
+    tile = ctx.dy_tile()
+    slabs = triton.cdiv(ctx.n, tile.cols)
+    split = ctx.split(tile, slabs)
     dh = ctx.empty(slabs, ctx.rows, ctx.padded) if need_dh else None
-    db = ctx.empty(chunks, ctx.padded, ctx.n) if need_db else None
+    db = ctx.empty(split.partials, ctx.padded, ctx.n) if need_db else None
     arguments = {
-        "dy_ptr": dy, "b_ptr": ctx.b, "z_ptr": z, "dh_ptr": dh, "db_ptr": db,
-        "alpha_ptr": ctx.alpha_t, "M": ctx.rows, "N": ctx.n, "r": ctx.r,
-        "rows_per_chunk": rows_per_chunk, "stride_dym": dy.stride(0), "stride_bn": ctx.b.stride(0),
-        "stride_br": ctx.b.stride(1),
+        "dy_ptr": dy, "z_ptr": z, "dh_ptr": dh, "db_ptr": db, "N": ctx.n, "r": ctx.r, "stride_dym": dy.stride(0),
+        **ctx.row_groups(), **ctx.operand_b(), **ctx.alpha(), **split.arguments,
     }  # fmt: skip
     constants = {"ACT": ctx.act, "BLOCK_M": tile.rows, "BLOCK_L": tile.cols, **ctx.dots()}
-    submit(backward_kernels.dy_pass_backward_kernel, (slabs, chunks), arguments, constants, tile)
+    submit(ctx.kernels.d, (slabs, split.programs), arguments, constants, tile)
     return dh, db
 
 
 def _dz_arguments(ctx: Context, z: Tensor) -> tuple[Tensor, dict[str, Any]]:
     dz = ctx.empty(ctx.rows, ctx.padded, dtype=ctx.dtype)
-    factor = ctx.spec.scaling * ctx.spec.inverse_keep
-    return dz, {
-        "z_ptr": z, "dz_ptr": dz, "alpha_ptr": ctx.alpha_t, "M": ctx.rows, "r": ctx.r,
-        "factor": factor
-    }  # fmt: skip
+    return dz, {"z_ptr": z, "dz_ptr": dz, "r": ctx.r, **ctx.row_groups(), **ctx.alpha(), **ctx.factor()}
 
 
 def _dz_from_partials(ctx: Context, dh_partial: Tensor, z: Tensor) -> Tensor:
@@ -165,43 +142,38 @@ def _dz_from_partials(ctx: Context, dh_partial: Tensor, z: Tensor) -> Tensor:
     arguments |= {"partial_ptr": dh_partial, "count": dh_partial.shape[0]}
     rows = max(_REDUCE_ELEMENTS // ctx.padded, _REDUCE_MIN_ROWS)
     constants = {"ACT": ctx.act, "R": ctx.padded, "BLOCK_M": rows, "EMULATE_BF16": ctx.emulate}
-    grid = (triton.cdiv(ctx.rows, rows),)
-    submit(backward_kernels.dphi_backward_kernel, grid, arguments, constants, ELEMENTWISE)
+    submit(ctx.kernels.dz, (ctx.row_tiles(rows),), arguments, constants, ELEMENTWISE)
     return dz
 
 
 def _dz(ctx: Context, dy: Tensor, z: Tensor) -> Tensor:
     """D1, with a program for each segment of the columns of dy where rows are few."""
     tile = ctx.tiles.project
-    rank_and_column = (ctx.b.stride(1), ctx.b.stride(0))
     if not ctx.one_program(ctx.n):
-        partial = _project_partials(ctx, dy, ctx.b, rank_and_column, dropout=False)
+        partial = _project_partials(ctx, dy, "b", dropout=False)
         return _dz_from_partials(ctx, partial, z)
     dz, arguments = _dz_arguments(ctx, z)
     arguments |= {
-        "dy_ptr": dy, "b_ptr": ctx.b, "N": ctx.n, "segment_tiles": ctx.segment_tiles(ctx.n),
-        "stride_dym": dy.stride(0), "stride_br": rank_and_column[0],
-        "stride_bn": rank_and_column[1],
+        "dy_ptr": dy, "N": ctx.n, "segment_tiles": ctx.segment_tiles(ctx.n), "stride_dym": dy.stride(0),
+        **ctx.operand_b(),
     }  # fmt: skip
     constants = {"ACT": ctx.act, "BLOCK_M": tile.rows, "BLOCK_L": tile.cols, **ctx.dots()}
-    grid = (ctx.row_programs(),)
-    submit(backward_kernels.dyb_dphi_backward_kernel, grid, arguments, constants, tile)
+    submit(ctx.kernels.d1, (ctx.row_programs(),), arguments, constants, tile)
     return dz
 
 
 def _x_pass(ctx: Context, dz: Tensor, *, need_dx: bool, need_da: bool) -> tuple[Tensor | None, Tensor | None]:
-    dropout = ctx.spec.dropout > 0
-    tile = ctx.tiles.x_pass_dropout if dropout else ctx.tiles.x_pass
-    slabs, (chunks, rows_per_chunk) = triton.cdiv(ctx.k, tile.cols), ctx.chunk(tile.rows)
+    tile = ctx.x_tile()
+    slabs = triton.cdiv(ctx.k, tile.cols)
+    split = ctx.split(tile, slabs)
     dx = ctx.empty(ctx.rows, ctx.k, dtype=ctx.dtype) if need_dx else None
-    da = ctx.empty(chunks, ctx.padded, ctx.k) if need_da else None
+    da = ctx.empty(split.partials, ctx.padded, ctx.k) if need_da else None
     arguments = {
-        "dz_ptr": dz, "a_ptr": ctx.a, "x_ptr": ctx.x, "dx_ptr": dx, "da_ptr": da, "M": ctx.rows,
-        "K": ctx.k, "rows_per_chunk": rows_per_chunk, "stride_ar": ctx.a.stride(0),
-        "stride_ak": ctx.a.stride(1), "stride_xm": ctx.x.stride(0), **ctx.mask(),
+        "dz_ptr": dz, "x_ptr": ctx.x, "dx_ptr": dx, "da_ptr": da, "K": ctx.k, "stride_xm": ctx.x.stride(0),
+        **ctx.row_groups(), **ctx.operand_a(), **ctx.mask(), **split.arguments,
     }  # fmt: skip
-    constants = {"BLOCK_M": tile.rows, "BLOCK_L": tile.cols, "DROPOUT": dropout, **ctx.dots()}
-    submit(backward_kernels.x_pass_backward_kernel, (slabs, chunks), arguments, constants, tile)
+    constants = {"BLOCK_M": tile.rows, "BLOCK_L": tile.cols, "DROPOUT": ctx.spec.dropout > 0, **ctx.dots()}
+    submit(ctx.kernels.x, (slabs, split.programs), arguments, constants, tile)
     return dx, da
 
 
@@ -216,21 +188,20 @@ def _weight_gradients(
     accumulators."""
     if da_partial is None and db_partial is None:
         return None, None
-    da = None if da_partial is None else ctx.empty(ctx.r, ctx.k, dtype=a_dtype)
-    db = None if db_partial is None else ctx.empty(ctx.n, ctx.r, dtype=b_dtype)
+    da = None if da_partial is None else ctx.empty(*ctx.groups, ctx.r, ctx.k, dtype=a_dtype)
+    db = None if db_partial is None else ctx.empty(*ctx.groups, ctx.n, ctx.r, dtype=b_dtype)
     blocks_a = 0 if da is None else triton.cdiv(ctx.k, _REDUCE_COLS)
     blocks_b = 0 if db is None else triton.cdiv(ctx.n, _REDUCE_COLS)
     arguments = {
         "da_partial_ptr": da_partial, "db_partial_ptr": db_partial, "da_ptr": da, "db_ptr": db,
-        "K": ctx.k, "N": ctx.n, "r": ctx.r, "chunks_a": 0 if da is None else da_partial.shape[0],
-        "chunks_b": 0 if db is None else db_partial.shape[0], "blocks_a": blocks_a,
-        "scaling": ctx.spec.scaling,
+        "K": ctx.k, "N": ctx.n, "r": ctx.r, "blocks_a": blocks_a, **ctx.scaling(),
+        **ctx.reduction(da_partial, db_partial),
     }  # fmt: skip
     constants = {
         "R": ctx.padded, "RANKS": _REDUCE_RANKS, "BLOCK": _REDUCE_COLS,
         "EMULATE_A": INTERPRETED and a_dtype == torch.bfloat16,
         "EMULATE_B": INTERPRETED and b_dtype == torch.bfloat16,
     }  # fmt: skip
-    grid = (blocks_a + blocks_b, ctx.padded // _REDUCE_RANKS)
-    submit(backward_kernels.weight_gradients_kernel, grid, arguments, constants, ELEMENTWISE)
+    grid = (blocks_a + blocks_b, ctx.padded // _REDUCE_RANKS, *ctx.groups)
+    submit(ctx.kernels.weight_gradients, grid, arguments, constants, ELEMENTWISE)
     return da, db

@@ -179,7 +179,7 @@ class Backward {
             clear(sums, one.plan.rp, cols);
         const Coefficients<E> h = E::view_coefficients(scratch[one.plan.h] + i * one.plan.rp, rows,
                                                        one.plan.rp, packed_h(one, i));
-        add_outer(team, h, one.plan.rp, rows, dy, cols, sums, nullptr);
+        add_outer<Elem>(team, h, one.plan.rp, rows, dy.data, dy.ld, cols, sums, nullptr);
         if (row + i + rows == p.m) {
             E::finish_sums(sums, one.plan.rp, cols);
             write_db(team, one, slab, cols, sums.data);
@@ -238,13 +238,13 @@ class Backward {
                               : tiles_of(scratch[plan.da_sums] + col * rp, rp);
         if (row + i == 0)
             clear(sums, rp, cols);
-        const Block<E> x = stage<E, T>(p.x, row + i, rows, col, cols, dropout, stage_of(team));
-        const Elem* after = nullptr;
-        if constexpr (sizeof(T) == sizeof(Elem))
-            if (x.data == reinterpret_cast<const Elem*>(element<T>(p.x, row + i, col)))
-                after = reinterpret_cast<const Elem*>(
-                    element<T>(p.x, row + part.next_i, part.next_col));
-        add_outer(team, dz_of(i, rows), rp, rows, x, cols, sums, after);
+        if (lies_ready<E>(p.x, rows, cols, dropout)) {
+            add_outer(team, dz_of(i, rows), rp, rows, element<T>(p.x, row + i, col), p.x.row_stride,
+                      cols, sums, element<T>(p.x, row + part.next_i, part.next_col));
+        } else {
+            const Block<E> x = stage<E, T>(p.x, row + i, rows, col, cols, dropout, stage_of(team));
+            add_outer<Elem>(team, dz_of(i, rows), rp, rows, x.data, x.ld, cols, sums, nullptr);
+        }
         if (row + i + rows == p.m) {
             E::finish_sums(sums, rp, cols);
             for (int64_t j = 0; j < p.count && !plan.da_in_place; ++j)
@@ -283,9 +283,10 @@ class Backward {
             drop(dropout, row, rows, col, cols, dx, p.dx.row_stride);
     }
 
+    template <class Src>
     void add_outer(Team& team, const Coefficients<E>& left, int64_t ranks, int64_t rows,
-                   const Block<E>& x, int64_t cols, const Sums& sums, const Elem* after) {
-        E::outer(left, rows, ranks, x.data, x.ld, cols, sums,
+                   const Src* x, int64_t ldx, int64_t cols, const Sums& sums, const Src* after) {
+        E::outer(left, rows, ranks, x, ldx, cols, sums,
                  scratch[plan.outer_tiles] + team.id() * 2 * E::kBlockRows * E::kTile, after);
     }
 

@@ -200,6 +200,14 @@ static constexpr int64_t staged_ld() {
 // one row to the beginning of the next.
 constexpr int64_t kRowsAhead = 4;
 
+// Whether a block can be read where it lies: whole tiles of it, dense along the rows, and no
+// dropout. E::outer converts what it reads, the other products need Elem in memory.
+template <class E>
+static inline bool lies_ready(const Matrix& x, int64_t rows, int64_t cols, const Dropout& dropout) {
+    return x.col_stride == 1 && cols % E::kTile == 0 && rows % E::kRowStep == 0 &&
+           dropout.threshold == 0;
+}
+
 template <class E, class T>
 static Block<E> stage(const Matrix& x, int64_t row, int64_t rows, int64_t col, int64_t cols,
                       const Dropout& dropout, typename E::Elem* memory) {
@@ -207,8 +215,7 @@ static Block<E> stage(const Matrix& x, int64_t row, int64_t rows, int64_t col, i
     const T* src = element<T>(x, row, col);
     const int64_t padded = round_up(cols, E::kTile);
     if constexpr (sizeof(T) == sizeof(Elem))
-        if (x.col_stride == 1 && padded == cols && rows % E::kRowStep == 0 &&
-            dropout.threshold == 0)
+        if (lies_ready<E>(x, rows, cols, dropout))
             return {reinterpret_cast<const Elem*>(src), x.row_stride};
     const int64_t ld = staged_ld<E>();
     for (int64_t m = 0; m < rows; ++m) {

@@ -11,7 +11,7 @@
 //   E::multiply_add(a, b, sum)    sum + a b, lane by lane
 //   E::pack_outer(x, ldx, rows, m, packed)
 //                                 rows m .. m + kDepth - 1 of one tile of x, as operands that pair
-//                                 neighbouring rows
+//                                 neighbouring rows; x may be of 16 bits where Elem is not
 //
 // Panels: dot reads [tile][row of P][kTile columns], expand [tile][kDepth rows of
 // P][column][kDepth], with zeros where P ends. With kDepth = 1 these are the same.
@@ -67,18 +67,17 @@ struct RowGroups {
     // one kTilesAhead further is prefetched. `packed` has room for two packed tiles of kBlockRows
     // rows. `after` is where the caller will go on reading behind the last column, so that the
     // first tiles there are prefetched as well; null: x is in the cache, nothing is prefetched.
-    template <class Elem>
-    static void outer(const Coefficients<E>& h, int64_t rows, int64_t rp, const Elem* x,
-                      int64_t ldx, int64_t cols, const Sums& sums, Elem* packed,
-                      const Elem* after) {
+    template <class Src, class Elem>
+    static void outer(const Coefficients<E>& h, int64_t rows, int64_t rp, const Src* x, int64_t ldx,
+                      int64_t cols, const Sums& sums, Elem* packed, const Src* after) {
         Elem* next = packed + kBlockRows * kTile;
         for (int64_t m = 0; m < rows; m += E::kDepth)
             E::pack_outer(x, ldx, rows, m, packed);
         for (int64_t c = 0; c < cols; c += kTile) {
             const int64_t later = c + kTilesAhead * kTile;
-            const Elem* ahead = after == nullptr ? nullptr
-                                : later < cols   ? x + later
-                                                 : after + (later - cols);
+            const Src* ahead = after == nullptr ? nullptr
+                               : later < cols   ? x + later
+                                                : after + (later - cols);
             const Sums tile{sums.data + c / kTile * sums.tile, 0, sums.row};
             if (c + kTile < cols)
                 outer_tile<true>(h, rows, rp, packed, tile, x + c + kTile, ldx, next, ahead);
@@ -221,12 +220,12 @@ struct RowGroups {
 
     // One tile of outer: x is packed; meanwhile the next tile, whose rows begin at `x`, is packed
     // into `next`, and the one at `ahead` prefetched.
-    template <bool kPackNext, class Elem>
+    template <bool kPackNext, class Src, class Elem>
     static void outer_tile(const Coefficients<E>& h, int64_t rows, int64_t ld, const Elem* packed,
-                           const Sums& sums, const Elem* x, int64_t ldx, Elem* next,
-                           const Elem* ahead) {
+                           const Sums& sums, const Src* x, int64_t ldx, Elem* next,
+                           const Src* ahead) {
         constexpr int kWidth = AFA_VECTOR_REGISTERS >= 32 ? 4 : 2;
-        const Elem* none = nullptr;
+        const Src* none = nullptr;
         outer_group<kPackNext, kWidth>(h, rows, ld, 0, packed, sums.data, sums.row, x, ldx, next,
                                        ahead);
         for (int64_t j = kGroup; j < ld; j += kGroup)
@@ -237,11 +236,11 @@ struct RowGroups {
                 outer_group<false, kWidth>(h, rows, ld, j, packed + v * kLanes,
                                            sums.data + v * kLanes, sums.row, x, ldx, next, none);
     }
-    template <bool kPackNext, int kWidth, class Elem>
+    template <bool kPackNext, int kWidth, class Src, class Elem>
     static inline __attribute__((always_inline)) void
     outer_group(const Coefficients<E>& h, int64_t rows, int64_t ld, int64_t j, const Elem* packed,
-                float* sums, int64_t ld_sums, const Elem* x, int64_t ldx, Elem* next,
-                const Elem* ahead) {
+                float* sums, int64_t ld_sums, const Src* x, int64_t ldx, Elem* next,
+                const Src* ahead) {
         constexpr int kRows = E::kDepth;
         Vec acc[kGroup][kWidth];
         for (int g = 0; g < kGroup; ++g)

@@ -227,7 +227,7 @@ MUTANTS = (
     Mutant(
         "round forgotten",
         "partial results of the rounds before",
-        "backward.cuh",
+        "outer.cuh",
         "adds ? load_global(out) : Float2{0.0f, 0.0f}",
         "Float2{0.0f, 0.0f}",
     ),

@@ -1,0 +1,129 @@
+"""The Triton kernels of the ragged forward: those of forward_kernels.py for rows sorted by group, where what holds for
+all of them stands. Here a is (G, R, K) and b (G, N, R), and each program finds its group (ragged_functions.py)."""
+
+import triton
+import triton.language as tl
+
+from afa_kernels.backend.triton.device_functions import phi, project, round_to, sum_partials
+from afa_kernels.backend.triton.forward_kernels import copy_padded, store_y, store_z
+from afa_kernels.backend.triton.ragged_functions import find_tile, own, own_alpha, own_scaling, rows_of
+
+
+@triton.jit(do_not_specialize=["M", "G"])
+def ragged_pack_kernel(
+    a_ptr, b_ptr, a_padded_ptr, b_padded_ptr, ends_ptr, ranks_ptr, blocks_a, M, G, K, N, r,
+    stride_ag, stride_ar, stride_ak, stride_bg, stride_bn, stride_br,
+    R: tl.constexpr, BLOCK: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """Round the a and b of each group that has rows, with zeros where its rank ends. Grid: (blocks of a, then of b;
+    G)."""
+    block, group = tl.program_id(0), tl.program_id(1)
+    first, end, rank = rows_of(group, ends_ptr, ranks_ptr, M, G, r)
+    if (end <= first) | (rank == 0):
+        return
+    group = group.to(tl.int64)
+    if block < blocks_a:
+        copy_padded(
+            a_ptr + group * stride_ag, a_padded_ptr + group * K * R, block, rank, K, R, K, stride_ar, stride_ak,
+            BLOCK, EMULATE_BF16,
+        )  # fmt: skip
+    else:
+        copy_padded(
+            b_ptr + group * stride_bg, b_padded_ptr + group * N * R, block - blocks_a, N, rank, N, R, stride_bn,
+            stride_br, BLOCK, EMULATE_BF16,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "G", "segment_tiles", "threshold", "alpha_ptr", "stride_alpha", "scaling_ptr",
+                               "stride_scaling", "seed_ptr"])  # fmt: skip
+def ragged_xa_phi_hb_forward_kernel(
+    x_ptr, a_ptr, b_ptr, base_ptr, y_ptr, z_ptr, ends_ptr, ranks_ptr, alpha_ptr, scaling_ptr, seed_ptr, M, G, K, N, r,
+    stride_xm, stride_ag, stride_ar, stride_ak, stride_bg, stride_bn, stride_br, stride_base_m, stride_base_n,
+    stride_ym, stride_yn, stride_alpha, stride_scaling, scaling, inverse_keep, segment_tiles, threshold, calls_per_row,
+    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """F. Grid: (tiles of rows,). Rows without a branch get the base, or zeros, and a z of zeros."""
+    group, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
+    if rows_left <= 0:
+        return
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    tiles = tl.where(group >= 0, tl.cdiv(K, BLOCK_L), 0)
+    z = project(
+        x_ptr, own(a_ptr, group, stride_ag), first_row, rows_left, 0, tiles, segment_tiles, K, stride_xm,
+        stride_ar, stride_ak, seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
+    )  # fmt: skip
+    z = round_to(z * inverse_keep, x_ptr.dtype.element_ty, EMULATE_BF16)
+    if z_ptr is not None:
+        store_z(z_ptr, z, first_row, rows_left, r, BLOCK_M, R)
+    if y_ptr is not None:
+        alpha_t = own_alpha(alpha_ptr, group, stride_alpha, ACT)
+        scaling = own_scaling(scaling_ptr, group, stride_scaling, scaling)
+        h = round_to(phi(z.to(tl.float32), alpha_t, ACT), x_ptr.dtype.element_ty, EMULATE_BF16)
+        b_ptr = own(b_ptr, group, stride_bg)
+        b_rows = tl.where(group >= 0, N, 0)
+        for start in range(0, N, BLOCK_N):
+            store_y(
+                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, b_rows, stride_bn, stride_br,
+                stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
+                BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "G", "segment_tiles", "threshold", "seed_ptr"])
+def ragged_project_partial_kernel(
+    left_ptr, small_ptr, partial_ptr, ends_ptr, ranks_ptr, seed_ptr, M, G, length, r, segment_tiles,
+    stride_row, stride_group, stride_rank, stride_small, threshold, calls_per_row,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """F1, and D1 of few rows. Grid: (tiles of rows, segments)."""
+    group, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
+    if rows_left <= 0:
+        return
+    segment = tl.program_id(1)
+    first = segment * segment_tiles
+    tiles = tl.where(group >= 0, tl.minimum(segment_tiles, tl.cdiv(length, BLOCK_L) - first), 0)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    partial = project(
+        left_ptr, own(small_ptr, group, stride_group), first_row, rows_left, first, tiles, segment_tiles, length,
+        stride_row, stride_rank, stride_small, seed, threshold, calls_per_row,
+        BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
+    )  # fmt: skip
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, R)
+    target = partial_ptr + (segment.to(tl.int64) * M + first_row) * R + row[:, None] * R + column[None, :]
+    tl.store(target, partial, mask=(row < rows_left)[:, None])
+
+
+@triton.jit(do_not_specialize=["M", "G", "segments", "tiles", "alpha_ptr", "stride_alpha", "scaling_ptr",
+                               "stride_scaling"])  # fmt: skip
+def ragged_phi_hb_forward_kernel(
+    partial_ptr, b_ptr, base_ptr, y_ptr, z_ptr, ends_ptr, ranks_ptr, alpha_ptr, scaling_ptr, M, G, N, r, segments,
+    tiles, stride_bg, stride_bn, stride_br, stride_base_m, stride_base_n, stride_ym, stride_yn, stride_alpha,
+    stride_scaling, scaling, inverse_keep,
+    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """F2. Grid: (tiles of rows, columns of programs), ``tiles`` tiles of y in each."""
+    group, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
+    if rows_left <= 0:
+        return
+    column = tl.program_id(1)
+    z = sum_partials(partial_ptr, first_row, rows_left, M, segments, BLOCK_M, R)
+    z = round_to(z * inverse_keep, DTYPE, EMULATE_BF16)
+    if z_ptr is not None:
+        z_rows = tl.where(column == 0, rows_left, 0)
+        store_z(z_ptr, z, first_row, z_rows, r, BLOCK_M, R)
+    if y_ptr is not None:
+        alpha_t = own_alpha(alpha_ptr, group, stride_alpha, ACT)
+        scaling = own_scaling(scaling_ptr, group, stride_scaling, scaling)
+        h = round_to(phi(z.to(tl.float32), alpha_t, ACT), DTYPE, EMULATE_BF16)
+        b_ptr = own(b_ptr, group, stride_bg)
+        b_rows = tl.where(group >= 0, N, 0)
+        first = column * tiles * BLOCK_N
+        for start in range(first, tl.minimum(first + tiles * BLOCK_N, N), BLOCK_N):
+            store_y(
+                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, b_rows, stride_bn, stride_br,
+                stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
+                BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
+            )  # fmt: skip

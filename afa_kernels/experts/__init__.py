@@ -1,0 +1,5 @@
+"""AFA-LoRA on fused expert parameters of transformers 5: each expert of a mixture has its own A and B."""
+
+from afa_kernels.experts.layer import AFAExpertLinear, AFAExperts
+
+__all__ = ["AFAExpertLinear", "AFAExperts"]

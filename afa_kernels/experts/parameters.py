@@ -1,0 +1,58 @@
+"""The fused parameters of an experts module of transformers 5, and what is computed beside them."""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from afa_kernels import checks
+
+_NEEDED = "an experts module of transformers 5 (a class under its decorator use_experts_implementation)"
+
+
+class BranchCall(NamedTuple):
+    """One branch of every expert beside one fused parameter, as a call needs it."""
+
+    lora_a: Tensor  # (E, r, K)
+    lora_b: Tensor  # (E, N, r)
+    alpha_t: Tensor | None  # None at identity
+    activation: str
+    scaling: float | Tensor
+    dropout_p: float
+    save: str
+    backend: str | None
+
+
+class Branches(Protocol):
+    """What an experts module keeps as ``afa``."""
+
+    def branches(self, parameter: str) -> list[BranchCall]:
+        """Return the branches that are to be computed beside a parameter of the module."""
+
+
+def why_unsupported(module: nn.Module, parameter: str) -> str | None:
+    """Return why ``parameter`` of ``module`` cannot have branches, or None if it can."""
+    is_experts = all(hasattr(module, name) for name in ("_apply_gate", "config", "has_gate", "is_transposed"))
+    if not is_experts or not hasattr(type(module).forward, "__wrapped__"):
+        return f"{type(module).__name__} is not {_NEEDED}"
+    if parameter not in projections(module):
+        return f"{type(module).__name__} computes with {' and '.join(projections(module))}, got {parameter}"
+    weight = getattr(module, parameter)
+    if weight.dim() != 3 or weight.dtype not in checks.FLOATING:
+        return f"expected a floating-point parameter (experts, .., ..), got {weight.dtype} {tuple(weight.shape)}"
+    return None
+
+
+def projections(experts: nn.Module) -> tuple[str, str]:
+    """Return the names of the two fused parameters."""
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
+def weight_of(experts: nn.Module, parameter: str) -> Tensor:
+    """Return a fused parameter as ``(E, N, K)``."""
+    weight = getattr(experts, parameter)
+    return weight.transpose(1, 2) if experts.is_transposed else weight
+
+
+def local(t: Tensor) -> Tensor:
+    """Return the shard of this process of a DTensor, whose gradient is sharded likewise; other tensors as they are."""
+    return t.to_local() if hasattr(t, "to_local") else t

@@ -1,0 +1,145 @@
+"""Experts in PEFT: its wrapper of a fused parameter, whose branches run on the operator.
+
+PEFT parametrizes the parameter as W + dW, which takes memory as large as all experts and cannot have an activation or
+dropout. Here the experts module computes the branches beside its products; the wrappers, which PEFT nests, tell it
+which.
+"""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from afa_kernels.experts import seam
+from afa_kernels.experts.parameters import BranchCall, why_unsupported
+from afa_kernels.experts.peft_names import from_matrices
+from afa_kernels.peft.layer import AFALoraLayer
+from afa_kernels.peft.state import AdapterState, device_of
+
+TAKES_CONFIG = "config" in inspect.signature(lora.ParamWrapper.update_layer).parameters
+
+
+class WrappedParameters:
+    """What an experts module keeps as ``afa``: the wrapper of each of its parameters that has one."""
+
+    def __init__(self):
+        self.wrappers: dict[str, ParamWrapper] = {}
+
+    def branches(self, parameter: str) -> list[BranchCall]:
+        wrapper = self.wrappers.get(parameter)
+        return [] if wrapper is None else wrapper.branches()
+
+
+class ParamWrapper(AFALoraLayer, lora.ParamWrapper):
+    """PEFT's wrapper of a parameter, for fused experts. PEFT recognizes it by this name.
+
+    Adapters with an :class:`~afa_kernels.peft.AFALoraConfig` have an alpha_t; those of a plain LoRA run without an
+    activation.
+    """
+
+    adapter_layer_names = (*lora.ParamWrapper.adapter_layer_names, "lora_afa")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config, **kwargs: Any):
+        experts = base_layer.get_base_layer() if isinstance(base_layer, lora.ParamWrapper) else base_layer
+        reason = why_not(experts, parameter_name)
+        if reason is not None:
+            raise ValueError(f"target_parameters: {parameter_name} cannot be adapted: {reason}")
+        super().__init__(base_layer, adapter_name, parameter_name, config=_of_plain_lora(config), **kwargs)
+        self._prepare(adapter_name, config)
+        _register(self)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config, **kwargs: Any) -> None:
+        if not hasattr(self, "lora_afa"):  # PEFT's __init__ comes through here
+            self.lora_afa = nn.ModuleDict()
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=_of_plain_lora(config), **kwargs)
+        self._prepare(adapter_name, config)
+
+    def _prepare(self, adapter_name: str, config) -> None:
+        """Give an adapter what PEFT refuses a parameter: dropout, and an activation."""
+        if config.lora_dropout:
+            self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+        if hasattr(config, "note_alpha_t"):
+            self.lora_afa[adapter_name] = AdapterState(config, device_of(self, adapter_name))
+
+    def resolve_lora_variant(self, **_: Any) -> None:
+        return None  # PEFT's variants are for layers
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._check_forward_args(x, *args, **kwargs)
+        kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        return self.base_layer(x, *args, **kwargs)
+
+    def branches(self) -> list[BranchCall]:
+        """Return the branches of the active adapters."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [self._branch(name) for name in self.active_adapters if name in self.lora_A]
+
+    def _branch(self, name: str) -> BranchCall:
+        a, b = from_matrices(self.lora_A[name].weight, self.lora_B[name].weight, self.num_experts)
+        b = b.contiguous()  # once, because in PEFT's layout the B of one expert touches the memory of all
+        dropout, scaling = self.lora_dropout[name], self.scaling[name]
+        if isinstance(scaling, Tensor):  # where adapters are to be swapped in a compiled model
+            scaling = scaling.to(a.device, torch.float32).expand(self.num_experts)
+        dropout_p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        if name not in self.lora_afa:
+            return BranchCall(a, b, None, "relu", scaling, dropout_p, "z", None)
+        state = self.lora_afa[name]
+        return BranchCall(a, b, state.coefficient(), state.activation, scaling, dropout_p, state.save, None)
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        experts = super().unload_and_optionally_merge_module(*args, **kwargs)
+        seam.detach(experts)
+        return experts
+
+
+def why_not(experts: nn.Module, parameter: str) -> str | None:
+    """Return why PEFT's wrapper of a parameter cannot run on the operator, or None if it can."""
+    if hasattr(getattr(experts, parameter), "device_mesh"):
+        return "it is sharded, and PEFT keeps whole adapters; use afa_kernels.inject"
+    return why_unsupported(experts, parameter)
+
+
+def adopt(layer: lora.ParamWrapper) -> str | None:
+    """Let the branches of PEFT's own wrapper run on the operator, or return why they cannot."""
+    if isinstance(layer, ParamWrapper):
+        return None
+    reason = why_not(layer.get_base_layer(), layer.parameter_name)
+    if reason is None:
+        layer.__class__ = ParamWrapper
+        layer.lora_afa = nn.ModuleDict()
+        _register(layer)
+    return reason
+
+
+def release(layer: ParamWrapper) -> None:
+    """Undo :func:`adopt`, unless the layer has an annealed adapter."""
+    if layer.lora_afa:
+        return
+    experts = layer.get_base_layer()
+    del experts.afa.wrappers[layer.parameter_name]
+    if not experts.afa.wrappers:
+        seam.detach(experts)
+    del layer.lora_afa
+    layer.__class__ = lora.ParamWrapper
+
+
+def _register(wrapper: ParamWrapper) -> None:
+    experts = wrapper.get_base_layer()
+    if not hasattr(experts, "afa"):
+        seam.attach(experts, WrappedParameters())
+    experts.afa.wrappers[wrapper.parameter_name] = wrapper
+
+
+def _of_plain_lora(config) -> LoraConfig:
+    """Return what PEFT's wrapper takes of a configuration."""
+    plain = copy.copy(config)
+    plain.__class__ = LoraConfig
+    plain.lora_dropout = 0.0
+    return plain

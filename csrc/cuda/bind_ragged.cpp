@@ -1,0 +1,128 @@
+// The Python face of ragged_ops.h.
+#include "cuda/bind_ragged.h"
+
+#include <pybind11/stl.h>
+
+#include "cuda/bind_ops.h"
+#include "cuda/bind_tensor.h"
+#include "cuda/ragged_ops.h"
+
+namespace afa {
+namespace {
+
+namespace py = pybind11;
+
+using Sizes = std::tuple<int64_t, int, int, int>;  // T, K, N, r
+using Tensor = const TensorArgument&;
+// A (G, r, K), B (G, N, r), activation.
+using Weights3 = std::tuple<TensorArgument, TensorArgument, int>;
+// offsets, ranks, alpha_t, scaling: one value for each group; and the scaling where that is None.
+using GroupValues =
+    std::tuple<TensorArgument, TensorArgument, TensorArgument, TensorArgument, float>;
+// base, y, z.
+using Out = std::tuple<TensorArgument, TensorArgument, TensorArgument>;
+// dy, z, dx, da, db.
+using Gradients =
+    std::tuple<TensorArgument, TensorArgument, TensorArgument, TensorArgument, TensorArgument>;
+
+Shape shape_of(const Sizes& sizes) {
+    const auto& [m, k, n, r] = sizes;
+    return {m, k, n, r};
+}
+
+WeightOperand first_of(Tensor w) { return {w.data, w.strides[1], w.strides[2], w.is_float()}; }
+
+// As fill of bind_ops.cpp.
+template <typename Call>
+bool fill(Call& call, Tensor x, const Weights3& weights, const GroupValues& values, Tensor seed,
+          int threshold, Tensor workspace, int device, uintptr_t stream) {
+    const auto& [a, b, activation] = weights;
+    const auto& [ends, ranks, alpha_t, scaling, number] = values;
+    const auto is_weight = [&](Tensor w) { return w.element == x.element || w.is_float(); };
+    if (!x.is_readable() || !is_weight(a) || !is_weight(b))
+        return false;
+    call.dtype = x.element == Element::bf16 ? DType::bf16 : DType::fp16;
+    call.shape = Shape(x.sizes[0], static_cast<int>(x.sizes[1]), static_cast<int>(b.sizes[1]),
+                       static_cast<int>(a.sizes[1]));
+    call.members[0] = {first_of(a), first_of(b), alpha_t.pointer<float>(), activation, number};
+    call.x = x.data;
+    call.x_stride = x.strides[0];
+    call.seed = seed.pointer<int64_t>();
+    call.threshold = threshold;
+    call.workspace = workspace.data;
+    call.stream = reinterpret_cast<void*>(stream);
+    call.device = device_limits(device);
+    Groups& groups = call.groups;
+    groups.count = static_cast<int>(a.sizes[0]);
+    groups.ends = ends.pointer<int32_t>();
+    groups.ranks = ranks.pointer<int32_t>();
+    groups.scaling = scaling.pointer<float>();
+    groups.ends_stride = ends.strides[0];
+    groups.ranks_stride = ranks.strides[0];
+    groups.scaling_stride = scaling.strides[0];
+    groups.alpha_stride = alpha_t.strides[0];
+    groups.a_stride = a.strides[0];
+    groups.b_stride = b.strides[0];
+    return true;
+}
+
+bool bound_forward(Tensor x, const Weights3& weights, const GroupValues& values, const Out& out,
+                   Tensor seed, int threshold, Tensor workspace, int device, uintptr_t stream) {
+    const auto& [base, y, z] = out;
+    const DeviceScope scope(device);
+    RaggedForwardCall call{};
+    if (!fill(call, x, weights, values, seed, threshold, workspace, device, stream) ||
+        !y.is_readable() || (base.present && !base.is_readable()))
+        return false;
+    call.outputs[0] = {base.data, base.strides[0], y.data, y.strides[0], z.data};
+    ragged_forward(call);
+    return true;
+}
+
+bool bound_backward(Tensor x, const Weights3& weights, const GroupValues& values,
+                    const Gradients& gradients, Tensor seed, int threshold, Tensor workspace,
+                    int device, uintptr_t stream) {
+    const auto& [dy, z, dx, da, db] = gradients;
+    const DeviceScope scope(device);
+    RaggedBackwardCall call{};
+    if (!fill(call, x, weights, values, seed, threshold, workspace, device, stream) ||
+        !dy.is_readable() || (z.present && !z.is_readable_z()))
+        return false;
+    call.dx = dx.data;
+    call.gradients[0] = {dy.data, dy.strides[0], z.data,       da.data,
+                         db.data, da.is_float(), db.is_float()};
+    ragged_backward(call);
+    return true;
+}
+
+}  // namespace
+
+void bind_ragged_ops(py::module_& module) {
+    module.def("ragged_forward_workspace", [](const Sizes& sizes, int groups) {
+        return ragged_forward_workspace(shape_of(sizes), groups);
+    });
+    module.def("ragged_backward_workspace", [](const Sizes& sizes, int groups, bool recompute_z) {
+        return ragged_backward_workspace(shape_of(sizes), groups, recompute_z);
+    });
+    module.def("ragged_forward", &bound_forward, py::call_guard<py::gil_scoped_release>(),
+               "As forward, of rows sorted by group.");
+    module.def("ragged_backward", &bound_backward, py::call_guard<py::gil_scoped_release>(),
+               "As ragged_forward.");
+    module.def(
+        "ragged_kernels",
+        [](const Sizes& sizes, int groups, int sm_count, int shared_per_block, int shared_per_sm,
+           bool rounded) {
+            const DeviceLimits device{sm_count, shared_per_block, shared_per_sm};
+            const Weights weights = rounded ? Weights::rounded : Weights::as_they_are;
+            std::vector<py::dict> rows;
+            for (const KernelPlan& plan :
+                 ragged_kernels_of(shape_of(sizes), groups, weights, device))
+                rows.push_back(described(plan, device));
+            return rows;
+        },
+        py::arg("sizes"), py::arg("groups"), py::arg("sm_count"), py::arg("shared_per_block"),
+        py::arg("shared_per_sm"), py::arg("rounded") = false,
+        "The kernels of a ragged forward and backward, as launch_plan has those of a lone call.");
+}
+
+}  // namespace afa

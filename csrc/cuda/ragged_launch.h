@@ -1,0 +1,25 @@
+// What the host code (ragged_ops.cpp) sees of the ragged kernels, as launch.h does for the others.
+#pragma once
+
+#include "cuda/launch.h"
+#include "cuda/ragged_params.h"
+
+namespace afa {
+
+// The ragged kernels of one rank class.
+struct RaggedKernels {
+    Launcher<RaggedForwardParams> forward, expand;
+    Launcher<RaggedProjectParams> project, project_dy;
+    Launcher<RaggedDyParams> dy;  // null beyond kSlabRank
+    Launcher<RaggedOuterParams> db, x;
+};
+
+const RaggedKernels& ragged16_kernels(DType dtype);
+const RaggedKernels& ragged32_kernels(DType dtype);
+const RaggedKernels& ragged64_kernels(DType dtype);
+const RaggedKernels& ragged128_kernels(DType dtype);
+
+void launch_ragged_rows(DType dtype, const LaunchConfig& config, const RaggedRowsParams& params);
+void launch_ragged_sum(DType dtype, const LaunchConfig& config, const RaggedSumParams& params);
+
+}  // namespace afa

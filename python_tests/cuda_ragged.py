@@ -1,0 +1,197 @@
+"""Ragged calls of the CUDA kernels, beside the same groups in torch ops, one after another."""
+
+import random
+
+import torch
+from helpers import assert_as_accurate_as_torch, eager, mask_and_p, poisoned_memory
+from torch import Tensor
+
+from afa_kernels.activation import ACTIVATIONS, IDENTITY
+from afa_kernels.backend import registry
+from afa_kernels.backend.registry import Groups
+from afa_kernels.options import Spec
+
+RESULTS = ("y", "z", "dx", "da", "db")
+
+
+def _apart(t: Tensor) -> Tensor:
+    """Return ``t`` with NaN that belong to nobody between its rows."""
+    around = torch.full((*t.shape[:-1], t.shape[-1] + 8), torch.nan, dtype=t.dtype)
+    around[..., : t.shape[-1]] = t
+    return around[..., : t.shape[-1]]
+
+
+# How the A or B of all groups may lie in memory.
+LAYOUTS = {
+    "packed": lambda t: t,
+    "rows apart": _apart,
+    "columns apart": lambda t: t.mT.contiguous().mT,
+    "groups inside": lambda t: t.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "at odd places": lambda t: torch.cat([torch.full_like(t[:, :, :3], torch.nan), t], 2)[:, :, 3:],
+    "one for all": lambda t: t[:1].expand(t.shape),
+}
+
+
+class Ragged:
+    """Rows of groups of the given sizes, and ``behind`` rows of none, which hold NaN as what is beyond a rank does."""
+
+    def __init__(
+        self, sizes, k: int, n: int, r: int, dtype=torch.bfloat16, *, behind=0, ranks=None, weights=None,
+        layouts=("packed", "packed"), base="matrix", dropout=0.0, activation="silu", scaling=None, rows="packed",
+    ):  # fmt: skip
+        def draw(*shape, scale=1.0, to=dtype):
+            return (torch.randn(*shape, dtype=torch.float64) * scale).to(to)
+
+        count, self.dropout, self.weights = len(sizes), dropout, weights or dtype
+        self.ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        self.rows = sum(sizes)
+        total = self.rows + behind
+        laid = _apart if rows == "apart" else lambda t: t
+        self.x, self.dy, self.base = laid(draw(total, k)), laid(draw(total, n)), None
+        if base != "none":
+            self.base = laid(draw(total, n))
+        self.accumulates = base == "accumulated"
+        self.x[self.rows :] = self.dy[self.rows :] = torch.nan
+        a, b = draw(count, r, k, scale=k**-0.5, to=self.weights), draw(count, n, r, scale=r**-0.5, to=self.weights)
+        self.ranks = [r] * count if ranks is None else list(ranks)
+        if "one for all" not in layouts:
+            for g, rank in enumerate(self.ranks):
+                a[g, rank:], b[g, :, rank:] = torch.nan, torch.nan
+        self.a, self.b = LAYOUTS[layouts[0]](a), LAYOUTS[layouts[1]](b)
+        alpha_t = None if activation == IDENTITY else torch.rand(count, 3)[:, 1]
+        ranks = (
+            None if ranks is None else torch.tensor([*self.ranks, -1], dtype=torch.int32).repeat_interleave(2)[:-2:2]
+        )
+        scaling = (torch.rand(count) + 0.5) * torch.tensor(-1.0) if scaling == "of groups" else None
+        self.groups = Groups(self.ends, ranks, alpha_t, scaling)
+        self.spec = Spec(activation, 1.5, round(256 * dropout))
+        self.seed = torch.tensor(77) if dropout else None
+
+    def forward(self, name: str, save_z=True) -> tuple[Tensor, Tensor | None]:
+        out = self.base.clone() if self.accumulates else torch.full_like(self.dy, torch.nan)
+        z = registry.get(name).ragged_forward(
+            self.x, self.a, self.b, self.groups, self.seed, self.spec, base=out if self.accumulates else self.base,
+            out=out, save_z=save_z,
+        )  # fmt: skip
+        return out, z
+
+    def backward(self, name: str, z: Tensor | None, need=(True, True, True)):
+        need = dict(zip(("need_dx", "need_da", "need_db"), need, strict=True))
+        return registry.get(name).ragged_backward(
+            self.dy, self.x, self.a, self.b, self.groups, z, self.seed, self.spec, **need
+        )  # fmt: skip
+
+    def run(self, name: str) -> dict[str, Tensor]:
+        with poisoned_memory():
+            y, z = self.forward(name)
+            return dict(zip(RESULTS, (y, z, *self.backward(name, z)), strict=True))
+
+    def of(self, g: int) -> slice:
+        return slice(int(self.ends[g - 1]) if g else 0, int(self.ends[g]))
+
+    def plain(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return y, dx, da and db in torch ops, all in ``dtype``."""
+        mask = mask_and_p(self.dropout, 77, self.x)
+        result = {
+            "y": torch.zeros(self.dy.shape, dtype=dtype) if self.base is None else self.base.to(dtype).clone(),
+            "dx": torch.zeros(self.x.shape, dtype=dtype),
+            "da": torch.zeros(self.a.shape, dtype=dtype),
+            "db": torch.zeros(self.b.shape, dtype=dtype),
+        }
+        for g, rank in enumerate(self.ranks):
+            rows = self.of(g)
+            if rank == 0 or rows.start == rows.stop:
+                continue
+            x = self.x[rows].to(dtype).requires_grad_()
+            a, b = (w.to(self.x.dtype).to(dtype) for w in (self.a[g, :rank], self.b[g, :, :rank]))
+            a, b = a.contiguous().requires_grad_(), b.contiguous().requires_grad_()
+            alpha_t = 0.0 if self.groups.alpha_t is None else self.groups.alpha_t[g].item()
+            scaling = self.spec.scaling if self.groups.scaling is None else self.groups.scaling[g].item()
+            own = {} if not mask else {"mask": mask["mask"][rows], "p": mask["p"]}
+            activation = "silu" if self.spec.activation == IDENTITY else self.spec.activation
+            base = result["y"][rows].clone()
+            y = eager(x, a, b, alpha_t, activation=activation, scaling=scaling, base=base, **own)
+            y.backward(self.dy[rows].to(dtype))
+            result["y"][rows], result["dx"][rows] = y.detach(), x.grad
+            result["da"][g, :rank], result["db"][g, :, :rank] = a.grad, b.grad
+        return result
+
+    def check(self, name: str) -> dict[str, Tensor]:
+        """Compare with float64 by the project's rule, and return what the backend gave."""
+        got, truth, same = self.run(name), self.plain(torch.float64), self.plain(self.x.dtype)
+        for what, value in truth.items():
+            dtype = self.weights if what in ("da", "db") else self.x.dtype
+            assert_as_accurate_as_torch(got[what], same[what].to(dtype), value, what, self.x.dtype)
+        for what in ("da", "db"):
+            assert not got[what].masked_select(truth[what] == 0).any(), f"{what}: zeros of what is absent"
+        z = got["z"]
+        assert not z[self.rows :].any() and not got["dx"][self.rows :].any()
+        for g, rank in enumerate(self.ranks):
+            assert not z[self.of(g), rank:].any()
+        return got
+
+    def alone(self, g: int) -> "Ragged":
+        """Return group g in a call of its own."""
+        rows, one = self.of(g), Ragged.__new__(Ragged)
+        one.__dict__ = dict(self.__dict__)
+        one.x, one.dy = self.x[rows], self.dy[rows]
+        one.base = None if self.base is None else self.base[rows]
+        one.a, one.b, one.ranks, one.rows = (
+            self.a[g : g + 1],
+            self.b[g : g + 1],
+            [self.ranks[g]],
+            rows.stop - rows.start,
+        )
+        one.ends = torch.tensor([one.rows], dtype=torch.int32)
+        one.groups = Groups(one.ends, *(None if t is None else t[g : g + 1] for t in self.groups[1:]))
+        return one
+
+    def lengthened(self, rows: int) -> "Ragged":
+        """Return the same groups with ``rows`` more rows that belong to none; they take no memory in dy, where all
+        rows have to be the same. For a backward."""
+        longer = Ragged.__new__(Ragged)
+        longer.__dict__ = dict(self.__dict__)
+        longer.x = torch.cat([self.x, torch.full((rows, self.x.shape[1]), torch.nan, dtype=self.x.dtype)])
+        longer.dy = self.dy[:1].expand(self.dy.shape[0] + rows, -1)
+        return longer
+
+    def lone(self, name: str, g: int) -> dict[str, Tensor]:
+        """Return y, z and dx of the rows of group g in an ordinary call with its part of A and B."""
+        rows, rank, backend = self.of(g), self.ranks[g], registry.get(name)
+        a, b = self.a[g, :rank], self.b[g, :, :rank]
+        alpha_t = None if self.groups.alpha_t is None else self.groups.alpha_t[g]
+        spec = self.spec
+        if self.groups.scaling is not None:
+            spec = spec._replace(scaling=self.groups.scaling[g].item())
+        y = torch.empty_like(self.dy[rows])
+        base = None if self.base is None else self.base[rows]
+        z = backend.forward(self.x[rows], a, b, alpha_t, None, spec, base=base, out=y, save_z=True)
+        needs = {"need_dx": True, "need_da": True, "need_db": True}
+        dx, _, _ = backend.backward(self.dy[rows], self.x[rows], a, b, z, alpha_t, None, spec, **needs)
+        return {"y": y, "z": z, "dx": dx}
+
+
+def random_problem(number: int, sizes=(0, 1, 3, 17, 64, 65, 100)) -> Ragged:
+    draw = random.Random(number)
+    torch.manual_seed(number)
+    largest = (16, 32, 64, 128)[number % 4]
+    r = largest if draw.random() < 0.4 else draw.randint(1 if largest == 16 else largest // 2 + 1, largest)
+    count = draw.choice((1, 2, 3, 5, 9))
+    own_ranks = draw.random() < 0.5
+    width = lambda: 8 * draw.choice((1, 2, 9, 17, 33, draw.randint(1, 70)))  # noqa: E731
+    names, apart = sorted(ACTIVATIONS), tuple(LAYOUTS)[:-1]
+    return Ragged(
+        [draw.choice(sizes) for _ in range(count - 1)] + [draw.choice(sizes[1:])], width(), width(), r,
+        draw.choice((torch.bfloat16, torch.float16)), behind=draw.choice((0, 0, 5, 70)),
+        ranks=[draw.randint(0, r) for _ in range(count)] if own_ranks else None,
+        weights=draw.choice((None, torch.float32)),
+        layouts=(draw.choice(apart), draw.choice(apart)) if number % 5 else ("one for all",) * 2,
+        base=draw.choice(("none", "matrix", "accumulated")), dropout=draw.choice((0.0, 0.0, 0.3)),
+        activation=names[number % len(names)] if number % 7 else IDENTITY,
+        scaling=draw.choice((None, "of groups")), rows=draw.choice(("packed", "apart")),
+    )  # fmt: skip
+
+
+def assert_bits(got: dict, expected: dict, why: object) -> None:
+    for what, value in expected.items():
+        assert torch.equal(got[what], value), (why, what)

@@ -1,0 +1,371 @@
+"""inject(target_parameters=...): the experts of a mixture compute the formula, each with its own branch."""
+
+import copy
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("transformers", minversion="5.0")
+
+import torch._dynamo.testing
+from expert_models import (
+    ARCHITECTURES,
+    PARAMETERS,
+    copy_of,
+    fill,
+    gradients,
+    in_torch_ops,
+    mixture,
+    routing,
+    tokens,
+)
+from helpers import allowed_error, relative_error
+
+import afa_kernels as afa
+import afa_kernels.experts.forward
+
+
+def injected(architecture="Qwen3Moe", **options):
+    model = mixture(architecture)
+    return fill(afa.inject(model, **{"target_parameters": PARAMETERS, "r": 3, "lora_alpha": 5} | options))
+
+
+def experts_of(model, layer=1):
+    return model.model.layers[layer].mlp.experts
+
+
+def call(experts, *inputs):
+    return experts(*inputs)
+
+
+def run(function, experts, x, index, weights, dy):
+    """Return the output and every gradient of ``function(experts, x, index, weights)``."""
+    x, weights = (t.detach().clone().requires_grad_() for t in (x, weights))
+    experts.zero_grad()
+    y = function(experts, x, index, weights)
+    y.backward(dy)
+    named = {name: p.grad.clone() for name, p in experts.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "dx": x.grad, "dweights": weights.grad} | named
+
+
+@pytest.mark.parametrize("alpha_t", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_experts_are_the_formula(architecture, alpha_t):
+    experts = experts_of(injected(architecture))
+    afa.set_alpha_t(experts, alpha_t)
+    inputs = (torch.randn(11, 16), *routing(experts, 11), torch.randn(11, 16))
+    got, plain = (run(function, experts, *inputs) for function in (call, in_torch_ops))
+    in_float64 = (t.double() if t.is_floating_point() else t for t in inputs)
+    truth = run(in_torch_ops, copy.deepcopy(experts).double(), *in_float64)
+    assert len(got) == 7
+    # All of them come through the same chain of products, whose error depends on the order of sums.
+    allowed = max(allowed_error(plain[name], truth[name], torch.float32) for name in got)
+    for name, value in got.items():
+        assert value.dtype == torch.float32 and relative_error(value, truth[name]) <= allowed, name
+
+
+def test_a_model_starts_as_it_was_and_only_its_experts_train():
+    base = mixture("DeepseekV3")
+    model = afa.inject(copy_of(base), target_parameters=PARAMETERS)
+    ids = tokens()
+    torch.testing.assert_close(model(ids).logits, base(ids).logits)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 4 and all(".mlp.experts.afa." in name for name in trained)
+    assert not any(isinstance(m, afa.AFALinear) for m in model.modules())
+
+
+def test_modules_and_parameters_together():
+    model = injected(target_modules=["q_proj", "v_proj"])
+    ids = tokens()
+    got = gradients(model, ids)
+    assert len(got) == 1 + 2 * (2 * 2 + 2 * 2)
+    afa.set_alpha_t(model, 0.0)
+    want = model(ids).logits
+    afa.merge(model)
+    torch.testing.assert_close(model(ids).logits, want)
+
+
+def test_no_modules_beside_parameters_as_peft_says_it():
+    model = injected(target_modules=[])
+    assert not any(isinstance(m, afa.AFALinear) for m in model.modules())
+    with pytest.raises(ValueError, match="target_modules"):
+        afa.inject(mixture(), target_modules=[])
+
+
+def test_one_parameter_of_two():
+    for parameter in ("gate_up_proj", "down_proj"):
+        experts = experts_of(injected("GptOss", target_parameters=[f"experts.{parameter}"]))
+        x, dy = torch.randn(9, 16), torch.randn(9, 16)
+        got = run(call, experts, x, *routing(experts, 9), dy)
+        torch.manual_seed(0)
+        assert {n for n in got if "lora" in n} == {f"afa.{parameter}.lora_a", f"afa.{parameter}.lora_b"}
+        index, weights = routing(experts, 9)
+        torch.testing.assert_close(experts(x, index, weights), in_torch_ops(experts, x, index, weights))
+
+
+class Undefined(torch.autograd.Function):
+    """Rows from ``end`` on as a GPU may leave them, in the forward and in the backward."""
+
+    @staticmethod
+    def forward(ctx, rows, end):
+        ctx.end = end
+        return rows.index_fill(0, torch.arange(end, rows.shape[0]), float("nan"))
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy.index_fill(0, torch.arange(ctx.end, dy.shape[0]), float("nan")), None
+
+
+def test_pairs_of_other_processes_are_left_out(monkeypatch):
+    """Under expert parallelism an index of num_experts stands for an expert that is elsewhere."""
+
+    def as_on_a_gpu(x, offsets, *arguments, **options):
+        end = int(offsets[-1])
+        return Undefined.apply(afa.afa_linear_grouped(Undefined.apply(x, end), offsets, *arguments, **options), end)
+
+    monkeypatch.setattr(afa_kernels.experts.forward, "afa_linear_grouped", as_on_a_gpu)
+    for architecture in ("Qwen3Moe", "GptOss"):
+        experts = experts_of(injected(architecture))
+        experts._is_expert_parallel = True
+        x, dy = torch.randn(9, 16), torch.randn(9, 16)
+        index, weights = routing(experts, 9)
+        index[::2, 0] = experts.num_experts
+        index[4] = experts.num_experts
+        got = run(call, experts, x, index, weights, dy)
+        want = run(in_torch_ops, experts, x, index, weights, dy)
+        want["dweights"] = want["dweights"].masked_fill(index == experts.num_experts, 0.0)
+        for name, value in got.items():
+            torch.testing.assert_close(value, want[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operator makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        made = torch.utils._pytree.tree_leaves(result)
+        given = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if _dense(t)}
+        for t in made:
+            if _dense(t) and t.untyped_storage().data_ptr() not in given:
+                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
+        return result
+
+
+def _dense(t):
+    return isinstance(t, torch.Tensor)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("alpha_t", [0.0, 0.5])
+def test_no_tensor_as_large_as_all_experts_is_made(alpha_t, autocast):
+    options = {"num_experts": 16, "moe_intermediate_size": 48, "hidden_size": 64}
+    experts = experts_of(fill(afa.inject(mixture(**options), target_parameters=PARAMETERS, r=2, dropout=0.1)))
+    afa.set_alpha_t(experts, alpha_t)
+    x = torch.randn(6, 64, requires_grad=True)
+    index, weights = routing(experts.train(), 6)
+    with Largest() as largest, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        experts(x, index, weights).sum().backward()
+    assert 0 < largest.elements < experts.down_proj.numel() // 4
+
+
+def test_sixteen_bit_models_and_autocast():
+    model = injected().to(torch.bfloat16)
+    layer = experts_of(model).afa["down_proj"]
+    assert layer.lora_a.dtype == torch.bfloat16 and layer.alpha_t_buffer.dtype == torch.float32
+    made = afa.inject(mixture().to(torch.bfloat16), target_parameters=PARAMETERS)
+    assert experts_of(made).afa["down_proj"].lora_a.dtype == torch.float32
+    experts = experts_of(fill(made))
+    x = torch.randn(9, 16, dtype=torch.bfloat16)
+    index, weights = routing(experts, 9)
+    y = experts(x, index, weights.bfloat16())
+    want = in_torch_ops(copy.deepcopy(experts).float(), x.float(), index, weights.bfloat16().float())
+    torch.testing.assert_close(y.float(), want, rtol=0.05, atol=0.05 * want.abs().max().item())
+    plain = injected()
+    ids = tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = plain(ids).logits
+    torch.testing.assert_close(logits.float(), plain(ids).logits, rtol=0.1, atol=0.1)
+
+
+def test_dropout_is_seeded_and_acts_in_training_only():
+    model, ids = injected(dropout=0.5), tokens()
+    plain = injected()(ids).logits
+    torch.testing.assert_close(model.eval()(ids).logits, plain)
+    model.train()
+    torch.manual_seed(3)
+    first = model(ids).logits
+    torch.manual_seed(3)
+    again, other = model(ids).logits, model(ids).logits
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, plain)
+
+
+def test_checkpointing_recomputes_the_same():
+    model, ids = injected(dropout=0.3).train(), tokens()
+    torch.manual_seed(5)
+    want = gradients(model, ids)
+    model.gradient_checkpointing_enable()
+    torch.manual_seed(5)
+    got = gradients(model, ids)
+    assert len(got) == 9 and all(torch.equal(got[name], value) for name, value in want.items())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_merging_unmerging_and_unloading(architecture):
+    base = mixture(architecture)
+    model, ids = injected(architecture), tokens()
+    weights = {name: p.clone() for name, p in base.named_parameters()}
+    with pytest.raises(ValueError, match=r"mlp\.experts\.gate_up_proj: merge: alpha_t is 1.0"):
+        afa.merge(model)
+    afa.set_alpha_t(model, 0.0)
+    want = model(ids).logits
+    afa.merge(model, keep_original=True)
+    torch.testing.assert_close(model(ids).logits, want)
+    with pytest.raises(ValueError, match="is merged"):
+        afa.set_alpha_t(model, 0.5)
+    afa.unmerge(model)
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters() if "afa" not in n)
+    afa.merge(model)
+    afa.unmerge(model)
+    torch.testing.assert_close(model(ids).logits, want)
+    merged = afa.unload(afa.merge(model))
+    torch.testing.assert_close(merged(ids).logits, want)
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    assert experts_of(merged).config is merged.config
+    bare = afa.unload(injected(architecture))
+    assert torch.equal(bare(ids).logits, base(ids).logits)
+
+
+def test_a_merge_that_would_overflow_changes_nothing():
+    model = injected()
+    afa.set_alpha_t(model, 0.0)
+    layer = experts_of(model).afa["down_proj"]
+    before = layer.weight.clone()
+    with torch.no_grad():
+        layer.lora_a[0, 0, 0] = 3e38
+        layer.lora_b[0] = 3e38
+    with pytest.raises(ValueError, match="merged weight would not be finite"):
+        afa.merge(model)
+    assert torch.equal(layer.weight, before) and not layer.merged
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_model_can_be_copied_and_pickled(copied):
+    model, ids = injected(), tokens()
+    afa.set_alpha_t(model, 0.25)
+    other = copied(model)
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    afa.set_alpha_t(other, 0.0)
+    afa.merge(other)
+    assert experts_of(other).afa["down_proj"].merged and not experts_of(model).afa["down_proj"].merged
+
+
+def test_state_dicts():
+    model, ids = injected(), tokens()
+    afa.set_alpha_t(model, 0.25)
+    other = injected()
+    fill(other, seed=7)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(ids).logits, model(ids).logits) and experts_of(other).afa["down_proj"].alpha_t == 0.25
+    afa.set_alpha_t(model, 0.0)
+    want = model(ids).logits
+    afa.merge(model)
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(ids).logits, want)
+    assert experts_of(other).afa["down_proj"].merged
+
+
+def test_other_models_with_the_same_configuration_are_not_concerned(monkeypatch):
+    base = mixture()
+    other = type(base)(base.config)
+    model = afa.inject(base, target_parameters=PARAMETERS)
+    assert model.config is other.config and model.config._experts_implementation == "grouped_mm"
+    assert "experts_implementation" not in str(model.config.to_dict())
+    other(tokens())
+
+
+def test_a_merged_model_runs_the_implementation_that_it_is_set_to():
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    calls = []
+
+    def counted(experts, *args):
+        calls.append(experts)
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, *args)
+
+    ALL_EXPERTS_FUNCTIONS.register("counted", counted)
+    model, ids = injected(), tokens()
+    afa.set_alpha_t(model, 0.0)
+    model.config._experts_implementation = "counted"
+    want = model(ids).logits
+    assert not calls
+    afa.merge(model)
+    torch.testing.assert_close(model(ids).logits, want)
+    assert len(calls) == 2
+    model.set_experts_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, want)
+
+
+def test_compiles_once_for_every_routing_and_alpha():
+    experts = experts_of(injected())
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(experts, backend=counter, fullgraph=True)
+    schedule = afa.AnnealSchedule(6, end_frac=0.5).attach(experts)
+    x = torch.randn(9, 16, requires_grad=True)
+    for _ in range(6):
+        index, weights = routing(experts, 9)
+        torch.testing.assert_close(compiled(x, index, weights), experts(x, index, weights))
+        compiled(x, index, weights).sum().backward()
+        schedule.step()
+    assert schedule.alpha_t == 0.0 and counter.frame_count == 2
+
+
+def test_the_rank_of_an_expert():
+    layer = experts_of(injected(r=8, lora_alpha=8, expert_rank="per_active")).afa["down_proj"]
+    assert layer.lora_a.shape == (5, 4, 12) and layer.scaling == 2.0
+    assert experts_of(injected(r=1, expert_rank="per_active")).afa["down_proj"].r == 1
+    with pytest.raises(ValueError, match="expert_rank: expected one of same, per_active, got 'half'"):
+        injected(expert_rank="half")
+    model = mixture()
+    experts_of(model).config = SimpleNamespace(_experts_implementation="grouped_mm")
+    with pytest.raises(ValueError, match="has no num_experts_per_tok"):
+        afa.inject(model, target_parameters=PARAMETERS, expert_rank="per_active")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target_parameters": "experts.down_proj"}, TypeError, "target_parameters: expected a list of names"),
+        ({"target_parameters": [3]}, TypeError, "target_parameters: expected names of parameters, got 3"),
+        ({"target_parameters": ["experts.up_proj"]}, ValueError, "matches no parameter .* it has model.layers.0"),
+        ({"target_parameters": ["gate.weight"]}, TypeError, "Router is not an experts module of transformers 5"),
+        ({"target_parameters": ["q_proj.weight"]}, TypeError, "Linear is not an experts module"),
+        ({"target_parameters": PARAMETERS, "r": 0}, ValueError, "r: expected a rank of at least 1"),
+        ({"target_parameters": PARAMETERS, "dropout": 1.0}, ValueError, "dropout: expected"),
+        ({"target_parameters": PARAMETERS, "dtype": torch.int8}, TypeError, "dtype: expected"),
+    ],
+)
+def test_what_does_not_fit_is_named(options, error, message):
+    model = mixture()
+    with pytest.raises(error, match=message):
+        afa.inject(model, **options)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_quantized_experts_are_refused():
+    model = mixture()
+    experts = experts_of(model)
+    experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(TypeError, match="expected a floating-point parameter .*float8"):
+        afa.inject(model, target_parameters=PARAMETERS)
+
+
+def test_injecting_twice_is_refused():
+    with pytest.raises(ValueError, match="AFA layers already"):
+        afa.inject(injected(), target_parameters=PARAMETERS)

@@ -1,0 +1,244 @@
+"""AFALoraConfig(target_parameters=...): PEFT's wrappers of fused experts, computed by the operator."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.0")
+pytest.importorskip("peft", minversion="0.19")
+
+import torch._dynamo.testing
+from expert_models import ARCHITECTURES, PARAMETERS, copy_of, fill, gradients, mixture, tokens
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
+from peft_models import assert_same, set_alpha_t
+
+import afa_kernels as afa
+from afa_kernels.peft import AFALoraConfig, accelerate, load_adapter, restore
+from afa_kernels.peft.experts import ParamWrapper
+
+
+def config(cls=AFALoraConfig, **options):
+    return cls(**{"target_parameters": list(PARAMETERS), "target_modules": [], "r": 3, "lora_alpha": 5} | options)
+
+
+def adapted(net, configuration, seed=1):
+    return fill(get_peft_model(copy_of(net), configuration), seed).eval()
+
+
+def wrappers(model):
+    return [m for m in model.modules() if isinstance(m, ParamWrapper)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_at_identity_it_is_peft_lora(architecture):
+    net, ids = mixture(architecture), tokens()
+    ours, stock = adapted(net, config()), adapted(net, config(LoraConfig))
+    set_alpha_t(ours, 0.0)
+    assert_same(gradients(ours, ids), gradients(stock, ids))
+    assert ours.state_dict().keys() == stock.state_dict().keys()
+    assert str(wrappers(ours)[0]).splitlines()[1] == "  parameter_name='down_proj',"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_parameters": [PARAMETERS[0]]},
+        {"target_parameters": [PARAMETERS[1]]},
+        {"target_modules": ["q_proj"], "use_rslora": True},
+        {"rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"experts.gate_up_proj": 11}},
+    ],
+    ids=["up", "down", "modules", "patterns"],
+)
+def test_options_of_peft(options):
+    net, ids = mixture(), tokens()
+    ours, stock = adapted(net, config(**options)), adapted(net, config(LoraConfig, **options))
+    set_alpha_t(ours, 0.0)
+    assert_same(gradients(ours, ids), gradients(stock, ids))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_with_an_activation_it_is_what_inject_makes(architecture, tmp_path):
+    net, ids = mixture(architecture), tokens()
+    ours = adapted(net, config(activation="tanh"))
+    set_alpha_t(ours, 0.0)
+    ours.save_pretrained(tmp_path)
+    injected = afa.load_adapter(copy_of(net), tmp_path)
+    for m in injected.modules():
+        if isinstance(m, afa.AFAExpertLinear):
+            m.activation = "tanh"
+    for model in (ours, injected):
+        set_alpha_t(model, 0.4)
+    got, want = gradients(ours, ids), gradients(injected, ids)
+    assert torch.equal(got["logits"], want["logits"])
+    assert len(got) == len(want)
+    norms = [sorted(t.norm().item() for name, t in g.items() if "lora" in name) for g in (got, want)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_dropout_is_seeded_and_acts_in_training_only():
+    net, ids = mixture(), tokens()
+    model, plain = adapted(net, config(lora_dropout=0.5)), adapted(net, config())(ids).logits
+    torch.testing.assert_close(model(ids).logits, plain)
+    model.train()
+    torch.manual_seed(3)
+    first = model(ids).logits
+    torch.manual_seed(3)
+    assert torch.equal(first, model(ids).logits) and not torch.equal(first, model(ids).logits)
+
+
+def test_checkpointing_recomputes_the_same():
+    model, ids = adapted(mixture(), config(lora_dropout=0.3)).train(), tokens()
+    torch.manual_seed(5)
+    want = gradients(model, ids)
+    model.gradient_checkpointing_enable()
+    torch.manual_seed(5)
+    got = gradients(model, ids)
+    assert len(got) == 9 and all(torch.equal(got[name], value) for name, value in want.items())
+
+
+def test_merging_disabling_and_unloading():
+    net, ids = mixture("GptOss"), tokens()
+    model = adapted(net, config())
+    with model.disable_adapter():
+        torch.testing.assert_close(model(ids).logits, net(ids).logits)
+    with pytest.raises(ValueError, match="alpha_t of adapter 'default' is 1"):
+        model.merge_adapter()
+    set_alpha_t(model, 0.0)
+    want = model(ids).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(ids).logits, want)
+    with pytest.raises(ValueError, match="is merged"):
+        wrappers(model)[0].set_alpha_t(0.5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(ids).logits, want)
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, want)
+    assert type(merged.model.layers[0].mlp.experts).__name__ == "GptOssExperts"
+    assert merged.model.layers[0].mlp.experts.config is merged.config
+    torch.testing.assert_close(model.unload()(ids).logits, net(ids).logits)
+
+
+def test_several_adapters():
+    """Each has its alpha_t; a plain LoRA may be one of them; two that are active add up, as in PEFT."""
+    net, ids = mixture(), tokens()
+    alone = {}
+    for name, cls, seed in (("default", AFALoraConfig, 1), ("other", LoraConfig, 2)):
+        alone[name] = adapted(net, config(cls), seed)
+    model = get_peft_model(copy_of(net), config()).eval()
+    model.add_adapter("other", config(LoraConfig))
+    model.load_state_dict(alone["default"].state_dict(), strict=False)
+    other = {n.replace(".default.", ".other."): t for n, t in alone["other"].state_dict().items() if "lora_" in n}
+    model.load_state_dict(other, strict=False)
+    for alpha_t in (1.0, 0.0):
+        for annealed in (model, alone["default"]):
+            annealed.set_adapter("default")
+            set_alpha_t(annealed, alpha_t)
+        torch.testing.assert_close(model(ids).logits, alone["default"](ids).logits)
+        model.set_adapter("other")
+        torch.testing.assert_close(model(ids).logits, alone["other"](ids).logits)
+    stock = get_peft_model(copy_of(net), config(LoraConfig)).eval()
+    stock.add_adapter("other", config(LoraConfig))
+    stock.load_state_dict(model.state_dict())
+    for both in (model, stock):
+        both.base_model.set_adapter(["default", "other"])
+    assert_same(gradients(model, ids), gradients(stock, ids))
+    model.delete_adapter("other")
+    model.set_adapter("default")
+    torch.testing.assert_close(model(ids).logits, alone["default"](ids).logits)
+
+
+@pytest.mark.filterwarnings("error::UserWarning:peft")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_checkpoints_load_in_stock_peft_and_back(architecture, tmp_path):
+    net, ids = mixture(architecture), tokens()
+    ours = adapted(net, config(lora_dropout=0.1))
+    set_alpha_t(ours, 0.0)
+    ours.save_pretrained(tmp_path / "ours")
+    stock = PeftModel.from_pretrained(copy_of(net), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(stock(ids).logits, ours(ids).logits)
+    stock.save_pretrained(tmp_path / "stock")
+    back = PeftModel.from_pretrained(
+        copy_of(net), str(tmp_path / "stock"), config=AFALoraConfig.from_pretrained(str(tmp_path / "stock"))
+    ).eval()
+    assert len(wrappers(back)) == len(wrappers(ours))
+    torch.testing.assert_close(back(ids).logits, ours(ids).logits)
+
+
+def test_a_saved_adapter_comes_back_with_its_alpha_and_dropout(tmp_path):
+    net, ids = mixture(), tokens()
+    ours = adapted(net, config(lora_dropout=0.125))
+    set_alpha_t(ours, 0.25)
+    ours.save_pretrained(tmp_path)
+    read = AFALoraConfig.from_pretrained(str(tmp_path))
+    assert (read.alpha_t, read.lora_dropout, sorted(read.target_parameters)) == (0.25, 0.125, sorted(PARAMETERS))
+    back = PeftModel.from_pretrained(copy_of(net), str(tmp_path), config=read).eval()
+    assert torch.equal(back(ids).logits, ours(ids).logits)
+    model = get_peft_model(copy_of(net), config()).eval()
+    load_adapter(model, str(tmp_path), "again")
+    model.set_adapter("again")
+    assert torch.equal(model(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_model_can_be_copied_and_pickled(copied):
+    model, ids = adapted(mixture(), config()), tokens()
+    set_alpha_t(model, 0.25)
+    other = copied(model)
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    set_alpha_t(other, 0.0)
+    assert wrappers(model)[0].alpha_t == 0.25 and not torch.equal(other(ids).logits, model(ids).logits)
+
+
+def test_annealing_compiles_once_and_identity_once_more():
+    block = adapted(mixture(), config()).base_model.model.model.layers[0].mlp.experts
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, backend=counter, fullgraph=True)
+    schedule = afa.AnnealSchedule(4, end_frac=0.5).attach(block)
+    x = torch.randn(9, 16, requires_grad=True)
+    for _ in range(4):
+        routed = torch.stack([torch.randperm(5)[:2] for _ in range(9)]), torch.rand(9, 2)
+        torch.testing.assert_close(compiled(x, *routed), block(x, *routed))
+        compiled(x, *routed).sum().backward()
+        schedule.step()
+    assert counter.frame_count == 2
+
+
+def test_what_cannot_be_wrapped_is_named():
+    with pytest.raises(ValueError, match="Router is not an experts module of transformers 5"):
+        adapted(mixture(), config(target_parameters=["gate.weight"]))
+    model = adapted(mixture(), config())
+    with pytest.raises(ValueError, match="does not support mixed adapter batches"):
+        model(tokens(), adapter_names=["default", "default"])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stock_adapters_are_taken_over_and_given_back(architecture):
+    net, ids = mixture(architecture), tokens()
+    stock = adapted(net, config(LoraConfig))
+    want = gradients(stock, ids)
+    stock.add_adapter("other", config(LoraConfig))
+    model = accelerate(copy.deepcopy(stock))
+    assert len(wrappers(model)) == len([n for n in want if "lora_A" in n])
+    assert_same(gradients(model, ids), want)
+    assert (
+        not wrappers(restore(model)) and type(model.base_model.model.model.layers[1].mlp.experts) is lora.ParamWrapper
+    )
+    assert_same(gradients(model, ids), want)
+    assert model.state_dict().keys() == stock.state_dict().keys()
+
+
+def test_annealed_adapters_stay_when_others_are_given_back():
+    model, ids = adapted(mixture(), config(target_modules=["q_proj"])), tokens()
+    want = model(ids).logits
+    assert torch.equal(restore(accelerate(model))(ids).logits, want) and len(wrappers(model)) == 4
+
+
+def test_what_accelerate_cannot_take_over_is_named():
+    net = mixture()
+    stock = get_peft_model(copy_of(net), config(LoraConfig, target_parameters=["gate.weight"]))
+    with pytest.raises(ValueError, match="nothing to run on the kernels .*Router is not an experts module"):
+        accelerate(stock)

@@ -1,0 +1,336 @@
+"""The ragged operator: what each group gets, what no group gets, and what torch sees of it."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from helpers import eager, mask_and_p, poisoned_memory, relative_error
+from ragged_helpers import BACKENDS, OF_BRANCH, OF_LINEAR, Ragged, alone, takes_ragged
+
+import afa_kernels as afa
+from afa_kernels.activation import IDENTITY
+from afa_kernels.backend import group_loop, oracle, torch_ragged
+from afa_kernels.backend.registry import Groups
+from afa_kernels.options import Spec
+from afa_kernels.ragged import frozen
+from bench.memory import allocations
+
+pytestmark = pytest.mark.fast
+
+SIZES = (5, 0, 17, 1, 60, 0)  # groups without rows among them, and at the end
+
+
+@pytest.fixture(params=BACKENDS)
+def name(request) -> str:
+    if not takes_ragged(request.param):
+        pytest.skip(f"{request.param} cannot run")
+    return request.param
+
+
+@pytest.mark.parametrize("save", ["z", "nothing"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_each_group_is_a_call_of_its_own(name, dtype, save):
+    """To the bit, but for torch's GEMMs: the bits of those depend on where their operands lie in memory."""
+
+    def same(got, want, what):
+        if name == "cpu":
+            assert torch.equal(got, want), what
+        else:
+            torch.testing.assert_close(got, want, msg=str(what))
+
+    p = Ragged.random(SIZES, 70, 50, 9, dtype, adapter_dtype=torch.float32)
+    got = p.run(p.lora, OF_BRANCH, backend=name, save=save)
+    for group, rows in p.runs():
+        rank = int(p.ranks[group])
+        if rows.start == rows.stop:
+            assert not got["lora_a"][group].any() and not got["lora_b"][group].any()
+            continue
+        want = alone(p, group, rows, backend=name)
+        for what in ("y", "x", "base"):
+            same(got[what][rows], want[what], (group, what))
+        same(got["lora_a"][group, :rank], want["lora_a"], (group, "lora_a"))
+        same(got["lora_b"][group, :, :rank], want["lora_b"], (group, "lora_b"))
+        assert not got["lora_a"][group, rank:].any() and not got["lora_b"][group, :, rank:].any(), group
+
+
+def test_what_belongs_to_no_branch_is_the_frozen_part(name):
+    """Rows behind the last offset, and groups of rank 0, whose A and B may hold anything."""
+    p = Ragged.random(SIZES, 33, 20, 4, tail=7, ranks=[4, 2, 0, 3, 4, 1])
+    p.lora_a[2] = p.lora_b[2] = float("nan")
+    p.lora_a[3, 3:] = p.lora_b[3, :, 3:] = float("nan")
+    rows = torch.cat([torch.arange(5, 22), torch.arange(83, 90)])
+    with poisoned_memory():
+        branch = p.run(p.lora, OF_BRANCH, backend=name)
+        whole = p.run(p.linear, OF_LINEAR, backend=name)
+        bare = p.lora({name: getattr(p, name) for name in ("x", "lora_a", "lora_b")}, backend=name)
+    assert torch.equal(branch["y"][rows], p.base[rows]) and not branch["x"][rows].any() and not bare[rows].any()
+    torch.testing.assert_close(whole["y"][5:22], p.x[5:22] @ p.weight[2].T + p.bias[2])
+    torch.testing.assert_close(whole["x"][5:22], p.dy[5:22] @ p.weight[2])
+    assert not whole["y"][83:].any() and not whole["x"][83:].any()
+    for gradients in (branch, whole):
+        assert all(torch.isfinite(t).all() for t in gradients.values())
+        assert not gradients["lora_a"][2].any() and not gradients["lora_b"][2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("shared", ["", "weight", "bias", "weight, bias", "no bias"])
+@pytest.mark.parametrize("sizes", [SIZES, (20, 20, 20)], ids=["uneven", "even"])
+def test_linear_is_as_accurate_as_torch(name, dtype, shared, sizes):
+    p = Ragged.random(sizes, 48, 40, 5, dtype)
+    p = p.changed(
+        weight=p.weight[0] if "weight" in shared else p.weight,
+        bias=None if shared == "no bias" else p.bias[0] if "bias" in shared else p.bias,
+    )
+    names = tuple(n for n in OF_LINEAR if getattr(p, n) is not None)
+    fixed = {} if p.bias is not None else {"bias": None}
+
+    def plain(leaves, dtype):
+        t = {what: leaf.to(dtype) for what, leaf in leaves.items()}
+        pieces = []
+        for g, rows in p.runs():
+            rank = int(p.ranks[g])
+            weight = t["weight"] if t["weight"].dim() == 2 else t["weight"][g]
+            bias = t.get("bias")
+            bias = bias if bias is None or bias.dim() == 1 else bias[g]
+            pieces.append(eager(
+                t["x"][rows], t["lora_a"][g, :rank], t["lora_b"][g, :, :rank], p.alpha_t[g].item(),
+                scaling=p.scaling[g].item(), weight=weight, bias=bias,
+            ))  # fmt: skip
+        return torch.cat(pieces)
+
+    def gradients(function):
+        leaves = p.leaves(names)
+        y = function(leaves)
+        return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), p.dy.to(y.dtype))]
+
+    got = gradients(lambda leaves: p.linear(leaves, **fixed, backend=name))
+    same, truth = (gradients(lambda leaves, to=to: plain(leaves, to)) for to in (dtype, torch.float64))
+    for what, value, torch_value, exact in zip(("y", *names), got, same, truth, strict=True):
+        allowed = 2 * relative_error(torch_value, exact) + torch.finfo(dtype).eps
+        assert relative_error(value, exact) <= allowed, what
+
+
+def test_dropout_depends_on_row_and_column_alone(name):
+    p = Ragged.random((30, 0, 41, 9), 40, 24, 6, ranks=[6, 6, 6, 6])
+    one = {"alpha_t": 0.4, "scaling": 1.5, "ranks": None, "dropout_p": 0.3, "dropout_seed": 7}
+    p = p.changed(lora_a=p.lora_a[:1].expand(4, -1, -1), lora_b=p.lora_b[:1].expand(4, -1, -1))
+    got = p.run(p.lora, OF_BRANCH, backend=name, **one)
+    mask = mask_and_p(0.3, 7, p.x)
+    leaves = p.leaves(OF_BRANCH)
+    y = eager(leaves["x"], leaves["lora_a"][0], leaves["lora_b"][0], 0.4, scaling=1.5, base=leaves["base"], **mask)
+    want = torch.autograd.grad(y, list(leaves.values()), p.dy)
+    torch.testing.assert_close(got["y"], y.detach())
+    torch.testing.assert_close(got["x"], want[0])
+    torch.testing.assert_close(got["lora_a"].sum(0), want[1][0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got["lora_b"].sum(0), want[2][0], rtol=1e-4, atol=1e-4)
+    other = p.changed(offsets=torch.tensor([1, 2, 70, 80]).int()).run(p.lora, OF_BRANCH, backend=name, **one)
+    torch.testing.assert_close(other["y"], got["y"])
+
+
+def test_identity_is_the_two_products(name):
+    p = Ragged.random(SIZES, 30, 20, 3)
+    for alpha_t in (0.0, torch.zeros(6)):
+        got = p.run(p.linear, OF_LINEAR, backend=name, alpha_t=alpha_t)
+        for g, rows in p.runs():
+            w = p.weight[g] + p.scaling[g] * p.lora_b[g, :, : p.ranks[g]] @ p.lora_a[g, : p.ranks[g]]
+            torch.testing.assert_close(got["y"][rows], p.x[rows] @ w.T + p.bias[g], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got["x"][rows], p.dy[rows] @ w, rtol=1e-4, atol=1e-4)
+
+
+def test_saving_nothing_changes_no_bit(name):
+    p = Ragged.random(SIZES, 30, 20, 3, torch.bfloat16)
+    kept, recomputed = (
+        p.run(p.linear, OF_LINEAR, backend=name, save=save, dropout_p=0.2, dropout_seed=1) for save in ("z", "nothing")
+    )
+    for what, value in kept.items():
+        assert torch.equal(value, recomputed[what]), what
+
+
+def test_the_base_is_accumulated_into_where_asked(name):
+    p = Ragged.random(SIZES, 30, 20, 3, tail=2)
+    want = p.run(p.lora, OF_BRANCH, backend=name)
+    with torch.no_grad():
+        kept, base = p.base.clone(), p.base.clone()
+        p.lora(backend=name)
+        assert torch.equal(p.base, kept), "the base was written"
+        assert p.changed(base=base).lora(inplace=True, backend=name) is base
+    torch.testing.assert_close(base, want["y"])
+    leaves = p.leaves(OF_BRANCH)
+    base = leaves["base"] * 1
+    y = p.lora(leaves | {"base": base}, inplace=True, backend=name)
+    assert y is base
+    for what, value in zip(OF_BRANCH, torch.autograd.grad(y, list(leaves.values()), p.dy), strict=True):
+        torch.testing.assert_close(value, want[what], msg=what)
+
+
+def test_gradients_are_those_of_the_formula_twice():
+    p = Ragged.random((2, 0, 3), 4, 3, 2, torch.float64, tail=1, ranks=[1, 2, 2])
+    leaves = p.leaves(OF_LINEAR)
+
+    def function(*tensors):
+        t = dict(zip(OF_LINEAR, tensors, strict=True))
+        branch = {"x": t["x"], "lora_a": t["lora_a"], "lora_b": t["lora_b"]}
+        dropped = p.lora(branch, activation="gelu", dropout_p=0.3, dropout_seed=3)
+        return p.linear(t, activation="tanh") + dropped
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()))
+    assert torch.autograd.gradgradcheck(function, tuple(leaves.values()), fast_mode=True)
+
+
+def test_no_rows_at_all(name):
+    p = Ragged.random((0, 0), 6, 4, 2)
+    got = p.run(p.linear, OF_LINEAR, backend=name)
+    assert got["y"].shape == (0, 4) and got["x"].shape == (0, 6)
+    assert not any(t.any() for t in got.values())
+
+
+def test_compiles_once_for_all_offsets():
+    p = Ragged.random((8, 0, 20, 4), 16, 12, 3)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    alpha_t = torch.tensor(0.5)
+
+    def function(offsets, x, weight, bias, lora_a, lora_b):
+        options = {"scaling": 2.0, "dropout_p": 0.2, "dropout_seed": 5}
+        return afa.afa_linear_grouped(x, offsets, weight, bias, lora_a, lora_b, alpha_t, **options)
+
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for sizes in ((8, 0, 20, 4), (0, 0, 32, 0), (1, 1, 1, 29), (10, 2, 3, 4)):
+        offsets = torch.tensor(sizes).cumsum(0).int()
+        alpha_t.mul_(0.9)
+        results = []
+        for call in (compiled, function):
+            leaves = p.leaves(OF_LINEAR)
+            y = call(offsets, **leaves)
+            y.backward(p.dy)
+            results.append([y.detach(), *(t.grad for t in leaves.values())])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+    assert counter.frame_count == 1
+
+
+def test_autocast_rounds_as_it_does_elsewhere(name):
+    p = Ragged.random(SIZES, 32, 24, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = p.run(lambda leaves, **options: p.linear(leaves, **options).float(), OF_LINEAR, backend=name)
+    narrow = p.changed(x=p.x.bfloat16(), weight=p.weight.bfloat16(), dy=p.dy.bfloat16())
+    want = narrow.run(narrow.linear, OF_LINEAR, backend=name)
+    for what, value in got.items():
+        assert torch.equal(value, want[what].to(value.dtype)), what
+    assert got["lora_a"].dtype == torch.float32
+
+
+BAD = {
+    "offsets decrease": ({"offsets": torch.tensor([3, 2, 6]).int()}, ValueError, r"offsets: .*got 2 for group 1"),
+    "offsets beyond x": (
+        {"offsets": torch.tensor([1, 2, 7]).int()},
+        ValueError,
+        r"offsets: .*0 to 6.*got 7 for group 2",
+    ),
+    "offsets below 0": ({"offsets": torch.tensor([-1, 2, 6]).int()}, ValueError, r"offsets: .*got -1 for group 0"),
+    "offsets of int64": ({"offsets": torch.tensor([1, 2, 6])}, TypeError, "offsets: expected int32, got int64"),
+    "offsets of other groups": ({"offsets": torch.tensor([1, 6]).int()}, ValueError, r"offsets: .*\(3,\).*got \(2,\)"),
+    "offsets a list": ({"offsets": [1, 2, 6]}, TypeError, "offsets: expected a torch.Tensor, got list"),
+    "ranks above r": ({"ranks": torch.tensor([1, 3, 2]).int()}, ValueError, "ranks: .*0 to 2, got 3 for group 1"),
+    "ranks of float": ({"ranks": torch.ones(3)}, TypeError, "ranks: expected int32, got float32"),
+    "alpha_t above 1": ({"alpha_t": torch.tensor([0, 0.5, 1.5])}, ValueError, "alpha_t: .*1.0, got 1.5 for group 2"),
+    "alpha_t of other groups": ({"alpha_t": torch.ones(2)}, ValueError, r"alpha_t: expected shape \(3,\)"),
+    "scaling NaN": ({"scaling": torch.tensor([1, float("nan"), 1])}, ValueError, "scaling: expected finite"),
+    "a without groups": ({"lora_a": torch.ones(2, 8)}, ValueError, r"lora_a: expected shape \(groups, r, 8\)"),
+    "b of other r": ({"lora_b": torch.ones(3, 5, 3)}, ValueError, r"lora_b: expected shape \(3, out_features, 2\)"),
+    "x of three dimensions": ({"x": torch.ones(1, 6, 8)}, ValueError, r"x: expected shape \(rows, in_features\)"),
+    "weight of other groups": ({"weight": torch.ones(2, 5, 8)}, ValueError, r"weight: expected shape \(3, 5, 8\)"),
+    "weight of another dtype": ({"weight": torch.ones(3, 5, 8).half()}, TypeError, "weight: expected float32"),
+    "bias of other groups": ({"bias": torch.ones(2, 5)}, ValueError, r"bias: expected shape \(3, 5\)"),
+}
+
+
+@pytest.mark.parametrize("change, error, message", BAD.values(), ids=BAD)
+def test_bad_input_is_named(change, error, message):
+    good = {
+        "x": torch.randn(6, 8),
+        "offsets": torch.tensor([1, 3, 6]).int(),
+        "weight": torch.randn(3, 5, 8),
+        "bias": None,
+        "lora_a": torch.randn(3, 2, 8),
+        "lora_b": torch.randn(3, 5, 2),
+        "alpha_t": 0.5,
+    }
+    with pytest.raises(error, match=message):
+        afa.afa_linear_grouped(**(good | change))
+
+
+def test_nothing_of_the_size_of_all_weights_is_allocated(name):
+    groups, k, n, r = 32, 96, 80, 4
+    p = Ragged.random([1, 5, 0, 2] * (groups // 4), k, n, r)
+    names = ("x", "lora_a", "lora_b")
+    leaves = p.leaves(names)
+    frozen = {"weight": p.weight, "bias": p.bias}
+
+    def step():
+        y = p.linear(leaves | frozen, backend=name)
+        return y, torch.autograd.grad(y, list(leaves.values()), p.dy)
+
+    step()
+    peak, total = allocations(step)
+    all_weights = p.weight.nbytes
+    gradients = sum(t.nbytes for t in leaves.values())
+    assert peak < gradients + all_weights / 4 and total < all_weights, (peak, total, gradients, all_weights)
+
+
+def test_rows_of_no_group_get_what_their_gradient_says():
+    """With a weight for all groups and a bias for each, the frozen part of such rows is the product alone."""
+    p = Ragged.random((2, 0, 3), 4, 3, 2, torch.float64, tail=2)
+    p = p.changed(weight=p.weight[0])
+    leaves = p.leaves(OF_LINEAR)
+    for name in ("torch", "reference"):
+        call = lambda *tensors, name=name: p.linear(dict(zip(OF_LINEAR, tensors, strict=True)), backend=name)  # noqa: E731
+        assert torch.autograd.gradcheck(call, tuple(leaves.values()))
+
+
+def test_plan_names_the_way_of_the_frozen_part(monkeypatch):
+    p = Ragged.random(SIZES, 32, 24, 4, torch.bfloat16)
+    even = Ragged.random((9, 9, 9), 32, 24, 4)
+
+    def plan(p, **options):
+        return afa.plan(p.x, p.lora_a, p.lora_b, p.alpha_t, offsets=p.offsets, scaling=p.scaling, **options)
+
+    assert plan(even, weight=even.weight).frozen == ": ".join(frozen.EQUAL)
+    assert plan(even, weight=even.weight[0]).frozen == ": ".join(frozen.SHARED)
+    assert plan(even).frozen == "" and plan(even).path == "fused" and plan(even, backend="torch").backend == "torch"
+    assert afa.plan(even.x, even.lora_a, even.lora_b, 0.0, offsets=even.offsets).path == "gemm"
+    monkeypatch.setattr(frozen.torch_private, "has_fast_gemm", lambda dtype: True)
+    assert plan(p, weight=p.weight).frozen == ": ".join(frozen.LOOP)
+    with_it = p.run(p.linear, OF_LINEAR)
+    monkeypatch.setattr(frozen.torch_private, "has_fast_gemm", lambda dtype: dtype == torch.float32)
+    expected = f"forward {': '.join(frozen.LOOP)}; backward {': '.join(frozen.WIDE)}"
+    assert plan(p, weight=p.weight).frozen == expected
+    for what, value in p.run(p.linear, OF_LINEAR).items():
+        torch.testing.assert_close(value, with_it[what], rtol=2e-2, atol=2e-2)
+    with pytest.raises(ValueError, match="offsets: "):
+        afa.plan(p.x, p.lora_a, p.lora_b, 0.5, offsets=p.offsets[:2])
+    with pytest.raises(ValueError, match="weight: "):
+        plan(p, weight=p.weight[:2])
+
+
+@pytest.mark.parametrize("dropout", [0, 80])
+@pytest.mark.parametrize("identity", [False, True])
+def test_the_products_of_a_gpu_on_cpu_tensors(identity, dropout):
+    """The ``torch`` backend takes torch's grouped_mm on GPUs; torch runs that on a CPU too."""
+    p = Ragged.random(SIZES, 24, 16, 8, tail=3, ranks=[8, 8, 3, 5, 0, 1])
+    groups = Groups(p.offsets, p.ranks, None if identity else p.alpha_t, p.scaling)
+    spec, seed = Spec(IDENTITY if identity else "silu", 1.5, dropout), torch.tensor(4)
+    results = []
+    for forward, backward, to in (
+        (torch_ragged.forward, torch_ragged.backward, torch.float32),
+        (lambda *a, **o: group_loop.forward(oracle.forward, *a, **o),
+         lambda *a, **o: group_loop.backward(oracle.backward, *a, **o), torch.float64),
+    ):  # fmt: skip
+        x, a, b, base, dy = (t.to(to) for t in (p.x, p.lora_a, p.lora_b, p.base, p.dy))
+        out = torch.full_like(base, float("nan"))
+        z = forward(x, a, b, groups, seed, spec, base=base, out=out, save_z=True)
+        needs = {"need_dx": True, "need_da": True, "need_db": True}
+        kept = backward(dy, x, a, b, groups, z, seed, spec, **needs)
+        again = backward(dy, x, a, b, groups, None, seed, spec, **needs)
+        results.append((out, z, *kept, *again))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
