@@ -148,10 +148,12 @@ struct ForwardPlan {
     Piece<float> partial;  // with few rows, sums of x A^T of each slab of K: [slab][block_rows][rp]
 };
 
-// Blocks of rows that the backward takes through all its phases at once. Fewer at a high rank: the
-// partial sums of dz take this many rows of r floats for each slab of N, and are to stay well below
-// the panels.
-static inline int64_t super_blocks_for(int64_t rp) { return rp <= 32 ? 4 : rp <= 64 ? 2 : 1; }
+// Blocks of rows that the backward takes through all its phases at once: three barriers for each
+// such lot, so the more the better. Fewer at a high rank: the partial sums of dz take this many
+// rows of r floats for each slab of N, and are to stay well below the panels.
+static inline int64_t super_blocks_for(int64_t rp) {
+    return max_of<int64_t>(1, min_of<int64_t>(8, 128 / rp));
+}
 
 template <class T, class E>
 struct BackwardPlan {
