@@ -22,6 +22,12 @@ def test_every_instruction_set(isa):
     run_on_isa(isa, "import native_helpers\nnative_helpers.accuracy_of_every_shape()")
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("isa", ISAS)
+def test_results_that_bypass_the_cache(isa):
+    run_on_isa(isa, "import native_helpers\nnative_helpers.results_that_bypass_the_cache()")
+
+
 FEATURES = {"generic": set(), "avx2": {"avx2"}, "avx512": {"avx2", "avx512", "avx512_halved"}}
 FEATURES["avx512bf16"] = FEATURES["avx512"] | {"avx512_bf16"}
 FEATURES["amx"] = FEATURES["avx512bf16"] | {"amx_tile", "amx_bf16"}
