@@ -12,16 +12,21 @@ from pathlib import Path
 
 import torch
 
-from bench import allocator, goals, suite, table, transformer_suite, verdicts
+from bench import allocator, goals, grouped, grouped_suite, suite, table, transformer_suite, verdicts
 from bench.cases import PRESETS, cases
 from bench.environment import available_bytes, environment, roofs
 from bench.providers import Provider, by_default, providers
 from bench.results import Writer, read
-from bench.shapes import DEFAULT_SHAPES, DTYPES, LAYERS, MODELS, TRANSFORMERS, Case
+from bench.shapes import DEFAULT_SHAPES, DTYPES, EXPERTS, LAYERS, MODELS, TRANSFORMERS, Case
 
 _OUTPUT = Path("outputs/bench")
-_SECONDS = {"branch": 15.0, "layer": 15.0, "model": 130.0}  # of timing per case
-_PRECISION = {"branch": 0.01, "layer": 0.01, "model": 0.002}  # a model's tax is a difference of long times
+_SECONDS = {"branch": 15.0, "layer": 15.0, "model": 130.0, "grouped": 30.0}  # of timing per case
+_PRECISION = {
+    "branch": 0.01,
+    "layer": 0.01,
+    "model": 0.002,
+    "grouped": 0.01,
+}  # a model's tax is a difference of long times
 _QUICK_SECONDS, _QUICK_BUDGET = 2.0, 75
 # torch.compile takes longer than the rest of a quick run.
 _NOT_IN_QUICK = ("compiled",)
@@ -128,17 +133,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def _choose(arguments: argparse.Namespace) -> dict[str, dict[str, Provider]]:
     """Return the providers of each scope."""
-    known = providers()
+    known = dict.fromkeys(DEFAULT_SHAPES, providers()) | {"grouped": grouped.providers()}
     if arguments.providers is None:
         left_out = _NOT_IN_QUICK if arguments.quick else ()
+        default = {scope: by_default(arguments.device, scope) for scope in known} | {"grouped": list(known["grouped"])}
         return {
-            scope: {name: known[name] for name in by_default(arguments.device, scope) if name not in left_out}
-            for scope in DEFAULT_SHAPES
+            scope: {name: known[scope][name] for name in names if name not in left_out}
+            for scope, names in default.items()
         }
-    unknown = [name for name in arguments.providers if name not in known]
+    names = list(dict.fromkeys(name for of_scope in known.values() for name in of_scope))
+    unknown = [name for name in arguments.providers if name not in names]
     if unknown:
-        raise ValueError(f"--providers: expected some of {', '.join(known)}, got {unknown}")
-    return dict.fromkeys(DEFAULT_SHAPES, {name: known[name] for name in arguments.providers})
+        raise ValueError(f"--providers: expected some of {', '.join(names)}, got {unknown}")
+    return {scope: {n: of_scope[n] for n in arguments.providers if n in of_scope} for scope, of_scope in known.items()}
 
 
 def _check_axes(todo: list[Case]) -> None:
@@ -201,6 +208,10 @@ def _records(case, arguments, chosen, roof) -> Iterable[dict[str, object]]:
         options = suite.Options(*_effort(case, arguments), True, False, clock=arguments.clock)
         yield from transformer_suite.run_case(case, chosen, options, roof, _say)
         return
+    if case.scope == "grouped":
+        options = suite.Options(*_effort(case, arguments), True, False, clock=arguments.clock)
+        yield from grouped_suite.run_case(case, chosen, options, roof, _say)
+        return
     for options in _options(case, arguments):
         yield from suite.run_case(case, chosen, options, roof, _say)
 
@@ -260,9 +271,12 @@ def _list(chosen: dict[str, dict[str, Provider]]) -> None:
         print(f"{name:20} K={layer.k:<6} N={layer.n:<6} {'bias' if layer.bias else ''}")
     for name, model in TRANSFORMERS.items():
         print(f"{name:20} {model.blocks} blocks, hidden {model.hidden}, intermediate {model.intermediate}, scope model")
+    for name, shape in EXPERTS.items():
+        print(f"{name:24} {shape.count} experts, K={shape.k}, N={shape.n}, scope grouped; also {name}.skewed")
     named = {name: provider for of_scope in chosen.values() for name, provider in of_scope.items()}
     for name, provider in named.items():
-        print(f"{name:20} {provider.about}{'' if provider.layer else ', scope model'}")
+        scope = "" if provider.layer else ", scope grouped" if provider.grouped else ", scope model"
+        print(f"{name:20} {provider.about}{scope}")
 
 
 def _pictures(path: Path) -> None:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from itertools import product
 
-from bench.shapes import DEFAULT_SHAPES, Case, shapes
+from bench.shapes import DEFAULT_SHAPES, EXPERTS, Case, shapes
 
 # Each preset is a list of products; what a product leaves out comes from BASE.
 BASE = {
@@ -52,6 +52,11 @@ PRESETS: dict[str, list[dict[str, list]]] = {
         {"shapes": ["gpt2.up"], "tokens": [256], "dtypes": ["f16"]},
         {"shapes": ["gpt2.up"], "alphas": [1.0, 0.0], "dtypes": ["f32"]},
         {**_STEP[0], "alphas": [0.5]},
+    ],
+    # Experts: two models, each with even and with skewed routing, and the picture of the tax against their number.
+    "grouped": [
+        {"scopes": ["grouped"], "shapes": [name + routing for name in EXPERTS for routing in ("", ".skewed")]},
+        {"scopes": ["grouped"], "shapes": [f"{n}x1024x1024{r}" for r in ("", ".skewed") for n in (8, 16, 32, 64)]},
     ],
     # The two pictures of the adapter tax.
     "tokens": [{"shapes": ["plain.wide"], "tokens": [256, 512, 1024, 2048, 4096]}],

@@ -1,7 +1,7 @@
 """``python -m bench.plot``: pictures of results.
 
-The adapter tax against tokens and against rank, per provider, with the intervals of the medians; and a roofline with
-the measured points of the branch.
+The adapter tax against tokens, rank and the number of experts, per provider, with the intervals of the medians; and a
+roofline with the measured points of the branch.
 """
 
 import argparse
@@ -18,13 +18,16 @@ import matplotlib.pyplot as plt
 from bench import cost
 from bench.providers import measured_again
 from bench.results import RESULTS, read, recorded
-from bench.shapes import DTYPES, Case
+from bench.shapes import DTYPES, Case, experts
 
 _STYLE = {
     "peft": ("PEFT LoRA", "tab:orange", "s"),
     "torchtune": ("torchtune LoRA", "tab:brown", "v"),
     "unsloth": ("Unsloth LoRA", "tab:pink", "P"),
     "lorafusion": ("LoRAFusion LoRA", "tab:olive", "X"),
+    "grouped_mm": ("LoRA as a pair of grouped_mm", "tab:olive", "v"),
+    "baddbmm": ("LoRA as batched products of padded rows", "tab:brown", "P"),
+    "afa.loop": ("afa_kernels, expert by expert", "tab:red", "o"),
     "eager": ("AFA-LoRA in PyTorch code", "tab:red", "o"),
     "compiled": ("the same, torch.compile", "tab:purple", "D"),
     "afa.torch": ("afa_kernels, backend torch", "tab:cyan", "^"),
@@ -47,8 +50,11 @@ def draw(results: list[Path], folder: Path) -> list[Path]:
     for variable, label in (("m", "tokens M"), ("r", "rank r")):
         sweeps = [sweep for rows in by_file for sweep in _sweeps(rows, variable)]
         if sweeps:
-            figure = _tax_figure(sweeps, variable, label)
+            figure = _tax_figure(sweeps, label=label)
             written.append(_save(figure, folder, f"tax_{'tokens' if variable == 'm' else 'rank'}"))
+    sweeps = [sweep for rows in by_file for sweep in _expert_sweeps(rows)]
+    if sweeps:
+        written.append(_save(_tax_figure(sweeps, "symlog"), folder, "tax_experts"))
     points = [row for rows in by_file for row in rows if _on_roofline(row)]
     if points:
         roofs = [record for records in files for record in records if record["kind"] == "roof"]
@@ -75,7 +81,28 @@ def _sweeps(rows: list[dict], variable: str) -> Iterator[tuple[str, dict[str, li
             yield title, {name: [(x, *y) for x, y in sorted(group[name].items())] for name in order}
 
 
-def _tax_figure(sweeps: list, variable: str, label: str):
+def _expert_sweeps(rows: list[dict]) -> Iterator[tuple[str, dict[str, list[tuple]]]]:
+    """As :func:`_sweeps`, where rows of the scope "grouped" differ in the number of experts alone."""
+    fixed = [name for name in Case._fields if name != "layer"]
+    groups: dict[tuple, dict[str, dict[int, tuple]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row["pass"] == "both" and row["scope"] == "grouped" and "tax" in row:
+            shape = experts(row["layer"])
+            key = (shape.is_skewed, *(row[name] for name in fixed))
+            groups[key][row["provider"]][shape.count] = (row["tax"], *row["tax_interval"])
+    for (skewed, *values), group in groups.items():
+        if max(map(len, group.values())) >= 3:
+            named = dict(zip(fixed, values, strict=True))
+            routing = "skewed" if skewed else "even"
+            title = (
+                f"M={named['m']}, K={named['k']}, N={named['n']}, r={named['r']}, {named['dtype']}, {routing} routing"
+            )
+            order = sorted(group, key=[*_STYLE, *group].index)
+            yield title, {name: [(x, *y) for x, y in sorted(group[name].items())] for name in order}
+
+
+def _tax_figure(sweeps: list, scale: str = "linear", label: str = "experts"):
+    """Draw each sweep; ``scale`` is that of the tax."""
     width = 5.2 * len(sweeps) + 2.6
     figure, axes = plt.subplots(1, len(sweeps), figsize=(width, 4.4), squeeze=False, layout="constrained")
     for axis, (title, group) in zip(axes[0], sweeps, strict=True):
@@ -90,6 +117,7 @@ def _tax_figure(sweeps: list, variable: str, label: str):
             (line,) = axis.plot(x, middle, color=color, marker=marker, linestyle=style, label=legend)
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set_xscale("log", base=2)
+        axis.set_yscale(scale, **({"linthresh": 10} if scale == "symlog" else {}))
         axis.set_xticks(x, [str(value) for value in x])
         axis.axhline(0, color="black", linewidth=0.5)
         axis.grid(alpha=0.3)

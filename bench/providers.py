@@ -36,6 +36,7 @@ class Provider:
     layer: Callable[[nn.Linear, Tensor, Tensor, Case], tuple[nn.Module, Adapter]] | None
     branch: Callable[[Case, bool], Branch] | None = None  # the bool: whether to write into base
     model: Callable[[nn.Module, whole_models.Weights, Case], list[nn.Parameter]] | None = None  # None: layer by layer
+    grouped: Callable | None = None  # grouped.py
     ours: bool = False
 
     def absent(self, case: Case) -> str | None:

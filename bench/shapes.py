@@ -96,15 +96,54 @@ TRANSFORMERS: dict[str, Transformer] = {
         Transformer("llama-8-blocks", 8, 1024, 2816, 8),  # over a hundred adapter weights, for the optimizer
     )
 }
+
+
+class Experts(NamedTuple):
+    """The experts of one layer of a mixture: ``weight (count, n, k)``. What the scope "grouped" measures."""
+
+    name: str
+    count: int
+    k: int
+    n: int
+
+    @property
+    def is_skewed(self) -> bool:
+        return self.name.endswith(_SKEWED)
+
+    def rows(self, m: int) -> list[int]:
+        """Return how many of m rows each expert gets: equally many, or in the ratios 1, 1/2, 1/3, .. where the name
+        ends in ".skewed"."""
+        shares = [1 / (i + 1) if self.is_skewed else 1.0 for i in range(self.count)]
+        ends = [round(m * sum(shares[: i + 1]) / sum(shares)) for i in range(self.count)]
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+_SKEWED = ".skewed"
+# Of Qwen3-30B-A3B, half as wide and with half of the experts, and of Mixtral-8x7B, a quarter as wide: so that two cores
+# take them.
+EXPERTS: dict[str, Experts] = {
+    shape.name: shape
+    for shape in (
+        Experts("qwen3.gate_up", 64, 1024, 768),
+        Experts("qwen3.down", 64, 384, 1024),
+        Experts("mixtral.gate_up", 8, 1024, 7168),
+        Experts("mixtral.down", 8, 3584, 1024),
+    )
+}
 _HEAD = 128  # features of a head, in a model that is given by its sizes
-DEFAULT_SHAPES = {"layer": ["plain.square"], "branch": ["plain.square"], "model": ["llama-block"]}
+DEFAULT_SHAPES = {
+    "layer": ["plain.square"],
+    "branch": ["plain.square"],
+    "model": ["llama-block"],
+    "grouped": ["64x1024x1024", "64x1024x1024.skewed"],
+}
 
 
 class Case(NamedTuple):
     """One measured problem; its fields are the key of a row."""
 
-    scope: str  # "branch": afa_lora into a given base; "layer": with its frozen GEMM; "model"
-    layer: str  # or the model, of which k and n are the hidden and the intermediate size
+    scope: str  # "branch": afa_lora into a given base; "layer": with its frozen GEMM; "model"; "grouped": experts
+    layer: str  # or the model, of which k and n are the hidden and the intermediate size; or the experts
     m: int
     k: int
     n: int
@@ -121,6 +160,8 @@ class Case(NamedTuple):
         """Return a bound on the memory that measuring this case takes: operands, base and its copy,
         output, gradients and a peer's three float32 temporaries."""
         size = DTYPES[self.dtype].itemsize
+        if self.scope == "grouped":  # the truth in float64, or PEFT's weights of all experts with their gradients
+            return experts(self.layer).count * self.n * self.k * (5 * size + 8) + 64 * self.m * (self.k + self.n)
         return size * (4 * self.m * self.k + 6 * self.m * self.n + 2 * self.n * self.k) + 12 * (
             self.m * max(self.k, self.n)
         )
@@ -164,6 +205,25 @@ def transformer(name: str) -> Transformer:
     return Transformer(name, 1, hidden, intermediate, math.gcd(hidden, max(1, hidden // _HEAD)))
 
 
+def experts(name: str) -> Experts:
+    """Return the experts ``name``: of :data:`EXPERTS`, or "ExKxN" for E of them; either may end in ".skewed".
+
+    Raises:
+        ValueError: it is neither; the message lists the known ones.
+    """
+    plain = name.removesuffix(_SKEWED)
+    if plain in EXPERTS:
+        return EXPERTS[plain]._replace(name=name)
+    count, _, sizes = plain.partition("x")
+    found = _sizes(sizes)
+    if not count.isdigit() or not int(count) or not found:
+        raise ValueError(
+            f"shapes: expected ExKxN or some of {', '.join(EXPERTS)} in scope grouped, with or without {_SKEWED!r} "
+            f"behind it, got {name!r}"
+        )
+    return Experts(name, int(count), *found)
+
+
 def shapes(scope: str, names: list[str] | None) -> list[Linear]:
     """Return the layers that ``names`` give in ``scope``, or the models, with their two sizes; the scope's default for
     None.
@@ -172,6 +232,8 @@ def shapes(scope: str, names: list[str] | None) -> list[Linear]:
         ValueError: a name is unknown there.
     """
     names = names or DEFAULT_SHAPES[scope]
+    if scope == "grouped":
+        return [Linear(shape.name, shape.k, shape.n, False) for shape in map(experts, dict.fromkeys(names))]
     if scope != "model":
         return layers(names)
     models = map(transformer, dict.fromkeys(names))

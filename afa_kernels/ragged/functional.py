@@ -33,7 +33,8 @@ def afa_lora_grouped(
 
     The rows of x are sorted by group: group g has the rows ``offsets[g - 1]`` (0 for the first) to ``offsets[g] - 1``.
     A group may have none. The result for a group's rows and its gradients have the bits of a call with that group
-    alone.
+    alone; where torch multiplies (the backends ``torch`` and ``reference``), as far as the bits of its GEMMs do not
+    depend on where their operands lie.
 
     Args:
         x: ``(T, K)``, float64, float32, bfloat16 or float16; any strides. Under autocast it is rounded to the autocast
@@ -92,7 +93,8 @@ def afa_linear_grouped(
     ranks: Tensor | None = None,
 ) -> Tensor:
     """Return :func:`afa_kernels.afa_linear` of the rows of each group with the weight, A and B of that group, in one
-    call. No tensor of the size of all weights is made.
+    call. No tensor of the size of all weights is made. The frozen products are torch's, in the way that
+    :func:`afa_kernels.plan` names: their bits may depend on the groups beside.
 
     Args:
         x, offsets, lora_a, lora_b, alpha_t, scaling, ranks: as in :func:`afa_lora_grouped`. What rows behind the last

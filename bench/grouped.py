@@ -1,0 +1,177 @@
+"""The scope "grouped": frozen experts with an adapter each, on rows that are sorted by expert.
+
+A provider turns the operands into a function of x, A and B. ``frozen``, over which taxes are counted, is torch's
+``grouped_mm`` with the frozen weights.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import afa_kernels
+from afa_kernels import torch_private
+from afa_kernels.activation import ACTIVATIONS
+from bench.problem import SCALING
+from bench.providers import Provider
+from bench.shapes import DTYPES, Case, experts
+
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, A, B -> y
+
+
+@dataclass
+class Operands:
+    """``x (M, K)``, ``weight (E, N, K)``, ``lora_a (E, r, K)``, ``lora_b (E, N, r)``, ``dy (M, N)``; the rows of each
+    expert end at its offset."""
+
+    case: Case
+    x: Tensor
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    dy: Tensor
+    offsets: Tensor
+
+    @staticmethod
+    def of(case: Case) -> "Operands":
+        generator = torch.Generator(device=case.device).manual_seed(0)
+        dtype, adapter = DTYPES[case.dtype], DTYPES[case.adapter_dtype]
+        shape = experts(case.layer)
+
+        def draw(*sizes: int, scale: float = 1.0, to: torch.dtype = dtype) -> Tensor:
+            return torch.randn(sizes, generator=generator, device=case.device).mul_(scale).to(to)
+
+        m, k, n, r, e = case.m, case.k, case.n, case.r, shape.count
+        return Operands(
+            case,
+            draw(m, k),
+            draw(e, n, k, scale=k**-0.5),
+            draw(e, r, k, scale=k**-0.5, to=adapter),
+            draw(e, n, r, scale=r**-0.5, to=adapter),
+            draw(m, n),
+            torch.tensor(shape.rows(m), device=case.device).cumsum(0).to(torch.int32),
+        )
+
+    def runs(self) -> Iterator[tuple[int, slice]]:
+        start = 0
+        for expert, end in enumerate(self.offsets.tolist()):
+            yield expert, slice(start, end)
+            start = end
+
+
+def plain(o: Operands, function: str, dtype: torch.dtype) -> Call:
+    """Return ``function`` ("frozen", "lora" or "afa") in torch ops, expert by expert, in ``dtype``: the truth in
+    float64, else the yardstick."""
+    alpha_t = o.case.alpha_t if function == "afa" else 0.0
+    act = ACTIVATIONS[o.case.activation].value
+
+    def call(x, a, b):
+        pieces = []
+        for expert, rows in o.runs():
+            y = x[rows].to(dtype) @ o.weight[expert].to(dtype).T
+            if function != "frozen":
+                z = x[rows].to(dtype) @ a[expert].to(o.x.dtype).to(dtype).T
+                h = (1 - alpha_t) * z + alpha_t * act(z)
+                y = y + SCALING * h @ b[expert].to(o.x.dtype).to(dtype).T
+            pieces.append(y)
+        return torch.cat(pieces)
+
+    return call
+
+
+def _frozen(o: Operands) -> Call:
+    return lambda x, a, b: torch_private.grouped_mm(x, o.weight.mT, o.offsets)
+
+
+def _pair(o: Operands) -> Call:
+    def call(x, a, b):
+        dropped = F.dropout(x, o.case.dropout) if o.case.dropout else x
+        z = torch_private.grouped_mm(dropped, a.to(x.dtype).mT, o.offsets)
+        y = torch_private.grouped_mm(x, o.weight.mT, o.offsets)
+        return y + torch_private.grouped_mm(z, (SCALING * b).to(x.dtype).mT, o.offsets)
+
+    return call
+
+
+def _padded(o: Operands) -> Call:
+    """Every expert gets as many rows as the fullest one."""
+    ends = o.offsets.long()
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    most = int(counts.max())
+    expert = torch.repeat_interleave(torch.arange(len(counts), device=ends.device), counts)
+    place = expert * most + torch.arange(o.case.m, device=ends.device) - (ends - counts)[expert]
+
+    def call(x, a, b):
+        batch = x.new_zeros(len(counts) * most, x.shape[1]).index_copy(0, place, x).view(len(counts), most, -1)
+        dropped = F.dropout(batch, o.case.dropout) if o.case.dropout else batch
+        z = torch.bmm(dropped, a.to(x.dtype).mT)
+        y = torch.baddbmm(torch.bmm(batch, o.weight.mT), z, b.to(x.dtype).mT, alpha=SCALING)
+        return y.flatten(0, 1)[place]
+
+    return call
+
+
+def _peft(o: Operands) -> Call:
+    """What PEFT's ParamWrapper does: a parametrization of the weights of all experts."""
+
+    def call(x, a, b):
+        delta = torch.einsum("enr,erk->enk", b, a) * SCALING
+        return torch_private.grouped_mm(x, (o.weight + delta.to(x.dtype)).mT, o.offsets)
+
+    return call
+
+
+def _loop(o: Operands) -> Call:
+    options = {"activation": o.case.activation, "scaling": SCALING, "dropout_p": o.case.dropout}
+
+    def call(x, a, b):
+        return torch.cat([
+            afa_kernels.afa_linear(x[rows], o.weight[e], None, a[e], b[e], o.case.alpha_t, **options)
+            for e, rows in o.runs()
+        ])  # fmt: skip
+
+    return call
+
+
+def _afa(backend: str | None) -> Callable[[Operands], Call]:
+    def of(o: Operands) -> Call:
+        options = {"activation": o.case.activation, "scaling": SCALING, "dropout_p": o.case.dropout}
+        alpha_t = o.case.alpha_t and torch.tensor(o.case.alpha_t, device=o.x.device)
+        return lambda x, a, b: afa_kernels.afa_linear_grouped(
+            x, o.offsets, o.weight, None, a, b, alpha_t, **options, backend=backend
+        )
+
+    return of
+
+
+def _grouped_mm_why_not(case: Case) -> str | None:
+    return None if torch_private.has_grouped_mm() else "this torch has no grouped_mm"
+
+
+def _peft_why_not(case: Case) -> str | None:
+    return "refuses dropout on expert weights" if case.dropout else _grouped_mm_why_not(case)
+
+
+def _runs(case: Case) -> str | None:
+    return None
+
+
+def providers() -> dict[str, Provider]:
+    """Return the providers of this scope by name; ``grouped`` of each makes its function from the operands."""
+    rows = (
+        ("frozen", "grouped_mm with the frozen weights", "frozen", _grouped_mm_why_not, _frozen, False),
+        ("frozen.again", "frozen measured again", "frozen", _grouped_mm_why_not, _frozen, False),
+        ("grouped_mm", "a pair of grouped_mm beside it", "lora", _grouped_mm_why_not, _pair, False),
+        ("baddbmm", "batched products of padded rows", "lora", _runs, _padded, False),
+        ("peft", "PEFT's way for experts: W + dW of all of them", "lora", _peft_why_not, _peft, False),
+        ("afa.loop", "afa_linear, expert by expert", "afa", _runs, _loop, True),
+        ("afa.torch", "afa_linear_grouped, backend torch", "afa", _runs, _afa("torch"), True),
+        ("afa", "afa_linear_grouped", "afa", _runs, _afa(None), True),
+        ("afa.again", "afa measured again", "afa", _runs, _afa(None), True),
+    )
+    return {
+        name: Provider(name, about, function, why_not, None, grouped=make, ours=ours)
+        for name, about, function, why_not, make, ours in rows
+    }
