@@ -6,10 +6,18 @@ import triton.language as tl
 
 from afa_kernels.backend.triton.device_functions import phi, project, round_to, sum_partials
 from afa_kernels.backend.triton.forward_kernels import copy_padded, store_y, store_z
-from afa_kernels.backend.triton.ragged_functions import find_tile, own, own_alpha, own_scaling, rows_of
+from afa_kernels.backend.triton.ragged_functions import (
+    OF_GROUPS,
+    OF_ROWS,
+    find_tile,
+    own,
+    own_alpha,
+    own_scaling,
+    rows_of,
+)
 
 
-@triton.jit(do_not_specialize=["M", "G"])
+@triton.jit(do_not_specialize=[*OF_ROWS])
 def ragged_pack_kernel(
     a_ptr, b_ptr, a_padded_ptr, b_padded_ptr, ends_ptr, ranks_ptr, blocks_a, M, G, K, N, r,
     stride_ag, stride_ar, stride_ak, stride_bg, stride_bn, stride_br,
@@ -51,8 +59,7 @@ def _store_base(
         tl.store(y_ptr + first_row * stride_ym + row * stride_ym + col * stride_yn, y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "G", "segment_tiles", "threshold", "alpha_ptr", "stride_alpha", "scaling_ptr",
-                               "stride_scaling", "seed_ptr"])  # fmt: skip
+@triton.jit(do_not_specialize=[*OF_ROWS, *OF_GROUPS, "segment_tiles", "threshold", "seed_ptr"])
 def ragged_xa_phi_hb_forward_kernel(
     x_ptr, a_ptr, b_ptr, base_ptr, y_ptr, z_ptr, ends_ptr, ranks_ptr, alpha_ptr, scaling_ptr, seed_ptr, M, G, K, N, r,
     stride_xm, stride_ag, stride_ar, stride_ak, stride_bg, stride_bn, stride_br, stride_base_m, stride_base_n,
@@ -94,7 +101,7 @@ def ragged_xa_phi_hb_forward_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "G", "segment_tiles", "threshold", "seed_ptr"])
+@triton.jit(do_not_specialize=[*OF_ROWS, "segment_tiles", "threshold", "seed_ptr"])
 def ragged_project_partial_kernel(
     left_ptr, small_ptr, partial_ptr, ends_ptr, ranks_ptr, seed_ptr, M, G, length, r, segment_tiles,
     stride_row, stride_group, stride_rank, stride_small, threshold, calls_per_row,
@@ -120,8 +127,7 @@ def ragged_project_partial_kernel(
     tl.store(target, partial, mask=(row < rows_left)[:, None])
 
 
-@triton.jit(do_not_specialize=["M", "G", "segments", "tiles", "alpha_ptr", "stride_alpha", "scaling_ptr",
-                               "stride_scaling"])  # fmt: skip
+@triton.jit(do_not_specialize=[*OF_ROWS, *OF_GROUPS, "segments", "tiles"])
 def ragged_phi_hb_forward_kernel(
     partial_ptr, b_ptr, base_ptr, y_ptr, z_ptr, ends_ptr, ranks_ptr, alpha_ptr, scaling_ptr, M, G, N, r, segments,
     tiles, stride_bg, stride_bn, stride_br, stride_base_m, stride_base_n, stride_ym, stride_yn, stride_alpha,

@@ -7,6 +7,9 @@ Values that break their contract give wrong results, but no access outside of x.
 import triton
 import triton.language as tl
 
+# Arguments whose other value, alignment or stride must not compile another kernel.
+OF_ROWS = ("M", "G", "ends_ptr", "ranks_ptr")
+OF_GROUPS = ("alpha_ptr", "stride_alpha", "scaling_ptr", "stride_scaling")
 _ENDS_AT_A_TIME = tl.constexpr(256)
 
 
