@@ -181,13 +181,14 @@ def test_a_removed_synchronization_is_noticed(simulated_gpu, pattern, call):
 
 
 @here
-def test_another_divisor_of_the_tiles_of_a_group_is_noticed(simulated_gpu):
-    """A tile's number is a quotient by 64 rows: a shift by 6 bits."""
+def test_a_tile_of_another_group_is_noticed(simulated_gpu):
+    """A program finds its group by quotients by 64 rows, which are shifts by 6 bits: the first with 5."""
 
     def edit(name: str, text: str) -> str:
-        return re.sub(r"(sh[rl]\.[sbu]32\s.*), 6;", r"\1, 5;", text) if name.startswith("ragged_xa_phi") else text
+        return re.sub(r"(shr\.s32.*), 6;", r"\1, 5;", text, count=1) if name.startswith("ragged_project") else text
 
-    assert faulty(simulated_gpu, edit, ragged_call)
+    with poisoned_memory():
+        assert faulty(simulated_gpu, edit, ragged_call)
 
 
 @here

@@ -70,7 +70,7 @@ def test_one_compilation_for_every_number_of_groups_and_rows():
     """And any offsets, ranks, alpha_t and scalings, which no host reads; one alpha_t for all groups has a stride of 0,
     and that of every other group one of 2."""
     k, n, r = 512, 64, 16
-    offsets, numbers = torch.arange(64, dtype=torch.int32), torch.linspace(0, 1, 64)
+    offsets, numbers, seeds = torch.arange(64, dtype=torch.int32), torch.linspace(0, 1, 64), torch.arange(64)
     kernels = set()
     for step in range(48):
         m, count = 1 + step, 1 + step % 17
@@ -80,7 +80,7 @@ def test_one_compilation_for_every_number_of_groups_and_rows():
         groups = Groups(offsets[:count], offsets[step : step + 1].expand(count), alpha_t, numbers[:count])
         with launch.recording(device_for("sm_90")) as launches:
             for backward in (False, True):
-                context = RaggedContext(x, a, b, groups, torch.zeros(()), Spec("silu", 1.0, 1 + step))
+                context = RaggedContext(x, a, b, groups, seeds[step], Spec("silu", 1.0, 1 + step))
                 if backward:
                     needs = {"need_dx": True, "need_da": True, "need_db": True}
                     passes.backward(context, dy, torch.zeros(m, r), a.dtype, b.dtype, **needs)

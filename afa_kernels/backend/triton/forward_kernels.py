@@ -73,17 +73,15 @@ def store_z(z_ptr, z, first_row, rows_left, r, BLOCK_M: tl.constexpr, R: tl.cons
 
 @triton.jit
 def store_y(
-    h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, b_rows, stride_bn, stride_br, stride_base_m,
+    h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br, stride_base_m,
     stride_base_n, stride_ym, stride_yn, scaling,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Store the columns ``start ...`` of ``y = base + scaling * h b^T``; of b, ``b_rows`` rows are read: N, or 0 for
-    rows of x without a branch."""
     row, rank, col = tl.arange(0, BLOCK_M), tl.arange(0, R), start + tl.arange(0, BLOCK_N)
     b = tl.load(
         b_ptr + col[None, :] * stride_bn + rank[:, None] * stride_br,
-        mask=(col < b_rows)[None, :],
+        mask=(col < N)[None, :],
         other=0.0,
     )
     y = scaling * dot(h, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, EMULATE_BF16)
@@ -135,7 +133,7 @@ def xa_phi_hb_forward_kernel(
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), x_ptr.dtype.element_ty, EMULATE_BF16)
         for start in range(0, N, BLOCK_N):
             store_y(
-                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, N, stride_bn, stride_br,
+                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br,
                 stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
                 BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
             )  # fmt: skip
@@ -190,7 +188,7 @@ def phi_hb_forward_kernel(
         first = column * tiles * BLOCK_N
         for start in range(first, tl.minimum(first + tiles * BLOCK_N, N), BLOCK_N):
             store_y(
-                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, N, stride_bn, stride_br,
+                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br,
                 stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
                 BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
             )  # fmt: skip

@@ -6,6 +6,8 @@ import triton.language as tl
 from afa_kernels.backend.triton.backward_kernels import dy_tile, load_slab, store_dz, sum_chunks, x_tile
 from afa_kernels.backend.triton.device_functions import project, round_to, sum_partials
 from afa_kernels.backend.triton.ragged_functions import (
+    OF_GROUPS,
+    OF_ROWS,
     find_tile,
     own,
     own_alpha,
@@ -17,8 +19,7 @@ from afa_kernels.backend.triton.ragged_functions import (
 )
 
 
-@triton.jit(do_not_specialize=["M", "G", "segment_tiles", "threshold", "alpha_ptr", "stride_alpha", "scaling_ptr",
-                               "stride_scaling"])  # fmt: skip
+@triton.jit(do_not_specialize=[*OF_ROWS, *OF_GROUPS, "segment_tiles", "threshold"])
 def ragged_dyb_dphi_backward_kernel(
     dy_ptr, b_ptr, z_ptr, dz_ptr, ends_ptr, ranks_ptr, alpha_ptr, scaling_ptr, M, G, N, r,
     stride_dym, stride_bg, stride_bn, stride_br, stride_alpha, stride_scaling, factor, threshold, segment_tiles,
@@ -38,8 +39,7 @@ def ragged_dyb_dphi_backward_kernel(
     store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
 
 
-@triton.jit(do_not_specialize=["M", "G", "count", "threshold", "alpha_ptr", "stride_alpha", "scaling_ptr",
-                               "stride_scaling"])  # fmt: skip
+@triton.jit(do_not_specialize=[*OF_ROWS, *OF_GROUPS, "count", "threshold"])
 def ragged_dphi_backward_kernel(
     partial_ptr, z_ptr, dz_ptr, ends_ptr, ranks_ptr, alpha_ptr, scaling_ptr, M, G, r, count,
     stride_alpha, stride_scaling, factor, threshold,
@@ -55,7 +55,7 @@ def ragged_dphi_backward_kernel(
     store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
 
 
-@triton.jit(do_not_specialize=["M", "G", "parts", "chunks", "chunks_per_part", "alpha_ptr", "stride_alpha"])
+@triton.jit(do_not_specialize=[*OF_ROWS, "parts", "chunks", "chunks_per_part", "alpha_ptr", "stride_alpha"])
 def ragged_dy_pass_backward_kernel(
     dy_ptr, b_ptr, z_ptr, dh_ptr, db_ptr, ends_ptr, ranks_ptr, alpha_ptr, M, G, N, r, parts, chunks, chunks_per_part,
     stride_dym, stride_bg, stride_bn, stride_br, stride_alpha,
@@ -101,7 +101,7 @@ def _store_partial(partial_ptr, sums, slab, length, R: tl.constexpr, BLOCK_L: tl
     tl.store(partial_ptr + rows * length + col[None, :], sums, mask=(col < length)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "G", "parts", "chunks", "chunks_per_part", "threshold", "seed_ptr"])
+@triton.jit(do_not_specialize=[*OF_ROWS, "parts", "chunks", "chunks_per_part", "threshold", "seed_ptr"])
 def ragged_x_pass_backward_kernel(
     dz_ptr, a_ptr, x_ptr, dx_ptr, da_ptr, ends_ptr, ranks_ptr, seed_ptr, M, G, K, r, parts, chunks, chunks_per_part,
     stride_ag, stride_ar, stride_ak, stride_xm, threshold, calls_per_row,
@@ -151,8 +151,19 @@ def _store_zeros(dx_ptr, first, end, slab, K, BLOCK_M: tl.constexpr, BLOCK_L: tl
         tl.store(dx_ptr + row.to(tl.int64)[:, None] * K + col[None, :], zeros, mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "G", "blocks_a", "chunks", "parts_a", "chunks_per_part_a", "parts_b",
-                               "chunks_per_part_b", "scaling_ptr", "stride_scaling"])  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        *OF_ROWS,
+        "blocks_a",
+        "chunks",
+        "parts_a",
+        "chunks_per_part_a",
+        "parts_b",
+        "chunks_per_part_b",
+        "scaling_ptr",
+        "stride_scaling",
+    ]
+)
 def ragged_weight_gradients_kernel(
     da_partial_ptr, db_partial_ptr, da_ptr, db_ptr, ends_ptr, ranks_ptr, scaling_ptr, M, G, K, N, r, blocks_a,
     chunks, parts_a, chunks_per_part_a, rows_per_tile_a, parts_b, chunks_per_part_b, rows_per_tile_b, stride_scaling,

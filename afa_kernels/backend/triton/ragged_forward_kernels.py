@@ -6,10 +6,18 @@ import triton.language as tl
 
 from afa_kernels.backend.triton.device_functions import phi, project, round_to, sum_partials
 from afa_kernels.backend.triton.forward_kernels import copy_padded, store_y, store_z
-from afa_kernels.backend.triton.ragged_functions import find_tile, own, own_alpha, own_scaling, rows_of
+from afa_kernels.backend.triton.ragged_functions import (
+    OF_GROUPS,
+    OF_ROWS,
+    find_tile,
+    own,
+    own_alpha,
+    own_scaling,
+    rows_of,
+)
 
 
-@triton.jit(do_not_specialize=["M", "G"])
+@triton.jit(do_not_specialize=[*OF_ROWS])
 def ragged_pack_kernel(
     a_ptr, b_ptr, a_padded_ptr, b_padded_ptr, ends_ptr, ranks_ptr, blocks_a, M, G, K, N, r,
     stride_ag, stride_ar, stride_ak, stride_bg, stride_bn, stride_br,
@@ -34,8 +42,24 @@ def ragged_pack_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "G", "segment_tiles", "threshold", "alpha_ptr", "stride_alpha", "scaling_ptr",
-                               "stride_scaling", "seed_ptr"])  # fmt: skip
+@triton.jit
+def _store_base(
+    base_ptr, y_ptr, first_row, rows_left, first, end, N, stride_base_m, stride_base_n, stride_ym, stride_yn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store the columns from ``first`` to ``end`` of y for rows without a branch: the base, or zeros."""
+    row = tl.arange(0, BLOCK_M)[:, None]
+    y = tl.zeros((BLOCK_M, BLOCK_N), y_ptr.dtype.element_ty)
+    for start in range(first, end, BLOCK_N):
+        col = (start + tl.arange(0, BLOCK_N))[None, :]
+        mask = (row < rows_left) & (col < N)
+        if base_ptr is not None:
+            base = tl.load(base_ptr + first_row * stride_base_m + row * stride_base_m + col * stride_base_n, mask=mask)
+            y = base.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + first_row * stride_ym + row * stride_ym + col * stride_yn, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=[*OF_ROWS, *OF_GROUPS, "segment_tiles", "threshold", "seed_ptr"])
 def ragged_xa_phi_hb_forward_kernel(
     x_ptr, a_ptr, b_ptr, base_ptr, y_ptr, z_ptr, ends_ptr, ranks_ptr, alpha_ptr, scaling_ptr, seed_ptr, M, G, K, N, r,
     stride_xm, stride_ag, stride_ar, stride_ak, stride_bg, stride_bn, stride_br, stride_base_m, stride_base_n,
@@ -47,10 +71,18 @@ def ragged_xa_phi_hb_forward_kernel(
     group, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
     if rows_left <= 0:
         return
+    if group < 0:
+        if z_ptr is not None:
+            store_z(z_ptr, tl.zeros((BLOCK_M, R), x_ptr.dtype.element_ty), first_row, rows_left, r, BLOCK_M, R)
+        if y_ptr is not None:
+            _store_base(
+                base_ptr, y_ptr, first_row, rows_left, 0, N, N, stride_base_m, stride_base_n, stride_ym, stride_yn,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        return
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    tiles = tl.where(group >= 0, tl.cdiv(K, BLOCK_L), 0)
     z = project(
-        x_ptr, own(a_ptr, group, stride_ag), first_row, rows_left, 0, tiles, segment_tiles, K, stride_xm,
+        x_ptr, own(a_ptr, group, stride_ag), first_row, rows_left, 0, tl.cdiv(K, BLOCK_L), segment_tiles, K, stride_xm,
         stride_ar, stride_ak, seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     z = round_to(z * inverse_keep, x_ptr.dtype.element_ty, EMULATE_BF16)
@@ -61,29 +93,29 @@ def ragged_xa_phi_hb_forward_kernel(
         scaling = own_scaling(scaling_ptr, group, stride_scaling, scaling)
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), x_ptr.dtype.element_ty, EMULATE_BF16)
         b_ptr = own(b_ptr, group, stride_bg)
-        b_rows = tl.where(group >= 0, N, 0)
         for start in range(0, N, BLOCK_N):
             store_y(
-                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, b_rows, stride_bn, stride_br,
+                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br,
                 stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
                 BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "G", "segment_tiles", "threshold", "seed_ptr"])
+@triton.jit(do_not_specialize=[*OF_ROWS, "segment_tiles", "threshold", "seed_ptr"])
 def ragged_project_partial_kernel(
     left_ptr, small_ptr, partial_ptr, ends_ptr, ranks_ptr, seed_ptr, M, G, length, r, segment_tiles,
     stride_row, stride_group, stride_rank, stride_small, threshold, calls_per_row,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """F1, and D1 of few rows. Grid: (tiles of rows, segments)."""
+    """F1, and D1 of few rows. Grid: (tiles of rows, segments). Rows without a branch get no partial, and nothing reads
+    it."""
     group, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
-    if rows_left <= 0:
+    if (rows_left <= 0) | (group < 0):
         return
     segment = tl.program_id(1)
     first = segment * segment_tiles
-    tiles = tl.where(group >= 0, tl.minimum(segment_tiles, tl.cdiv(length, BLOCK_L) - first), 0)
+    tiles = tl.minimum(segment_tiles, tl.cdiv(length, BLOCK_L) - first)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     partial = project(
         left_ptr, own(small_ptr, group, stride_group), first_row, rows_left, first, tiles, segment_tiles, length,
@@ -95,8 +127,7 @@ def ragged_project_partial_kernel(
     tl.store(target, partial, mask=(row < rows_left)[:, None])
 
 
-@triton.jit(do_not_specialize=["M", "G", "segments", "tiles", "alpha_ptr", "stride_alpha", "scaling_ptr",
-                               "stride_scaling"])  # fmt: skip
+@triton.jit(do_not_specialize=[*OF_ROWS, *OF_GROUPS, "segments", "tiles"])
 def ragged_phi_hb_forward_kernel(
     partial_ptr, b_ptr, base_ptr, y_ptr, z_ptr, ends_ptr, ranks_ptr, alpha_ptr, scaling_ptr, M, G, N, r, segments,
     tiles, stride_bg, stride_bn, stride_br, stride_base_m, stride_base_n, stride_ym, stride_yn, stride_alpha,
@@ -109,21 +140,30 @@ def ragged_phi_hb_forward_kernel(
     if rows_left <= 0:
         return
     column = tl.program_id(1)
+    z_rows = tl.where(column == 0, rows_left, 0)
+    first = column * tiles * BLOCK_N
+    end = tl.minimum(first + tiles * BLOCK_N, N)
+    if group < 0:
+        if z_ptr is not None:
+            store_z(z_ptr, tl.zeros((BLOCK_M, R), DTYPE), first_row, z_rows, r, BLOCK_M, R)
+        if y_ptr is not None:
+            _store_base(
+                base_ptr, y_ptr, first_row, rows_left, first, end, N, stride_base_m, stride_base_n, stride_ym,
+                stride_yn, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        return
     z = sum_partials(partial_ptr, first_row, rows_left, M, segments, BLOCK_M, R)
     z = round_to(z * inverse_keep, DTYPE, EMULATE_BF16)
     if z_ptr is not None:
-        z_rows = tl.where(column == 0, rows_left, 0)
         store_z(z_ptr, z, first_row, z_rows, r, BLOCK_M, R)
     if y_ptr is not None:
         alpha_t = own_alpha(alpha_ptr, group, stride_alpha, ACT)
         scaling = own_scaling(scaling_ptr, group, stride_scaling, scaling)
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), DTYPE, EMULATE_BF16)
         b_ptr = own(b_ptr, group, stride_bg)
-        b_rows = tl.where(group >= 0, N, 0)
-        first = column * tiles * BLOCK_N
-        for start in range(first, tl.minimum(first + tiles * BLOCK_N, N), BLOCK_N):
+        for start in range(first, end, BLOCK_N):
             store_y(
-                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, b_rows, stride_bn, stride_br,
+                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br,
                 stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
                 BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
             )  # fmt: skip

@@ -7,6 +7,9 @@ Values that break their contract give wrong results, but no access outside of x.
 import triton
 import triton.language as tl
 
+# Arguments whose other value, alignment or stride must not compile another kernel.
+OF_ROWS = ("M", "G", "ends_ptr", "ranks_ptr")
+OF_GROUPS = ("alpha_ptr", "stride_alpha", "scaling_ptr", "stride_scaling")
 _ENDS_AT_A_TIME = tl.constexpr(256)
 
 
@@ -52,8 +55,8 @@ def find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def own(small_ptr, group, stride_group):
-    """Return a pointer to the matrix of a group; here and below, that of the first one for -1, which nothing reads."""
-    return small_ptr + tl.maximum(group, 0).to(tl.int64) * stride_group
+    """Return a pointer to the matrix of a group."""
+    return small_ptr + group.to(tl.int64) * stride_group
 
 
 @triton.jit
@@ -62,14 +65,14 @@ def own_alpha(alpha_ptr, group, stride_alpha, ACT: tl.constexpr):
     if ACT == "identity":
         return 0.0
     else:
-        return tl.load(alpha_ptr + tl.maximum(group, 0) * stride_alpha)
+        return tl.load(alpha_ptr + group * stride_alpha)
 
 
 @triton.jit
 def own_scaling(scaling_ptr, group, stride_scaling, scaling):
     """Return the scaling of a group: ``scaling`` without ``scaling_ptr``."""
     if scaling_ptr is not None:
-        scaling = tl.load(scaling_ptr + tl.maximum(group, 0) * stride_scaling)
+        scaling = tl.load(scaling_ptr + group * stride_scaling)
     return scaling
 
 
@@ -77,7 +80,7 @@ def own_scaling(scaling_ptr, group, stride_scaling, scaling):
 def own_factor(scaling_ptr, group, stride_scaling, factor, threshold):
     """Return the scaling of a group over what dropout keeps, rounded once, as ``factor`` was on the host."""
     if scaling_ptr is not None:
-        scaling = tl.load(scaling_ptr + tl.maximum(group, 0) * stride_scaling)
+        scaling = tl.load(scaling_ptr + group * stride_scaling)
         factor = tl.div_rn(scaling * 256.0, 256.0 - threshold)
     return factor
 
