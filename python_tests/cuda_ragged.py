@@ -116,9 +116,16 @@ class Ragged:
             result["da"][g, :rank], result["db"][g, :, :rank] = a.grad, b.grad
         return result
 
-    def check(self, name: str) -> dict[str, Tensor]:
+    def on(self, device: str) -> "Ragged":
+        there = Ragged.__new__(Ragged)
+        there.__dict__ = {what: v.to(device) if isinstance(v, Tensor) else v for what, v in self.__dict__.items()}
+        there.groups = Groups(*(None if t is None else t.to(device) for t in self.groups))
+        return there
+
+    def check(self, name: str, device: str = "cpu") -> dict[str, Tensor]:
         """Compare with float64 by the project's rule, and return what the backend gave."""
-        got, truth, same = self.run(name), self.plain(torch.float64), self.plain(self.x.dtype)
+        got = {what: value.cpu() for what, value in self.on(device).run(name).items()}
+        truth, same = self.plain(torch.float64), self.plain(self.x.dtype)
         for what, value in truth.items():
             dtype = self.weights if what in ("da", "db") else self.x.dtype
             assert_as_accurate_as_torch(got[what], same[what].to(dtype), value, what, self.x.dtype)

@@ -32,6 +32,12 @@ def test_random_problems(number):
     random_problem(number, sizes=(0, 1, 3, 17, 64, 65)).check(EMULATED)
 
 
+@pytest.mark.parametrize("number", range(24))
+def test_on_a_gpu(number):
+    skip_unless_available("cuda")
+    random_problem(number, sizes=(0, 1, 17, 65, 700)).check("cuda", "cuda")
+
+
 @pytest.mark.parametrize("r", [5, 20])
 def test_groups_of_several_chunks(r):
     chunk = 512 if r <= 16 else 1024

@@ -296,7 +296,7 @@ MUTANTS = (
         "blocks write the same place",
         "z by every column block",
         "forward.cuh",
-        "row0, block_y() == 0,",
+        "row0, column_block == 0,",
         "row0, true,",
     ),
     Mutant("dropout wrong", "mask of the second eight columns", "tile.cuh", "bits >> kVector)", "bits)"),
