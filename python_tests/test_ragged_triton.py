@@ -20,7 +20,8 @@ def _interpreter():
         pytest.skip("not in the interpreter: TRITON_INTERPRET is not 1")
 
 
-@pytest.mark.parametrize("first", range(0, 300, 10))
+# A third of them in `make test`: the interpreter takes half a second for one.
+@pytest.mark.parametrize("first", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 100)) for n in range(0, 300, 10)])
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # of numpy, in a sigmoid
 def test_random_problems(first):
     for number in range(first, first + 10):
