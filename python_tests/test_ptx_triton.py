@@ -181,6 +181,7 @@ def test_a_removed_synchronization_is_noticed(simulated_gpu, pattern, call):
 
 
 @here
+@pytest.mark.skipif(SIMULATED_GPU == "sm_90", reason="the fault is planted in what Triton emits for sm_80")
 def test_a_tile_of_another_group_is_noticed(simulated_gpu):
     """A program finds its group by quotients by 64 rows, which are shifts by 6 bits: the first with 5."""
 
