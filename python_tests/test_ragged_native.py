@@ -159,6 +159,20 @@ def test_each_group_has_the_bits_of_a_call_of_its_own(dtype):
             assert torch.equal(got, value.view_as(got)), group
 
 
+def test_a_rank_below_r_leaves_gaps_in_db():
+    """Where N is in whole tiles and the rank needs no padding, a dense dB is summed where it lies; this one is not."""
+    x, dy, a, b = torch.randn(40, 64), torch.randn(40, 192), torch.randn(2, 8, 64), torch.randn(2, 192, 8)
+    offsets, needs = torch.tensor([20, 40]).int(), {"need_dx": False, "need_da": False, "need_db": True}
+
+    def db(ranks, a, b):
+        groups = Groups(offsets, ranks, torch.full((2,), 0.5), None)
+        return cpu.ragged_backward(dy, x, a, b, groups, None, None, Spec("silu", 1.0), **needs)[2]
+
+    wide = db(torch.tensor([4, 4]).int(), a, b)
+    assert torch.equal(wide[..., :4], db(None, a[:, :4].contiguous(), b[..., :4].contiguous()))
+    assert not wide[..., 4:].any()
+
+
 def test_dx_is_accumulated_into():
     p = Problem(random.Random(3), (5, 0, 60, 9), 64, 48, 6, torch.float32, 3)
     p.spec, p.groups = p.spec._replace(dropout=0), p.groups._replace(ranks=torch.tensor([3, 1, 6, 0]).int())
