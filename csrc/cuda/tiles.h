@@ -41,8 +41,9 @@ struct RowTile {
     // Blocks that these leave room for.
     static constexpr int kBlocks = R == 128 ? 1 : 4, kExpandBlocks = R == 128 ? 2 : 4;
     // Of the ragged kernels, which keep in registers what the others read from their parameters.
-    static constexpr int kRaggedRegisters = R == 64 ? 168 : kRegisters,
-                         kRaggedBlocks = R == 64 ? 3 : kBlocks;
+    static constexpr bool kRoomy = R == 32 || R == 64;
+    static constexpr int kRaggedRegisters = kRoomy ? 168 : kRegisters,
+                         kRaggedBlocks = kRoomy ? 3 : kBlocks;
     static constexpr int kWide = tile_elements(kRows, kDepth);
     static constexpr int kNarrow = tile_elements(R, kDepth);
     static constexpr int kNarrowTransposed = tile_elements(kDepth, R);
