@@ -12,7 +12,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 BUILD = ROOT / "build" / "sanitize-ptx"
-TESTS = [f"python_tests/test_ptx_{name}.py" for name in ("instructions", "floats", "memory", "hazards", "wgmma")]
+TESTS = [
+    f"python_tests/test_ptx_{name}.py" for name in ("instructions", "floats", "memory", "hazards", "overlap", "wgmma")
+]
 ON_A_GPU = ["python_tests/test_ptx_triton.py", "-k", "random_problems or removed"]
 
 
