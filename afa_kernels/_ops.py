@@ -9,7 +9,9 @@ just emptied the caches. What is not needed comes back as None then; an operator
 tensors, and gives one with 0 elements.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +23,8 @@ from afa_kernels.backend.registry import Call, remembered
 from afa_kernels.options import Options, Spec, at_identity
 
 NAMESPACE = "afa_kernels"
-OPTIONS = "str activation, float scaling, int dropout, bool save_z, str? backend"
-_BRANCH = f"Tensor x, Tensor lora_a, Tensor lora_b, Tensor? alpha_t, Tensor? seed, {OPTIONS}"
-_SAVED = f"Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? z, Tensor? alpha_t, Tensor? seed, {OPTIONS}"
-GRADIENTS = "(Tensor dx, Tensor da, Tensor db)"
+_OPTIONS = "str activation, float scaling, int dropout, bool save_z, str? backend"
+_GRADIENTS = "(Tensor dx, Tensor da, Tensor db)"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _no_context = nullcontext()
@@ -34,11 +34,14 @@ _no_context = nullcontext()
 
 
 def call_of(x: Tensor, b: Tensor, spec: Spec) -> Call:
-    return _call(x.device, x.dtype, *x.shape, *b.shape, spec)
+    """Return the call that a backend is chosen for; ``b`` is ``(N, r)``, or ``(G, N, r)`` of a ragged call."""
+    return _call(x.device, x.dtype, x.shape, b.shape, spec)
 
 
-def _call(device: torch.device, dtype: torch.dtype, m: int, k: int, n: int, r: int, spec: Spec) -> Call:
-    return Call(device.type, dtype, m, k, n, r, spec.activation, spec.dropout > 0, device.index)
+def _call(device: torch.device, dtype: torch.dtype, rows: torch.Size, shape: torch.Size, spec: Spec) -> Call:
+    groups = shape[0] if len(shape) == 3 else 0
+    sizes = (*rows, *shape[-2:])
+    return Call(device.type, dtype, *sizes, spec.activation, spec.dropout > 0, device.index, groups)
 
 
 def resolved(x: Tensor, b: Tensor, options: Options, identity: bool, differentiated: bool) -> Options:
@@ -49,18 +52,18 @@ def resolved(x: Tensor, b: Tensor, options: Options, identity: bool, differentia
     in both directions.
     """
     if is_compiling():
-        return decided(options, identity, differentiated, registry.requested_in_trace(options.backend))
+        return _decided(options, identity, differentiated, registry.requested_in_trace(options.backend))
     name = registry.requested(options.backend)
-    return _resolved(x.device, x.dtype, *x.shape, *b.shape, options, identity, differentiated, name)
+    return _resolved(x.device, x.dtype, x.shape, b.shape, options, identity, differentiated, name)
 
 
 @remembered
-def _resolved(device, dtype, m, k, n, r, options, identity, differentiated, name) -> Options:
-    spec, save_z, name = decided(options, identity, differentiated, name)
-    return Options(spec, save_z, registry.select(_call(device, dtype, m, k, n, r, spec), name).backend.name)
+def _resolved(device, dtype, rows, shape, options, identity, differentiated, name) -> Options:
+    spec, save_z, name = _decided(options, identity, differentiated, name)
+    return Options(spec, save_z, registry.select(_call(device, dtype, rows, shape, spec), name).backend.name)
 
 
-def decided(options: Options, identity: bool, differentiated: bool, name: str | None) -> Options:
+def _decided(options: Options, identity: bool, differentiated: bool, name: str | None) -> Options:
     options = at_identity(options) if identity else options
     return Options(options.spec, options.save_z and differentiated, name)
 
@@ -78,21 +81,6 @@ def plain_precision(x: Tensor) -> AbstractContextManager:
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape)
-
-
-def _lora_forward(base, x, a, b, alpha_t, seed, options):
-    # empty_like takes half the time of new_empty. It copies the strides of base, so it serves for a contiguous base
-    # only.
-    dense = base is not None and base.is_contiguous()
-    y = torch.empty_like(base) if dense else _empty(x, x.shape[0], b.shape[0])
-    return y, _write_branch(y, base, x, a, b, alpha_t, seed, options)
-
-
-def _lora_forward_(base, x, a, b, alpha_t, seed, options):
-    z = _write_branch(base, base, x, a, b, alpha_t, seed, options)
-    if not base.is_inference():  # such a tensor has no version
-        torch.autograd.graph.increment_version(base)
-    return z
 
 
 def _write_branch(out, base, x, a, b, alpha_t, seed, options):
@@ -140,7 +128,7 @@ def _linear_backward(weight, dy, x, a, b, z, alpha_t, seed, options, need_da, ne
 
 
 def gradients_of_no_rows(x, a, b, need_dx, need_da, need_db):
-    dx, da, db = fake_gradients(x, a, b, need_dx, need_da, need_db)
+    dx, da, db = _fake_gradients(x, a, b, need_dx, need_da, need_db)
     return dx, da.zero_(), db.zero_()
 
 
@@ -148,14 +136,14 @@ def gradients_of_no_rows(x, a, b, need_dx, need_da, need_db):
 
 
 def _fake_z(x, a, save_z):
-    return _empty(x, x.shape[0], a.shape[0]) if save_z else _empty(x, 0)
+    return _empty(x, x.shape[0], a.shape[-2]) if save_z else _empty(x, 0)
 
 
 def _fake_forward(x, a, b, save_z):
-    return _empty(x, x.shape[0], b.shape[0]), _fake_z(x, a, save_z)
+    return _empty(x, x.shape[0], b.shape[-2]), _fake_z(x, a, save_z)
 
 
-def fake_gradients(x, a, b, need_dx, need_da, need_db):
+def _fake_gradients(x, a, b, need_dx, need_da, need_db):
     return tuple(
         _empty(t, *t.shape) if needed else _empty(t, 0) for t, needed in ((x, need_dx), (a, need_da), (b, need_db))
     )
@@ -174,11 +162,11 @@ def _fake_linear_forward(weight, bias, x, a, b, *options):
 
 
 def _fake_lora_backward(dy, x, a, b, *options):
-    return fake_gradients(x, a, b, *options[-3:])
+    return _fake_gradients(x, a, b, *options[-3:])
 
 
 def _fake_linear_backward(weight, dy, x, a, b, *options):
-    return fake_gradients(x, a, b, True, *options[-2:])
+    return _fake_gradients(x, a, b, True, *options[-2:])
 
 
 # --- the operators
@@ -192,16 +180,13 @@ def define(name: str, signature: str, implementation, fake):
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def define_direct(
-    name: str, signature: str, implementation, fake, tensors: int, x: int, likes: tuple[int, ...], call_of=call_of
-):  # fmt: skip
+def _define_direct(name: str, signature: str, implementation, fake, tensors: int, x: int, likes: tuple[int, ...]):
     """Define an operator and return the function ``call(direct, *tensors, options, *needs)`` that stands for it.
 
     Args:
         tensors: how many arguments, from the first on, are tensors or None.
         x: the place of x among them; A and B follow it.
         likes: for each result, the place of the argument whose dtype and device it has.
-        call_of: gives the call that a backend is chosen for, from x, B and the spec.
     """
 
     def operator(*arguments):
@@ -229,48 +214,71 @@ def _or_nothing(t: Tensor | None, like: Tensor) -> Tensor:
     return _empty(like, 0) if t is None else t
 
 
-lora_forward = define_direct(
-    "lora_forward",
-    f"(Tensor? base, {_BRANCH}) -> (Tensor y, Tensor z)",
-    _lora_forward,
-    _fake_lora_forward,
-    tensors=6,
-    x=1,
-    likes=(1, 1),
-)
-lora_forward_ = define_direct(
-    "lora_forward_",
-    f"(Tensor(a!) base, {_BRANCH}) -> Tensor z",
-    _lora_forward_,
-    _fake_lora_forward_,
-    tensors=6,
-    x=1,
-    likes=(1,),
-)
-linear_forward = define_direct(
-    "linear_forward",
-    f"(Tensor weight, Tensor? bias, {_BRANCH}) -> (Tensor y, Tensor z)",
-    _linear_forward,
-    _fake_linear_forward,
-    tensors=7,
-    x=2,
-    likes=(2, 2),
-)
-lora_backward = define_direct(
-    "lora_backward",
-    f"({_SAVED}, bool need_dx, bool need_da, bool need_db) -> {GRADIENTS}",
-    _lora_backward,
-    _fake_lora_backward,
-    tensors=7,
-    x=1,
-    likes=(1, 2, 3),
-)
-linear_backward = define_direct(
-    "linear_backward",
-    f"(Tensor weight, {_SAVED}, bool need_da, bool need_db) -> {GRADIENTS}",
-    _linear_backward,
-    _fake_linear_backward,
-    tensors=8,
-    x=2,
-    likes=(2, 3, 4),
+class Operators(NamedTuple):
+    """The functions ``call(direct, ...)`` of the operators of one kind of call."""
+
+    lora_forward: Callable
+    lora_forward_: Callable
+    linear_forward: Callable
+    lora_backward: Callable
+    linear_backward: Callable
+
+
+def define_operators(
+    prefix: str, groups: str, write_branch, linear_forward, lora_backward, linear_backward
+) -> Operators:
+    """Define the operators of one kind of call.
+
+    Args:
+        groups: the arguments between x, A, B (and z) and the seed, as a schema.
+        write_branch: ``(out, base, x, a, b, *groups, seed, options) -> z``.
+        linear_forward, lora_backward, linear_backward: the implementations of these.
+    """
+
+    def lora_forward(base, x, a, b, *rest):
+        # empty_like takes half the time of new_empty. It copies the strides of base, so it serves for a contiguous base
+        # only.
+        dense = base is not None and base.is_contiguous()
+        y = torch.empty_like(base) if dense else _empty(x, x.shape[0], b.shape[-2])
+        return y, write_branch(y, base, x, a, b, *rest)
+
+    def lora_forward_(base, x, a, b, *rest):
+        z = write_branch(base, base, x, a, b, *rest)
+        if not base.is_inference():  # such a tensor has no version
+            torch.autograd.graph.increment_version(base)
+        return z
+
+    branch = f"Tensor x, Tensor lora_a, Tensor lora_b, {groups}, Tensor? seed, {_OPTIONS}"
+    saved = f"Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? z, {groups}, Tensor? seed, {_OPTIONS}"
+    more = groups.count("Tensor")
+
+    def define_one(name, signature, implementation, fake, tensors, **places):
+        return _define_direct(prefix + name, signature, implementation, fake, tensors=tensors + more, **places)
+
+    return Operators(
+        define_one(
+            "lora_forward", f"(Tensor? base, {branch}) -> (Tensor y, Tensor z)", lora_forward, _fake_lora_forward,
+            tensors=5, x=1, likes=(1, 1),
+        ),
+        define_one(
+            "lora_forward_", f"(Tensor(a!) base, {branch}) -> Tensor z", lora_forward_, _fake_lora_forward_,
+            tensors=5, x=1, likes=(1,),
+        ),
+        define_one(
+            "linear_forward", f"(Tensor weight, Tensor? bias, {branch}) -> (Tensor y, Tensor z)",
+            linear_forward, _fake_linear_forward, tensors=6, x=2, likes=(2, 2),
+        ),
+        define_one(
+            "lora_backward", f"({saved}, bool need_dx, bool need_da, bool need_db) -> {_GRADIENTS}",
+            lora_backward, _fake_lora_backward, tensors=6, x=1, likes=(1, 2, 3),
+        ),
+        define_one(
+            "linear_backward", f"(Tensor weight, {saved}, bool need_da, bool need_db) -> {_GRADIENTS}",
+            linear_backward, _fake_linear_backward, tensors=7, x=2, likes=(2, 3, 4),
+        ),
+    )  # fmt: skip
+
+
+lora_forward, lora_forward_, linear_forward, lora_backward, linear_backward = define_operators(
+    "", "Tensor? alpha_t", _write_branch, _linear_forward, _lora_backward, _linear_backward
 )

@@ -55,8 +55,6 @@ def lora(x: Tensor, lora_a: Tensor, lora_b: Tensor, base: Tensor | None, *, inpl
         if base is not None:
             base_tensor(base, x, lora_b.shape[0])
     if inplace:
-        if base is None:
-            raise ValueError("inplace: expected a base to accumulate into, got base=None")
         can_be_written(base)
     return recognized or (not watched and torch_private.are_ordinary((x, lora_a, lora_b, base)))
 
@@ -119,7 +117,9 @@ def base_tensor(value: Tensor, x: Tensor, n: int) -> None:
     same_device("base", value, x)
 
 
-def can_be_written(base: Tensor) -> None:
+def can_be_written(base: Tensor | None) -> None:
+    if base is None:
+        raise ValueError("inplace: expected a base to accumulate into, got base=None")
     if base.requires_grad and base.is_leaf and torch.is_grad_enabled():
         raise ValueError(
             "base: a leaf that requires grad cannot be accumulated into; "

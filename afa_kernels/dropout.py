@@ -62,3 +62,8 @@ def keep_mask(seed: Tensor, rows: int, cols: int, threshold: int, first_row: int
     shifts = torch.tensor([0, 8, 16, 24], dtype=torch.int64, device=seed.device)
     levels = (words.unsqueeze(-1) >> shifts) & 0xFF  # (calls, 4, 4)
     return (levels >= threshold).view(rows, calls * COLUMNS_PER_CALL)[:, :cols]
+
+
+def drop(t: Tensor, seed: Tensor | None, threshold: int, first_row: int = 0) -> Tensor:
+    """Return ``t (rows, cols)`` with the dropped elements zero; the factor :func:`inverse_keep` is the caller's."""
+    return t * keep_mask(seed, *t.shape, threshold, first_row) if threshold else t

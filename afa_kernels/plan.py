@@ -10,7 +10,7 @@ from afa_kernels.backend import registry
 from afa_kernels.functional import alpha_of, autocast
 from afa_kernels.options import Options, at_identity
 from afa_kernels.ragged import checks as ragged_checks
-from afa_kernels.ragged import frozen, ops
+from afa_kernels.ragged import frozen
 from afa_kernels.ragged.functional import groups_of, options_of
 
 
@@ -97,7 +97,7 @@ def _ragged_plan(x, offsets, ranks, lora_a, lora_b, alpha_t, scalings, weight, o
     identity = groups_of(x, offsets, ranks, alpha_t, scalings).alpha_t is None
     if identity:
         options = at_identity(options)
-    return _planned(ops.call_of(x, lora_b, options.spec), identity, options, way)
+    return _planned(_ops.call_of(x, lora_b, options.spec), identity, options, way)
 
 
 def _planned(call: registry.Call, identity: bool, options: Options, way: str = "") -> Plan:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from afa_kernels.activation import IDENTITY, phi, phi_slope
-from afa_kernels.dropout import keep_mask
+from afa_kernels.dropout import drop
 from afa_kernels.options import Spec
 
 
@@ -27,7 +27,7 @@ def _operand(t: Tensor, dtype: torch.dtype) -> Tensor:
 def _drop(x: Tensor, seed: Tensor | None, spec: Spec, first_row: int) -> Tensor:
     if not spec.dropout:
         return x
-    return x * keep_mask(seed, *x.shape, spec.dropout, first_row) * spec.inverse_keep
+    return drop(x, seed, spec.dropout, first_row) * spec.inverse_keep
 
 
 def _phi(z: Tensor, alpha_t: Tensor | None, spec: Spec) -> Tensor:

@@ -11,8 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from afa_kernels import _ops
 from afa_kernels.backend import registry
+from afa_kernels.dropout import threshold_of
 from afa_kernels.functional import afa_linear
+from afa_kernels.options import Spec
 from afa_kernels.ragged import afa_linear_grouped
 
 _RESULTS = ("y", "dx", "dA", "dB")
@@ -96,11 +99,8 @@ def _failures(case: Case, backend: str, device: str) -> list[str]:
 
 def _takes(case: Case, backend: str, device: str) -> bool:
     x, _, _, b = _operands(case, device)
-    call = registry.Call(
-        x.device.type, case.dtype, case.m, case.k, case.n, case.r, case.activation, case.dropout_p > 0, x.device.index,
-        case.groups,
-    )  # fmt: skip
-    return registry.get(backend).why_not(call) is None
+    spec = Spec(case.activation, 1.0, threshold_of(case.dropout_p))
+    return registry.get(backend).why_not(_ops.call_of(x, b, spec)) is None
 
 
 def run() -> int:

@@ -76,7 +76,7 @@ def test_opcheck_ragged(dtype, save_z):
     opcheck(operators.ragged_lora_forward_, (base, *branch))
     opcheck(operators.ragged_linear_forward, (weight, bias, *branch))
     z = operators.ragged_lora_forward(None, *branch)[1] if save_z else None
-    saved = (dy, x, a, b, *groups, z, torch.tensor(5), *options)
+    saved = (dy, x, a, b, z, *groups, torch.tensor(5), *options)
     opcheck(operators.ragged_lora_backward, (*saved, True, False, True))
     opcheck(operators.ragged_linear_backward, (weight, *saved, True, True))
     opcheck(operators.ragged_outer, (dy, x, offsets))

@@ -16,14 +16,9 @@ from afa_kernels import torch_private
 from afa_kernels.activation import IDENTITY, phi, phi_slope
 from afa_kernels.backend import group_loop, torch_ragged
 from afa_kernels.backend.registry import Backend, BackendStatus, Call
-from afa_kernels.dropout import keep_mask
+from afa_kernels.dropout import drop
 from afa_kernels.options import Spec
 from afa_kernels.reference import compute_dtype
-
-
-def _drop(t: Tensor, seed: Tensor | None, spec: Spec, first_row: int) -> Tensor:
-    """Zero the dropped elements; the factor of inverted dropout is left to the (M, r) side."""
-    return t * keep_mask(seed, *t.shape, spec.dropout, first_row) if spec.dropout else t
 
 
 def _z(x_dropped: Tensor, a: Tensor, spec: Spec) -> Tensor:
@@ -73,13 +68,13 @@ def _db(dy: Tensor, b: Tensor, z: Tensor, alpha_t: Tensor | None, spec: Spec) ->
 
 
 def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z, first_row=0):
-    z = _z(_drop(x, seed, spec, first_row), a.to(x.dtype), spec)
+    z = _z(drop(x, seed, spec.dropout, first_row), a.to(x.dtype), spec)
     _write(z, b, alpha_t, spec, base, out)
     return z if save_z else None
 
 
 def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db, first_row=0):
-    x_dropped = _drop(x, seed, spec, first_row) if spec.dropout and (need_da or z is None) else x
+    x_dropped = drop(x, seed, spec.dropout, first_row) if need_da or z is None else x
     if z is None:
         z = _z(x_dropped, a.to(x.dtype), spec)
     dx = da = None
@@ -87,7 +82,7 @@ def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db, 
     if need_dx or need_da:
         dz = _dz(dy, b, z, alpha_t, spec)
         if need_dx:
-            dx = _drop(dz @ a.to(x.dtype), seed, spec, first_row)
+            dx = drop(dz @ a.to(x.dtype), seed, spec.dropout, first_row)
         if need_da:
             da = _mm_into(dz.T, x_dropped, a.dtype)
     return dx, da, db

@@ -9,20 +9,25 @@ from torch import Tensor
 
 from afa_kernels.activation import IDENTITY, phi, phi_slope
 from afa_kernels.backend.registry import Groups
-from afa_kernels.dropout import keep_mask
+from afa_kernels.dropout import drop
 from afa_kernels.options import Spec
 from afa_kernels.reference import compute_dtype
 from afa_kernels.torch_private import grouped_mm
+
+
+def group_of_rows(offsets: Tensor, rows: int) -> Tensor:
+    """Return ``(rows,)`` int64, the group of each row, without waiting for the device; the last one for rows behind the
+    last offset."""
+    row = torch.arange(rows, dtype=offsets.dtype, device=offsets.device)
+    return torch.searchsorted(offsets, row, right=True).clamp_(max=offsets.shape[0] - 1)
 
 
 class _Rows:
     """What the rows of a call get from their groups."""
 
     def __init__(self, x: Tensor, groups: Groups, spec: Spec):
-        row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
-        group = torch.searchsorted(groups.offsets, row, right=True)
-        self.outside = (group == groups.offsets.shape[0])[:, None]
-        self.group = group.clamp_(max=groups.offsets.shape[0] - 1)
+        self.group = group_of_rows(groups.offsets, x.shape[0])
+        self.outside = (torch.arange(x.shape[0], device=x.device) >= groups.offsets[-1])[:, None]
         self.offsets, self.ranks, self.spec = groups.offsets, groups.ranks, spec
         self.wide = compute_dtype(x.dtype)
         self.alpha_t = None if groups.alpha_t is None else self._each(groups.alpha_t)
@@ -53,10 +58,6 @@ class _Rows:
         return (self.scaling * wide).to(z.dtype)
 
 
-def _drop(t: Tensor, seed: Tensor | None, spec: Spec) -> Tensor:
-    return t * keep_mask(seed, *t.shape, spec.dropout) if spec.dropout else t
-
-
 def _z(x_dropped: Tensor, a_transposed: Tensor, rows: _Rows) -> Tensor:
     z = rows.product(x_dropped, a_transposed)
     return z.mul_(rows.spec.inverse_keep) if rows.spec.dropout else z
@@ -64,7 +65,7 @@ def _z(x_dropped: Tensor, a_transposed: Tensor, rows: _Rows) -> Tensor:
 
 def forward(x, a, b, groups: Groups, seed, spec: Spec, *, base, out, save_z):
     rows = _Rows(x, groups, spec)
-    z = _z(_drop(x, seed, spec), rows.columns(a.to(x.dtype).transpose(1, 2)), rows)
+    z = _z(drop(x, seed, spec.dropout), rows.columns(a.to(x.dtype).transpose(1, 2)), rows)
     y = rows.product(rows.h(z), rows.columns(b.to(x.dtype)).transpose(1, 2))
     if base is None:
         out.copy_(y)
@@ -76,7 +77,7 @@ def forward(x, a, b, groups: Groups, seed, spec: Spec, *, base, out, save_z):
 def backward(dy, x, a, b, groups: Groups, z, seed, spec: Spec, *, need_dx, need_da, need_db):
     rows = _Rows(x, groups, spec)
     a_transposed, own_b = rows.columns(a.to(x.dtype).transpose(1, 2)), rows.columns(b.to(x.dtype))
-    x_dropped = _drop(x, seed, spec) if need_da or z is None else x
+    x_dropped = drop(x, seed, spec.dropout) if need_da or z is None else x
     if z is None:
         z = _z(x_dropped, a_transposed, rows)
     dx = da = None
@@ -88,7 +89,7 @@ def backward(dy, x, a, b, groups: Groups, z, seed, spec: Spec, *, need_dx, need_
             dz = dz * phi_slope(z.to(rows.wide), rows.alpha_t, spec.activation)
         dz = dz.to(dy.dtype)
         if need_dx:
-            dx = _drop(rows.product(dz, a_transposed.transpose(1, 2)), seed, spec)
+            dx = drop(rows.product(dz, a_transposed.transpose(1, 2)), seed, spec.dropout)
         if need_da:
             da = rows.sums(dz, x_dropped).to(a.dtype)
     return dx, rows.columns(da.transpose(1, 2)).transpose(1, 2) if need_da else None, db

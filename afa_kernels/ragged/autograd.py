@@ -39,8 +39,8 @@ class AFALoRAGroupedFunction(torch.autograd.Function):
             lora_a,
             lora_b,
             z if save_z else None,
-            seed,
             *groups,
+            seed,
         )
         ctx.options, ctx.direct = options, direct
         ctx.weight = None if weight is None else (weight.shape, weight.dtype)
@@ -49,12 +49,12 @@ class AFALoRAGroupedFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, lora_a, lora_b, z, seed, *groups = ctx.saved_tensors
+        x, weight, lora_a, lora_b, z, *groups, seed = ctx.saved_tensors
         offsets = groups[0]
         need_x, need_weight, need_bias, need_a, need_b, need_base = ctx.needs_input_grad[:6]
         dx = dweight = dbias = da = db = None
         if need_x or need_a or need_b:
-            saved = (dy, x, lora_a, lora_b, *groups, z, seed, ctx.options)
+            saved = (dy, x, lora_a, lora_b, z, *groups, seed, ctx.options)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 dx, da, db = _differentiable(dy, x, weight, lora_a, lora_b, Groups(*groups), seed, ctx.options.spec)
             else:

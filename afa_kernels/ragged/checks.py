@@ -65,8 +65,6 @@ def base(value: Tensor | None, x: Tensor, n: int, *, inplace: bool) -> None:
     if value is not None:
         checks.base_tensor(value, x, n)
     if inplace:
-        if value is None:
-            raise ValueError("inplace: expected a base to accumulate into, got base=None")
         checks.can_be_written(value)
 
 

@@ -10,13 +10,13 @@ call have something faster; :func:`way_of` names them.
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from afa_kernels import torch_private
 from afa_kernels.backend import frozen
 from afa_kernels.backend.group_loop import runs
 from afa_kernels.backend.registry import Backend
+from afa_kernels.backend.torch_ragged import group_of_rows
 from afa_kernels.options import Spec
 
 
@@ -154,13 +154,6 @@ def _on_device(rows: Tensor, offsets: Tensor, matrices: Tensor, bias: Tensor | N
     if bias is None:
         return y
     return y.add_(bias if bias.dim() == 1 else bias[group_of_rows(offsets, rows.shape[0])])
-
-
-def group_of_rows(offsets: Tensor, rows: int) -> Tensor:
-    """Return ``(rows,)`` int64, the group of each row, without waiting for the device; the last one for rows behind the
-    last offset."""
-    row = torch.arange(rows, dtype=offsets.dtype, device=offsets.device)
-    return torch.searchsorted(offsets, row, right=True).clamp_(max=offsets.shape[0] - 1)
 
 
 def outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:

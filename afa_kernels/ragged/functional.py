@@ -4,8 +4,8 @@ of a batch."""
 import torch
 from torch import Tensor
 
+from afa_kernels import _ops, functional, torch_private
 from afa_kernels import checks as plain_checks
-from afa_kernels import functional, torch_private
 from afa_kernels.backend.registry import Groups
 from afa_kernels.options import Options
 from afa_kernels.ragged import checks, ops
@@ -145,7 +145,7 @@ def _apply(x, weight, bias, lora_a, lora_b, base, groups: Groups, seed, options,
     tensors = (x, weight, bias, lora_a, lora_b, base, *groups, seed)
     direct = not torch_private.operators_are_watched() and torch_private.are_ordinary(tensors)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:6])
-    options = ops.resolved(x, lora_b, options, groups.alpha_t is None, differentiated)
+    options = _ops.resolved(x, lora_b, options, groups.alpha_t is None, differentiated)
     if differentiated or torch_private.in_forward_mode():
         return torch_private.apply(
             AFALoRAGroupedFunction, direct, x, weight, bias, lora_a, lora_b, base, *groups, seed, options, inplace,
