@@ -43,12 +43,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
 
     Warns:
         UserWarning: ``alpha_t`` is not 0, so stock PEFT would compute another function with this
-        checkpoint; its
-            ``adapter_config.json`` says so as well.
+            checkpoint; its ``adapter_config.json`` says so as well.
 
     Raises:
         ValueError: the model has no AFA layer, or something trains that such a checkpoint cannot
-        hold.
+            hold.
     """
     _check_adapter(model, adapter)
     layers = dict(named_layers(model, adapter))

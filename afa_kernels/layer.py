@@ -108,7 +108,7 @@ class AFALinear(Branch):
 
         Raises:
             TypeError, ValueError: ``value`` is no number in [0, 1], or is not 0 while the layer is
-            merged.
+                merged.
         """
         value = normal(checks.alpha_value(value))
         if self._merged and value != 0.0:
@@ -161,7 +161,7 @@ class AFALinear(Branch):
 
         Raises:
             ValueError: ``alpha_t`` is not 0, the base layer computes its weight, or the merged
-            weight is not finite.
+                weight is not finite.
         """
         if self._merged:
             if keep_original and self._original_weight is None:

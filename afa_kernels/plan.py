@@ -26,7 +26,7 @@ class Plan:
             part of the frozen weight: that one GEMM).
         reason: why this backend and path, with what stood against the ones before it.
         launches: the kernels of a forward and a backward with their launch parameters, where the
-        backend tells them.
+            backend tells them.
         frozen: of a ragged call with a weight, how the rows of each group are multiplied with it, and why:
             "bmm: groups of equally many rows ..".
     """
@@ -58,8 +58,9 @@ def plan(
     :func:`afa_lora_grouped` (with ``weight``, :func:`afa_linear_grouped`) would.
 
     Args:
-        As in these; ``base``, ``inplace``, ``dropout_seed`` and ``bias`` are accepted and change
-        nothing, and neither does ``weight`` without ``offsets``.
+        x, lora_a, lora_b, alpha_t, activation, scaling, dropout_p, save, backend, offsets, ranks, weight: as in these;
+            ``weight`` changes nothing without ``offsets``.
+        **_shared: ``base``, ``inplace``, ``dropout_seed`` and ``bias`` are accepted and change nothing.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as the call itself would.

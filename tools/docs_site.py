@@ -76,9 +76,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--serve", action="store_true", help="serve it on localhost instead")
     arguments = parser.parse_args(argv)
     collect()
-    command = ["serve"] if arguments.serve else ["build", "--clean", "--quiet"]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # of the theme, about its successor
-    return subprocess.run([sys.executable, "-m", "mkdocs", *command], cwd=ROOT, env=environment).returncode
+    mkdocs = [sys.executable, "-m", "mkdocs"]
+    if arguments.serve:
+        return subprocess.run([*mkdocs, "serve"], cwd=ROOT, env=environment).returncode
+    # Not --quiet: with it mkdocs does not count the warnings that --strict makes errors of.
+    done = subprocess.run([*mkdocs, "build", "--clean"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        print(done.stdout + done.stderr)
+    return done.returncode
 
 
 if __name__ == "__main__":

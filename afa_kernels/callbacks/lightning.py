@@ -27,7 +27,7 @@ class LightningAnnealCallback(Callback):
 
     Raises:
         TypeError, ValueError: an argument does not fit, or (when training starts) its length is
-        unknown and no ``schedule`` was given.
+            unknown and no ``schedule`` was given.
     """
 
     def __init__(

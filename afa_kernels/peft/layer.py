@@ -163,7 +163,7 @@ class AFALoraLayer:
 
         Raises:
             TypeError, ValueError: ``value`` is no number in [0, 1], or is not 0 while the adapter
-            is merged, or the layer has no such annealed adapter.
+                is merged, or the layer has no such annealed adapter.
         """
         value = normal(checks.alpha_value(value))
         annealed = self._annealed(adapter)
