@@ -95,7 +95,9 @@ def test_nothing_of_the_caller_is_written(backend, problem):
 def test_inplace_writes_base_and_nothing_else(backend, problem):
     want = afa.afa_lora(**inputs(problem), alpha_t=0.5, base=problem.base, backend=backend)
     base = problem.base.clone()
+    version = base._version
     got = afa.afa_lora(**inputs(problem), alpha_t=0.5, base=base, inplace=True, backend=backend)
+    assert base._version > version
     assert got is base
     assert_close(base, want)
 
