@@ -57,11 +57,10 @@ def prices(layer: Layer, card: Card) -> dict[str, tuple[Range, Range]]:
 
 def _of_cuda(layer: Layer, card: Card, direction: int) -> Range:
     def seconds(which: str) -> float:
+        gpu, mma = card.gpu, getattr(card.mma, which)
         return sum(
-            max(kernel.seconds(card.gpu, which)[0], kernel.gaps(card.gpu, which) + flops / getattr(card.mma, which))
-            for kernel, flops in (
-                (kernel, _flops(layer, kernel.name)) for kernel in kernels(layer, card.gpu)[direction]
-            )
+            max(kernel.seconds(gpu, which)[0], kernel.gaps(gpu, which) + _flops(layer, kernel.name) / mma)
+            for kernel in kernels(layer, gpu)[direction]
         )
 
     return Range(seconds("good"), seconds("bad"))

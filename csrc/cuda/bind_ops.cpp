@@ -44,8 +44,6 @@ Shape shape_of(const Sizes& sizes) {
     return shape;
 }
 
-bool is_weight(Tensor w, Tensor x) { return w.element == x.element || w.is_float(); }
-
 // The part of a call that forward and backward share; false where an operand is not as the kernels
 // read it.
 bool fill(BranchCall& call, Tensor x, const std::vector<Member>& members, size_t results,
@@ -56,23 +54,16 @@ bool fill(BranchCall& call, Tensor x, const std::vector<Member>& members, size_t
             std::to_string(members.size()) + " and " + std::to_string(results));
     if (!x.is_readable())
         return false;
-    call.dtype = x.element == Element::bf16 ? DType::bf16 : DType::fp16;
+    fill_branch(call, x, seed, threshold, workspace, device, stream);
     call.shape.m = x.sizes[0];
     call.shape.k = static_cast<int>(x.sizes[1]);
     for (const auto& [a, b, alpha_t, activation, scaling] : members) {
-        if (!is_weight(a, x) || !is_weight(b, x))
+        if (!a.is_weight_for(x) || !b.is_weight_for(x))
             return false;
         const int i = call.shape.count++;
         call.shape.members[i] = {static_cast<int>(b.sizes[0]), static_cast<int>(a.sizes[0])};
         call.members[i] = {a.weight(), b.weight(), alpha_t.pointer<float>(), activation, scaling};
     }
-    call.x = x.data;
-    call.x_stride = x.strides[0];
-    call.seed = seed.pointer<int64_t>();
-    call.threshold = threshold;
-    call.workspace = workspace.data;
-    call.stream = reinterpret_cast<void*>(stream);
-    call.device = device_limits(device);
     return true;
 }
 
@@ -84,9 +75,8 @@ bool bound_forward(Tensor x, const std::vector<Member>& members, const std::vect
         return false;
     MemberOutput* output = call.outputs;
     for (const auto& [base, y, z] : outs) {
-        if (!y.is_readable() || (base.present && !base.is_readable()))
+        if (!fill_output(*output++, base, y, z))
             return false;
-        *output++ = {base.data, base.strides[0], y.data, y.strides[0], z.data};
     }
     forward(call);
     return true;
@@ -102,10 +92,8 @@ bool bound_backward(Tensor x, const std::vector<Member>& members, Tensor dx,
     call.dx = dx.data;
     MemberGradients* gradient = call.gradients;
     for (const auto& [dy, z, da, db] : gradients) {
-        if (!dy.is_readable() || (z.present && !z.is_readable_z()))
+        if (!fill_gradients(*gradient++, dy, z, da, db))
             return false;
-        *gradient++ = {dy.data, dy.strides[0], z.data,       da.data,
-                       db.data, da.is_float(), db.is_float()};
     }
     backward(call);
     return true;

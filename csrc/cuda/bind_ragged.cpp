@@ -38,20 +38,12 @@ bool fill(Call& call, Tensor x, const Weights3& weights, const GroupValues& valu
           int threshold, Tensor workspace, int device, uintptr_t stream) {
     const auto& [a, b, activation] = weights;
     const auto& [ends, ranks, alpha_t, scaling, number] = values;
-    const auto is_weight = [&](Tensor w) { return w.element == x.element || w.is_float(); };
-    if (!x.is_readable() || !is_weight(a) || !is_weight(b))
+    if (!x.is_readable() || !a.is_weight_for(x) || !b.is_weight_for(x))
         return false;
-    call.dtype = x.element == Element::bf16 ? DType::bf16 : DType::fp16;
+    fill_branch(call, x, seed, threshold, workspace, device, stream);
     call.shape = Shape(x.sizes[0], static_cast<int>(x.sizes[1]), static_cast<int>(b.sizes[1]),
                        static_cast<int>(a.sizes[1]));
     call.members[0] = {first_of(a), first_of(b), alpha_t.pointer<float>(), activation, number};
-    call.x = x.data;
-    call.x_stride = x.strides[0];
-    call.seed = seed.pointer<int64_t>();
-    call.threshold = threshold;
-    call.workspace = workspace.data;
-    call.stream = reinterpret_cast<void*>(stream);
-    call.device = device_limits(device);
     Groups& groups = call.groups;
     groups.count = static_cast<int>(a.sizes[0]);
     groups.ends = ends.pointer<int32_t>();
@@ -72,9 +64,8 @@ bool bound_forward(Tensor x, const Weights3& weights, const GroupValues& values,
     const DeviceScope scope(device);
     RaggedForwardCall call{};
     if (!fill(call, x, weights, values, seed, threshold, workspace, device, stream) ||
-        !y.is_readable() || (base.present && !base.is_readable()))
+        !fill_output(call.outputs[0], base, y, z))
         return false;
-    call.outputs[0] = {base.data, base.strides[0], y.data, y.strides[0], z.data};
     ragged_forward(call);
     return true;
 }
@@ -86,11 +77,9 @@ bool bound_backward(Tensor x, const Weights3& weights, const GroupValues& values
     const DeviceScope scope(device);
     RaggedBackwardCall call{};
     if (!fill(call, x, weights, values, seed, threshold, workspace, device, stream) ||
-        !dy.is_readable() || (z.present && !z.is_readable_z()))
+        !fill_gradients(call.gradients[0], dy, z, da, db))
         return false;
     call.dx = dx.data;
-    call.gradients[0] = {dy.data, dy.strides[0], z.data,       da.data,
-                         db.data, da.is_float(), db.is_float()};
     ragged_backward(call);
     return true;
 }

@@ -3,21 +3,13 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "cuda/check_call.h"
-#include "cuda/operands.h"
+#include "cuda/call_params.h"
 #include "cuda/reduction.h"
 #include "cuda/scratch.h"
 #include "cuda/tiles.h"
 
 namespace afa {
 namespace {
-
-// Limits that any supported GPU meets: scratch memory must not depend on the device.
-constexpr DeviceLimits kAnyDevice{1, 99 * 1024, 100 * 1024};
-
-DropoutParams dropout_of(const BranchCall& call) {
-    return {call.seed, call.threshold, call.first_row};
-}
 
 LaunchConfig config_of(const KernelPlan& plan, const BranchCall& call) {
     return {plan, call.shape, call.stream};
@@ -32,24 +24,6 @@ LaunchConfig chunks_config(KernelPlan plan, const BranchCall& call, int64_t rows
 LaunchConfig tiles_config(KernelPlan plan, const BranchCall& call, int rank) {
     plan.grid_x = (call.shape.m + tile_rows(rank) - 1) / tile_rows(rank);
     return config_of(plan, call);
-}
-
-ProjectParams project_x(const BranchCall& call, const ForwardPlan& plan, const KernelPlan& kernel,
-                        float* partial) {
-    ProjectParams p{};
-    p.wide = call.x;
-    p.wide_stride = call.x_stride;
-    fill_rank_rows(p.narrow, call);
-    p.rounded = weights_of(call) == Weights::rounded;
-    p.staged = kernel.staged;
-    p.partial = partial;
-    p.m = p.partial_rows = call.shape.m;
-    p.w = call.shape.k;
-    p.segment = plan.segment;
-    p.splits = plan.splits;
-    p.stages = kernel.stages;
-    p.dropout = dropout_of(call);
-    return p;
 }
 
 // z as the forward computed it, bit for bit: the same segments, summed in the same order.
@@ -72,16 +46,11 @@ void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const Backwar
         member.first = i < call.shape.count ? slabs : kNoMember;
         if (i >= call.shape.count || !(needs_dz(call, i) || call.gradients[i].db))
             continue;
+        member = dy_member(call, i);
+        member.first = slabs;
         slabs += plan.dh_parts[i];
-        member.dy = call.gradients[i].dy;
-        member.dy_stride = call.gradients[i].dy_stride;
-        member.b = weight_b(call, i);
-        member.z = call.gradients[i].z;
-        member.z_cols = call.shape.members[i].r;
-        member.alpha_t = call.members[i].alpha_t;
         member.dh = needs_dz(call, i) ? scratch.dh[i] : nullptr;
         member.db = call.gradients[i].db ? scratch.db[i] : nullptr;
-        member.activation = call.members[i].activation;
     }
     if (slabs == 0)
         return;
@@ -96,57 +65,28 @@ void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const Backwar
 // dh alone, of a lone layer.
 void launch_project_dy(const BackwardCall& call, const BackwardPlan& plan,
                        const BackwardScratch& scratch) {
-    ProjectParams p{};
-    p.wide = call.gradients[0].dy;
-    p.wide_stride = call.gradients[0].dy_stride;
-    p.narrow[0] = weight_b(call, 0);
-    p.narrow_transposed = true;
-    p.rounded = weights_of(call) == Weights::rounded;
-    p.staged = plan.project_dy.staged;
-    p.partial = scratch.dh[0];
-    p.m = p.partial_rows = call.shape.m;
-    p.w = call.shape.members[0].n;
-    p.segment = plan.segment;
-    p.splits = plan.dh_parts[0];
-    p.stages = plan.project_dy.stages;
+    const ProjectParams p =
+        project_dy(call, plan.project_dy, plan.segment, plan.dh_parts[0], scratch.dh[0]);
     rank_kernels(call.dtype, plan.dy_rank)
         .project_dy(tiles_config(plan.project_dy, call, plan.dy_rank), p);
 }
 
 // dB alone, of a lone layer.
 void launch_db(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch) {
-    OuterParams p{};
-    p.wide = call.gradients[0].dy;
-    p.wide_stride = call.gradients[0].dy_stride;
-    p.narrow = scratch.h;
+    OuterParams p = outer_dy(call, plan.db, plan.db_rows, scratch.h);
     p.partial = scratch.db[0];
     p.adds = call.first_row > 0;
-    p.m = call.shape.m;
-    p.rows_per_chunk = plan.db_rows;
-    p.w = call.shape.members[0].n;
-    p.stages = plan.db.stages;
     rank_kernels(call.dtype, plan.dy_rank).db(chunks_config(plan.db, call, plan.db_rows), p);
 }
 
 void launch_x(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch,
               bool need_da) {
-    OuterParams p{};
-    p.wide = call.x;
-    p.wide_stride = call.x_stride;
-    if (plan.x.dh_sums > 0)
+    const bool makes_dz = plan.x.dh_sums > 0;
+    OuterParams p = outer_x(call, plan.x, plan.da_rows, makes_dz ? nullptr : scratch.dz);
+    if (makes_dz)
         p.dz = dz_job(call, plan, scratch, 0);
-    else
-        p.narrow = scratch.dz;
-    fill_rank_rows(p.a, call);
-    p.rounded = any_a_rounded(call);
-    p.dx = call.dx;
     p.partial = need_da ? scratch.da : nullptr;
     p.adds = call.first_row > 0;
-    p.m = call.shape.m;
-    p.rows_per_chunk = plan.da_rows;
-    p.w = call.shape.k;
-    p.stages = plan.x.stages;
-    p.dropout = dropout_of(call);
     rank_kernels(call.dtype, plan.rank).x(chunks_config(plan.x, call, plan.da_rows), p);
 }
 
@@ -242,27 +182,17 @@ void forward(const ForwardCall& call) {
     ForwardParams p{};
     for (int i = 0; i < kMaxMembers; ++i) {
         ForwardMember& member = p.members[i];
-        if (i >= shape.count) {
-            member.first = kNoMember;
+        member.first = kNoMember;
+        if (i >= shape.count)
             continue;
-        }
         const MemberOutput& out = call.outputs[i];
         check_matrix("y", out.y, out.y_stride, shape);
         check_matrix("base", out.base, out.base_stride, shape);
         check_z(out.z, shape.members[i].r, shape);
+        member = forward_member(call, i, out);
         member.first = column_tiles(shape, i);
         member.rank0 = shape.rank0(i);
         member.ranks = (i + 1 < shape.count ? shape.rank0(i + 1) : plan.rank) - member.rank0;
-        member.b = weight_b(call, i);
-        member.base = out.base;
-        member.base_stride = out.base_stride;
-        member.y = out.y;
-        member.y_stride = out.y_stride;
-        member.z = out.z;
-        member.z_cols = shape.members[i].r;
-        member.alpha_t = call.members[i].alpha_t;
-        member.activation = call.members[i].activation;
-        member.scaling = call.members[i].scaling;
     }
     p.count = shape.count;
     p.column_tiles = column_tiles(shape, shape.count);

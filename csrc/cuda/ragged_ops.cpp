@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "cuda/check_call.h"
-#include "cuda/operands.h"
+#include "cuda/call_params.h"
 #include "cuda/ragged_launch.h"
 #include "cuda/ragged_plan.h"
 #include "cuda/reduction.h"
@@ -13,9 +12,6 @@
 
 namespace afa {
 namespace {
-
-// Scratch memory does not depend on the device or the groups.
-constexpr DeviceLimits kAnyDevice{1, 99 * 1024, 100 * 1024};
 
 int64_t partial_z(const Shape& shape, const RaggedPlan& plan) {
     return plan.one_pass ? 0 : plan.splits * shape.m * plan.rank;
@@ -85,23 +81,12 @@ Groups filled(Groups groups, const BranchCall& call, const RaggedPlan& plan) {
     return groups;
 }
 
-DropoutParams dropout_of(const BranchCall& call) { return {call.seed, call.threshold, 0}; }
-
-ProjectParams project_x(const BranchCall& call, const Groups& groups, const RaggedPlan& plan,
-                        const KernelPlan& kernel, float* partial) {
-    ProjectParams p{};
-    p.wide = call.x;
-    p.wide_stride = call.x_stride;
+// x A^T with the A of the groups.
+ProjectParams project_groups(const BranchCall& call, const Groups& groups, const RaggedPlan& plan,
+                             const KernelPlan& kernel, float* partial) {
+    ProjectParams p = project_x(call, plan, kernel, partial);
     p.narrow[0] = a_of(call, groups);
     p.rounded = weights_of(call, groups) == Weights::rounded;
-    p.staged = kernel.staged;
-    p.partial = partial;
-    p.m = p.partial_rows = call.shape.m;
-    p.w = call.shape.k;
-    p.segment = plan.segment;
-    p.splits = plan.splits;
-    p.stages = kernel.stages;
-    p.dropout = dropout_of(call);
     return p;
 }
 
@@ -111,31 +96,24 @@ void launch_forward(const BranchCall& call, const Groups& groups, const RaggedPl
     RaggedForwardParams p{};
     p.groups = groups;
     ForwardMember& member = p.call.members[0];
+    member = forward_member(call, 0, out);
     member.ranks = plan.rank;
     member.b = b_of(call, groups);
-    member.base = out.base;
-    member.base_stride = out.base_stride;
-    member.y = out.y;
-    member.y_stride = out.y_stride;
-    member.z = out.z;
     member.z_cols = z_cols;
-    member.alpha_t = call.members[0].alpha_t;
-    member.activation = call.members[0].activation;
-    member.scaling = call.members[0].scaling;
     p.call.count = 1;
     p.call.column_tiles = columns;
     p.call.column_blocks = columns > 0 ? plan.expand.grid_y : 1;
     p.call.inverse_keep = inverse_keep(call.threshold);
     const RaggedKernels& kernels = ragged_kernels(call.dtype, plan.rank);
     if (plan.one_pass) {
-        p.call.project = project_x(call, groups, plan, plan.forward, nullptr);
+        p.call.project = project_groups(call, groups, plan, plan.forward, nullptr);
         kernels.forward({plan.forward, call.shape, call.stream}, p);
         return;
     }
-    const RaggedProjectParams project{groups, project_x(call, groups, plan, plan.project, partial),
-                                      plan.segment};
+    const RaggedProjectParams project{
+        groups, project_groups(call, groups, plan, plan.project, partial), plan.segment};
     kernels.project({plan.project, call.shape, call.stream}, project);
-    p.call.project = project_x(call, groups, plan, plan.expand, partial);
+    p.call.project = project_groups(call, groups, plan, plan.expand, partial);
     KernelPlan expand = plan.expand;
     expand.grid_y = p.call.column_blocks;
     kernels.expand({expand, call.shape, call.stream}, p);
@@ -143,22 +121,13 @@ void launch_forward(const BranchCall& call, const Groups& groups, const RaggedPl
 
 void launch_project_dy(const RaggedBackwardCall& call, const Groups& groups, const RaggedPlan& plan,
                        const RaggedScratch& scratch) {
-    RaggedProjectParams p{};
-    p.groups = groups;
-    p.call.wide = call.gradients[0].dy;
-    p.call.wide_stride = call.gradients[0].dy_stride;
+    const KernelPlan& kernel = plan.project_dy;
+    RaggedProjectParams p{groups,
+                          project_dy(call, kernel, plan.dy_segment, kernel.grid_y, scratch.dh),
+                          plan.low_rank_segment};
     p.call.narrow[0] = b_of(call, groups);
-    p.call.narrow_transposed = true;
     p.call.rounded = weights_of(call, groups) == Weights::rounded;
-    p.call.staged = plan.project_dy.staged;
-    p.call.partial = scratch.dh;
-    p.call.m = p.call.partial_rows = call.shape.m;
-    p.call.w = call.shape.members[0].n;
-    p.call.segment = plan.dy_segment;
-    p.call.splits = plan.project_dy.grid_y;
-    p.call.stages = plan.project_dy.stages;
-    p.low_rank_segment = plan.low_rank_segment;
-    ragged_kernels(call.dtype, plan.rank).project_dy({plan.project_dy, call.shape, call.stream}, p);
+    ragged_kernels(call.dtype, plan.rank).project_dy({kernel, call.shape, call.stream}, p);
 }
 
 // dz and, for the db kernel, h.
@@ -182,12 +151,8 @@ void launch_rows(const RaggedBackwardCall& call, const Groups& groups, const Rag
     p.inverse_keep = inverse_keep(call.threshold);
     if (!job.dz && !job.h)
         return;
-    LaunchConfig config{{}, call.shape, call.stream};
-    config.plan.kernel = "ragged_rows";
-    config.plan.grid_x = slots_of(call.shape.m, groups.count, kRowsOfPiece);
-    config.plan.threads = kReduceThreads;
-    config.plan.shared_bytes = kPlaceBytes;
-    launch_ragged_rows(call.dtype, config, p);
+    const int64_t slots = slots_of(call.shape.m, groups.count, kRowsOfPiece);
+    launch_ragged_rows(call.dtype, blocks_config(call, "ragged_rows", slots, kPlaceBytes), p);
 }
 
 // Round `round` of a sum over rows; without slabs where it has none.
@@ -217,15 +182,12 @@ void launch_dy(const RaggedBackwardCall& call, const Groups& groups, const Ragge
     p.groups = groups;
     p.sums = sums;
     DyMember& member = p.call.members[0];
-    member.dy = call.gradients[0].dy;
-    member.dy_stride = call.gradients[0].dy_stride;
+    member = dy_member(call, 0);
     member.b = b_of(call, groups);
     member.z = z;
     member.z_cols = z_cols;
-    member.alpha_t = call.members[0].alpha_t;
     member.dh = needs_dz(call, 0) ? scratch.dh : nullptr;
     member.db = static_cast<float*>(sums.out);  // whether there is one; its place is in the sums
-    member.activation = call.members[0].activation;
     p.call.m = call.shape.m;
     p.call.rows_per_chunk = plan.chunk_rows;
     p.call.stages = plan.dy.stages;
@@ -234,35 +196,16 @@ void launch_dy(const RaggedBackwardCall& call, const Groups& groups, const Ragge
 
 void launch_db(const RaggedBackwardCall& call, const Groups& groups, const RaggedPlan& plan,
                const RaggedScratch& scratch, const GroupSums& sums) {
-    RaggedOuterParams p{};
-    p.groups = groups;
-    p.sums = sums;
-    p.call.wide = call.gradients[0].dy;
-    p.call.wide_stride = call.gradients[0].dy_stride;
-    p.call.narrow = scratch.h;
-    p.call.m = call.shape.m;
-    p.call.rows_per_chunk = plan.chunk_rows;
-    p.call.w = call.shape.members[0].n;
-    p.call.stages = plan.db_kernel.stages;
+    const RaggedOuterParams p{groups, outer_dy(call, plan.db_kernel, plan.chunk_rows, scratch.h),
+                              sums};
     ragged_kernels(call.dtype, plan.rank).db(slots_config(plan.db_kernel, call, groups, sums), p);
 }
 
 void launch_x(const RaggedBackwardCall& call, const Groups& groups, const RaggedPlan& plan,
               const RaggedScratch& scratch, const GroupSums& sums) {
-    RaggedOuterParams p{};
-    p.groups = groups;
-    p.sums = sums;
-    p.call.wide = call.x;
-    p.call.wide_stride = call.x_stride;
-    p.call.narrow = scratch.dz;
+    RaggedOuterParams p{groups, outer_x(call, plan.x, plan.chunk_rows, scratch.dz), sums};
     p.call.a[0] = a_of(call, groups);
     p.call.rounded = is_rounded(p.call.a[0]);
-    p.call.dx = call.dx;
-    p.call.m = call.shape.m;
-    p.call.rows_per_chunk = plan.chunk_rows;
-    p.call.w = call.shape.k;
-    p.call.stages = plan.x.stages;
-    p.call.dropout = dropout_of(call);
     ragged_kernels(call.dtype, plan.rank).x(slots_config(plan.x, call, groups, sums), p);
 }
 
@@ -274,13 +217,9 @@ void launch_sum(const RaggedBackwardCall& call, const Groups& groups, const Ragg
                    : 0;
     };
     RaggedSumParams p{groups, da, db, plan.rank, blocks(da), blocks(db)};
-    LaunchConfig config{{}, call.shape, call.stream};
-    config.plan.kernel = "ragged_sum";
-    config.plan.grid_x = plan.sums * (p.da_blocks + p.db_blocks);
-    config.plan.threads = kReduceThreads;
-    config.plan.shared_bytes = kPlaceBytes;
-    if (config.plan.grid_x > 0)
-        launch_ragged_sum(call.dtype, config, p);
+    const int64_t all = plan.sums * (p.da_blocks + p.db_blocks);
+    if (all > 0)
+        launch_ragged_sum(call.dtype, blocks_config(call, "ragged_sum", all, kPlaceBytes), p);
 }
 
 }  // namespace

@@ -13,6 +13,17 @@ inline int reduce_blocks(int64_t threads) {
     return static_cast<int>((threads + kReduceThreads - 1) / kReduceThreads);
 }
 
+// A launch of a kernel that has no plan, with kReduceThreads threads in a block.
+inline LaunchConfig blocks_config(const BranchCall& call, const char* kernel, int64_t blocks,
+                                  int shared_bytes = 0) {
+    LaunchConfig config{{}, call.shape, call.stream};
+    config.plan.kernel = kernel;
+    config.plan.grid_x = blocks;
+    config.plan.threads = kReduceThreads;
+    config.plan.shared_bytes = shared_bytes;
+    return config;
+}
+
 // Gathers the jobs of a launch of the reduce kernel.
 class Reduction {
   public:
@@ -32,13 +43,8 @@ class Reduction {
     }
     void launch(const BranchCall& call) const {
         const int64_t blocks = static_cast<int64_t>(params_.rows_blocks) + weight_blocks_;
-        if (blocks == 0)
-            return;
-        LaunchConfig config{{}, call.shape, call.stream};
-        config.plan.kernel = "reduce";
-        config.plan.grid_x = blocks;
-        config.plan.threads = kReduceThreads;
-        launch_reduce(call.dtype, config, params_);
+        if (blocks > 0)
+            launch_reduce(call.dtype, blocks_config(call, "reduce", blocks), params_);
     }
 
   private:

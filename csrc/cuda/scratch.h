@@ -8,6 +8,9 @@
 
 namespace afa {
 
+// Limits that any supported GPU meets: scratch memory must not depend on the device.
+constexpr DeviceLimits kAnyDevice{1, 99 * 1024, 100 * 1024};
+
 struct Element {  // of T
     uint16_t bits;
 };
