@@ -21,12 +21,8 @@ from bench.shapes import DEFAULT_SHAPES, DTYPES, EXPERTS, LAYERS, MODELS, TRANSF
 
 _OUTPUT = Path("outputs/bench")
 _SECONDS = {"branch": 15.0, "layer": 15.0, "model": 130.0, "grouped": 30.0}  # of timing per case
-_PRECISION = {
-    "branch": 0.01,
-    "layer": 0.01,
-    "model": 0.002,
-    "grouped": 0.01,
-}  # a model's tax is a difference of long times
+# A model's tax is a difference of long times.
+_PRECISION = {"branch": 0.01, "layer": 0.01, "model": 0.002, "grouped": 0.01}
 _QUICK_SECONDS, _QUICK_BUDGET = 2.0, 75
 # torch.compile takes longer than the rest of a quick run.
 _NOT_IN_QUICK = ("compiled",)
@@ -204,13 +200,10 @@ def _why_skip(case: Case, arguments: argparse.Namespace, elapsed: float) -> str 
 
 
 def _records(case, arguments, chosen, roof) -> Iterable[dict[str, object]]:
-    if case.scope == "model":
+    trained = {"model": transformer_suite, "grouped": grouped_suite}
+    if case.scope in trained:
         options = suite.Options(*_effort(case, arguments), True, False, clock=arguments.clock)
-        yield from transformer_suite.run_case(case, chosen, options, roof, _say)
-        return
-    if case.scope == "grouped":
-        options = suite.Options(*_effort(case, arguments), True, False, clock=arguments.clock)
-        yield from grouped_suite.run_case(case, chosen, options, roof, _say)
+        yield from trained[case.scope].run_case(case, chosen, options, roof, _say)
         return
     for options in _options(case, arguments):
         yield from suite.run_case(case, chosen, options, roof, _say)

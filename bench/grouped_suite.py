@@ -1,13 +1,13 @@
 """The rows of the scope "grouped": forward and backward of each provider, checked against float64 and timed."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench import rows
 from bench.cost import Cost
+from bench.entrants import enter
 from bench.grouped import Call, Operands, plain
 from bench.memory import Memory, memory_of
 from bench.problem import relative_error
@@ -22,7 +22,7 @@ class Step:
     """Forward and backward of a function of x, A and B; the frozen experts have a gradient of x alone."""
 
     def __init__(self, o: Operands, call: Call, frozen: bool):
-        self.dy, self.call = o.dy, call
+        self.weight, self.dy, self.call = o.weight, o.dy, call
         self.operands = [t.detach().requires_grad_() for t in (o.x, o.lora_a, o.lora_b)]
         self.inputs = self.operands[:1] if frozen else self.operands
 
@@ -36,14 +36,9 @@ class Step:
         y, gradients = self.backward(self.forward())
         return {"y": y.detach()} | dict(zip(("dx", "da", "db"), gradients, strict=False))
 
-
-class Entrant(NamedTuple):
-    """A provider that passed its check."""
-
-    provider: Provider
-    step: Step
-    check: Check
-    memory: Memory
+    def memory(self) -> Memory:
+        operands = (*self.operands, self.weight, self.dy)
+        return memory_of(self.forward, lambda: self.backward(self.forward()), operands, str(self.dy.device))
 
 
 def run_case(
@@ -58,27 +53,16 @@ def run_case(
     # A mask is random and differs between providers: accuracy is that of the call without it.
     unmasked = Operands.of(case._replace(dropout=0.0)) if case.dropout else o
     references: dict[str, tuple[dict[str, Tensor], dict[str, float]]] = {}
-    entrants = {}
-    for name, provider in chosen.items():
-        say(f"checking {name}")
-        who = {"provider": name, "ours": provider.ours, **case._asdict()}
-        reason = provider.absent(case)
-        if reason is not None:
-            yield rows.absent(reason) | who
-            continue
+
+    def checked(provider: Provider) -> tuple[Step, Check]:
         frozen = provider.function == FROZEN
-        step = Step(o, provider.grouped(o), frozen)
-        checked = Step(unmasked, provider.grouped(unmasked), frozen).results()
         if provider.function not in references:
             references[provider.function] = _reference(unmasked, provider.function, frozen)
-        check = compared(checked, *references[provider.function], o.x.dtype)
-        if not check.right:
-            yield rows.wrong(check) | who
-            continue
-        memory = memory_of(
-            step.forward, lambda step=step: step.backward(step.forward()), (*step.operands, o.weight, o.dy), case.device
-        )
-        entrants[name] = Entrant(provider, step, check, memory)
+        got = Step(unmasked, provider.grouped(unmasked), frozen).results()
+        check = compared(got, *references[provider.function], o.x.dtype)
+        return Step(o, provider.grouped(o), frozen), check
+
+    entrants = yield from enter(case, chosen, checked, Step.memory, say)
     references.clear()
     works = {name: Work(lambda: None, {"forward": e.step.forward, "backward": e.step.backward}, "both")
              for name, e in entrants.items()}  # fmt: skip

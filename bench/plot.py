@@ -50,11 +50,11 @@ def draw(results: list[Path], folder: Path) -> list[Path]:
     for variable, label in (("m", "tokens M"), ("r", "rank r")):
         sweeps = [sweep for rows in by_file for sweep in _sweeps(rows, variable)]
         if sweeps:
-            figure = _tax_figure(sweeps, label=label)
+            figure = _tax_figure(sweeps, label)
             written.append(_save(figure, folder, f"tax_{'tokens' if variable == 'm' else 'rank'}"))
     sweeps = [sweep for rows in by_file for sweep in _expert_sweeps(rows)]
     if sweeps:
-        written.append(_save(_tax_figure(sweeps, "symlog"), folder, "tax_experts"))
+        written.append(_save(_tax_figure(sweeps, "experts", "symlog"), folder, "tax_experts"))
     points = [row for rows in by_file for row in rows if _on_roofline(row)]
     if points:
         roofs = [record for records in files for record in records if record["kind"] == "roof"]
@@ -101,7 +101,7 @@ def _expert_sweeps(rows: list[dict]) -> Iterator[tuple[str, dict[str, list[tuple
             yield title, {name: [(x, *y) for x, y in sorted(group[name].items())] for name in order}
 
 
-def _tax_figure(sweeps: list, scale: str = "linear", label: str = "experts"):
+def _tax_figure(sweeps: list, label: str, scale: str = "linear"):
     """Draw each sweep; ``scale`` is that of the tax."""
     width = 5.2 * len(sweeps) + 2.6
     figure, axes = plt.subplots(1, len(sweeps), figsize=(width, 4.4), squeeze=False, layout="constrained")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from bench import cost, rows
+from bench.entrants import Entrant, enter, who
 from bench.memory import Memory, memory_of
 from bench.problem import Problem
 from bench.providers import Provider
@@ -26,15 +27,6 @@ class Options(NamedTuple):
     clock: str = "wall"  # "process": the time of this process alone
 
 
-class Entrant(NamedTuple):
-    """A provider that passed its check on a case."""
-
-    provider: Provider
-    runner: Runner
-    check: Check
-    memory: Memory
-
-
 def run_case(
     case: Case,
     providers: dict[str, Provider],
@@ -48,25 +40,23 @@ def run_case(
     # A mask is random and differs between providers: accuracy is that of the call without it.
     plain = dataclasses.replace(problem, case=case._replace(dropout=0.0))
     checker = Checker(plain)
-    entrants = {}
-    for name, provider in providers.items():
-        say(f"checking {name}")
-        outcome = _enter(provider, problem, checker)
-        if isinstance(outcome, dict):
-            yield {**outcome, **_who(provider, case)}
-        else:
-            entrants[name] = outcome
+
+    def checked(provider: Provider) -> tuple[Runner, Check]:
+        runner = build(provider, problem)
+        return runner, checker.check(build(provider, plain) if case.dropout else runner, provider.function)
+
+    entrants = yield from enter(case, providers, checked, _memory, say)
     for wanted, make in ((options.training, training_work), (options.inference, inference_work)):
         if not wanted:
             continue
         works = {}
         for name, entrant in entrants.items():
             try:
-                works[name] = make(entrant.runner, options.cache, options.launch)
+                works[name] = make(entrant.step, options.cache, options.launch)
             except Exception as error:  # a peer may not survive its capture in a CUDA graph
                 if entrant.provider.ours:
                     raise
-                yield {**rows.failed(error), **_who(entrant.provider, case)}
+                yield {**rows.failed(error), **who(entrant.provider, case)}
         if not works:
             continue
         say(f"timing {', '.join(works)}")
@@ -77,34 +67,14 @@ def run_case(
                 yield row | {"cache": options.cache, "launch": options.launch, "rounds": rounds}
 
 
-def _who(provider: Provider, case: Case) -> dict[str, object]:
-    return {"provider": provider.name, "ours": provider.ours, **case._asdict()}
-
-
-def _enter(provider: Provider, problem: Problem, checker: Checker) -> Entrant | dict[str, object]:
-    """Return the entrant, or the record that says why the provider stays out."""
-    case = problem.case
-    reason = provider.absent(case)
-    if reason is not None:
-        return rows.absent(reason)
-    try:
-        runner = build(provider, problem)
-        checked = build(provider, checker.problem) if case.dropout else runner
-        check = checker.check(checked, provider.function)
-    except Exception as error:
-        if provider.ours:
-            raise
-        return rows.failed(error)
-    if not check.right:
-        return rows.wrong(check)
+def _memory(runner: Runner) -> Memory:
     base = runner.prepare()
-    memory = memory_of(
+    return memory_of(
         lambda: runner.forward(runner.prepare()),
         lambda: runner.backward(runner.forward(base)),
         runner.operands,
-        case.device,
+        runner.problem.case.device,
     )
-    return Entrant(provider, runner, check, memory)
 
 
 def _row(

@@ -1,10 +1,9 @@
 """The rows of the scope "model": forward and backward of a model per provider, and the optimizer's step."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from bench import optimizer, rows
-from bench.memory import Memory
+from bench.entrants import Entrant, enter
 from bench.providers import Provider, providers
 from bench.runner import Check
 from bench.shapes import Case, transformer
@@ -18,15 +17,6 @@ _OPTIMIZED = (_PEFT, "afa")
 _OPTIMIZER_SECONDS = 5.0  # at most
 
 
-class Entrant(NamedTuple):
-    """A provider that passed its check."""
-
-    provider: Provider
-    step: Step
-    check: Check
-    memory: Memory
-
-
 def run_case(
     case: Case,
     chosen: dict[str, Provider],
@@ -38,14 +28,14 @@ def run_case(
     operands = Operands.of(transformer(case.layer), case)
     known = providers()
     checker = Checker(known["eager"], known[FROZEN], case._replace(dropout=0.0), operands)
-    entrants = {}
-    for name, provider in chosen.items():
-        say(f"checking {name}")
-        outcome = _enter(provider, checker, case, operands)
-        if isinstance(outcome, dict):
-            yield {**outcome, "provider": name, "ours": provider.ours, **case._asdict()}
-        else:
-            entrants[name] = outcome
+
+    def checked(provider: Provider) -> tuple[Step, Check]:
+        step = Step(provider, case, operands)
+        # A mask is random and differs between providers: accuracy is that of the call without it.
+        unmasked = Step(provider, case._replace(dropout=0.0), operands) if case.dropout else step
+        return step, checker.check(unmasked, provider.function)
+
+    entrants = yield from enter(case, chosen, checked, Step.memory, say)
     if not entrants:
         return
     works = {name: _training(entrant.step) for name, entrant in entrants.items()}
@@ -69,25 +59,6 @@ def run_case(
 
 def _training(step: Step) -> Work:
     return Work(step.prepare, {"forward": step.forward, "backward": step.backward}, "both")
-
-
-def _enter(provider: Provider, checker: Checker, case: Case, operands: Operands) -> Entrant | dict[str, object]:
-    """Return the entrant, or the record that says why the provider stays out."""
-    reason = provider.absent(case)
-    if reason is not None:
-        return rows.absent(reason)
-    try:
-        step = Step(provider, case, operands)
-        # A mask is random and differs between providers: accuracy is that of the call without it.
-        checked = Step(provider, case._replace(dropout=0.0), operands) if case.dropout else step
-        check = checker.check(checked, provider.function)
-    except Exception as error:
-        if provider.ours:
-            raise
-        return rows.failed(error)
-    if not check.right:
-        return rows.wrong(check)
-    return Entrant(provider, step, check, step.memory())
 
 
 def _optimizer_rows(

@@ -1,6 +1,9 @@
 """The scope "grouped" of the benchmarks: its shapes, its providers, its rows and its picture."""
 
+import dataclasses
+
 import pytest
+from bench_rows import ROOF
 
 from bench import __main__ as command
 from bench import grouped, grouped_suite, plot, shapes
@@ -40,10 +43,25 @@ def test_peft_stays_out_with_dropout():
     case = next(iter(cases_of("4x24x16")))._replace(dropout=0.1)
     chosen = {name: provider for name, provider in grouped.providers().items() if name in ("frozen", "peft", "afa")}
     options = command.suite.Options(0.01, 0.1, True, False)
-    roof = {"gemm_gflop_s": {"f32": 1.0}, "copy_gb_s": 1.0}
-    records = list(grouped_suite.run_case(case, chosen, options, roof))
+    records = list(grouped_suite.run_case(case, chosen, options, ROOF))
     assert [r["provider"] for r in records if r["kind"] == "absent"] == ["peft"]
     assert {r["provider"] for r in records if r["kind"] == "row"} == {"frozen", "afa"}
+
+
+def test_a_peer_that_raises_stays_out_and_one_of_ours_does_not():
+    case = next(iter(cases_of("4x24x16")))
+
+    def raises(o):
+        raise RuntimeError("no kernel for this shape")
+
+    known = grouped.providers()
+    peer, own = (dataclasses.replace(known[name], grouped=raises) for name in ("grouped_mm", "afa"))
+    options = command.suite.Options(0.01, 0.1, True, False)
+    records = list(grouped_suite.run_case(case, {"grouped_mm": peer}, options, ROOF))
+    if known["grouped_mm"].absent(case) is None:
+        assert [r["reason"] for r in records] == ["RuntimeError: no kernel for this shape"]
+    with pytest.raises(RuntimeError, match="no kernel for this shape"):
+        list(grouped_suite.run_case(case, {"afa": own}, options, ROOF))
 
 
 def test_the_picture_has_a_panel_for_each_routing():

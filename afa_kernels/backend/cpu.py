@@ -69,14 +69,20 @@ def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
     return z
 
 
-def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db, dx=None):
-    accumulate_dx = dx is not None
+def _memory(x, a, b, z, dx, need_dx, need_da, need_db):
+    """Return z as the kernels take it, and what dx, dA and dB are written to; None: not wanted."""
+    if z is not None and not z.is_contiguous():
+        z = z.contiguous()
     if need_dx and dx is None:
         dx = torch.empty(x.shape, dtype=x.dtype)
     da = torch.empty(a.shape, dtype=a.dtype) if need_da else None
     db = torch.empty(b.shape, dtype=b.dtype) if need_db else None
-    if z is not None and not z.is_contiguous():
-        z = z.contiguous()
+    return z, dx, da, db
+
+
+def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db, dx=None):
+    accumulate_dx = dx is not None
+    z, dx, da, db = _memory(x, a, b, z, dx, need_dx, need_da, need_db)
     activation, scaling, dropout = spec
     native._C.cpu_backward(
         x, a, b, alpha_t, seed, COMPILED_IDS[activation], dropout, scaling, torch.get_num_threads(),
@@ -102,15 +108,13 @@ def group_forward(x, members, *, bases, outs, save_z):
 
 def group_backward(dys, x, members, zs, *, need_dx, need_da, need_db, dx=None):
     accumulate_dx = dx is not None
-    if need_dx and dx is None:
-        dx = torch.empty(x.shape, dtype=x.dtype)
     das, dbs, fields = [], [], []
     for i, (a, b, alpha_t, spec) in enumerate(members):
-        z = None if zs is None else zs[i].contiguous()
-        das.append(torch.empty(a.shape, dtype=a.dtype) if need_da[i] else None)
-        dbs.append(torch.empty(b.shape, dtype=b.dtype) if need_db[i] else None)
-        activation = COMPILED_IDS[spec.activation]
-        fields.append((a, b, alpha_t, activation, spec.scaling, dys[i], z, das[i], dbs[i]))
+        z = None if zs is None else zs[i]
+        z, dx, da, db = _memory(x, a, b, z, dx, need_dx, need_da[i], need_db[i])
+        das.append(da)
+        dbs.append(db)
+        fields.append((a, b, alpha_t, COMPILED_IDS[spec.activation], spec.scaling, dys[i], z, da, db))
     native._C.cpu_group_backward(x, torch.get_num_threads(), tuple(fields), dx, accumulate_dx)
     return dx, das, dbs
 
@@ -126,12 +130,7 @@ def ragged_forward(x, a, b, groups, seed, spec, *, base, out, save_z):
 
 def ragged_backward(dy, x, a, b, groups, z, seed, spec, *, need_dx, need_da, need_db, dx=None):
     accumulate_dx = dx is not None
-    if need_dx and dx is None:
-        dx = torch.empty(x.shape, dtype=x.dtype)
-    da = torch.empty(a.shape, dtype=a.dtype) if need_da else None
-    db = torch.empty(b.shape, dtype=b.dtype) if need_db else None
-    if z is not None and not z.is_contiguous():
-        z = z.contiguous()
+    z, dx, da, db = _memory(x, a, b, z, dx, need_dx, need_da, need_db)
     activation, scaling, dropout = spec
     native._C.cpu_ragged_backward(
         x, a, b, *groups, seed, COMPILED_IDS[activation], dropout, scaling, torch.get_num_threads(),

@@ -54,7 +54,7 @@ void check_groups(const RaggedParams& p) {
         throw py::type_error("offsets: expected a torch.Tensor, got None");
     int64_t before = 0;
     for (int64_t g = 0; g < p.groups; ++g) {
-        const int64_t end = *p.offsets.at(g), rank = p.ranks.data ? *p.ranks.at(g) : p.r;
+        const int64_t end = *p.offsets.at(g), rank = p.rank_of(g);
         if (end < before || end > p.m)
             throw py::value_error("offsets: expected ends of groups from 0 to " +
                                   std::to_string(p.m) + " that do not decrease");

@@ -69,7 +69,7 @@ class Work {
     explicit Work(const RaggedParams& p) {
         int64_t begin = 0, products = 0;
         for (int64_t g = 0; g < p.groups; ++g) {
-            const int64_t end = *p.offsets.at(g), rank = p.ranks.data ? *p.ranks.at(g) : p.r;
+            const int64_t end = *p.offsets.at(g), rank = p.rank_of(g);
             const Rows rows{g, begin, end - begin, rank, (end - begin) * rank * (p.k + p.n)};
             if (rows.products == 0) {
                 idle.push_back(g);

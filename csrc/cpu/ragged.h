@@ -34,6 +34,8 @@ struct RaggedParams : CommonParams {
     int activation = 0;
     Stack a;  // (G, r, K), any dtype
     Stack b;  // (G, N, r), any dtype
+
+    int64_t rank_of(int64_t group) const { return ranks.data ? *ranks.at(group) : r; }
 };
 
 // Rows of no group and groups of rank 0 have no branch: their y is base, their z and dx are zero.

@@ -11,17 +11,19 @@
 // at a time are interleaved into pairs. A transposition makes one order from the other.
 //
 // Each pairs_*.h defines
-//   Pairs, Singles                 registers of kLanes pairs, and of half as many elements
+//   Pairs, Singles, kPairLanes   registers of kLanes pairs, that are kPairLanes elements, and of
+//                                kLanes elements
 //   zero_pairs(), zero_singles(), load_pairs(p), store_pairs(p, v)
 //   load_pairs(p, count), load_singles(p, count)
-//                                  the first `count` of bfloat16 or float32, zeros behind them
-//   broadcast_pair(p)              one pair in all lanes
-//   multiply_add_pairs(a, b, sum)  sum + a0 b0 + a1 b1 in each lane, of the pairs (a0, a1), (b0,
-//   b1) interleave(even, odd)          {even[0], odd[0], even[1], odd[1], ...} transpose(rows)
-//   rows[i] lane j = rows[j] lane i store_row_pairs(p, row0, row1) the pairs of two rows, in two
-//   registers, in an order that
-//                                  sort_columns(sums) brings into that of the columns: those of one
-//                                  row of a tile of sums
+//                                the first `count` of bfloat16 or float32, zeros behind them
+//   broadcast_pair(p)            one pair in all lanes
+//   multiply_add_pairs(a, b, s)  s + a0 b0 + a1 b1 in each lane, of the pairs (a0, a1) and (b0, b1)
+//   interleave(even, odd)        {even[0], odd[0], even[1], odd[1], ...}
+//   transpose(rows)              rows[i] lane j = rows[j] lane i
+//   store_row_pairs(p, row0, row1)
+//                                the pairs of two rows in two registers, in any order of columns
+//   sort_columns(sums)           brings one row of a tile of sums from that order into that of the
+//                                columns
 #pragma once
 
 #include <type_traits>

@@ -12,6 +12,8 @@
 //   zero(), broadcast(value), fma(a, b, c); + - * are the compiler's
 //   load(const T*), store(T*, Vec)   widen to float32, and round to T
 //   add_sums(out, a, b, c, d)        out[0..3] += the sums over the lanes of a, b, c, d
+// What takes two vectors or a part of one, store2, load_first and store_first, stands below, but
+// for AVX-512, which has instructions for it.
 #pragma once
 
 #if AFA_NEON_LEVEL >= 1

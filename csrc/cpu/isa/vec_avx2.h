@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "cpu/isa/scalar.h"
 
 #define AFA_VECTOR_REGISTERS 16

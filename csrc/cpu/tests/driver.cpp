@@ -38,6 +38,8 @@ int run(uint64_t problems, uint64_t first) {
         failures += afa::cpu::test::check_problem(seed);
         if (seed % 16 == 0)  // it takes as long as these many of the others
             failures += afa::cpu::test::check_rows(seed);
+        if (seed % 4 == 0)
+            failures += afa::cpu::test::check_ragged(seed);
     }
     std::printf("%s: %llu problems, %d failures\n", isa, static_cast<unsigned long long>(problems),
                 failures);

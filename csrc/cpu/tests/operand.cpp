@@ -88,4 +88,13 @@ Operand operand(int64_t rows, int64_t cols, Dtype dtype, double scale, bool dens
     return made;
 }
 
+int64_t differences(const Operand& part, const Operand& all, int64_t first) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < part.rows; ++i)
+        for (int64_t j = 0; j < part.cols; ++j)
+            found +=
+                std::memcmp(part.at(i, j), all.at(first + i, j), size_of(part.matrix.dtype)) != 0;
+    return found;
+}
+
 }  // namespace afa::cpu::test

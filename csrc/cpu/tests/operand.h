@@ -35,4 +35,7 @@ double normal();
 // Dense, transposed, or with gaps; filled with scale * normal, or with NaN if scale is 0.
 Operand operand(int64_t rows, int64_t cols, Dtype dtype, double scale, bool dense = false);
 
+// Elements of `part` that differ from those of `all` from row `first` on.
+int64_t differences(const Operand& part, const Operand& all, int64_t first);
+
 }  // namespace afa::cpu::test

@@ -13,10 +13,10 @@ namespace afa::cpu::test {
 namespace {
 
 // Around the rows that a kernel takes at once (3 or 6), a block of them (48, 64), and the blocks
-// that the backward takes through its phases together (96, 192, 256).
-constexpr int64_t kCounts[] = {1,  2,  3,  4,  5,  6,  7,  13,  16,  17,  47,  48,
-                               49, 63, 64, 65, 95, 96, 97, 191, 192, 193, 256, 257};
-constexpr int64_t kRows = 300;
+// that the backward takes through its phases together (from 48 at high ranks to 384 at low ones).
+constexpr int64_t kCounts[] = {1,  2,  3,  4,  5,  6,  7,   13,  16,  17,  47,  48,  49,
+                               63, 64, 65, 95, 96, 97, 191, 192, 193, 256, 257, 384, 385};
+constexpr int64_t kRows = 400;
 
 // What one call gives: y and z of each member, and dx.
 struct Results {
@@ -110,16 +110,6 @@ RowsProblem random_problem(uint64_t seed) {
         params.a = one.a.matrix, params.b = one.b.matrix;
     }
     return p;
-}
-
-// Elements of `part` that differ from those of `all` from row `first` on.
-int64_t differences(const Operand& part, const Operand& all, int64_t first) {
-    int64_t found = 0;
-    for (int64_t i = 0; i < part.rows; ++i)
-        for (int64_t j = 0; j < part.cols; ++j)
-            found +=
-                std::memcmp(part.at(i, j), all.at(first + i, j), size_of(part.matrix.dtype)) != 0;
-    return found;
 }
 
 }  // namespace

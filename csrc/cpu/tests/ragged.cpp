@@ -1,0 +1,208 @@
+// Ragged calls against calls of their groups alone, bit for bit; problem.cpp checks those.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+
+#include "common/activation.h"
+#include "cpu/ragged.h"
+#include "cpu/tests/checks.h"
+#include "cpu/tests/operand.h"
+
+namespace afa::cpu::test {
+
+namespace {
+
+enum class Base { absent, given, out };
+
+Operand zeros(int64_t rows, int64_t cols, Dtype dtype) {
+    Operand made = operand(rows, cols, dtype, 0, true);
+    std::fill(made.memory.begin(), made.memory.end(), 0);
+    return made;
+}
+
+// The elements of `from`, into the first rows and columns of `to`.
+void copy(const Operand& from, const Operand& to) {
+    for (int64_t i = 0; i < from.rows; ++i)
+        for (int64_t j = 0; j < from.cols; ++j)
+            std::memcpy(to.at(i, j), from.at(i, j), size_of(from.matrix.dtype));
+}
+
+Matrix part_of(const Operand& all, int64_t first) {
+    Matrix part = all.matrix;
+    part.data = all.at(first, 0);
+    return part;
+}
+
+// The matrices of a stack lie one below the other.
+Stack stack_of(const Operand& all, int64_t rows) {
+    return {all.matrix, rows * all.matrix.row_stride};
+}
+
+struct Results {
+    Operand out, z, dx, da, db;
+};
+
+struct RaggedProblem {
+    std::vector<int32_t> offsets, ranks;
+    std::vector<float> alphas, scalings;
+    int64_t key;
+    Base base_is;
+    bool recompute_z;
+    Operand x, dy, base, start, a, b;  // dx is added to `start`
+    Results got;
+    RaggedForwardParams f;
+    RaggedBackwardParams g;
+
+    void draw_groups();
+    explicit RaggedProblem(uint64_t seed);
+    void run();
+    Results alone(int64_t group, int64_t first, int64_t count, int64_t rank) const;
+};
+
+// Many small groups, which have a thread each, perhaps among them a large one, which has all.
+void RaggedProblem::draw_groups() {
+    f.groups = draw(1, 12), f.r = draw(1, draw(0, 4) ? 24 : 80);
+    const bool ranks_differ = draw(0, 1), alphas_differ = draw(0, 1), with_scalings = draw(0, 1);
+    const int64_t large = draw(0, 2 * f.groups);
+    for (int64_t i = 0; i < f.groups; ++i) {
+        f.m += i == large ? draw(100, 300) : draw(0, 2) ? draw(1, 50) : 0;
+        offsets.push_back(static_cast<int32_t>(f.m));
+        ranks.push_back(static_cast<int32_t>(draw(0, f.r)));
+        alphas.push_back(static_cast<float>(draw(0, 10)) / 10);
+        scalings.push_back(static_cast<float>(draw(1, 8)) / 4);
+    }
+    f.m += f.m == 0 || draw(0, 2) == 0 ? draw(1, 70) : 0;  // rows of no group
+    f.offsets = {offsets.data(), 1};
+    f.alpha_t = {alphas.data(), alphas_differ};
+    if (ranks_differ)
+        f.ranks = {ranks.data(), 1};
+    if (with_scalings)
+        f.scalings = {scalings.data(), 1};
+    f.scaling = 1.5f;
+}
+
+RaggedProblem::RaggedProblem(uint64_t seed) {
+    seed_draws(seed);
+    const auto length = [] { return draw(0, 1) ? draw(1, 700) : 64 * draw(1, 10); };
+    draw_groups();
+    f.k = length(), f.n = length();
+    f.dtype = static_cast<Dtype>(draw(0, 2));
+    f.activation = static_cast<int>(draw(0, kActivationCount - 1));
+    f.threads = static_cast<int>(draw(1, 4));
+    key = static_cast<int64_t>(bits());
+    f.seed = &key, f.dropout = draw(0, 2) ? 0 : static_cast<int>(draw(1, 200));
+    base_is = static_cast<Base>(draw(0, 2)), recompute_z = draw(0, 1);
+    g.accumulate_dx = f.dropout == 0 && draw(0, 1);
+
+    const Dtype factors = draw(0, 1) ? f.dtype : static_cast<Dtype>(draw(0, 3));
+    x = operand(f.m, f.k, f.dtype, 1), dy = operand(f.m, f.n, f.dtype, 1);
+    base = operand(f.m, f.n, f.dtype, 1), start = operand(f.m, f.k, f.dtype, 1, true);
+    a = operand(f.groups * f.r, f.k, factors, 1 / std::sqrt(f.k));
+    b = operand(f.groups * f.n, f.r, factors, 1 / std::sqrt(f.r));
+    got.out = operand(f.m, f.n, f.dtype, 0), got.z = operand(f.m, f.r, f.dtype, 0, true);
+    got.dx = operand(f.m, f.k, f.dtype, 0, true);
+    got.da = operand(f.groups * f.r, f.k, factors, 0, true);
+    got.db = operand(f.groups * f.n, f.r, factors, 0, true);
+    if (base_is == Base::out)
+        copy(base, got.out);
+    if (g.accumulate_dx)
+        copy(start, got.dx);
+
+    f.x = x.matrix, f.a = stack_of(a, f.r), f.b = stack_of(b, f.n);
+    static_cast<RaggedParams&>(g) = f;
+    if (base_is != Base::absent)
+        f.base = base_is == Base::out ? got.out.matrix : base.matrix;
+    f.out = got.out.matrix, f.z = got.z.matrix;
+    g.dy = dy.matrix, g.dx = got.dx.matrix;
+    g.da = stack_of(got.da, f.r), g.db = stack_of(got.db, f.n);
+    if (!recompute_z)
+        g.z = f.z;
+}
+
+void RaggedProblem::run() {
+    forward(f);
+    backward(g);
+}
+
+// What the ragged call has to give `count` rows and their group, from calls of an A and B of the
+// rank of the group.
+Results RaggedProblem::alone(int64_t group, int64_t first, int64_t count, int64_t rank) const {
+    Results whole{zeros(count, f.n, f.dtype), zeros(count, f.r, f.dtype),
+                  zeros(count, f.k, f.dtype), zeros(f.r, f.k, f.a.first.dtype),
+                  zeros(f.n, f.r, f.b.first.dtype)};
+    for (int64_t i = 0; i < count; ++i) {
+        for (int64_t j = 0; j < f.n && base_is != Base::absent; ++j)
+            std::memcpy(whole.out.at(i, j), base.at(first + i, j), size_of(f.dtype));
+        if (g.accumulate_dx)
+            std::memcpy(whole.dx.at(i, 0), start.at(first + i, 0), f.k * size_of(f.dtype));
+    }
+    if (count == 0 || rank == 0)
+        return whole;
+
+    ForwardMember forward_one;
+    forward_one.n = f.n, forward_one.r = rank;
+    forward_one.a = f.a.at(group), forward_one.b = f.b.at(group);
+    forward_one.alpha_t = f.alpha_t.at(group);
+    forward_one.activation = f.activation;
+    forward_one.scaling = f.scalings.data ? *f.scalings.at(group) : f.scaling;
+    BackwardMember backward_one;
+    static_cast<Member&>(backward_one) = forward_one;
+    const Operand z = operand(count, rank, f.dtype, 0, true);
+    const Operand da = operand(rank, f.k, f.a.first.dtype, 0, true);
+    const Operand db = operand(f.n, rank, f.b.first.dtype, 0, true);
+    if (base_is != Base::absent)
+        forward_one.base = whole.out.matrix;
+    forward_one.out = whole.out.matrix, forward_one.z = z.matrix;
+    backward_one.dy = part_of(dy, first), backward_one.z = z.matrix;
+    backward_one.da = da.matrix, backward_one.db = db.matrix;
+
+    ForwardParams forward_alone;
+    static_cast<CommonParams&>(forward_alone) = f;
+    forward_alone.m = count, forward_alone.first_row = first;
+    forward_alone.x = part_of(x, first);
+    forward_alone.threads = static_cast<int>(draw(1, 4));
+    forward_alone.members = &forward_one, forward_alone.count = 1;
+    BackwardParams backward_alone;
+    static_cast<CommonParams&>(backward_alone) = forward_alone;
+    backward_alone.members = &backward_one, backward_alone.count = 1;
+    backward_alone.dx = whole.dx.matrix, backward_alone.accumulate_dx = g.accumulate_dx;
+    forward(forward_alone);
+    backward(backward_alone);
+    copy(z, whole.z), copy(da, whole.da), copy(db, whole.db);
+    return whole;
+}
+
+}  // namespace
+
+int check_ragged(uint64_t seed) {
+    RaggedProblem p(seed);
+    p.run();
+    int failures = 0;
+    for (int64_t group = 0, first = 0; group <= p.f.groups; ++group) {
+        const bool is_group = group < p.f.groups;  // else the rows behind the last
+        const int64_t end = is_group ? p.offsets[group] : p.f.m;
+        const Results want = p.alone(group, first, end - first, is_group ? p.f.rank_of(group) : 0);
+        const auto expect = [&](const char* what, const Operand& wanted, const Operand& got,
+                                int64_t from) {
+            const int64_t found = differences(wanted, got, from);
+            if (found == 0)
+                return;
+            ++failures;
+            std::printf("seed %llu: %lld elements of %s differ in group %lld of %lld\n",
+                        static_cast<unsigned long long>(seed), static_cast<long long>(found), what,
+                        static_cast<long long>(group), static_cast<long long>(p.f.groups));
+        };
+        expect("y", want.out, p.got.out, first);
+        expect("z", want.z, p.got.z, first);
+        expect("dx", want.dx, p.got.dx, first);
+        if (is_group) {
+            expect("dA", want.da, p.got.da, group * p.f.r);
+            expect("dB", want.db, p.got.db, group * p.f.n);
+        }
+        first = end;
+    }
+    return failures;
+}
+
+}  // namespace afa::cpu::test
