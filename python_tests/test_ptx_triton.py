@@ -181,12 +181,12 @@ def test_a_removed_synchronization_is_noticed(simulated_gpu, pattern, call):
 
 
 @here
-@pytest.mark.skipif(SIMULATED_GPU == "sm_90", reason="the fault is planted in what Triton emits for sm_80")
 def test_a_tile_of_another_group_is_noticed(simulated_gpu):
-    """A program finds its group by quotients by 64 rows, which are shifts by 6 bits: the first with 5."""
+    """A program finds its group by quotients by 64 rows, which are shifts by 6 bits: with 5, where a thread has two
+    groups' offsets both of them, as Triton may put the one that matters here first or last."""
 
     def edit(name: str, text: str) -> str:
-        return re.sub(r"(shr\.s32.*), 6;", r"\1, 5;", text, count=1) if name.startswith("ragged_project") else text
+        return re.sub(r"(shr\.s32.*), 6;", r"\1, 5;", text) if name.startswith("ragged_project") else text
 
     with poisoned_memory():
         assert faulty(simulated_gpu, edit, ragged_call)
