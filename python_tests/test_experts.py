@@ -23,7 +23,7 @@ from expert_models import (
     routing,
     tokens,
 )
-from helpers import allowed_error, relative_error
+from helpers import allowed_error, relative_error, run_python
 
 import afa_kernels as afa
 import afa_kernels.experts.forward
@@ -263,6 +263,15 @@ def test_a_model_can_be_copied_and_pickled(copied):
     afa.set_alpha_t(other, 0.0)
     afa.merge(other)
     assert experts_of(other).afa["down_proj"].merged and not experts_of(model).afa["down_proj"].merged
+
+
+def test_another_process_loads_a_saved_model(tmp_path):
+    model, ids = injected(), tokens()
+    torch.save((model, ids, model(ids).logits.detach()), tmp_path / "model.pt")
+    run_python(
+        f"import torch; model, ids, want = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False); "
+        "torch.testing.assert_close(model(ids).logits.detach(), want)"
+    )
 
 
 def test_state_dicts():
