@@ -9,7 +9,7 @@ _SMALLEST = torch.finfo(torch.float32).tiny  # below it the float32 buffer would
 
 
 class Annealed(nn.Module):
-    """Base of the modules that have an alpha_t: :class:`afa_kernels.AFALinear`, and an adapter in a layer of PEFT.
+    """Base of the modules that have an alpha_t: the branches of this package, and an adapter in a layer of PEFT.
 
     ``alpha_t_buffer`` is 0-dim and float32 on every device and in every dtype that the module is cast to. It is written
     in place, so that a new value neither recompiles a compiled model nor waits for the device. ``identity`` is a Python
@@ -54,17 +54,19 @@ class Annealed(nn.Module):
                 buffer.fill_(self._alpha_t)  # to_empty() leaves it undefined
         return self
 
-    def _loaded_alpha_t(self, state_dict: dict[str, Tensor], prefix: str) -> float:
-        """Return the value that a state dict brings, checked, or the present one.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: it brings something else.
-        """
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         key = prefix + "alpha_t_buffer"
-        alpha = state_dict.get(key)
-        return self._alpha_t if alpha is None else checks.alpha_value(float(alpha), key)
-
-    def _take_loaded_alpha_t(self, value: float) -> None:
+        alpha = None if "alpha_t_buffer" in self._non_persistent_buffers_set else state_dict.get(key)
+        try:
+            value = self._alpha_t if alpha is None else checks.alpha_value(float(alpha), key)
+        except (TypeError, ValueError, RuntimeError) as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         if self.alpha_t_buffer.dtype != torch.float32:  # load_state_dict(assign=True) takes the dtype that it finds
             self.alpha_t_buffer = self.alpha_t_buffer.to(torch.float32)
         self._note_alpha_t(value)

@@ -86,19 +86,6 @@ class Branch(Annealed):
         self._options_in_evaluation = without_dropout(self._options)
         self._chosen = chosen
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        try:
-            value = self._loaded_alpha_t(state_dict, prefix)
-        except (TypeError, ValueError, RuntimeError) as error:
-            error_msgs.append(str(error))
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        self._take_loaded_alpha_t(value)
-
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "

@@ -9,7 +9,7 @@ from torch import nn
 from afa_kernels import checks
 from afa_kernels.base_layer import is_conv1d
 from afa_kernels.branch import Branch, check_options
-from afa_kernels.experts import AFAExpertLinear, seam
+from afa_kernels.experts import AFAExpertLinear
 from afa_kernels.experts.layer import AFAExperts, check_expert_rank, rank_of_expert
 from afa_kernels.experts.targets import find_parameters
 from afa_kernels.layer import AFALinear
@@ -180,7 +180,7 @@ def replace(
 def add_to_experts(layer: AFAExpertLinear) -> None:
     """Let the experts module of ``layer`` compute with it."""
     if not hasattr(layer.experts, "afa"):
-        seam.attach(layer.experts, AFAExperts())
+        AFAExperts().attach(layer.experts)
     layer.experts.afa[layer.parameter] = layer
 
 
@@ -226,7 +226,7 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> nn.Module:
         elif keep_original:
             _named(name, lambda layer=layer: layer.merge(keep_original=True))
     for _, layer in layers:
-        layer.merge(keep_original=keep_original)
+        layer.merge_checked(keep_original)
     return model
 
 
@@ -269,7 +269,7 @@ def unload(model: nn.Module) -> nn.Module:
                 child.base_layer.train(child.training)
                 setattr(parent, attribute, child.base_layer)
             elif isinstance(child, AFAExperts):
-                seam.detach(parent)
+                child.detach(parent)
         for attribute, value in parent.__dict__.pop(_FAST_PATH_MARK, {}).items():
             setattr(parent, attribute, value)
         parent.__dict__.pop(_TRAINABLE_MARK, None)

@@ -1,7 +1,6 @@
 """inject(target_parameters=...): the experts of a mixture compute the formula, each with its own branch."""
 
 import copy
-import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -252,32 +251,6 @@ def test_a_merge_that_would_overflow_changes_nothing():
     with pytest.raises(ValueError, match="merged weight would not be finite"):
         afa.merge(model)
     assert torch.equal(layer.weight, before) and not layer.merged
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_model_can_be_copied_and_pickled(copied):
-    model, ids = injected(), tokens()
-    afa.set_alpha_t(model, 0.25)
-    other = copied(model)
-    assert torch.equal(other(ids).logits, model(ids).logits)
-    afa.set_alpha_t(other, 0.0)
-    afa.merge(other)
-    assert experts_of(other).afa["down_proj"].merged and not experts_of(model).afa["down_proj"].merged
-
-
-def test_state_dicts():
-    model, ids = injected(), tokens()
-    afa.set_alpha_t(model, 0.25)
-    other = injected()
-    fill(other, seed=7)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(ids).logits, model(ids).logits) and experts_of(other).afa["down_proj"].alpha_t == 0.25
-    afa.set_alpha_t(model, 0.0)
-    want = model(ids).logits
-    afa.merge(model)
-    other.load_state_dict(model.state_dict())
-    torch.testing.assert_close(other(ids).logits, want)
-    assert experts_of(other).afa["down_proj"].merged
 
 
 def test_other_models_with_the_same_configuration_are_not_concerned(monkeypatch):

@@ -22,23 +22,23 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
             ``num_experts`` or more stands for an expert of another process.
     """
     up, down = projections(experts)
-    up_branches, down_branches = experts.afa.branches(up), experts.afa.branches(down)
-    if not up_branches and not down_branches:
+    branches = {parameter: experts.afa.branches(parameter) for parameter in (up, down)}
+    if not any(branches.values()):
         return _frozen_forward(experts, hidden_states, top_k_index, top_k_weights)
     order = Order(top_k_index)
     offsets = _offsets(order.expert, experts.num_experts)
     elsewhere = (order.expert >= experts.num_experts)[:, None] if experts._is_expert_parallel else None
 
-    def project(rows: Tensor, parameter: str, branches: list[BranchCall]) -> Tensor:
-        y = _project(experts, rows, offsets, order.expert, parameter, branches)
+    def project(rows: Tensor, parameter: str) -> Tensor:
+        y = _project(experts, rows, offsets, order.expert, parameter, branches[parameter])
         return y if elsewhere is None else y.masked_fill(elsewhere, 0.0)
 
     rows = order.by_expert(hidden_states)
     if elsewhere is not None:
         rows = rows.masked_fill(elsewhere, 0.0)  # its backward drops what is undefined there in dx
-    rows = project(rows, up, up_branches)
+    rows = project(rows, up)
     rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
-    rows = project(rows, down, down_branches)
+    rows = project(rows, down)
     if getattr(experts, "has_post_expert_norm", False):
         rows = experts.post_expert_norm(rows)
     rows = rows * order.of_pairs(top_k_weights.reshape(-1, 1))

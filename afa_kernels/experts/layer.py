@@ -1,20 +1,21 @@
 """AFAExpertLinear: the branches of all experts beside one fused parameter."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from afa_kernels import checks
-from afa_kernels.alpha import Annealed, normal
 from afa_kernels.branch import check_options
+from afa_kernels.experts import seam
 from afa_kernels.experts.parameters import BranchCall, local, weight_of, why_unsupported
+from afa_kernels.merging import Mergeable, plus
 
 EXPERT_RANKS = ("same", "per_active")
-_MERGED_KEY = "merged"
 
 
-class AFAExpertLinear(Annealed):
+class AFAExpertLinear(Mergeable):
     """A trainable AFA-LoRA branch for each expert, beside one fused parameter of an experts module.
 
     For the rows of expert e it adds ``scaling * phi(dropout(x) @ lora_a[e].T) @ lora_b[e].T`` to the frozen product.
@@ -71,26 +72,13 @@ class AFAExpertLinear(Annealed):
         self.lora_a = nn.Parameter(_sharded_like(weight, a.view(self.num_experts, self.r, self.in_features)))
         self.lora_b = nn.Parameter(_sharded_like(weight, b))
         self.start_alpha_t(1.0, weight.device, persistent=True)
-        self._merged = False
-        self._original: Tensor | None = None
+        self._weight_is_loaded = False  # set by AFAExperts while a state dict is loaded
         self.train(experts.training)
 
     @property
     def weight(self) -> Tensor:
         """The fused parameter."""
         return getattr(self.experts, self.parameter)
-
-    @property
-    def merged(self) -> bool:
-        """Whether the branches are part of the fused parameter."""
-        return self._merged
-
-    def set_alpha_t(self, value: float) -> None:
-        """Set the blend coefficient, as :meth:`afa_kernels.AFALinear.set_alpha_t` does."""
-        value = normal(checks.alpha_value(value))
-        if self._merged and value != 0.0:
-            raise ValueError(f"alpha_t: merged experts have no branch, got {value}; unmerge() first")
-        self.write_alpha_t(value)
 
     def branch(self) -> BranchCall:
         """Return what a call needs; dropout acts in training only."""
@@ -99,81 +87,16 @@ class AFAExpertLinear(Annealed):
             self.dropout if self.training else 0.0, self.save, self.backend,
         )  # fmt: skip
 
-    def check_merge(self) -> None:
-        """Raise the ValueError that :meth:`merge` would raise."""
-        if not self.identity:
-            raise ValueError(
-                f"merge: alpha_t is {self._alpha_t}, so the branch is not linear in x and no "
-                "weight equals it; anneal to alpha_t = 0 first"
-            )
-        finite = [torch.isfinite(merged).all() for _, merged in self._sums(self.scaling)]
-        if not all(map(bool, finite)):
-            raise ValueError("merge: the merged weight would not be finite; the weight is unchanged")
-
-    @torch.no_grad()
-    def merge(self, *, keep_original: bool = False) -> None:
-        """Add ``scaling * lora_b[e] @ lora_a[e]`` to the weight of each expert, one expert after the other. Arguments
-        and errors as in :meth:`afa_kernels.AFALinear.merge`."""
-        if self._merged:
-            if keep_original and self._original is None:
-                raise ValueError("keep_original: the layer is merged already and the original weight is gone")
-            return
-        self.check_merge()
-        if keep_original:
-            self._original = self.weight.detach().clone()
-        self._write(self.scaling)
-        self._merged = True
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Undo :meth:`merge`: bit for bit if it kept the original, by subtraction otherwise."""
-        if not self._merged:
-            return
-        if self._original is not None:
-            self.weight.copy_(self._original)
-        else:
-            self._write(-self.scaling)
-        self._original, self._merged = None, False
-
-    def _write(self, factor: float) -> None:
-        for weight, merged in self._sums(factor):
-            weight.copy_(merged)
-
-    @torch.no_grad()
-    def _sums(self, factor: float):
-        """Yield the weight of each expert of this process, ``(N, K)``, and its sum with ``factor`` times its branch,
-        rounded once."""
+    def _sums(self, factor: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """One expert of this process after the other."""
         weights = local(weight_of(self.experts, self.parameter).detach())
         for weight, a, b in zip(weights, local(self.lora_a), local(self.lora_b), strict=True):
-            wide = torch.float64 if torch.float64 in (weight.dtype, a.dtype) else torch.float32
-            with torch.autocast(weight.device.type, enabled=False):
-                product = b.to(wide) @ a.to(wide)
-            yield weight, torch.add(weight.to(wide), product, alpha=factor).to(weight.dtype)
+            yield weight, plus(weight, a, b, factor)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._merged:
-            # The saved parameter contains the branches: who loads it must not add them again.
-            destination[prefix + _MERGED_KEY] = torch.ones((), dtype=torch.bool)
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        merged = prefix + _MERGED_KEY in state_dict
-        brings_branch = any(prefix + name in state_dict for name in ("lora_a", "lora_b", "alpha_t_buffer"))
-        try:
-            value = self._loaded_alpha_t(state_dict, prefix)
-        except (TypeError, ValueError, RuntimeError) as error:
-            error_msgs.append(str(error))
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if prefix + _MERGED_KEY in unexpected_keys:
-            unexpected_keys.remove(prefix + _MERGED_KEY)
-        self._take_loaded_alpha_t(value)
-        if brings_branch:
-            self._merged, self._original = merged, None
+    def _brings_weight(self, _state_dict: dict[str, Tensor], _prefix: str) -> bool:
+        # A submodule is shown its own part of a state dict alone: AFAExperts looks at the parameters.
+        brings, self._weight_is_loaded = self._weight_is_loaded, False
+        return brings
 
     def extra_repr(self) -> str:
         state = "merged" if self._merged else f"alpha_t={self._alpha_t:g}"
@@ -185,6 +108,16 @@ class AFAExpertLinear(Annealed):
 
 class AFAExperts(nn.ModuleDict):
     """The :class:`AFAExpertLinear` of the targeted parameters of an experts module, which keeps it as ``afa``."""
+
+    def attach(self, experts: nn.Module) -> None:
+        """Let ``experts`` compute with these branches."""
+        seam.attach(experts, self)
+        self._hook = experts.register_load_state_dict_pre_hook(_note_weights)
+
+    def detach(self, experts: nn.Module) -> None:
+        """Undo :meth:`attach`."""
+        self._hook.remove()
+        seam.detach(experts)
 
     def branches(self, parameter: str) -> list[BranchCall]:
         if parameter not in self or self[parameter].merged:
@@ -208,6 +141,12 @@ def rank_of_expert(experts: nn.Module, r: int, expert_rank: str) -> int:
 def check_expert_rank(value: object) -> None:
     if value not in EXPERT_RANKS:
         raise ValueError(f"expert_rank: expected one of {', '.join(EXPERT_RANKS)}, got {value!r}")
+
+
+def _note_weights(experts: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_others: object) -> None:
+    """Tell the branches of ``experts`` whether a state dict that is about to be loaded has their fused parameters."""
+    for parameter, layer in experts.afa.items():
+        layer._weight_is_loaded = prefix + parameter in state_dict
 
 
 def _sharded_like(parameter: Tensor, t: Tensor) -> Tensor:

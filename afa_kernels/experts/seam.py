@@ -23,6 +23,10 @@ class _OwnImplementation:
     def __init__(self, config: Any):
         self.of_model = config
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _register()  # whoever unpickles the model may be another process
+
     def __getattr__(self, name: str) -> Any:
         if name == "of_model" or name.startswith("__"):  # a copy that is being made has no attributes yet
             raise AttributeError(name)
@@ -31,9 +35,7 @@ class _OwnImplementation:
 
 def attach(experts: nn.Module, branches: Branches) -> None:
     """Let ``experts`` compute with ``branches``, which it keeps as ``experts.afa``."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    _register()
     experts.afa = branches
     experts.config = _OwnImplementation(experts.config)
 
@@ -42,3 +44,9 @@ def detach(experts: nn.Module) -> None:
     """Undo :func:`attach`."""
     del experts.afa
     experts.config = experts.config.of_model
+
+
+def _register() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
