@@ -19,7 +19,7 @@ from afa_kernels.dropout import COLUMNS_PER_CALL
 from afa_kernels.options import Spec
 
 INTERPRETED = not isinstance(forward_kernels.pack_kernel, triton.runtime.JITFunction)
-PACK_BLOCK = 1024
+_PACK_BLOCK = 1024
 ELEMENTWISE = Tile(0, 0, 4, 1)  # warps and stages of a kernel without a streamed product
 # Rows per multiprocessor from which one pass over x has enough bytes in flight: a tile of 64 on
 # three of four. A tile of 128 rows occupies half as many, with twice the bytes.
@@ -143,7 +143,10 @@ class Context:
         self.act = spec.activation
         self.spec, self.alpha_t, self.seed = spec, alpha_t, seed if spec.dropout else None
         self.x = addressable(x)
-        self.a, self.b = self._pack(a, b)
+        self.a, self.b = a, b
+        if self.packing_needed():
+            self.a, self.b = (t if int32_offsets(t) else t.contiguous() for t in (a, b))
+            self.a, self.b = self._pack()
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
@@ -224,27 +227,26 @@ class Context:
     def segment_tiles(self, length: int) -> int:
         return segment_columns(length) // self.tiles.project.cols
 
-    def _are_ready(self, a: Tensor, b: Tensor) -> bool:
-        return self.r == self.padded and all(
-            t.dtype == self.dtype and t.stride(-1) == 1 and int32_offsets(t) for t in (a, b)
+    def packing_needed(self) -> bool:
+        """Whether the kernels cannot read a and b as they are."""
+        return self.r != self.padded or not all(
+            t.dtype == self.dtype and t.stride(-1) == 1 and int32_offsets(t) for t in (self.a, self.b)
         )
 
-    def _pack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        if self._are_ready(a, b):
-            return a, b
-        a, b = (t if int32_offsets(t) else t.contiguous() for t in (a, b))
-        a_padded = self.empty(self.padded, self.k, dtype=self.dtype)
-        b_padded = self.empty(self.n, self.padded, dtype=self.dtype)
-        blocks_a = triton.cdiv(a_padded.numel(), PACK_BLOCK)
+    def packing(self) -> dict[str, Any]:
+        """The arguments by which a program of the packing kernel finds what it packs."""
+        return {**self.operand_a(), **self.operand_b()}
+
+    def _pack(self) -> tuple[Tensor, Tensor]:
+        a_padded = self.empty(*self.groups, self.padded, self.k, dtype=self.dtype)
+        b_padded = self.empty(*self.groups, self.n, self.padded, dtype=self.dtype)
+        blocks_a, blocks_b = (triton.cdiv(length * self.padded, _PACK_BLOCK) for length in (self.k, self.n))
         arguments = {
-            "a_ptr": a, "b_ptr": b, "a_padded_ptr": a_padded, "b_padded_ptr": b_padded,
-            "blocks_a": blocks_a, "K": self.k, "N": self.n, "r": self.r,
-            "stride_ar": a.stride(0), "stride_ak": a.stride(1), "stride_bn": b.stride(0),
-            "stride_br": b.stride(1),
+            "a_padded_ptr": a_padded, "b_padded_ptr": b_padded, "blocks_a": blocks_a, "K": self.k, "N": self.n,
+            "r": self.r, **self.packing(),
         }  # fmt: skip
-        constants = {"R": self.padded, "BLOCK": PACK_BLOCK, "EMULATE_BF16": self.emulate}
-        grid = (blocks_a + triton.cdiv(b_padded.numel(), PACK_BLOCK),)
-        submit(self.kernels.pack, grid, arguments, constants, ELEMENTWISE)
+        constants = {"R": self.padded, "BLOCK": _PACK_BLOCK, "EMULATE_BF16": self.emulate}
+        submit(self.kernels.pack, (blocks_a + blocks_b, *self.groups), arguments, constants, ELEMENTWISE)
         return a_padded, b_padded
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from afa_kernels.backend.registry import Groups
 from afa_kernels.backend.triton import ragged_backward_kernels, ragged_forward_kernels
 from afa_kernels.backend.triton.configs import Tile, Tiles
-from afa_kernels.backend.triton.launch import ELEMENTWISE, PACK_BLOCK, Context, Kernels, Split, int32_offsets, submit
+from afa_kernels.backend.triton.launch import Context, Kernels, Split
 from afa_kernels.options import Spec
 
 # From so many programs per multiprocessor on, X and D have one for each group and slab of columns; below, one for each
@@ -95,19 +95,8 @@ class RaggedContext(Context):
         """The most numbers that tiles may have (ragged_functions.py)."""
         return self.rows // rows_per_tile + self.groups[0] + 1
 
-    def _pack(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        if self.ranks is None and self._are_ready(a, b):
-            return a, b
-        a, b = (t if int32_offsets(t) else t.contiguous() for t in (a, b))
-        a_padded = self.empty(*self.groups, self.padded, self.k, dtype=self.dtype)
-        b_padded = self.empty(*self.groups, self.n, self.padded, dtype=self.dtype)
-        blocks_a, blocks_b = (triton.cdiv(t[0].numel(), PACK_BLOCK) for t in (a_padded, b_padded))
-        arguments = {
-            "a_ptr": a, "b_ptr": b, "a_padded_ptr": a_padded, "b_padded_ptr": b_padded, **self.row_groups(),
-            "blocks_a": blocks_a, "K": self.k, "N": self.n, "r": self.r,
-            "stride_ag": a.stride(0), "stride_ar": a.stride(1), "stride_ak": a.stride(2),
-            "stride_bg": b.stride(0), "stride_bn": b.stride(1), "stride_br": b.stride(2),
-        }  # fmt: skip
-        constants = {"R": self.padded, "BLOCK": PACK_BLOCK, "EMULATE_BF16": self.emulate}
-        submit(self.kernels.pack, (blocks_a + blocks_b, *self.groups), arguments, constants, ELEMENTWISE)
-        return a_padded, b_padded
+    def packing_needed(self) -> bool:
+        return self.ranks is not None or super().packing_needed()
+
+    def packing(self) -> dict[str, Any]:
+        return super().packing() | self.row_groups()
