@@ -1,7 +1,7 @@
 """One process of the distributed tests: torchrun starts two of it, over gloo on the CPU.
 
-Every function called ``check_*``, here, in distributed_tensor_parallel.py and in distributed_experts.py, is one test;
-test_distributed.py reads what came of each.
+Every function called ``check_*``, here and in distributed_adapters.py, distributed_experts.py and
+distributed_tensor_parallel.py, is one test; test_distributed.py reads what came of each.
 """
 
 import json
@@ -11,6 +11,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+import distributed_adapters
 import distributed_experts
 import distributed_tensor_parallel
 import torch
@@ -157,7 +158,9 @@ def main(folder: Path, names: list[str]) -> None:
 
 CHECKS = {
     name: check
-    for source in (vars(distributed_tensor_parallel), vars(distributed_experts), globals())
+    for source in map(
+        vars, (distributed_adapters, distributed_experts, distributed_tensor_parallel, sys.modules[__name__])
+    )
     for name, check in source.items()
     if name.startswith("check_")
 }

@@ -19,7 +19,10 @@ WORKER = ROOT / "python_tests" / "distributed_worker.py"
 TIMEOUT = 1800  # seconds: ends a deadlock; a busy machine takes minutes
 CHECKS = [
     node.name
-    for file in (WORKER, *(WORKER.with_name(f"distributed_{name}.py") for name in ("tensor_parallel", "experts")))
+    for file in (
+        WORKER,
+        *(WORKER.with_name(f"distributed_{name}.py") for name in ("tensor_parallel", "experts", "adapters")),
+    )
     for node in ast.parse(file.read_text(encoding="utf-8")).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
 ]
