@@ -21,6 +21,8 @@ PAGES = (
 )  # fmt: skip
 # What people import from; a name is public where it stands in the __all__ of one of these.
 MODULES = ("afa_kernels", "afa_kernels.peft", "afa_kernels.callbacks")
+# Of workflows: GitHub finds them from where it shows the README.
+_BADGES = re.compile(r"(?:^\[!\[.*\n)+\n", re.MULTILINE)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -42,7 +44,8 @@ def collect() -> None:
         for page in sorted(ROOT.glob(pattern)):
             target = STAGE / page.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(_LINK.sub(lambda link, page=page: _staged(link, page), page.read_text()))
+            text = _BADGES.sub("", page.read_text())
+            target.write_text(_LINK.sub(lambda link, page=page: _staged(link, page), text))
     (STAGE / "api.md").write_text(reference())
 
 
