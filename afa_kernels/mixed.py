@@ -86,12 +86,12 @@ class Assignment:
             ValueError: the rows cannot be split so.
         """
         rows, given = tokens.shape[0], len(self.names)
-        if len(self.adapters) == 1:
-            return None
-        if rows % given if given else rows:
+        if rows if given == 0 else rows % given and not self.for_all:
             raise ValueError(f"names: expected one for each sample, equally long, of {rows} tokens, got {given}")
+        if len(self.adapters) < 2:
+            return None
         numbers = constant(self._numbers, torch.int64, tokens.device)
-        return numbers[:, None].expand(given, rows // given).reshape(rows) if given else numbers
+        return numbers[:, None].expand(given, rows // given).reshape(rows)
 
     def sort(self, x: Tensor) -> Tensor:
         """Return the rows of x, those of each adapter together. Without a pass over x if they are so already."""

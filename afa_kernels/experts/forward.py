@@ -27,13 +27,11 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
     """
     up, down = projections(experts)
     calls = {parameter: experts.afa.calls(parameter) for parameter in (up, down)}
+    assignment = experts.afa.assignment()
+    adapters = () if assignment is None else (len(assignment.adapters), assignment.adapter_of_rows(hidden_states))
     if not any(call is not None for beside in calls.values() for together in beside for call in together):
         return _frozen_forward(experts, hidden_states, top_k_index, top_k_weights)
-    assignment = experts.afa.assignment()
-    if assignment is None:
-        order = Order(top_k_index)
-    else:
-        order = Order(top_k_index, len(assignment.adapters), assignment.adapter_of_rows(hidden_states))
+    order = Order(top_k_index, *adapters)
     offsets = order.ends(experts.num_experts)
     elsewhere = (order.expert >= experts.num_experts)[:, None] if experts._is_expert_parallel else None
 
