@@ -8,7 +8,7 @@ from afa_kernels.autograd import AFALoRAFunction
 from afa_kernels.backend import builtin as _builtin  # noqa: F401 - registers the backends
 from afa_kernels.backend.registry import BackendStatus, BackendUnavailable, backends, use_backend
 from afa_kernels.checkpoint import load_adapter, save_adapter
-from afa_kernels.experts import AFAExpertLinear
+from afa_kernels.experts import AFAExpertLinear, AFAExpertStack
 from afa_kernels.functional import afa_linear, afa_lora
 from afa_kernels.group import AFALinearGroup
 from afa_kernels.layer import AFALinear
@@ -23,6 +23,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AFAExpertLinear",
+    "AFAExpertStack",
     "AFALinear",
     "AFALinearGroup",
     "AFALinearStack",

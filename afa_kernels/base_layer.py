@@ -28,5 +28,18 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """Return the weight of a plain layer as ``(N, K)``."""
-    return module.weight if type(module) is nn.Linear else module.weight.T
+    """Return the weight of a linear layer or a Conv1D as ``(N, K)``."""
+    return module.weight if isinstance(module, nn.Linear) else module.weight.T
+
+
+class LikeItsBase:
+    """Base of the layers that stand in for ``base_layer``: what code that inspects a linear layer expects to find."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the base layer."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias

@@ -1,15 +1,57 @@
-"""Branch: A, B, alpha_t and the options of their calls, as a module beside a frozen linear layer."""
+"""Branch: A, B, alpha_t and the options of their calls, as a module beside a frozen weight."""
 
 import math
+from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from afa_kernels import checks
 from afa_kernels.alpha import Annealed
-from afa_kernels.base_layer import is_conv1d
+from afa_kernels.mixed import AdapterCall
 from afa_kernels.options import Options, without_dropout
+
+
+@dataclass(frozen=True)
+class BranchOptions:
+    """What a caller chooses for a branch, checked. :class:`afa_kernels.AFALinear` says what it means.
+
+    Raises:
+        TypeError, ValueError: a value does not fit; the message names it, what came and what is wanted.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    activation: str = "silu"
+    dropout: float = 0.0
+    use_rslora: bool = False
+    dtype: torch.dtype | None = None
+    save: str = "z"
+    backend: str | None = None
+
+    def __post_init__(self):
+        _check_number("r", self.r, Integral, "a positive int")
+        if self.r < 1:
+            raise ValueError(f"r: expected a rank of at least 1, got {self.r}")
+        _check_number("lora_alpha", self.lora_alpha, Real, "a number")
+        if not math.isfinite(self.lora_alpha):
+            raise ValueError(f"lora_alpha: expected a finite number, got {self.lora_alpha}")
+        _check_number("dropout", self.dropout, Real, "a float in [0, 1)")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
+        if self.dtype is not None and self.dtype not in checks.FLOATING:
+            raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {self.dtype}")
+        checks.options(self.activation, 1.0, 0.0, self.save, self.backend)
+
+    @property
+    def scaling(self) -> float:
+        return float(self.lora_alpha) / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def _check_number(name: str, value: object, kind: type, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
 
 
 def _option(name: str) -> property:
@@ -19,8 +61,13 @@ def _option(name: str) -> property:
 
 
 class Branch(Annealed):
-    """The trainable part beside ``base_layer``, which it does not keep: the base of :class:`afa_kernels.AFALinear`, and
-    each adapter of an :class:`afa_kernels.AFALinearStack`. Arguments as in AFALinear."""
+    """The trainable part beside a frozen weight, which it does not keep: the base of :class:`afa_kernels.AFALinear` and
+    :class:`afa_kernels.AFAExpertLinear`, and each adapter of a stack.
+
+    Args:
+        weight: ``(N, K)``, or of all experts ``(E, N, K)``; A and B are then ``(E, r, K)`` and ``(E, N, r)``.
+        transposed: whether the frozen layer keeps that weight as ``(K, N)``.
+    """
 
     activation = _option("activation")
     scaling = _option("scaling")
@@ -28,44 +75,30 @@ class Branch(Annealed):
     save = _option("save")
     backend = _option("backend")
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        r: int = 8,
-        lora_alpha: float = 16,
-        activation: str = "silu",
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        *,
-        dtype: torch.dtype | None = None,
-        save: str = "z",
-        backend: str | None = None,
-    ):
+    def __init__(self, weight: Tensor, options: BranchOptions, *, transposed: bool = False):
         super().__init__()
-        check_options(r, lora_alpha, activation, dropout, save, backend)
-        weight = base_layer.weight
+        *experts, self.out_features, self.in_features = weight.shape
+        self.transposed = transposed
+        self.r, self.lora_alpha, self.use_rslora = int(options.r), options.lora_alpha, bool(options.use_rslora)
+        self._chosen = {}
+        self._choose(
+            activation=options.activation, scaling=options.scaling, dropout=float(options.dropout),
+            save=options.save, backend=options.backend,
+        )  # fmt: skip
+        dtype = options.dtype
         if dtype is None:
             dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
-        if dtype not in checks.FLOATING:
-            raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
-
-        self.transposed = is_conv1d(base_layer)
-        self.out_features, self.in_features = reversed(weight.shape) if self.transposed else weight.shape
-        self.r = int(r)
-        self.lora_alpha = lora_alpha
-        self.use_rslora = bool(use_rslora)
-        self._chosen = {}
-        scaling = float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
-        self._choose(activation=activation, scaling=scaling, dropout=float(dropout), save=save, backend=backend)
-        self.lora_a = nn.Parameter(torch.empty(self.r, self.in_features, dtype=dtype, device=weight.device))
-        self.lora_b = nn.Parameter(torch.empty(self.out_features, self.r, dtype=dtype, device=weight.device))
+        kind = {"dtype": dtype, "device": weight.device}
+        self.lora_a = nn.Parameter(torch.empty(*experts, self.r, self.in_features, **kind))
+        self.lora_b = nn.Parameter(torch.empty(*experts, self.out_features, self.r, **kind))
         self.start_alpha_t(1.0, weight.device, persistent=True)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the branch as PEFT does: ``lora_a`` Kaiming-uniform with a = sqrt(5),
-        ``lora_b`` zero."""
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        """Initialise the branch as PEFT does: ``lora_a`` Kaiming-uniform with a = sqrt(5), that of all experts as one
+        matrix, ``lora_b`` zero."""
+        with torch.no_grad():
+            nn.init.kaiming_uniform_(self.lora_a.flatten(0, -2), a=math.sqrt(5))
         nn.init.zeros_(self.lora_b)
 
     @property
@@ -77,6 +110,10 @@ class Branch(Annealed):
     def options(self) -> Options:
         """The options of a call of this branch: dropout acts in training only."""
         return self._options if self.training else self._options_in_evaluation
+
+    def call(self) -> AdapterCall:
+        """Return what a call of this branch takes beside x."""
+        return AdapterCall(self.lora_a, self.lora_b, self.coefficient(), self.options)
 
     def _choose(self, **changes) -> None:
         chosen = {**self._chosen, **changes}
@@ -92,19 +129,3 @@ class Branch(Annealed):
             f"scaling={self.scaling:g}, activation={self.activation}, dropout={self.dropout:g}, "
             f"{'merged' if self.merged else f'alpha_t={self._alpha_t:g}'}"
         )
-
-
-def check_options(r, lora_alpha, activation, dropout, save, backend) -> None:
-    if isinstance(r, bool) or not isinstance(r, Integral):
-        raise TypeError(f"r: expected a positive int, got {type(r).__name__}")
-    if r < 1:
-        raise ValueError(f"r: expected a rank of at least 1, got {r}")
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, Real):
-        raise TypeError(f"lora_alpha: expected a number, got {type(lora_alpha).__name__}")
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha}")
-    if isinstance(dropout, bool) or not isinstance(dropout, Real):
-        raise TypeError(f"dropout: expected a float in [0, 1), got {type(dropout).__name__}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-    checks.options(activation, 1.0, 0.0, save, backend)

@@ -21,14 +21,22 @@ from torch import Tensor, nn
 
 from afa_kernels import peft_format as fmt
 from afa_kernels.base_layer import is_conv1d
-from afa_kernels.branch import Branch, check_options
-from afa_kernels.experts import AFAExpertLinear
+from afa_kernels.branch import Branch, BranchOptions
+from afa_kernels.experts import ExpertBranch
 from afa_kernels.experts.parameters import weight_of
 from afa_kernels.experts.peft_names import as_matrices, from_matrices, names_in_peft
+from afa_kernels.experts.stack import check_whole
 from afa_kernels.experts.targets import Target, find_parameters
 from afa_kernels.layer import AFALinear, why_unsupported
-from afa_kernels.model import add_to_experts, marked_modules, named_layers, named_trainable_modules, replace
-from afa_kernels.stack import AFALinearStack, adapters_in, check_name
+from afa_kernels.model import (
+    add_to_experts,
+    marked_modules,
+    named_layers,
+    named_stacks,
+    named_trainable_modules,
+    replace,
+)
+from afa_kernels.stack import AdapterStack, AFALinearStack, adapters_in, check_name
 from afa_kernels.targets import Candidate, find_targets
 
 
@@ -52,16 +60,16 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
     _check_adapter(model, adapter)
     layers = dict(named_layers(model, adapter))
     if not layers:
-        known = adapters_in(list(_stacks(model).values()))
+        known = adapters_in([stack for _, stack in named_stacks(model)])
         if known:
             raise ValueError(f"adapter: the model has no adapter {adapter!r}; it has {', '.join(known)}")
         raise ValueError(f"model: expected AFA layers, found none in {type(model).__name__}")
-    if any(name == "" or (isinstance(layer, AFAExpertLinear) and "." not in name) for name, layer in layers.items()):
+    if any(name == "" or (isinstance(layer, ExpertBranch) and "." not in name) for name, layer in layers.items()):
         raise ValueError(
             f"model: expected a model that contains AFA layers, got an {type(model).__name__}, which has no name"
         )
     trained = dict(named_trainable_modules(model))
-    of_experts = [name for name, layer in layers.items() if isinstance(layer, AFAExpertLinear)]
+    of_experts = [name for name, layer in layers.items() if isinstance(layer, ExpertBranch)]
     in_peft = names_in_peft(model, of_experts)
     tensors, sharded = {}, False
     for name, layer in layers.items():
@@ -131,14 +139,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
         model,
     )
     _check_adapter(model, adapter)
-    checkpoint.check_name(adapter)
-    layers, stacks = dict(named_layers(model, adapter)), _stacks(model)
+    layers, stacks = dict(named_layers(model, adapter)), dict(named_stacks(model))
     if layers:
         checkpoint.check_layers(layers)
     elif stacks:
-        checkpoint.check_bases({name: stack.base_layer for name, stack in stacks.items()})
+        checkpoint.check_stacks(stacks)
     else:
-        checkpoint.check_bases(dict(model.named_modules()))
+        checkpoint.check_bases(dict(model.named_modules()), adapter)
         checkpoint.targets(model, ())
     trained = checkpoint.trained_modules(model)
     if not layers:
@@ -159,13 +166,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
     return model
 
 
-def _stacks(model: nn.Module) -> dict[str, AFALinearStack]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, AFALinearStack)}
-
-
 def _check_adapter(model: nn.Module, adapter: str | None) -> None:
     """Raise unless the layers of ``model`` fit a name of an adapter, or none."""
-    stacks = list(_stacks(model).values())
+    stacks = [stack for _, stack in named_stacks(model)]
     if adapter is None and stacks:
         raise ValueError(f"adapter: the model has {', '.join(adapters_in(stacks))}; expected the name of one")
     if adapter is not None:
@@ -255,13 +258,7 @@ class _Checkpoint:
                 shapes = f"has shape {tuple(tensor.shape)}, the model needs {wanted}"
                 raise self._misfit(fmt.PREFIX + name + suffix, shapes)
 
-    def check_name(self, adapter: str | None) -> None:
-        if adapter is not None and self._experts:
-            raise ValueError(
-                f"adapter: {self._weights_file} holds experts, which have no named adapters; got {adapter!r}"
-            )
-
-    def check_layers(self, layers: dict[str, Branch | AFAExpertLinear]) -> None:
+    def check_layers(self, layers: dict[str, Branch]) -> None:
         """Check an injected model."""
         for names, what in (
             (layers.keys() - self.branches.keys(), "is missing, the model has that layer"),
@@ -276,7 +273,7 @@ class _Checkpoint:
             arguments = self._arguments(name)
             if not self._state:
                 arguments["activation"] = layer.activation  # PEFT knows none
-            arguments["scaling"] = _scaling(**arguments)
+            arguments["scaling"] = self._options(name).scaling
             for argument in ("r", "scaling", "activation"):
                 saved, own = arguments[argument], getattr(layer, argument)
                 same = math.isclose(saved, own) if argument == "scaling" else saved == own
@@ -284,24 +281,37 @@ class _Checkpoint:
                     what = f"was saved with {argument}={saved!r}, the model's layer has {own!r}"
                     raise self._misfit(fmt.PREFIX + name, what)
 
-    def check_bases(self, modules: dict[str, nn.Module]) -> None:
+    def check_stacks(self, stacks: dict[str, AdapterStack]) -> None:
+        """Check the stacks that are to get an adapter."""
+        missing = self.branches.keys() - stacks.keys()
+        if missing:
+            raise self._cannot_be_loaded(min(missing), "no such layer in the model has a stack")
+        self.check_bases({name: getattr(stack, "base_layer", None) for name, stack in stacks.items()}, None)
+
+    def check_bases(self, modules: dict[str, nn.Module], adapter: str | None) -> None:
         """Check the modules, by their names in the model, that are to get an adapter."""
         for name in self.branches:
             if name in self._experts:
                 _, experts, parameter = self._experts[name]
+                if adapter is not None:
+                    check_whole(experts)
                 self._check_shapes(name, *weight_of(experts, parameter).shape)
             else:
                 module = modules.get(name)
                 reason = "no such layer in the model" if module is None else why_unsupported(module)
                 if reason is not None:
-                    raise self._misfit(fmt.PREFIX + name + fmt.LORA_A, f"cannot be loaded: {reason}")
+                    raise self._cannot_be_loaded(name, reason)
                 self._check_shapes(name, *(reversed(module.weight.shape) if is_conv1d(module) else module.weight.shape))
-            arguments = self._arguments(name)
-            del arguments["use_rslora"]
-            try:
-                check_options(**arguments, save="z", backend=None)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{self._config_file}: {name}: {error}") from None
+            self._options(name)
+
+    def _cannot_be_loaded(self, name: str, reason: str) -> ValueError:
+        return self._misfit(fmt.PREFIX + name + fmt.LORA_A, f"cannot be loaded: {reason}")
+
+    def _options(self, name: str) -> BranchOptions:
+        try:
+            return BranchOptions(**self._arguments(name))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self._config_file}: {name}: {error}") from None
 
     def targets(self, model: nn.Module, trained: Iterable[str]) -> list[Candidate]:
         names = "|".join(re.escape(name) for name in self.branches.keys() - self._experts.keys())
@@ -318,10 +328,11 @@ class _Checkpoint:
             return AFALinear(module, **arguments) if adapter is None else AFALinearStack(module, {adapter: arguments})
 
         replace(model, self.targets(model, trained), list(trained), make)
-        for name, (_, experts, parameter) in self._experts.items():
-            add_to_experts(AFAExpertLinear(experts, parameter, **self._arguments(name)))
+        for name, target in self._experts.items():
+            arguments = self._arguments(name)
+            add_to_experts(model, target, {adapter: arguments} if adapter else arguments, stack=adapter is not None)
 
-    def add_to(self, stacks: dict[str, AFALinearStack], adapter: str) -> None:
+    def add_to(self, stacks: dict[str, AdapterStack], adapter: str) -> None:
         for name in self.branches:
             stacks[name].add_adapter(adapter, **self._arguments(name))
 
@@ -382,7 +393,3 @@ def _is_inside(name: str, others: Iterable[str]) -> bool:
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
-
-
-def _scaling(r: int, lora_alpha: float, use_rslora: bool, **_others: Any) -> float:
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)

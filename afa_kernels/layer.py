@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from afa_kernels import checks
-from afa_kernels.base_layer import is_conv1d, is_plain, weight_of
-from afa_kernels.branch import Branch
+from afa_kernels.base_layer import LikeItsBase, is_conv1d, is_plain, weight_of
+from afa_kernels.branch import Branch, BranchOptions
 from afa_kernels.functional import LinearCall, linear, lora
 from afa_kernels.merging import Mergeable, plus
 from afa_kernels.plan import Plan, plan_of
@@ -29,7 +29,7 @@ def why_unsupported(module: nn.Module) -> str | None:
     return None
 
 
-class AFALinear(Mergeable, Branch):
+class AFALinear(LikeItsBase, Mergeable, Branch):
     """A frozen linear layer with a trainable AFA-LoRA branch.
 
     ``y = base_layer(x) + scaling * phi(dropout(x) @ lora_a.T) @ lora_b.T`` with
@@ -79,22 +79,12 @@ class AFALinear(Mergeable, Branch):
         reason = why_unsupported(base_layer)
         if reason is not None:
             raise TypeError(f"base_layer: expected {SUPPORTED}; {reason}")
-        super().__init__(
-            base_layer, r, lora_alpha, activation, dropout, use_rslora, dtype=dtype, save=save, backend=backend
-        )
+        options = BranchOptions(r, lora_alpha, activation, dropout, use_rslora, dtype, save, backend)
+        super().__init__(weight_of(base_layer), options, transposed=is_conv1d(base_layer))
         self.base_layer = base_layer.requires_grad_(False)
         self._shared_input = None  # set by shared_input.SharedInput for the time of a call of the block
         self._parallel = None  # set by the styles of parallel.py: the forward on local shards
         self.train(base_layer.training)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight of the base layer: what code that inspects a linear layer expects to find."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``base_layer(x)`` plus the branch: ``(..., K) -> (..., N)``."""
@@ -109,8 +99,7 @@ class AFALinear(Mergeable, Branch):
         call = self.linear_call()
         if call is not None:
             return linear(x, *call)
-        branch = (self.lora_a, self.lora_b, self.coefficient(), self.options)
-        return lora(x, *branch, base=self.base_layer(x), inplace=self._base_output_is_ours())
+        return lora(x, *self.call(), base=self.base_layer(x), inplace=self._base_output_is_ours())
 
     def linear_call(self) -> LinearCall | None:
         """Return what ``linear(x, ...)`` takes beside x, or None where the layer computes in another way: it is merged

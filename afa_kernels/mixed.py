@@ -29,8 +29,8 @@ _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps its fun
 class AdapterCall(NamedTuple):
     """What an adapter computes with: the arguments of :func:`afa_kernels.functional.lora` beside x."""
 
-    lora_a: Tensor
-    lora_b: Tensor
+    lora_a: Tensor  # (r, K), or of all experts (E, r, K)
+    lora_b: Tensor  # (N, r) or (E, N, r)
     alpha_t: Tensor | None  # None at identity
     options: Options
 
@@ -51,8 +51,9 @@ class Assignment:
         self.names = names
         self.adapters = tuple(dict.fromkeys(names))
         number = {name: i for i, name in enumerate(self.adapters)}
+        self._numbers = tuple(number[name] for name in names)
         samples = range(len(names))
-        order = tuple(sorted(samples, key=lambda sample: number[names[sample]]))  # stable: samples keep their order
+        order = tuple(sorted(samples, key=self._numbers.__getitem__))  # stable: samples keep their order
         self.order = None if order == tuple(samples) else order
         self._back = tuple(sorted(samples, key=order.__getitem__))
         counts = Counter(names)
@@ -64,14 +65,33 @@ class Assignment:
         Raises:
             ValueError: there is no name for each sample of x, nor for each of its rows.
         """
+        each = self.rows_of_a_name(x)
+        return constant(tuple(end * each for end in self._ends), torch.int32, x.device)
+
+    def rows_of_a_name(self, x: Tensor) -> int:
+        """Return how many rows of x each name stands for. Raises as :meth:`offsets` does."""
         checks.input_tensor(x)
         rows, given = _rows(x), len(self.names)
         samples = len(x) if x.dim() > 1 else 1
         if not self.for_all and given not in (samples, rows):
             wanted = f"{samples} samples" if samples == rows else f"{samples} samples, or of the {rows} rows,"
             raise ValueError(f"names: expected one for each of the {wanted} of x {tuple(x.shape)}, got {given}")
-        each = rows // given if given else 0
-        return constant(tuple(end * each for end in self._ends), torch.int32, x.device)
+        return rows // given if given else 0
+
+    def adapter_of_rows(self, tokens: Tensor) -> Tensor | None:
+        """Return, for each row of ``tokens (T, n)``, which of ``adapters`` computes it, or None if one computes all.
+        Tokens have no samples any more: those of each sample stand together, equally many.
+
+        Raises:
+            ValueError: the rows cannot be split so.
+        """
+        rows, given = tokens.shape[0], len(self.names)
+        if rows if given == 0 else rows % given and not self.for_all:
+            raise ValueError(f"names: expected one for each sample, equally long, of {rows} tokens, got {given}")
+        if len(self.adapters) < 2:
+            return None
+        numbers = constant(self._numbers, torch.int64, tokens.device)
+        return numbers[:, None].expand(given, rows // given).reshape(rows)
 
     def sort(self, x: Tensor) -> Tensor:
         """Return the rows of x, those of each adapter together. Without a pass over x if they are so already."""
@@ -109,14 +129,10 @@ def mixed_linear(
     """Return ``x @ weight.T + bias`` plus, for the samples of each of ``assignment.adapters``, the branch of its call;
     None is no branch."""
     offsets = assignment.offsets(x)
-    passes = _passes(x, calls)
+    passes = passes_of(x, calls)
     if not passes:
         return F.linear(x, weight, bias)
-    rows = assignment.sort(x)
-    y = afa_linear_grouped(rows, offsets, weight, bias, **passes[0])
-    for each in passes[1:]:
-        y = afa_lora_grouped(rows, offsets, base=y, inplace=True, **each)
-    return assignment.restore(y, x)
+    return assignment.restore(linear_in_passes(assignment.sort(x), offsets, weight, bias, passes), x)
 
 
 def mixed_lora(x: Tensor, base: Tensor, assignment: Assignment, calls: Sequence[AdapterCall | None]) -> Tensor:
@@ -124,7 +140,7 @@ def mixed_lora(x: Tensor, base: Tensor, assignment: Assignment, calls: Sequence[
     offsets = assignment.offsets(x)
     rows = assignment.sort(x)
     y = None if assignment.order is not None else base.reshape(rows.shape[0], base.shape[-1])
-    for i, each in enumerate(_passes(x, calls)):
+    for i, each in enumerate(passes_of(x, calls)):
         y = afa_lora_grouped(rows, offsets, base=y, inplace=i > 0, **each)
     if y is None:
         return base
@@ -132,25 +148,45 @@ def mixed_lora(x: Tensor, base: Tensor, assignment: Assignment, calls: Sequence[
     return y if assignment.order is None else base + y
 
 
-def _passes(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[dict[str, Any]]:
-    """Return the arguments of the ragged calls. Adapters that differ in activation or dropout, of which a call has one,
-    need a call each: over the same rows, where those of the other adapters have rank 0."""
-    r = max([call.lora_a.shape[0] for call in calls if call is not None], default=0)
-    if r == 0:
+def linear_in_passes(
+    rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, passes: list[dict[str, Any]]
+) -> Tensor:
+    """Return the frozen product of sorted rows plus the branches of all passes, of which there is at least one."""
+    y = afa_linear_grouped(rows, offsets, weight, bias, **passes[0])
+    for each in passes[1:]:
+        y = afa_lora_grouped(rows, offsets, base=y, inplace=True, **each)
+    return y
+
+
+def passes_of(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[dict[str, Any]]:
+    """Return the arguments of the ragged calls whose groups are the adapters of ``calls`` or, where these are calls of
+    all experts, the pairs of an expert and an adapter, those of an expert together.
+
+    Adapters that differ in activation or dropout, of which a call has one, need a call each: over the same rows, where
+    those of the other adapters have rank 0."""
+    some = [call for call in calls if call is not None]
+    if not some:
         return []
-    some = next(call for call in calls if call is not None)
-    no_a = some.lora_a.new_zeros(r, some.lora_a.shape[1])
-    no_b = some.lora_b.new_zeros(some.lora_b.shape[0], r)
+    r = max(call.lora_a.shape[-2] for call in some)
     operands = {
-        "lora_a": torch.stack([no_a if call is None else _to_rank(call.lora_a, 0, r) for call in calls]),
-        "lora_b": torch.stack([no_b if call is None else _to_rank(call.lora_b, 1, r) for call in calls]),
+        "lora_a": _stack([None if call is None else call.lora_a for call in calls], -2, r),
+        "lora_b": _stack([None if call is None else call.lora_b for call in calls], -1, r),
     }
     return [operands | _of_groups(x, own, r) for own in _by_setting(x, calls)]
 
 
-def _to_rank(t: Tensor, dimension: int, r: int) -> Tensor:
-    missing = r - t.shape[dimension]
-    return F.pad(t, (0, 0, 0, missing) if dimension == 0 else (0, missing)) if missing else t
+def _stack(matrices: list[Tensor | None], dimension: int, r: int) -> Tensor:
+    """Return ``(G, .., ..)``, those of all groups with r columns or rows; one adapter alone is not copied."""
+    if len(matrices) == 1:
+        return matrices[0].unsqueeze(-3).flatten(0, -3)
+    some = next(t for t in matrices if t is not None)
+    none = some.detach().narrow(dimension, 0, 0)  # of rank 0
+    of_rank_r = []
+    for t in matrices:
+        t = none if t is None else t
+        missing = r - t.shape[dimension]
+        of_rank_r.append(F.pad(t, (0, 0, 0, missing) if dimension == -2 else (0, missing)) if missing else t)
+    return torch.stack(of_rank_r, -3).flatten(0, -3)
 
 
 def _by_setting(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[list[AdapterCall | None]]:
@@ -174,24 +210,26 @@ def _setting(x: Tensor, call: AdapterCall) -> tuple:
 def _of_groups(x: Tensor, own: list[AdapterCall | None], r: int) -> dict[str, Any]:
     """Return the arguments in which ragged calls over the same rows differ; a group whose call is None has rank 0."""
     some = [call for call in own if call is not None]
+    experts = math.prod(some[0].lora_a.shape[:-2])
     annealed = [call for call in some if call.alpha_t is not None]
     spec, save_z, backend = (annealed or some)[0].options
     alpha_t = 0.0
     if annealed:
         zero = constant((0.0,), torch.float32, x.device)[0]
         values = [zero if call is None or call.alpha_t is None else call.alpha_t for call in own]
-        alpha_t = torch.stack([on_device(value, torch.float32, x.device) for value in values])
+        values = [on_device(value, torch.float32, x.device) for value in values]
+        alpha_t = values[0] if len(values) == 1 else torch.stack(values).expand(experts, -1).reshape(-1)
     scalings = [spec.scaling if call is None else call.options.spec.scaling for call in own]
     same_scaling = all(scaling == spec.scaling for scaling in scalings)
-    ranks = [0 if call is None else call.lora_a.shape[0] for call in own]
+    ranks = [0 if call is None else call.lora_a.shape[-2] for call in own]
     return {
         "alpha_t": alpha_t,
         "activation": spec.activation,
-        "scaling": spec.scaling if same_scaling else constant(tuple(scalings), torch.float32, x.device),
+        "scaling": spec.scaling if same_scaling else constant(tuple(scalings) * experts, torch.float32, x.device),
         "dropout_p": spec.dropout / 256,
         "save": "z" if save_z else "nothing",
         "backend": backend,
-        "ranks": None if min(ranks) == r else constant(tuple(ranks), torch.int32, x.device),
+        "ranks": None if min(ranks) == r else constant(tuple(ranks) * experts, torch.int32, x.device),
     }
 
 

@@ -8,20 +8,21 @@ from torch import nn
 
 from afa_kernels import checks
 from afa_kernels.base_layer import is_conv1d
-from afa_kernels.branch import Branch, check_options
-from afa_kernels.experts import AFAExpertLinear
-from afa_kernels.experts.layer import AFAExperts, check_expert_rank, rank_of_expert
-from afa_kernels.experts.targets import find_parameters
+from afa_kernels.branch import Branch, BranchOptions
+from afa_kernels.experts import AFAExpertLinear, AFAExperts, AFAExpertStack
+from afa_kernels.experts.layer import BesideExperts, check_expert_rank, rank_of_expert
+from afa_kernels.experts.stack import check_names_of, check_no_names_of, check_whole
+from afa_kernels.experts.targets import Target, find_parameters
 from afa_kernels.layer import AFALinear
 from afa_kernels.schedule import no_adapter, set_alpha_t_of, takes_alpha_t
 from afa_kernels.shared_input import attach_groups, groups_of, nothing_to_share, unshare_inputs
-from afa_kernels.stack import AFALinearStack, check_name
+from afa_kernels.stack import AdapterStack, AFALinearStack, check_name
 from afa_kernels.targets import ALL_LINEAR, Candidate, find_targets, trainable_modules
 
 _TRAINABLE_MARK = "_afa_trainable"
 _FAST_PATH_MARK = "_afa_fast_path"
 LAYERS = (AFALinear, AFALinearStack)
-_ADAPTED = (*LAYERS, AFAExpertLinear)
+_ADAPTED = (AFALinear, AFAExpertLinear, AdapterStack)
 
 
 def inject(
@@ -64,8 +65,9 @@ def inject(
         group: let q, k and v, and gate and up, of the common transformer blocks share their passes over x where a
             backend takes them together (see :func:`afa_kernels.share_inputs`). None: where there are such layers and no
             dropout; True: it is an error if there are none; False: not at all.
-        adapters: make a stack of adapters of each layer (:class:`AFALinearStack`): their names, and for each the
-            options of the next line in which it differs. :func:`adapters_of` says which one computes which sample.
+        adapters: give each layer a stack of adapters (:class:`AFALinearStack`, :class:`AFAExpertStack`): their names,
+            and for each the options of the next line in which it differs. :func:`adapters_of` says which one computes
+            which sample.
         r, lora_alpha, activation, dropout, use_rslora, dtype, save, backend: as in
             :class:`AFALinear`.
 
@@ -90,7 +92,7 @@ def inject(
         "backend": backend,
     }
     if adapters is None:
-        _check(options)
+        BranchOptions(**options)
     else:
         adapters = _each(adapters, options)
     check_expert_rank(expert_rank)
@@ -98,13 +100,11 @@ def inject(
         raise ValueError("model: it has AFA layers already; unload(model) first")
     trained = trainable_modules(model, trainable)
     parameters = find_parameters(model, target_parameters, trained)
-    if parameters and adapters is not None:
-        raise ValueError("adapters: experts have one adapter, without a name; got target_parameters too")
     targets = []
     if target_modules or not parameters:
         wanted = ALL_LINEAR if target_modules is None else target_modules
         targets = find_targets(model, wanted, exclude_modules, trained)
-    ranks = [rank_of_expert(target.experts, r, expert_rank) for target in parameters]
+    of_experts = [_of_experts(target, adapters, options, expert_rank) for target in parameters]
     if group:
         if adapters is not None:
             raise ValueError("group: layers with a stack of adapters compute on their own; got group=True")
@@ -114,19 +114,11 @@ def inject(
         return AFALinear(module, **options) if adapters is None else AFALinearStack(module, adapters)
 
     replace(model, targets, trained, make)
-    for target, rank in zip(parameters, ranks, strict=True):
-        add_to_experts(AFAExpertLinear(target.experts, target.parameter, **{**options, "r": rank}))
+    for target, own in zip(parameters, of_experts, strict=True):
+        add_to_experts(model, target, own, stack=adapters is not None)
     if adapters is None and group is not False and not dropout:
         attach_groups(model, AFALinear)
     return model
-
-
-def _check(options: dict[str, Any]) -> None:
-    names = ("r", "lora_alpha", "activation", "dropout", "save", "backend")
-    check_options(*(options[name] for name in names))
-    dtype = options["dtype"]
-    if dtype is not None and dtype not in checks.FLOATING:
-        raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
 
 
 def _each(adapters: Mapping[str, Mapping[str, Any]], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -141,10 +133,20 @@ def _each(adapters: Mapping[str, Mapping[str, Any]], options: dict[str, Any]) ->
             raise TypeError(f"adapters: {name!r} has {min(unknown)}; expected some of {', '.join(options)}")
         full[name] = {**options, **own}
         try:
-            _check(full[name])
+            BranchOptions(**full[name])
         except (TypeError, ValueError) as error:
             raise type(error)(f"adapters: {name!r}: {error}") from None
     return full
+
+
+def _of_experts(
+    target: Target, adapters: Mapping[str, dict[str, Any]] | None, options: dict[str, Any], expert_rank: str
+) -> dict[str, Any]:
+    """Return the options of one branch of experts, or of each adapter by its name."""
+    if adapters is not None:
+        check_whole(target.experts)
+        return {name: _of_experts(target, None, own, expert_rank) for name, own in adapters.items()}
+    return {**options, "r": rank_of_expert(target.experts, options["r"], expert_rank)}
 
 
 def _check_group(model: nn.Module, targets: list[Candidate], dropout: float) -> None:
@@ -177,11 +179,17 @@ def replace(
     _leave_fast_paths(model)
 
 
-def add_to_experts(layer: AFAExpertLinear) -> None:
-    """Let the experts module of ``layer`` compute with it."""
-    if not hasattr(layer.experts, "afa"):
-        AFAExperts().attach(layer.experts)
-    layer.experts.afa[layer.parameter] = layer
+def add_to_experts(model: nn.Module, target: Target, options: Mapping[str, Any], *, stack: bool) -> None:
+    """Let a fused parameter of ``model`` have a branch with these options or, as a stack, adapters with options by
+    their names."""
+    where = target.experts, target.parameter
+    layer = AFAExpertStack(*where, options) if stack else AFAExpertLinear(*where, **options)
+    if not hasattr(target.experts, "afa"):
+        AFAExperts().attach(target.experts)
+        *block, experts, _ = ["", *target.name.split(".")]
+        if stack and experts:  # no module that is a model itself
+            check_names_of(model.get_submodule(".".join(block[1:])))
+    target.experts.afa[target.parameter] = layer
 
 
 def set_alpha_t(model: nn.Module, value: float, adapter: str | None = None) -> None:
@@ -270,22 +278,35 @@ def unload(model: nn.Module) -> nn.Module:
                 setattr(parent, attribute, child.base_layer)
             elif isinstance(child, AFAExperts):
                 child.detach(parent)
+        check_no_names_of(parent)
         for attribute, value in parent.__dict__.pop(_FAST_PATH_MARK, {}).items():
             setattr(parent, attribute, value)
         parent.__dict__.pop(_TRAINABLE_MARK, None)
     return model
 
 
-def named_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Branch | AFAExpertLinear]]:
+def named_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Branch]]:
     """Yield the AFA layers of ``model`` with the names of the modules and parameters that they adapt; with ``adapter``,
     the branches of that adapter."""
-    for name, module in model.named_modules():
-        if adapter is None and isinstance(module, AFALinear):
-            yield name, module
-        elif adapter is None and isinstance(module, AFAExpertLinear):
-            yield (name.removesuffix(f"afa.{module.parameter}") + module.parameter), module
-        elif isinstance(module, AFALinearStack) and adapter in module.adapters:
+    for name, module in _named_adapted(model):
+        if not isinstance(module, AdapterStack):
+            if adapter is None:
+                yield name, module
+        elif adapter in module.adapters:
             yield name, module.adapters[adapter]
+
+
+def named_stacks(model: nn.Module) -> Iterator[tuple[str, AdapterStack]]:
+    """Yield the stacks of ``model``, named as in :func:`named_layers`."""
+    return ((name, module) for name, module in _named_adapted(model) if isinstance(module, AdapterStack))
+
+
+def _named_adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, BesideExperts):
+            yield name.removesuffix(f"afa.{module.parameter}") + module.parameter, module
+        elif isinstance(module, _ADAPTED):
+            yield name, module
 
 
 def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -336,7 +357,7 @@ def _layers(model: nn.Module) -> list[tuple[str, AFALinear | AFAExpertLinear]]:
 
 
 def _nothing_found(model: nn.Module) -> ValueError:
-    if any(isinstance(module, AFALinearStack) for module in model.modules()):
+    if any(isinstance(module, AdapterStack) for module in model.modules()):
         return ValueError(
             "model: its layers have a stack of adapters, and no weight equals several branches; save_adapter(model, "
             "path, adapter) and load that into a model of its own"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from afa_kernels import checks
 from afa_kernels.activation import ACTIVATIONS
 from afa_kernels.branch import Branch
-from afa_kernels.experts import AFAExpertLinear
+from afa_kernels.experts import ExpertBranch
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -68,13 +68,13 @@ _REQUIRED = {
 }
 
 
-def peft_config(model: nn.Module, layers: dict[str, Branch | AFAExpertLinear], trained: list[str]) -> dict[str, Any]:
+def peft_config(model: nn.Module, layers: dict[str, Branch], trained: list[str]) -> dict[str, Any]:
     """Return PEFT's LoraConfig, with keys that PEFT has known since 0.17, so that none warns."""
     first = next(iter(layers.values()))
-    modules = {name: layer for name, layer in layers.items() if isinstance(layer, Branch)}
+    modules = {name: layer for name, layer in layers.items() if not isinstance(layer, ExpertBranch)}
     rslora = all(layer.use_rslora for layer in layers.values())
 
-    def lora_alpha(layer: Branch | AFAExpertLinear) -> float:
+    def lora_alpha(layer: Branch) -> float:
         # PEFT has one switch for all layers; where they differ, the numerator makes up for it.
         return layer.lora_alpha if layer.use_rslora == rslora else layer.scaling * layer.r
 

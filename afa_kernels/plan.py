@@ -91,7 +91,8 @@ def _ragged_plan(x, offsets, ranks, lora_a, lora_b, alpha_t, scalings, weight, o
     if weight is not None:
         weight = autocast("weight", weight.detach())
         ragged_checks.frozen(x, weight, None, *lora_b.shape[:2])
-        ways = frozen.way_of(x, offsets, weight.mT), frozen.way_of(x, offsets, weight)
+        ends = frozen.ends_of(offsets, weight.shape[0]) if weight.dim() == 3 else offsets
+        ways = frozen.way_of(x, ends, weight.mT), frozen.way_of(x, ends, weight)
         way = ": ".join(ways[0])
         if ways[1] != ways[0]:
             way = f"forward {way}; backward {': '.join(ways[1])}"

@@ -1,4 +1,4 @@
-"""AFALinearStack: a frozen linear layer with several adapters, each of which computes its own samples of a batch."""
+"""A stack of adapters, each of which computes its own samples of a batch; AFALinearStack: beside a linear layer."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,60 +8,35 @@ from torch import Tensor, nn
 
 from afa_kernels import checks
 from afa_kernels.alpha import normal
-from afa_kernels.base_layer import is_plain, weight_of
-from afa_kernels.branch import Branch
+from afa_kernels.base_layer import LikeItsBase, is_conv1d, is_plain, weight_of
+from afa_kernels.branch import Branch, BranchOptions
 from afa_kernels.layer import SUPPORTED, why_unsupported
 from afa_kernels.mixed import BASE, AdapterCall, Assignment, mixed_linear, mixed_lora, recomputed_within
 
 
-class AFALinearStack(nn.Module):
-    """A frozen linear layer with a stack of AFA-LoRA adapters.
+class AdapterStack(nn.Module):
+    """Base of what has several adapters: :class:`AFALinearStack` and :class:`afa_kernels.AFAExpertStack`.
 
-    Each adapter has its own rank, scaling, activation, dropout and alpha_t. :func:`afa_kernels.adapters_of` says which
-    adapter computes which sample; the layer then computes the frozen part and all branches in one call. An adapter that
-    computes no sample gets no gradient: ``grad`` stays None.
-
-    Args:
-        base_layer: as in :class:`afa_kernels.AFALinear`.
-        adapters: for each name the options of :class:`afa_kernels.AFALinear` that differ from their defaults.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it, what came and what is wanted.
-
-    ``adapters[name]`` has ``lora_a``, ``lora_b``, ``alpha_t`` and the options of one adapter.
+    ``adapters[name]`` has ``lora_a``, ``lora_b``, ``alpha_t`` and the options of one adapter. A subclass has
+    :meth:`_branch` and fills the stack.
     """
 
-    def __init__(self, base_layer: nn.Module, adapters: Mapping[str, Mapping[str, Any]]):
+    def __init__(self):
         super().__init__()
-        reason = why_unsupported(base_layer)
-        if reason is not None:
-            raise TypeError(f"base_layer: expected {SUPPORTED}; {reason}")
-        self.base_layer = base_layer.requires_grad_(False)
         self.adapters = nn.ModuleDict()
         self._assignment: Assignment | None = None  # set by adapters_of
-        for name, options in adapters.items():
-            self.add_adapter(name, **options)
-        self.train(base_layer.training)
 
     def add_adapter(self, name: str, **options: Any) -> None:
         """Add an adapter; ``options`` as in :class:`afa_kernels.AFALinear`."""
         check_name(name)
         if name in self.adapters:
             raise ValueError(f"name: there is an adapter {name!r} already")
-        self.adapters[name] = Branch(self.base_layer, **options).train(self.training)
+        self.adapters[name] = self._branch(BranchOptions(**options)).train(self.training)
 
     def delete_adapter(self, name: str) -> None:
         if name not in self.adapters:
             raise ValueError(f"name: expected one of {', '.join(self.adapters) or 'no adapter'}, got {name!r}")
         del self.adapters[name]
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
 
     @property
     def merged(self) -> bool:
@@ -89,26 +64,65 @@ class AFALinearStack(nn.Module):
         for branch in self.adapters.values() if adapter is None else [self.adapters[adapter]]:
             branch.write_alpha_t(value)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``base_layer(x)`` plus, for each sample, the branch of its adapter: ``(..., K) -> (..., N)``."""
-        assignment = self._assignment
-        if assignment is None:
+    def assignment(self) -> Assignment:
+        """Return which adapter computes which sample.
+
+        Raises:
+            ValueError: nobody said it.
+        """
+        if self._assignment is None:
             raise ValueError(
                 f"names: which of the adapters {', '.join(self.adapters)} computes which sample is not said; call the "
                 "model inside `with afa_kernels.adapters_of(model, names)`, and its backward too where the model "
                 "recomputes activations by itself"
             )
-        calls = [self._call(name) for name in assignment.adapters]
+        return self._assignment
+
+    def calls_of(self, assignment: Assignment) -> list[AdapterCall | None]:
+        """Return the call of each of its adapters; None for ``"__base__"`` and for one that only other layers have."""
+        return [self.adapters[name].call() if name in self.adapters else None for name in assignment.adapters]
+
+    def _branch(self, options: BranchOptions) -> Branch:
+        """Return a new adapter."""
+        raise NotImplementedError
+
+
+class AFALinearStack(LikeItsBase, AdapterStack):
+    """A frozen linear layer with a stack of AFA-LoRA adapters.
+
+    Each adapter has its own rank, scaling, activation, dropout and alpha_t. :func:`afa_kernels.adapters_of` says which
+    adapter computes which sample; the layer then computes the frozen part and all branches in one call. An adapter that
+    computes no sample gets no gradient: ``grad`` stays None.
+
+    Args:
+        base_layer: as in :class:`afa_kernels.AFALinear`.
+        adapters: for each name the options of :class:`afa_kernels.AFALinear` that differ from their defaults.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what came and what is wanted.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapters: Mapping[str, Mapping[str, Any]]):
+        super().__init__()
+        reason = why_unsupported(base_layer)
+        if reason is not None:
+            raise TypeError(f"base_layer: expected {SUPPORTED}; {reason}")
+        self.base_layer = base_layer.requires_grad_(False)
+        self.train(base_layer.training)
+        for name, options in adapters.items():
+            self.add_adapter(name, **options)
+
+    def _branch(self, options: BranchOptions) -> Branch:
+        return Branch(weight_of(self.base_layer), options, transposed=is_conv1d(self.base_layer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``base_layer(x)`` plus, for each sample, the branch of its adapter: ``(..., K) -> (..., N)``."""
+        assignment = self.assignment()
+        calls = self.calls_of(assignment)
         base = self.base_layer
         if is_plain(base):
             return mixed_linear(x, weight_of(base), base.bias, assignment, calls)
         return mixed_lora(x, base(x), assignment, calls)
-
-    def _call(self, name: str) -> AdapterCall | None:
-        if name not in self.adapters:  # "__base__", or an adapter that other layers have
-            return None
-        branch = self.adapters[name]
-        return AdapterCall(branch.lora_a, branch.lora_b, branch.coefficient(), branch.options)
 
 
 def check_name(name: str) -> None:
@@ -126,7 +140,7 @@ def adapters_of(model: nn.Module, names: str | Sequence[str]) -> Iterator[None]:
     """Say which adapter computes which sample of the batches that ``model`` is called with in this context.
 
     Args:
-        model: a model with :class:`AFALinearStack` layers, as ``inject(model, adapters=...)`` makes it.
+        model: a model with stacks of adapters, as ``inject(model, adapters=...)`` makes it.
         names: the name of an adapter for each sample (each ``x[i]`` of the layers), for each row of x, or one name for
             all. ``"__base__"`` is the frozen model. Samples that are sorted by adapter cost least: others are copied
             into that order, and the result back, in each layer.
@@ -161,7 +175,8 @@ def adapters_of(model: nn.Module, names: str | Sequence[str]) -> Iterator[None]:
 
 
 def add_adapter(model: nn.Module, name: str, **options: Any) -> nn.Module:
-    """Add an adapter to each :class:`AFALinearStack` of ``model``; return it. Options as in :class:`AFALinear`.
+    """Add an adapter to each stack of ``model``; return it. Options as in :class:`AFALinear`; the experts of a mixture
+    all have that rank.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or there is such an adapter; ``model`` is unchanged then.
@@ -186,8 +201,8 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
-def stacks_of(model: nn.Module) -> list[AFALinearStack]:
-    stacks = [module for module in model.modules() if isinstance(module, AFALinearStack)]
+def stacks_of(model: nn.Module) -> list[AdapterStack]:
+    stacks = [module for module in model.modules() if isinstance(module, AdapterStack)]
     if not stacks:
         raise ValueError(
             f"model: expected layers with a stack of adapters, found none in {type(model).__name__}; "
@@ -196,6 +211,6 @@ def stacks_of(model: nn.Module) -> list[AFALinearStack]:
     return stacks
 
 
-def adapters_in(stacks: list[AFALinearStack]) -> list[str]:
+def adapters_in(stacks: list[AdapterStack]) -> list[str]:
     """Return the names of all adapters, in the order in which they came."""
     return list(dict.fromkeys(name for stack in stacks for name in stack.adapters))

@@ -87,14 +87,17 @@ def check_experts_ddp(_folder: Path) -> None:
     assert_parameters(model, trained_alone())
 
 
-def check_experts_fsdp2(folder: Path) -> None:
-    """The experts are sharded on their first dimension, A and B with them."""
-    model = made()
+def sharded(model: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer.mlp.experts, mesh=mesh)
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def check_experts_fsdp2(folder: Path) -> None:
+    """The experts are sharded on their first dimension, A and B with them."""
+    model = sharded(made())
     layer = layers_of(model)[0]
     assert layer.lora_a.to_local().shape[0] == layer.lora_b.to_local().shape[0] == 2
     train(model, *map(mine, batch()))
@@ -108,6 +111,53 @@ def check_experts_fsdp2(folder: Path) -> None:
     afa.merge(alone)
     ids, _ = batch()
     torch.testing.assert_close(model(ids).logits, alone(ids).logits)
+
+
+def stacked() -> nn.Module:
+    from expert_models import PARAMETERS, fill
+
+    adapters = {"a": {"r": 3}, "b": {"r": 2, "activation": "tanh"}, "idle": {}}
+    return fill(afa.inject(bare("Qwen3Moe"), target_parameters=PARAMETERS, adapters=adapters))
+
+
+def train_by_name(model: nn.Module, of_this: nn.Module, part, batches: list[list[str]]) -> None:
+    ids, target = map(part, batch())
+    optimizer = torch.optim.SGD([p for p in of_this.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    for names in batches:
+        with afa.adapters_of(of_this, part(names)):
+            nn.functional.mse_loss(model(ids, use_cache=False).logits, target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def my_part(t):
+    return mine(t) if isinstance(t, Tensor) else t[dist.get_rank() * 2 :][:2]
+
+
+def check_experts_with_adapters_ddp(_folder: Path) -> None:
+    """In the second step "b" is in one process only."""
+    batches = [["a", "b", "b", "a"], ["a", "a", "b", "a"], ["a"] * 4]
+    alone, model = stacked(), stacked()
+    train_by_name(alone, alone, lambda t: t, batches)
+    train_by_name(DistributedDataParallel(model, find_unused_parameters=True), model, my_part, batches)
+    assert_parameters(model, alone)
+
+
+def check_experts_with_adapters_fsdp2(folder: Path) -> None:
+    batches = [["a", "b", "b", "a"], ["a"] * 4]
+    alone, model = stacked(), sharded(stacked())
+    train_by_name(alone, alone, lambda t: t, batches)
+    train_by_name(model, model, my_part, batches)
+    assert_parameters(model, alone)
+    afa.set_alpha_t(model, 0.0)
+    afa.save_adapter(model, folder / "adapters_fsdp2", "b")
+    other = afa.load_adapter(stacked(), folder / "adapters_fsdp2", "again")
+    for got, want in zip(_of(other, "again"), _of(alone, "b"), strict=True):
+        assert_close(got, want, 1e-5, "b")
+
+
+def _of(model: nn.Module, adapter: str) -> list[Tensor]:
+    return [p for name, p in model.named_parameters() if f".{adapter}." in name]
 
 
 def expert_parallel(architecture: str, implementation: str) -> nn.Module:

@@ -58,6 +58,18 @@ def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     return {"logits": logits.detach()} | named
 
 
+def assert_checkpointing_recomputes_the_same(model: nn.Module) -> None:
+    """Check it with the dropout that the branches of all experts of ``model`` have."""
+    ids = tokens()
+    model.train()
+    torch.manual_seed(5)
+    want = gradients(model, ids)
+    model.gradient_checkpointing_enable()
+    torch.manual_seed(5)
+    got = gradients(model, ids)
+    assert len(got) == 9 and all(torch.equal(got[name], value) for name, value in want.items())
+
+
 def fill(model: nn.Module, seed: int = 1) -> nn.Module:
     """Draw every A and B anew: with B = 0 any branch is right."""
     generator = torch.Generator().manual_seed(seed)

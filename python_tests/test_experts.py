@@ -14,6 +14,7 @@ import torch._dynamo.testing
 from expert_models import (
     ARCHITECTURES,
     PARAMETERS,
+    assert_checkpointing_recomputes_the_same,
     copy_of,
     fill,
     gradients,
@@ -25,7 +26,7 @@ from expert_models import (
 from helpers import allowed_error, relative_error
 
 import afa_kernels as afa
-import afa_kernels.experts.forward
+from afa_kernels import mixed
 
 
 def injected(architecture="Qwen3Moe", **options):
@@ -126,7 +127,7 @@ def test_pairs_of_other_processes_are_left_out(monkeypatch):
         end = int(offsets[-1])
         return Undefined.apply(afa.afa_linear_grouped(Undefined.apply(x, end), offsets, *arguments, **options), end)
 
-    monkeypatch.setattr(afa_kernels.experts.forward, "afa_linear_grouped", as_on_a_gpu)
+    monkeypatch.setattr(mixed, "afa_linear_grouped", as_on_a_gpu)
     for architecture in ("Qwen3Moe", "GptOss"):
         experts = experts_of(injected(architecture))
         experts._is_expert_parallel = True
@@ -205,13 +206,7 @@ def test_dropout_is_seeded_and_acts_in_training_only():
 
 
 def test_checkpointing_recomputes_the_same():
-    model, ids = injected(dropout=0.3).train(), tokens()
-    torch.manual_seed(5)
-    want = gradients(model, ids)
-    model.gradient_checkpointing_enable()
-    torch.manual_seed(5)
-    got = gradients(model, ids)
-    assert len(got) == 9 and all(torch.equal(got[name], value) for name, value in want.items())
+    assert_checkpointing_recomputes_the_same(injected(dropout=0.3))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -104,17 +104,6 @@ def test_an_experts_module_alone_has_no_name_in_a_checkpoint(tmp_path):
         afa.save_adapter(experts, tmp_path)
 
 
-def test_experts_have_no_named_adapters(tmp_path):
-    base = mixture()
-    ours = injected(base)
-    afa.set_alpha_t(ours, 0.0)
-    afa.save_adapter(ours, tmp_path)
-    with pytest.raises(ValueError, match="holds experts, which have no named adapters; got 'mine'"):
-        afa.load_adapter(base, tmp_path, "mine")
-    with pytest.raises(ValueError, match="adapters: experts have one adapter"):
-        afa.inject(base, target_parameters=PARAMETERS, adapters={"mine": {}})
-
-
 def test_a_router_that_trains_is_saved_and_experts_that_train_are_refused(tmp_path):
     base, ids = mixture(), tokens()
     ours = injected(base, trainable=["mlp.gate"])

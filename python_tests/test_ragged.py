@@ -19,6 +19,15 @@ pytestmark = pytest.mark.fast
 SIZES = (5, 0, 17, 1, 60, 0)  # groups without rows among them, and at the end
 
 
+def sharing(what: str, p: Ragged) -> Ragged:
+    """Return the problem with a weight and a bias that groups share: all of them, or each two in a row."""
+    each = len(p.weight) // 2 if "pairs" in what else len(p.weight)
+    return p.changed(
+        weight=p.weight[0] if "weight" in what else p.weight[:each],
+        bias=None if what == "no bias" else p.bias[0] if "bias" in what else p.bias[:each],
+    )
+
+
 @pytest.fixture(params=BACKENDS)
 def name(request) -> str:
     if not takes_ragged(request.param):
@@ -75,11 +84,9 @@ def test_what_belongs_to_no_branch_is_the_frozen_part(name, dtype):
         assert not gradients["lora_a"][2].any() and not gradients["lora_b"][2].any()
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", ["", "weight", "pairs"])
 def test_gradients_that_can_be_differentiated_are_those_of_the_kernels(name, shared):
-    p = Ragged.random(SIZES, 33, 20, 4, torch.float32, tail=7)
-    if shared:
-        p = p.changed(weight=p.weight[0])
+    p = sharing(shared, Ragged.random(SIZES, 33, 20, 4, torch.float32, tail=7))
     leaves = p.leaves(OF_LINEAR)
     y = p.linear(leaves, backend=name, dropout_p=0.25, dropout_seed=3)
     plain, graph = (
@@ -99,14 +106,10 @@ def test_a_base_that_is_written_has_a_new_version(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
-@pytest.mark.parametrize("shared", ["", "weight", "bias", "weight, bias", "no bias"])
-@pytest.mark.parametrize("sizes", [SIZES, (20, 20, 20)], ids=["uneven", "even"])
+@pytest.mark.parametrize("shared", ["", "weight", "bias", "weight, bias", "no bias", "pairs", "pairs, bias"])
+@pytest.mark.parametrize("sizes", [SIZES, (20, 20, 20, 20)], ids=["uneven", "even"])
 def test_linear_is_as_accurate_as_torch(name, dtype, shared, sizes):
-    p = Ragged.random(sizes, 48, 40, 5, dtype)
-    p = p.changed(
-        weight=p.weight[0] if "weight" in shared else p.weight,
-        bias=None if shared == "no bias" else p.bias[0] if "bias" in shared else p.bias,
-    )
+    p = sharing(shared, Ragged.random(sizes, 48, 40, 5, dtype))
     names = tuple(n for n in OF_LINEAR if getattr(p, n) is not None)
     fixed = {} if p.bias is not None else {"bias": None}
 
@@ -115,9 +118,9 @@ def test_linear_is_as_accurate_as_torch(name, dtype, shared, sizes):
         pieces = []
         for g, rows in p.runs():
             rank = int(p.ranks[g])
-            weight = t["weight"] if t["weight"].dim() == 2 else t["weight"][g]
+            weight = t["weight"] if t["weight"].dim() == 2 else t["weight"][g * len(t["weight"]) // len(sizes)]
             bias = t.get("bias")
-            bias = bias if bias is None or bias.dim() == 1 else bias[g]
+            bias = bias if bias is None or bias.dim() == 1 else bias[g * len(bias) // len(sizes)]
             pieces.append(eager(
                 t["x"][rows], t["lora_a"][g, :rank], t["lora_b"][g, :, :rank], p.alpha_t[g].item(),
                 scaling=p.scaling[g].item(), weight=weight, bias=bias,
@@ -266,8 +269,14 @@ BAD = {
     "b of other r": ({"lora_b": torch.ones(3, 5, 3)}, ValueError, r"lora_b: expected shape \(3, out_features, 2\)"),
     "x of three dimensions": ({"x": torch.ones(1, 6, 8)}, ValueError, r"x: expected shape \(rows, in_features\)"),
     "weight of other groups": ({"weight": torch.ones(2, 5, 8)}, ValueError, r"weight: expected shape \(3, 5, 8\)"),
+    "weight of no group": ({"weight": torch.ones(0, 5, 8)}, ValueError, "weight: .*a divisor of 3 in its place"),
     "weight of another dtype": ({"weight": torch.ones(3, 5, 8).half()}, TypeError, "weight: expected float32"),
     "bias of other groups": ({"bias": torch.ones(2, 5)}, ValueError, r"bias: expected shape \(3, 5\)"),
+    "bias of more groups than weights": (
+        {"weight": torch.ones(1, 5, 8), "bias": torch.ones(3, 5)},
+        ValueError,
+        r"bias: expected shape \(1, 5\)",
+    ),
 }
 
 
@@ -323,6 +332,8 @@ def test_plan_names_the_way_of_the_frozen_part(monkeypatch):
 
     assert plan(even, weight=even.weight).frozen == ": ".join(frozen.EQUAL)
     assert plan(even, weight=even.weight[0]).frozen == ": ".join(frozen.SHARED)
+    pairs = Ragged.random((4, 5, 6, 3), 32, 24, 4)
+    assert plan(pairs, weight=pairs.weight[:2]).frozen == ": ".join(frozen.EQUAL)
     assert plan(even).frozen == "" and plan(even).path == "fused" and plan(even, backend="torch").backend == "torch"
     assert afa.plan(even.x, even.lora_a, even.lora_b, 0.0, offsets=even.offsets).path == "gemm"
     monkeypatch.setattr(frozen.torch_private, "has_fast_gemm", lambda dtype: True)
@@ -336,7 +347,7 @@ def test_plan_names_the_way_of_the_frozen_part(monkeypatch):
     with pytest.raises(ValueError, match="offsets: "):
         afa.plan(p.x, p.lora_a, p.lora_b, 0.5, offsets=p.offsets[:2])
     with pytest.raises(ValueError, match="weight: "):
-        plan(p, weight=p.weight[:2])
+        plan(p, weight=p.weight[:4])
 
 
 @pytest.mark.parametrize("dropout", [0, 80])

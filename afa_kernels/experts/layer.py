@@ -1,21 +1,55 @@
 """AFAExpertLinear: the branches of all experts beside one fused parameter."""
 
-import math
 from collections.abc import Iterator
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from afa_kernels import checks
-from afa_kernels.branch import check_options
+from afa_kernels.branch import Branch, BranchOptions
 from afa_kernels.experts import seam
-from afa_kernels.experts.parameters import BranchCall, local, weight_of, why_unsupported
+from afa_kernels.experts.parameters import local, weight_of, why_unsupported
 from afa_kernels.merging import Mergeable, plus
+from afa_kernels.mixed import AdapterCall, Assignment
+from afa_kernels.stack import AdapterStack
 
 EXPERT_RANKS = ("same", "per_active")
 
 
-class AFAExpertLinear(Mergeable):
+class ExpertBranch(Branch):
+    """A branch for each expert beside one fused parameter, sharded as the parameter is."""
+
+    def __init__(self, experts: nn.Module, parameter: str, options: BranchOptions):
+        super().__init__(weight_of(experts, parameter), options)
+        self.num_experts = self.lora_a.shape[0]
+        weight = getattr(experts, parameter)
+        self.lora_a = nn.Parameter(_sharded_like(weight, self.lora_a.detach()))
+        self.lora_b = nn.Parameter(_sharded_like(weight, self.lora_b.detach()))
+
+    def call(self) -> AdapterCall:
+        lora_a, lora_b, *rest = super().call()
+        return AdapterCall(local(lora_a), local(lora_b), *rest)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, {super().extra_repr()}"
+
+
+class BesideExperts:
+    """Base of what stands beside one fused parameter of an experts module."""
+
+    def _stand_beside(self, experts: nn.Module, parameter: str) -> None:
+        """Note the experts module, in ``__init__``, and freeze the parameter."""
+        self.__dict__["experts"] = experts  # no submodule: this layer is a part of it
+        self.parameter = parameter
+        self.weight.requires_grad_(False)
+        self.train(experts.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The fused parameter."""
+        return getattr(self.experts, self.parameter)
+
+
+class AFAExpertLinear(BesideExperts, Mergeable, ExpertBranch):
     """A trainable AFA-LoRA branch for each expert, beside one fused parameter of an experts module.
 
     For the rows of expert e it adds ``scaling * phi(dropout(x) @ lora_a[e].T) @ lora_b[e].T`` to the frozen product.
@@ -25,8 +59,7 @@ class AFAExpertLinear(Mergeable):
     Args:
         experts: the experts module, which stays the owner of its parameters. They are frozen.
         parameter: the name of the parameter, ``"gate_up_proj"`` or ``"down_proj"``.
-        r: rank of each expert.
-        lora_alpha, activation, dropout, use_rslora, dtype, save, backend: as in :class:`afa_kernels.AFALinear`.
+        options: as in :class:`afa_kernels.AFALinear`; r is the rank of each expert.
 
     ``lora_a (E, r, K)`` and ``lora_b (E, N, r)`` are sharded as the parameter is under transformers' expert
     parallelism.
@@ -35,57 +68,14 @@ class AFAExpertLinear(Mergeable):
         TypeError, ValueError: an argument does not fit; the message names it, what came and what is wanted.
     """
 
-    def __init__(
-        self,
-        experts: nn.Module,
-        parameter: str,
-        r: int = 8,
-        lora_alpha: float = 16,
-        activation: str = "silu",
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        *,
-        dtype: torch.dtype | None = None,
-        save: str = "z",
-        backend: str | None = None,
-    ):
-        super().__init__()
-        reason = why_unsupported(experts, parameter)
-        if reason is not None:
-            raise TypeError(f"parameter: {parameter} cannot be adapted: {reason}")
-        check_options(r, lora_alpha, activation, dropout, save, backend)
-        weight = getattr(experts, parameter).requires_grad_(False)
-        if dtype is None:
-            dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
-        if dtype not in checks.FLOATING:
-            raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
-        self.__dict__["experts"] = experts  # no submodule: this layer is a part of it
-        self.parameter = parameter
-        self.num_experts, self.out_features, self.in_features = weight_of(experts, parameter).shape
-        self.r, self.lora_alpha, self.use_rslora = int(r), lora_alpha, bool(use_rslora)
-        self.scaling = float(lora_alpha) / (math.sqrt(r) if use_rslora else r)
-        self.activation, self.dropout, self.save, self.backend = activation, float(dropout), save, backend
-        # One matrix for the initialisation and for a file: PEFT's own shape and its own distribution.
-        a = torch.empty(self.num_experts * self.r, self.in_features, dtype=dtype, device=weight.device)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        b = torch.zeros(self.num_experts, self.out_features, self.r, dtype=dtype, device=weight.device)
-        self.lora_a = nn.Parameter(_sharded_like(weight, a.view(self.num_experts, self.r, self.in_features)))
-        self.lora_b = nn.Parameter(_sharded_like(weight, b))
-        self.start_alpha_t(1.0, weight.device, persistent=True)
+    def __init__(self, experts: nn.Module, parameter: str, **options: Any):
+        check_parameter(experts, parameter)
+        super().__init__(experts, parameter, BranchOptions(**options))
+        self._stand_beside(experts, parameter)
         self._weight_is_loaded = False  # set by AFAExperts while a state dict is loaded
-        self.train(experts.training)
 
-    @property
-    def weight(self) -> Tensor:
-        """The fused parameter."""
-        return getattr(self.experts, self.parameter)
-
-    def branch(self) -> BranchCall:
-        """Return what a call needs; dropout acts in training only."""
-        return BranchCall(
-            self.lora_a, self.lora_b, self.coefficient(), self.activation, self.scaling,
-            self.dropout if self.training else 0.0, self.save, self.backend,
-        )  # fmt: skip
+    def calls(self) -> list[list[AdapterCall]]:
+        return [] if self._merged else [[self.call()]]
 
     def _sums(self, factor: float) -> Iterator[tuple[Tensor, Tensor]]:
         """One expert of this process after the other."""
@@ -98,16 +88,9 @@ class AFAExpertLinear(Mergeable):
         brings, self._weight_is_loaded = self._weight_is_loaded, False
         return brings
 
-    def extra_repr(self) -> str:
-        state = "merged" if self._merged else f"alpha_t={self._alpha_t:g}"
-        return (
-            f"experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}, "
-            f"r={self.r}, scaling={self.scaling:g}, activation={self.activation}, dropout={self.dropout:g}, {state}"
-        )
-
 
 class AFAExperts(nn.ModuleDict):
-    """The :class:`AFAExpertLinear` of the targeted parameters of an experts module, which keeps it as ``afa``."""
+    """What stands beside the targeted parameters of an experts module, which keeps it as ``afa``."""
 
     def attach(self, experts: nn.Module) -> None:
         """Let ``experts`` compute with these branches."""
@@ -119,10 +102,17 @@ class AFAExperts(nn.ModuleDict):
         self._hook.remove()
         seam.detach(experts)
 
-    def branches(self, parameter: str) -> list[BranchCall]:
-        if parameter not in self or self[parameter].merged:
-            return []
-        return [self[parameter].branch()]
+    def assignment(self) -> Assignment | None:
+        return next((layer.assignment() for layer in self.values() if isinstance(layer, AdapterStack)), None)
+
+    def calls(self, parameter: str) -> list[list[AdapterCall | None]]:
+        return self[parameter].calls() if parameter in self else []
+
+
+def check_parameter(experts: nn.Module, parameter: str) -> None:
+    reason = why_unsupported(experts, parameter)
+    if reason is not None:
+        raise TypeError(f"parameter: {parameter} cannot be adapted: {reason}")
 
 
 def rank_of_expert(experts: nn.Module, r: int, expert_rank: str) -> int:
@@ -146,7 +136,8 @@ def check_expert_rank(value: object) -> None:
 def _note_weights(experts: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_others: object) -> None:
     """Tell the branches of ``experts`` whether a state dict that is about to be loaded has their fused parameters."""
     for parameter, layer in experts.afa.items():
-        layer._weight_is_loaded = prefix + parameter in state_dict
+        if isinstance(layer, AFAExpertLinear):
+            layer._weight_is_loaded = prefix + parameter in state_dict
 
 
 def _sharded_like(parameter: Tensor, t: Tensor) -> Tensor:

@@ -1,32 +1,25 @@
 """The fused parameters of an experts module of transformers 5, and what is computed beside them."""
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from afa_kernels import checks
+from afa_kernels.mixed import AdapterCall, Assignment
 
 _NEEDED = "an experts module of transformers 5 (a class under its decorator use_experts_implementation)"
-
-
-class BranchCall(NamedTuple):
-    """One branch of every expert beside one fused parameter, as a call needs it."""
-
-    lora_a: Tensor  # (E, r, K)
-    lora_b: Tensor  # (E, N, r)
-    alpha_t: Tensor | None  # None at identity
-    activation: str
-    scaling: float | Tensor
-    dropout_p: float
-    save: str
-    backend: str | None
 
 
 class Branches(Protocol):
     """What an experts module keeps as ``afa``."""
 
-    def branches(self, parameter: str) -> list[BranchCall]:
-        """Return the branches that are to be computed beside a parameter of the module."""
+    def assignment(self) -> Assignment | None:
+        """Return which adapter computes which token, or None if all branches compute all tokens."""
+
+    def calls(self, parameter: str) -> list[Sequence[AdapterCall | None]]:
+        """Return what is to be computed beside a parameter of the module: with an assignment, in one element, the call
+        of each of its adapters, None where that has no branch here; else an element with one call for each branch."""
 
 
 def why_unsupported(module: nn.Module, parameter: str) -> str | None:

@@ -9,15 +9,16 @@ import copy
 import inspect
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from afa_kernels import checks
 from afa_kernels.experts import seam
-from afa_kernels.experts.parameters import BranchCall, why_unsupported
+from afa_kernels.experts.parameters import why_unsupported
 from afa_kernels.experts.peft_names import from_matrices
-from afa_kernels.peft.layer import AFALoraLayer
+from afa_kernels.mixed import AdapterCall
+from afa_kernels.peft.layer import AFALoraLayer, dropout_of
 from afa_kernels.peft.state import AdapterState, device_of
 
 TAKES_CONFIG = "config" in inspect.signature(lora.ParamWrapper.update_layer).parameters
@@ -29,9 +30,12 @@ class WrappedParameters:
     def __init__(self):
         self.wrappers: dict[str, ParamWrapper] = {}
 
-    def branches(self, parameter: str) -> list[BranchCall]:
+    def assignment(self) -> None:
+        return None  # adapter_names is PEFT's error for parameters
+
+    def calls(self, parameter: str) -> list[list[AdapterCall]]:
         wrapper = self.wrappers.get(parameter)
-        return [] if wrapper is None else wrapper.branches()
+        return [] if wrapper is None else wrapper.calls()
 
 
 class ParamWrapper(AFALoraLayer, lora.ParamWrapper):
@@ -75,23 +79,24 @@ class ParamWrapper(AFALoraLayer, lora.ParamWrapper):
             self.unmerge()
         return self.base_layer(x, *args, **kwargs)
 
-    def branches(self) -> list[BranchCall]:
-        """Return the branches of the active adapters."""
+    def calls(self) -> list[list[AdapterCall]]:
+        """Return the calls of the active adapters."""
         if self.disable_adapters or self.merged:
             return []
-        return [self._branch(name) for name in self.active_adapters if name in self.lora_A]
+        return [[self._call(name)] for name in self.active_adapters if name in self.lora_A]
 
-    def _branch(self, name: str) -> BranchCall:
+    def _call(self, name: str) -> AdapterCall:
         a, b = from_matrices(self.lora_A[name].weight, self.lora_B[name].weight, self.num_experts)
-        b = b.contiguous()  # once, because in PEFT's layout the B of one expert touches the memory of all
-        dropout, scaling = self.lora_dropout[name], self.scaling[name]
+        scaling = self.scaling[name]
         if isinstance(scaling, Tensor):  # where adapters are to be swapped in a compiled model
-            scaling = scaling.to(a.device, torch.float32).expand(self.num_experts)
-        dropout_p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+            b, scaling = b * scaling.to(b), 1.0
+        b = b.contiguous()  # once, because in PEFT's layout the B of one expert touches the memory of all
         if name not in self.lora_afa:
-            return BranchCall(a, b, None, "relu", scaling, dropout_p, "z", None)
+            options = checks.options("relu", scaling, dropout_of(self, name), "z", None)
+            return AdapterCall(a, b, None, options)
         state = self.lora_afa[name]
-        return BranchCall(a, b, state.coefficient(), state.activation, scaling, dropout_p, state.save, None)
+        options = checks.options(state.activation, scaling, dropout_of(self, name), state.save, None)
+        return AdapterCall(a, b, state.coefficient(), options)
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
         experts = super().unload_and_optionally_merge_module(*args, **kwargs)

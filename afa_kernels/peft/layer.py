@@ -79,14 +79,19 @@ class AFALoraVariant(LoraVariant):
 def _branch(module: LoraLayer, name: str) -> AdapterCall | None:
     """Return A, B, alpha_t and the options of an adapter, or None where its layers have to be called."""
     state, a, b = module.lora_afa[name], _plain_weight(module.lora_A[name]), _plain_weight(module.lora_B[name])
-    scaling, dropout = module.scaling[name], module.lora_dropout[name]
+    scaling = module.scaling[name]
     # PEFT makes the scaling a tensor where adapters are to be swapped in a compiled model.
     if a is None or b is None or isinstance(scaling, Tensor):
         return None
-    dropout_p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     # PEFT owns the scaling and the dropout, and may change them between two calls.
-    options = checks.options(state.activation, scaling, dropout_p, state.save, None)
+    options = checks.options(state.activation, scaling, dropout_of(module, name), state.save, None)
     return AdapterCall(a, b, state.coefficient(), options)
+
+
+def dropout_of(module: LoraLayer, name: str) -> float:
+    """Return the dropout probability of a call of an adapter."""
+    dropout = module.lora_dropout[name]
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def _plain_weight(layer: nn.Module) -> Tensor | None:

@@ -66,14 +66,14 @@ class AFALoRAGroupedFunction(torch.autograd.Function):
                     dx, da, db = ops.lora_backward(direct, *saved, need_x, need_a, need_b)
         if need_weight:
             shape, dtype = ctx.weight
-            dweight = (dy.T @ x if len(shape) == 2 else _outer(dy, x, offsets)).to(dtype)
+            dweight = (dy.T @ x if len(shape) == 2 else _outer(dy, x, offsets, shape[0])).to(dtype)
         if need_bias:
             shape, dtype = ctx.bias
             if len(shape) == 1:
                 dbias = dy.sum(0).to(dtype)
             else:
                 ones = dy.new_ones(dy.shape[0], 8)  # grouped_mm wants rows of 16 bytes
-                dbias = _outer(dy, ones, offsets)[:, :, 0].to(dtype)
+                dbias = _outer(dy, ones, offsets, shape[0])[:, :, 0].to(dtype)
         return (
             dx if need_x else None,
             dweight,
@@ -85,7 +85,8 @@ class AFALoRAGroupedFunction(torch.autograd.Function):
         )
 
 
-def _outer(left, right, offsets):
+def _outer(left, right, offsets, count):
+    offsets = frozen.ends_of(offsets, count)
     differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return frozen.outer(left, right, offsets) if differentiated else ops.outer(left, right, offsets)
 
@@ -109,7 +110,9 @@ def _differentiable(dy, x, weight, lora_a, lora_b, groups: Groups, seed, spec):
                     dx, da_g, db_g = reference.backward(dy[rows], x[rows], a, b, alpha_t, seed, own, rows.start)
                     da, db = torch.cat([da_g, da[rank:]]), torch.cat([db_g, db[:, rank:]], 1)
                 if weight is not None:
-                    dx = dx + dy[rows] @ (weight if weight.dim() == 2 else weight[group])
+                    dx = dx + dy[rows] @ (
+                        weight if weight.dim() == 2 else weight[group * weight.shape[0] // lora_a.shape[0]]
+                    )
                 dxs.append(dx)
             das.append(da)
             dbs.append(db)

@@ -44,10 +44,13 @@ def operands(x: Tensor, offsets: Tensor, lora_a: Tensor, lora_b: Tensor, ranks: 
 def frozen(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, n: int) -> None:
     checks.tensor("weight", weight)
     k = x.shape[1]
-    if weight.shape not in ((groups, n, k), (n, k)):
+    weights = groups
+    if weight.dim() == 3 and 0 < weight.shape[0] < groups and groups % weight.shape[0] == 0:
+        weights = weight.shape[0]
+    if weight.shape not in ((weights, n, k), (n, k)):
         raise ValueError(
-            f"weight: expected shape ({groups}, {n}, {k}), or ({n}, {k}) for all groups, to match lora_b and x, "
-            f"got {tuple(weight.shape)}"
+            f"weight: expected shape ({groups}, {n}, {k}), a divisor of {groups} in its place, or ({n}, {k}) for all "
+            f"groups, to match lora_b and x, got {tuple(weight.shape)}"
         )
     if weight.dtype != x.dtype:
         raise TypeError(
@@ -56,8 +59,10 @@ def frozen(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, n: int) 
     checks.same_device("weight", weight, x)
     if bias is not None:
         checks.tensor("bias", bias)
-        if bias.shape not in ((groups, n), (n,)):
-            raise ValueError(f"bias: expected shape ({groups}, {n}), or ({n},) for all groups, got {tuple(bias.shape)}")
+        if bias.shape not in ((weights, n), (n,)):
+            raise ValueError(
+                f"bias: expected shape ({weights}, {n}), or ({n},) for all groups, got {tuple(bias.shape)}"
+            )
         checks.same_device("bias", bias, x)
 
 

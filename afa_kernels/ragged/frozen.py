@@ -1,10 +1,11 @@
 """The frozen part of a ragged call, ``x @ weight[g].T + bias[g]`` for the rows of each group, and its order with the
 branch.
 
-A weight that all groups share is one GEMM. With a weight for each group, torch's ``grouped_mm`` multiplies on a GPU,
-where it reads the offsets on the device; it cannot accumulate, so that it always comes before the branch. On a CPU it
-is a loop of GEMMs, which is here instead: its results go where they belong, or are added to what is there. Two kinds of
-call have something faster; :func:`way_of` names them.
+A group is here what has a matrix of its own, which may be several groups of the branch in a row. A weight that all
+groups share is one GEMM. With a weight for each group, torch's ``grouped_mm`` multiplies on a GPU, where it reads the
+offsets on the device; it cannot accumulate, so that it always comes before the branch. On a CPU it is a loop of GEMMs,
+which is here instead: its results go where they belong, or are added to what is there. Two kinds of call have something
+faster; :func:`way_of` names them.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,6 +33,14 @@ GROUPED = Way("grouped_mm", "it reads the offsets on the device")
 EQUAL = Way("bmm", "groups of equally many rows are a batch, whose products run side by side")
 LOOP = Way("loop", "a GEMM on all threads for each group that has rows")
 WIDE = Way("float32 loop", "this torch has no fast product of such a weight in this dtype on this CPU")
+
+
+def ends_of(offsets: Tensor, weights: int) -> Tensor:
+    """Return where the rows of each of so many matrices end, from where those of each group of a call do."""
+    if weights == offsets.shape[0]:
+        return offsets
+    groups = offsets.shape[0] // weights
+    return offsets[groups - 1 :: groups].contiguous()
 
 
 def way_of(rows: Tensor, offsets: Tensor, matrices: Tensor) -> Way:
@@ -68,6 +77,8 @@ def forward(
         (y,), z = frozen.forward(backend, spec, x, [(weight, bias)], lambda bases, outs: branch(bases[0], outs[0]))
         return y, z
     matrices = weight.mT
+    if weight.dim() == 3:
+        offsets = ends_of(offsets, weight.shape[0])
     if not x.is_cpu:
         y = _on_device(x, offsets, matrices, bias)
         return y, branch(y, y)
@@ -91,6 +102,7 @@ def backward(
     """
     if weight.dim() == 2:
         return frozen.backward(backend, spec, [(dy, weight)], branch)
+    offsets = ends_of(offsets, weight.shape[0])
     if backend.gemm_first(spec, dy.dtype, True):
         if not dy.is_cpu:
             return branch(_on_device(dy, offsets, weight, None))

@@ -100,8 +100,10 @@ def afa_linear_grouped(
         x, offsets, lora_a, lora_b, alpha_t, scaling, ranks: as in :func:`afa_lora_grouped`. What rows behind the last
             offset hold is undefined on a GPU, as in ``grouped_mm``, where each group has a weight.
         weight: ``(G, N, K)``, or ``(N, K)`` for all groups, in the dtype of x (any floating dtype under autocast); any
-            strides. Differentiable.
-        bias: ``(G, N)``, ``(N,)`` for all groups, or None. Differentiable. Dropout does not act on the frozen part.
+            strides. Or ``(E, N, K)`` with a divisor E of G: each matrix for ``G / E`` groups in a row, such as the
+            adapters of an expert. Differentiable.
+        bias: ``(G, N)``, with such a weight ``(E, N)``; ``(N,)`` for all groups, or None. Differentiable. Dropout does
+            not act on the frozen part.
         activation, dropout_p, dropout_seed, save, backend: as in :func:`afa_kernels.afa_lora`.
 
     Returns:

@@ -1,0 +1,375 @@
+"""Adapters by name on the experts of a mixture: a row belongs to a pair of an expert and an adapter."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+pytest.importorskip("transformers", minversion="5.0")
+
+from expert_models import PARAMETERS, copy_of, fill, gradients, mixture, routing, tokens
+from helpers import allowed_error, relative_error
+from test_adapters import counted
+from test_experts import Largest, call, experts_of, run
+
+import afa_kernels as afa
+from afa_kernels import mixed
+from afa_kernels.model import named_layers
+
+ADAPTERS = {
+    "ann": {"r": 3, "lora_alpha": 5},
+    "bob": {"r": 5, "activation": "tanh", "use_rslora": True},
+    "cy": {"r": 2, "activation": "relu", "save": "nothing"},
+    "eve": {"r": 4, "lora_alpha": 1},
+    "idle": {},
+}
+ALPHAS = {"ann": 0.4, "bob": 0.7, "cy": 0.0, "eve": 0.9}
+USED = tuple(ALPHAS)
+NAMES = ["bob", "ann", "__base__", "cy", "ann", "eve"]
+
+
+def stacked(base=None, modules=None, adapters=ADAPTERS, alphas=ALPHAS, **options):
+    base = mixture() if base is None else base
+    model = fill(afa.inject(base, modules, target_parameters=PARAMETERS, adapters=adapters, **options))
+    for name, value in alphas.items():
+        afa.set_alpha_t(model, value, name)
+    return model
+
+
+def alone(base, model, name, modules=None):
+    """Return a model that has one adapter of ``model``, without a name."""
+    single = afa.inject(base, modules, target_parameters=PARAMETERS, **ADAPTERS[name])
+    of_stacks = dict(named_layers(model, name))
+    with torch.no_grad():
+        for where, layer in named_layers(single):
+            layer.lora_a.copy_(of_stacks[where].lora_a)
+            layer.lora_b.copy_(of_stacks[where].lora_b)
+    afa.set_alpha_t(single, ALPHAS[name])
+    return single
+
+
+def rows_of(name):
+    return [i for i, other in enumerate(NAMES) if other == name]
+
+
+def step(model, ids, dy):
+    """Return the logits and the gradients of one step by the names of their parameters."""
+    model.zero_grad()
+    logits = model(ids, use_cache=False).logits
+    logits.backward(dy.to(logits.dtype))
+    named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach()} | named
+
+
+@pytest.mark.parametrize("modules", [None, ["q_proj", "o_proj"]], ids=["experts", "both kinds"])
+@pytest.mark.parametrize("architecture", ["Qwen3Moe", "GptOss"])
+def test_a_mixed_step_is_the_steps_of_models_with_one_adapter(architecture, modules):
+    def base(dtype):
+        return mixture(architecture, experts_implementation="eager").to(dtype)  # torch's grouped_mm has no float64
+
+    ids, dy = tokens(len(NAMES), 6), torch.randn(len(NAMES), 6, 32)
+    together, separate = {}, {}
+    for dtype in (torch.float32, torch.float64):
+        model = stacked(base(dtype), modules)
+        with afa.adapters_of(model, NAMES):
+            together[dtype] = step(model, ids, dy)
+        assert not any(".idle." in name for name in together[dtype])
+        separate[dtype] = {}
+        for name in USED:
+            rows = rows_of(name)
+            for what, value in step(alone(base(dtype), model, name, modules), ids[rows], dy[rows]).items():
+                where, _, half = what.rpartition(".")
+                own = f"{where}.adapters.{name}.{half}" if where else f"logits {name}"
+                separate[dtype][own] = value
+            together[dtype][f"logits {name}"] = together[dtype]["logits"][rows]
+        free = rows_of("__base__")
+        separate[dtype]["logits free"] = base(dtype)(ids[free]).logits.detach()
+        together[dtype]["logits free"] = together[dtype].pop("logits")[free]
+    truth = separate[torch.float64]
+    assert together[torch.float64].keys() == truth.keys()
+    assert len(truth) == 5 + 4 * 2 * 2 * (2 if modules is None else 4)
+    for what, exact in truth.items():
+        assert relative_error(together[torch.float64][what], exact) < 1e-12, what
+    # All of them come through the same chain of products, whose error depends on the order of sums.
+    got, plain, exact = (
+        torch.cat([results[what].flatten() for what in truth])
+        for results in (together[torch.float32], separate[torch.float32], truth)
+    )
+    assert relative_error(got, exact) <= allowed_error(plain, exact, torch.float32)
+
+
+def of_tokens(t, name, each=3):
+    return t.unflatten(0, (len(NAMES), each))[rows_of(name)].flatten(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", ["Qwen3Moe", "GptOss"])
+def test_the_branches_have_the_bits_of_separate_steps(architecture, dtype, monkeypatch):
+    """The frozen weights are 0, for the rounding of their products may depend on the number of rows. So may that of
+    torch's sigmoid: a value is a part of a vector or of what is left over."""
+
+    def base():
+        model = mixture(architecture).to(dtype)
+        with torch.no_grad():
+            for parameter in ("gate_up_proj", "down_proj"):
+                getattr(experts_of(model), parameter).zero_()
+        return model
+
+    model = stacked(base())
+    experts = experts_of(model)
+    monkeypatch.setattr(type(experts), "_apply_gate", lambda _experts, rows: rows[..., ::2] * rows[..., 1::2])
+    index, weights = routing(experts, 18)
+    inputs = [torch.randn(18, 16, dtype=dtype), index, weights.to(dtype), torch.randn(18, 16, dtype=dtype)]
+    with afa.adapters_of(experts, NAMES):
+        got = run(call, experts, *inputs)
+    for name in USED:
+        own = [of_tokens(t, name) for t in inputs]
+        with afa.adapters_of(experts, name):
+            separate = run(call, experts, *own)
+        single = run(call, experts_of(alone(base(), model, name)), *own)
+        for what in ("y", "dx", "dweights"):
+            assert torch.equal(of_tokens(got[what], name), separate[what]), (name, what)
+            assert torch.equal(separate[what], single[what]), (name, what)
+        for parameter in ("gate_up_proj", "down_proj"):
+            for half in ("lora_a", "lora_b"):
+                what = f"afa.{parameter}.adapters.{name}.{half}"
+                assert got[what].any() and torch.equal(got[what], separate[what]), what
+                assert torch.equal(got[what], single[f"afa.{parameter}.{half}"]), what
+                assert not got[what][-1].any(), "an expert without tokens"
+    assert not any(".idle." in what for what in got)
+
+
+def test_one_call_for_one_activation(monkeypatch):
+    experts = experts_of(stacked(adapters={"a": {"r": 2}, "b": {}, "c": {"activation": "tanh"}}, alphas={}))
+    inputs = torch.randn(6, 16), *routing(experts, 6)
+    calls = counted(monkeypatch)
+    for names, wanted in (
+        (["a", "b", "__base__"], ["afa_linear_grouped"] * 2),
+        (["c", "b"], ["afa_linear_grouped", "afa_lora_grouped"] * 2),
+        ("__base__", []),
+    ):
+        calls.clear()
+        with afa.adapters_of(experts, names):
+            experts(*inputs)
+        assert calls == wanted
+
+
+def test_one_adapter_alone_is_not_copied():
+    for branch in (experts_of(stacked()).afa["down_proj"].adapters["ann"], afa.AFALinear(torch.nn.Linear(12, 10))):
+        (only,) = mixed.passes_of(torch.randn(6, 12), [branch.call()])
+        assert all(only[half].data_ptr() == getattr(branch, half).data_ptr() for half in ("lora_a", "lora_b"))
+
+
+@pytest.mark.parametrize("names", [["a"] * 6, list("abcabc")], ids=["one", "several"])
+def test_no_tensor_as_large_as_all_experts_is_made(names):
+    base = mixture(num_experts=16, moe_intermediate_size=48, hidden_size=64)
+    experts = experts_of(stacked(base, adapters={"a": {"r": 2}, "b": {"r": 1}, "c": {"r": 2}}, alphas={}))
+    x = torch.randn(6, 64, requires_grad=True)
+    inputs = x, *routing(experts, 6)
+    with Largest() as largest, afa.adapters_of(experts, names):
+        experts(*inputs).sum().backward()
+    assert 0 < largest.elements < experts.down_proj.numel() // 4
+
+
+def test_dropout_is_that_of_each_adapter_and_acts_in_training():
+    model = stacked(adapters={"a": {"dropout": 0.5}, "b": {}}, alphas={}).train()
+    ids, names = tokens(4, 5), ["b", "a", "b", "a"]
+    with afa.adapters_of(model, names):
+        torch.manual_seed(3)
+        first = model(ids).logits
+        torch.manual_seed(3)
+        assert torch.equal(model(ids).logits, first)
+        other = model(ids).logits
+        without = model.eval()(ids).logits
+    torch.testing.assert_close(first[::2], without[::2])  # b has none
+    torch.testing.assert_close(other[::2], without[::2])
+    assert not torch.allclose(first[1::2], without[1::2]) and not torch.allclose(first[1::2], other[1::2])
+
+
+def test_sixteen_bit_models_and_autocast():
+    model, plain = stacked(mixture().to(torch.bfloat16)), stacked()
+    ids = tokens(len(NAMES))
+    assert experts_of(model).afa["down_proj"].adapters["ann"].lora_a.dtype == torch.float32
+    with afa.adapters_of(plain, NAMES):
+        want = plain(ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            got = plain(ids).logits
+    torch.testing.assert_close(got.float(), want, rtol=0.1, atol=0.1)
+    with afa.adapters_of(model, NAMES):
+        model(ids).logits.float().sum().backward()
+    assert experts_of(model).afa["down_proj"].adapters["bob"].lora_b.grad.dtype == torch.float32
+
+
+def test_names_may_be_given_for_tokens_or_for_all():
+    model, ids = stacked(), tokens(2, 5)
+    with afa.adapters_of(model, ["ann", "bob"]):
+        want = model(ids).logits
+    with afa.adapters_of(model, ["ann"] * 5 + ["bob"] * 5):
+        assert torch.equal(model(ids).logits, want)
+    for row, name in enumerate(("ann", "bob")):
+        with afa.adapters_of(model, name):
+            torch.testing.assert_close(model(ids).logits[row], want[row])
+    experts = experts_of(model)
+    for names in ("ann", [], ["ann", "bob"]):
+        with afa.adapters_of(model, names):
+            assert experts(torch.zeros(0, 16), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)).shape == (0, 16)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["ann", "x"], "names: the model has no adapter 'x'; it has ann, bob, cy, eve, idle"),
+        (["ann"] * 3 + ["bob"], r"one for each of the 2 samples, or of the 12 rows, of x \(2, 6, 16\), got 4"),
+        (["ann"] * 4, "one for each of the 2 samples, .*got 4"),
+    ],
+)
+def test_names_that_do_not_fit_a_batch(names, message):
+    model = stacked()
+    with pytest.raises(ValueError, match=message), afa.adapters_of(model, names):
+        model(tokens(2, 6))
+
+
+def test_names_that_do_not_fit_tokens_or_are_not_said():
+    experts = experts_of(stacked())
+    inputs = torch.randn(9, 16), *routing(experts, 9)
+    for names in (["ann", "bob"], ["ann", "ann"], []):
+        with pytest.raises(ValueError, match=f"equally long, of 9 tokens, got {len(names)}"):
+            with afa.adapters_of(experts, names):
+                experts(*inputs)
+    with pytest.raises(
+        ValueError, match="which of the adapters ann, bob, cy, eve, idle computes which sample is not said"
+    ):
+        experts(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapters": {"a.b": {}}}, "name: 'a.b' cannot be the name of an adapter"),
+        ({"adapters": {"a": {"r": 0}}}, "adapters: 'a': r: expected a rank of at least 1"),
+        ({"target_parameters": ["down_proj.weight"]}, "matches no parameter"),
+    ],
+)
+def test_what_does_not_fit_leaves_the_model(options, message):
+    model = mixture()
+    with pytest.raises(ValueError, match=message):
+        afa.inject(model, **{"target_parameters": PARAMETERS, "adapters": {"a": {}}} | options)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_experts_that_are_split_between_processes_are_refused(tmp_path):
+    pytest.importorskip("safetensors")
+    afa.save_adapter(stacked(alphas={"ann": 0.0}), tmp_path, "ann")
+    model = mixture()
+    experts_of(model)._is_expert_parallel = True
+    for action in (
+        lambda: afa.inject(model, target_parameters=PARAMETERS, adapters={"a": {}}),
+        lambda: afa.load_adapter(model, tmp_path, "ann"),
+        lambda: afa.AFAExpertStack(experts_of(model), "down_proj", {"a": {}}),
+    ):
+        with pytest.raises(ValueError, match="adapters: expected experts that are whole in each process"):
+            action()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_rank_of_an_expert_of_each_adapter():
+    stack = experts_of(stacked(expert_rank="per_active")).afa["down_proj"]
+    assert {name: branch.r for name, branch in stack.adapters.items()} == {
+        "ann": 1,
+        "bob": 2,
+        "cy": 1,
+        "eve": 2,
+        "idle": 4,
+    }
+    assert stack.adapters["bob"].lora_a.shape == (5, 2, 12) and stack.adapters["ann"].scaling == 5.0
+
+
+def test_adapters_come_and_go_and_are_left_alone():
+    base = mixture()
+    model = stacked(copy_of(base), ["v_proj"])
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if ".lora_" in name
+    }
+    afa.add_adapter(model, "new", r=1)
+    ids = tokens(3)
+    with afa.adapters_of(model, "new"):
+        torch.testing.assert_close(model(ids).logits, base(ids).logits)  # B is 0
+    afa.delete_adapter(model, "idle")
+    stacks = [module for module in model.modules() if isinstance(module, (afa.AFAExpertStack, afa.AFALinearStack))]
+    assert [list(stack.adapters) for stack in stacks] == [["ann", "bob", "cy", "eve", "new"]] * 6
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    before = copy.deepcopy(model.state_dict())
+    with afa.adapters_of(model, ["ann", "new", "ann"]):
+        gradients(model, ids)
+    optimizer.step()
+    moved = {name.split(".")[-2] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"ann", "new"}
+    with pytest.raises(ValueError, match="no weight equals several branches"):
+        afa.merge(model)
+    assert torch.equal(afa.unload(model)(ids).logits, base(ids).logits)
+    assert model.state_dict().keys() == base.state_dict().keys()
+    assert not any(m._forward_pre_hooks or m._load_state_dict_pre_hooks for m in model.modules())
+
+
+def test_a_schedule_of_one_adapter_leaves_the_others():
+    model = stacked(alphas={})
+    schedules = [afa.AnnealSchedule(steps, end_frac=1.0).attach(model, name) for steps, name in ((4, "ann"), (2, "cy"))]
+    for schedule in schedules:
+        schedule.step()
+    stack = experts_of(model).afa["gate_up_proj"]
+    alphas = {name: branch.alpha_t for name, branch in stack.adapters.items()}
+    assert alphas == {"ann": 0.75, "bob": 1.0, "cy": 0.5, "eve": 1.0, "idle": 1.0} and stack.alpha_t == 1.0
+    afa.set_alpha_t(model, 0.25)
+    assert {branch.alpha_t for branch in stack.adapters.values()} == {0.25}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_states_have_every_adapter(copied):
+    model, ids = stacked(), tokens(len(NAMES))
+    other, third = copied(model), stacked(alphas={})
+    third.load_state_dict(model.state_dict())
+    with afa.adapters_of(model, NAMES), afa.adapters_of(other, NAMES), afa.adapters_of(third, NAMES):
+        want = model(ids).logits
+        assert torch.equal(other(ids).logits, want) and torch.equal(third(ids).logits, want)
+    with pytest.raises(ValueError, match="got 6"), afa.adapters_of(other, NAMES):
+        other(tokens(1, 30))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_recomputes_with_the_names_of_the_forward(reentrant):
+    model, ids = stacked(adapters={"a": {"dropout": 0.3}, "b": {}}, alphas={}).train(), tokens(3)
+
+    def two_steps():
+        model.zero_grad()
+        torch.manual_seed(5)
+        losses = []
+        for names in (["b", "a", "b"], ["a", "__base__", "b"]):
+            with afa.adapters_of(model, names):
+                losses.append(model(ids, use_cache=False).logits.square().sum())
+        sum(losses).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    want = two_steps()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    got = two_steps()
+    assert got.keys() == want.keys() and len(got) == 16
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+
+
+def test_compiles_once_for_each_list_of_names():
+    block = stacked().model.layers[1].mlp  # with the router, and with the check of the names
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, backend=counter, fullgraph=True)
+    for names, wanted in ((NAMES, 1), (["ann", "bob"] * 6, 2)):
+        for alpha_t in (0.5, 0.25, 0.75):
+            afa.set_alpha_t(block, alpha_t, "ann")
+            x = torch.randn(len(NAMES), 2, 16, requires_grad=True)
+            with afa.adapters_of(block, names):
+                torch.testing.assert_close(compiled(x), block(x))
+                compiled(x).sum().backward()
+        assert counter.frame_count == wanted
