@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 from wheel_helpers import ROOT, environment, run, the_wheel
 
+from afa_kernels import AnnealSchedule
+
 yaml = pytest.importorskip("yaml")
 
 pytestmark = pytest.mark.slow
 PAGE = ROOT / "docs" / "stacks.md"
 STEPS, END_FRAC = 20, 0.8  # of every training on the page
-SCHEDULE = [max(0.0, 1 - step / (END_FRAC * STEPS)) for step in range(STEPS + 1)]
 
 
 def block(section: str, language: str, page: Path = PAGE) -> str:
@@ -70,19 +71,21 @@ def assert_on_the_page(section: str, versions: dict[str, str], **named: str) -> 
     """Check that the page says which versions ran."""
     text = PAGE.read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     said = " ".join(text.partition("\nRan: ")[2].split())
+    assert said
     for name, package in named.items():
         assert f"{name.replace('_', '-')} {versions[package]}" in said, (said, versions[package])
 
 
-def assert_annealed(record: dict) -> None:
-    """Check what a Recorder wrote down."""
-    assert record["alphas"] == pytest.approx(SCHEDULE[:-1])
-    assert record["logged"] == pytest.approx(SCHEDULE[1:])
+def assert_annealed(record: dict, steps: int = STEPS, kind: str = "linear") -> None:
+    """Check what a recorder wrote down."""
+    schedule = [AnnealSchedule(steps, kind, end_frac=END_FRAC)(step) for step in range(steps + 1)]
+    assert record["alphas"] == pytest.approx(schedule[:-1]) and schedule[-1] == 0.0
+    assert record.get("logged", schedule[1:]) == pytest.approx(schedule[1:])
     assert record["difference"] > 1e-3, "the activation made no difference"
     assert record["trained"] and all("lora_" in name for name in record["trained"])
     assert set(record["changed"]) == set(record["trained"])
-    losses = record["losses"]
-    assert len(losses) == STEPS and sum(losses[-5:]) < 0.98 * sum(losses[:5]), losses
+    losses, tail = record["losses"], steps // 4
+    assert len(losses) == steps and sum(losses[-tail:]) < 0.98 * sum(losses[:tail]), losses
 
 
 def check(environment: Stack, *arguments: object) -> dict:
@@ -116,6 +119,53 @@ def test_llama_factory(wheel, tmp_path):
         assert_annealed(check(llama_factory, "model", "out"))
         versions = llama_factory.versions()
         assert_on_the_page("LLaMA-Factory", versions, LLaMA_Factory="llamafactory", torch="torch", PEFT="peft")
+
+
+def test_litgpt(wheel, tmp_path):
+    with stack(wheel, tmp_path, "litgpt==0.5.13") as litgpt:
+        litgpt.run(litgpt.python, "-m", "stack_lightning")
+        before = """
+import torch
+from stack_lightning import Recorder
+
+tokens = torch.arange(3, 19)[None]
+recorder = Recorder(lambda module: module.llm(tokens))
+"""
+        after = """
+torch.testing.assert_close(LLM.load("out").model(tokens), recorder.computed, atol=1e-4, rtol=1e-4)
+print(recorder.as_json())
+"""
+        record = run_recorded(litgpt, before, block("litgpt", "python"), after)
+        assert_annealed(record)
+        assert {name.split(".")[-2] for name in record["trained"]} == {"qkv", "proj", "fc_1", "fc_2"}
+        assert_on_the_page("litgpt", litgpt.versions(), litgpt="litgpt", Lightning="lightning", torch="torch")
+
+
+def test_lightning(wheel, tmp_path):
+    """Its page, with both packages under which it is published."""
+    extra = f"afa-kernels[lightning] @ file://{wheel}"
+    with stack(wheel, tmp_path, "lightning") as environment:
+        environment.run(environment.python, "-m", "pip", "install", extra)
+        before = """
+import torch
+from stack_lightning import Recorder
+
+recorder = Recorder(lambda module: module.net(x))
+"""
+        after = """
+torch.testing.assert_close(module.net(x), recorder.computed)
+assert not any(hasattr(layer, "set_alpha_t") for layer in module.modules())
+print(recorder.as_json())
+"""
+        page = block("Example", "python", ROOT / "docs" / "lightning.md")
+        assert_annealed(run_recorded(environment, before, page, after), steps=16, kind="cosine")
+
+
+def run_recorded(environment: Stack, before: str, page: str, after: str) -> dict:
+    """Run a script of a page with a recorder among its callbacks."""
+    assert page.count("callbacks=[") == 1
+    (environment.folder / "page.py").write_text(before + page.replace("callbacks=[", "callbacks=[recorder, ") + after)
+    return json.loads(environment.run(environment.python, "page.py").splitlines()[-1])
 
 
 def without_cuda_audio(environment: Stack) -> None:
