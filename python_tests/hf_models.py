@@ -20,15 +20,20 @@ def llama(seed: int = 0, **options):
     return LlamaForCausalLM(config)
 
 
-def tokenizer():
+def vocabulary():
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     words = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made
+
+
+def tokenizer():
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        tokenizer_object=vocabulary(), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
         model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
 

@@ -91,6 +91,20 @@ def test_one_step_of_the_schedule_per_optimizer_step(tmp_path):
     assert recorder.in_steps == [1.0, 0.75, 0.5, 0.25]
 
 
+@pytest.mark.parametrize("attached", [False, True])
+def test_adapters_that_a_framework_made_are_given_an_activation(tmp_path, attached):
+    model, recorder = get_peft_model(llama(), LoraConfig(target_modules="all-linear", r=4)), Recorder()
+    callback = AnnealCallback(activation="gelu", kind="cosine", end_frac=0.5)
+    run = trainer(model, tmp_path, *([] if attached else [callback]), recorder)
+    if attached:
+        callback.attach(run)
+    run.train()
+    run.train()  # again: the model has the activation already
+    assert recorder.in_steps == pytest.approx([1.0, 0.5, 0.0, 0.0] * 2)
+    assert run.model.peft_config["default"].activation == "gelu"
+    assert_merges(run.model, llama())
+
+
 def test_attached_to_a_trainer_it_comes_before_the_reporters(tmp_path):
     recorder = Recorder()
     run = trainer(adapted(), tmp_path, recorder, max_steps=2)
@@ -202,6 +216,7 @@ def test_nothing_to_anneal_is_an_error(tmp_path, model, message):
         ({"schedule": 3}, TypeError, "schedule: expected an AnnealSchedule or a function"),
         ({"schedule": abs, "kind": "cosine"}, TypeError, "schedule: given already, got kind too"),
         ({"kind": "quick"}, ValueError, "kind: expected one of"),
+        ({"activation": "step"}, ValueError, "activation: expected one of"),
     ],
 )
 def test_arguments_are_checked(arguments, error, message):

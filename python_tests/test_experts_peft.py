@@ -25,7 +25,7 @@ from peft.tuners import lora
 from peft_models import assert_same, set_alpha_t
 
 import afa_kernels as afa
-from afa_kernels.peft import AFALoraConfig, accelerate, load_adapter, restore
+from afa_kernels.peft import AFALoraConfig, accelerate, add_activation, load_adapter, restore
 from afa_kernels.peft.experts import ParamWrapper
 
 
@@ -232,6 +232,18 @@ def test_stock_adapters_are_taken_over_and_given_back(architecture):
     )
     assert_same(gradients(model, ids), want)
     assert model.state_dict().keys() == stock.state_dict().keys()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_stock_adapters_can_be_given_an_activation(architecture):
+    net, ids = mixture(architecture), tokens()
+    options = {"target_modules": ["q_proj", "q_a_proj"]}
+    made, given = adapted(net, config(activation="tanh", **options)), adapted(net, config(LoraConfig, **options))
+    add_activation(given, "tanh")
+    for model in (made, given):
+        set_alpha_t(model, 0.4)
+    assert_same(gradients(given, ids), gradients(made, ids))
+    assert given.state_dict().keys() == made.state_dict().keys()
 
 
 def test_annealed_adapters_stay_when_others_are_given_back():

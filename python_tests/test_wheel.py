@@ -2,24 +2,21 @@
 
 ``AFA_WHEEL_TORCH`` names that torch as pip does (``torch==2.6.*``); by default it is the oldest one, one in between and
 the newest, each in a fresh environment. Slow: it compiles the wheel (without the CUDA kernels, unless
-``AFA_BUILD_CUDA`` says otherwise) and installs torch.
+``AFA_BUILD_CUDA`` says otherwise; or takes that of ``AFA_WHEEL``) and installs torch.
 """
 
 import ast
 import io
 import os
 import platform
-import shutil
-import subprocess
 import sys
-import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from wheel_helpers import ROOT, environment, run, the_wheel
 
-ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = {"torch", "numpy", "safetensors"}
 EXTRAS = {
     "triton": {"triton"},
@@ -58,24 +55,9 @@ print("trained with torch", torch.__version__)
 """
 
 
-def run(*command: object, **options) -> str:
-    environment = {"AFA_BUILD_CUDA": "0"} | {
-        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "AFA_KERNELS_BACKEND")
-    }
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, **options)
-    if done.returncode != 0:
-        raise AssertionError(f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    pytest.importorskip("ziglang")
-    pytest.importorskip("auditwheel")
-    folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "tools.portable_wheel", "--into", folder, cwd=ROOT)
-    (built,) = folder.glob("*.whl")
-    return built
+    return the_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 ASKED = os.environ.get("AFA_WHEEL_TORCH")
@@ -84,17 +66,8 @@ ASKED = os.environ.get("AFA_WHEEL_TORCH")
 @pytest.fixture(scope="module", params=[ASKED] if ASKED else ["torch==2.6.*", "torch==2.9.*", "torch"])
 def python(request, tmp_path_factory) -> Iterator[Path]:
     """The interpreter of a fresh environment with a torch and nothing of ours."""
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=True)
-    interpreter = folder / "bin" / "python"
-    try:
-        run(interpreter, "-m", "pip", "install", request.param)
-    except AssertionError as error:
-        if ASKED:
-            raise
-        pytest.skip(f"{request.param} cannot be installed here: {error}")
-    yield interpreter
-    shutil.rmtree(folder)  # gigabytes, which pytest would keep for three runs
+    with environment(tmp_path_factory.mktemp("environment"), request.param, required=bool(ASKED)) as interpreter:
+        yield interpreter
 
 
 @pytest.mark.slow
@@ -170,7 +143,9 @@ def _requirements(wheel: Path, extra: str) -> list[str]:
 
 def test_every_import_is_a_dependency_or_in_an_extra():
     """What the package imports, anywhere, is installed with it or with an extra."""
-    own = {"afa_kernels", "pytorch_lightning"}  # the latter: lightning under its older name
+    own = {"afa_kernels"}
+    own |= {"pytorch_lightning"}  # lightning under its older name
+    own |= {"axolotl", "pydantic"}  # of axolotl, which imports the module that imports them
     allowed = REQUIRED.union(*EXTRAS.values(), own, sys.stdlib_module_names)
     for file in sorted((ROOT / "afa_kernels").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from afa_kernels import checks
 from afa_kernels.callbacks.annealer import Annealer
 
 try:
@@ -26,6 +27,8 @@ class AnnealCallback(TrainerCallback):
         finish: when training stops before ``alpha_t = 0``, early for example: ``"force"`` sets it
             to 0 and warns that this changes the function; ``"warn"`` leaves it and warns.
         merge: merge the branches into the frozen weights when training ends.
+        activation: where a framework made plain LoRA adapters, give those that will be annealed this activation before
+            training begins (:func:`afa_kernels.peft.add_activation`). By default the model has annealed layers.
         adapter: anneal this adapter alone, and log ``alpha_t/NAME``: one callback for each adapter of a model whose
             batches are mixed. By default all adapters, and in a PEFT model the active ones.
         **options: arguments of :class:`afa_kernels.AnnealSchedule` without ``total_steps``.
@@ -43,10 +46,15 @@ class AnnealCallback(TrainerCallback):
         *,
         finish: str = "force",
         merge: bool = False,
+        activation: str | None = None,
         adapter: str | None = None,
         **options: Any,
     ):
+        if activation is not None:
+            checks.options(activation, 1.0, 0.0, "z", None)
         self._annealer = Annealer(schedule, finish, merge, options, adapter)
+        self._activation = activation
+        self._adapted = None  # the model that has the activation
 
     @property
     def alpha_t(self) -> float | None:
@@ -60,7 +68,11 @@ class AnnealCallback(TrainerCallback):
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        self._add_activation(model)  # before the optimizer and what wraps or shards the model
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._add_activation(model)  # of a callback that came to a finished trainer
         self._annealer.begin(model, state.max_steps, state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -81,6 +93,13 @@ class AnnealCallback(TrainerCallback):
         else:
             self._annealer.set_step(best)
             self._annealer.end(f"the best checkpoint is the one after {best} optimizer steps")
+
+    def _add_activation(self, model) -> None:
+        if self._activation is not None and self._adapted is not model:
+            from afa_kernels.peft import add_activation
+
+            add_activation(model, self._activation, adapter=self._annealer.adapter)
+            self._adapted = model
 
 
 def _best_step(state) -> int | None:

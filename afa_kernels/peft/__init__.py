@@ -1,5 +1,5 @@
-"""AFA-LoRA as a PEFT adapter: ``get_peft_model(model, AFALoraConfig(...))``, and plain PEFT LoRA on
-the kernels of this package: ``accelerate(model)``."""
+"""AFA-LoRA as a PEFT adapter: ``get_peft_model(model, AFALoraConfig(...))``, or ``add_activation(model)`` where a
+framework made the adapters; and plain PEFT LoRA on the kernels of this package: ``accelerate(model)``."""
 
 from afa_kernels.peft._version import require_peft
 
@@ -9,6 +9,7 @@ from afa_kernels.peft.config import AFALoraConfig  # noqa: E402 - needs the PEFT
 from afa_kernels.peft.layer import AFALoraLayer  # noqa: E402
 from afa_kernels.peft.model import (  # noqa: E402
     accelerate,
+    add_activation,
     install_annealed,
     load_adapter,
     restore,
@@ -18,6 +19,7 @@ __all__ = [
     "AFALoraConfig",
     "AFALoraLayer",
     "accelerate",
+    "add_activation",
     "install_annealed",
     "load_adapter",
     "restore",

@@ -105,7 +105,7 @@ class AFALoraConfig(LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return PEFT's part: what stock PEFT reads, without a word that it does not know."""
-        own = _own_fields()
+        own = own_fields()
         plain = {name: value for name, value in super().to_dict().items() if name not in own}
         if self.target_parameters:
             plain["lora_dropout"] = 0.0  # stock PEFT refuses it beside parameters
@@ -120,7 +120,7 @@ class AFALoraConfig(LoraConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         state = {"format_version": FORMAT_VERSION}
-        state |= {name: getattr(self, name) for name in sorted(_own_fields())}
+        state |= {name: getattr(self, name) for name in sorted(own_fields())}
         if self.target_parameters:
             state["lora_dropout"] = self.lora_dropout
         folder = Path(save_directory)
@@ -142,7 +142,7 @@ class AFALoraConfig(LoraConfig):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> "AFALoraConfig":
-        own = {name: kwargs.pop(name) for name in _own_fields() & kwargs.keys()}
+        own = {name: kwargs.pop(name) for name in own_fields() & kwargs.keys()}
         plain = super().from_peft_type(**kwargs)
         if type(plain) is not LoraConfig:
             raise ValueError(f"peft_type: expected the configuration of a LoRA, got {type(plain).__name__}")
@@ -185,7 +185,7 @@ class AFALoraConfig(LoraConfig):
         return layer
 
 
-def _own_fields() -> set[str]:
+def own_fields() -> set[str]:
     fields = dataclasses.fields(AFALoraConfig)
     return {f.name for f in fields} - {f.name for f in dataclasses.fields(LoraConfig)}
 
@@ -209,4 +209,4 @@ def _checked(file: Path, state: Any) -> dict[str, Any]:
             )
         activation, alpha_t = kinds.pop()
         return {"activation": activation, "alpha_t": alpha_t}
-    return {name: state[name] for name in (_own_fields() | {"lora_dropout"}) & state.keys()}
+    return {name: state[name] for name in (own_fields() | {"lora_dropout"}) & state.keys()}

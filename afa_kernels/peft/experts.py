@@ -53,16 +53,16 @@ class ParamWrapper(AFALoraLayer, lora.ParamWrapper):
         if reason is not None:
             raise ValueError(f"target_parameters: {parameter_name} cannot be adapted: {reason}")
         super().__init__(base_layer, adapter_name, parameter_name, config=_of_plain_lora(config), **kwargs)
-        self._prepare(adapter_name, config)
+        self.prepare(adapter_name, config)
         _register(self)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config, **kwargs: Any) -> None:
         if not hasattr(self, "lora_afa"):  # PEFT's __init__ comes through here
             self.lora_afa = nn.ModuleDict()
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=_of_plain_lora(config), **kwargs)
-        self._prepare(adapter_name, config)
+        self.prepare(adapter_name, config)
 
-    def _prepare(self, adapter_name: str, config) -> None:
+    def prepare(self, adapter_name: str, config) -> None:
         """Give an adapter what PEFT refuses a parameter: dropout, and an activation."""
         if config.lora_dropout:
             self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
@@ -111,12 +111,27 @@ def why_not(experts: nn.Module, parameter: str) -> str | None:
     return why_unsupported(experts, parameter)
 
 
+def why_not_wrapper(layer: lora.ParamWrapper) -> str | None:
+    """Return why the branches of PEFT's own wrapper cannot run on the operator, or None if they can."""
+    return None if isinstance(layer, ParamWrapper) else why_not(layer.get_base_layer(), layer.parameter_name)
+
+
+def install(layer: lora.ParamWrapper, adapter_name: str, config) -> None:
+    """Give an adapter that the wrapper has already what its configuration says.
+
+    Raises:
+        ValueError: it cannot run on the operator; the message says why.
+    """
+    reason = adopt(layer)
+    if reason is not None:
+        raise ValueError(f"target_parameters: {layer.parameter_name} cannot be adapted: {reason}")
+    layer.prepare(adapter_name, config)
+
+
 def adopt(layer: lora.ParamWrapper) -> str | None:
     """Let the branches of PEFT's own wrapper run on the operator, or return why they cannot."""
-    if isinstance(layer, ParamWrapper):
-        return None
-    reason = why_not(layer.get_base_layer(), layer.parameter_name)
-    if reason is None:
+    reason = why_not_wrapper(layer)
+    if reason is None and not isinstance(layer, ParamWrapper):
         layer.__class__ = ParamWrapper
         layer.lora_afa = nn.ModuleDict()
         _register(layer)

@@ -1,6 +1,9 @@
-"""PEFT models as a whole: plain LoRA on the kernels of this package and back, and loading."""
+"""PEFT models as a whole: plain LoRA on the kernels of this package and back, an activation for it, and loading."""
 
-from peft import PeftModel
+import dataclasses
+from typing import Any
+
+from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -43,6 +46,56 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
+def add_activation(
+    model: nn.Module, activation: str = "silu", *, adapter: str | None = None, **options: Any
+) -> nn.Module:
+    """Give LoRA adapters of an existing PEFT model an activation, as if they had been made with an
+    :class:`AFALoraConfig`: for frameworks that make the adapters themselves.
+
+    Names and parameters stay as they are, so an optimizer may exist already. An adapter that has been trained computes
+    another function afterwards, until its alpha_t is 0 again.
+
+    Args:
+        model: a PEFT model, changed in place.
+        activation: a name from :func:`afa_kernels.activations`.
+        adapter: the adapter; by default the active ones.
+        **options: other fields of :class:`AFALoraConfig`, such as ``anneal_end_frac``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError, ValueError: an option does not fit, or an adapter cannot have an activation. Nothing is changed then.
+    """
+    layers = _lora_layers(model)
+    names = {name for layer in layers for name in ([adapter] if adapter else layer.active_adapters) if name in layer.r}
+    if not names:
+        wanted = f"a LoRA adapter {adapter!r}" if adapter else "active LoRA adapters"
+        raise ValueError(f"model: expected {wanted}, found none in {type(model).__name__}")
+    configs = _configs(model)
+    made = {name: _with_activation(name, configs.get(name), activation, options) for name in sorted(names)}
+    places = [(layer, name) for layer in layers for name in made if name in layer.r]
+    for layer, name in places:
+        reason = experts.why_not_wrapper(layer) if isinstance(layer, lora.ParamWrapper) else why_not(layer)
+        if name in layer.merged_adapters:
+            reason = "it is merged; unmerge_adapter() first"
+        if reason is not None:
+            raise ValueError(f"adapter: {name!r} cannot have an activation: {reason}")
+    for layer, name in places:
+        (experts.install if isinstance(layer, lora.ParamWrapper) else install)(layer, name, made[name])
+    configs.update(made)
+    _prepare(model)
+    return model
+
+
+def _with_activation(name: str, plain: Any, activation: str, options: dict[str, Any]) -> AFALoraConfig:
+    """Return the configuration of a plain LoRA adapter with an activation."""
+    if type(plain) is not LoraConfig:
+        raise ValueError(f"adapter: expected {name!r} to be a plain LoRA, got its {type(plain).__name__}")
+    fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(LoraConfig) if field.init}
+    return AFALoraConfig(**fields, activation=activation, **options)
+
+
 def install_annealed(model: nn.Module) -> None:
     """Prepare a model with an :class:`AFALoraConfig`, where PEFT shows no more than one layer at a time.
 
@@ -54,8 +107,7 @@ def install_annealed(model: nn.Module) -> None:
     Raises:
         ValueError: a layer cannot run such an adapter.
     """
-    found = (getattr(module, "peft_config", None) for module in model.modules())
-    configs = next((each for each in found if isinstance(each, dict)), {})
+    configs = _configs(model)
     for layer, name in _plain_adapters(model):
         if isinstance(configs.get(name), AFALoraConfig):
             install(layer, name, configs[name])
@@ -106,6 +158,12 @@ def load_adapter(model: PeftModel, path: str, adapter_name: str, *, is_trainable
     install_annealed(model)
     model.load_adapter(path, adapter_name, is_trainable=is_trainable)
     return model
+
+
+def _configs(model: nn.Module) -> dict[str, Any]:
+    """Return the configurations of a model's adapters, as PEFT itself keeps them."""
+    found = (getattr(module, "peft_config", None) for module in model.modules())
+    return next((each for each in found if isinstance(each, dict)), {})
 
 
 def _lora_layers(model: nn.Module) -> list[LoraLayer]:

@@ -1,0 +1,178 @@
+"""The package in other people's training stacks, as docs/stacks.md and docs/lightning.md show it: each stack in an
+environment of its own with the wheel, and its own training entry on a tiny model.
+
+Slow: it compiles the wheel, or takes that of ``AFA_WHEEL``, and installs each stack with all that it asks for.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from wheel_helpers import ROOT, environment, run, the_wheel
+
+from afa_kernels import AnnealSchedule
+
+yaml = pytest.importorskip("yaml")
+
+pytestmark = pytest.mark.slow
+PAGE = ROOT / "docs" / "stacks.md"
+STEPS, END_FRAC = 20, 0.8  # of every training on the page
+
+
+def block(section: str, language: str, page: Path = PAGE) -> str:
+    """Return the block of a section that is in that language."""
+    text = page.read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    return the_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+class Stack:
+    """An environment with a stack and the wheel, and a folder to train in."""
+
+    def __init__(self, python: Path, folder: Path):
+        self.python, self.folder = python, folder
+
+    def run(self, *command: object) -> str:
+        """Run a command of the environment."""
+        variables = {
+            "PATH": f"{self.python.parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT / "python_tests"),
+            "AXOLOTL_DO_NOT_TRACK": "1",
+            "DO_NOT_TRACK": "1",
+        }
+        return run(*command, cwd=self.folder, env=variables)
+
+    def versions(self) -> dict[str, str]:
+        listed = json.loads(run(self.python, "-m", "pip", "list", "--format", "json"))
+        return {entry["name"].lower(): entry["version"].partition("+")[0] for entry in listed}
+
+
+@contextmanager
+def stack(wheel: Path, folder: Path, *requirements: str) -> Iterator[Stack]:
+    with environment(folder / "environment", "torch==2.13.*", *requirements) as python:
+        made = Stack(python, folder)
+        before = made.versions()
+        run(python, "-m", "pip", "install", wheel)
+        after = made.versions()
+        assert after.pop("afa-kernels") and after == before, "the wheel changed what the stack had"
+        yield made
+
+
+def assert_on_the_page(section: str, versions: dict[str, str], **named: str) -> None:
+    """Check that the page says which versions ran."""
+    text = PAGE.read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    said = " ".join(text.partition("\nRan: ")[2].split())
+    assert said
+    for name, package in named.items():
+        assert f"{name.replace('_', '-')} {versions[package]}" in said, (said, versions[package])
+
+
+def assert_annealed(record: dict, steps: int = STEPS, kind: str = "linear") -> None:
+    """Check what a recorder wrote down."""
+    schedule = [AnnealSchedule(steps, kind, end_frac=END_FRAC)(step) for step in range(steps + 1)]
+    assert record["alphas"] == pytest.approx(schedule[:-1]) and schedule[-1] == 0.0
+    assert record.get("logged", schedule[1:]) == pytest.approx(schedule[1:])
+    assert record["difference"] > 1e-3, "the activation made no difference"
+    assert record["trained"] and all("lora_" in name for name in record["trained"])
+    assert set(record["changed"]) == set(record["trained"])
+    losses, tail = record["losses"], steps // 4
+    assert len(losses) == steps and sum(losses[-tail:]) < 0.98 * sum(losses[:tail]), losses
+
+
+def check(environment: Stack, *arguments: object) -> dict:
+    return json.loads(environment.run(environment.python, "-m", "stack_worker", "check", *arguments).splitlines()[-1])
+
+
+def test_axolotl(wheel, tmp_path):
+    with stack(wheel, tmp_path, "axolotl==0.19.0") as axolotl:
+        axolotl.run(axolotl.python, "-m", "stack_worker", "write")
+        config = yaml.safe_load(block("axolotl", "yaml"))
+        config["plugins"].append("stack_axolotl.RecorderPlugin")
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        axolotl.run("axolotl", "train", "config.yaml")
+        record = check(axolotl, "model", "out")
+        assert_annealed(record)
+        axolotl.run("axolotl", "merge-lora", "config.yaml", "--lora-model-dir", "./out")
+        assert check(axolotl, "out/merged") == record
+        assert_on_the_page("axolotl", axolotl.versions(), axolotl="axolotl", torch="torch", PEFT="peft")
+
+
+def test_llama_factory(wheel, tmp_path):
+    with stack(wheel, tmp_path, "llamafactory==0.9.5") as llama_factory:
+        without_cuda_audio(llama_factory)
+        llama_factory.run(llama_factory.python, "-m", "stack_worker", "write")
+        (tmp_path / "config.yaml").write_text(block("LLaMA-Factory", "yaml"))
+        script = block("LLaMA-Factory", "python")
+        assert script.count("callbacks=[AnnealCallback(") == 1
+        script = script.replace("callbacks=[", "callbacks=[__import__('stack_worker').Recorder(), ")
+        (tmp_path / "train.py").write_text(script)
+        llama_factory.run(llama_factory.python, "train.py", "config.yaml")
+        assert_annealed(check(llama_factory, "model", "out"))
+        versions = llama_factory.versions()
+        assert_on_the_page("LLaMA-Factory", versions, LLaMA_Factory="llamafactory", torch="torch", PEFT="peft")
+
+
+def test_litgpt(wheel, tmp_path):
+    with stack(wheel, tmp_path, "litgpt==0.5.13") as litgpt:
+        litgpt.run(litgpt.python, "-m", "stack_lightning")
+        before = """
+import torch
+from stack_lightning import Recorder
+
+tokens = torch.arange(3, 19)[None]
+recorder = Recorder(lambda module: module.llm(tokens))
+"""
+        after = """
+torch.testing.assert_close(LLM.load("out").model(tokens), recorder.computed, atol=1e-4, rtol=1e-4)
+print(recorder.as_json())
+"""
+        record = run_recorded(litgpt, before, block("litgpt", "python"), after)
+        assert_annealed(record)
+        assert {name.split(".")[-2] for name in record["trained"]} == {"qkv", "proj", "fc_1", "fc_2"}
+        assert_on_the_page("litgpt", litgpt.versions(), litgpt="litgpt", Lightning="lightning", torch="torch")
+
+
+def test_lightning(wheel, tmp_path):
+    """Its page, with both packages under which it is published."""
+    extra = f"afa-kernels[lightning] @ file://{wheel}"
+    with stack(wheel, tmp_path, "lightning") as environment:
+        environment.run(environment.python, "-m", "pip", "install", extra)
+        before = """
+import torch
+from stack_lightning import Recorder
+
+recorder = Recorder(lambda module: module.net(x))
+"""
+        after = """
+torch.testing.assert_close(module.net(x), recorder.computed)
+assert not any(hasattr(layer, "set_alpha_t") for layer in module.modules())
+print(recorder.as_json())
+"""
+        page = block("Example", "python", ROOT / "docs" / "lightning.md")
+        assert_annealed(run_recorded(environment, before, page, after), steps=16, kind="cosine")
+
+
+def run_recorded(environment: Stack, before: str, page: str, after: str) -> dict:
+    """Run a script of a page with a recorder among its callbacks."""
+    assert page.count("callbacks=[") == 1
+    (environment.folder / "page.py").write_text(before + page.replace("callbacks=[", "callbacks=[recorder, ") + after)
+    return json.loads(environment.run(environment.python, "page.py").splitlines()[-1])
+
+
+def without_cuda_audio(environment: Stack) -> None:
+    """Take torchaudio's compiled part away where torch has no CUDA: PyPI's asks for CUDA libraries at import."""
+    code = (
+        "import torch, importlib.util, pathlib\n"
+        "folder = pathlib.Path(importlib.util.find_spec('torchaudio').origin).parent\n"
+        "[file.unlink() for file in folder.rglob('*.so') if torch.version.cuda is None]"
+    )
+    environment.run(environment.python, "-c", code)
