@@ -37,6 +37,7 @@ def test_on_simulated_gpus():
     folder = os.path.dirname(__file__)
     others = [
         os.path.join(folder, "test_triton_traffic.py::test_the_model_counts_every_byte"),
+        os.path.join(folder, "test_triton_traffic.py::test_the_model_counts_every_byte_of_a_ragged_call"),
         os.path.join(folder, "test_row_invariance.py::test_triton_rows_by_one_program_or_several"),
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *others]
