@@ -25,10 +25,6 @@ def test_every_kernel_runs():
             for n in (24, 264 if r > 64 else 520):  # one pass; the split forward
                 p = Ragged([rows, 0, 3], 16, n, r, dtype)
                 p.backward(ptx_cuda.NAME, p.forward(ptx_cuda.NAME)[1])
-        for r, more in ((16, 3520), (32, 1760)):  # too many rows for one pass over dy
-            p = Ragged([3], 16, 28672, r, dtype)
-            z = torch.zeros(3 + more, r, dtype=dtype)
-            p.lengthened(more).backward(ptx_cuda.NAME, z)
     launched = {launch["kernel"] for launch in cuda_on_ptx.take_launches()}
     assert launched == {name for name in cuda_on_ptx.kernel_names() if "ragged" in name}
 

@@ -53,10 +53,9 @@ def call(backend: str, shape: tuple[int, int, int], rank: int, dtype: torch.dtyp
 
 def ragged_call(
     backend: str, sizes: tuple[int, ...], width: tuple[int, int], rank: int, dtype: torch.dtype, adapter: torch.dtype,
-    dropout: int, more_rows: int = 0,
+    dropout: int,
 ):  # fmt: skip
-    """Return the same of rows sorted by group, or, with ``more_rows`` of no group, of the backward alone. Under dropout
-    groups have ranks of their own."""
+    """Return the same of rows sorted by group. Under dropout groups have ranks of their own."""
     torch.manual_seed(1)
     ranks = [max(1, rank // (1 + g)) for g in range(len(sizes))] if dropout else None
     given = {"behind": 3, "ranks": ranks, "weights": adapter, "dropout": dropout / 256, "activation": "relu"}
@@ -64,14 +63,9 @@ def ragged_call(
 
     def run() -> Results:
         with poisoned_memory():
-            if more_rows:
-                z = torch.zeros(p.x.shape[0] + more_rows, rank, dtype=dtype)
-                z[: len(rows)] = rows
-                return list(p.lengthened(more_rows).backward(backend, z))
             y, z = p.forward(backend, save_z=dropout == 0)
             return [y, *p.backward(backend, z)]
 
-    rows = torch.randn(sum(sizes), rank).to(dtype)
     return run
 
 
@@ -81,8 +75,6 @@ class Nvcc:
     shapes = (((64, 72, 80), 0), ((75, 136, 264), 77), ((64, 904, 136), 0), ((200, 520, 328), 0))
     ragged = (((40, 0, 65), (72, 80), 0), ((17, 66), (136, 528), 77))
     several_chunks = (520, 3), (16, 24)  # at rank 16
-    # At ranks 16 and 32 so many rows and columns that one pass over dy would leave too many partial sums.
-    two_passes = (3,), (16, 28672)
 
     def __init__(self, arch: str):
         self.arch, self.edit = arch, None
@@ -100,7 +92,7 @@ class Nvcc:
     def kernels(self) -> list[Kernel]:
         _cuda_on_ptx.set_edit(lambda text: self.texts.add(text) or text)
         _cuda_on_ptx.set_explain(True)
-        calls, large = [], []
+        calls = []
         for dtype in (torch.bfloat16, torch.float16):
             for rank in (16, 32, 64, 128):
                 for make, shapes in ((call, self.shapes), (ragged_call, self.ragged)):
@@ -109,20 +101,16 @@ class Nvcc:
                         rounded = dropout > 0
                         arguments = (rank - 3 if rounded else rank, dtype, torch.float32 if rounded else dtype, dropout)
                         calls.append(make(ptx_cuda.NAME, *shape, *arguments))
-            large.append(ragged_call(ptx_cuda.NAME, *self.several_chunks, 16, dtype, dtype, 0))
-            large += [
-                ragged_call(ptx_cuda.NAME, *self.two_passes, rank, dtype, dtype, 0, more_rows)
-                for rank, more_rows in ((16, 3520), (32, 1760))
-            ]
+            calls.append(ragged_call(ptx_cuda.NAME, *self.several_chunks, 16, dtype, dtype, 0))
         _cuda_on_ptx.take_launches()
         reached: dict[str, list] = {}
         needed: dict[str, set[int]] = {}
-        for one in calls + large:
+        for one in calls:
             one()
             for launch in _cuda_on_ptx.take_launches():
                 name = launch["kernel"]
                 of_kernel = reached.setdefault(name, [])
-                if one not in of_kernel and len(of_kernel) < (1 if one in large else 4):
+                if one not in of_kernel and len(of_kernel) < 4:
                     of_kernel.append(one)
                 if one in of_kernel:
                     needed.setdefault(name, set()).update(line - 1 for line in launch["effective"])
