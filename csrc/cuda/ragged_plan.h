@@ -140,7 +140,8 @@ RaggedPlan ragged_plan_of(const Shape& shape, int groups, Weights weights,
         plan.db_kernel =
             by_slab("ragged_db", Outer::kThreads, Outer::kDbRegisters, plan.db, Outer::db_bytes);
     }
-    plan.x = by_slab("ragged_x", Outer::kThreads, Outer::kXRegisters, plan.da, Outer::x_bytes);
+    plan.x =
+        by_slab("ragged_x", Outer::kThreads, Outer::kRaggedXRegisters, plan.da, Outer::x_bytes);
     return plan;
 }
 
