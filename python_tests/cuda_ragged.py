@@ -27,7 +27,7 @@ LAYOUTS = {
     "rows apart": _apart,
     "columns apart": lambda t: t.mT.contiguous().mT,
     "groups inside": lambda t: t.permute(1, 2, 0).contiguous().permute(2, 0, 1),
-    "at odd places": lambda t: torch.cat([torch.full_like(t[:, :, :3], torch.nan), t], 2)[:, :, 3:],
+    "at odd places": lambda t: torch.cat([t.new_full((*t.shape[:2], 3), torch.nan), t], 2)[:, :, 3:],
     "one for all": lambda t: t[:1].expand(t.shape),
 }
 

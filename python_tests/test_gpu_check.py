@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import skip_unless_available
 
-from tools import gpu_check, gpu_choice, gpu_steps
+from tools import gpu_check, gpu_choice, gpu_ragged, gpu_steps
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -35,6 +35,7 @@ def test_the_rehearsal_runs_the_steps_on_the_emulator(capsys, tmp_path):
         "streams",
         "devices",
         "sanitizer",
+        "ragged",
         "beta",
     ]
     steps += ["bandwidth", "launches", "choice", "model"]
@@ -54,6 +55,21 @@ def test_a_step_that_raises_fails_alone():
 
     outcome = gpu_check.run_step(gpu_steps.Step("broken", "raises", broken), gpu_steps.Context.rehearsal())
     assert outcome.status == "failed" and "no such kernel" in outcome.message
+
+
+def test_a_ragged_call_that_is_less_accurate_than_torch_fails(monkeypatch):
+    skip_unless_available("cuda_emulated")
+    right = gpu_ragged.step
+
+    def wrong(case, device, backend, dtype):
+        y, dx, da, db = right(case, device, backend, dtype)
+        if backend == "cuda_emulated":
+            db[-1] *= 1.02  # of one group
+        return y, dx, da, db
+
+    monkeypatch.setattr(gpu_ragged, "step", wrong)
+    outcome = gpu_ragged.check_ragged(gpu_steps.Context.rehearsal())
+    assert outcome.status == "failed" and {row["what"] for row in outcome.rows} == {"dB"}
 
 
 def test_a_backend_that_is_chosen_and_slower_than_another_is_a_failure():

@@ -6,7 +6,6 @@ a process for each.
 """
 
 import os
-import random
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import pytest
 import torch
 from conftest import SIMULATED_GPU
 from helpers import Problem, poisoned_memory, relative_error, run
-from ragged_gpu_problems import RaggedProblem
+from ptx_ragged_problems import RandomRaggedProblem
 
 pytest.importorskip("triton")
 _ptx = pytest.importorskip("afa_kernels._ptx", reason="built with the emulator only (AFA_BUILD_EMULATOR=1)")
@@ -38,6 +37,7 @@ def test_on_simulated_gpus():
     folder = os.path.dirname(__file__)
     others = [
         os.path.join(folder, "test_triton_traffic.py::test_the_model_counts_every_byte"),
+        os.path.join(folder, "test_triton_traffic.py::test_the_model_counts_every_byte_of_a_ragged_call"),
         os.path.join(folder, "test_row_invariance.py::test_triton_rows_by_one_program_or_several"),
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *others]
@@ -63,29 +63,8 @@ def test_random_problems(number, simulated_gpu):
 @here
 @pytest.mark.parametrize("number", range(RAGGED_COUNT))
 def test_random_ragged_problems(number, simulated_gpu):
-    """Against float64, each group against a call with it alone, and under another schedule to the bit."""
     where = ptx_problems.TritonTarget(SIMULATED_GPU, simulated_gpu)
-    ranks = ((16,), (33, 64), (8, 20, 32), (100, 128))[number % 4]
-    problem = RaggedProblem(number, 200, 264, ranks)
-
-    def check(pipelined: bool) -> None:
-        itemsize = problem.dtype.itemsize
-        draw = random.Random(number)
-        with where.choices(draw, itemsize, problem.r, pipelined=pipelined), poisoned_memory():
-            where.set_seed(1000 * number)
-            first = problem.check()
-            problem.check_groups_alone(first)
-            where.set_seed(1000 * number + 500)
-            again = run(problem.call, problem.problem, problem.names, needed=problem.needed)
-        for what, value in first.items():
-            assert torch.equal(value, again[what]), f"{what} depends on the schedule: {problem}"
-
-    try:
-        check(pipelined=True)
-    except RuntimeError as error:
-        if not where.is_known(error):
-            raise RuntimeError(str(problem)) from error
-        check(pipelined=False)
+    RandomRaggedProblem(where, number).check_or_known()
 
 
 @here

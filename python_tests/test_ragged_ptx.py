@@ -3,10 +3,12 @@
 import re
 
 import ptx_cuda
+import ptx_problems
 import ptx_runtime_helpers
 import pytest
 import torch
-from cuda_ragged import RESULTS, Ragged, assert_bits, random_problem
+from cuda_ragged import RESULTS, Ragged, assert_bits
+from ptx_ragged_problems import RandomRaggedProblem
 from ptx_runtime_helpers import cuda_on_ptx
 
 _a_sound_machine, kept_allocations = ptx_runtime_helpers.sound_machine, ptx_runtime_helpers.kept_allocations
@@ -23,22 +25,15 @@ def test_every_kernel_runs():
             for n in (24, 264 if r > 64 else 520):  # one pass; the split forward
                 p = Ragged([rows, 0, 3], 16, n, r, dtype)
                 p.backward(ptx_cuda.NAME, p.forward(ptx_cuda.NAME)[1])
-        for r, more in ((16, 3520), (32, 1760)):  # too many rows for one pass over dy
-            p = Ragged([3], 16, 28672, r, dtype)
-            z = torch.zeros(3 + more, r, dtype=dtype)
-            p.lengthened(more).backward(ptx_cuda.NAME, z)
     launched = {launch["kernel"] for launch in cuda_on_ptx.take_launches()}
     assert launched == {name for name in cuda_on_ptx.kernel_names() if "ragged" in name}
 
 
 @pytest.mark.parametrize("number", range(8))
 def test_compiled_kernels(number):
-    cuda_on_ptx.set_seed(1000 * number)
-    with ptx_cuda.kernels.on(number // 4):
-        problem = random_problem(number + 100, sizes=(0, 1, 17, 65))
-        first = problem.check(ptx_cuda.NAME)
-        cuda_on_ptx.set_seed(1000 * number + 500)
-        assert_bits(first, problem.run(ptx_cuda.NAME), "depends on the schedule")
+    where = ptx_problems.CudaTarget(list(ptx_cuda.DEVICES)[number // 4])
+    with where.running():
+        RandomRaggedProblem(where, number + 100).check()
     assert {launch["device"] for launch in cuda_on_ptx.take_launches()} == {number // 4}
 
 

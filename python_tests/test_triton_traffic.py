@@ -1,14 +1,17 @@
 """The traffic model against the loads and stores that the compiled kernels make, and what it says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import SIMULATED_GPU
+from cuda_ragged import Ragged
 
 pytest.importorskip("triton")
 
-from afa_kernels.backend.triton import backend, launch  # noqa: E402
+from afa_kernels.backend.triton import backend, configs, launch  # noqa: E402
 from afa_kernels.options import Spec  # noqa: E402
-from bench.model import layer_overhead, traffic  # noqa: E402
+from bench.model import layer_overhead, ragged_traffic, traffic  # noqa: E402
 from bench.model.traffic import H100  # noqa: E402
 from tools.triton_aot import Problem  # noqa: E402
 
@@ -36,6 +39,45 @@ def test_the_model_counts_every_byte(monkeypatch, simulated_gpu, m, k, n, r, dty
     )
     a, b = torch.randn(r, k, dtype=weight_dtype), torch.randn(n, r, dtype=weight_dtype)
     alpha_t, seed, spec = torch.tensor(0.5), torch.tensor(3), Spec("silu", 2.0, dropout)
+    counted = counting(monkeypatch, simulated_gpu)
+    out = torch.empty_like(base)
+    z = backend.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=True)
+    backend.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True)
+    backend.backward(dy, x, a, b, None, alpha_t, seed, spec, need_dx=True, need_da=False, need_db=False)
+    assert len(counted) >= 8
+    for entry, made in counted:
+        assert_counted(entry, made)
+
+
+@pytest.mark.skipif(not SIMULATED_GPU, reason="run by test_ptx_triton.py")
+@pytest.mark.parametrize("multiprocessors", [1, 108])  # a program for a group's rows, or for each of its chunks
+@pytest.mark.parametrize(
+    "sizes, behind, k, n, r, dtype, weight_dtype, ranks",
+    [
+        ((64, 64, 64), 0, 256, 136, 16, torch.bfloat16, torch.bfloat16, None),  # even
+        ((0, 300, 3, 0, 40), 5, 300, 264, 16, torch.float16, torch.float16, None),  # skewed, some empty
+        ((33, 70), 0, 264, 300, 40, torch.bfloat16, torch.float32, (40, 7)),  # packed operands, two passes over dy
+        ((20, 0, 30, 9), 3, 72, 50, 12, torch.float32, torch.float32, (0, 5, 12, 3)),  # a group without a branch
+    ],
+)
+def test_the_model_counts_every_byte_of_a_ragged_call(
+    monkeypatch, simulated_gpu, sizes, behind, k, n, r, dtype, weight_dtype, ranks, multiprocessors
+):
+    """But for those by which a program finds its group."""
+    device = replace(configs.device_of(torch.device("cpu")), multiprocessors=multiprocessors)
+    monkeypatch.setattr(configs, "device_of", lambda _: device)
+    p = Ragged(sizes, k, n, r, dtype, behind=behind, ranks=ranks, weights=weight_dtype)
+    counted = counting(monkeypatch, simulated_gpu)
+    _, z = p.forward("triton")
+    p.backward("triton", z)
+    p.backward("triton", None, need=(True, False, False))
+    assert len(counted) >= 8
+    for entry, made in counted:
+        assert_counted(entry, made, ragged_traffic.FINDING)
+
+
+def counting(monkeypatch, simulated_gpu) -> list:
+    """Return the launches that follow, each with what it moves, as they come."""
     counted, run = [], launch.Launch.run
 
     def counted_run(self):
@@ -43,16 +85,14 @@ def test_the_model_counts_every_byte(monkeypatch, simulated_gpu, m, k, n, r, dty
         counted.append((self, simulated_gpu.launched[-1][1]["traffic"]))
 
     monkeypatch.setattr(launch.Launch, "run", counted_run)
-    out = torch.empty_like(base)
-    z = backend.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=True)
-    backend.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True)
-    backend.backward(dy, x, a, b, None, alpha_t, seed, spec, need_dx=True, need_da=False, need_db=False)
-    assert len(counted) >= 8
-    for entry, made in counted:
-        modelled = traffic.accesses(entry)
-        for name in modelled.keys() | made.keys():
-            access = tuple(modelled.get(name, traffic.Access()))
-            assert made.get(name, (0, 0)) == access, (entry.name, name, made.get(name), access)
+    return counted
+
+
+def assert_counted(entry: launch.Launch, made: dict, without=frozenset()) -> None:
+    modelled = traffic.accesses(entry)
+    for name in (modelled.keys() | made.keys()) - without:
+        access = tuple(modelled.get(name, traffic.Access()))
+        assert made.get(name, (0, 0)) == access, (entry.name, name, made.get(name), access)
 
 
 def modelled_overhead(r: int) -> dict[str, float]:

@@ -223,7 +223,7 @@ def launch_plans(architectures: list[str]) -> dict[tuple[str, str, int], dict]:
         limits = (gpu.sm_count, gpu.shared_per_block, gpu.shared_per_sm)
         for rank in RANKS:
             launches = [native.launch_plan((m, 4096, 4096, rank), *limits, rounded=True) for m in (16384, 256)]
-            for m in (1 << 18, 8192, 256):
+            for m in (8192, 256):
                 launches.append(native.ragged_kernels((m, 4096, 4096, rank), 64, *limits, rounded=True))
             for plan in (plan for one in launches for plan in one):
                 plans.setdefault((arch, plan["kernel"], rank), plan)

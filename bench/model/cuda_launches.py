@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 from afa_kernels.backend import native
 
-_HALF, _FLOAT = 2, 4
-_SUMS_AT_ONCE = 16  # partial results that a thread of the reduce kernel has under way (kSumsAtOnce)
+HALF, FLOAT = 2, 4
+SUMS_AT_ONCE = 16  # partial results that a thread of the reduce kernel has under way (kSumsAtOnce)
 
 
 class Range(NamedTuple):
@@ -73,6 +73,8 @@ class Kernel(NamedTuple):
     under_way: int  # bytes on a multiprocessor; 0 for the small kernels, which have no ring of tiles
     waits: int = 1  # loads that wait for each other, in a launch
     behind: int = 0  # launches right behind another kernel of this package
+    busy: float = 0.0  # share of its time in which blocks that differ keep their places busy; 0: as waves say
+    found: float = 0.0  # loads by which blocks look for their work, one after the other, where nothing hides them
 
     def gaps(self, gpu: Gpu, which: str) -> float:
         """Return the modelled time in which the kernel before has ended and this one has not begun."""
@@ -86,7 +88,7 @@ class Kernel(NamedTuple):
         def value(assumption: Range) -> float:
             return getattr(assumption, which)
 
-        full = 1.0 if self.waves <= 1 else self.waves / math.ceil(self.waves)
+        full = self.busy or (1.0 if self.waves <= 1 else self.waves / math.ceil(self.waves))
         times = {"memory": self.hbm / value(gpu.memory), "L2": (self.hbm + self.l2) / value(gpu.l2)}
         times["latency"] = self.launches * self.waits * value(gpu.latency)
         if self.under_way:
@@ -99,7 +101,7 @@ class Kernel(NamedTuple):
             bound = "launch"
         elif longest / full - longest > launch and full < 0.9:
             bound = "tail"
-        return launch + longest / full, bound
+        return launch + self.found * value(gpu.latency) + longest / full, bound
 
 
 class Layer(NamedTuple):
@@ -119,22 +121,22 @@ class Layer(NamedTuple):
     def rank(self) -> int:
         """The class of all ranks together, each a multiple of 16."""
         together = sum(math.ceil(r / 16) * 16 for _, r in self.members)
-        return _rank_class(together if len(self.members) > 1 else self.members[0][1])
+        return rank_class(together if len(self.members) > 1 else self.members[0][1])
 
     @property
     def dy_rank(self) -> int:
-        return _rank_class(max(r for _, r in self.members))
+        return rank_class(max(r for _, r in self.members))
 
     @property
     def gemm_flops(self) -> int:
         return 2 * self.m * self.k * sum(n for n, _ in self.members)
 
 
-def _rank_class(r: int) -> int:
+def rank_class(r: int) -> int:
     return next(padded for padded in (16, 32, 64, 128) if r <= padded)
 
 
-def _module():
+def planner():
     """Return the compiled module that plans launches: the CUDA kernels', or the emulator's."""
     if native._C is not None and hasattr(native._C, "cuda"):
         return native._C.cuda
@@ -149,13 +151,13 @@ def _module():
 def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tuple[list[Kernel], list[Kernel]]:
     """Return the kernels of the forward and of the backward, in order."""
     limits = (gpu.multiprocessors, gpu.shared_per_block, gpu.shared_per_multiprocessor)
-    planned = {row["kernel"]: row for row in _module().launch_plan(tuple(layer), *limits, float_weights)}
+    planned = {row["kernel"]: row for row in planner().launch_plan(tuple(layer), *limits, float_weights)}
     m, k, members = layer.m, layer.k, layer.members
     rank, row_tile = layer.rank, 128 if layer.rank == 128 else 64
     row_blocks = math.ceil(m / row_tile)
-    weight = _FLOAT if float_weights else _HALF
+    weight = FLOAT if float_weights else HALF
     ranks, n = sum(r for _, r in members), sum(n for n, _ in members)
-    x, y, z, dz = (_HALF * m * columns for columns in (k, n, ranks, rank))
+    x, y, z, dz = (HALF * m * columns for columns in (k, n, ranks, rank))
     a, b = weight * k * ranks, weight * sum(n * r for n, r in members)
 
     def made(name: str, hbm: int, l2: int, waits: int = 1) -> Kernel:
@@ -169,14 +171,14 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
         )  # fmt: skip
 
     def reduce(l2: int, sums: int, launches: int = 1) -> Kernel:
-        return Kernel("reduce", (0, 0), launches, 0, 0, 0.0, 0, l2, 0, math.ceil(sums / _SUMS_AT_ONCE))
+        return Kernel("reduce", (0, 0), launches, 0, 0, 0.0, 0, l2, 0, math.ceil(sums / SUMS_AT_ONCE))
 
     forward, backward = [], []
     if "forward" in planned:
         forward.append(made("forward", x + y + z, row_blocks * (a + b)))
     else:
         splits, column_blocks = planned["project"]["grid"][1], planned["expand"]["grid"][1]
-        partial = splits * m * rank * _FLOAT
+        partial = splits * m * rank * FLOAT
         segment = math.ceil(math.ceil(k / splits) / (128 if rank <= 32 else 64)) if splits > 1 else 1
         fetches = math.ceil(segment / (planned["project"]["stages"] - 1))
         forward.append(made("project", x, row_blocks * a + partial, fetches))
@@ -185,23 +187,23 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
     x_slabs, da_chunks = planned["x"]["grid"]
     makes_dz = "dh_sums" in planned["x"]  # in the x kernel, each slab of columns for itself
     rounds = planned["x"]["launches"]
-    da = da_chunks * rank * k * _FLOAT  # of a round
+    da = da_chunks * rank * k * FLOAT  # of a round
     # Written by each round and read by all but the first; then what belongs to a rank is summed.
     again, da_sum = 2 * rounds - 1, da * ranks // rank
     if "dy" in planned:
         slabs, db_chunks = planned["dy"]["grid"]
-        dh, db = slabs * m * layer.dy_rank * _FLOAT, db_chunks * n * layer.dy_rank * _FLOAT
-        z_again = sum(math.ceil(n / 256) * _HALF * m * r for n, r in members)
+        dh, db = slabs * m * layer.dy_rank * FLOAT, db_chunks * n * layer.dy_rank * FLOAT
+        z_again = sum(math.ceil(n / 256) * HALF * m * r for n, r in members)
         backward.append(made("dy", y, db_chunks * b + z_again + dh + again * db))
-        left = db_chunks * _FLOAT * sum(n * r for n, r in members) + b
+        left = db_chunks * FLOAT * sum(n * r for n, r in members) + b
         if not makes_dz:
             parts = max(math.ceil(n / 256) for n, _ in members)
             backward.append(reduce(dh + z + dz + left, max(parts, db_chunks), rounds))
             left = 0
     else:
-        dh = planned["project_dy"]["grid"][1] * m * rank * _FLOAT
+        dh = planned["project_dy"]["grid"][1] * m * rank * FLOAT
         slabs, db_chunks = planned["db"]["grid"]
-        db = db_chunks * n * rank * _FLOAT
+        db = db_chunks * n * rank * FLOAT
         backward.append(made("project_dy", y, row_blocks * b + dh))
         backward.append(reduce(dh + z + 2 * dz, planned["project_dy"]["grid"][1], rounds))
         backward.append(made("db", y, slabs * dz + again * db))
@@ -209,10 +211,10 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
     dz_again = x_slabs * (dh + z if makes_dz else dz)
     backward.append(made("x", 2 * x, da_chunks * a + dz_again + again * da))
     backward.append(reduce(da_sum + a + left, max(da_chunks, db_chunks if left else 0)))
-    return _in_a_row(forward), _in_a_row(backward)
+    return in_a_row(forward), in_a_row(backward)
 
 
-def _in_a_row(kernels: list[Kernel]) -> list[Kernel]:
+def in_a_row(kernels: list[Kernel]) -> list[Kernel]:
     """Return the kernels of a direction as they follow each other: the first launch comes behind something else."""
     return [kernel._replace(behind=kernel.launches - (kernel is kernels[0])) for kernel in kernels]
 
@@ -245,7 +247,7 @@ def _overhead(
         seconds = sum(seconds_of(kernel, which) for kernel in passes[direction])
         # The branch writes y (dx), and the frozen GEMMs accumulate into it: one into each y, all into one dx.
         columns = sum(n for n, _ in layer.members) if direction == 0 else layer.k
-        seconds += getattr(gpu.unhidden, which) * _HALF * layer.m * columns / getattr(gpu.memory, which)
+        seconds += getattr(gpu.unhidden, which) * HALF * layer.m * columns / getattr(gpu.memory, which)
         return 100 * seconds / gemm
 
     each = [Range(percent(direction, "good"), percent(direction, "bad")) for direction in (0, 1)]
@@ -257,7 +259,7 @@ def decoding(layer: Layer, gpu: Gpu = H100) -> Range:
     """Return the modelled time that the branch of a forward of few tokens adds to the frozen matrix-vector products in
     a CUDA graph, in percent of them."""
     forward = kernels(layer, gpu)[0]
-    weights = _HALF * layer.k * sum(n for n, _ in layer.members)
+    weights = HALF * layer.k * sum(n for n, _ in layer.members)
 
     def percent(which: str) -> float:
         gemv = weights / getattr(gpu.memory, which) + len(layer.members) * getattr(gpu.launch, which)

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from afa_kernels.backend.triton.configs import Device
 from afa_kernels.backend.triton.launch import Launch
+from bench.model import ragged_traffic
+from bench.model.ragged_traffic import Elements
 
 
 class Gpu(NamedTuple):
@@ -81,21 +83,18 @@ def accesses(launch: Launch) -> dict[str, Access]:
     return found
 
 
-_Elements = tuple[dict[str, int], dict[str, int]]
-
-
 def _present(launch: Launch, name: str) -> bool:
     return launch.arguments[name] is not None
 
 
-def _y_elements(launch: Launch, row_tiles: int) -> _Elements:
+def _y_elements(launch: Launch, row_tiles: int) -> Elements:
     m, n, rank = launch.arguments["M"], launch.arguments["N"], launch.constants["R"]
     if not _present(launch, "y_ptr"):
         return {}, {}
     return {"b_ptr": row_tiles * n * rank, "base_ptr": m * n}, {"y_ptr": m * n}
 
 
-def _forward(launch: Launch) -> _Elements:
+def _forward(launch: Launch) -> Elements:
     arguments, rank, tiles = launch.arguments, launch.constants["R"], launch.grid[0]
     m, k = arguments["M"], arguments["K"]
     read, written = _y_elements(launch, tiles)
@@ -107,7 +106,7 @@ def _forward(launch: Launch) -> _Elements:
     return read | {"seed_ptr": tiles * launch.warps}, written | {"z_ptr": m * arguments["r"]}
 
 
-def _project_partial(launch: Launch) -> _Elements:
+def _project_partial(launch: Launch) -> Elements:
     arguments, rank, (tiles, segments) = launch.arguments, launch.constants["R"], launch.grid
     m, length = arguments["M"], arguments["length"]
     read = {"left_ptr": m * length, "small_ptr": tiles * rank * length, "seed_ptr": tiles * segments * launch.warps}
@@ -116,7 +115,7 @@ def _project_partial(launch: Launch) -> _Elements:
     return read, {"partial_ptr": segments * m * rank}
 
 
-def _phi_hb(launch: Launch) -> _Elements:
+def _phi_hb(launch: Launch) -> Elements:
     arguments, rank, (tiles, columns) = launch.arguments, launch.constants["R"], launch.grid
     read, written = _y_elements(launch, tiles)
     read |= {"partial_ptr": columns * arguments["segments"] * arguments["M"] * rank}
@@ -124,7 +123,7 @@ def _phi_hb(launch: Launch) -> _Elements:
     return read, written | {"z_ptr": arguments["M"] * arguments["r"]}
 
 
-def _dyb_dphi(launch: Launch) -> _Elements:
+def _dyb_dphi(launch: Launch) -> Elements:
     arguments, rank, tiles = launch.arguments, launch.constants["R"], launch.grid[0]
     m, n = arguments["M"], arguments["N"]
     read = {
@@ -136,7 +135,7 @@ def _dyb_dphi(launch: Launch) -> _Elements:
     return read, {"dz_ptr": m * rank}
 
 
-def _dphi(launch: Launch) -> _Elements:
+def _dphi(launch: Launch) -> Elements:
     arguments, rank, tiles = launch.arguments, launch.constants["R"], launch.grid[0]
     m = arguments["M"]
     read = {
@@ -147,7 +146,7 @@ def _dphi(launch: Launch) -> _Elements:
     return read, {"dz_ptr": m * rank}
 
 
-def _dy_pass(launch: Launch) -> _Elements:
+def _dy_pass(launch: Launch) -> Elements:
     arguments, rank, (slabs, chunks) = launch.arguments, launch.constants["R"], launch.grid
     m, n = arguments["M"], arguments["N"]
     read = {"dy_ptr": m * n}
@@ -158,7 +157,7 @@ def _dy_pass(launch: Launch) -> _Elements:
     return read, {"dh_ptr": slabs * m * rank, "db_ptr": chunks * rank * n}
 
 
-def _x_pass(launch: Launch) -> _Elements:
+def _x_pass(launch: Launch) -> Elements:
     arguments, rank, (slabs, chunks) = launch.arguments, launch.constants["R"], launch.grid
     m, k = arguments["M"], arguments["K"]
     read = {"dz_ptr": slabs * m * rank, "seed_ptr": slabs * chunks * launch.warps}
@@ -169,7 +168,7 @@ def _x_pass(launch: Launch) -> _Elements:
     return read, {"dx_ptr": m * k, "da_ptr": chunks * rank * k}
 
 
-def _weight_gradients(launch: Launch) -> _Elements:
+def _weight_gradients(launch: Launch) -> Elements:
     arguments, rank = launch.arguments, launch.constants["R"]
     k, n, r = arguments["K"], arguments["N"], arguments["r"]
     read = {
@@ -179,13 +178,13 @@ def _weight_gradients(launch: Launch) -> _Elements:
     return read, {"da_ptr": r * k, "db_ptr": n * r}
 
 
-def _pack(launch: Launch) -> _Elements:
+def _pack(launch: Launch) -> Elements:
     arguments, rank = launch.arguments, launch.constants["R"]
     k, n, r = arguments["K"], arguments["N"], arguments["r"]
     return {"a_ptr": r * k, "b_ptr": n * r}, {"a_padded_ptr": rank * k, "b_padded_ptr": n * rank}
 
 
-_ELEMENTS: dict[str, Callable[[Launch], _Elements]] = {
+_ELEMENTS: dict[str, Callable[[Launch], Elements]] = {
     "xa_phi_hb_forward_kernel": _forward,
     "project_partial_kernel": _project_partial,
     "phi_hb_forward_kernel": _phi_hb,
@@ -195,7 +194,7 @@ _ELEMENTS: dict[str, Callable[[Launch], _Elements]] = {
     "x_pass_backward_kernel": _x_pass,
     "weight_gradients_kernel": _weight_gradients,
     "pack_kernel": _pack,
-}
+} | ragged_traffic.ELEMENTS
 
 
 def _flops(launch: Launch) -> int:

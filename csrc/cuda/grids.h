@@ -61,11 +61,20 @@ inline int splits_of(int64_t row_blocks, int width) {
     return row_blocks >= kWholeRowBlocks ? 1 : static_cast<int>(ceil_div(width, segment_of(width)));
 }
 
+// What a last wave that is not full makes of the time of a kernel.
+struct LastWave {
+    double operator()(const KernelPlan& plan, const DeviceLimits& device) const {
+        return 1 / (1 - tail(plan, device));
+    }
+};
+
 // The number of stages for a grid: the one that slows the kernel least; among equals, the one with
-// most bytes under way, of which there are `stage_bytes` in a tile.
-template <typename Bytes>
+// most bytes under way, of which there are `stage_bytes` in a tile. `idle` says how much longer the
+// kernel takes because its blocks do not fill the GPU all the time.
+template <typename Bytes, typename Idle = LastWave>
 KernelPlan ring(const char* kernel, int threads, int registers, const DeviceLimits& device,
-                int64_t grid_x, int64_t grid_y, int stage_bytes, const Bytes& bytes) {
+                int64_t grid_x, int64_t grid_y, int stage_bytes, const Bytes& bytes,
+                const Idle& idle = {}) {
     KernelPlan best;
     int64_t most = 0;
     double least = 0;
@@ -81,9 +90,9 @@ KernelPlan ring(const char* kernel, int threads, int registers, const DeviceLimi
         // Blocks that the grid really gives a multiprocessor.
         const int64_t resident = std::min<int64_t>(fit, ceil_div(grid_x * grid_y, device.sm_count));
         const int64_t under_way = resident * (stages - 1) * stage_bytes;
-        // Than on a full GPU: for a last wave that is not full, or for too few bytes under way.
-        const double slower = std::max(
-            {1.0, 1 / (1 - tail(plan, device)), static_cast<double>(kBytesUnderWay) / under_way});
+        // Than on a full GPU: for blocks that do not fill it, or for too few bytes under way.
+        const double slower =
+            std::max({1.0, idle(plan, device), static_cast<double>(kBytesUnderWay) / under_way});
         if (most == 0 || slower < least || (slower == least && under_way > most)) {
             best = plan;
             most = under_way;
@@ -99,9 +108,10 @@ KernelPlan ring(const char* kernel, int threads, int registers, const DeviceLimi
 
 // The best ring for a kernel that streams a weight: `bytes(stages, weights)`. Where floats have no
 // room beside it, they are rounded as they are read.
-template <typename Bytes>
+template <typename Bytes, typename Idle = LastWave>
 KernelPlan streaming(const char* kernel, int threads, int registers, const DeviceLimits& device,
-                     int64_t grid_x, int64_t grid_y, Weights weights, const Bytes& bytes) {
+                     int64_t grid_x, int64_t grid_y, Weights weights, const Bytes& bytes,
+                     const Idle& idle = {}) {
     const bool staged =
         weights == Weights::rounded && bytes(2, Streamed::staged) <= device.shared_per_block;
     const Streamed kept = staged                            ? Streamed::staged
@@ -109,8 +119,9 @@ KernelPlan streaming(const char* kernel, int threads, int registers, const Devic
                                                             : Streamed::unstaged;
     // Floats count as what they become: most of what is under way has to be x or dy.
     const int stage_bytes = bytes(3, Streamed::tiles) - bytes(2, Streamed::tiles);
-    KernelPlan plan = ring(kernel, threads, registers, device, grid_x, grid_y, stage_bytes,
-                           [&](int stages) { return bytes(stages, kept); });
+    KernelPlan plan = ring(
+        kernel, threads, registers, device, grid_x, grid_y, stage_bytes,
+        [&](int stages) { return bytes(stages, kept); }, idle);
     plan.staged = staged;
     return plan;
 }

@@ -191,6 +191,8 @@ ragged_project_kernel(const RaggedProjectParams p) {
     take_rows<T, R>(call, p.groups, at);
     if (at.rank <= kSlabRank)
         call.segment = p.low_rank_segment;
+    if (static_cast<int64_t>(block_y()) * call.segment >= p.call.w)
+        return;  // ranks with longer segments have fewer of them
     project_rows<T, R, kTransposed>(call, shared, row0, block_y());
 }
 
@@ -317,7 +319,7 @@ ragged_dy_kernel(const RaggedDyParams p) {
         place_of<Tile::kThreads>(p.groups, shared, block_x() / p.sums.slabs, p.groups.chunk_rows);
     if (!at.exists || has_no_sum(p.groups, at))
         return;
-    const int slab = p.sums.first_slab + block_x() % p.sums.slabs;
+    const int place = block_x() % p.sums.slabs, slab = p.sums.first_slab + place;
     DyParams call = p.call;
     call.m = at.rank > 0 ? at.rows : 0;
     DyMember member = p.call.members[0];
@@ -325,7 +327,7 @@ ragged_dy_kernel(const RaggedDyParams p) {
     member.dy = row_of<T>(member.dy, at.first_row, member.dy_stride);
     member.z = row_of<T>(member.z, at.first_row, member.z_cols);
     member.alpha_t = alpha_at(member.alpha_t, p.groups, at);
-    float* slab_dh = member.dh + (slab * p.groups.rows + at.first_row) * R;
+    float* slab_dh = member.dh + (place * p.groups.rows + at.first_row) * R;
     dy_pass<T, R>(call, member, slab_dh, shared, slab, at.piece, [&](const auto& db, int col) {
         if (p.sums.out)
             store_db<T, Tile::kSlice, R>(db, p.groups, p.sums, at, col);

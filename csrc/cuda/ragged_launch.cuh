@@ -17,10 +17,12 @@ RaggedKernels make_ragged_kernels() {
     table.forward = launch<ragged_forward_kernel<T, R>, R, RaggedForwardParams>;
     table.expand = launch<ragged_expand_kernel<T, R>, R, RaggedForwardParams>;
     table.project = launch<ragged_project_kernel<T, R, false>, R, RaggedProjectParams>;
-    table.project_dy = launch<ragged_project_kernel<T, R, true>, R, RaggedProjectParams>;
-    if constexpr (R <= kSlabRank)
+    if constexpr (R <= kSlabRank) {
         table.dy = launch<ragged_dy_kernel<T, R>, R, RaggedDyParams>;
-    table.db = launch<ragged_db_kernel<T, R>, R, RaggedOuterParams>;
+    } else {
+        table.project_dy = launch<ragged_project_kernel<T, R, true>, R, RaggedProjectParams>;
+        table.db = launch<ragged_db_kernel<T, R>, R, RaggedOuterParams>;
+    }
     table.x = launch<ragged_x_kernel<T, R>, R, RaggedOuterParams>;
     return table;
 }

@@ -9,8 +9,9 @@ namespace afa {
 // The ragged kernels of one rank class.
 struct RaggedKernels {
     Launcher<RaggedForwardParams> forward, expand;
-    Launcher<RaggedProjectParams> project, project_dy;
-    Launcher<RaggedDyParams> dy;  // null beyond kSlabRank
+    Launcher<RaggedProjectParams> project;
+    Launcher<RaggedDyParams> dy;               // up to kSlabRank, else null
+    Launcher<RaggedProjectParams> project_dy;  // beyond it, as db
     Launcher<RaggedOuterParams> db, x;
 };
 

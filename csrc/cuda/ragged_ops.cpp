@@ -19,16 +19,16 @@ int64_t partial_z(const Shape& shape, const RaggedPlan& plan) {
 
 struct RaggedScratch {
     Element *dz, *h;  // [M, R]; h is first z, where that is recomputed
-    float *z, *dh;    // partial sums; those of z are dead before those of dh exist
-    float *da, *db;
+    // Partial sums. Those of z are dead before those of dh exist, and these before those of dA.
+    float *z, *dh, *da, *db;
 
     RaggedScratch(const Shape& shape, const RaggedPlan& plan, bool recompute_z, Workspace& w) {
         const int64_t rows = shape.m * plan.rank;
         dz = w.take<Element>(rows);
         h = w.take<Element>(recompute_z || !plan.one_pass_dy ? rows : 0);
-        z = dh = w.take<float>(std::max(std::max(plan.dh_parts, plan.low_rank_parts) * rows,
-                                        recompute_z ? partial_z(shape, plan) : 0));
-        da = w.take<float>(plan.da.partials);
+        z = dh = da =
+            w.take<float>(std::max({std::max(plan.dh_parts, plan.low_rank_parts) * rows,
+                                    recompute_z ? partial_z(shape, plan) : 0, plan.da.partials}));
         db = w.take<float>(plan.db.partials);
     }
 };
@@ -137,7 +137,10 @@ void launch_rows(const RaggedBackwardCall& call, const Groups& groups, const Rag
     p.groups = groups;
     SumRowsJob& job = p.job;
     job.partial = needs_dz(call, 0) ? scratch.dh : nullptr;
-    job.count = plan.dh_parts;
+    // Of a last round that is shorter than the others, so many have been written.
+    const int missing =
+        plan.carries_dh ? plan.db.rounds() * plan.db.slabs_per_round - plan.db.slabs : 0;
+    job.count = plan.dh_parts - missing;
     job.partial_stride = job.cols = job.rank_class = plan.rank;
     job.z = z;
     job.dz = needs_dz(call, 0) ? scratch.dz : nullptr;
@@ -146,7 +149,7 @@ void launch_rows(const RaggedBackwardCall& call, const Groups& groups, const Rag
     job.m = call.shape.m;
     job.r = z_cols;
     job.activation = call.members[0].activation;
-    p.low_rank_count = plan.low_rank_parts;
+    p.low_rank_count = plan.low_rank_parts - missing;
     p.scaling = call.members[0].scaling;
     p.inverse_keep = inverse_keep(call.threshold);
     if (!job.dz && !job.h)
@@ -176,6 +179,11 @@ LaunchConfig slots_config(KernelPlan kernel, const RaggedBackwardCall& call, con
     return {kernel, call.shape, call.stream};
 }
 
+// The partial sum of dh that the first slab of a round of dy makes.
+int first_dh(const RaggedPlan& plan, const GroupSums& sums) {
+    return !plan.carries_dh ? sums.first_slab : sums.first_slab > 0 ? 1 : 0;
+}
+
 void launch_dy(const RaggedBackwardCall& call, const Groups& groups, const RaggedPlan& plan,
                const RaggedScratch& scratch, const GroupSums& sums, const void* z, int z_cols) {
     RaggedDyParams p{};
@@ -186,12 +194,31 @@ void launch_dy(const RaggedBackwardCall& call, const Groups& groups, const Ragge
     member.b = b_of(call, groups);
     member.z = z;
     member.z_cols = z_cols;
-    member.dh = needs_dz(call, 0) ? scratch.dh : nullptr;
+    if (needs_dz(call, 0))
+        member.dh = scratch.dh + first_dh(plan, sums) * call.shape.m * plan.rank;
     member.db = static_cast<float*>(sums.out);  // whether there is one; its place is in the sums
     p.call.m = call.shape.m;
     p.call.rows_per_chunk = plan.chunk_rows;
     p.call.stages = plan.dy.stages;
     ragged_kernels(call.dtype, plan.rank).dy(slots_config(plan.dy, call, groups, sums), p);
+}
+
+// Adds the partial sums of dh of a round of dy to those of the rounds before, in the order in which
+// dz takes them. Rows without a branch have no sums: they get what nothing reads.
+void launch_carry(const RaggedBackwardCall& call, const RaggedPlan& plan,
+                  const RaggedScratch& scratch, const GroupSums& sums) {
+    SumWeightJob job{};
+    job.partial = scratch.dh;
+    job.out = scratch.dh;
+    job.type = Output::fp32;
+    job.count = first_dh(plan, sums) + sums.slabs;
+    job.rows = call.shape.m;
+    job.rows_stride = call.shape.m * plan.rank;
+    job.cols = job.partial_cols = plan.rank;
+    job.scale = 1.0f;
+    Reduction reduction;
+    reduction.add(job);
+    reduction.launch(call);
 }
 
 void launch_db(const RaggedBackwardCall& call, const Groups& groups, const RaggedPlan& plan,
@@ -275,6 +302,8 @@ void ragged_backward(const RaggedBackwardCall& call) {
         launch_dy(call, groups, plan, scratch, db_of(round), z, z_cols);
         if (dy_rounds)
             launch_sum(call, groups, plan, none, db_of(round));
+        if (plan.carries_dh && need_dz && round + 1 < plan.db.rounds())
+            launch_carry(call, plan, scratch, db_of(round));
     }
     if (!plan.one_pass_dy && need_dz)
         launch_project_dy(call, groups, plan, scratch);

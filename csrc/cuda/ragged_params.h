@@ -54,7 +54,7 @@ struct GroupSums {
     float scaling;                 // of dB, where the groups have none of their own
 };
 
-// One pass over dy (R <= 32), as DyParams; dh is [slabs, rows of x, R].
+// One pass over dy (R <= 32), as DyParams; dh is [slabs of the round, rows of x, R].
 struct RaggedDyParams {
     Groups groups;
     DyParams call;

@@ -25,11 +25,12 @@ AFA_DEVICE int group_of_chunks(const Groups& groups, SharedMemory& shared, int64
     return load_shared<int>(found);
 }
 
-// Element `element` of the round of the result of a group; `transposed`: of dB.
+// Element `element` of the round of the result of a group; `transposed`: of dB. A round has few
+// enough for 32 bits: its partial results have room in scratch memory.
 template <typename T, bool kTransposed>
 AFA_DEVICE void sum_chunks(const RaggedSumParams& p, const GroupSums& sums, const Place& at,
-                           int64_t element) {
-    const int r = p.groups.r, inner = kTransposed ? r : sums.columns;
+                           uint32_t element) {
+    const uint32_t r = p.groups.r, inner = kTransposed ? r : sums.columns;
     const int64_t row = element / inner;
     const int col = static_cast<int>(element % inner);
     const int rank = kTransposed ? col : static_cast<int>(row);
@@ -67,8 +68,8 @@ ragged_sum_kernel(const RaggedSumParams p) {
     at.first_row = end_of(p.groups, at.group - 1);
     at.rows = end_of(p.groups, at.group) - at.first_row;
     const bool of_da = block < p.da_blocks;
-    const int64_t element =
-        static_cast<int64_t>(of_da ? block : block - p.da_blocks) * kReduceThreads + thread_index();
+    const uint32_t element =
+        (of_da ? block : block - p.da_blocks) * kReduceThreads + thread_index();
     if (of_da)
         sum_chunks<T, false>(p, p.da, at, element);
     else

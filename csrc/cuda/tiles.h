@@ -14,6 +14,7 @@ constexpr int kPad = 8;     // elements between the rows of a tile in shared mem
 constexpr int kVector = 8;  // elements of a 16-byte access
 constexpr int kMaxStages = 5;
 constexpr int kReduceThreads = 128;
+constexpr int kAllRegisters = 255;  // that a thread may have
 constexpr int kElementBytes = 2, kFloatBytes = 4;
 
 AFA_HOST_DEVICE constexpr int pitch(int cols) { return cols + kPad; }
@@ -42,7 +43,9 @@ struct RowTile {
     static constexpr int kBlocks = R == 128 ? 1 : 4, kExpandBlocks = R == 128 ? 2 : 4;
     // Of the ragged kernels, which keep in registers what the others read from their parameters.
     static constexpr bool kRoomy = R == 32 || R == 64;
-    static constexpr int kRaggedRegisters = kRoomy ? 168 : kRegisters,
+    static constexpr int kRaggedRegisters = R == 128 ? kAllRegisters
+                                            : kRoomy ? 168
+                                                     : kRegisters,
                          kRaggedBlocks = kRoomy ? 3 : kBlocks;
     static constexpr int kWide = tile_elements(kRows, kDepth);
     static constexpr int kNarrow = tile_elements(R, kDepth);
@@ -95,7 +98,7 @@ struct OuterTile {
     // Whether the x kernel can make dz from partial sums of dh, which every slab of columns reads
     // again: at rank 16, where slabs are wide and the sums small, that costs less than a launch.
     static constexpr bool kMakesDz = R == 16;
-    static constexpr int kXRegisters = 248, kDbRegisters = 128;
+    static constexpr int kXRegisters = 248, kRaggedXRegisters = kAllRegisters, kDbRegisters = 128;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);
     static constexpr int kNarrow = tile_elements(kRows, R);

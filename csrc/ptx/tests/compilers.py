@@ -12,7 +12,8 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[3] / folder) for folder in ("", "python_tests")]
 
 import ptx_cuda  # noqa: E402
-from helpers import Problem  # noqa: E402
+from cuda_ragged import Ragged  # noqa: E402
+from helpers import Problem, poisoned_memory  # noqa: E402
 from ptx_cuda import _cuda_on_ptx  # noqa: E402
 
 from afa_kernels.backend import registry  # noqa: E402
@@ -50,10 +51,30 @@ def call(backend: str, shape: tuple[int, int, int], rank: int, dtype: torch.dtyp
     return run
 
 
+def ragged_call(
+    backend: str, sizes: tuple[int, ...], width: tuple[int, int], rank: int, dtype: torch.dtype, adapter: torch.dtype,
+    dropout: int,
+):  # fmt: skip
+    """Return the same of rows sorted by group. Under dropout groups have ranks of their own."""
+    torch.manual_seed(1)
+    ranks = [max(1, rank // (1 + g)) for g in range(len(sizes))] if dropout else None
+    given = {"behind": 3, "ranks": ranks, "weights": adapter, "dropout": dropout / 256, "activation": "relu"}
+    p = Ragged(sizes, *width, rank, dtype, **given)
+
+    def run() -> Results:
+        with poisoned_memory():
+            y, z = p.forward(backend, save_z=dropout == 0)
+            return [y, *p.backward(backend, z)]
+
+    return run
+
+
 class Nvcc:
     """Of its dtype and class of ranks in one pass and split, with a mask and without, with full tiles and with none."""
 
     shapes = (((64, 72, 80), 0), ((75, 136, 264), 77), ((64, 904, 136), 0), ((200, 520, 328), 0))
+    ragged = (((40, 0, 65), (72, 80), 0), ((17, 66), (136, 528), 77))
+    several_chunks = (520, 3), (16, 24)  # at rank 16
 
     def __init__(self, arch: str):
         self.arch, self.edit = arch, None
@@ -74,11 +95,13 @@ class Nvcc:
         calls = []
         for dtype in (torch.bfloat16, torch.float16):
             for rank in (16, 32, 64, 128):
-                for shape, dropout in self.shapes:
-                    # Full ranks and one that is padded, weights as they are and rounded from float32.
-                    rounded = dropout > 0
-                    arguments = (rank - 3 if rounded else rank, dtype, torch.float32 if rounded else dtype, dropout)
-                    calls.append(call(ptx_cuda.NAME, shape, *arguments))
+                for make, shapes in ((call, self.shapes), (ragged_call, self.ragged)):
+                    for *shape, dropout in shapes:
+                        # Full ranks and one that is padded, weights as they are and rounded from float32.
+                        rounded = dropout > 0
+                        arguments = (rank - 3 if rounded else rank, dtype, torch.float32 if rounded else dtype, dropout)
+                        calls.append(make(ptx_cuda.NAME, *shape, *arguments))
+            calls.append(ragged_call(ptx_cuda.NAME, *self.several_chunks, 16, dtype, dtype, 0))
         _cuda_on_ptx.take_launches()
         reached: dict[str, list] = {}
         needed: dict[str, set[int]] = {}
@@ -86,10 +109,11 @@ class Nvcc:
             one()
             for launch in _cuda_on_ptx.take_launches():
                 name = launch["kernel"]
-                reached.setdefault(name, [])
-                if one not in reached[name] and len(reached[name]) < 4:
-                    reached[name].append(one)
-                needed.setdefault(name, set()).update(line - 1 for line in launch["effective"])
+                of_kernel = reached.setdefault(name, [])
+                if one not in of_kernel and len(of_kernel) < 4:
+                    of_kernel.append(one)
+                if one in of_kernel:
+                    needed.setdefault(name, set()).update(line - 1 for line in launch["effective"])
         _cuda_on_ptx.set_explain(False)
         texts = [text for text in self.texts if f".target {self.arch}" in text]
         found = [
@@ -116,6 +140,7 @@ class Triton:
     """
 
     shapes = (((64, 256, 256), 0), ((330, 528, 272), 0), ((75, 137, 200), 77))
+    ragged = (((64, 0, 100), (264, 272), 0), ((40, 35), (137, 200), 77))
     types = (
         ("bf16", torch.bfloat16, 16), ("f16", torch.float16, 64), ("bf16", torch.bfloat16, 128),
         ("tf32", torch.float32, 32),
@@ -134,10 +159,9 @@ class Triton:
     def __exit__(self, *exception):
         self.simulation.__exit__(*exception)
 
-    def _call(self, tf32: bool, rank: int, multiprocessors: int, *arguments):
+    def _in_tiles(self, run: Callable[[], Results], tf32: bool, rank: int, itemsize: int, multiprocessors: int):
         from afa_kernels.backend.triton import autotune, configs
 
-        run, itemsize = call("triton", *arguments), arguments[2].itemsize
         tiles = replace(configs.table_tiles(self.arch, itemsize, rank), chunks=1)
         device = replace(configs.device_of(torch.device("cpu")), multiprocessors=multiprocessors)
 
@@ -158,14 +182,16 @@ class Triton:
     def kernels(self) -> list[Kernel]:
         self.machine.explain = True
         found: dict[str, Kernel] = {}
+        uses = [(call, *shape) for shape in self.shapes] + [(ragged_call, *shape) for shape in self.ragged]
         for name, dtype, rank in self.types:
-            for shape, dropout in self.shapes:
+            for make, *shape, dropout in uses:
                 for multiprocessors in (1, 108):
                     padded = dropout > 0
-                    one = self._call(
-                        name == "tf32", rank, multiprocessors, shape, rank - 3 if padded else rank, dtype,
-                        torch.float32 if padded else dtype, dropout,
+                    run = make(
+                        "triton", *shape, rank - 3 if padded else rank, dtype, torch.float32 if padded else dtype,
+                        dropout,
                     )  # fmt: skip
+                    one = self._in_tiles(run, name == "tf32", rank, dtype.itemsize, multiprocessors)
                     self.machine.launched.clear()
                     one()
                     for kernel_name, launch in self.machine.launched:

@@ -9,8 +9,9 @@ Some changes change nothing, and are no faults. Four rules leave them out:
 - Any other change is tried with a probe in front of the line, which reports if the line is executed and its operands
   are such that the change makes a difference: a predicate that is false somewhere, a copy that is shorter than the
   whole, a value that is not representable.
-- An instruction that loads, multiplies or converts is only touched if a result depends on what it gives: with another
-  number in its place, the results are others. (Products of columns beyond the edge are computed and not stored.) Where
+- An instruction that loads, multiplies or converts, or stores to shared memory, is only touched if a result depends on
+  what it gives: with another number in its place, the results are others. (Products of columns beyond the edge are
+  computed and not stored, and a pipeline begins with tiles that short loops never come to.) Where
   the change is that masked lanes load, the number takes the place of what those lanes have.
 - Zeros that a copy fills up with are only left out where a result depends on them: with other numbers in their place,
   the results are others. (Rows beyond the edge of a matrix may hold anything, if what comes of them is not stored, and
@@ -187,9 +188,24 @@ def _halves_swapped(line: str) -> str:
     return re.sub(r"(%\w+),\s*(%\w+);", r"\2, \1;", line)
 
 
+_OTHER = {"16": "16191", "32": "1061109567", "64": "1061109567"}  # by bits
+
+
+def _stores_another(line: str) -> str | None:
+    """Return the store to shared memory, of another number; None for another instruction."""
+    found = re.search(r"st\.shared(?:\.v\d)?\.[a-z](\d+)\s+\[[^\]]*\],\s*(\{[^{}]*\}|%\w+);", line)
+    if not found or found[1] not in _OTHER:
+        return None
+    bits, source = found[1], found[2]
+    changed = line[: found.start(2)] + re.sub(r"%\w+", "%other", source) + line[found.end(2) :]
+    return f"{{ .reg .b{bits} %other; mov.b{bits} %other, {_OTHER[bits]}; {changed} }}"
+
+
 def overwritten(fault: Fault, line: str) -> str | None:
     """Return the line with another number in the place of what the instruction gives; None where it gives nothing, or
     later."""
+    if fault.probe is not None and "st.shared" in line:
+        return _stores_another(line)
     found = re.search(r"\b(ld\.|ldmatrix|mma\.sync|cvt\.rn)\S*\s+(\{[^{}]*\}|%\w+)", line)
     if fault.probe is None or not found or "wgmma" in line:
         return None
@@ -197,9 +213,9 @@ def overwritten(fault: Fault, line: str) -> str | None:
     lanes = "" if guard is None else guard[0]
     if fault.change is _unguarded:
         lanes = re.search(r"@!?%p\d+", _negated(line))[0]
-    width = {"rs": "16", "rd": "64"}
+    bits = {"rs": "16", "rd": "64"}
     moves = [
-        f"{lanes} mov.b{width.get(kind, '32')} %{kind}{number}, {'16191' if kind == 'rs' else '1061109567'};"
+        f"{lanes} mov.b{bits.get(kind, '32')} %{kind}{number}, {_OTHER[bits.get(kind, '32')]};"
         for kind, number in re.findall(r"%([a-z]+)(\d+)", found[2])
     ]
     return f"{line} {' '.join(moves)}"

@@ -17,6 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[3] / folder) for folder in 
 import ptx_cuda  # noqa: E402
 import ptx_problems  # noqa: E402
 import torch  # noqa: E402
+from ptx_ragged_problems import RandomRaggedProblem  # noqa: E402
 
 
 def main() -> int:
@@ -24,14 +25,16 @@ def main() -> int:
     parser.add_argument("target", choices=ptx_problems.TARGETS)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--first", type=int, default=0, help="the number of the first problem")
+    parser.add_argument("--ragged", action="store_true", help="of rows sorted by group")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # several of these processes run side by side
     ptx_cuda.register()
     where = ptx_problems.target(arguments.target)
+    kind = RandomRaggedProblem if arguments.ragged else ptx_problems.RandomProblem
     kernels, schedules, known, wrong = set(), 0, 0, 0
     with where.running():
         for number in range(arguments.first, arguments.first + arguments.count):
-            problem = ptx_problems.RandomProblem(where, number)
+            problem = kind(where, number)
             try:
                 known += problem.check_or_known()
             except (AssertionError, RuntimeError) as error:
