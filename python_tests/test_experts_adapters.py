@@ -183,6 +183,7 @@ def test_dropout_is_that_of_each_adapter_and_acts_in_training():
         assert torch.equal(model(ids).logits, first)
         other = model(ids).logits
         without = model.eval()(ids).logits
+        assert torch.equal(model(ids).logits, without)
     torch.testing.assert_close(first[::2], without[::2])  # b has none
     torch.testing.assert_close(other[::2], without[::2])
     assert not torch.allclose(first[1::2], without[1::2]) and not torch.allclose(first[1::2], other[1::2])

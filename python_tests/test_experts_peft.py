@@ -102,6 +102,15 @@ def test_checkpointing_recomputes_the_same():
     assert_checkpointing_recomputes_the_same(adapted(mixture(), config(lora_dropout=0.3)))
 
 
+def test_a_scaling_that_is_a_tensor():
+    """PEFT makes it one where adapters are to be swapped in a compiled model."""
+    model, ids = adapted(mixture(), config()), tokens()
+    want = gradients(model, ids)
+    for wrapper in wrappers(model):
+        wrapper.scaling["default"] = torch.tensor(wrapper.scaling["default"])
+    assert_same(gradients(model, ids), want)
+
+
 def test_merging_disabling_and_unloading():
     net, ids = mixture("GptOss"), tokens()
     model = adapted(net, config())
