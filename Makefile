@@ -210,7 +210,12 @@ wheel: build-tests  ## a wheel for any Linux that torch runs on, into dist/ (AFA
 
 wheel-check: build-tests  ## builds the wheel, tests it and trains with it in fresh environments with other versions of torch
 	$(SAY) 'Building the wheel, which takes minutes'
-	$(RUN) -m pytest -m slow python_tests/test_wheel.py $(ARGS)
+	$(RUN) -m pytest -m slow python_tests/test_wheel.py python_tests/test_release.py $(ARGS)
+
+.PHONY: stacks-check
+stacks-check: build-tests  ## axolotl, LLaMA-Factory, litgpt, torchtune and Lightning, each in an environment with the wheel
+	$(SAY) 'Installing each stack, which takes gigabytes in turn, and training in it'
+	$(RUN) -m pytest -m slow python_tests/test_stacks.py $(ARGS)
 
 .PHONY: hub-kernel hub-check
 hub-kernel: build-tests  ## the Triton and torch paths as a kernel of the Hugging Face hub, into build/hub

@@ -84,8 +84,8 @@ def assert_annealed(record: dict, steps: int = STEPS, kind: str = "linear") -> N
     assert record["difference"] > 1e-3, "the activation made no difference"
     assert record["trained"] and all("lora_" in name for name in record["trained"])
     assert set(record["changed"]) == set(record["trained"])
-    losses, tail = record["losses"], steps // 4
-    assert len(losses) == steps and sum(losses[-tail:]) < 0.98 * sum(losses[:tail]), losses
+    losses, half = record["losses"], steps // 2
+    assert len(losses) == steps and sum(losses[half:]) < 0.98 * sum(losses[:half]), losses
 
 
 def check(environment: Stack, *arguments: object) -> dict:
@@ -132,7 +132,9 @@ tokens = torch.arange(3, 19)[None]
 recorder = Recorder(lambda module: module.llm(tokens))
 """
         after = """
-torch.testing.assert_close(LLM.load("out").model(tokens), recorder.computed, atol=1e-4, rtol=1e-4)
+saved = LLM.load("out", distribute=None)
+saved.trainer_setup()  # in float32, where LLM.load alone takes bfloat16
+torch.testing.assert_close(saved(tokens), recorder.computed, atol=1e-4, rtol=1e-4)
 print(recorder.as_json())
 """
         record = run_recorded(litgpt, before, block("litgpt", "python"), after)
@@ -159,6 +161,25 @@ print(recorder.as_json())
 """
         page = block("Example", "python", ROOT / "docs" / "lightning.md")
         assert_annealed(run_recorded(environment, before, page, after), steps=16, kind="cosine")
+
+
+def test_torchtune(wheel, tmp_path):
+    # Its command-line tool needs functions that torchao had up to 0.11, and PEFT refuses a torchao before 0.16.
+    needs = "torchao==0.11.0 torchdata datasets omegaconf sentencepiece tiktoken blobfile kagglehub psutil transformers"
+    with stack(wheel, tmp_path, *needs.split()) as torchtune:
+        torchtune.run(torchtune.python, "-m", "pip", "install", "--no-deps", "torchtune==0.6.1")
+        torchtune.run(torchtune.python, "-m", "stack_worker", "write")
+        torchtune.run(torchtune.python, "-m", "stack_torchtune")
+        recipe = block("torchtune", "python")
+        assert recipe.count("    recipe.train()\n") == 1
+        recorded = "    torch.save(__import__('stack_torchtune').record(recipe), 'record.pt')\n"
+        (tmp_path / "recipe.py").write_text(recipe.replace("    recipe.train()\n", recorded))
+        torchtune.run("tune", "run", "recipe.py", "--config", "config.yaml")
+        torchtune.run(torchtune.python, "-m", "pip", "uninstall", "--yes", "torchao")
+        torchtune.run(torchtune.python, "-m", "pip", "install", "peft")
+        assert_annealed(check(torchtune, "model", "out/epoch_1"))
+        versions = torchtune.versions()
+        assert_on_the_page("torchtune", versions, torchtune="torchtune", torch="torch")
 
 
 def run_recorded(environment: Stack, before: str, page: str, after: str) -> dict:

@@ -78,6 +78,8 @@ def test_the_wheel_holds_the_package_and_does_not_know_torch(wheel):
         assert b"libtorch" not in archive.read(core) and b"libc10" not in archive.read(core)
     tops = {name.split("/")[0] for name in names}
     assert tops == {"afa_kernels", next(top for top in tops if top.endswith(".dist-info"))}
+    sources = {str(file.relative_to(ROOT)) for file in (ROOT / "afa_kernels").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == sources  # and nothing of an earlier build
 
 
 @pytest.mark.slow

@@ -49,8 +49,11 @@ def build(destination: Path) -> Path:
         write_glibc(Path(work) / "glibc")
         # libgomp of this machine asks for a newer glibc; in use it is another one.
         flags = f"-L{work}/glibc -static-libstdc++ -Wl,--allow-shlib-undefined -Wl,--strip-all"
+        # Of the source distribution, because setuptools keeps in build/ what an earlier build had.
+        run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", f"{work}/source", ROOT)
+        (source,) = Path(work, "source").glob("*.tar.gz")
         run(
-            sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", f"{work}/built", ROOT, cwd=work,
+            sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", f"{work}/built", source, cwd=work,
             env=os.environ | {"LDFLAGS": flags, "CMAKE_ARGS": "-DAFA_OLD_GLIBC=ON", "AFA_BUILD_EMULATOR": "0"},
         )  # fmt: skip
         (built,) = Path(work, "built").glob("*.whl")
