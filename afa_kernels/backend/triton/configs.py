@@ -136,8 +136,8 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
             128: replace(_LARGE_32BIT[128], x_pass=Tile(32, 32, 8, 1)),
         },
     ),
-    # With 4 warps D1 spills here at rank 64, as F under a mask does in 64 rows of tf32 at rank 32, and X with three stages
-    # in float32 at rank 128.
+    # With 4 warps D1 spills here at rank 64, as F under a mask does in 64 rows of tf32 at rank 32, and X in float32 at
+    # rank 128 with three stages.
     "sm_100": _rows(
         _LARGE_16BIT | {64: replace(_LARGE_16BIT[64], project=Tile(64, 64, 8, 4))},
         _LARGE_32BIT
