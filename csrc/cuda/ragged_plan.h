@@ -137,8 +137,8 @@ RaggedPlan ragged_plan_of(const Shape& shape, int groups, Weights weights,
         plan.project_dy =
             streamed("ragged_project_dy", std::max(plan.dh_parts, plan.low_rank_parts),
                      Rows::dy_project_bytes);
-        plan.db_kernel =
-            by_slab("ragged_db", Outer::kThreads, Outer::kDbRegisters, plan.db, Outer::db_bytes);
+        plan.db_kernel = by_slab("ragged_db", Outer::kThreads, Outer::kRaggedDbRegisters, plan.db,
+                                 Outer::db_bytes);
     }
     plan.x =
         by_slab("ragged_x", Outer::kThreads, Outer::kRaggedXRegisters, plan.da, Outer::x_bytes);

@@ -98,7 +98,8 @@ struct OuterTile {
     // Whether the x kernel can make dz from partial sums of dh, which every slab of columns reads
     // again: at rank 16, where slabs are wide and the sums small, that costs less than a launch.
     static constexpr bool kMakesDz = R == 16;
-    static constexpr int kXRegisters = 248, kRaggedXRegisters = kAllRegisters, kDbRegisters = 128;
+    static constexpr int kXRegisters = 248, kRaggedXRegisters = kAllRegisters;
+    static constexpr int kDbRegisters = 128, kRaggedDbRegisters = 136;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);
     static constexpr int kNarrow = tile_elements(kRows, R);
