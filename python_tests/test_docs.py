@@ -72,7 +72,7 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
 
 
 def test_every_page_of_an_integration_has_an_example():
-    for name in ("peft", "trainer", "trl", "lightning"):
+    for name in ("peft", "trainer", "trl", "lightning", "stacks"):
         assert blocks(ROOT / "docs" / f"{name}.md"), name
 
 

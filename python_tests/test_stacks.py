@@ -25,9 +25,12 @@ STEPS, END_FRAC = 20, 0.8  # of every training on the page
 
 def block(section: str, language: str, page: Path = PAGE) -> str:
     """Return the block of a section that is in that language."""
-    text = page.read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", text_of(section, page), re.MULTILINE | re.DOTALL)
     return found
+
+
+def text_of(section: str, page: Path) -> str:
+    return page.read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +70,12 @@ def stack(wheel: Path, folder: Path, *requirements: str) -> Iterator[Stack]:
         yield made
 
 
-def assert_on_the_page(section: str, versions: dict[str, str], **named: str) -> None:
+def assert_on_the_page(section: str, versions: dict[str, str], *named: str, page: Path = PAGE) -> None:
     """Check that the page says which versions ran."""
-    text = PAGE.read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    said = " ".join(text.partition("\nRan: ")[2].split())
-    assert said
-    for name, package in named.items():
-        assert f"{name.replace('_', '-')} {versions[package]}" in said, (said, versions[package])
+    said = " ".join(text_of(section, page).partition("\nRan: ")[2].split())
+    for name in (*named, "torch"):
+        version = versions[name.lower().replace("-", "")]
+        assert f"{name} {version}" in said, (said, version)
 
 
 def assert_annealed(record: dict, steps: int = STEPS, kind: str = "linear") -> None:
@@ -88,8 +90,8 @@ def assert_annealed(record: dict, steps: int = STEPS, kind: str = "linear") -> N
     assert len(losses) == steps and sum(losses[half:]) < 0.98 * sum(losses[:half]), losses
 
 
-def check(environment: Stack, *arguments: object) -> dict:
-    return json.loads(environment.run(environment.python, "-m", "stack_worker", "check", *arguments).splitlines()[-1])
+def check(there: Stack, *arguments: object) -> dict:
+    return json.loads(there.run(there.python, "-m", "stack_worker", "check", *arguments).splitlines()[-1])
 
 
 def test_axolotl(wheel, tmp_path):
@@ -103,7 +105,7 @@ def test_axolotl(wheel, tmp_path):
         assert_annealed(record)
         axolotl.run("axolotl", "merge-lora", "config.yaml", "--lora-model-dir", "./out")
         assert check(axolotl, "out/merged") == record
-        assert_on_the_page("axolotl", axolotl.versions(), axolotl="axolotl", torch="torch", PEFT="peft")
+        assert_on_the_page("axolotl", axolotl.versions(), "axolotl", "PEFT")
 
 
 def test_llama_factory(wheel, tmp_path):
@@ -117,8 +119,7 @@ def test_llama_factory(wheel, tmp_path):
         (tmp_path / "train.py").write_text(script)
         llama_factory.run(llama_factory.python, "train.py", "config.yaml")
         assert_annealed(check(llama_factory, "model", "out"))
-        versions = llama_factory.versions()
-        assert_on_the_page("LLaMA-Factory", versions, LLaMA_Factory="llamafactory", torch="torch", PEFT="peft")
+        assert_on_the_page("LLaMA-Factory", llama_factory.versions(), "LLaMA-Factory", "PEFT")
 
 
 def test_litgpt(wheel, tmp_path):
@@ -140,14 +141,14 @@ print(recorder.as_json())
         record = run_recorded(litgpt, before, block("litgpt", "python"), after)
         assert_annealed(record)
         assert {name.split(".")[-2] for name in record["trained"]} == {"qkv", "proj", "fc_1", "fc_2"}
-        assert_on_the_page("litgpt", litgpt.versions(), litgpt="litgpt", Lightning="lightning", torch="torch")
+        assert_on_the_page("litgpt", litgpt.versions(), "litgpt", "Lightning")
 
 
 def test_lightning(wheel, tmp_path):
-    """Its page, with both packages under which it is published."""
-    extra = f"afa-kernels[lightning] @ file://{wheel}"
-    with stack(wheel, tmp_path, "lightning") as environment:
-        environment.run(environment.python, "-m", "pip", "install", extra)
+    """What the extra installs, and the page of Lightning."""
+    page = ROOT / "docs" / "lightning.md"
+    with stack(wheel, tmp_path, "lightning==2.6.6") as lightning:
+        lightning.run(lightning.python, "-m", "pip", "install", f"afa-kernels[lightning] @ {wheel.as_uri()}")
         before = """
 import torch
 from stack_lightning import Recorder
@@ -159,8 +160,9 @@ torch.testing.assert_close(module.net(x), recorder.computed)
 assert not any(hasattr(layer, "set_alpha_t") for layer in module.modules())
 print(recorder.as_json())
 """
-        page = block("Example", "python", ROOT / "docs" / "lightning.md")
-        assert_annealed(run_recorded(environment, before, page, after), steps=16, kind="cosine")
+        record = run_recorded(lightning, before, block("Example", "python", page), after)
+        assert_annealed(record, steps=16, kind="cosine")
+        assert_on_the_page("What it does", lightning.versions(), "Lightning", page=page)
 
 
 def test_torchtune(wheel, tmp_path):
@@ -178,22 +180,21 @@ def test_torchtune(wheel, tmp_path):
         torchtune.run(torchtune.python, "-m", "pip", "uninstall", "--yes", "torchao")
         torchtune.run(torchtune.python, "-m", "pip", "install", "peft")
         assert_annealed(check(torchtune, "model", "out/epoch_1"))
-        versions = torchtune.versions()
-        assert_on_the_page("torchtune", versions, torchtune="torchtune", torch="torch")
+        assert_on_the_page("torchtune", torchtune.versions(), "torchtune")
 
 
-def run_recorded(environment: Stack, before: str, page: str, after: str) -> dict:
+def run_recorded(there: Stack, before: str, page: str, after: str) -> dict:
     """Run a script of a page with a recorder among its callbacks."""
     assert page.count("callbacks=[") == 1
-    (environment.folder / "page.py").write_text(before + page.replace("callbacks=[", "callbacks=[recorder, ") + after)
-    return json.loads(environment.run(environment.python, "page.py").splitlines()[-1])
+    (there.folder / "page.py").write_text(before + page.replace("callbacks=[", "callbacks=[recorder, ") + after)
+    return json.loads(there.run(there.python, "page.py").splitlines()[-1])
 
 
-def without_cuda_audio(environment: Stack) -> None:
+def without_cuda_audio(there: Stack) -> None:
     """Take torchaudio's compiled part away where torch has no CUDA: PyPI's asks for CUDA libraries at import."""
     code = (
         "import torch, importlib.util, pathlib\n"
         "folder = pathlib.Path(importlib.util.find_spec('torchaudio').origin).parent\n"
         "[file.unlink() for file in folder.rglob('*.so') if torch.version.cuda is None]"
     )
-    environment.run(environment.python, "-c", code)
+    there.run(there.python, "-c", code)
