@@ -66,7 +66,7 @@ def stack(wheel: Path, folder: Path, *requirements: str) -> Iterator[Stack]:
         before = made.versions()
         run(python, "-m", "pip", "install", wheel)
         after = made.versions()
-        assert after.pop("afa-kernels") and after == before, "the wheel changed what the stack had"
+        assert "afa-kernels" in after and before.items() <= after.items(), "the wheel changed what the stack had"
         yield made
 
 
