@@ -33,7 +33,7 @@ class Mergeable(Annealed):
 
         Raises:
             TypeError, ValueError: ``value`` is no number in [0, 1], or is not 0 while the layer is
-            merged.
+                merged.
         """
         value = normal(checks.alpha_value(value))
         if self._merged and value != 0.0:
@@ -54,7 +54,7 @@ class Mergeable(Annealed):
 
         Raises:
             ValueError: ``alpha_t`` is not 0, the base layer computes its weight, or the merged
-            weight is not finite.
+                weight is not finite.
         """
         if not self._merged:
             self.check_merge()

@@ -31,6 +31,20 @@ def test_every_public_name_is_in_the_reference(site):
     assert set(NAMES) <= anchors
 
 
+def test_the_reference_has_what_layers_inherit(site):
+    anchors = set(re.findall(r'id="(afa_kernels[\w.]*)"', (site / "api.html").read_text()))
+    alike = {"alpha_t", "merged", "set_alpha_t", "weight"}
+    for layer, own in (
+        ("layer.AFALinear", {"merge", "unmerge", "plan"}),
+        ("experts.layer.AFAExpertLinear", {"merge", "unmerge"}),
+        ("stack.AFALinearStack", {"add_adapter"}),
+        ("experts.stack.AFAExpertStack", {"add_adapter"}),
+    ):
+        named = {name.rpartition(".")[2] for name in anchors if name.startswith(f"afa_kernels.{layer}.")}
+        assert alike | own <= named, layer
+        assert not named & {"call", "coefficient", "linear_call", "merge_checked", "write_alpha_t"}, layer
+
+
 def test_every_page_is_in_the_menu(site):
     menu = (site.parents[1] / "mkdocs.yml").read_text()
     pages = [page.relative_to(site.parents[1]) for page in (site.parents[1] / "docs").glob("*.md")]
