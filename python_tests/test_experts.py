@@ -174,6 +174,16 @@ def test_no_tensor_as_large_as_all_experts_is_made(alpha_t, autocast):
     assert 0 < largest.elements < experts.down_proj.numel() // 4
 
 
+def test_tokens_of_another_dtype_than_the_weights():
+    """Under autocast they may be of 16 bits; transformers brings them to the dtype of the weights."""
+    frozen, experts = (experts_of(model) for model in (mixture(), injected()))
+    for layer in experts.afa.values():
+        torch.nn.init.zeros_(layer.lora_b)
+    inputs = torch.randn(6, 16).bfloat16(), *routing(experts, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(experts(*inputs), frozen(*inputs))
+
+
 def test_sixteen_bit_models_and_autocast():
     model = injected().to(torch.bfloat16)
     layer = experts_of(model).afa["down_proj"]
