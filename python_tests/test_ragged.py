@@ -1,5 +1,7 @@
 """The ragged operator: what each group gets, what no group gets, and what torch sees of it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -7,6 +9,7 @@ from helpers import eager, mask_and_p, poisoned_memory, relative_error
 from ragged_helpers import BACKENDS, OF_BRANCH, OF_LINEAR, Ragged, alone, takes_ragged
 
 import afa_kernels as afa
+from afa_kernels import torch_private
 from afa_kernels.activation import IDENTITY
 from afa_kernels.backend import group_loop, oracle, torch_ragged
 from afa_kernels.backend.registry import Groups
@@ -350,6 +353,16 @@ def test_plan_names_the_way_of_the_frozen_part(monkeypatch):
         plan(p, weight=p.weight[:4])
 
 
+@pytest.mark.parametrize("grouped_mm", [None, len], ids=["without", "with"])
+def test_a_torch_without_grouped_mm_multiplies_in_loops_on_a_gpu(monkeypatch, grouped_mm):
+    monkeypatch.setattr(torch_private, "_grouped_mm", grouped_mm)
+    for sizes, way in (((4, 5, 6), frozen.LOOP), ((5, 5, 5), frozen.EQUAL)):
+        p = Ragged.random(sizes, 24, 16, 8)
+        rows = SimpleNamespace(is_cpu=False, dtype=torch.bfloat16, shape=p.x.shape)
+        assert frozen.way_of(rows, p.offsets, p.weight.mT) is (way if grouped_mm is None else frozen.GROUPED)
+
+
+@pytest.mark.skipif(not torch_private.has_grouped_mm(), reason="needs grouped_mm")
 @pytest.mark.parametrize("dropout", [0, 80])
 @pytest.mark.parametrize("identity", [False, True])
 def test_the_products_of_a_gpu_on_cpu_tensors(identity, dropout):

@@ -4,8 +4,8 @@ branch.
 A group is here what has a matrix of its own, which may be several groups of the branch in a row. A weight that all
 groups share is one GEMM. With a weight for each group, torch's ``grouped_mm`` multiplies on a GPU, where it reads the
 offsets on the device; it cannot accumulate, so that it always comes before the branch. On a CPU it is a loop of GEMMs,
-which is here instead: its results go where they belong, or are added to what is there. Two kinds of call have something
-faster; :func:`way_of` names them.
+which is here instead, for a GPU of a torch without it too: its results go where they belong, or are added to what is
+there. Two kinds of call have something faster; :func:`way_of` names them.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,11 +53,16 @@ def way_of(rows: Tensor, offsets: Tensor, matrices: Tensor) -> Way:
     """
     if matrices.dim() == 2:
         return SHARED
-    if not rows.is_cpu:
+    if _on_device(rows):
         return GROUPED
-    if matrices.stride(2) == 1 and not torch_private.has_fast_gemm(rows.dtype):
+    if rows.is_cpu and matrices.stride(2) == 1 and not torch_private.has_fast_gemm(rows.dtype):
         return WIDE
     return EQUAL if _are_equal(offsets.tolist(), rows.shape[0]) else LOOP
+
+
+def _on_device(t: Tensor) -> bool:
+    """Whether torch reads the offsets itself."""
+    return not t.is_cpu and torch_private.has_grouped_mm()
 
 
 def _are_equal(ends: list[int], rows: int) -> bool:
@@ -79,8 +84,8 @@ def forward(
     matrices = weight.mT
     if weight.dim() == 3:
         offsets = ends_of(offsets, weight.shape[0])
-    if not x.is_cpu:
-        y = _on_device(x, offsets, matrices, bias)
+    if _on_device(x):
+        y = _grouped(x, offsets, matrices, bias)
         return y, branch(y, y)
     y = x.new_empty(x.shape[0], weight.shape[-2])
     if bias is not None:
@@ -104,16 +109,16 @@ def backward(
         return frozen.backward(backend, spec, [(dy, weight)], branch)
     offsets = ends_of(offsets, weight.shape[0])
     if backend.gemm_first(spec, dy.dtype, True):
-        if not dy.is_cpu:
-            return branch(_on_device(dy, offsets, weight, None))
+        if _on_device(dy):
+            return branch(_grouped(dy, offsets, weight, None))
         dx = dy.new_empty(dy.shape[0], weight.shape[2])
         _multiply(dy, offsets, weight, dx, accumulate=False)
         return branch(dx)
     dx, *others = branch(None)
-    if dy.is_cpu:
-        _multiply(dy, offsets, weight, dx, accumulate=True)
+    if _on_device(dy):
+        dx += _grouped(dy, offsets, weight, None)
     else:
-        dx += _on_device(dy, offsets, weight, None)
+        _multiply(dy, offsets, weight, dx, accumulate=True)
     return dx, *others
 
 
@@ -157,7 +162,7 @@ def _write_bias(y: Tensor, offsets: Tensor, bias: Tensor) -> None:
     y[end:] = 0
 
 
-def _on_device(rows: Tensor, offsets: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+def _grouped(rows: Tensor, offsets: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``rows @ matrices[g] + bias[g]``; undefined for rows behind the last offset."""
     if way_of(rows, offsets, matrices) is SHARED:
         y = rows @ matrices
@@ -170,7 +175,7 @@ def _on_device(rows: Tensor, offsets: Tensor, matrices: Tensor, bias: Tensor | N
 
 def outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """Return ``left.T @ right`` of the rows of each group, ``(G, columns of left, columns of right)``."""
-    if not left.is_cpu:
+    if _on_device(left):
         return torch_private.grouped_mm(left.T, right, offsets)
     sums = left.new_zeros(offsets.shape[0], left.shape[1], right.shape[1])
     for group, rows in runs(offsets):
