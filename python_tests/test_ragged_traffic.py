@@ -36,15 +36,6 @@ def moved() -> Counter:
     return found
 
 
-def problem_of(*shape, **options) -> Problem:
-    """Return a problem whose offsets and alpha_t begin where no other memory ends: a partial result of no bytes there
-    would give its name to what is read of them."""
-    problem = Problem(*shape, **options)
-    apart = (None if t is None else torch.cat([t.new_zeros(64), t])[64:] for t in problem.groups)
-    problem.groups = type(problem.groups)(*apart)
-    return problem
-
-
 def modelled(directions) -> Counter:
     found = Counter()
     for direction in directions:
@@ -71,7 +62,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_of_every_kernel(case, weights):
     sizes, k, n, r, behind = CASES[case]
-    problem = problem_of(sizes, k, n, r, weights=weights, behind=behind)
+    problem = Problem(sizes, k, n, r, weights=weights, behind=behind)
     ptx_cuda._cuda_on_ptx.take_launches()
     _, z = problem.forward(ptx_cuda.NAME)
     problem.backward(ptx_cuda.NAME, z)
@@ -82,7 +73,7 @@ def test_bytes_of_every_kernel(case, weights):
 @pytest.mark.parametrize(("r", "behind", "carried"), [(16, 3520, False), (16, 5300, True), (32, 2650, True)])
 def test_bytes_of_a_backward_in_rounds_of_columns(r, behind, carried):
     """More partial sums than there is room for: of those over rows, and of dh."""
-    problem = problem_of((3,), 16, 28672, r)
+    problem = Problem((3,), 16, 28672, r)
     z = torch.zeros(3 + behind, r, dtype=torch.bfloat16)
     ptx_cuda._cuda_on_ptx.take_launches()
     problem.lengthened(behind).backward(ptx_cuda.NAME, z)

@@ -103,7 +103,10 @@ class AFAExperts(nn.ModuleDict):
         seam.detach(experts)
 
     def assignment(self) -> Assignment | None:
-        return next((layer.assignment() for layer in self.values() if isinstance(layer, AdapterStack)), None)
+        for layer in self.values():
+            if isinstance(layer, AdapterStack):
+                return layer.assignment()
+        return None
 
     def calls(self, parameter: str) -> list[list[AdapterCall | None]]:
         return self[parameter].calls() if parameter in self else []

@@ -9,9 +9,10 @@ namespace afa {
 class Workspace {
   public:
     explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+    // Null for nothing: behind the last piece is memory of others.
     template <typename T>
     T* take(int64_t count) {
-        char* piece = base_ ? base_ + used_ : nullptr;
+        char* piece = base_ && count > 0 ? base_ + used_ : nullptr;
         used_ +=
             (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
         return reinterpret_cast<T*>(piece);
