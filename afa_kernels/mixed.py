@@ -172,7 +172,8 @@ def passes_of(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[dict[str, 
         "lora_a": _stack([None if call is None else call.lora_a for call in calls], -2, r),
         "lora_b": _stack([None if call is None else call.lora_b for call in calls], -1, r),
     }
-    return [operands | _of_groups(x, own, r) for own in _by_setting(x, calls)]
+    # Not operands | ...: Dynamo of torch 2.6 has no union of dicts.
+    return [{**operands, **_of_groups(x, own, r)} for own in _by_setting(x, calls)]
 
 
 def _stack(matrices: list[Tensor | None], dimension: int, r: int) -> Tensor:
