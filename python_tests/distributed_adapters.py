@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from distributed_helpers import Mlp, assert_parameters, data, expects, mine
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import afa_kernels as afa
@@ -23,9 +25,9 @@ def stacks() -> nn.Sequential:
     return made
 
 
-def train(model: nn.Module, made: nn.Module, part) -> None:
+def train(model: nn.Module, made: nn.Module, part, weight_decay=0.1) -> None:
     x, target = map(part, data())
-    optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=0.1, weight_decay=weight_decay)
     for names in BATCHES:
         with afa.adapters_of(made, part(names)):
             nn.functional.mse_loss(model(x), target).backward()
@@ -48,3 +50,15 @@ def check_ddp_with_adapters_that_some_batches_lack(_folder: Path) -> None:
     made = stacks()
     with expects(RuntimeError, "find_unused_parameters=True"):
         train(DistributedDataParallel(made), made, my_part)
+
+
+def check_fsdp2_with_adapters_that_some_processes_lack(_folder: Path) -> None:
+    """An adapter that no process needs has a gradient of zeros there, so that weight decay would not leave it alone."""
+    alone, made = stacks(), stacks()
+    train(alone, alone, lambda batch: batch, weight_decay=0.0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in made:
+        fully_shard(block, mesh=mesh)
+    fully_shard(made, mesh=mesh).set_reduce_scatter_unused_params(True)
+    train(made, made, my_part, weight_decay=0.0)
+    assert_parameters(made, alone)

@@ -120,9 +120,10 @@ def stacked() -> nn.Module:
     return fill(afa.inject(bare("Qwen3Moe"), target_parameters=PARAMETERS, adapters=adapters))
 
 
-def train_by_name(model: nn.Module, of_this: nn.Module, part, batches: list[list[str]]) -> None:
+def train_by_name(model: nn.Module, of_this: nn.Module, part, batches: list[list[str]], weight_decay=0.1) -> None:
     ids, target = map(part, batch())
-    optimizer = torch.optim.SGD([p for p in of_this.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    trained = [p for p in of_this.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1, weight_decay=weight_decay)
     for names in batches:
         with afa.adapters_of(of_this, part(names)):
             nn.functional.mse_loss(model(ids, use_cache=False).logits, target).backward()
@@ -134,12 +135,23 @@ def my_part(t):
     return mine(t) if isinstance(t, Tensor) else t[dist.get_rank() * 2 :][:2]
 
 
+# In the second step "b" is in one process only.
+SOME_LACK_B = [["a", "b", "b", "a"], ["a", "a", "b", "a"], ["a"] * 4]
+
+
 def check_experts_with_adapters_ddp(_folder: Path) -> None:
-    """In the second step "b" is in one process only."""
-    batches = [["a", "b", "b", "a"], ["a", "a", "b", "a"], ["a"] * 4]
     alone, model = stacked(), stacked()
-    train_by_name(alone, alone, lambda t: t, batches)
-    train_by_name(DistributedDataParallel(model, find_unused_parameters=True), model, my_part, batches)
+    train_by_name(alone, alone, lambda t: t, SOME_LACK_B)
+    train_by_name(DistributedDataParallel(model, find_unused_parameters=True), model, my_part, SOME_LACK_B)
+    assert_parameters(model, alone)
+
+
+def check_experts_with_adapters_that_some_processes_lack_fsdp2(_folder: Path) -> None:
+    """Where no process has "b" its gradient is zeros, so that weight decay would not leave it alone."""
+    alone, model = stacked(), sharded(stacked())
+    model.set_reduce_scatter_unused_params(True)
+    train_by_name(alone, alone, lambda t: t, SOME_LACK_B, weight_decay=0.0)
+    train_by_name(model, model, my_part, SOME_LACK_B, weight_decay=0.0)
     assert_parameters(model, alone)
 
 
