@@ -11,6 +11,7 @@ from afa_kernels.branch import Branch, BranchOptions
 from afa_kernels.functional import LinearCall, linear, lora
 from afa_kernels.merging import Mergeable, plus
 from afa_kernels.plan import Plan, plan_of
+from afa_kernels.torch_private import is_view
 
 SUPPORTED = "torch.nn.Linear or transformers' Conv1D with a floating-point weight"
 
@@ -99,7 +100,8 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
         call = self.linear_call()
         if call is not None:
             return linear(x, *call)
-        return lora(x, *self.call(), base=self.base_layer(x), inplace=self._base_output_is_ours())
+        y = self.base_layer(x)
+        return lora(x, *self.call(), base=y, inplace=self._base_output_is_ours(y))
 
     def linear_call(self) -> LinearCall | None:
         """Return what ``linear(x, ...)`` takes beside x, or None where the layer computes in another way: it is merged
@@ -139,8 +141,9 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
     def _brings_weight(self, state_dict: dict[str, Tensor], prefix: str) -> bool:
         return prefix + "base_layer.weight" in state_dict
 
-    def _base_output_is_ours(self) -> bool:
+    def _base_output_is_ours(self, y: Tensor) -> bool:
         """Whether the base layer's output may be accumulated into: a hook may keep it, another
-        forward may save it."""
+        forward may save it, and what a backward hook watches is a view that autograd guards."""
         base = self.base_layer
-        return type(base).forward is nn.Linear.forward and "forward" not in base.__dict__ and not base._forward_hooks
+        own = type(base).forward is nn.Linear.forward and "forward" not in base.__dict__ and not base._forward_hooks
+        return own and not torch.compiler.is_compiling() and not is_view(y)

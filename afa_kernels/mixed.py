@@ -6,7 +6,7 @@ are present. An adapter that is not present is no part of the call, so it gets n
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import accumulate
@@ -44,6 +44,8 @@ class Assignment:
 
     def __init__(self, names: str | Sequence[str]):
         self.for_all = isinstance(names, str)
+        if not self.for_all and not isinstance(names, Iterable):
+            raise TypeError(f"names: expected a name for each sample, or one name for all, got {names!r}")
         names = (names,) if self.for_all else tuple(names)
         for name in names:
             if not isinstance(name, str):

@@ -268,6 +268,7 @@ def test_contexts_nest_and_end():
         (["a", "x"], ValueError, "names: the model has no adapter 'x'; it has a, b, c, d"),
         (["a"], ValueError, r"one for each of the 2 samples, or of the 6 rows, of x \(2, 3, 12\), got 1"),
         (["a", 1], TypeError, "names: expected names of adapters, got 1"),
+        (None, TypeError, "names: expected a name for each sample, or one name for all, got None"),
     ],
 )
 def test_names_that_do_not_fit(names, error, message):

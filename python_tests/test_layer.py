@@ -95,11 +95,13 @@ def test_dropout_acts_in_training_only():
     assert not torch.allclose(first, composed(layer, x))
 
 
-@pytest.mark.parametrize("kind", ["hook", "pre-hook", "parametrized", "overridden", "subclass"])
+@pytest.mark.parametrize("kind", ["hook", "backward hook", "pre-hook", "parametrized", "overridden", "subclass"])
 def test_a_base_that_is_not_plain_is_called(kind):
     base, seen = nn.Linear(12, 10), []
     if kind == "hook":
         base.register_forward_hook(lambda m, args, out: seen.append(out))
+    elif kind == "backward hook":
+        base.register_full_backward_hook(lambda m, dx, dy: seen.append(dy[0]))
     elif kind == "pre-hook":
         base.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
     elif kind == "parametrized":
@@ -125,6 +127,8 @@ def test_a_base_that_is_not_plain_is_called(kind):
     if kind == "hook":
         # What a hook has seen must not change afterwards: the branch is not accumulated into it.
         torch.testing.assert_close(seen[0], F.linear(x, base.weight, base.bias))
+    if kind == "backward hook":
+        torch.testing.assert_close(seen[0], dy)
 
 
 def test_inspecting_code_finds_weight_and_bias(base):
