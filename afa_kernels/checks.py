@@ -42,8 +42,9 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected {_FLOATING_NAMES}, got {_dtype(value)}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        got = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {got}")
 
 
 def lora(x: Tensor, lora_a: Tensor, lora_b: Tensor, base: Tensor | None, *, inplace: bool) -> bool:

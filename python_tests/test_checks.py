@@ -51,6 +51,12 @@ BAD = [
         "x: expected .*got complex64",
     ),
     ("x is sparse", {"x": torch.eye(K).to_sparse()}, TypeError, "x: expected a dense"),
+    (
+        "x is nested",
+        {"x": torch.nested.nested_tensor([torch.eye(K)], layout=torch.jagged)},
+        TypeError,
+        "x: .* got a nested tensor",
+    ),
     ("x has no dimension", {"x": torch.tensor(1.0)}, ValueError, "x: expected shape .*0-dim"),
     (
         "a has other K",
