@@ -219,9 +219,48 @@ def test_annealing_compiles_once_and_identity_once_more():
     assert counter.frame_count == 2
 
 
+@pytest.mark.filterwarnings("ignore:the weight of .*Router gets a LoRA without an activation")
+@pytest.mark.parametrize("architecture", ["Qwen3Moe", "Mixtral"])
+def test_all_linear_is_what_it_is_to_peft(architecture, tmp_path):
+    """PEFT's "all-linear" adds the fused experts, and the router, which keeps a plain LoRA."""
+    pytest.importorskip("peft", minversion="0.20")
+    net, ids, targets = mixture(architecture), tokens(), {"target_modules": "all-linear", "target_parameters": None}
+    with pytest.warns(UserWarning, match="TopKRouter gets a LoRA without an activation"):
+        ours = adapted(net, config(**targets))
+    stock, given = (adapted(net, config(LoraConfig, **targets)) for _ in range(2))
+    assert len(wrappers(ours)) == 4 and type(ours.base_model.model.model.layers[0].mlp.gate) is lora.ParamWrapper
+    assert ours.state_dict().keys() == stock.state_dict().keys()
+    add_activation(given, "silu")
+    for model in (ours, given):
+        set_alpha_t(model, 0.6)
+    assert_same(gradients(given, ids), gradients(ours, ids))
+    set_alpha_t(ours, 0.0)
+    want = gradients(stock, ids)
+    assert any("gate.lora_A" in name for name in want)
+    assert_same(gradients(ours, ids), want)
+    assert_same(gradients(accelerate(stock), ids), want)
+    ours.save_pretrained(tmp_path)
+    assert_same(gradients(PeftModel.from_pretrained(copy_of(net), tmp_path, is_trainable=True), ids), want)
+    again = AFALoraConfig.from_pretrained(tmp_path)
+    assert_same(
+        gradients(PeftModel.from_pretrained(copy_of(net), tmp_path, config=again, is_trainable=True), ids), want
+    )
+    torch.testing.assert_close(ours.merge_and_unload()(ids).logits, want["logits"])
+
+
+@pytest.mark.filterwarnings("ignore:the weight of .*Router gets a LoRA without an activation")
+def test_a_router_has_no_dropout_where_the_experts_have():
+    pytest.importorskip("peft", minversion="0.20")
+    model = adapted(mixture(), config(target_modules="all-linear", target_parameters=None, lora_dropout=0.4)).train()
+    torch.manual_seed(0)
+    first = model(tokens(), use_cache=False).logits
+    assert not torch.equal(first, model(tokens(), use_cache=False).logits)
+    assert isinstance(model.base_model.model.model.layers[0].mlp.gate.lora_dropout["default"], torch.nn.Identity)
+
+
 def test_what_cannot_be_wrapped_is_named():
-    with pytest.raises(ValueError, match="Router is not an experts module of transformers 5"):
-        adapted(mixture(), config(target_parameters=["gate.weight"]))
+    with pytest.raises(ValueError, match="Linear is not an experts module of transformers 5"):
+        adapted(mixture(), config(target_parameters=["q_proj.weight"]))
     model = adapted(mixture(), config())
     with pytest.raises(ValueError, match="does not support mixed adapter batches"):
         model(tokens(), adapter_names=["default", "default"])

@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 
 from afa_kernels import checks
-from afa_kernels.peft.experts import TAKES_CONFIG, ParamWrapper
+from afa_kernels.peft.experts import TAKES_CONFIG, ParamWrapper, is_router, router_wrapper
 from afa_kernels.peft.layer import install
 from afa_kernels.peft_format import FORMAT_VERSION, METADATA_KEY
 from afa_kernels.schedule import AnnealSchedule
@@ -174,8 +174,10 @@ class AFALoraConfig(LoraConfig):
     def _create_layer(self, target: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:
         """Let PEFT choose and make the layer, then put the branch into it."""
         kwargs.pop("config", None)
-        if kwargs.get("parameter_name") is not None:
-            return ParamWrapper(target, adapter_name, config=self, **kwargs)
+        parameter = kwargs.get("parameter_name")
+        if parameter is not None:
+            wrap = router_wrapper if is_router(target, parameter) else ParamWrapper
+            return wrap(target, adapter_name, config=self, **kwargs)
         plain = copy.copy(self)
         plain.__class__ = LoraConfig
         plain._custom_modules = None

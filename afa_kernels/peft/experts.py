@@ -7,6 +7,7 @@ which.
 
 import copy
 import inspect
+import warnings
 from typing import Any
 
 from peft import LoraConfig
@@ -102,6 +103,32 @@ class ParamWrapper(AFALoraLayer, lora.ParamWrapper):
         experts = super().unload_and_optionally_merge_module(*args, **kwargs)
         seam.detach(experts)
         return experts
+
+
+def is_router(module: nn.Module, parameter: str) -> bool:
+    """Whether ``parameter`` is a matrix in a module that computes with it in its own way, as the router of a mixture.
+
+    PEFT counts routers among ``"all-linear"``. There is no place for a branch beside its product, only W + dW.
+    """
+    return parameter == "weight" and not isinstance(module, nn.Linear) and module.weight.dim() == 2
+
+
+def is_router_wrapper(layer: nn.Module) -> bool:
+    return isinstance(layer, lora.ParamWrapper) and is_router(layer.get_base_layer(), layer.parameter_name)
+
+
+def router_wrapper(router: nn.Module, adapter_name: str, *, config, **kwargs: Any) -> lora.ParamWrapper:
+    """Return PEFT's own wrapper of a router's matrix: a plain LoRA, without an activation or dropout."""
+    warn_of_router(router)
+    return lora.ParamWrapper(router, adapter_name, config=_of_plain_lora(config), **kwargs)
+
+
+def warn_of_router(router: nn.Module) -> None:
+    warnings.warn(
+        f"the weight of {type(router).__name__} gets a LoRA without an activation: only linear layers and fused "
+        "experts can have one",
+        stacklevel=2,
+    )
 
 
 def why_not(experts: nn.Module, parameter: str) -> str | None:

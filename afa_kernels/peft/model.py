@@ -75,12 +75,17 @@ def add_activation(
     configs = _configs(model)
     made = {name: _with_activation(name, configs.get(name), activation, options) for name in sorted(names)}
     places = [(layer, name) for layer in layers for name in made if name in layer.r]
+    routers = [layer for layer, _ in places if experts.is_router_wrapper(layer)]
+    if len(routers) < len(places):  # else the first one is named by the error below
+        places = [(layer, name) for layer, name in places if layer not in routers]
     for layer, name in places:
         reason = experts.why_not_wrapper(layer) if isinstance(layer, lora.ParamWrapper) else why_not(layer)
         if name in layer.merged_adapters:
             reason = "it is merged; unmerge_adapter() first"
         if reason is not None:
             raise ValueError(f"adapter: {name!r} cannot have an activation: {reason}")
+    for layer in routers:
+        experts.warn_of_router(layer.get_base_layer())
     for layer, name in places:
         (experts.install if isinstance(layer, lora.ParamWrapper) else install)(layer, name, made[name])
     configs.update(made)
@@ -109,7 +114,7 @@ def install_annealed(model: nn.Module) -> None:
     """
     configs = _configs(model)
     for layer, name in _plain_adapters(model):
-        if isinstance(configs.get(name), AFALoraConfig):
+        if isinstance(configs.get(name), AFALoraConfig) and not experts.is_router_wrapper(layer):
             install(layer, name, configs[name])
     _prepare(model)
 
