@@ -101,7 +101,7 @@ _AMD_16BIT = {  # 4 wavefronts have twice the registers each that 8 have
 _SMALL_32BIT = {
     16: _row((32, 64, 8, 2), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
     32: _row((32, 32, 8, 3), 32, (32, 64, 4, 2), (32, 64, 8, 2), (16, 32, 4, 2)),
-    64: _row((32, 32, 8, 3), 32, (32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 4, 3)),
+    64: _row((32, 32, 8, 3), 16, (32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 4, 3)),
     128: _row((32, 32, 8, 3), 32, (32, 32, 8, 2), (32, 32, 8, 3), (16, 16, 4, 2)),
 }
 _AMD_32BIT = _SMALL_32BIT | {128: replace(_SMALL_32BIT[128], project=Tile(32, 32, 4, 3), x_pass=Tile(32, 32, 4, 2))}
@@ -136,14 +136,14 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
             128: replace(_LARGE_32BIT[128], x_pass=Tile(32, 32, 8, 1)),
         },
     ),
-    # With 4 warps D1 spills here at rank 64, as F under a mask does in 64 rows of tf32 at rank 32; so does X with three
-    # stages in float32 at rank 128.
+    # With 4 warps D1 spills here at rank 64, as F2 does in float32, and F under a mask in 64 rows of tf32 at rank 32; so
+    # does X with three stages in float32 at rank 128.
     "sm_100": _rows(
         _LARGE_16BIT | {64: replace(_LARGE_16BIT[64], project=Tile(64, 64, 8, 4))},
         _LARGE_32BIT
         | {
             32: replace(_LARGE_32BIT[32], project=Tile(32, 32, 8, 3)),
-            64: replace(_LARGE_32BIT[64], project=Tile(32, 64, 4, 3)),
+            64: replace(_LARGE_32BIT[64], project=Tile(32, 32, 8, 3)),
             128: replace(_LARGE_32BIT[128], x_pass=Tile(32, 32, 8, 2)),
         },
     ),
