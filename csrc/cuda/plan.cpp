@@ -31,6 +31,10 @@ constexpr int64_t kRoundBytes = (R <= 32 ? 32 : 24) << 20;
 template <int R>
 constexpr int64_t kPartialBytes = (R <= 32 ? 12 : 16) << 20;
 constexpr int64_t kPartialShare = 400;
+// Most partial results of a slab of dA that the last block of the slab adds up. It does that alone,
+// at 64 bytes a clock: 1.75 us at 1755 MHz, and the reduce kernel costs 1 to 4 us by the model of
+// bench/model, where all multiprocessors have to wait for it, and the host a launch.
+constexpr int64_t kLastBlockBytes = 192 << 10;
 constexpr int64_t kRoundUnit = 128;  // rows, whole tiles of every kernel
 constexpr int kMaxFeatures =
     1 << 30;  // column indices are 32-bit, with room for a tile beyond the end
@@ -138,6 +142,7 @@ BackwardPlan dy_pass_of(const Shape& shape, Weights weights, const DeviceLimits&
             chunked<Dy, R>("dy", Dy::kRegisters, device, plan.rows, dy_slabs(shape, shape.count),
                            partial_bytes<R>(shape), Dy::bytes, plan.db_rows);
         plan.db_chunks = plan.dy.grid_y;
+        plan.dy.sums = plan.db_chunks == 1;
     } else {
         const int n = shape.members[0].n;
         plan.segment = segment_of(n);
@@ -161,6 +166,12 @@ void add_x_pass(BackwardPlan& plan, const Shape& shape, const DeviceLimits& devi
     plan.da_chunks = plan.x.grid_y;
     if (Outer::kMakesDz && shape.count == 1 && plan.dh_parts[0] <= kSumsAtOnce)
         plan.x.dh_sums = plan.dh_parts[0];
+    // A reduce kernel that has to sum dB behind the x kernel sums dA as well. The counters of the x
+    // kernel are zeroed by the dy kernel.
+    const bool alone = plan.one_pass_dy && (plan.x.dh_sums == 0 || plan.dy.sums > 0);
+    const int64_t slab_bytes = kFloatBytes * R * Outer::kColumns * plan.da_chunks;
+    if (plan.da_chunks == 1 || (alone && slab_bytes <= kLastBlockBytes))
+        plan.x.sums = plan.da_chunks;
     for (KernelPlan* kernel : {&plan.dy, &plan.project_dy, &plan.db, &plan.x})
         kernel->launches = plan.rounds;
 }

@@ -70,6 +70,9 @@ struct KernelPlan {
     bool staged = false;    // floats of A and B lie in shared memory before they are rounded
     int launches = 1;       // in a backward, one for each round
     int dh_sums = 0;        // x kernel: partial sums of dh that it makes dz from; 0: it reads dz
+    // Chunks whose sum the kernel writes itself, of dA (x kernel) or dB (dy kernel): the only one,
+    // or those of a slab by whoever comes last. 0: the reduce kernel does.
+    int sums = 0;
 };
 
 struct ForwardPlan {
