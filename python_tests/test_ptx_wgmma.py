@@ -248,7 +248,8 @@ def test_broken_asynchronous_products(fault):
 def test_no_instruction_is_untested(request):
     """Runs last of the files that test the machine."""
     files = {item.path.name for item in request.session.items}
-    whole = {f"test_ptx_{name}.py" for name in ("floats", "hazards", "instructions", "memory", "overlap", "wgmma")}
+    names = ("atomics", "floats", "hazards", "instructions", "memory", "overlap", "wgmma")
+    whole = {f"test_ptx_{name}.py" for name in names}
     if not whole <= files or request.config.option.keyword:
         pytest.skip("some tests of the machine were left out")
     assert set(_ptx.instruction_names()) - EXECUTED == set()

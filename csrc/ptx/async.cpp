@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "ptx/forms.h"
+#include "ptx/memory.h"
 
 namespace ptx {
 namespace {
@@ -18,16 +19,12 @@ void copy(Warp& warp, const Instruction& i) {
     copies.lanes = warp.active;
     copies.bytes = bytes;
     copies.fill = i.line == warp.cta->launch->unfilled_line ? 0x3F : 0;  // numbers near 1
-    const auto address = [&](const uint32_t* op, int lane) {
-        const uint64_t base =
-            op[1] ? warp.in<uint64_t>(op[0])[lane] : warp.in<uint32_t>(op[0])[lane];
-        return base + static_cast<uint64_t>(static_cast<int64_t>(static_cast<int32_t>(op[2])));
-    };
+    const Address to(warp, i.op), from(warp, i.op + 3);
     Counters& counters = warp.cta->counters;
     WarpTraffic whole;
     for (uint32_t rest = warp.active; rest; rest &= rest - 1) {
         const int lane = __builtin_ctz(rest);
-        const uint64_t target = address(i.op, lane), source = address(i.op + 3, lane);
+        const uint64_t target = to[lane], source = from[lane];
         const uint32_t wanted = kWithSourceBytes ? warp.in<uint32_t>(i.op[7])[lane] : bytes;
         if (wanted > bytes)
             throw Fault{lane, "copies " + std::to_string(wanted) + " of " + std::to_string(bytes) +
@@ -40,7 +37,7 @@ void copy(Warp& warp, const Instruction& i) {
         if (wanted && !found)
             throw Fault{lane, "copies " + warp.cta->global->describe(source, wanted)};
         if (wanted)
-            check_ctas(warp, lane, *found, source, wanted, false);
+            warp.cta->races->check(warp, lane, *found, source, wanted, Access::load);
         if (wanted == bytes)
             whole.add(source, found);
         else if (wanted)

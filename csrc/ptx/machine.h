@@ -1,8 +1,8 @@
 // Executes the PTX that a compiler made for an NVIDIA GPU, on the CPU, and reports what hardware
-// would leave undefined: races on shared memory, reads of memory or registers that nothing has
-// written, accesses out of bounds or misaligned, barriers of diverged warps, asynchronous copies
-// and products that are not waited for. An instruction that it does not know is an error. For
-// tests.
+// would leave undefined: races on shared and global memory, reads of memory or registers that
+// nothing has written, accesses out of bounds or misaligned, barriers of diverged warps,
+// asynchronous copies and products that are not waited for. An instruction that it does not know is
+// an error. For tests.
 #pragma once
 
 #include <cstdint>

@@ -251,6 +251,7 @@ class Runner {
     void run_cta() {
         cta_.shared.reset(kernel_.info.static_shared_bytes + launch_.dynamic_shared_bytes,
                           cta_.warps.size(), launch_.explain);
+        races_.start_cta(cta_.number);
         barrier_lines_.clear();
         std::vector<Warp*> ready;
         for (size_t k = 0; k < cta_.warps.size(); ++k) {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "ptx/global_memory.h"
+#include "ptx/global_races.h"
 #include "ptx/program.h"
 #include "ptx/shared_memory.h"
 
@@ -80,6 +81,9 @@ struct Warp {
     uint32_t segment = 0;  // see SharedMemory
     uint32_t executed = 0;
 
+    uint32_t interval = 0, interval_segment = 0;  // see GlobalRaces; its segment
+    Moment fences[kLanes] = {};                   // the last one of each lane
+
     uint32_t carry = 0, carry_defined = 0;  // by lane
 
     uint32_t commits[kLanes] = {};  // of cp.async, per lane
@@ -130,27 +134,6 @@ struct Cta {
     Counters counters;
     std::vector<Traffic> traffic;  // by allocation
 };
-
-// Fails if another CTA of the launch touches these bytes, and one of the two writes; or if a kernel
-// before this one may still do so.
-inline void check_ctas(const Warp& warp, int lane, const Allocation& allocation, uint64_t address,
-                       uint32_t bytes, bool store) {
-    Cta& cta = *warp.cta;
-    if (!(warp.in_order >> lane & 1))
-        throw Fault{lane, std::string("race: ") + (store ? "stores to '" : "loads from '") +
-                              allocation.name +
-                              "' without griddepcontrol.wait, and the kernel before this one may "
-                              "still run"};
-    const size_t index = cta.global->index(allocation);
-    const int64_t other = store ? cta.races->write(index, address, bytes, cta.number)
-                                : cta.races->read(index, address, bytes, cta.number);
-    if (other >= 0)
-        throw Fault{lane, std::string("race: ") + (store ? "stores to '" : "loads from '") +
-                              allocation.name + "' at byte " +
-                              std::to_string(address - allocation.address) +
-                              ", which the CTA with number " + std::to_string(other) +
-                              (store ? " has read or written" : " has written")};
-}
 
 // scheduler.cpp
 Counters run(const Program& program, const Kernel& kernel, const Launch& launch);
