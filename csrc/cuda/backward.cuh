@@ -358,7 +358,7 @@ AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int
 
 // Grid: (slabs, chunks).
 template <typename T, int R>
-AFA_KERNEL(OuterTile<R>::kThreads)
+AFA_KERNEL(OuterTile<R>::kThreads, OuterTile<R>::kXBlocks)
 x_kernel(const OuterParams p) {
     follow_previous_kernel();
     SharedMemory shared;

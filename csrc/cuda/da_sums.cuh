@@ -7,6 +7,10 @@
 
 namespace afa {
 
+// Chunks whose partial results are under way at once, as registers allow.
+template <int R>
+constexpr int kChunksAtOnce = R == 128 ? 1 : 2;
+
 // Zeroes `count` counters, a multiple of 4, with the threads of one block.
 template <int kThreads>
 AFA_DEVICE void clear(uint32_t* counters, int count) {
@@ -38,12 +42,14 @@ AFA_DEVICE void store_da(const OuterParams& p, float (&da)[R / 16][kSlice / 8][4
         zero(da);
         stored = sums.count;
     }
-    AFA_UNROLL_BY_2
-    for (int chunk = 0; chunk < stored; ++chunk)
+    AFA_ROLLED
+    for (int chunk = 0; chunk < stored; chunk += kChunksAtOnce<R>)
+        AFA_UNROLL
+    for (int next = chunk; next < chunk + kChunksAtOnce<R>; ++next)
         AFA_UNROLL
     for (int i = 0; i < R / kRankUnit; ++i)
-        add_stored<kSlice>(da[i], p.partial + chunk * size, i * kRankUnit,
-                           i * kRankUnit + sums.da[i].rows, col, p.w);
+        add_stored<kSlice>(da[i], p.partial + next * size, i * kRankUnit,
+                           next < stored ? i * kRankUnit + sums.da[i].rows : 0, col, p.w);
     AFA_UNROLL
     for (int i = 0; i < R / kRankUnit; ++i) {
         const int rows = sums.da[i].rows;

@@ -70,13 +70,14 @@ AFA_DEVICE void add_stored(float (&acc)[kRight / 8][4], const float* matrix, int
     for (int half = 0; half < 2; ++half) {
         const int64_t row = row0 + lane_index() / 4 + half * 8;
         AFA_UNROLL
-        for (int j = 0; j < kRight / 8; ++j)
-            if (row < rows && col + j * 8 < cols) {
-                const Float2 part =
-                    load_global(reinterpret_cast<const Float2*>(matrix + row * cols + col + j * 8));
-                acc[j][2 * half] += part.x;
-                acc[j][2 * half + 1] += part.y;
-            }
+        for (int j = 0; j < kRight / 8; ++j) {
+            const float* place = matrix + row * cols + col + j * 8;
+            const Float2 part = row < rows && col + j * 8 < cols
+                                    ? load_global(reinterpret_cast<const Float2*>(place))
+                                    : Float2{0.0f, 0.0f};
+            acc[j][2 * half] += part.x;
+            acc[j][2 * half + 1] += part.y;
+        }
     }
 }
 

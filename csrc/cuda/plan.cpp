@@ -142,7 +142,7 @@ BackwardPlan dy_pass_of(const Shape& shape, Weights weights, const DeviceLimits&
             chunked<Dy, R>("dy", Dy::kRegisters, device, plan.rows, dy_slabs(shape, shape.count),
                            partial_bytes<R>(shape), Dy::bytes, plan.db_rows);
         plan.db_chunks = plan.dy.grid_y;
-        plan.dy.sums = plan.db_chunks == 1;
+        plan.dy.sums = plan.db_chunks == 1 && !device.reduces_all;
     } else {
         const int n = shape.members[0].n;
         plan.segment = segment_of(n);
@@ -170,7 +170,7 @@ void add_x_pass(BackwardPlan& plan, const Shape& shape, const DeviceLimits& devi
     // kernel are zeroed by the dy kernel.
     const bool alone = plan.one_pass_dy && (plan.x.dh_sums == 0 || plan.dy.sums > 0);
     const int64_t slab_bytes = kFloatBytes * R * Outer::kColumns * plan.da_chunks;
-    if (plan.da_chunks == 1 || (alone && slab_bytes <= kLastBlockBytes))
+    if (!device.reduces_all && (plan.da_chunks == 1 || (alone && slab_bytes <= kLastBlockBytes)))
         plan.x.sums = plan.da_chunks;
     for (KernelPlan* kernel : {&plan.dy, &plan.project_dy, &plan.db, &plan.x})
         kernel->launches = plan.rounds;
@@ -182,9 +182,9 @@ bool operator==(const Shape& a, const Shape& b) {
            std::equal(a.members, a.members + a.count, b.members, same);
 }
 bool operator==(const DeviceLimits& a, const DeviceLimits& b) {
-    return std::tie(a.sm_count, a.shared_per_block, a.shared_per_sm, a.chunk_limit,
-                    a.round_limit) ==
-           std::tie(b.sm_count, b.shared_per_block, b.shared_per_sm, b.chunk_limit, b.round_limit);
+    return std::tie(a.sm_count, a.shared_per_block, a.shared_per_sm, a.chunk_limit, a.round_limit,
+                    a.reduces_all) == std::tie(b.sm_count, b.shared_per_block, b.shared_per_sm,
+                                               b.chunk_limit, b.round_limit, b.reduces_all);
 }
 
 // make(), or what it returned when this thread last asked for the same: a model has few shapes, and

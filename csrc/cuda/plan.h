@@ -55,6 +55,7 @@ struct DeviceLimits {
     // Most chunks of rows, and most rows of a round; 0: no limit. Tests set them to reach long
     // chunks and several rounds with few rows.
     int chunk_limit = 0, round_limit = 0;
+    bool reduces_all = false;  // tests: all partial results are left to the reduce kernel
 };
 
 struct KernelPlan {

@@ -278,6 +278,36 @@ MUTANTS = (
         "if (s + 1 < p.project.splits &&",
     ),
     Mutant("sum off by one", "dh in the x kernel", "dz.cuh", "valid && i < job.count", "valid && i + 1 < job.count"),
+    Mutant("sum off by one", "chunks of dA", "da_sums.cuh", "next < stored ?", "next + 1 < stored ?"),
+    Mutant(
+        "ticket taken too early",
+        "before the partial result is stored",
+        "da_sums.cuh",
+        """store_outer<R, kSlice>(p.partial + block_y() * size, da, 0, R, col, p.w, p.adds);
+        if (sums.count == 0 || !is_last(sums, threads)) return;""",
+        """const bool last = sums.count > 0 && is_last(sums, threads);
+        store_outer<R, kSlice>(p.partial + block_y() * size, da, 0, R, col, p.w, p.adds);
+        if (!last) return;""",
+    ),
+    Mutant("ticket mistaken", "of the last but one", "da_sums.cuh", "(sums.blocks - 1)", "(sums.blocks - 2)"),
+    Mutant("ticket mistaken", "of none", "da_sums.cuh", "(sums.blocks - 1)", "(sums.blocks)"),
+    Mutant(
+        "ticket mistaken",
+        "of the neighbour too",
+        "da_sums.cuh",
+        "threads + thread_index();",
+        "threads + thread_index() / 2;",
+    ),
+    Mutant(
+        "counters not zeroed",
+        "dy kernel",
+        "backward.cuh",
+        "clear<DyTile<R>::kThreads>(p.arrived, p.arrived_count);",
+        ";",
+    ),
+    Mutant("counters not zeroed", "all but the first", "da_sums.cuh", "i += kThreads * 4)", "i += 1 << 30)"),
+    Mutant("round forgotten", "dB of one chunk", "backward.cuh", "i < kSlice / 16 && p.adds;", "i < 0;"),
+    Mutant("round forgotten", "dA of one chunk", "da_sums.cuh", "p.adds ? 1 : 0;", "0;"),
     Mutant(
         "slot overwritten while read",
         "x kernel: dz that it makes",
