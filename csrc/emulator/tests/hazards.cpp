@@ -175,23 +175,6 @@ void last_thread_sums(const Params& p) {
         store_global(p.out + t, load_global(p.stored + t) + load_global(p.stored + kThreads + t));
 }
 
-// The same of whole blocks: what all threads have stored before a barrier, one of them releases,
-// and what it acquires, all read behind a barrier.
-void last_block_sums(const Params& p) {
-    SharedMemory shared;
-    uint32_t* before = shared.take<uint32_t>(1);
-    const int t = thread_index();
-    store_global(p.stored + block_x() * kThreads + t, load_global(p.in + t));
-    if (!p.fault)
-        block_sync();
-    if (t == 0)
-        store_shared(before, take_ticket(p.counter));
-    block_sync();
-    const float* other = p.stored + (t + 64) % kThreads;
-    if (load_shared<uint32_t>(before) == 1)
-        store_global(p.out + t, load_global(other) + load_global(other + kThreads));
-}
-
 // Two blocks: one clears a counter that the other one may have counted in.
 void counter_cleared_late(const Params& p) {
     if (p.fault && block_x() == 1)
