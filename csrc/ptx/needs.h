@@ -1,5 +1,5 @@
-// Which synchronizations of asynchronous copies and products a launch could not do without, and
-// which of its waits could not wait for one group less.
+// Which synchronizations a launch could not do without, and which of its waits could not wait for
+// one group less. Of copies and products it finds them itself.
 //
 // A change of the text is one line: a commit or a wait left out, or a wait that leaves one group
 // more in flight. Of every operation that a wait has ended, this knows the changes with which the
@@ -30,8 +30,9 @@ class Needs {
     uint32_t end(const Groups& groups, uint32_t group, Groups::Wait wait);
     // The same operation at a later wait. False: it has ended whatever is changed.
     bool is_late(uint32_t operation, const Groups& groups, uint32_t group, Groups::Wait wait);
-    void touch(uint32_t operation);  // 0: none
-    void forget();                   // the operations; their CTA has returned
+    void touch(uint32_t operation);                   // 0: none
+    void add(uint32_t line) { lines_.insert(line); }  // of another kind
+    void forget();                                    // the operations; their CTA has returned
 
     const std::set<uint32_t>& lines() const { return lines_; }
     const std::set<uint32_t>& exact_waits() const { return exact_waits_; }

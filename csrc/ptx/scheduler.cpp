@@ -317,9 +317,7 @@ class Runner {
         if (launch_.explain)
             for (const Warp& warp : cta_.warps)
                 if (!warp.groups.empty())
-                    barrier_lines_.emplace_back(
-                        cta_.shared.barriers(),
-                        kernel_.code[warp.groups[warp.current].pc - 1].line);
+                    barrier_lines_.emplace_back(cta_.shared.barriers(), warp.barrier_line);
     }
 
     Stop guarded_run(Warp& warp, uint32_t turn) {

@@ -79,8 +79,8 @@ struct Warp {
     std::vector<Group> groups;
     size_t current = 0;  // index into groups
     bool at_barrier = false;
-    uint32_t barrier = 0;
-    uint32_t segment = 0;  // see SharedMemory
+    uint32_t barrier = 0, barrier_line = 0;  // of the last bar.sync
+    uint32_t segment = 0;                    // see SharedMemory
     uint32_t executed = 0;
 
     uint32_t interval = 0, interval_segment = 0;  // see GlobalRaces; its segment
