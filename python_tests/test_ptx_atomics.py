@@ -1,6 +1,7 @@
 """Atomics and fences on the PTX machine, and what they order among the CTAs of a launch: the CTA that arrives last may
 read what all others have stored, and every omission in that pattern is reported."""
 
+import contextlib
 import re
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 _ptx = pytest.importorskip("afa_kernels._ptx", reason="built with the emulator only (AFA_BUILD_EMULATOR=1)")
 
-from ptx_helpers import kernel, launch  # noqa: E402
+from ptx_helpers import changed, comments, kernel, launch  # noqa: E402
 
 THREADS, CTAS = 64, 5
 SEEDS = range(8)
@@ -61,12 +62,16 @@ def ticket_of_warps(before, of_warp_0=TICKET, of_warp_1=TICKET, after="bar.warp.
     return kernel(body, parameters=3, threads=THREADS)
 
 
-def run(text: str, seed: int) -> np.ndarray:
-    """Return the sums that the last CTA has made."""
+def launched(text: str, seed: int, **options) -> tuple[np.ndarray, dict]:
+    """Return the sums that the last CTA has made, and what was counted."""
     partial, words = np.zeros(CTAS * THREADS, np.uint32), np.zeros(CTAS + 2, np.uint32)
     result = np.zeros(THREADS, np.uint32)
-    launch(text, partial, words, result, threads=THREADS, grid=CTAS, seed=seed)
-    return result
+    counters = launch(text, partial, words, result, threads=THREADS, grid=CTAS, seed=seed, **options)
+    return result, counters
+
+
+def run(text: str, seed: int) -> np.ndarray:
+    return launched(text, seed)[0]
 
 
 def sums(other: int) -> np.ndarray:
@@ -172,6 +177,51 @@ def test_every_schedule_reports_the_omission(name):
     for seed in range(20):
         with pytest.raises(_ptx.ExecutionError, match=message):
             run(text, seed)
+
+
+def marked(instruction: str, mark: str) -> str:
+    return f"\n{instruction} // {mark}\n"
+
+
+STORED, AGAIN, TAKEN = (marked(BARRIER, mark) for mark in ("stored", "again", "taken"))
+
+
+@pytest.mark.parametrize(
+    "text, needed",
+    [
+        (ticket(STORE + STORED, marked(TICKET, "ticket"), TAKEN), ["stored", "ticket", "taken"]),
+        (ticket(STORE + STORED + AGAIN, marked(TICKET, "ticket"), TAKEN), ["ticket", "taken"]),  # either would do
+        (
+            ticket(STORE + STORED, marked(FENCE, "before") + RELAXED + marked(FENCE, "behind"), TAKEN),
+            ["stored", "before", "behind", "taken"],
+        ),
+        (
+            ticket(STORE + STORED, marked(FENCE, "before") + marked(ACQUIRE, "ticket"), TAKEN),
+            ["stored", "before", "ticket", "taken"],
+        ),
+        (  # released by either
+            ticket(
+                STORE + STORED, marked(FENCE, "before") + marked(RELEASE, "ticket") + marked(FENCE, "behind"), TAKEN
+            ),
+            ["stored", "behind", "taken"],
+        ),
+        (
+            ticket(STORE + STORED, marked(TICKET, "ticket") + marked(FENCE, "behind"), TAKEN),
+            ["stored", "ticket", "taken"],
+        ),
+    ],
+)
+def test_what_the_order_of_two_ctas_needs(text, needed):
+    """It is reported where it is removed, and nothing else is."""
+    for seed in SEEDS:
+        assert comments(text.splitlines(), launched(text, seed, explain=True)[1]["effective"]) == needed
+        for mark in re.findall(r"// (\w+)", text):
+            with pytest.raises(_ptx.ExecutionError) if mark in needed else contextlib.nullcontext():
+                launched(changed(text, mark, without_order), seed)
+
+
+def without_order(line: str) -> str:
+    return re.sub("acq_rel|acquire|release", "relaxed", line) if "atom" in line else ""
 
 
 # --- What atomics do

@@ -57,27 +57,24 @@ void copy(Warp& warp, const Instruction& i) {
 }
 
 void commit(Warp& warp, const Instruction& i) {
-    if (warp.cta->launch->explain)
-        for (const AsyncCopies& copies : warp.copies)
-            for (uint32_t rest = copies.lanes & warp.active; rest; rest &= rest - 1) {
-                const int lane = __builtin_ctz(rest);
-                if (copies.group[lane] == warp.commits[lane])
-                    warp.cta->counters.effective.insert(i.line);
-            }
-    for (int lane = 0; lane < kLanes; ++lane)
-        warp.commits[lane] += warp.active >> lane & 1;
+    for (uint32_t rest = warp.active; rest; rest &= rest - 1) {
+        const int lane = __builtin_ctz(rest);
+        ++warp.commits[lane];
+        if (warp.cta->launch->explain)
+            warp.lane_groups[lane].commits.push_back(i.line);
+    }
 }
 
 void wait(Warp& warp, const Instruction& i) {
     const uint32_t pending = i.op[0];
-    const auto again = [&](const Arrival& a) {
-        return (warp.active >> a.lane & 1) && a.group + pending < warp.commits[a.lane];
+    Needs& needs = warp.cta->needs;
+    const auto ended = [&](const Ended& e) {
+        return (warp.active >> e.lane & 1) &&
+               !needs.is_late(e.operation, warp.lane_groups[e.lane], e.group, {i.line, pending});
     };
-    for (const Arrival& a : warp.arrivals)
-        if (again(a))
-            warp.cta->shared.mark_arrival(a.target, a.bytes, 0);
-    warp.arrivals.erase(std::remove_if(warp.arrivals.begin(), warp.arrivals.end(), again),
-                        warp.arrivals.end());
+    warp.ended_copies.erase(
+        std::remove_if(warp.ended_copies.begin(), warp.ended_copies.end(), ended),
+        warp.ended_copies.end());
     for (AsyncCopies& copies : warp.copies) {
         for (uint32_t rest = copies.lanes & warp.active; rest; rest &= rest - 1) {
             const int lane = __builtin_ctz(rest);
@@ -87,9 +84,11 @@ void wait(Warp& warp, const Instruction& i) {
                                     copies.source[lane], copies.source_bytes[lane], copies.fill);
             copies.lanes &= ~(1u << lane);
             if (warp.cta->launch->explain) {
-                warp.arrivals.push_back(
-                    {i.line, copies.group[lane], copies.target[lane], copies.bytes, lane});
-                warp.cta->shared.mark_arrival(copies.target[lane], copies.bytes, i.line);
+                const uint32_t group = copies.group[lane];
+                const uint32_t operation =
+                    needs.end(warp.lane_groups[lane], group, {i.line, pending});
+                warp.ended_copies.push_back({operation, group, lane});
+                warp.cta->shared.mark_copy(copies.target[lane], copies.bytes, operation);
             }
         }
     }

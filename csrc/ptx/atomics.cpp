@@ -28,7 +28,7 @@ void atomic(Warp& warp, const Instruction& i) {
         const Access access = kScope == Scope::gpu ? Access::atomic : Access::store;
         traffic.add(at, global_access(warp, lane, at, 4, access));
         if constexpr (kScope == Scope::gpu)
-            warp.cta->races->synchronize(warp, lane, at, {kAcquires, kReleases});
+            warp.cta->races->synchronize(warp, lane, at, {kAcquires, kReleases}, i.line);
         auto* word = reinterpret_cast<unsigned char*>(at);
         std::memcpy(&result[lane], word, 4);
         const uint32_t changed = kUpdate(result[lane], b[lane], c[lane]);
@@ -42,7 +42,7 @@ void atomic(Warp& warp, const Instruction& i) {
     }
 }
 
-void fence(Warp& warp, const Instruction&) { warp.cta->races->fence(warp); }
+void fence(Warp& warp, const Instruction& i) { warp.cta->races->fence(warp, i.line); }
 
 // Orders the threads of a CTA, which only barriers do here.
 void fence_of_cta(Warp&, const Instruction&) {}

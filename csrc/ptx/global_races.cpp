@@ -45,18 +45,19 @@ void GlobalRaces::start_cta(uint32_t number) {
     observed_.clear();
 }
 
-void GlobalRaces::begin_interval(Warp& warp) {
+void GlobalRaces::begin_interval(Warp& warp, uint32_t line) {
     if (intervals_.size() >= kAtomics >> 5)
         throw Fault{-1, "more synchronizations in one launch than the machine can record"};
+    intervals_[warp.interval].ended_by = line;
     warp.interval = static_cast<uint32_t>(intervals_.size());
     warp.interval_segment = warp.segment;
-    intervals_.push_back(
-        {cta_, static_cast<uint32_t>(warp.index), warp.segment, warp.cta->shared.barriers()});
+    intervals_.push_back({cta_, static_cast<uint32_t>(warp.index), warp.segment,
+                          warp.cta->shared.barriers(), warp.barrier_line, line, 0});
 }
 
 Moment GlobalRaces::now(Warp& warp, int lane) {
     if (warp.interval_segment != warp.segment)
-        begin_interval(warp);
+        begin_interval(warp, 0);
     return warp.interval << 5 | static_cast<uint32_t>(lane);
 }
 
@@ -69,19 +70,48 @@ bool GlobalRaces::is_before(Moment one, Moment other) const {
     return a.segment < b.segment || ((one & 31) == (other & 31) && one <= other);
 }
 
-bool GlobalRaces::is_known(Moment of_another, Moment at) const {
+// What an order relies on: the atomics or fences of both sides, and a barrier that alone stands
+// between one of them and the access.
+std::set<uint32_t> GlobalRaces::needed_lines(Moment of_another, const Known& known,
+                                             Moment at) const {
+    const Interval &access = interval(of_another), &release = interval(known.released);
+    const Interval &acquire = interval(known.since), &here = interval(at);
+    std::set<uint32_t> lines{release.ended_by, acquire.begun_by};
+    if (access.warp != release.warp && access.barriers + 1 == release.barriers)
+        lines.insert(release.barrier_line);
+    if (acquire.warp != here.warp && acquire.barriers + 1 == here.barriers)
+        lines.insert(here.barrier_line);
+    return lines;
+}
+
+bool GlobalRaces::is_known(const Warp& warp, Moment of_another, Moment at) const {
     const auto found = known_.find(interval(of_another).cta);
-    return found != known_.end() &&
-           std::any_of(found->second.begin(), found->second.end(), [&](const Known& k) {
-               return is_before(of_another, k.released) && is_before(k.since, at);
-           });
+    if (found == known_.end())
+        return false;
+    std::set<uint32_t> of_all;  // lines that each of the orders needs
+    bool is_ordered = false;
+    for (const Known& known : found->second) {
+        if (!is_before(of_another, known.released) || !is_before(known.since, at))
+            continue;
+        if (!warp.cta->launch->explain)
+            return true;
+        const std::set<uint32_t> lines = needed_lines(of_another, known, at);
+        if (!is_ordered)
+            of_all = lines;
+        for (auto line = of_all.begin(); line != of_all.end();)
+            line = lines.count(*line) ? std::next(line) : of_all.erase(line);
+        is_ordered = true;
+    }
+    for (const uint32_t line : of_all)
+        warp.cta->needs.add(line);
+    return is_ordered;
 }
 
 // A CTA whose store or atomic is not ordered before the access; -1: none.
-int64_t GlobalRaces::unordered_writer(const Record& record, uint64_t address, Moment at,
-                                      Access access) const {
+int64_t GlobalRaces::unordered_writer(const Warp& warp, const Record& record, uint64_t address,
+                                      Moment at, Access access) const {
     const Moment store = record.writer & ~kAtomics;
-    if (store && !is_own(store) && !is_known(store, at))
+    if (store && !is_own(store) && !is_known(warp, store, at))
         return interval(store).cta;
     if (access == Access::atomic || !(record.writer & kAtomics))
         return -1;
@@ -91,7 +121,7 @@ int64_t GlobalRaces::unordered_writer(const Record& record, uint64_t address, Mo
     // Each atomic has read what those before it have left, whatever it acquires.
     const std::vector<Moment>& all = word->second.accesses;
     for (auto last = all.rbegin(); last != all.rend(); ++last) {
-        if (is_own(*last) ? is_before(*last, at) : is_known(*last, at))
+        if (is_own(*last) ? is_before(*last, at) : is_known(warp, *last, at))
             return -1;
         if (!is_own(*last))
             return interval(*last).cta;
@@ -113,7 +143,7 @@ void GlobalRaces::check(Warp& warp, int lane, const Allocation& allocation, uint
         Record& record = records_[i];
         if (record.writer && (!is_own(record.writer) || record.writer & kAtomics)) {
             const int64_t other =
-                unordered_writer(record, address + (i - first) * kGranule, at, access);
+                unordered_writer(warp, record, address + (i - first) * kGranule, at, access);
             if (other >= 0)
                 throw Fault{lane, "race: " + place(allocation, address, access) + ", which " +
                                       cta_name(other) +
@@ -164,25 +194,26 @@ void GlobalRaces::publish(AtomicWord& word, Moment moment) const {
     all.erase(std::unique(all.begin(), all.end()), all.end());
 }
 
-void GlobalRaces::synchronize(Warp& warp, int lane, uint64_t address, Order order) {
+void GlobalRaces::synchronize(Warp& warp, int lane, uint64_t address, Order order, uint32_t line) {
     const Moment at = now(warp, lane);
     AtomicWord& word = words_[address / 4];
     word.accesses.push_back(at);
-    begin_interval(warp);
+    begin_interval(warp, line);
     if (order.acquires)
         learn(word.released, now(warp, lane));
-    else if (!word.released.empty())
+    if (!word.released.empty())
         observed_.push_back({at, word.released});
-    const Moment released = order.releases ? at : warp.fences[lane];
-    if (released)
-        publish(word, released);
+    if (order.releases)
+        publish(word, at);
+    if (warp.fences[lane])
+        publish(word, warp.fences[lane]);
 }
 
-void GlobalRaces::fence(Warp& warp) {
+void GlobalRaces::fence(Warp& warp, uint32_t line) {
     for (int lane = 0; lane < kLanes; ++lane)
         if (warp.active >> lane & 1)
             warp.fences[lane] = now(warp, lane);
-    begin_interval(warp);
+    begin_interval(warp, line);
     const auto fenced = [&](const Observed& o) {
         return interval(o.at).warp == static_cast<uint32_t>(warp.index) &&
                (warp.active >> (o.at & 31) & 1);

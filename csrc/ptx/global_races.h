@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -40,10 +41,10 @@ class GlobalRaces {
     // kernel before this one may still touch the place.
     void check(Warp& warp, int lane, const Allocation& allocation, uint64_t address, uint32_t bytes,
                Access access);
-    // Behind the check of an atomic: what it makes known.
-    void synchronize(Warp& warp, int lane, uint64_t address, Order order);
+    // Behind the check of an atomic: what it makes known. `line` is that of the PTX.
+    void synchronize(Warp& warp, int lane, uint64_t address, Order order, uint32_t line);
     // A fence of the active lanes makes an atomic before it acquire, and one behind it release.
-    void fence(Warp& warp);
+    void fence(Warp& warp, uint32_t line);
 
   private:
     struct Record {
@@ -52,6 +53,8 @@ class GlobalRaces {
     };
     struct Interval {
         uint32_t cta, warp, segment, barriers;
+        // PTX lines: of the last barrier, and of an atomic or a fence at its beginning and its end.
+        uint32_t barrier_line, begun_by, ended_by;
     };
     // Atomics on a word since its last plain store, in their order.
     struct AtomicWord {
@@ -60,19 +63,20 @@ class GlobalRaces {
     struct Known {
         Moment released, since;  // by another CTA; a moment of the current one
     };
-    // What an atomic that does not acquire has read.
+    // What an atomic has read, for a fence behind it to acquire.
     struct Observed {
         Moment at;
         std::vector<Moment> released;
     };
 
     Moment now(Warp& warp, int lane);
-    void begin_interval(Warp& warp);
+    void begin_interval(Warp& warp, uint32_t line);
     const Interval& interval(Moment moment) const { return intervals_[moment >> 5]; }
     bool is_before(Moment one, Moment other) const;  // of one CTA
-    bool is_known(Moment of_another, Moment at) const;
+    bool is_known(const Warp& warp, Moment of_another, Moment at) const;
+    std::set<uint32_t> needed_lines(Moment of_another, const Known& known, Moment at) const;
     bool is_own(Moment moment) const { return moment >= own_; }
-    int64_t unordered_writer(const Record& record, uint64_t address, Moment at,
+    int64_t unordered_writer(const Warp& warp, const Record& record, uint64_t address, Moment at,
                              Access access) const;
     void learn(const std::vector<Moment>& released, Moment since);
     void publish(AtomicWord& word, Moment moment) const;

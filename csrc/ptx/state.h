@@ -7,6 +7,7 @@
 
 #include "ptx/global_memory.h"
 #include "ptx/global_races.h"
+#include "ptx/needs.h"
 #include "ptx/program.h"
 #include "ptx/shared_memory.h"
 
@@ -43,9 +44,10 @@ struct AsyncCopies {
     unsigned char fill;  // of the bytes behind those of the source
 };
 
-// Data of one lane that arrived at a wait, and that no later wait would have brought by now.
-struct Arrival {
-    uint32_t line, group, target, bytes;
+// What a wait has ended, a copy of one lane or a product, and what a change of the text would leave
+// in flight: see Needs.
+struct Ended {
+    uint32_t operation, group;
     int lane;
 };
 
@@ -77,8 +79,8 @@ struct Warp {
     std::vector<Group> groups;
     size_t current = 0;  // index into groups
     bool at_barrier = false;
-    uint32_t barrier = 0;
-    uint32_t segment = 0;  // see SharedMemory
+    uint32_t barrier = 0, barrier_line = 0;  // of the last bar.sync
+    uint32_t segment = 0;                    // see SharedMemory
     uint32_t executed = 0;
 
     uint32_t interval = 0, interval_segment = 0;  // see GlobalRaces; its segment
@@ -88,13 +90,17 @@ struct Warp {
 
     uint32_t commits[kLanes] = {};  // of cp.async, per lane
     std::vector<AsyncCopies> copies;
-    std::vector<Arrival> arrivals;  // only where the launch is to explain
 
     uint32_t fenced_registers_at = 0;  // `executed` at the last wgmma.fence
     uint32_t proxy_fence = 0;          // segment at the last fence.proxy.async
     uint32_t group_commits = 0;        // of wgmma
     std::vector<GroupReads> group_reads;
     uint64_t group_history = 0;  // of the wgmma executed, to be the same in a warpgroup
+
+    // Only where the launch is to explain.
+    Groups lane_groups[kLanes], product_groups;
+    std::vector<Ended> ended_copies, ended_products;
+    std::vector<uint32_t> result_of, fragment_of;  // by register: ended products
 
     std::vector<unsigned char> local;  // kLanes times Kernel::local_bytes
     AllocationTable::Hint hint;
@@ -133,6 +139,7 @@ struct Cta {
     std::mt19937_64 random;
     Counters counters;
     std::vector<Traffic> traffic;  // by allocation
+    Needs needs;
 };
 
 // scheduler.cpp
