@@ -295,6 +295,12 @@ def test_atomics_in_the_wrong_place(body, message):
         launch(kernel(body), np.zeros(32, np.uint32))
 
 
+@pytest.mark.parametrize("operation, reads", [("atom.global.add.u32 %r1,", 1), ("red.global.add.u32", 0)])
+def test_what_atomics_move(operation, reads):
+    counters = launch(kernel(f"{operation} [%rd0], 1;"), np.zeros(32, np.uint32))
+    assert counters["global_write_bytes"] == 4 * 32 and counters["global_read_bytes"] == 4 * 32 * reads
+
+
 def test_atomics_on_memory_that_is_read_only_or_of_the_kernel_before():
     text = kernel("red.global.add.u32 [%rd0], 1;")
     with pytest.raises(_ptx.ExecutionError, match="stores to 'array 0', which is read only"):

@@ -31,9 +31,10 @@ constexpr int64_t kRoundBytes = (R <= 32 ? 32 : 24) << 20;
 template <int R>
 constexpr int64_t kPartialBytes = (R <= 32 ? 12 : 16) << 20;
 constexpr int64_t kPartialShare = 400;
-// Most partial results of a slab of dA that the last block of the slab adds up. It does that alone,
-// at 64 bytes a clock: 1.75 us at 1755 MHz, and the reduce kernel costs 1 to 4 us by the model of
-// bench/model, where all multiprocessors have to wait for it, and the host a launch.
+// Most bytes of partial results of a slab of dA that are added up by whoever comes last: by one
+// multiprocessor, which takes 64 bytes a clock from L2. By bench/model that costs what the reduce
+// kernel in its place does, 1.2 to 3.5 us, up to half of these bytes, and 1 us more with all of
+// them, for which the host launches a kernel less (a model: no GPU has confirmed it).
 constexpr int64_t kLastBlockBytes = 192 << 10;
 constexpr int64_t kRoundUnit = 128;  // rows, whole tiles of every kernel
 constexpr int kMaxFeatures =

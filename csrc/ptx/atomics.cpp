@@ -34,8 +34,11 @@ void atomic(Warp& warp, const Instruction& i) {
         const uint32_t changed = kUpdate(result[lane], b[lane], c[lane]);
         std::memcpy(word, &changed, 4);
     });
+    const uint64_t lanes = static_cast<uint64_t>(__builtin_popcount(warp.active));
     traffic.count(*warp.cta->global, 4, true, warp.cta->traffic, warp.cta->counters);
+    warp.cta->counters.global_write_bytes += lanes * 4;
     if constexpr (kResult) {
+        warp.cta->counters.global_read_bytes += lanes * 4;
         traffic.count(*warp.cta->global, 4, false, warp.cta->traffic, warp.cta->counters);
         if (i.op[0] != kSink)
             warp.out(i.op[0], result);

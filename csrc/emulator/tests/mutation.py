@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import build
 
-CASES = "29"
+CASES = "31"
 QUICK = 7  # every so many mutants in the quick form
 
 
