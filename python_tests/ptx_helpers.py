@@ -1,6 +1,7 @@
 """Small PTX kernels of one CTA, for the tests of the machine that executes them."""
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -94,6 +95,21 @@ def per_lane(code: str, inputs: list[np.ndarray], outputs: list[np.dtype]) -> li
         body.append(f"st.global.{_BITS[result.itemsize]} [%rd99], {value};")
     launch(kernel("\n".join(body), parameters=len(arrays) + len(results)), *arrays, *results)
     return [r.astype(bool) if t is bool else r for r, t in zip(results, outputs, strict=True)]
+
+
+def comments(lines: list[str], numbers: list[int]) -> list[str]:
+    """Return what is written behind some lines of a text, which are counted from 1."""
+    return [lines[number - 1].partition("//")[2].strip() for number in numbers]
+
+
+def changed(text: str, comment: str, change: Callable[[str], str]) -> str:
+    """Return a text with the line changed that has a comment."""
+    return "\n".join(change(line) if line.endswith(f"// {comment}") else line for line in text.splitlines())
+
+
+def one_less(line: str) -> str:
+    """Return a wait that leaves one group more in flight."""
+    return re.sub(r"(wait_group\S*) (\d)", lambda m: f"{m[1]} {int(m[2]) + 1}", line)
 
 
 COMPARISONS = {

@@ -45,7 +45,7 @@ def primitive_check(module, dtype):
     bits = {"bf16": 0, "f16": 1}
     matrices = torch.randn(32, 16).to(DTYPES[dtype])
     values = torch.randn(128) * 3
-    out = torch.zeros(608, dtype=torch.int32)
+    out = torch.zeros(672, dtype=torch.int32)
     module.primitive_check(bits[dtype], matrices.data_ptr(), values.data_ptr(), out.data_ptr(), 0, 0)
     return matrices, values, out
 
@@ -104,12 +104,18 @@ def test_conversions_match_torch(emulator, dtype):
     assert torch.equal(out[416:480].view(torch.float32), matrices.view(-1)[:64].float())
 
 
+def test_a_ticket_counts_those_before(emulator):
+    _, _, out = primitive_check(emulator, "bf16")
+    lanes = torch.arange(32, dtype=torch.int32)
+    assert torch.equal(out[608:640], lanes + 2) and torch.equal(out[640:672], lanes + 1)
+
+
 @pytest.mark.parametrize("special", [0.0, -0.0, 1e-8, 6e-8, 2**-14, 65504.0, 65519.0, 65520.0, 3e38])
 def test_conversion_of_special_values(emulator, special):
     for dtype in DTYPES:
         matrices = torch.zeros(32, 16).to(DTYPES[dtype])
         values = torch.full((128,), special) * torch.tensor([1.0, -1.0]).repeat(64)
-        out = torch.zeros(608, dtype=torch.int32)
+        out = torch.zeros(672, dtype=torch.int32)
         emulator.primitive_check(int(dtype == "f16"), matrices.data_ptr(), values.data_ptr(), out.data_ptr(), 0, 0)
         got = out[384:416].view(torch.int16)
         assert torch.equal(got, values[:64].to(DTYPES[dtype]).view(torch.int16)), dtype

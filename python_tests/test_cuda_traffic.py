@@ -56,6 +56,9 @@ def _planned():
         (192, 264, 1032, 64),
         (256, 520, 512, 128),
         (200, 136, 88, 8),
+        (64, 712, 264, 16),  # one chunk of x and of dy
+        (70, 712, 264, 16),  # two of x
+        (120, 520, 512, 64),  # one of x
     ],
     ids=str,
 )
@@ -163,4 +166,17 @@ def test_the_x_kernel_makes_dz_where_that_costs_less_than_a_launch(n, r, made):
     """At rank 16 with up to 16 sums of dh, which are under way at once."""
     layer = Layer(8192, 4096, n, r)
     names = [kernel.name for kernel in kernels(layer)[1]]
-    assert names == (["dy", "x", "reduce"] if made else ["dy", "reduce", "x", "reduce"])
+    assert names[:3] == (["dy", "x", "reduce"] if made else ["dy", "reduce", "x"])
+
+
+def test_what_the_last_block_of_a_slab_adds_up_takes_time_of_its_own():
+    """It knows after one latency that it is the last, and then has two chunks under way at once."""
+    dy, reduce, x = kernels(Layer(8192, 4096, 4096, 32))[1]
+    assert x.summed == (6 * 32 * 256 * 4, 3)
+    for which in ("good", "bad"):
+        latency = getattr(H100.latency, which)
+        alone, _ = x._replace(summed=(0, 0)).seconds(H100, which)
+        assert x.seconds(H100, which)[0] - alone == pytest.approx(latency + max(x.summed[0] / 112.32e9, 3 * latency))
+    slow = H100._replace(l2_alone=H100.l2_alone / 10)
+    assert x.seconds(slow, "good")[0] > x.seconds(H100, "good")[0] + 10e-6
+    assert not dy.summed[0] and not reduce.summed[0]

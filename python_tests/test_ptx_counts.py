@@ -1,11 +1,13 @@
 """What the PTX machine tells of a launch beyond its results: bytes by allocation, the synchronizations it needs."""
 
+import re
+
 import numpy as np
 import pytest
 
 _ptx = pytest.importorskip("afa_kernels._ptx", reason="built with the emulator only (AFA_BUILD_EMULATOR=1)")
 
-from ptx_helpers import PLACES, kernel  # noqa: E402
+from ptx_helpers import PLACES, changed, comments, kernel, one_less  # noqa: E402
 
 THREADS = 64
 
@@ -21,12 +23,12 @@ def counted(body: str, *arrays: np.ndarray, seed: int = 0, **options):
     return counters, text.splitlines()
 
 
-def needed(body: str) -> list[str]:
+def needed(body: str, which: str = "effective") -> list[str]:
     """Return the synchronizations that a body needs, by the comment behind each; the same in every schedule."""
     found = set()
     for seed in range(6):
         counters, lines = counted(body, seed=seed, explain=True)
-        found.add(tuple(lines[line - 1].partition("//")[2].strip() for line in counters["effective"]))
+        found.add(tuple(comments(lines, counters[which])))
     assert len(found) == 1
     return list(found.pop())
 
@@ -35,40 +37,63 @@ STORE, LOAD, LOAD_NEXT = "st.shared.b32 [%r1], %r0;", "ld.shared.b32 %r5, [%r2];
 OTHER = "st.shared.b32 [%r1], %r9;"
 BARRIER = "\nbar.sync 0; // {}\n"
 FIRST, SECOND = BARRIER.format("first"), BARRIER.format("second")
-COPY = "cp.async.cg.shared.global [%r4], [%rd9], 16;\ncp.async.commit_group; // commit\n"
-WAIT, WAIT_AGAIN = "\ncp.async.wait_group 0; // wait\n", "\ncp.async.wait_group 0; // again\n"
+COMMIT = "\ncp.async.commit_group; // {}\n"
+COPY = "cp.async.cg.shared.global [%r4], [%rd9], 16;" + COMMIT.format("commit")
+NEXT = "cp.async.cg.shared.global [%r4+2048], [%rd9], 16;" + COMMIT.format("next")
+EMPTY = COMMIT.format("empty")
+WAIT, WAIT_BUT_ONE = "\ncp.async.wait_group 0; // wait\n", "\ncp.async.wait_group 1; // wait\n"
+AGAIN = "\ncp.async.wait_group 0; // again\n"
+READ, OTHER_PLACE = "ld.shared.b32 %r5, [%r4];", "add.u32 %r4, %r4, 1024;"
+LOOP = "mov.b32 %r6, 0;\nloop: {} add.u32 %r6, %r6, 1; setp.lt.u32 %p1, %r6, 3;\n@%p1 bra loop;\n"
+
+NEEDED = [  # a body, what it needs, and those of its waits that could not wait for one group less
+    (STORE + FIRST + LOAD, ["first"], []),
+    (STORE + FIRST + LOAD_NEXT, ["first"], []),  # lanes of one warp need it as well
+    (STORE + FIRST + SECOND + LOAD, [], []),  # either would do
+    (STORE + FIRST + "ld.shared.b32 %r5, [%r1];", [], []),  # a thread's own word
+    (STORE + FIRST + LOAD + SECOND + OTHER, ["first", "second"], []),  # what was read is overwritten
+    (STORE + FIRST + LOAD + SECOND + "ld.shared.b32 %r6, [%r2];", ["first"], []),
+    ("mov.b32 %r5, 7; st.shared.b32 [tile], %r5;" + FIRST + "st.shared.b32 [tile], %r5;", [], []),  # equal values
+    (FIRST, [], []),
+    (COPY + WAIT + FIRST + LOAD, ["commit", "wait", "first"], ["wait"]),
+    (COPY + WAIT + AGAIN + FIRST + LOAD, ["commit", "first"], []),  # either would do
+    (COPY + WAIT + FIRST + LOAD + AGAIN, ["commit", "wait", "first"], ["wait"]),
+    (EMPTY + COPY + WAIT, ["commit", "wait"], ["wait"]),
+    (COPY + EMPTY + WAIT, ["wait"], []),  # the group may join the empty one, or all but that one be waited for
+    (COPY + EMPTY + WAIT_BUT_ONE + READ + AGAIN, ["commit", "empty", "wait"], ["wait"]),  # the empty one counts
+    (COPY + NEXT + WAIT, ["next", "wait"], ["wait"]),  # both groups in one
+    (COPY + NEXT + WAIT_BUT_ONE + READ + AGAIN, ["commit", "next", "wait", "again"], ["wait", "again"]),
+    (COPY + NEXT + WAIT_BUT_ONE + AGAIN + READ, ["next", "again"], ["again"]),
+    (LOOP.format(COPY + WAIT), ["commit", "wait"], ["wait"]),  # the place is filled again
+    (LOOP.format(OTHER_PLACE + COPY + WAIT_BUT_ONE) + AGAIN, ["commit", "again"], ["again"]),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "body, expected",
-    [
-        (STORE + FIRST + LOAD, ["first"]),
-        (STORE + FIRST + LOAD_NEXT, ["first"]),  # lanes of one warp need it as well
-        (STORE + FIRST + SECOND + LOAD, []),  # either would do
-        (STORE + FIRST + "ld.shared.b32 %r5, [%r1];", []),  # a thread's own word
-        (STORE + FIRST + LOAD + SECOND + OTHER, ["first", "second"]),  # what was read is overwritten
-        (STORE + FIRST + LOAD + SECOND + "ld.shared.b32 %r6, [%r2];", ["first"]),
-        ("mov.b32 %r5, 7; st.shared.b32 [tile], %r5;" + FIRST + "st.shared.b32 [tile], %r5;", []),  # equal values
-        (FIRST, []),
-        (COPY + WAIT + FIRST + LOAD, ["commit", "wait", "first"]),
-        (COPY + WAIT + WAIT_AGAIN + FIRST + LOAD, ["commit", "first"]),  # either would do
-        (COPY + WAIT + FIRST + LOAD + WAIT_AGAIN, ["commit", "wait", "first"]),
-        ("\ncp.async.commit_group; // empty\n" + COPY + WAIT, ["commit", "wait"]),
-    ],
-)
-def test_the_synchronizations_that_are_needed(body, expected):
+@pytest.mark.parametrize("body, expected, exact", NEEDED)
+def test_the_synchronizations_that_are_needed(body, expected, exact):
     assert needed(body) == expected
+    assert needed(body, "exact_waits") == exact
 
 
-@pytest.mark.parametrize(
-    "body", [STORE + FIRST + LOAD, STORE + FIRST + LOAD + SECOND + OTHER, COPY + WAIT + FIRST + LOAD]
-)
-def test_without_what_is_needed_the_machine_reports_a_fault(body):
-    for mark in needed(body):
-        gone = "\n".join(line for line in body.splitlines() if not line.endswith(f"// {mark}"))
-        for seed in range(6):
-            with pytest.raises(_ptx.ExecutionError):
-                counted(gone, seed=seed)
+@pytest.mark.parametrize("body, expected, exact", NEEDED)
+def test_a_change_of_what_is_needed_is_reported_and_of_nothing_else(body, expected, exact):
+    for mark in re.findall(r"// (\w+)", body):
+        assert is_reported(changed(body, mark, lambda line: "")) == (mark in expected), mark
+    for mark in re.findall(r"wait_group.*// (\w+)", body):
+        assert is_reported(changed(body, mark, one_less)) == (mark in exact), mark
+
+
+def is_reported(body: str) -> bool:
+    """Return whether every schedule reports a fault; a sound body, none."""
+    reported = []
+    for seed in range(6):
+        try:
+            counted(body, seed=seed)
+            reported.append(False)
+        except _ptx.ExecutionError:
+            reported.append(True)
+    assert len(set(reported)) == 1
+    return reported[0]
 
 
 def test_bytes_by_allocation_count_once_per_warp():

@@ -72,7 +72,7 @@ def test_every_kernel_runs():
                 problem = Problem.random(*shape, r, dtype, adapter_dtype=torch.float32)
                 forward_and_backward("cuda_ptx", problem, Spec("silu", 1.0), save_z=False)
         matrices, values = torch.randn(32, 16).to(dtype), torch.randn(128)
-        out = torch.zeros(608, dtype=torch.int32)
+        out = torch.zeros(672, dtype=torch.int32)
         pointers = (matrices.data_ptr(), values.data_ptr(), out.data_ptr())
         _cuda_on_ptx.primitive_check(int(dtype == torch.float16), *pointers, 0, 0)
     launched = {launch["kernel"] for launch in _cuda_on_ptx.take_launches()}

@@ -353,7 +353,7 @@ OF_ALL, OWN = "[%rd0]", "[%rd3]"  # one word for all CTAs, and the first of each
     [
         ("st.global.b32 {own}, %r0; ld.global.b32 %r5, {own};", None),
         ("ld.global.b32 %r5, {all}; st.global.b32 {own}, %r5;", None),
-        ("st.global.b32 {all}, 7;", "stores to 'array 0' at byte 0, which the CTA with number . has read or written"),
+        ("st.global.b32 {all}, 7;", "stores to 'array 0' at byte 0, which the CTA with number . has written"),
         ("ld.global.b32 %r5, {all}; st.global.b32 {all}, %r5;", "race: (stores to|loads from) 'array 0' at byte 0"),
         (
             "setp.eq.u32 %p1, %r7, 1; @%p1 st.global.b16 [%rd0+2], %h1; ld.global.b32 %r5, {all};",

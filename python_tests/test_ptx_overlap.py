@@ -22,15 +22,15 @@ COPY = "cp.async.cg.shared.global [%r4], [%rd9], 16, 16; cp.async.commit_group;"
 STORE = "st.global.b32 [%rd8], %r0;"
 WAIT = "griddepcontrol.wait;"
 UNORDERED = {
-    "a store before the wait": (STORE + WAIT, "race: stores to 'array 0' without griddepcontrol.wait"),
-    "a load before the wait": ("ld.global.b32 %r5, [%rd8];" + WAIT, "race: loads from 'array 0' without"),
-    "a copy before the wait": (COPY + "cp.async.wait_group 0;" + WAIT, "race: loads from 'array 0' without"),
+    "a store before the wait": (STORE + WAIT, "race: stores to 'array 0' at byte .* without griddepcontrol.wait"),
+    "a load before the wait": ("ld.global.b32 %r5, [%rd8];" + WAIT, "race: loads from 'array 0' at byte .* without"),
+    "a copy before the wait": (COPY + "cp.async.wait_group 0;" + WAIT, "race: loads from 'array 0' at byte .* without"),
     "a store of lanes that do not wait": (
         "setp.lt.u32 %p1, %r0, 40; @%p1 griddepcontrol.wait;" + STORE, "lane 8: race: stores"
     ),
     "no wait at all": ("", "returns without griddepcontrol.wait"),
     "leave to start the next one, which is no wait": (
-        "griddepcontrol.launch_dependents;" + STORE, "race: stores to 'array 0' without griddepcontrol.wait"
+        "griddepcontrol.launch_dependents;" + STORE, "race: stores to 'array 0' at byte .* without griddepcontrol.wait"
     ),
 }  # fmt: skip
 

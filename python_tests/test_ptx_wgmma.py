@@ -1,7 +1,9 @@
 """wgmma of the PTX machine: matrices in shared memory as CuTe's canonical GMMA layouts place them, products against
 float64, and the rules of the asynchronous proxy."""
 
+import contextlib
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 _ptx = pytest.importorskip("afa_kernels._ptx", reason="built with the emulator only (AFA_BUILD_EMULATOR=1)")
 
-from ptx_helpers import EXECUTED, kernel, launch  # noqa: E402
+from ptx_helpers import EXECUTED, changed, comments, kernel, launch, one_less  # noqa: E402
 
 ELEMENTS = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
 MODES = {16: 0, 128: 1, 64: 2, 32: 3}  # bits 62 and 63 of a descriptor, by the bytes of a swizzled row
@@ -212,15 +214,19 @@ BROKEN = {
 }  # fmt: skip
 
 
-def run_asynchronous(changes):
+def asynchronous(changes):
     parts = SOUND | changes
     body = "".join(parts[p] for p in ("sync", "proxy"))
     body += DESCRIPTORS + "".join(parts[p] for p in ("fence", "issue", "commit", "between", "wait", "after"))
-    memory = np.zeros(2 * HALF, np.uint8)
-    text = kernel(FILL + with_accumulators(16, body), parameters=2, shared=2 * HALF, threads=128,
+    return kernel(FILL + with_accumulators(16, body), parameters=2, shared=2 * HALF, threads=128,
                   registers=".reg .f32 %c<8>; .reg .f32 %f<2>;")  # fmt: skip
+
+
+def run_asynchronous(text, **options):
+    memory = np.zeros(2 * HALF, np.uint8)
     for seed in range(3):
-        launch(text, memory, np.zeros((128, 8), np.float32), threads=128, seed=seed)
+        counters = launch(text, memory, np.zeros((128, 8), np.float32), threads=128, seed=seed, **options)
+    return counters
 
 
 @pytest.mark.parametrize(
@@ -235,20 +241,65 @@ def run_asynchronous(changes):
     ids=["plain", "fenced by the writers", "chain", "two waits", "overwritten after a barrier"],
 )
 def test_sound_asynchronous_products(changes):
-    run_asynchronous(changes)
+    run_asynchronous(asynchronous(changes))
 
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_broken_asynchronous_products(fault):
     changes, message = BROKEN[fault]
     with pytest.raises(_ptx.ExecutionError, match=message):
-        run_asynchronous(changes)
+        run_asynchronous(asynchronous(changes))
+
+
+COMMIT, NEXT = (f"\nwgmma.commit_group.sync.aligned; // {name}\n" for name in ("commit", "next"))
+WAIT_GROUP = "\nwgmma.wait_group.sync.aligned {}; // {}\n"
+WAIT, WAIT_BUT_ONE, AGAIN = (WAIT_GROUP.format(*of) for of in ((0, "wait"), (1, "wait"), (0, "again")))
+FENCE = "wgmma.fence.sync.aligned;"
+
+
+@pytest.mark.parametrize(
+    "changes, needed, exact",
+    [
+        (dict(after=""), ["commit", "wait"], ["wait"]),  # the accumulators are stored
+        (dict(commit=COMMIT + ISSUE + NEXT), ["next", "wait"], ["wait"]),  # both groups in one
+        (dict(commit=COMMIT + NEXT), ["wait"], []),  # the last group is empty
+        (dict(after=AGAIN), ["commit"], []),  # either would do
+        (dict(after="add.f32 %f0, %c0, %c0;" + AGAIN), ["commit", "wait"], ["wait"]),
+        (dict(after="mov.f32 %c0, 0f00000000;" + AGAIN), ["commit", "wait"], ["wait"]),
+        (dict(after="bar.sync 0; st.shared.b32 [%r100], 0;" + AGAIN), ["commit", "wait"], ["wait"]),
+        (dict(after="bar.sync 0; ld.shared.b32 %r110, [%r100];" + AGAIN), ["commit"], []),  # the product reads it too
+        (dict(after=FENCE + ISSUE + NEXT + AGAIN), ["next", "again"], ["again"]),  # the chain goes on
+        (dict(after=FENCE + IN_REGISTERS + NEXT + AGAIN), ["next", "again"], ["again"]),
+        (dict(issue=IN_REGISTERS, after="mov.u32 %r0, %r0;" + AGAIN), ["commit", "wait"], ["wait"]),
+        (dict(issue=IN_REGISTERS, after="mov.u32 %r110, %r0;" + AGAIN), ["commit"], []),
+        (
+            dict(
+                issue=IN_REGISTERS, commit=COMMIT + ISSUE + NEXT, wait=WAIT_BUT_ONE, after="mov.u32 %r0, %r0;" + AGAIN
+            ),
+            ["commit", "next", "wait", "again"],
+            ["wait", "again"],
+        ),
+    ],
+)
+def test_the_synchronizations_of_products_that_are_needed(changes, needed, exact):
+    """They are reported where they are changed, and no others are."""
+    text = asynchronous(dict(commit=COMMIT, wait=WAIT) | changes)
+    counters = run_asynchronous(text, explain=True)
+    marks = [mark for mark in comments(text.splitlines(), counters["effective"]) if mark]
+    assert marks == needed and comments(text.splitlines(), counters["exact_waits"]) == exact
+    changes = [(mark in needed, mark, lambda line: "") for mark in re.findall(r"// (\w+)", text)]
+    changes += [(mark in exact, mark, one_less) for mark in re.findall(r"wait_group.*// (\w+)", text)]
+    for is_fault, mark, change in changes:
+        told = pytest.raises(_ptx.ExecutionError, match="that has not been waited for")
+        with told if is_fault else contextlib.nullcontext():
+            run_asynchronous(changed(text, mark, change))
 
 
 def test_no_instruction_is_untested(request):
     """Runs last of the files that test the machine."""
     files = {item.path.name for item in request.session.items}
-    whole = {f"test_ptx_{name}.py" for name in ("floats", "hazards", "instructions", "memory", "overlap", "wgmma")}
+    names = ("atomics", "floats", "hazards", "instructions", "memory", "overlap", "wgmma")
+    whole = {f"test_ptx_{name}.py" for name in names}
     if not whole <= files or request.config.option.keyword:
         pytest.skip("some tests of the machine were left out")
     assert set(_ptx.instruction_names()) - EXECUTED == set()

@@ -55,7 +55,7 @@ class CardMeter:
         of its own may such a kernel begin before that one has ended."""
         operands = [
             torch.zeros(count, dtype=dtype, device=self.device)
-            for count, dtype in ((512, torch.bfloat16), (128, torch.float32), (608, torch.int32))
+            for count, dtype in ((512, torch.bfloat16), (128, torch.float32), (672, torch.int32))
         ]
         pointers = [operand.data_ptr() for operand in operands]
         nothing = torch.empty(1, device=self.device)

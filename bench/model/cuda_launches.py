@@ -10,6 +10,8 @@ those that the compiled kernels move, as counted on the PTX machine (python_test
         latency     HBM bytes / (bytes under way on all multiprocessors / latency), at least one latency for each load
                     that waits for another one
     the second term divided by the full share of the last wave
+    then, where the last block of a slab adds up the partial results of all: one latency until it knows that it is the
+    last, and the longer of its bytes / the L2 rate of one multiprocessor and a latency for each two chunks
     gap              launch; behind another kernel of this package less what programmatic dependent launch hides of it,
                      but at least one latency: the kernel waits until it can see what the one before it wrote
 
@@ -48,6 +50,7 @@ class Gpu(NamedTuple):
     hidden: Range  # seconds of these that programmatic dependent launch takes away
     gemm: float  # FLOP/s of the frozen layer's GEMM
     unhidden: Range  # share of the time of reading its third operand that a GEMM with beta = 1 takes longer
+    l2_alone: float  # bytes per second that one multiprocessor takes from L2
 
 
 # 3.0 TB/s and 798 TFLOP/s were measured on such a card, by others. So were 0.96 us hidden between two empty kernels at
@@ -55,7 +58,7 @@ class Gpu(NamedTuple):
 # blocks of the kernel before make room late. The rest is assumed.
 H100 = Gpu(
     "H100", 132, 227 << 10, 228 << 10, Range(3.1e12, 2.9e12), Range(6.5e12, 4.5e12), Range(0.6e-6, 1.0e-6),
-    Range(1.0e-6, 3.0e-6), Range(0.96e-6, 0.48e-6), 798e12, Range(0.15, 0.45),
+    Range(1.0e-6, 3.0e-6), Range(0.96e-6, 0.48e-6), 798e12, Range(0.15, 0.45), 64 * 1.755e9,
 )  # fmt: skip
 
 
@@ -75,6 +78,7 @@ class Kernel(NamedTuple):
     behind: int = 0  # launches right behind another kernel of this package
     busy: float = 0.0  # share of its time in which blocks that differ keep their places busy; 0: as waves say
     found: float = 0.0  # loads by which blocks look for their work, one after the other, where nothing hides them
+    summed: tuple[int, int] = (0, 0)  # bytes that the last block of a slab adds up, and loads that wait
 
     def gaps(self, gpu: Gpu, which: str) -> float:
         """Return the modelled time in which the kernel before has ended and this one has not begun."""
@@ -101,7 +105,13 @@ class Kernel(NamedTuple):
             bound = "launch"
         elif longest / full - longest > launch and full < 0.9:
             bound = "tail"
-        return launch + self.found * value(gpu.latency) + longest / full, bound
+        return launch + self.found * value(gpu.latency) + longest / full + self.sum_seconds(gpu, which), bound
+
+    def sum_seconds(self, gpu: Gpu, which: str) -> float:
+        """Return the modelled time between the last partial result and the end of the kernel."""
+        size, waits = self.summed
+        latency = getattr(gpu.latency, which)
+        return latency + max(size / gpu.l2_alone, waits * latency) if waits else 0.0
 
 
 class Layer(NamedTuple):
@@ -188,17 +198,21 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
     makes_dz = "dh_sums" in planned["x"]  # in the x kernel, each slab of columns for itself
     rounds = planned["x"]["launches"]
     da = da_chunks * rank * k * FLOAT  # of a round
-    # Written by each round and read by all but the first; then what belongs to a rank is summed.
-    again, da_sum = 2 * rounds - 1, da * ranks // rank
+    # Written by each round and read by all but the first; then what belongs to a rank is summed. What has one chunk is
+    # not written by the last round.
+    again, again_one, da_sum = 2 * rounds - 1, 2 * (rounds - 1), da * ranks // rank
+    da_summed, db_summed = (planned.get(name, {}).get("sums", 0) for name in ("x", "dy"))
+    counters = FLOAT * x_slabs * planned["x"]["threads"] if da_summed > 1 else 0
     if "dy" in planned:
         slabs, db_chunks = planned["dy"]["grid"]
         dh, db = slabs * m * layer.dy_rank * FLOAT, db_chunks * n * layer.dy_rank * FLOAT
         z_again = sum(math.ceil(n / 256) * HALF * m * r for n, r in members)
-        backward.append(made("dy", y, db_chunks * b + z_again + dh + again * db))
-        left = db_chunks * FLOAT * sum(n * r for n, r in members) + b
+        db_moved = again_one * db + b if db_summed else again * db
+        backward.append(made("dy", y, db_chunks * b + z_again + dh + db_moved + counters))
+        left = 0 if db_summed else db_chunks * FLOAT * sum(n * r for n, r in members) + b
         if not makes_dz:
             parts = max(math.ceil(n / 256) for n, _ in members)
-            backward.append(reduce(dh + z + dz + left, max(parts, db_chunks), rounds))
+            backward.append(reduce(dh + z + dz + left, max(parts, db_chunks if left else 0), rounds))
             left = 0
     else:
         dh = planned["project_dy"]["grid"][1] * m * rank * FLOAT
@@ -209,8 +223,20 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
         backward.append(made("db", y, slabs * dz + again * db))
         left = db * ranks // rank + b
     dz_again = x_slabs * (dh + z if makes_dz else dz)
-    backward.append(made("x", 2 * x, da_chunks * a + dz_again + again * da))
-    backward.append(reduce(da_sum + a + left, max(da_chunks, db_chunks if left else 0)))
+    if da_summed == 1:
+        da_moved = again_one * da - (da - da_sum if rounds > 1 else 0) + a
+    else:
+        da_moved = again * da
+    if da_summed > 1:
+        da_moved += da_sum + a + 2 * da_chunks * counters
+    x_kernel = made("x", 2 * x, da_chunks * a + dz_again + da_moved)
+    if da_summed > 1:
+        chunks_at_once = 1 if rank == 128 else 2
+        x_kernel = x_kernel._replace(summed=(da_sum // x_slabs, math.ceil(da_chunks / chunks_at_once)))
+    backward.append(x_kernel)
+    if left or not da_summed:
+        da_left, chunks = (0, 0) if da_summed else (da_sum + a, da_chunks)
+        backward.append(reduce(da_left + left, max(chunks, db_chunks if left else 0)))
     return in_a_row(forward), in_a_row(backward)
 
 

@@ -8,12 +8,12 @@
 //
 // A block keeps one slab of columns and walks down one chunk of rows. What it sums over rows stays
 // in registers and is stored once, as a partial result of its chunk, so that sums have one order
-// whatever the grid. A call of many rows is a series of launches (rounds): each adds to the partial
-// results of the one before it.
+// whatever the grid; where there is one chunk, as the result. A call of many rows is a series of
+// launches (rounds): each adds to the partial results of the one before it.
 #pragma once
 
+#include "cuda/da_sums.cuh"
 #include "cuda/dz.cuh"
-#include "cuda/outer.cuh"
 
 namespace afa {
 
@@ -134,14 +134,23 @@ AFA_KERNEL(DyTile<R>::kThreads, DyTile<R>::kBlocks)
 dy_kernel(const DyParams p) {
     follow_previous_kernel();
     const DyMember member = member_with(p.members, block_x());
-    const int slab = block_x() - member.first, n = member.b.rows;
+    const int slab = block_x() - member.first, n = member.b.rows, r = member.b.cols;
+    constexpr int kSlice = DyTile<R>::kSlice;
+    if (p.arrived && block_x() == 0 && block_y() == 0)
+        clear<DyTile<R>::kThreads>(p.arrived, p.arrived_count);
     SharedMemory shared;
     dy_pass<T, R>(p, member, member.dh + slab * p.m * R, shared, slab, block_y(),
-                  [&](const auto& db, int col) {
-                      if (member.db)
-                          store_outer<DyTile<R>::kSlice, R>(
-                              member.db + static_cast<int64_t>(block_y()) * n * R, db, col, n, 0, R,
-                              p.adds);
+                  [&](auto& db, int col) {
+                      if (!member.db)
+                          return;
+                      float* partial = member.db + static_cast<int64_t>(block_y()) * n * R;
+                      if (member.result.rows == 0)
+                          return store_outer<kSlice, R>(partial, db, col, n, 0, R, p.adds);
+                      AFA_UNROLL
+                      for (int i = 0; i < kSlice / 16 && p.adds; ++i)
+                          add_stored<R>(db[i], partial, col + i * 16, n, 0, R);
+                      store_result<T, kSlice, R>(member.result.out, member.result.type, db, col, n,
+                                                 0, r, n, r, member.scaling);
                   });
 }
 
@@ -349,14 +358,13 @@ AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int
 
 // Grid: (slabs, chunks).
 template <typename T, int R>
-AFA_KERNEL(OuterTile<R>::kThreads)
+AFA_KERNEL(OuterTile<R>::kThreads, OuterTile<R>::kXBlocks)
 x_kernel(const OuterParams p) {
     follow_previous_kernel();
     SharedMemory shared;
-    x_pass<T, R>(p, shared, block_x(), block_y(), [&](const auto& da, int col) {
+    x_pass<T, R>(p, shared, block_x(), block_y(), [&](auto& da, int col) {
         if (p.partial)
-            store_outer<R, OuterTile<R>::kSlice>(
-                p.partial + static_cast<int64_t>(block_y()) * R * p.w, da, 0, R, col, p.w, p.adds);
+            store_da<T, R, OuterTile<R>::kSlice>(p, da, col, OuterTile<R>::kThreads);
     });
 }
 

@@ -115,6 +115,8 @@ py::dict described(const KernelPlan& plan, const DeviceLimits& device) {
     row["launches"] = plan.launches;
     if (plan.dh_sums > 0)
         row["dh_sums"] = plan.dh_sums;
+    if (plan.sums > 0)
+        row["sums"] = plan.sums;
     return row;
 }
 

@@ -2,6 +2,8 @@
 // its rows, and then what its groups change.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/operands.h"
 
 namespace afa {
@@ -75,7 +77,29 @@ inline DyMember dy_member(const BackwardCall& call, int i) {
     member.z_cols = call.shape.members[i].r;
     member.alpha_t = call.members[i].alpha_t;
     member.activation = call.members[i].activation;
+    member.scaling = call.members[i].scaling;
     return member;
+}
+
+// Where dB of member i goes, and the rows of every dA, side by side as those of A are.
+inline WeightGradient db_result(const BackwardCall& call, int i) {
+    const MemberGradients& member = call.gradients[i];
+    return {member.db, call.shape.members[i].n, member.db_is_float ? Output::fp32 : Output::t};
+}
+inline void fill_da(WeightGradient (&blocks)[kMaxRank / kRankUnit], const BackwardCall& call) {
+    int block = 0;
+    for (int i = 0; i < call.shape.count; ++i) {
+        const MemberGradients& member = call.gradients[i];
+        const int64_t bytes = static_cast<int64_t>(kRankUnit) * call.shape.k *
+                              (member.da_is_float ? kFloatBytes : kElementBytes);
+        WeightGradient rows{member.da, 0, member.da_is_float ? Output::fp32 : Output::t};
+        for (int left = call.shape.members[i].r; left > 0; left -= kRankUnit, ++block) {
+            rows.rows = member.da ? std::min(left, kRankUnit) : 0;
+            blocks[block] = rows;
+            if (member.da)
+                rows.out = static_cast<char*>(rows.out) + bytes;
+        }
+    }
 }
 
 // dB = dy^T h of a lone layer; where it goes is not filled in.

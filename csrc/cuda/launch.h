@@ -39,7 +39,7 @@ const RankKernels& rank_kernels(DType dtype, int rank);
 
 void launch_reduce(DType dtype, const LaunchConfig& config, const ReduceParams& params);
 
-// One warp runs every primitive once: T in[512], float values[128], uint32_t out[608]
+// One warp runs every primitive once: T in[512], float values[128], uint32_t out[672]
 // (prim_check.cuh).
 void launch_primitive_check(DType dtype, const void* in, const float* values, uint32_t* out,
                             void* stream);

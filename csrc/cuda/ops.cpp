@@ -37,7 +37,8 @@ void recompute_z(const BranchCall& call, const ForwardPlan& plan, const Backward
     reduction.launch(call);
 }
 
-void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch) {
+void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch,
+               bool last, bool need_da) {
     DyParams p{};
     KernelPlan kernel = plan.dy;
     int slabs = 0;
@@ -51,6 +52,8 @@ void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const Backwar
         slabs += plan.dh_parts[i];
         member.dh = needs_dz(call, i) ? scratch.dh[i] : nullptr;
         member.db = call.gradients[i].db ? scratch.db[i] : nullptr;
+        if (last && plan.dy.sums > 0 && member.db)
+            member.result = db_result(call, i);
     }
     if (slabs == 0)
         return;
@@ -58,6 +61,10 @@ void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const Backwar
     p.m = call.shape.m;
     p.rows_per_chunk = plan.db_rows;
     p.stages = kernel.stages;
+    if (last && need_da && plan.x.sums > 1) {
+        p.arrived = scratch.arrived;
+        p.arrived_count = static_cast<int>(counters(plan));
+    }
     kernel.grid_x = slabs;
     rank_kernels(call.dtype, plan.dy_rank).dy(chunks_config(kernel, call, plan.db_rows), p);
 }
@@ -80,14 +87,21 @@ void launch_db(const BackwardCall& call, const BackwardPlan& plan, const Backwar
 }
 
 void launch_x(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch,
-              bool need_da) {
+              bool last, bool need_da) {
     const bool makes_dz = plan.x.dh_sums > 0;
     OuterParams p = outer_x(call, plan.x, plan.da_rows, makes_dz ? nullptr : scratch.dz);
     if (makes_dz)
         p.dz = dz_job(call, plan, scratch, 0);
     p.partial = need_da ? scratch.da : nullptr;
     p.adds = call.first_row > 0;
-    rank_kernels(call.dtype, plan.rank).x(chunks_config(plan.x, call, plan.da_rows), p);
+    const LaunchConfig config = chunks_config(plan.x, call, plan.da_rows);
+    if (last && need_da && plan.x.sums > 0) {
+        p.sums.count = plan.x.sums;
+        p.sums.blocks = config.plan.grid_y;
+        p.sums.arrived = scratch.arrived;
+        fill_da(p.sums.da, call);
+    }
+    rank_kernels(call.dtype, plan.rank).x(config, p);
 }
 
 const void* at(const void* matrix, int64_t element) {
@@ -121,7 +135,7 @@ void backward_round(const BackwardCall& call, const BackwardPlan& plan,
     }
     const bool apart = !plan.one_pass_dy;  // dh and dB, by kernels of their own
     if (!apart)
-        launch_dy(call, plan, scratch);
+        launch_dy(call, plan, scratch, last, need_da);
     else if (need_dz)
         launch_project_dy(call, plan, scratch);
 
@@ -130,16 +144,16 @@ void backward_round(const BackwardCall& call, const BackwardPlan& plan,
         const MemberGradients& member = call.gradients[i];
         if ((needs_dz(call, i) && plan.x.dh_sums == 0) || (apart && member.db))
             first.add(dz_job(call, plan, scratch, i));
-        if (member.db && last)
+        if (member.db && last && plan.dy.sums == 0)
             (apart || plan.x.dh_sums > 0 ? second : first).add(db_job(call, plan, scratch, i));
-        if (member.da && last)
+        if (member.da && last && plan.x.sums == 0)
             second.add(da_job(call, plan, scratch, i));
     }
     first.launch(call);
     if (apart && call.gradients[0].db)
         launch_db(call, plan, scratch);
     if (need_dz)
-        launch_x(call, plan, scratch, need_da);
+        launch_x(call, plan, scratch, last, need_da);
     second.launch(call);
 }
 

@@ -61,4 +61,62 @@ AFA_DEVICE void store_outer(float* matrix, const float (&acc)[kLeft / 16][kRight
     }
 }
 
+// Adds to 16 rows of the accumulators what store_outer stored of them.
+template <int kRight>
+AFA_DEVICE void add_stored(float (&acc)[kRight / 8][4], const float* matrix, int64_t row0,
+                           int64_t rows, int col0, int cols) {
+    const int col = col0 + lane_index() % 4 * 2;
+    AFA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        const int64_t row = row0 + lane_index() / 4 + half * 8;
+        AFA_UNROLL
+        for (int j = 0; j < kRight / 8; ++j) {
+            const float* place = matrix + row * cols + col + j * 8;
+            const Float2 part = row < rows && col + j * 8 < cols
+                                    ? load_global(reinterpret_cast<const Float2*>(place))
+                                    : Float2{0.0f, 0.0f};
+            acc[j][2 * half] += part.x;
+            acc[j][2 * half + 1] += part.y;
+        }
+    }
+}
+
+template <typename T>
+AFA_DEVICE void store_element(void* out, Output type, int64_t index, float value) {
+    if (type == Output::fp32)
+        store_global(static_cast<float*>(out) + index, value);
+    else
+        store_global(static_cast<uint16_t*>(out) + index,
+                     static_cast<uint16_t>(pack<T>(value, 0.0f)));
+}
+
+// Stores scale times 16 rows of the accumulators into a (rows, cols) result; zeros from live_rows
+// and live_cols on.
+template <typename T, int kRight>
+AFA_DEVICE void store_rows(void* out, Output type, const float (&acc)[kRight / 8][4], int row0,
+                           int rows, int col0, int cols, int live_rows, int live_cols,
+                           float scale) {
+    AFA_UNROLL
+    for (int j = 0; j < kRight / 8; ++j)
+        AFA_UNROLL
+    for (int e = 0; e < 4; ++e) {
+        const int row = row0 + lane_index() / 4 + e / 2 * 8;
+        const int col = col0 + j * 8 + lane_index() % 4 * 2 + e % 2;
+        if (row < rows && col < cols)
+            store_element<T>(out, type, static_cast<int64_t>(row) * cols + col,
+                             row < live_rows && col < live_cols ? scale * acc[j][e] : 0.0f);
+    }
+}
+
+// The same of all rows.
+template <typename T, int kLeft, int kRight>
+AFA_DEVICE void store_result(void* out, Output type, const float (&acc)[kLeft / 16][kRight / 8][4],
+                             int row0, int rows, int col0, int cols, int live_rows, int live_cols,
+                             float scale) {
+    AFA_UNROLL
+    for (int i = 0; i < kLeft / 16; ++i)
+        store_rows<T, kRight>(out, type, acc[i], row0 + i * 16, rows, col0, cols, live_rows,
+                              live_cols, scale);
+}
+
 }  // namespace afa

@@ -79,17 +79,29 @@ struct ForwardParams {
     float inverse_keep;
 };
 
+enum class Output : int { fp32, t };
+
+// A gradient of a weight, or some of its rows, as the caller has it: float or T, one row after the
+// other.
+struct WeightGradient {
+    void* out;
+    int rows;  // 0: none
+    Output type;
+};
+
 struct DyMember {
     int first;       // of its slabs among those of all members
     const void* dy;  // T [M, N], row stride dy_stride
     int64_t dy_stride;
-    Weight b;              // (N, r)
-    const void* z;         // T [M, z_cols]
-    int z_cols;            // r
-    const float* alpha_t;  // [1]; null at identity
-    float* dh;             // [slabs, M, R]; null: not needed
-    float* db;             // [chunks, N, R]; null: not needed
+    Weight b;               // (N, r)
+    const void* z;          // T [M, z_cols]
+    int z_cols;             // r
+    const float* alpha_t;   // [1]; null at identity
+    float* dh;              // [slabs, M, R]; null: not needed
+    float* db;              // [chunks, N, R]; null: not needed
+    WeightGradient result;  // dB (N, r), where there is one chunk; else db is left to others
     int activation;
+    float scaling;
 };
 
 // One pass over every dy: dh = dy B by slab of columns, dB = dy^T h by chunk of rows. Here R is the
@@ -99,6 +111,8 @@ struct DyParams {
     bool adds;  // to db
     int64_t m, rows_per_chunk;
     int stages;
+    uint32_t* arrived;  // [arrived_count], of the x kernel behind, which is to find zeros; or null
+    int arrived_count;  // a multiple of 4
 };
 
 // Per row of (M, cols), any subset of: z = scale * sum; dz = scale * phi'(z) * sum; h = phi(z).
@@ -118,6 +132,15 @@ struct SumRowsJob {
     float scale;
 };
 
+// dA by the x kernel itself. Each thread counts, among those of its place in the blocks of its
+// slab, that its partial results are stored; the last one adds up those of all chunks.
+struct SlabSums {
+    int count;          // chunks; 1: no partial results, 0: they are left to others
+    int blocks;         // of a slab in this launch
+    uint32_t* arrived;  // [slabs, threads], zeros
+    WeightGradient da[kMaxRank / kRankUnit];  // kRankUnit rows each
+};
+
 // One pass over x: dx = dz A and dA = dz^T x by chunk of rows. Or, over dy at R >= 64: dB = dy^T h.
 struct OuterParams {
     const void* wide;  // T [M, W], row stride wide_stride: x or dy
@@ -129,13 +152,12 @@ struct OuterParams {
     void* dx;                        // T [M, W], row stride W; null: not needed (x pass only)
     float* partial;  // [chunks, R, W] (x pass) or [chunks, W, R] (dy pass); null: not needed
     bool adds;       // to partial
+    SlabSums sums;   // x pass only
     int64_t m, rows_per_chunk;
     int w;
     int stages;
     DropoutParams dropout;
 };
-
-enum class Output : int { fp32, t };
 
 // out = scale * the sum of `count` partial results, in order.
 struct SumWeightJob {

@@ -31,6 +31,11 @@ constexpr int64_t kRoundBytes = (R <= 32 ? 32 : 24) << 20;
 template <int R>
 constexpr int64_t kPartialBytes = (R <= 32 ? 12 : 16) << 20;
 constexpr int64_t kPartialShare = 400;
+// Most bytes of partial results of a slab of dA that are added up by whoever comes last: by one
+// multiprocessor, which takes 64 bytes a clock from L2. By bench/model that costs what the reduce
+// kernel in its place does, 1.2 to 3.5 us, up to half of these bytes, and 1 us more with all of
+// them, for which the host launches a kernel less (a model: no GPU has confirmed it).
+constexpr int64_t kLastBlockBytes = 192 << 10;
 constexpr int64_t kRoundUnit = 128;  // rows, whole tiles of every kernel
 constexpr int kMaxFeatures =
     1 << 30;  // column indices are 32-bit, with room for a tile beyond the end
@@ -138,6 +143,7 @@ BackwardPlan dy_pass_of(const Shape& shape, Weights weights, const DeviceLimits&
             chunked<Dy, R>("dy", Dy::kRegisters, device, plan.rows, dy_slabs(shape, shape.count),
                            partial_bytes<R>(shape), Dy::bytes, plan.db_rows);
         plan.db_chunks = plan.dy.grid_y;
+        plan.dy.sums = plan.db_chunks == 1 && !device.reduces_all;
     } else {
         const int n = shape.members[0].n;
         plan.segment = segment_of(n);
@@ -161,6 +167,12 @@ void add_x_pass(BackwardPlan& plan, const Shape& shape, const DeviceLimits& devi
     plan.da_chunks = plan.x.grid_y;
     if (Outer::kMakesDz && shape.count == 1 && plan.dh_parts[0] <= kSumsAtOnce)
         plan.x.dh_sums = plan.dh_parts[0];
+    // A reduce kernel that has to sum dB behind the x kernel sums dA as well. The counters of the x
+    // kernel are zeroed by the dy kernel.
+    const bool alone = plan.one_pass_dy && (plan.x.dh_sums == 0 || plan.dy.sums > 0);
+    const int64_t slab_bytes = kFloatBytes * R * Outer::kColumns * plan.da_chunks;
+    if (!device.reduces_all && (plan.da_chunks == 1 || (alone && slab_bytes <= kLastBlockBytes)))
+        plan.x.sums = plan.da_chunks;
     for (KernelPlan* kernel : {&plan.dy, &plan.project_dy, &plan.db, &plan.x})
         kernel->launches = plan.rounds;
 }
@@ -171,9 +183,9 @@ bool operator==(const Shape& a, const Shape& b) {
            std::equal(a.members, a.members + a.count, b.members, same);
 }
 bool operator==(const DeviceLimits& a, const DeviceLimits& b) {
-    return std::tie(a.sm_count, a.shared_per_block, a.shared_per_sm, a.chunk_limit,
-                    a.round_limit) ==
-           std::tie(b.sm_count, b.shared_per_block, b.shared_per_sm, b.chunk_limit, b.round_limit);
+    return std::tie(a.sm_count, a.shared_per_block, a.shared_per_sm, a.chunk_limit, a.round_limit,
+                    a.reduces_all) == std::tie(b.sm_count, b.shared_per_block, b.shared_per_sm,
+                                               b.chunk_limit, b.round_limit, b.reduces_all);
 }
 
 // make(), or what it returned when this thread last asked for the same: a model has few shapes, and

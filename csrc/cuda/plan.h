@@ -55,6 +55,7 @@ struct DeviceLimits {
     // Most chunks of rows, and most rows of a round; 0: no limit. Tests set them to reach long
     // chunks and several rounds with few rows.
     int chunk_limit = 0, round_limit = 0;
+    bool reduces_all = false;  // tests: all partial results are left to the reduce kernel
 };
 
 struct KernelPlan {
@@ -70,6 +71,9 @@ struct KernelPlan {
     bool staged = false;    // floats of A and B lie in shared memory before they are rounded
     int launches = 1;       // in a backward, one for each round
     int dh_sums = 0;        // x kernel: partial sums of dh that it makes dz from; 0: it reads dz
+    // Chunks whose sum the kernel writes itself, of dA (x kernel) or dB (dy kernel): the only one,
+    // or those of a slab by whoever comes last. 0: the reduce kernel does.
+    int sums = 0;
 };
 
 struct ForwardPlan {

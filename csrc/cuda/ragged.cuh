@@ -237,35 +237,6 @@ AFA_DEVICE int64_t partial_index(const Groups& groups, int64_t first_row, int64_
     return (first_row / groups.chunk_rows + chunk) * 2 + (chunk == chunks - 1);
 }
 
-template <typename T>
-AFA_DEVICE void store_element(void* out, Output type, int64_t index, float value) {
-    if (type == Output::fp32)
-        store_global(static_cast<float*>(out) + index, value);
-    else
-        store_global(static_cast<uint16_t*>(out) + index,
-                     static_cast<uint16_t>(pack<T>(value, 0.0f)));
-}
-
-// Stores scale times the accumulators of add_outer into the (rows, cols) result of a group; zeros
-// beyond its rank.
-template <typename T, int kLeft, int kRight>
-AFA_DEVICE void store_result(void* out, Output type, const float (&acc)[kLeft / 16][kRight / 8][4],
-                             int row0, int rows, int col0, int cols, int live_rows, int live_cols,
-                             float scale) {
-    AFA_UNROLL
-    for (int i = 0; i < kLeft / 16; ++i)
-        AFA_UNROLL
-    for (int j = 0; j < kRight / 8; ++j)
-        AFA_UNROLL
-    for (int e = 0; e < 4; ++e) {
-        const int row = row0 + i * 16 + lane_index() / 4 + e / 2 * 8;
-        const int col = col0 + j * 8 + lane_index() % 4 * 2 + e % 2;
-        if (row < rows && col < cols)
-            store_element<T>(out, type, static_cast<int64_t>(row) * cols + col,
-                             row < live_rows && col < live_cols ? scale * acc[i][j][e] : 0.0f);
-    }
-}
-
 // The result of group `group`.
 template <typename T>
 AFA_DEVICE void* result_of(const GroupSums& sums, const Groups& groups, int group) {

@@ -22,9 +22,13 @@ struct ForwardScratch {
         : partial(plan.one_pass ? nullptr : w.take<float>(plan.splits * s.m * plan.rank)) {}
 };
 
+// Of the x kernel, one for each thread of a slab's place, whether they are needed or not.
+inline int64_t counters(const BackwardPlan& plan) { return plan.x.grid_x * plan.x.threads; }
+
 struct BackwardScratch {  // db and da for the whole call, the others for one round
     Element *dz, *h;
     float *partial_z, *da;
+    uint32_t* arrived;  // counters of the x kernel
     Element* z[kMaxMembers] = {};
     float *dh[kMaxMembers] = {}, *db[kMaxMembers] = {};
 
@@ -48,6 +52,7 @@ struct BackwardScratch {  // db and da for the whole call, the others for one ro
             db[i] =
                 w.take<float>(static_cast<int64_t>(plan.db_chunks) * s.members[i].n * plan.dy_rank);
         da = w.take<float>(static_cast<int64_t>(plan.da_chunks) * plan.rank * s.k);
+        arrived = w.take<uint32_t>(counters(plan));
     }
 };
 

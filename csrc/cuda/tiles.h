@@ -99,6 +99,7 @@ struct OuterTile {
     // again: at rank 16, where slabs are wide and the sums small, that costs less than a launch.
     static constexpr bool kMakesDz = R == 16;
     static constexpr int kXRegisters = 248, kRaggedXRegisters = kAllRegisters;
+    static constexpr int kXBlocks = kThreads == 256 ? 1 : 2;
     static constexpr int kDbRegisters = 128, kRaggedDbRegisters = 136;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);

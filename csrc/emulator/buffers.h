@@ -1,6 +1,7 @@
 // The global memory that each kernel may touch, to the byte, derived from its parameters.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "cuda/params.h"
@@ -34,6 +35,12 @@ class BufferList {
     }
     void floats(const char* name, const float* data, int64_t count, bool writable = false) {
         add(name, data, static_cast<size_t>(count) * sizeof(float), writable);
+    }
+    // As many columns as it has, which is not said there.
+    void gradient(const char* name, const WeightGradient& g, int64_t cols) {
+        const size_t size = g.type == Output::fp32 ? sizeof(float) : kElement;
+        if (g.rows > 0)
+            add(name, g.out, static_cast<size_t>(g.rows * cols) * size, true);
     }
     void seed(const DropoutParams& dropout) {
         if (dropout.threshold > 0)
@@ -92,13 +99,17 @@ std::vector<simt::Buffer> emulated_buffers(const DyParams& p) {
         b.floats("alpha_t", member.alpha_t, 1);
         b.floats("dh", member.dh, slabs * p.m * R, true);
         b.floats("db", member.db, chunks * n * R, true);
+        b.gradient("dB", member.result, r);
     }
+    b.add("arrived", p.arrived, static_cast<size_t>(p.arrived_count) * sizeof(uint32_t), true);
     return b.list;
 }
 
 template <int R>
 std::vector<simt::Buffer> emulated_buffers(const OuterParams& p) {
+    using Tile = OuterTile<R>;
     const int64_t chunks = (p.m + p.rows_per_chunk - 1) / p.rows_per_chunk;
+    const int64_t slabs = (p.w + Tile::kColumns - 1) / Tile::kColumns;
     BufferList b;
     b.matrix("wide", p.wide, p.m, p.w, p.wide_stride);
     b.matrix("narrow", p.narrow, p.m, R, R);
@@ -107,7 +118,11 @@ std::vector<simt::Buffer> emulated_buffers(const OuterParams& p) {
     b.floats("alpha_t", p.dz.alpha_t, 1);
     b.rank_rows(p.a, R);
     b.matrix("dx", p.dx, p.m, p.w, p.w, true);
-    b.floats("partial", p.partial, chunks * R * p.w, true);
+    b.floats("partial", p.partial, std::max<int64_t>(chunks, p.sums.count) * R * p.w, true);
+    if (p.sums.count > 1)
+        b.add("arrived", p.sums.arrived, slabs * Tile::kThreads * sizeof(uint32_t), true);
+    for (const WeightGradient& rows : p.sums.da)
+        b.gradient("dA", rows, p.w);
     b.seed(p.dropout);
     return b.list;
 }

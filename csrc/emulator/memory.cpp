@@ -14,6 +14,7 @@
 #include <sanitizer/tsan_interface.h>
 extern "C" void __tsan_read_range(void* address, unsigned long bytes);
 extern "C" void __tsan_write_range(void* address, unsigned long bytes);
+extern "C" int __tsan_atomic32_fetch_add(volatile int* address, int value, int order);
 #endif
 
 namespace simt {
@@ -177,6 +178,20 @@ void check_global(const void* address, size_t bytes, bool write, Site site) {
             fail(site, "write to '%s', which is read-only", buffer.name);
     fail(site, "%s of %zu bytes outside the buffers of the launch", write ? "write" : "read",
          bytes);
+}
+
+uint32_t take_ticket(uint32_t* counter, Site site) {
+    check_global(counter, sizeof(*counter), false, site);
+    check_global(counter, sizeof(*counter), true, site);
+    block.current->site = site;
+#if defined(SIMT_TSAN)
+    // Ordered for ThreadSanitizer as on the device; its race with a plain access is reported.
+    constexpr int kAcquireRelease = 4;
+    return static_cast<uint32_t>(
+        __tsan_atomic32_fetch_add(reinterpret_cast<volatile int*>(counter), 1, kAcquireRelease));
+#else
+    return (*counter)++;
+#endif
 }
 
 void copy_async(void* target, const void* source, bool valid, Site site) {

@@ -122,7 +122,8 @@ void run_block() {
     while (static_cast<int>(block.threads.size()) < count)
         block.threads.push_back(std::make_unique<Thread>());
     // For ThreadSanitizer a thread is ordered after the one of an earlier block that had its fiber.
-    // Shuffled, that hides no race between blocks for long, and spares the making of fresh fibers.
+    // Shuffled, that hides no race between blocks for long, unless it lies before a barrier of the
+    // earlier block, and spares the making of fresh fibers.
     for (size_t i = block.threads.size() - 1; i > 0; --i)
         std::swap(block.threads[i], block.threads[random_below(static_cast<uint32_t>(i) + 1)]);
     block.warps.assign(count / kWarp, Warp{});

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "ptx/forms.h"
+#include "ptx/memory.h"
 
 namespace ptx {
 namespace {
@@ -18,16 +19,12 @@ void copy(Warp& warp, const Instruction& i) {
     copies.lanes = warp.active;
     copies.bytes = bytes;
     copies.fill = i.line == warp.cta->launch->unfilled_line ? 0x3F : 0;  // numbers near 1
-    const auto address = [&](const uint32_t* op, int lane) {
-        const uint64_t base =
-            op[1] ? warp.in<uint64_t>(op[0])[lane] : warp.in<uint32_t>(op[0])[lane];
-        return base + static_cast<uint64_t>(static_cast<int64_t>(static_cast<int32_t>(op[2])));
-    };
+    const Address to(warp, i.op), from(warp, i.op + 3);
     Counters& counters = warp.cta->counters;
     WarpTraffic whole;
     for (uint32_t rest = warp.active; rest; rest &= rest - 1) {
         const int lane = __builtin_ctz(rest);
-        const uint64_t target = address(i.op, lane), source = address(i.op + 3, lane);
+        const uint64_t target = to[lane], source = from[lane];
         const uint32_t wanted = kWithSourceBytes ? warp.in<uint32_t>(i.op[7])[lane] : bytes;
         if (wanted > bytes)
             throw Fault{lane, "copies " + std::to_string(wanted) + " of " + std::to_string(bytes) +
@@ -40,7 +37,7 @@ void copy(Warp& warp, const Instruction& i) {
         if (wanted && !found)
             throw Fault{lane, "copies " + warp.cta->global->describe(source, wanted)};
         if (wanted)
-            check_ctas(warp, lane, *found, source, wanted, false);
+            warp.cta->races->check(warp, lane, *found, source, wanted, Access::load);
         if (wanted == bytes)
             whole.add(source, found);
         else if (wanted)
@@ -60,27 +57,24 @@ void copy(Warp& warp, const Instruction& i) {
 }
 
 void commit(Warp& warp, const Instruction& i) {
-    if (warp.cta->launch->explain)
-        for (const AsyncCopies& copies : warp.copies)
-            for (uint32_t rest = copies.lanes & warp.active; rest; rest &= rest - 1) {
-                const int lane = __builtin_ctz(rest);
-                if (copies.group[lane] == warp.commits[lane])
-                    warp.cta->counters.effective.insert(i.line);
-            }
-    for (int lane = 0; lane < kLanes; ++lane)
-        warp.commits[lane] += warp.active >> lane & 1;
+    for (uint32_t rest = warp.active; rest; rest &= rest - 1) {
+        const int lane = __builtin_ctz(rest);
+        ++warp.commits[lane];
+        if (warp.cta->launch->explain)
+            warp.lane_groups[lane].commits.push_back(i.line);
+    }
 }
 
 void wait(Warp& warp, const Instruction& i) {
     const uint32_t pending = i.op[0];
-    const auto again = [&](const Arrival& a) {
-        return (warp.active >> a.lane & 1) && a.group + pending < warp.commits[a.lane];
+    Needs& needs = warp.cta->needs;
+    const auto ended = [&](const Ended& e) {
+        return (warp.active >> e.lane & 1) &&
+               !needs.is_late(e.operation, warp.lane_groups[e.lane], e.group, {i.line, pending});
     };
-    for (const Arrival& a : warp.arrivals)
-        if (again(a))
-            warp.cta->shared.mark_arrival(a.target, a.bytes, 0);
-    warp.arrivals.erase(std::remove_if(warp.arrivals.begin(), warp.arrivals.end(), again),
-                        warp.arrivals.end());
+    warp.ended_copies.erase(
+        std::remove_if(warp.ended_copies.begin(), warp.ended_copies.end(), ended),
+        warp.ended_copies.end());
     for (AsyncCopies& copies : warp.copies) {
         for (uint32_t rest = copies.lanes & warp.active; rest; rest &= rest - 1) {
             const int lane = __builtin_ctz(rest);
@@ -90,9 +84,11 @@ void wait(Warp& warp, const Instruction& i) {
                                     copies.source[lane], copies.source_bytes[lane], copies.fill);
             copies.lanes &= ~(1u << lane);
             if (warp.cta->launch->explain) {
-                warp.arrivals.push_back(
-                    {i.line, copies.group[lane], copies.target[lane], copies.bytes, lane});
-                warp.cta->shared.mark_arrival(copies.target[lane], copies.bytes, i.line);
+                const uint32_t group = copies.group[lane];
+                const uint32_t operation =
+                    needs.end(warp.lane_groups[lane], group, {i.line, pending});
+                warp.ended_copies.push_back({operation, group, lane});
+                warp.cta->shared.mark_copy(copies.target[lane], copies.bytes, operation);
             }
         }
     }

@@ -17,7 +17,10 @@ void require_members(const Warp& warp, const uint32_t* masks) {
     }
 }
 
-void sync_block(Warp& warp, const Instruction& i) { warp.barrier = i.op[0]; }
+void sync_block(Warp& warp, const Instruction& i) {
+    warp.barrier = i.op[0];
+    warp.barrier_line = i.line;
+}
 
 // The threads of other warps are not told apart: each has to wait for itself, although a barrier
 // behind the wait of one would do.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "ptx/machine.h"
 
@@ -34,10 +35,8 @@ inline pybind11::dict counters_dict(const Counters& c) {
     d["multiply_adds"] = c.multiply_adds;
     d["group_multiply_adds"] = c.group_multiply_adds;
     d["block_barriers"] = c.block_barriers;
-    pybind11::list effective;
-    for (const uint32_t line : c.effective)
-        effective.append(line);
-    d["effective"] = effective;
+    d["effective"] = std::vector<uint32_t>(c.effective.begin(), c.effective.end());
+    d["exact_waits"] = std::vector<uint32_t>(c.exact_waits.begin(), c.exact_waits.end());
     return d;
 }
 

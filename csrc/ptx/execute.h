@@ -28,8 +28,21 @@ inline bool joined_with_nothing(Warp& warp, const Instruction& i, uint32_t k, ui
     return true;
 }
 
+// Products whose registers the instruction touches.
+inline void note_products(Warp& warp, const Instruction& i) {
+    Needs& needs = warp.cta->needs;
+    for (uint32_t k = 0; k < i.read_count; ++k)
+        needs.touch(warp.result_of[i.reads[k]]);
+    for (uint32_t k = 0; k < i.write_count; ++k) {
+        needs.touch(warp.result_of[i.writes[k]]);
+        needs.touch(warp.fragment_of[i.writes[k]]);
+    }
+}
+
 inline void execute(Warp& warp, const Instruction& i, uint32_t lanes) {
     warp.active = lanes;
+    if (!warp.result_of.empty())
+        note_products(warp, i);
     for (uint32_t k = 0; k < i.read_count; ++k)
         if ((lanes & ~warp.state[i.reads[k]].defined) && !joined_with_nothing(warp, i, k, lanes))
             undefined(warp, i.reads[k], lanes);

@@ -28,6 +28,7 @@ const Forms& forms() {
         add_move_forms(t);
         add_convert_forms(t);
         add_memory_forms(t);
+        add_atomic_forms(t);
         add_async_forms(t);
         add_matrix_forms(t);
         add_wgmma_forms(t);

@@ -53,6 +53,7 @@ void add_float_forms(Forms& forms);
 void add_move_forms(Forms& forms);
 void add_convert_forms(Forms& forms);
 void add_memory_forms(Forms& forms);
+void add_atomic_forms(Forms& forms);
 void add_async_forms(Forms& forms);
 void add_matrix_forms(Forms& forms);
 void add_wgmma_forms(Forms& forms);

@@ -34,49 +34,6 @@ const Allocation* AllocationTable::search(uint64_t address, uint32_t bytes, Hint
     return found;
 }
 
-namespace {
-
-constexpr uint64_t kGranule = 2;
-constexpr uint32_t kSeveral = 0xFFFFFFFFu;  // readers
-
-}  // namespace
-
-GlobalRaces::GlobalRaces(const AllocationTable& table) {
-    uint64_t granules = 0, region = 0, end = 0;  // where the current region starts and ends
-    for (size_t k = 0; k < table.size(); ++k) {
-        const Allocation& a = table[k];
-        if (k == 0 || a.address >= end) {
-            granules += k == 0 ? 0 : (end - region) / kGranule + 1;
-            region = a.address / kGranule * kGranule;
-            end = region;
-        }
-        origin_.push_back(region - granules * kGranule);
-        end = std::max(end, a.address + a.bytes);
-    }
-    records_.resize(granules + (end - region) / kGranule + 1);
-}
-
-int64_t GlobalRaces::access(size_t allocation, uint64_t address, uint32_t bytes, uint32_t cta,
-                            bool store) {
-    const uint32_t mine = cta + 1;
-    const uint64_t first = (address - origin_[allocation]) / kGranule;
-    for (uint64_t i = first; i < first + (bytes + kGranule - 1) / kGranule; ++i) {
-        Record& record = records_[i];
-        if (record.writer && record.writer != mine)
-            return record.writer - 1;
-        if (!store) {
-            record.reader = record.reader && record.reader != mine ? kSeveral : mine;
-            continue;
-        }
-        if (record.reader == kSeveral)
-            return cta == 0 ? 1 : 0;  // one of them, at any rate
-        if (record.reader && record.reader != mine)
-            return record.reader - 1;
-        record.writer = mine;
-    }
-    return -1;
-}
-
 void WarpTraffic::count(const AllocationTable& table, uint32_t bytes, bool store,
                         std::vector<Traffic>& by_allocation, Counters& counters) const {
     constexpr uint64_t kSector = 32;

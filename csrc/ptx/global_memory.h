@@ -39,31 +39,6 @@ class AllocationTable {
     std::vector<Allocation> allocations_;  // by address
 };
 
-// Who has written and read what of global memory in a launch, for every two bytes. CTAs run in any
-// order and at the same time: what one of them writes, no other one may touch.
-class GlobalRaces {
-  public:
-    explicit GlobalRaces(const AllocationTable& table);
-    // Each returns the number of a CTA with which this access conflicts, or -1.
-    int64_t read(size_t allocation, uint64_t address, uint32_t bytes, uint32_t cta) {
-        return access(allocation, address, bytes, cta, false);
-    }
-    int64_t write(size_t allocation, uint64_t address, uint32_t bytes, uint32_t cta) {
-        return access(allocation, address, bytes, cta, true);
-    }
-
-  private:
-    int64_t access(size_t allocation, uint64_t address, uint32_t bytes, uint32_t cta, bool store);
-
-    struct Record {
-        uint32_t writer = 0, reader = 0;  // 1 + number of the CTA; 0: none
-    };
-    std::vector<Record> records_;
-    // By allocation: what to subtract from an address to get the place of its record, times two.
-    // Allocations that overlap share records.
-    std::vector<uint64_t> origin_;
-};
-
 // What one instruction of a warp moves.
 class WarpTraffic {
   public:

@@ -1,8 +1,8 @@
 // Executes the PTX that a compiler made for an NVIDIA GPU, on the CPU, and reports what hardware
-// would leave undefined: races on shared memory, reads of memory or registers that nothing has
-// written, accesses out of bounds or misaligned, barriers of diverged warps, asynchronous copies
-// and products that are not waited for. An instruction that it does not know is an error. For
-// tests.
+// would leave undefined: races on shared and global memory, reads of memory or registers that
+// nothing has written, accesses out of bounds or misaligned, barriers of diverged warps,
+// asynchronous copies and products that are not waited for. An instruction that it does not know is
+// an error. For tests.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +55,7 @@ struct Launch {
     uint32_t dynamic_shared_bytes = 0;
     std::vector<Allocation> allocations;
     uint64_t seed = 0;     // of the order of CTAs and of the interleaving of warps
-    bool explain = false;  // fill Counters::effective, which takes time
+    bool explain = false;  // fill Counters::effective and exact_waits, which takes time
     // Launched so that it may start before the kernel before it has ended: what it does to global
     // memory has to wait for griddepcontrol.wait.
     bool overlaps = false;
@@ -87,11 +87,12 @@ struct Counters {
     uint64_t group_multiply_adds = 0;  // wgmma, per warp
     uint64_t block_barriers = 0;       // per CTA
     // PTX lines of the synchronizations that this launch could not do without, where it was asked
-    // for: barriers that alone stand between two accesses of one place, waits without which a copy
-    // would be in flight when its place is accessed, waits that products have ended at, commits of
-    // groups that are not empty. Without any one of the others, the accesses would still be in
-    // order.
+    // for: barriers that alone stand between two accesses of one place, waits and commits without
+    // which a copy or a product would be in flight when its place is accessed, and atomics, fences
+    // and barriers that alone order accesses of two CTAs. Without any one of the others, the
+    // accesses would still be in order.
     std::set<uint32_t> effective;
+    std::set<uint32_t> exact_waits;  // the same, of waits that could not wait for one group less
 };
 
 struct Program;

@@ -1,35 +1,31 @@
 // ld and st: global, shared, local and parameter memory.
+#include "ptx/memory.h"
+
 #include "ptx/forms.h"
-#include "ptx/state.h"
 
 namespace ptx {
-namespace {
 
-template <typename F>
-void for_active(const Warp& warp, F&& body) {
-    if (warp.active == kAllLanes) {
-        for (int lane = 0; lane < kLanes; ++lane)
-            body(lane);
-    } else {
-        for (uint32_t rest = warp.active; rest; rest &= rest - 1)
-            body(__builtin_ctz(rest));
+const Allocation* global_access(Warp& warp, int lane, uint64_t address, uint32_t bytes,
+                                Access access) {
+    const bool writes = access == Access::store || access == Access::atomic;
+    const char* verb = access == Access::atomic ? "updates " : writes ? "stores " : "loads ";
+    const Allocation* found = warp.cta->global->find(address, bytes, warp.hint);
+    if (writes && found && !found->writable) {
+        warp.hint = nullptr;  // another that overlaps may be
+        found = warp.cta->global->find(address, bytes, warp.hint);
     }
+    if (!found)
+        throw Fault{lane, verb + warp.cta->global->describe(address, bytes)};
+    if (address % bytes)
+        throw Fault{lane, verb + std::to_string(bytes) + " bytes at an address of '" + found->name +
+                              "' that is not a multiple of their number"};
+    if (writes && !found->writable)
+        throw Fault{lane, "stores to '" + found->name + "', which is read only"};
+    warp.cta->races->check(warp, lane, *found, address, bytes, access);
+    return found;
 }
 
-// The operand [register + offset]: three words.
-struct Address {
-    Address(const Warp& warp, const uint32_t* op)
-        : narrow_(op[1] ? nullptr : warp.in<uint32_t>(op[0])),
-          wide_(op[1] ? warp.in<uint64_t>(op[0]) : nullptr), offset_(static_cast<int32_t>(op[2])) {}
-    uint64_t operator[](int lane) const {
-        return (narrow_ ? narrow_[lane] : wide_[lane]) + static_cast<uint64_t>(offset_);
-    }
-
-  private:
-    const uint32_t* narrow_;
-    const uint64_t* wide_;
-    int64_t offset_;
-};
+namespace {
 
 uint32_t narrow(uint64_t address, int lane) {
     if (address > 0xFFFFFFFFull)
@@ -66,25 +62,7 @@ constexpr int log2_of(uint32_t bytes) {
     return bytes == 1 ? 0 : bytes == 2 ? 1 : bytes == 4 ? 2 : bytes == 8 ? 3 : 4;
 }
 
-const Allocation* global(Warp& warp, int lane, uint64_t address, uint32_t bytes, bool store) {
-    const char* verb = store ? "stores " : "loads ";
-    const Allocation* found = warp.cta->global->find(address, bytes, warp.hint);
-    if (store && found && !found->writable) {
-        warp.hint = nullptr;  // another that overlaps may be
-        found = warp.cta->global->find(address, bytes, warp.hint);
-    }
-    if (!found)
-        throw Fault{lane, verb + warp.cta->global->describe(address, bytes)};
-    if (address % bytes)
-        throw Fault{lane, verb + std::to_string(bytes) + " bytes at an address of '" + found->name +
-                              "' that is not a multiple of their number"};
-    if (store && !found->writable)
-        throw Fault{lane, "stores to '" + found->name + "', which is read only"};
-    check_ctas(warp, lane, *found, address, bytes, store);
-    return found;
-}
-
-template <typename T, int kVector, bool kSigned>
+template <typename T, int kVector, bool kSigned, Access kAccess>
 void load_global(Warp& warp, const Instruction& i) {
     constexpr uint32_t kBytes = sizeof(T) * kVector;
     const Address address(warp, i.op + 2 * kVector);
@@ -92,7 +70,7 @@ void load_global(Warp& warp, const Instruction& i) {
     WarpTraffic traffic;
     for_active(warp, [&](int lane) {
         addresses[lane] = address[lane];
-        traffic.add(addresses[lane], global(warp, lane, addresses[lane], kBytes, false));
+        traffic.add(addresses[lane], global_access(warp, lane, addresses[lane], kBytes, kAccess));
     });
     traffic.count(*warp.cta->global, kBytes, false, warp.cta->traffic, warp.cta->counters);
     for_active(warp, [&](int lane) {
@@ -112,7 +90,7 @@ void store_global(Warp& warp, const Instruction& i) {
     WarpTraffic traffic;
     for_active(warp, [&](int lane) {
         const uint64_t to = address[lane];
-        traffic.add(to, global(warp, lane, to, kBytes, true));
+        traffic.add(to, global_access(warp, lane, to, kBytes, Access::store));
         for (int k = 0; k < kVector; ++k)
             get<T>(warp, i.op + 3 + 2 * k, lane,
                    reinterpret_cast<unsigned char*>(to) + k * sizeof(T));
@@ -247,8 +225,9 @@ void add_vector(Forms& f, const std::string& type) {
     };
     const std::string load = registers('X') + "m", store = "m" + registers('x');
     constexpr uint32_t kBytes = sizeof(T);
-    f.add_sized("ld.global" + name, load, kBytes, load_global<T, kVector, kSigned>);
-    f.add_sized("ld.global.nc" + name, load, kBytes, load_global<T, kVector, kSigned>);
+    f.add_sized("ld.global" + name, load, kBytes, load_global<T, kVector, kSigned, Access::load>);
+    f.add_sized("ld.global.nc" + name, load, kBytes,
+                load_global<T, kVector, kSigned, Access::noncoherent_load>);
     f.add_sized("ld.shared" + name, load, kBytes, load_shared<T, kVector, kSigned>);
     f.add_sized("ld.param" + name, load, kBytes, load_parameter<T, kVector, kSigned>);
     f.add_sized("st.global" + name, store, kBytes, store_global<T, kVector>);

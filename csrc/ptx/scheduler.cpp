@@ -47,9 +47,11 @@ bool choose_group(Warp& warp) {
 
 void leave(Warp& warp, uint32_t lanes) {
     const int busy = lane_with_copies(warp, lanes);
-    for (const Arrival& a : warp.arrivals)
-        if (lanes >> a.lane & 1)
-            warp.cta->counters.effective.insert(a.line);
+    for (const Ended& copy : warp.ended_copies)
+        if (lanes >> copy.lane & 1)
+            warp.cta->needs.touch(copy.operation);
+    for (const Ended& product : warp.ended_products)
+        warp.cta->needs.touch(product.operation);
     if (busy >= 0)
         throw Fault{busy, "returns with a cp.async that has not been waited for"};
     if (!warp.group_reads.empty())
@@ -193,6 +195,8 @@ class Runner {
             sum.read += cta_.traffic[k].read;
             sum.written += cta_.traffic[k].written;
         }
+        cta_.counters.effective.insert(cta_.needs.lines().begin(), cta_.needs.lines().end());
+        cta_.counters.exact_waits = cta_.needs.exact_waits();
         return cta_.counters;
     }
 
@@ -212,6 +216,8 @@ class Runner {
         warp.values = reinterpret_cast<uint32_t*>(warp.storage.data());
         warp.pinned.assign(count, 0);
         warp.pinned_columns.assign(count, 0);
+        warp.result_of.assign(launch_.explain ? count : 0, 0);
+        warp.fragment_of.assign(launch_.explain ? count : 0, 0);
         const uint32_t first = static_cast<uint32_t>(index) * kLanes;
         const uint32_t lanes = std::min<uint32_t>(kLanes, threads_ - first);
         warp.live = lanes == kLanes ? kAllLanes : (1u << lanes) - 1;
@@ -251,6 +257,7 @@ class Runner {
     void run_cta() {
         cta_.shared.reset(kernel_.info.static_shared_bytes + launch_.dynamic_shared_bytes,
                           cta_.warps.size(), launch_.explain);
+        races_.start_cta(cta_.number);
         barrier_lines_.clear();
         std::vector<Warp*> ready;
         for (size_t k = 0; k < cta_.warps.size(); ++k) {
@@ -283,8 +290,7 @@ class Runner {
         }
         for (const Warp& warp : cta_.warps)
             cta_.counters.instructions += warp.executed;
-        cta_.counters.effective.insert(cta_.shared.needed_waits().begin(),
-                                       cta_.shared.needed_waits().end());
+        cta_.needs.forget();
         for (const auto& [barrier, line] : barrier_lines_)
             if (cta_.shared.needed(barrier))
                 cta_.counters.effective.insert(line);
@@ -311,9 +317,7 @@ class Runner {
         if (launch_.explain)
             for (const Warp& warp : cta_.warps)
                 if (!warp.groups.empty())
-                    barrier_lines_.emplace_back(
-                        cta_.shared.barriers(),
-                        kernel_.code[warp.groups[warp.current].pc - 1].line);
+                    barrier_lines_.emplace_back(cta_.shared.barriers(), warp.barrier_line);
     }
 
     Stop guarded_run(Warp& warp, uint32_t turn) {

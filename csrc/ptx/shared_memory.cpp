@@ -1,5 +1,6 @@
 #include "ptx/shared_memory.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "ptx/state.h"
@@ -28,8 +29,8 @@ void SharedMemory::reset(uint32_t bytes, size_t warps, bool explain) {
     barriers_ = 1;
     explain_ = explain;
     needed_.clear();
-    needed_waits_.clear();
-    arrivals_.assign(explain ? granules : 0, 0);
+    copy_of_.assign(explain ? granules : 0, 0);
+    product_of_.assign(explain ? granules : 0, 0);
     segment_previous_.assign(1, 0);
     last_segment_.assign(warps, 0);
     published_fence_.assign(warps, 0);
@@ -82,10 +83,14 @@ std::string SharedMemory::where(uint32_t place) const {
     return "shared memory at offset " + std::to_string(place * kGranule);
 }
 
-void SharedMemory::mark_arrival(uint32_t offset, uint32_t bytes, uint32_t line) {
-    const uint32_t start = offset - kSharedBase;
-    for (uint32_t i = start / kGranule; i < (start + bytes) / kGranule; ++i)
-        arrivals_[i] = line;
+void SharedMemory::mark_copy(uint32_t offset, uint32_t bytes, uint32_t operation) {
+    const uint32_t first = (offset - kSharedBase) / kGranule;
+    std::fill_n(copy_of_.begin() + first, bytes / kGranule, operation);
+}
+
+void SharedMemory::mark_group_read(uint32_t offset, uint32_t bytes, uint32_t operation) {
+    const uint32_t first = (offset - kSharedBase) / kGranule;
+    std::fill_n(product_of_.begin() + first, bytes / kGranule, operation);
 }
 
 void SharedMemory::need(uint32_t barrier) {
@@ -134,7 +139,8 @@ void SharedMemory::check_read(const Warp& warp, int lane, uint32_t place, uint32
 void SharedMemory::check_write(const Warp& warp, int lane, uint32_t place, bool same_bytes) {
     const uint32_t written = written_[place], read = read_[place];
     if (explain_) {
-        need_arrival(place);
+        warp.cta->needs.touch(copy_of_[place]);
+        warp.cta->needs.touch(product_of_[place]);
         if (!same_bytes)
             note_order(warp, lane, written, false);
         note_order(warp, lane, read, true);
@@ -194,7 +200,7 @@ const unsigned char* SharedMemory::read(const Warp& warp, int lane, uint32_t off
     const uint32_t first = start / kGranule, count = (bytes + kGranule - 1) / kGranule;
     if (explain_)
         for (uint32_t i = first; i < first + count; ++i) {
-            need_arrival(i);
+            warp.cta->needs.touch(copy_of_[i]);
             note_order(warp, lane, written_[i], false);
         }
     // One comparison for both: an empty record becomes the largest number.
@@ -263,7 +269,7 @@ const unsigned char* SharedMemory::group_read(const Warp& warp, uint32_t offset,
     for (uint32_t i = start / kGranule; i < (start + bytes) / kGranule; ++i) {
         const uint32_t record = written_[i];
         if (explain_)
-            need_arrival(i);
+            warp.cta->needs.touch(copy_of_[i]);
         // What this warp has written needs the fence alone, which check_read does not know.
         const bool own = record && record < kCopyInFlight && warp_of(record) == warp.index;
         if (record - 1 >= barrier_stamp_ - 1 && !own)

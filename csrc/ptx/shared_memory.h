@@ -9,7 +9,6 @@
 #pragma once
 
 #include <cstdint>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -30,13 +29,12 @@ class SharedMemory {
     void issue(const Warp& warp, int lane, uint32_t offset, uint32_t bytes);
     void arrive(const Warp& warp, int lane, uint32_t offset, uint32_t bytes,
                 const unsigned char* data, uint32_t data_bytes, unsigned char fill);
-    // The line of the wait without which the bytes would still be in flight; 0: none. Whoever
-    // touches them needs it.
-    void mark_arrival(uint32_t offset, uint32_t bytes, uint32_t line);
-    const std::set<uint32_t>& needed_waits() const { return needed_waits_; }
+    // With `explain`: the bytes are of a copy that has ended, see Needs.
+    void mark_copy(uint32_t offset, uint32_t bytes, uint32_t operation);
     // A wgmma reads through the async proxy, until `release_group_read`.
     const unsigned char* group_read(const Warp& warp, uint32_t offset, uint32_t bytes);
     void release_group_read(const Warp& warp, uint32_t offset, uint32_t bytes);
+    void mark_group_read(uint32_t offset, uint32_t bytes, uint32_t operation);
 
     // A new segment of one warp, or of all.
     uint32_t new_segment(int warp);
@@ -56,10 +54,6 @@ class SharedMemory {
     void mark_read(const Warp& warp, uint32_t place, uint32_t stamp);
     void note_order(const Warp& warp, int lane, uint32_t record, bool is_read);
     void need(uint32_t barrier);
-    void need_arrival(uint32_t place) {
-        if (arrivals_[place])
-            needed_waits_.insert(arrivals_[place]);
-    }
     std::string who(uint32_t record) const;
     std::string where(uint32_t place) const;
     int warp_of(uint32_t record) const { return segment_warp_[record >> 8]; }
@@ -75,9 +69,9 @@ class SharedMemory {
     std::vector<uint32_t> published_fence_;   // by warp: its proxy_fence at the last barrier
     uint32_t barriers_ = 0;
     bool explain_ = false;
-    std::vector<uint8_t> needed_;     // by barrier
-    std::vector<uint32_t> arrivals_;  // see mark_arrival
-    std::set<uint32_t> needed_waits_;
+    std::vector<uint8_t> needed_;  // by barrier
+    // Operations that have written and read the place, and have ended.
+    std::vector<uint32_t> copy_of_, product_of_;
     std::vector<uint32_t> segment_previous_;  // by segment: the one before it of the same warp
     std::vector<uint32_t> last_segment_;      // by warp
     uint32_t barrier_stamp_ = 0;  // records from here on are of this side of the barrier

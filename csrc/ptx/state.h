@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "ptx/global_memory.h"
+#include "ptx/global_races.h"
+#include "ptx/needs.h"
 #include "ptx/program.h"
 #include "ptx/shared_memory.h"
 
@@ -42,9 +44,10 @@ struct AsyncCopies {
     unsigned char fill;  // of the bytes behind those of the source
 };
 
-// Data of one lane that arrived at a wait, and that no later wait would have brought by now.
-struct Arrival {
-    uint32_t line, group, target, bytes;
+// What a wait has ended, a copy of one lane or a product, and what a change of the text would leave
+// in flight: see Needs.
+struct Ended {
+    uint32_t operation, group;
     int lane;
 };
 
@@ -76,21 +79,28 @@ struct Warp {
     std::vector<Group> groups;
     size_t current = 0;  // index into groups
     bool at_barrier = false;
-    uint32_t barrier = 0;
-    uint32_t segment = 0;  // see SharedMemory
+    uint32_t barrier = 0, barrier_line = 0;  // of the last bar.sync
+    uint32_t segment = 0;                    // see SharedMemory
     uint32_t executed = 0;
+
+    uint32_t interval = 0, interval_segment = 0;  // see GlobalRaces; its segment
+    Moment fences[kLanes] = {};                   // the last one of each lane
 
     uint32_t carry = 0, carry_defined = 0;  // by lane
 
     uint32_t commits[kLanes] = {};  // of cp.async, per lane
     std::vector<AsyncCopies> copies;
-    std::vector<Arrival> arrivals;  // only where the launch is to explain
 
     uint32_t fenced_registers_at = 0;  // `executed` at the last wgmma.fence
     uint32_t proxy_fence = 0;          // segment at the last fence.proxy.async
     uint32_t group_commits = 0;        // of wgmma
     std::vector<GroupReads> group_reads;
     uint64_t group_history = 0;  // of the wgmma executed, to be the same in a warpgroup
+
+    // Only where the launch is to explain.
+    Groups lane_groups[kLanes], product_groups;
+    std::vector<Ended> ended_copies, ended_products;
+    std::vector<uint32_t> result_of, fragment_of;  // by register: ended products
 
     std::vector<unsigned char> local;  // kLanes times Kernel::local_bytes
     AllocationTable::Hint hint;
@@ -129,28 +139,8 @@ struct Cta {
     std::mt19937_64 random;
     Counters counters;
     std::vector<Traffic> traffic;  // by allocation
+    Needs needs;
 };
-
-// Fails if another CTA of the launch touches these bytes, and one of the two writes; or if a kernel
-// before this one may still do so.
-inline void check_ctas(const Warp& warp, int lane, const Allocation& allocation, uint64_t address,
-                       uint32_t bytes, bool store) {
-    Cta& cta = *warp.cta;
-    if (!(warp.in_order >> lane & 1))
-        throw Fault{lane, std::string("race: ") + (store ? "stores to '" : "loads from '") +
-                              allocation.name +
-                              "' without griddepcontrol.wait, and the kernel before this one may "
-                              "still run"};
-    const size_t index = cta.global->index(allocation);
-    const int64_t other = store ? cta.races->write(index, address, bytes, cta.number)
-                                : cta.races->read(index, address, bytes, cta.number);
-    if (other >= 0)
-        throw Fault{lane, std::string("race: ") + (store ? "stores to '" : "loads from '") +
-                              allocation.name + "' at byte " +
-                              std::to_string(address - allocation.address) +
-                              ", which the CTA with number " + std::to_string(other) +
-                              (store ? " has read or written" : " has written")};
-}
 
 // scheduler.cpp
 Counters run(const Program& program, const Kernel& kernel, const Launch& launch);

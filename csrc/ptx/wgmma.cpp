@@ -92,6 +92,9 @@ void take_accumulators(Warp& warp, const uint32_t* op, int count, bool read, Gro
     for (int k = 0; k < count; ++k) {
         const uint32_t number = op[2 * k + 1];
         RegisterState& state = warp.state[number];
+        // A chain of products of one shape goes on whether the last one has ended or not.
+        if (!warp.result_of.empty() && warp.pinned_columns[number] != count * 2)
+            warp.cta->needs.touch(warp.result_of[number]);
         if (warp.pinned[number]) {
             // In flight already: a chain of products of one shape needs no fence between.
             if (warp.pinned_columns[number] != count * 2)
@@ -134,6 +137,8 @@ void multiply_add(Warp& warp, const Instruction& i) {
         const uint32_t places[4] = {a[0], a[2], a[4], a[6]};
         for (int k = 0; k < 4; ++k) {
             const uint32_t number = a[2 * k + 1];
+            if (!warp.result_of.empty())
+                warp.cta->needs.touch(warp.result_of[number]);
             if (warp.state[number].defined != kAllLanes)
                 throw Fault{-1, "reads " + warp.kernel->register_names[number] +
                                     ", which nothing has written or a wgmma in flight will write"};
@@ -174,20 +179,39 @@ void multiply_add(Warp& warp, const Instruction& i) {
 void fence(Warp& warp, const Instruction&) { warp.fenced_registers_at = warp.executed; }
 
 void commit(Warp& warp, const Instruction& i) {
-    for (const GroupReads& reads : warp.group_reads)
-        if (reads.group == warp.group_commits && warp.cta->launch->explain)
-            warp.cta->counters.effective.insert(i.line);
     ++warp.group_commits;
+    if (warp.cta->launch->explain)
+        warp.product_groups.commits.push_back(i.line);
+}
+
+// Who touches a register of the product, or writes to shared memory that it reads, needs its end.
+void mark_end(Warp& warp, const GroupReads& reads, Groups::Wait wait) {
+    const uint32_t operation = warp.cta->needs.end(warp.product_groups, reads.group, wait);
+    warp.ended_products.push_back({operation, reads.group, -1});
+    for (uint32_t unit : reads.units)
+        warp.cta->shared.mark_group_read(unit, kUnit, operation);
+    for (uint32_t number : reads.fragments)
+        warp.fragment_of[number] = operation;
+    for (uint32_t number : reads.accumulators)
+        warp.result_of[number] = operation;
 }
 
 void wait(Warp& warp, const Instruction& i) {
     auto& all = warp.group_reads;
+    auto& ended = warp.ended_products;
+    const Groups::Wait here{i.line, i.op[0]};
+    ended.erase(std::remove_if(ended.begin(), ended.end(),
+                               [&](const Ended& e) {
+                                   return !warp.cta->needs.is_late(e.operation, warp.product_groups,
+                                                                   e.group, here);
+                               }),
+                ended.end());
     const auto done = [&](const GroupReads& r) { return r.group + i.op[0] < warp.group_commits; };
     for (const GroupReads& reads : all) {
         if (!done(reads))
             continue;
         if (warp.cta->launch->explain)
-            warp.cta->counters.effective.insert(i.line);
+            mark_end(warp, reads, here);
         for (uint32_t unit : reads.units)
             warp.cta->shared.release_group_read(warp, unit, kUnit);
         for (uint32_t number : reads.fragments)

@@ -68,6 +68,9 @@ std::vector<Case> fixed_cases() {
     for (const int rank : {16, 32, 64, 128})
         add({330, 72, 72, rank},
             [&](Options& o) { o.chunk_limit = 1, o.threshold = rank == 32 ? 0 : 90; });
+    // Three rounds with one chunk each.
+    for (const int rank : {16, 64})
+        add({330, 72, 72, rank}, [](Options& o) { o.chunk_limit = 1, o.round_limit = 128; });
     // Three rounds of rows, the last one shorter, with two chunks each.
     for (const int rank : {16, 32, 64, 128})
         add({650, 72, 136, rank}, [&](Options& o) {
@@ -93,8 +96,10 @@ Case random_case(std::mt19937_64& random) {
 
 const char* kDrivers[] = {"random", "warp_priority"};
 
-// Small GPUs have other ring depths; the bits must not depend on it.
-const afa::DeviceLimits kDevices[] = {{132, 227 * 1024, 228 * 1024}, {48, 99 * 1024, 100 * 1024}};
+// Small GPUs have other ring depths; the bits must not depend on it, nor on who adds up partial
+// results.
+const afa::DeviceLimits kDevices[] = {{132, 227 * 1024, 228 * 1024},
+                                      {48, 99 * 1024, 100 * 1024, 0, 0, true}};
 
 bool run_case(const Case& c, uint64_t seed) {
     const DType dtype = seed % 2 ? DType::fp16 : DType::bf16;

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import build
 
-CASES = "29"
+CASES = "31"
 QUICK = 7  # every so many mutants in the quick form
 
 
@@ -78,20 +78,8 @@ MUTANTS = (
         "wait_oldest(p.stages);",
         2,
     ),
-    Mutant(
-        "warp barrier removed",
-        "project: after dropout",
-        "forward.cuh",
-        "p.w, true); warp_sync();",
-        "p.w, true);",
-    ),
-    Mutant(
-        "warp barrier removed",
-        "forward: z to h",
-        "forward.cuh",
-        "warp_sync(); emit_columns",
-        "emit_columns",
-    ),
+    Mutant("warp barrier removed", "project: after dropout", "forward.cuh", "p.w, true); warp_sync();", "p.w, true);"),
+    Mutant("warp barrier removed", "forward: z to h", "forward.cuh", "warp_sync(); emit_columns", "emit_columns"),
     Mutant(
         "warp barrier removed",
         "x kernel: x read before dx is written",
@@ -119,41 +107,11 @@ MUTANTS = (
         "load(t + ahead, slot);",
         0,
     ),
-    Mutant(
-        "slot overwritten while read",
-        "dy kernel: one tile of h",
-        "backward.cuh",
-        "(t & 1) * Tile::kH",
-        "0",
-    ),
-    Mutant(
-        "edge mask removed",
-        "rows of a tile",
-        "tile.cuh",
-        "col_valid && row0 + row < rows",
-        "col_valid",
-    ),
-    Mutant(
-        "edge mask removed",
-        "columns of a tile",
-        "tile.cuh",
-        "col_valid && row0 + row < rows",
-        "row0 + row < rows",
-    ),
-    Mutant(
-        "edge mask removed",
-        "rows of y",
-        "forward.cuh",
-        "row < rows && col < member.b.rows",
-        "col < member.b.rows",
-    ),
-    Mutant(
-        "edge mask removed",
-        "columns of y",
-        "forward.cuh",
-        "row < rows && col < member.b.rows",
-        "row < rows",
-    ),
+    Mutant("slot overwritten while read", "dy kernel: one tile of h", "backward.cuh", "(t & 1) * Tile::kH", "0"),
+    Mutant("edge mask removed", "rows of a tile", "tile.cuh", "col_valid && row0 + row < rows", "col_valid"),
+    Mutant("edge mask removed", "columns of a tile", "tile.cuh", "col_valid && row0 + row < rows", "row0 + row < rows"),
+    Mutant("edge mask removed", "rows of y", "forward.cuh", "row < rows && col < member.b.rows", "col < member.b.rows"),
+    Mutant("edge mask removed", "columns of y", "forward.cuh", "row < rows && col < member.b.rows", "row < rows"),
     Mutant(
         "edge mask removed",
         "columns of dx",
@@ -210,13 +168,7 @@ MUTANTS = (
         "load_matrices_transposed(a[k][j]",
         "load_matrices(a[k][j]",
     ),
-    Mutant(
-        "accumulator not cleared",
-        "project: of a segment",
-        "forward.cuh",
-        "acc[j][i] = 0.0f;",
-        "",
-    ),
+    Mutant("accumulator not cleared", "project: of a segment", "forward.cuh", "acc[j][i] = 0.0f;", ""),
     Mutant(
         "accumulator not cleared",
         "project: of the sum of all segments",
@@ -231,13 +183,7 @@ MUTANTS = (
         "adds ? load_global(out) : Float2{0.0f, 0.0f}",
         "Float2{0.0f, 0.0f}",
     ),
-    Mutant(
-        "round forgotten",
-        "rows of the dropout mask",
-        "tile.cuh",
-        "dropout.first_row + row + r,",
-        "row + r,",
-    ),
+    Mutant("round forgotten", "rows of the dropout mask", "tile.cuh", "dropout.first_row + row + r,", "row + r,"),
     Mutant(
         "edge off by one",
         "columns of a weight",
@@ -263,13 +209,7 @@ MUTANTS = (
     Mutant("member mistaken", "its columns of h", "forward.cuh", "pitch(R) + member.rank0 + k +", "pitch(R) + k +"),
     Mutant("member mistaken", "its columns of y", "forward.cuh", "t == first || t == member.first", "t == first"),
     Mutant("member mistaken", "depth of its product", "forward.cuh", "if (k > 0 && k >= depth)", "if (k > 0)"),
-    Mutant(
-        "sum off by one",
-        "partial results",
-        "reduce.cuh",
-        "first + i < count ?",
-        "first + i + 1 < count ?",
-    ),
+    Mutant("sum off by one", "partial results", "reduce.cuh", "first + i < count ?", "first + i + 1 < count ?"),
     Mutant(
         "sum off by one",
         "splits of z",
@@ -278,6 +218,36 @@ MUTANTS = (
         "if (s + 1 < p.project.splits &&",
     ),
     Mutant("sum off by one", "dh in the x kernel", "dz.cuh", "valid && i < job.count", "valid && i + 1 < job.count"),
+    Mutant("sum off by one", "chunks of dA", "da_sums.cuh", "next < stored ?", "next + 1 < stored ?"),
+    Mutant(
+        "ticket taken too early",
+        "before the partial result is stored",
+        "da_sums.cuh",
+        """store_outer<R, kSlice>(p.partial + block_y() * size, da, 0, R, col, p.w, p.adds);
+        if (sums.count == 0 || !is_last(sums, threads)) return;""",
+        """const bool last = sums.count > 0 && is_last(sums, threads);
+        store_outer<R, kSlice>(p.partial + block_y() * size, da, 0, R, col, p.w, p.adds);
+        if (!last) return;""",
+    ),
+    Mutant("ticket mistaken", "of the last but one", "da_sums.cuh", "(sums.blocks - 1)", "(sums.blocks - 2)"),
+    Mutant("ticket mistaken", "of none", "da_sums.cuh", "(sums.blocks - 1)", "(sums.blocks)"),
+    Mutant(
+        "ticket mistaken",
+        "of the neighbour too",
+        "da_sums.cuh",
+        "threads + thread_index();",
+        "threads + thread_index() / 2;",
+    ),
+    Mutant(
+        "counters not zeroed",
+        "dy kernel",
+        "backward.cuh",
+        "clear<DyTile<R>::kThreads>(p.arrived, p.arrived_count);",
+        ";",
+    ),
+    Mutant("counters not zeroed", "all but the first", "da_sums.cuh", "i += kThreads * 4)", "i += 1 << 30)"),
+    Mutant("round forgotten", "dB of one chunk", "backward.cuh", "i < kSlice / 16 && p.adds;", "i < 0;"),
+    Mutant("round forgotten", "dA of one chunk", "da_sums.cuh", "p.adds ? 1 : 0;", "0;"),
     Mutant(
         "slot overwritten while read",
         "x kernel: dz that it makes",

@@ -22,6 +22,16 @@ from afa_kernels.backend.registry import Spec  # noqa: E402
 Results = list[torch.Tensor]
 
 
+def nothing() -> dict[str, set[int]]:
+    return {"effective": set(), "exact_waits": set()}
+
+
+def note(needed: dict[str, set[int]], launch: dict) -> None:
+    """Add the synchronizations that a launch could not do without."""
+    for which, lines in needed.items():
+        lines.update(line - 1 for line in launch[which])
+
+
 @dataclass
 class Kernel:
     name: str  # the same for all compilations of one kernel
@@ -29,7 +39,7 @@ class Kernel:
     first: int  # its lines
     last: int
     calls: list[Callable[[], Results]] = field(default_factory=list)  # that reach it
-    effective: set[int] = field(default_factory=set)  # the lines of synchronizations that they need, from 0
+    needed: dict[str, set[int]] = field(default_factory=nothing)  # by list of the machine: lines that they need, from 0
 
     def results(self) -> Results:
         return [tensor for call in self.calls for tensor in call()]
@@ -104,7 +114,7 @@ class Nvcc:
             calls.append(ragged_call(ptx_cuda.NAME, *self.several_chunks, 16, dtype, dtype, 0))
         _cuda_on_ptx.take_launches()
         reached: dict[str, list] = {}
-        needed: dict[str, set[int]] = {}
+        needed: dict[str, dict[str, set[int]]] = {}
         for one in calls:
             one()
             for launch in _cuda_on_ptx.take_launches():
@@ -113,11 +123,11 @@ class Nvcc:
                 if one not in of_kernel and len(of_kernel) < 4:
                     of_kernel.append(one)
                 if one in of_kernel:
-                    needed.setdefault(name, set()).update(line - 1 for line in launch["effective"])
+                    note(needed.setdefault(name, nothing()), launch)
         _cuda_on_ptx.set_explain(False)
         texts = [text for text in self.texts if f".target {self.arch}" in text]
         found = [
-            Kernel(name, text, first, last, reached.get(name, []), needed.get(name, set()))
+            Kernel(name, text, first, last, reached.get(name, []), needed.get(name, nothing()))
             for text in texts for name, first, last in entries(text)
         ]  # fmt: skip
         return [kernel for kernel in found if "primitive_check" not in kernel.name]
@@ -202,7 +212,7 @@ class Triton:
                         kernel = found[text]
                         if one not in kernel.calls and len(kernel.calls) < 2:
                             kernel.calls.append(one)
-                            kernel.effective.update(line - 1 for line in launch["effective"])
+                            note(kernel.needed, launch)
         self.machine.explain = False
         return list(found.values())
 

@@ -3,9 +3,10 @@
 Some changes change nothing, and are no faults. Four rules leave them out:
 
 - A synchronization is only touched where a run of the unchanged kernels could not do without it: the machine lists
-  barriers that alone stand between two accesses of one place, waits without which a copy would be in flight when its
-  place is accessed, waits at which products have ended, and commits of groups that are not empty (``effective`` in
-  csrc/ptx/machine.h).
+  barriers that alone stand between two accesses of one place, waits and commits without which a copy or a product would
+  be in flight when its place is accessed, and what alone orders the accesses of two blocks; and of the waits those that
+  one group more in flight would undo (``effective`` and ``exact_waits`` in csrc/ptx/machine.h). A commit is none of
+  them if its group and the next one end at one wait, nor is a wait if another one does the same before the access.
 - Any other change is tried with a probe in front of the line, which reports if the line is executed and its operands
   are such that the change makes a difference: a predicate that is false somewhere, a copy that is shorter than the
   whole, a value that is not representable.
@@ -36,6 +37,7 @@ class Fault:
     change: Lines  # the line itself where the fault has no place in it
     probe: Lines | None = lambda line: _ALWAYS  # None: a synchronization
     drops_zeros: bool = False
+    needs: str = "effective"  # of a synchronization: which list of the machine has it
 
     def fits(self, line: str) -> bool:
         return bool(re.search(self.pattern, line)) and self.change(line) != line
@@ -145,6 +147,10 @@ def _waits_for_less(line: str) -> str:
     return re.sub(r"(wait_group\S*\s+)(\d+)", lambda m: f"{m[1]}{int(m[2]) + 1}", line)
 
 
+def _relaxed(line: str) -> str:
+    return re.sub(r"\.(acq_rel|acquire|release)\b", ".relaxed", line)
+
+
 def _negated(line: str) -> str:
     return re.sub(r"@(!?)(%p\d+)", lambda m: f"@{'' if m[1] else '!'}{m[2]}", line, count=1)
 
@@ -223,10 +229,13 @@ def overwritten(fault: Fault, line: str) -> str | None:
 
 FAULTS = (
     Fault("barrier removed", r"\bbar\.sync", _removed, None),
+    Fault("order of an atomic removed", r"\batom\S*\.(acq_rel|acquire|release)\b", _relaxed, None),
+    Fault("fence of the device removed", r"\b(fence\.(acq_rel|sc)\.gpu|membar\.gl)\b", _removed, None),
     Fault("wait removed", r"cp\.async\.wait_group", _removed, None),
-    Fault("wait for one group less", r"cp\.async\.wait_group", _waits_for_less, None),
+    Fault("wait for one group less", r"cp\.async\.wait_group", _waits_for_less, None, needs="exact_waits"),
     Fault("commit removed", r"cp\.async\.commit_group", _removed, None),
     Fault("wait for products removed", r"wgmma\.wait_group", _removed, None),
+    Fault("wait for one group of products less", r"wgmma\.wait_group", _waits_for_less, None, needs="exact_waits"),
     Fault("commit of products removed", r"wgmma\.commit_group", _removed, None),
     Fault("fence of the async proxy removed", r"fence\.proxy\.async", _removed),
     Fault("fence of registers removed", r"wgmma\.fence", _removed),

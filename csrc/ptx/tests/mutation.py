@@ -48,7 +48,7 @@ class Planter:
     def places(self, kernel: Kernel, fault: Fault) -> list[int]:
         lines = kernel.text.splitlines()
         found = [i for i in range(kernel.first, kernel.last) if fault.fits(lines[i])]
-        return found if fault.probe else [i for i in found if i in kernel.effective]
+        return found if fault.probe else [i for i in found if i in kernel.needed[fault.needs]]
 
     def place(self, kernel: Kernel, fault: Fault) -> int | None:
         """Draw a place where the fault makes a difference to what the instruction does."""
