@@ -144,6 +144,71 @@ def test_in_rounds_of_columns_the_bits_are_the_same(r, rows):
     assert all(map(torch.equal, sums, longer_sums))
 
 
+# --- dx is added to what is there ---
+
+
+@pytest.mark.parametrize("number", range(24))
+def test_random_problems_that_add_to_dx(number):
+    random_problem(number, sizes=(0, 1, 3, 17, 64, 65)).check_adding(EMULATED)
+
+
+@pytest.mark.parametrize("number", range(24))
+def test_adding_to_dx_on_a_gpu(number):
+    skip_unless_available("cuda")
+    random_problem(number, sizes=(0, 1, 17, 65, 700)).check_adding("cuda", "cuda")
+
+
+@pytest.mark.parametrize("r", [5, 20])
+def test_groups_of_several_chunks_that_add_to_dx(r):
+    chunk = 512 if r <= 16 else 1024
+    Ragged([chunk + 1, 0, 3 * chunk - 70, 1, chunk], 16, 24, r, behind=3, dropout=0.3).check_adding(EMULATED)
+
+
+@pytest.mark.parametrize("r", [16, 32, 64, 128])
+def test_the_bits_of_what_is_added_to_are_those_of_the_group_alone(r):
+    p = Ragged([30, 0, 65, 128, 2], 136, 264, r, behind=9, ranks=[r, r, 7, r // 2 + 1, 0])
+    old, new = p.check_adding(EMULATED)
+    for g in (0, 2, 3):
+        alone, into = p.alone(g), old[p.of(g)].clone()
+        alone.backward(EMULATED, alone.forward(EMULATED)[1], dx=into)
+        assert torch.equal(into, new[p.of(g)])
+
+
+@pytest.mark.parametrize("r", [16, 64])
+def test_what_is_added_to_dx_does_not_depend_on_what_else_is_asked_for(r):
+    """Without dA, x is not read."""
+    p = Ragged([30, 0, 65, 2], 72, 80, r, behind=5, ranks=[r, r, 7, 0], dropout=0.3, weights=torch.float32)
+    old, new = p.check_adding(EMULATED)
+    _, z = p.forward(EMULATED)
+    for need in ((1, 0, 0), (1, 1, 0), (1, 0, 1)):
+        for saved in (z, None):
+            x, into = p.x, old.clone()
+            if saved is not None and not need[1]:
+                p.x = torch.full_like(x, torch.nan)
+            p.backward(EMULATED, saved, need, dx=into)
+            p.x = x
+            assert torch.equal(into[: p.rows], new[: p.rows]), (need, saved is None)
+
+
+def test_what_is_added_to_dx_is_rounded_with_it():
+    """256 + (1 + 2^-10) is 258 in bfloat16. Rounded before, the product is 1, and the sum 256."""
+    p = Ragged([40], 16, 24, 2, activation=IDENTITY)
+    p.spec = p.spec._replace(scaling=1.0)
+    p.dy[:, 0], p.dy[:, 1:], p.a[:] = 1.0, 0.0, 1.0
+    p.b[0, 0] = torch.tensor([1.0, 2.0**-10])
+    into = torch.full_like(p.x, 256.0)
+    p.backward(EMULATED, p.forward(EMULATED)[1], dx=into)
+    assert (into == 258).all()
+
+
+def test_a_dx_that_is_not_packed_is_refused():
+    p = Ragged([30, 4], 72, 80, 16)
+    _, z = p.forward(EMULATED)
+    for dx in (torch.empty(34, 80, dtype=p.x.dtype)[:, :72], torch.empty(34 * 72 + 1, dtype=p.x.dtype)[1:].view(34, 72)):
+        with pytest.raises(ValueError, match="dx: expected packed rows"):
+            p.backward(EMULATED, z, dx=dx)
+
+
 def test_a_call_at_identity():
     Ragged([30, 0, 65], 72, 80, 16, activation=IDENTITY).check(EMULATED)
 

@@ -7,8 +7,8 @@ Kernels, times and assumptions are those of cuda_launches.py. What groups change
   each where one has ended, and share the memory's rate, of which a block alone on its multiprocessor takes no more than
   its share. So the last ones may leave others idle.
 - Some blocks find no rows and leave; they cost what the load of the ends takes.
-- The frozen products are grouped ones, which cannot add to what is there: the branch reads y and adds to it, and an
-  elementwise kernel of torch adds the product of the backward to dx.
+- The frozen products are grouped ones, which cannot add to what is there: the branch reads y, and in the backward dx,
+  and adds to it.
 
 The bytes are those that the compiled kernels move, but for the few by which a block finds its group
 (python_tests/test_ragged_traffic.py).
@@ -73,7 +73,7 @@ class Ragged(NamedTuple):
 
 
 def kernels(
-    call: Ragged, gpu: Gpu = H100, *, float_weights: bool = True, reads_base: bool = True
+    call: Ragged, gpu: Gpu = H100, *, float_weights: bool = True, reads_base: bool = True, adds_dx: bool = True
 ) -> tuple[list[Kernel], list[Kernel]]:
     """Return the kernels of the forward and of the backward, in order."""
     limits = (gpu.multiprocessors, gpu.shared_per_block, gpu.shared_per_multiprocessor)
@@ -168,6 +168,7 @@ def kernels(
         backward.append(small("rows", parts * own * rank * FLOAT + z + 2 * dz, parts))
         backward.append(chunks_made("db", slabs, dy, slabs * HALF * own * rank + db))
     x_slabs = math.ceil(k / x_slab)
+    dx = 2 * x if adds_dx else dx  # rows of no group keep what they hold
     backward.append(chunks_made("x", x_slabs, x + dx, chunks * weight * r * k + x_slabs * dz + da))
     if several:
         backward.append(chunks_summed(da_left + db_left, max(x_rounds, rounds if db_left else 1)))
@@ -203,18 +204,13 @@ def busy_share(lengths: list[int], places: int, enough: int) -> float:
     return sum(lengths) / (min(enough, len(lengths)) * time)
 
 
-def added(call: Ragged) -> Kernel:
-    """Return torch's ``dx += product``."""
-    return Kernel("dx +=", (0, 0), 1, 0, 0, 0.0, 3 * HALF * call.m * call.k, 0, 0)
-
-
 def overhead(call: Ragged, gpu: Gpu = H100, *, float_weights: bool = True) -> Overhead:
     """Return what the branch adds to the two grouped products, in percent of them."""
     forward, backward = kernels(call, gpu, float_weights=float_weights)
     each = [
         Range(*(100 * sum(one.seconds(gpu, which)[0] for one in direction) / product(call, gpu, which)
                 for which in ("good", "bad")))
-        for direction in (forward, [*backward, added(call)])
+        for direction in (forward, backward)
     ]  # fmt: skip
     return Overhead(*each, Range(*((each[0][i] + each[1][i]) / 2 for i in (0, 1))))
 
