@@ -204,7 +204,8 @@ def test_what_is_added_to_dx_is_rounded_with_it():
 def test_a_dx_that_is_not_packed_is_refused():
     p = Ragged([30, 4], 72, 80, 16)
     _, z = p.forward(EMULATED)
-    for dx in (torch.empty(34, 80, dtype=p.x.dtype)[:, :72], torch.empty(34 * 72 + 1, dtype=p.x.dtype)[1:].view(34, 72)):
+    rows_apart, at_an_odd_place = p.x.new_empty(34, 80)[:, :72], p.x.new_empty(34 * 72 + 1)[1:].view(34, 72)
+    for dx in (rows_apart, at_an_odd_place):
         with pytest.raises(ValueError, match="dx: expected packed rows"):
             p.backward(EMULATED, z, dx=dx)
 
