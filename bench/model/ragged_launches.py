@@ -168,7 +168,8 @@ def kernels(
         backward.append(small("rows", parts * own * rank * FLOAT + z + 2 * dz, parts))
         backward.append(chunks_made("db", slabs, dy, slabs * HALF * own * rank + db))
     x_slabs = math.ceil(k / x_slab)
-    dx = 2 * x if adds_dx else dx  # rows of no group keep what they hold
+    if adds_dx:  # rows of no group keep what they hold
+        dx, dz = 2 * x, HALF * own * rank
     backward.append(chunks_made("x", x_slabs, x + dx, chunks * weight * r * k + x_slabs * dz + da))
     if several:
         backward.append(chunks_summed(da_left + db_left, max(x_rounds, rounds if db_left else 1)))
