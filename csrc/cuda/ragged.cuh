@@ -358,7 +358,7 @@ ragged_db_kernel(const RaggedOuterParams p) {
 // The same of x: dA = dz^T x, and dx = dz A, of rows without a branch zeros. Where kAddsDx,
 // dx += dz A, and rows without a branch keep what they hold.
 template <typename T, int R, bool kAddsDx>
-AFA_KERNEL(OuterTile<R>::kThreads)
+AFA_KERNEL(OuterTile<R>::kThreads, 1)
 ragged_x_kernel(const RaggedOuterParams p) {
     follow_previous_kernel();
     using Tile = OuterTile<R>;
