@@ -223,3 +223,14 @@ def random_problem(number: int, sizes=(0, 1, 3, 17, 64, 65, 100)) -> Ragged:
 def assert_bits(got: dict, expected: dict, why: object) -> None:
     for what, value in expected.items():
         assert torch.equal(got[what], value), (why, what)
+
+
+def assert_rounded_with_dx(name: str) -> None:
+    """256 + (1 + 2^-10) is 258 in bfloat16. Rounded before, the product is 1, and the sum 256."""
+    p = Ragged([40], 16, 24, 2, activation=IDENTITY)
+    p.spec = p.spec._replace(scaling=1.0)
+    p.dy[:, 0], p.dy[:, 1:], p.a[:] = 1.0, 0.0, 1.0
+    p.b[0, 0] = torch.tensor([1.0, 2.0**-10])
+    into = torch.full_like(p.x, 256.0)
+    p.backward(name, p.forward(name)[1], dx=into)
+    assert (into == 258).all()

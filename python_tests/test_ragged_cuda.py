@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import skip_unless_available
-from cuda_ragged import Ragged, assert_bits, random_problem
+from cuda_ragged import Ragged, assert_bits, assert_rounded_with_dx, random_problem
 from helpers import assert_as_accurate_as_torch
 
 import afa_kernels as afa
@@ -191,14 +191,7 @@ def test_what_is_added_to_dx_does_not_depend_on_what_else_is_asked_for(r):
 
 
 def test_what_is_added_to_dx_is_rounded_with_it():
-    """256 + (1 + 2^-10) is 258 in bfloat16. Rounded before, the product is 1, and the sum 256."""
-    p = Ragged([40], 16, 24, 2, activation=IDENTITY)
-    p.spec = p.spec._replace(scaling=1.0)
-    p.dy[:, 0], p.dy[:, 1:], p.a[:] = 1.0, 0.0, 1.0
-    p.b[0, 0] = torch.tensor([1.0, 2.0**-10])
-    into = torch.full_like(p.x, 256.0)
-    p.backward(EMULATED, p.forward(EMULATED)[1], dx=into)
-    assert (into == 258).all()
+    assert_rounded_with_dx(EMULATED)
 
 
 def test_a_dx_that_is_not_packed_is_refused():

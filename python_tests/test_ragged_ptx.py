@@ -7,7 +7,7 @@ import ptx_problems
 import ptx_runtime_helpers
 import pytest
 import torch
-from cuda_ragged import RESULTS, Ragged, assert_bits
+from cuda_ragged import RESULTS, Ragged, assert_bits, assert_rounded_with_dx
 from ptx_ragged_problems import RandomRaggedProblem
 from ptx_runtime_helpers import cuda_on_ptx
 
@@ -51,6 +51,10 @@ def test_compiled_kernels_that_add_to_dx(number):
             results.append(problem.check_adding(ptx_cuda.NAME)[1])
     assert torch.equal(*(dx[: problem.rows] for dx in results)), "depends on the schedule"
     assert {launch["device"] for launch in cuda_on_ptx.take_launches()} == {number // 4}
+
+
+def test_what_compiled_kernels_add_to_dx_is_rounded_with_it():
+    assert_rounded_with_dx(ptx_cuda.NAME)
 
 
 def test_compiled_kernels_with_several_chunks():
