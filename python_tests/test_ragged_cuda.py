@@ -194,6 +194,12 @@ def test_what_is_added_to_dx_is_rounded_with_it():
     assert_rounded_with_dx(EMULATED)
 
 
+def test_dx_is_added_to_once_where_operands_are_copied():
+    p = Ragged([30, 0, 65, 2], 72, 80, 16, dropout=0.3, layouts=("columns apart", "packed"))
+    p.x, p.dy = (t.T.contiguous().T for t in (p.x, p.dy))
+    p.check_adding(EMULATED)
+
+
 def test_a_dx_that_is_not_packed_is_refused():
     p = Ragged([30, 4], 72, 80, 16)
     _, z = p.forward(EMULATED)

@@ -256,7 +256,7 @@ AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
 // dx and dA of one slab of kColumns columns of x and one chunk of rows. Each warp works on its own
 // slice of the slab, and reuses the place of its x for dx. store(da, column) as in db_pass; where
 // p.partial is null, the sums are zeros. Where kAddsDx, dx += dz A: a tile has then half as many
-// rows, and those of the old dx behind those of x.
+// rows, with those of the old dx behind those of x, so that the ring is the same.
 template <typename T, int R, bool kAddsDx = false, typename Store>
 AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int chunk,
                        const Store& store) {
