@@ -75,10 +75,10 @@ class Ragged:
         )  # fmt: skip
         return out, z
 
-    def backward(self, name: str, z: Tensor | None, need=(True, True, True)):
+    def backward(self, name: str, z: Tensor | None, need=(True, True, True), dx: Tensor | None = None):
         need = dict(zip(("need_dx", "need_da", "need_db"), need, strict=True))
         return registry.get(name).ragged_backward(
-            self.dy, self.x, self.a, self.b, self.groups, z, self.seed, self.spec, **need
+            self.dy, self.x, self.a, self.b, self.groups, z, self.seed, self.spec, **need, dx=dx
         )  # fmt: skip
 
     def run(self, name: str) -> dict[str, Tensor]:
@@ -136,6 +136,27 @@ class Ragged:
         for g, rank in enumerate(self.ranks):
             assert not z[self.of(g), rank:].any()
         return got
+
+    def check_adding(self, name: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """Compare a backward that adds to a dx with float64, and with one that makes it; return that dx as it was, with
+        NaN in the rows behind the groups, and as it is then."""
+        old = torch.randn(self.x.shape, dtype=torch.float64).to(self.x.dtype)
+        old[self.rows :] = torch.nan
+        there, into = self.on(device), old.to(device, copy=True)
+        with poisoned_memory():
+            _, z = there.forward(name)
+            apart, added = there.backward(name, z), there.backward(name, z, dx=into)
+        assert added[0] is into and all(map(torch.equal, apart[1:], added[1:]))
+        new, own = into.cpu(), slice(self.rows)
+        truth, same = (old.to(dtype) + self.plain(dtype)["dx"] for dtype in (torch.float64, self.x.dtype))
+        assert_as_accurate_as_torch(new[own], same[own], truth[own], "dx", self.x.dtype)
+        mask = mask_and_p(self.dropout, 77, self.x)
+        kept = mask["mask"][own] if mask else torch.ones(self.x[own].shape, dtype=torch.bool)
+        for g, rank in enumerate(self.ranks):
+            kept[self.of(g)] &= rank > 0
+        assert torch.equal(new[own][~kept], old[own][~kept]), "what has no branch was changed"
+        assert torch.equal(new[self.rows :].view(torch.int16), old[self.rows :].view(torch.int16)), "rows of no group"
+        return old, new
 
     def alone(self, g: int) -> "Ragged":
         """Return group g in a call of its own."""
@@ -202,3 +223,14 @@ def random_problem(number: int, sizes=(0, 1, 3, 17, 64, 65, 100)) -> Ragged:
 def assert_bits(got: dict, expected: dict, why: object) -> None:
     for what, value in expected.items():
         assert torch.equal(got[what], value), (why, what)
+
+
+def assert_rounded_with_dx(name: str) -> None:
+    """256 + (1 + 2^-10) is 258 in bfloat16. Rounded before, the product is 1, and the sum 256."""
+    p = Ragged([40], 16, 24, 2, activation=IDENTITY)
+    p.spec = p.spec._replace(scaling=1.0)
+    p.dy[:, 0], p.dy[:, 1:], p.a[:] = 1.0, 0.0, 1.0
+    p.b[0, 0] = torch.tensor([1.0, 2.0**-10])
+    into = torch.full_like(p.x, 256.0)
+    p.backward(name, p.forward(name)[1], dx=into)
+    assert (into == 258).all()

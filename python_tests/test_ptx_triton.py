@@ -16,6 +16,7 @@ import ptx_problems
 import pytest
 import torch
 from conftest import SIMULATED_GPU
+from cuda_ragged import random_problem
 from helpers import Problem, poisoned_memory, relative_error, run
 from ptx_ragged_problems import RandomRaggedProblem
 
@@ -65,6 +66,13 @@ def test_random_problems(number, simulated_gpu):
 def test_random_ragged_problems(number, simulated_gpu):
     where = ptx_problems.TritonTarget(SIMULATED_GPU, simulated_gpu)
     RandomRaggedProblem(where, number).check_or_known()
+
+
+@here
+@pytest.mark.parametrize("number", range(8))
+def test_random_ragged_problems_that_add_to_dx(number, simulated_gpu):
+    simulated_gpu.seed = number
+    random_problem(number, sizes=(0, 1, 17, 65)).check_adding("triton")
 
 
 @here

@@ -382,6 +382,8 @@ def test_the_products_of_a_gpu_on_cpu_tensors(identity, dropout):
         needs = {"need_dx": True, "need_da": True, "need_db": True}
         kept = backward(dy, x, a, b, groups, z, seed, spec, **needs)
         again = backward(dy, x, a, b, groups, None, seed, spec, **needs)
-        results.append((out, z, *kept, *again))
+        into = base.new_full(x.shape, 2.0)
+        assert backward(dy, x, a, b, groups, z, seed, spec, **needs, dx=into)[0] is into
+        results.append((out, z, *kept, *again, into))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)

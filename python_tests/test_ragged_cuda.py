@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import skip_unless_available
-from cuda_ragged import Ragged, assert_bits, random_problem
+from cuda_ragged import Ragged, assert_bits, assert_rounded_with_dx, random_problem
 from helpers import assert_as_accurate_as_torch
 
 import afa_kernels as afa
@@ -142,6 +142,71 @@ def test_in_rounds_of_columns_the_bits_are_the_same(r, rows):
     assert rounds[0] == 1 < rounds[1]
     assert torch.equal(longer[:25], dx) and not longer[25:].any()
     assert all(map(torch.equal, sums, longer_sums))
+
+
+# --- dx is added to what is there ---
+
+
+@pytest.mark.parametrize("number", range(24))
+def test_random_problems_that_add_to_dx(number):
+    random_problem(number, sizes=(0, 1, 3, 17, 64, 65)).check_adding(EMULATED)
+
+
+@pytest.mark.parametrize("number", range(24))
+def test_adding_to_dx_on_a_gpu(number):
+    skip_unless_available("cuda")
+    random_problem(number, sizes=(0, 1, 17, 65, 700)).check_adding("cuda", "cuda")
+
+
+@pytest.mark.parametrize("r", [5, 20])
+def test_groups_of_several_chunks_that_add_to_dx(r):
+    chunk = 512 if r <= 16 else 1024
+    Ragged([chunk + 1, 0, 3 * chunk - 70, 1, chunk], 16, 24, r, behind=3, dropout=0.3).check_adding(EMULATED)
+
+
+@pytest.mark.parametrize("r", [16, 32, 64, 128])
+def test_the_bits_of_what_is_added_to_are_those_of_the_group_alone(r):
+    p = Ragged([30, 0, 65, 128, 2], 136, 264, r, behind=9, ranks=[r, r, 7, r // 2 + 1, 0])
+    old, new = p.check_adding(EMULATED)
+    for g in (0, 2, 3):
+        alone, into = p.alone(g), old[p.of(g)].clone()
+        alone.backward(EMULATED, alone.forward(EMULATED)[1], dx=into)
+        assert torch.equal(into, new[p.of(g)])
+
+
+@pytest.mark.parametrize("r", [16, 64])
+def test_what_is_added_to_dx_does_not_depend_on_what_else_is_asked_for(r):
+    """Without dA, x is not read."""
+    p = Ragged([30, 0, 65, 2], 72, 80, r, behind=5, ranks=[r, r, 7, 0], dropout=0.3, weights=torch.float32)
+    old, new = p.check_adding(EMULATED)
+    _, z = p.forward(EMULATED)
+    for need in ((1, 0, 0), (1, 1, 0), (1, 0, 1)):
+        for saved in (z, None):
+            x, into = p.x, old.clone()
+            if saved is not None and not need[1]:
+                p.x = torch.full_like(x, torch.nan)
+            p.backward(EMULATED, saved, need, dx=into)
+            p.x = x
+            assert torch.equal(into[: p.rows], new[: p.rows]), (need, saved is None)
+
+
+def test_what_is_added_to_dx_is_rounded_with_it():
+    assert_rounded_with_dx(EMULATED)
+
+
+def test_dx_is_added_to_once_where_operands_are_copied():
+    p = Ragged([30, 0, 65, 2], 72, 80, 16, dropout=0.3, layouts=("columns apart", "packed"))
+    p.x, p.dy = (t.T.contiguous().T for t in (p.x, p.dy))
+    p.check_adding(EMULATED)
+
+
+def test_a_dx_that_is_not_packed_is_refused():
+    p = Ragged([30, 4], 72, 80, 16)
+    _, z = p.forward(EMULATED)
+    rows_apart, at_an_odd_place = p.x.new_empty(34, 80)[:, :72], p.x.new_empty(34 * 72 + 1)[1:].view(34, 72)
+    for dx in (rows_apart, at_an_odd_place):
+        with pytest.raises(ValueError, match="dx: expected packed rows"):
+            p.backward(EMULATED, z, dx=dx)
 
 
 def test_a_call_at_identity():

@@ -7,7 +7,7 @@ import ptx_problems
 import ptx_runtime_helpers
 import pytest
 import torch
-from cuda_ragged import RESULTS, Ragged, assert_bits
+from cuda_ragged import RESULTS, Ragged, assert_bits, assert_rounded_with_dx
 from ptx_ragged_problems import RandomRaggedProblem
 from ptx_runtime_helpers import cuda_on_ptx
 
@@ -24,7 +24,9 @@ def test_every_kernel_runs():
         for r, rows in ((16, 520), (20, 30), (40, 30), (128, 30)):
             for n in (24, 264 if r > 64 else 520):  # one pass; the split forward
                 p = Ragged([rows, 0, 3], 16, n, r, dtype)
-                p.backward(ptx_cuda.NAME, p.forward(ptx_cuda.NAME)[1])
+                z = p.forward(ptx_cuda.NAME)[1]
+                p.backward(ptx_cuda.NAME, z)
+                p.backward(ptx_cuda.NAME, z, dx=torch.zeros_like(p.x))
     launched = {launch["kernel"] for launch in cuda_on_ptx.take_launches()}
     assert launched == {name for name in cuda_on_ptx.kernel_names() if "ragged" in name}
 
@@ -35,6 +37,24 @@ def test_compiled_kernels(number):
     with where.running():
         RandomRaggedProblem(where, number + 100).check()
     assert {launch["device"] for launch in cuda_on_ptx.take_launches()} == {number // 4}
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_compiled_kernels_that_add_to_dx(number):
+    where = ptx_problems.CudaTarget(list(ptx_cuda.DEVICES)[number // 4])
+    results = []
+    with where.running():
+        problem = RandomRaggedProblem(where, number + 200).problem
+        for schedule in (number, number + 1000):
+            where.set_seed(schedule)
+            torch.manual_seed(number)
+            results.append(problem.check_adding(ptx_cuda.NAME)[1])
+    assert torch.equal(*(dx[: problem.rows] for dx in results)), "depends on the schedule"
+    assert {launch["device"] for launch in cuda_on_ptx.take_launches()} == {number // 4}
+
+
+def test_what_compiled_kernels_add_to_dx_is_rounded_with_it():
+    assert_rounded_with_dx(ptx_cuda.NAME)
 
 
 def test_compiled_kernels_with_several_chunks():

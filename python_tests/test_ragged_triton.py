@@ -4,6 +4,7 @@ that computes in test_ptx_triton.py."""
 import pytest
 import torch
 from conftest import SIMULATED, skip_unless_available
+from cuda_ragged import assert_rounded_with_dx, random_problem
 from helpers import poisoned_memory
 from ragged_gpu_problems import RaggedProblem
 
@@ -33,6 +34,16 @@ def test_random_problems(first):
                     problem.check_groups_alone(got)
         except Exception as error:
             raise AssertionError(str(problem)) from error
+
+
+@pytest.mark.parametrize("number", range(8))
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_problems_that_add_to_dx(number):
+    random_problem(number, sizes=(0, 1, 17, 65)).check_adding("triton")
+
+
+def test_what_is_added_to_dx_is_rounded_with_it():
+    assert_rounded_with_dx("triton")
 
 
 @pytest.fixture

@@ -62,6 +62,8 @@ OPCODES = (*SHOWN_OPCODES, "LDL", "STL", WAIT)
 GLOBAL_OPCODES = ("LD", "ST", "LDG", "STG", "LDGSTS", "ATOM", "ATOMG", "RED", "REDG")
 EARLY = "global memory before the wait"
 
+# What a kernel is called whose last template argument is true.
+_FLAGS = {"project": "_dy", "ragged_project": "_dy", "ragged_x": "_into"}
 _ENTRY = re.compile(r"afa\d+(\w+?)_kernelINS_4(Bf16|Fp16)E(?:Li(\d+)E)?(?:Lb([01])E)?")
 
 
@@ -118,8 +120,8 @@ def identify(mangled: str) -> tuple[str, int, str] | None:
     match = _ENTRY.search(mangled)
     if match is None:
         return None
-    kernel, dtype, rank, transposed = match.groups()
-    return kernel + ("_dy" if transposed == "1" else ""), int(rank or 0), dtype.lower()
+    kernel, dtype, rank, flag = match.groups()
+    return kernel + (_FLAGS[kernel] if flag == "1" else ""), int(rank or 0), dtype.lower()
 
 
 def parse_ptxas(text: str, arch: str) -> dict[str, Row]:
@@ -178,7 +180,7 @@ def add_launch(row: Row, plans: dict[tuple[str, str, int], dict]) -> None:
     if row.kernel in SMALL_KERNELS:
         row.threads, row.register_budget = SMALL_THREADS, SMALL_KERNELS[row.kernel]
     else:
-        plan = plans[row.arch, row.kernel, row.rank]
+        plan = plans[row.arch, row.kernel.removesuffix("_into"), row.rank]
         row.threads, row.stages, row.shared_bytes = (
             plan["threads"],
             plan["stages"],

@@ -1,5 +1,8 @@
 """The step of gpu_check on rows sorted by group: every backend of the device against float64."""
 
+import functools
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -16,8 +19,13 @@ _LARGE = [
 _SMALL = [([40, 0, 33], 72, 136, 16), ([3, 70], 136, 72, 64)]
 
 
-def step(case: tuple, device: str, backend: str, dtype: torch.dtype, dropout_p: float = 0.1) -> tuple[Tensor, ...]:
-    """Return y, dx, dA and dB of a call in ``dtype`` on operands that bfloat16 holds."""
+def step(
+    case: tuple, device: str, backend: str, dtype: torch.dtype, dropout_p: float = 0.1, *, frozen: bool = False
+) -> tuple[Tensor, ...]:
+    """Return y, dx, dA and dB of a call in ``dtype`` on operands that bfloat16 holds.
+
+    ``frozen``: with a weight for each group, so that the kernels add to its products.
+    """
     sizes, k, n, r = case
     generator = torch.Generator().manual_seed(0)
 
@@ -31,8 +39,12 @@ def step(case: tuple, device: str, backend: str, dtype: torch.dtype, dropout_p: 
     offsets = torch.tensor(sizes, device=device).cumsum(0).int()
     alpha_t = torch.linspace(0, 1, groups, device=device)
     ranks = torch.tensor([max(1, r - g % 4) for g in range(groups)], dtype=torch.int32, device=device)
-    options = {"scaling": 1.5, "dropout_p": dropout_p, "dropout_seed": 11, "ranks": ranks, "base": base}
-    y = afa.afa_lora_grouped(x, offsets, a, b, alpha_t, backend=backend, **options)
+    options = {"scaling": 1.5, "dropout_p": dropout_p, "dropout_seed": 11, "ranks": ranks, "backend": backend}
+    if frozen:
+        weight = draw(groups, n, k, scale=k**-0.5)
+        y = afa.afa_linear_grouped(x, offsets, weight, None, a, b, alpha_t, **options)
+    else:
+        y = afa.afa_lora_grouped(x, offsets, a, b, alpha_t, base=base, **options)
     return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
 
@@ -40,16 +52,16 @@ def check_ragged(context: Context) -> Outcome:
     """Compare with float64, to twice the error of torch in the same dtype plus one rounding, and each backend with
     itself."""
     rows = []
-    for case in _SMALL if context.small else _LARGE:
-        truth = step(case, context.device, "reference", torch.float64)
-        plain = [_error(*pair) for pair in zip(step(case, context.device, "torch", torch.bfloat16), truth, strict=True)]
+    for case, frozen in itertools.product(_SMALL if context.small else _LARGE, (False, True)):
+        here = functools.partial(step, case, context.device, dtype=torch.bfloat16, frozen=frozen)
+        # On the CPU: torch has no grouped product in float64.
+        truth = [t.to(context.device) for t in step(case, "cpu", "reference", torch.float64, frozen=frozen)]
+        plain = [_error(*pair) for pair in zip(here("torch"), truth, strict=True)]
         for backend in context.backends:
-            got = step(case, context.device, backend, torch.bfloat16)
-            again = step(case, context.device, backend, torch.bfloat16)
-            for what, value, same, exact, error in zip(_WHAT, got, again, truth, plain, strict=True):
+            for what, value, same, exact, error in zip(_WHAT, here(backend), here(backend), truth, plain, strict=True):
                 rows.append({
-                    "groups": len(case[0]), "rows": sum(case[0]), "r": case[3], "backend": backend, "what": what,
-                    "error": float(f"{_error(value, exact):.2e}"),
+                    "groups": len(case[0]), "rows": sum(case[0]), "r": case[3], "frozen": frozen, "backend": backend,
+                    "what": what, "error": float(f"{_error(value, exact):.2e}"),
                     "allowed": float(f"{2 * error + torch.finfo(torch.bfloat16).eps / 2:.2e}"),
                     "same bits twice": torch.equal(value, same),
                 })  # fmt: skip

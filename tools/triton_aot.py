@@ -99,6 +99,7 @@ class Problem:
     save_z: bool = True
     weight_dtype: torch.dtype | None = None  # of a and b; None: that of x
     groups: int = 0  # of rows, each with its own a and b, rank, alpha_t and scaling; 0: all rows have the same
+    adds_dx: bool = False  # to a dx that is there (of groups only)
 
     def record(
         self, device: Device, *, tiles: Tiles | None = None, forward: bool = True, backward: bool = True
@@ -129,8 +130,8 @@ class Problem:
                 passes.forward(context(), base, meta(self.m, self.n), self.save_z)
             if backward:
                 passes.backward(
-                    context(), dy, z, weight_dtype, weight_dtype, need_dx=True, need_da=True,
-                    need_db=True
+                    context(), dy, z, weight_dtype, weight_dtype, need_dx=True, need_da=True, need_db=True,
+                    dx=meta(self.m, self.k) if self.adds_dx else None,
                 )  # fmt: skip
         return launches
 

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -84,7 +85,11 @@ class Variant(NamedTuple):
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = self.dtype == "tf32"
         try:
-            return problem.record(device_for(self.arch), tiles=tiles)
+            launches = problem.record(device_for(self.arch), tiles=tiles)
+            if self.groups:
+                adding = replace(problem, adds_dx=True)
+                launches += adding.record(device_for(self.arch), tiles=tiles, forward=False)
+            return launches
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
 
@@ -170,6 +175,7 @@ _HEADER = (
 def _line(row: Row) -> str:
     variant, launch, code = row.variant, row.launch, row.code
     constants = launch.constants
+    name = launch.name.removesuffix("_kernel") + (" +=" if constants.get("ADDS_DX") else "")
     tile = f"{constants.get('BLOCK_M', '-')}x{constants.get('BLOCK_L', constants.get('BLOCK_N', '-'))}"
     tensor_core = " ".join(f"{name} {count}" for name, count in sorted(code.tensor_core.items())) or "-"
     if variant.arch in AMD:
@@ -178,7 +184,7 @@ def _line(row: Row) -> str:
         resident, occupancy = str(code.blocks_per_multiprocessor), f"{code.occupancy:.0%}"
     return (
         f"{variant.arch:7}{variant.row:8}{variant.dtype:6}{variant.rank:>4} "
-        f"{'yes' if variant.dropout else 'no':5}{launch.name.removesuffix('_kernel'):26}{tile:>9}"
+        f"{'yes' if variant.dropout else 'no':5}{name:26}{tile:>9}"
         f"{launch.warps:>6}{launch.stages:>7}{code.registers:>5}{code.spills:>6}"
         f"{code.shared / 1024:>8.1f}{resident:>7}{occupancy:>7}  {tensor_core:22}"
         f"{code.async_copies:>6}{code.plain_loads:>5}{code.instructions:>6}"

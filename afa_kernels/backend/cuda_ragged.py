@@ -48,18 +48,21 @@ class RaggedKernels:
             out.copy_(y)
         return z
 
-    def ragged_backward(self, dy, x, a, b, groups: Groups, z, seed, spec: Spec, *, need_dx, need_da, need_db):
+    def ragged_backward(self, dy, x, a, b, groups: Groups, z, seed, spec: Spec, *, need_dx, need_da, need_db, dx=None):
         (m, k), (count, n, r) = x.shape, b.shape
-        dx = x.new_empty(m, k) if need_dx else None
+        adds_dx = dx is not None
+        if need_dx and not adds_dx:
+            dx = x.new_empty(m, k)
         da = a.new_empty(count, r, k) if need_da else None
         db = b.new_empty(count, n, r) if need_db else None
         size = _backward_workspace(self._module, (m, k, n, r), count, z is None)
-        workspace, gradients = x.new_empty(size // x.element_size()), (dy, z, dx, da, db)
+        workspace, gradients = x.new_empty(size // x.element_size()), (dy, z, dx, adds_dx, da, db)
         call = (x, *_described(a, b, groups, spec), gradients, seed, spec.dropout, workspace, *self._place(x))
         if self._module.ragged_backward(*call):
             return dx, da, db
         dx, da, db = self.ragged_backward(
             readable(dy), readable(x), readable_weight(a, x), readable_weight(b, x), groups,
             None if z is None else readable_z(z), seed, spec, need_dx=need_dx, need_da=need_da, need_db=need_db,
+            dx=dx if adds_dx else None,
         )  # fmt: skip
         return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)

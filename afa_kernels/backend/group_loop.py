@@ -59,9 +59,10 @@ def _copy_base(base: Tensor | None, out: Tensor, rows: slice) -> None:
         out[rows] = base[rows]
 
 
-def backward(one, dy, x, a, b, groups: Groups, z, seed, spec: Spec, *, need_dx, need_da, need_db):
+def backward(one, dy, x, a, b, groups: Groups, z, seed, spec: Spec, *, need_dx, need_da, need_db, dx=None):
     """``one`` is a :class:`~afa_kernels.backend.registry.Backward` that takes ``first_row``."""
-    dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
+    if need_dx and dx is None:
+        dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     da = torch.zeros(a.shape, dtype=a.dtype, device=a.device) if need_da else None
     db = torch.zeros(b.shape, dtype=b.dtype, device=b.device) if need_db else None
     for group, rows, rank, alpha_t, own in branches(groups, a.shape[1], spec):
@@ -70,7 +71,7 @@ def backward(one, dy, x, a, b, groups: Groups, z, seed, spec: Spec, *, need_dx, 
             alpha_t, seed, own, need_dx=need_dx, need_da=need_da, need_db=need_db, first_row=rows.start,
         )  # fmt: skip
         if need_dx:
-            dx[rows] = dx_g
+            dx[rows] += dx_g
         if need_da:
             da[group, :rank] = da_g
         if need_db:

@@ -196,7 +196,8 @@ class RaggedBackward(Protocol):
         dx: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return dx, ``da (G, r, K)`` and ``db (G, N, r)``: of each group what :class:`Backward` returns, zero beyond
-        its rank and where it has no rows. A given ``dx`` is accumulated into, as in :class:`Backward`.
+        its rank and where it has no rows. A given ``dx`` is accumulated into and returned, as in :class:`Backward`, and
+        on a GPU every backend may get one. It is packed; rows without a branch keep what they hold.
         """
 
 

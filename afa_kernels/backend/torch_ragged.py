@@ -74,13 +74,13 @@ def forward(x, a, b, groups: Groups, seed, spec: Spec, *, base, out, save_z):
     return z if save_z else None
 
 
-def backward(dy, x, a, b, groups: Groups, z, seed, spec: Spec, *, need_dx, need_da, need_db):
+def backward(dy, x, a, b, groups: Groups, z, seed, spec: Spec, *, need_dx, need_da, need_db, dx=None):
     rows = _Rows(x, groups, spec)
     a_transposed, own_b = rows.columns(a.to(x.dtype).transpose(1, 2)), rows.columns(b.to(x.dtype))
     x_dropped = drop(x, seed, spec.dropout) if need_da or z is None else x
     if z is None:
         z = _z(x_dropped, a_transposed, rows)
-    dx = da = None
+    da = None
     db = rows.sums(dy, rows.h(z)).to(b.dtype) if need_db else None
     if need_dx or need_da:
         factor = rows.scaling * (spec.inverse_keep if spec.dropout else 1.0)
@@ -89,7 +89,8 @@ def backward(dy, x, a, b, groups: Groups, z, seed, spec: Spec, *, need_dx, need_
             dz = dz * phi_slope(z.to(rows.wide), rows.alpha_t, spec.activation)
         dz = dz.to(dy.dtype)
         if need_dx:
-            dx = drop(rows.product(dz, a_transposed.transpose(1, 2)), seed, spec.dropout)
+            own_dx = drop(rows.product(dz, a_transposed.transpose(1, 2)), seed, spec.dropout)
+            dx = own_dx if dx is None else dx.add_(own_dx)
         if need_da:
             da = rows.sums(dz, x_dropped).to(a.dtype)
     return dx, rows.columns(da.transpose(1, 2)).transpose(1, 2) if need_da else None, db

@@ -3,9 +3,9 @@ branch.
 
 A group is here what has a matrix of its own, which may be several groups of the branch in a row. A weight that all
 groups share is one GEMM. With a weight for each group, torch's ``grouped_mm`` multiplies on a GPU, where it reads the
-offsets on the device; it cannot accumulate, so that it always comes before the branch. On a CPU it is a loop of GEMMs,
-which is here instead, for a GPU of a torch without it too: its results go where they belong, or are added to what is
-there. Two kinds of call have something faster; :func:`way_of` names them.
+offsets on the device; it cannot accumulate, so that it always comes before the branch, which adds to y and to dx. On a
+CPU it is a loop of GEMMs, which is here instead, for a GPU of a torch without it too: its results go where they belong,
+or are added to what is there. Two kinds of call have something faster; :func:`way_of` names them.
 """
 
 from collections.abc import Callable, Iterator
@@ -108,17 +108,14 @@ def backward(
     if weight.dim() == 2:
         return frozen.backward(backend, spec, [(dy, weight)], branch)
     offsets = ends_of(offsets, weight.shape[0])
+    if _on_device(dy):
+        return branch(_grouped(dy, offsets, weight, None))
     if backend.gemm_first(spec, dy.dtype, True):
-        if _on_device(dy):
-            return branch(_grouped(dy, offsets, weight, None))
         dx = dy.new_empty(dy.shape[0], weight.shape[2])
         _multiply(dy, offsets, weight, dx, accumulate=False)
         return branch(dx)
     dx, *others = branch(None)
-    if _on_device(dy):
-        dx += _grouped(dy, offsets, weight, None)
-    else:
-        _multiply(dy, offsets, weight, dx, accumulate=True)
+    _multiply(dy, offsets, weight, dx, accumulate=True)
     return dx, *others
 
 

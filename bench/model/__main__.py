@@ -92,7 +92,7 @@ def ragged_table(experts: Experts, r: int, float_weights: bool) -> Iterator[str]
         f" {shown(whole.both)} of the frozen grouped products"
     )
     yield _HEAD
-    yield from map(line, [*forward, *backward, ragged_launches.added(call)])
+    yield from map(line, [*forward, *backward])
 
 
 def line(kernel: Kernel) -> str:

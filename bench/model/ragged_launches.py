@@ -7,8 +7,8 @@ Kernels, times and assumptions are those of cuda_launches.py. What groups change
   each where one has ended, and share the memory's rate, of which a block alone on its multiprocessor takes no more than
   its share. So the last ones may leave others idle.
 - Some blocks find no rows and leave; they cost what the load of the ends takes.
-- The frozen products are grouped ones, which cannot add to what is there: the branch reads y and adds to it, and an
-  elementwise kernel of torch adds the product of the backward to dx.
+- The frozen products are grouped ones, which cannot add to what is there: the branch reads y, and in the backward dx,
+  and adds to it.
 
 The bytes are those that the compiled kernels move, but for the few by which a block finds its group
 (python_tests/test_ragged_traffic.py).
@@ -34,6 +34,7 @@ from bench.model.cuda_launches import (
 from bench.shapes import Experts
 
 _SLAB_RANK, _SLAB = 32, 256  # csrc/cuda/ragged_params.h
+_PAD = 8  # elements between the rows of a tile (csrc/cuda/tiles.h)
 _FINDING = 2  # loads that wait for each other before a block asks for its first tile
 _DH_BYTES = 36 << 20  # kRaggedDhBytes (csrc/cuda/ragged_plan.h)
 _CHUNKS_AT_ONCE = 4  # partial results that a thread of the sum kernel has under way
@@ -73,7 +74,7 @@ class Ragged(NamedTuple):
 
 
 def kernels(
-    call: Ragged, gpu: Gpu = H100, *, float_weights: bool = True, reads_base: bool = True
+    call: Ragged, gpu: Gpu = H100, *, float_weights: bool = True, reads_base: bool = True, adds_dx: bool = True
 ) -> tuple[list[Kernel], list[Kernel]]:
     """Return the kernels of the forward and of the backward, in order."""
     limits = (gpu.multiprocessors, gpu.shared_per_block, gpu.shared_per_multiprocessor)
@@ -88,7 +89,9 @@ def kernels(
     several = sum(math.ceil(rows / chunk_rows) for rows in call.rows if rows > chunk_rows)
     one = sum(rows <= chunk_rows for rows in call.rows)
 
-    def made(name: str, pieces: list[int], slots: int, columns: int, hbm: int, l2: int, waits: int = 1) -> Kernel:
+    def made(
+        name: str, pieces: list[int], slots: int, columns: int, hbm: int, l2: int, waits: int = 1, empty: int = 0
+    ) -> Kernel:
         row = planned[f"ragged_{name}"]
         launches, fit = row["launches"], row["blocks_per_sm"]
         places = fit * gpu.multiprocessors
@@ -98,7 +101,7 @@ def kernels(
         waves = len(lengths) / places
         # Loads that nothing hides: of blocks that find no rows, and of those that begin alone on their multiprocessor.
         found = (slots - len(pieces)) * at_once / places
-        under_way = row["stage_bytes"] * (row["stages"] - 1)
+        under_way = (row["stage_bytes"] - empty) * (row["stages"] - 1)
         enough = min(fit, math.ceil(gpu.memory.good * gpu.latency.bad / gpu.multiprocessors / under_way))
         return Kernel(
             name, (len(pieces), at_once), launches, row["stages"], fit, waves, hbm, l2, resident * under_way, waits,
@@ -109,9 +112,9 @@ def kernels(
     def rows_made(name: str, hbm: int, l2: int, columns: int = 1, waits: int = 1) -> Kernel:
         return made(name, call.pieces(row_tile), call.slots(row_tile), columns, hbm, l2, waits)
 
-    def chunks_made(name: str, slabs: int, hbm: int, l2: int) -> Kernel:
+    def chunks_made(name: str, slabs: int, hbm: int, l2: int, empty: int = 0) -> Kernel:
         pieces = call.pieces(chunk_rows, chunks=True)
-        return made(name, pieces, call.slots(chunk_rows), slabs, hbm, l2)
+        return made(name, pieces, call.slots(chunk_rows), slabs, hbm, l2, empty=empty)
 
     def small(name: str, l2: int, sums: int, launches: int = 1, at_once: int = SUMS_AT_ONCE) -> Kernel:
         return Kernel(name, (0, 0), launches, 0, 0, 0.0, 0, l2, 0, math.ceil(sums / at_once))
@@ -168,7 +171,11 @@ def kernels(
         backward.append(small("rows", parts * own * rank * FLOAT + z + 2 * dz, parts))
         backward.append(chunks_made("db", slabs, dy, slabs * HALF * own * rank + db))
     x_slabs = math.ceil(k / x_slab)
-    backward.append(chunks_made("x", x_slabs, x + dx, chunks * weight * r * k + x_slabs * dz + da))
+    empty = 0
+    if adds_dx:  # rows of no group keep what they hold; dx takes half the rows of x, and those of dz stay empty
+        dx, dz = 2 * x, HALF * own * rank
+        empty = HALF * (16 if rank in (16, 128) else 32) * (rank + _PAD)
+    backward.append(chunks_made("x", x_slabs, x + dx, chunks * weight * r * k + x_slabs * dz + da, empty))
     if several:
         backward.append(chunks_summed(da_left + db_left, max(x_rounds, rounds if db_left else 1)))
     return in_a_row(forward), in_a_row(backward)
@@ -203,18 +210,13 @@ def busy_share(lengths: list[int], places: int, enough: int) -> float:
     return sum(lengths) / (min(enough, len(lengths)) * time)
 
 
-def added(call: Ragged) -> Kernel:
-    """Return torch's ``dx += product``."""
-    return Kernel("dx +=", (0, 0), 1, 0, 0, 0.0, 3 * HALF * call.m * call.k, 0, 0)
-
-
 def overhead(call: Ragged, gpu: Gpu = H100, *, float_weights: bool = True) -> Overhead:
     """Return what the branch adds to the two grouped products, in percent of them."""
     forward, backward = kernels(call, gpu, float_weights=float_weights)
     each = [
         Range(*(100 * sum(one.seconds(gpu, which)[0] for one in direction) / product(call, gpu, which)
                 for which in ("good", "bad")))
-        for direction in (forward, [*backward, added(call)])
+        for direction in (forward, backward)
     ]  # fmt: skip
     return Overhead(*each, Range(*((each[0][i] + each[1][i]) / 2 for i in (0, 1))))
 

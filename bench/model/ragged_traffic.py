@@ -99,7 +99,11 @@ def _x_pass(launch: Launch) -> Elements:
         read["a_ptr"] = once
     if arguments["da_ptr"] is not None:
         read["x_ptr"] = own * arguments["K"]
-    return read, {"dx_ptr": arguments["M"] * arguments["K"], "da_ptr": once}
+    rows_of_dx = arguments["M"]
+    if launch.constants["ADDS_DX"]:
+        rows_of_dx = own
+        read["dx_ptr"] = own * arguments["K"]
+    return read, {"dx_ptr": rows_of_dx * arguments["K"], "da_ptr": once}
 
 
 def _weight_gradients(launch: Launch) -> Elements:

@@ -212,16 +212,16 @@ db_kernel(const OuterParams p) {
     });
 }
 
-// dx = dz A for the columns of this warp: products into the place of x in shared memory, then
-// 16-byte stores.
-template <typename T, int R>
+// dx = dz A for the columns of this warp, kRows rows: into `slice` of a tile in shared memory, then
+// 16-byte stores. Where kAdds, dx += dz A, and the slice holds the old dx.
+template <typename T, int R, int kRows, bool kAdds>
 AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
                         const uint32_t (&a)[R / 16][OuterTile<R>::kSlice / 16][4],
                         const OuterParams& p, int64_t row0, int64_t row_end, int col0) {
     using Tile = OuterTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kSlice = Tile::kSlice;
     AFA_UNROLL
-    for (int i = 0; i < Tile::kRows; i += 16) {
+    for (int i = 0; i < kRows; i += 16) {
         float acc[kSlice / 8][4] = {};
         AFA_UNROLL
         for (int k = 0; k < R / 16; ++k) {
@@ -234,6 +234,10 @@ AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
             }
         }
         T* out = slice + (i + lane_index() / 4) * kWidePitch + lane_index() % 4 * 2;
+        if constexpr (kAdds)
+            add_old<T, kSlice, kWidePitch>(acc, out,
+                                           masks + (i + lane_index() / 4) * Tile::kMaskPitch,
+                                           Tile::kMaskPitch, p.dropout.threshold > 0);
         AFA_UNROLL
         for (int j = 0; j < kSlice / 8; ++j) {
             store_shared(out + j * 8, pack<T>(acc[j][0], acc[j][1]));
@@ -243,11 +247,11 @@ AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
     warp_sync();
     constexpr int kVectors = kSlice / kVector;
     AFA_UNROLL
-    for (int i = 0; i < Tile::kRows * kVectors; i += kWarpSize) {
+    for (int i = 0; i < kRows * kVectors; i += kWarpSize) {
         const int row = (i + lane_index()) / kVectors,
                   col = (i + lane_index()) % kVectors * kVector;
         Vec16 v = load_shared<Vec16>(slice + row * kWidePitch + col);
-        if (p.dropout.threshold > 0)
+        if (!kAdds && p.dropout.threshold > 0)
             v = keep(
                 v, load_shared<uint16_t>(masks + row * Tile::kMaskPitch + col / kDropoutColumns) >>
                        (col % kDropoutColumns));
@@ -260,13 +264,17 @@ AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
 
 // dx and dA of one slab of kColumns columns of x and one chunk of rows. Each warp works on its own
 // slice of the slab, and reuses the place of its x for dx. store(da, column) as in db_pass; where
-// p.partial is null, the sums are zeros.
-template <typename T, int R, typename Store>
+// p.partial is null, the sums are zeros. Where kAddsDx, dx += dz A: a tile has then half as many
+// rows, with those of the old dx behind those of x, so that the ring is the same.
+template <typename T, int R, bool kAddsDx = false, typename Store>
 AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int chunk,
                        const Store& store) {
     using Tile = OuterTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R),
                   kSlice = Tile::kSlice;
+    constexpr int kRows = kAddsDx ? Tile::kRows / 2 : Tile::kRows;
+    constexpr int kOldDx = tile_elements(kRows, Tile::kColumns);  // where it begins in a tile
+    constexpr bool kMakesDz = Tile::kMakesDz && !kAddsDx;
     const int ahead = p.stages - 1;
     T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
     T* narrow_ring = shared.take<T>(p.stages * Tile::kNarrow);
@@ -275,33 +283,37 @@ AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int
     const int col0 = slab * Tile::kColumns, slice0 = warp_index() * kSlice;
     const int64_t row_begin = chunk * p.rows_per_chunk;
     const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
-    const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
+    const int tiles = static_cast<int>((row_end - row_begin + kRows - 1) / kRows);
 
     const auto load = [&](int t, int slot) {
         if (t < tiles) {
-            const int64_t row0 = row_begin + t * Tile::kRows;
+            const int64_t row0 = row_begin + t * kRows;
             if (p.partial)
-                load_tile<Tile::kRows, Tile::kColumns, Tile::kThreads>(
+                load_tile<kRows, Tile::kColumns, Tile::kThreads>(
                     wide_ring + slot * Tile::kWide, static_cast<const T*>(p.wide), p.wide_stride,
                     row0, row_end, col0, p.w);
-            if (!Tile::kMakesDz || p.narrow)
-                load_tile<Tile::kRows, R, Tile::kThreads>(narrow_ring + slot * Tile::kNarrow,
-                                                          static_cast<const T*>(p.narrow), R, row0,
-                                                          row_end, 0, R);
+            if constexpr (kAddsDx)
+                load_tile<kRows, Tile::kColumns, Tile::kThreads>(
+                    wide_ring + slot * Tile::kWide + kOldDx, static_cast<const T*>(p.dx), p.w, row0,
+                    row_end, col0, p.w);
+            if (!kMakesDz || p.narrow)
+                load_tile<kRows, R, Tile::kThreads>(narrow_ring + slot * Tile::kNarrow,
+                                                    static_cast<const T*>(p.narrow), R, row0,
+                                                    row_end, 0, R);
         }
         copy_commit();
     };
     // Where this kernel makes dz, tile t + 1 of it is on its way while tile t is multiplied.
     DzTile<T, R, Tile::kRows, Tile::kThreads> dz_next;
-    const bool makes_dz = Tile::kMakesDz && !p.narrow;
+    const bool makes_dz = kMakesDz && !p.narrow;
     const float alpha_t = makes_dz ? alpha_of(p.dz.alpha_t) : 0.0f;
     const auto load_dz = [&](int t) {
-        if constexpr (Tile::kMakesDz)
+        if constexpr (kMakesDz)
             if (makes_dz)
-                dz_next.load(p.dz, row_begin + t * Tile::kRows, row_end);
+                dz_next.load(p.dz, row_begin + t * kRows, row_end);
     };
     const auto store_dz = [&](int slot) {
-        if constexpr (Tile::kMakesDz)
+        if constexpr (kMakesDz)
             if (makes_dz)
                 dz_next.store(narrow_ring + slot * Tile::kNarrow, p.dz, alpha_t);
     };
@@ -337,17 +349,18 @@ AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int
         T* slice = wide_ring + slot * Tile::kWide + slice0;
         const T* dz = narrow_ring + slot * Tile::kNarrow;
         uint16_t* slice_masks = masks + slice0 / kDropoutColumns;
-        const int64_t row0 = row_begin + t * Tile::kRows;
+        const int64_t row0 = row_begin + t * kRows;
         if (p.dropout.threshold > 0) {
-            drop<Tile::kRows, kSlice, kWidePitch>(slice, slice_masks, Tile::kMaskPitch, p.dropout,
-                                                  row0, col0 + slice0, p.w, p.partial != nullptr);
+            drop<kRows, kSlice, kWidePitch>(slice, slice_masks, Tile::kMaskPitch, p.dropout, row0,
+                                            col0 + slice0, p.w, p.partial != nullptr);
             warp_sync();
         }
         if (p.partial)
-            add_outer<T, Tile::kRows, R, kSlice, kNarrowPitch, kWidePitch>(da, dz, slice);
+            add_outer<T, kRows, R, kSlice, kNarrowPitch, kWidePitch>(da, dz, slice);
         if (p.dx) {
             warp_sync();  // all lanes have read x from the slice
-            emit_dx<T, R>(slice, dz, slice_masks, a, p, row0, row_end, col0 + slice0);
+            emit_dx<T, R, kRows, kAddsDx>(slice + (kAddsDx ? kOldDx : 0), dz, slice_masks, a, p,
+                                          row0, row_end, col0 + slice0);
         }
         slot = slot == ahead ? 0 : slot + 1;
         store_dz(slot);  // last read before the barrier above

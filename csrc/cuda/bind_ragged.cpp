@@ -21,9 +21,9 @@ using GroupValues =
     std::tuple<TensorArgument, TensorArgument, TensorArgument, TensorArgument, float>;
 // base, y, z.
 using Out = std::tuple<TensorArgument, TensorArgument, TensorArgument>;
-// dy, z, dx, da, db.
-using Gradients =
-    std::tuple<TensorArgument, TensorArgument, TensorArgument, TensorArgument, TensorArgument>;
+// dy, z, dx, whether it is added to, da, db.
+using Gradients = std::tuple<TensorArgument, TensorArgument, TensorArgument, bool, TensorArgument,
+                             TensorArgument>;
 
 Shape shape_of(const Sizes& sizes) {
     const auto& [m, k, n, r] = sizes;
@@ -73,13 +73,16 @@ bool bound_forward(Tensor x, const Weights3& weights, const GroupValues& values,
 bool bound_backward(Tensor x, const Weights3& weights, const GroupValues& values,
                     const Gradients& gradients, Tensor seed, int threshold, Tensor workspace,
                     int device, uintptr_t stream) {
-    const auto& [dy, z, dx, da, db] = gradients;
+    const auto& [dy, z, dx, adds_dx, da, db] = gradients;
     const DeviceScope scope(device);
     RaggedBackwardCall call{};
     if (!fill(call, x, weights, values, seed, threshold, workspace, device, stream) ||
         !fill_gradients(call.gradients[0], dy, z, da, db))
         return false;
+    if (adds_dx && !dx.is_packed())
+        throw std::invalid_argument("dx: expected packed rows that start at 16 bytes");
     call.dx = dx.data;
+    call.adds_dx = adds_dx;
     ragged_backward(call);
     return true;
 }

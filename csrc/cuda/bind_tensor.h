@@ -29,6 +29,8 @@ struct TensorArgument : TensorView {
         return strides[1] == 1 && strides[0] % 8 == 0 &&
                reinterpret_cast<uintptr_t>(data) % 16 == 0;
     }
+    // And write one whose rows lie one behind the other.
+    bool is_packed() const { return is_readable() && strides[0] == sizes[1]; }
     // z (M, r) is packed, in pairs of elements where r is even. One row of a wider matrix is packed
     // wherever it starts.
     bool is_readable_z() const {

@@ -326,9 +326,10 @@ ragged_db_kernel(const RaggedOuterParams p) {
                   });
 }
 
-// The same of x: dx = dz A, of rows without a branch zeros, and dA = dz^T x.
-template <typename T, int R>
-AFA_KERNEL(OuterTile<R>::kThreads)
+// The same of x: dA = dz^T x, and dx = dz A, of rows without a branch zeros. Where kAddsDx,
+// dx += dz A, and rows without a branch keep what they hold.
+template <typename T, int R, bool kAddsDx>
+AFA_KERNEL(OuterTile<R>::kThreads, 1)
 ragged_x_kernel(const RaggedOuterParams p) {
     follow_previous_kernel();
     using Tile = OuterTile<R>;
@@ -336,22 +337,23 @@ ragged_x_kernel(const RaggedOuterParams p) {
     const Place at =
         place_of<Tile::kThreads>(p.groups, shared, block_x() / p.sums.slabs, p.groups.chunk_rows);
     const bool no_sum = !p.sums.out || has_no_sum(p.groups, at);
-    if (!at.exists || (no_sum && !p.call.dx))
+    const bool writes_dx = kAddsDx ? at.rank > 0 : p.call.dx != nullptr;
+    if (!at.exists || (no_sum && !writes_dx))
         return;
     OuterParams call = p.call;
     call.wide = row_of<T>(call.wide, at.first_row, call.wide_stride);
     call.narrow = row_of<T>(call.narrow, at.first_row, R);
     call.dx = row_of<T>(call.dx, at.first_row, call.w);
     call.dropout.first_row = at.first_row;
-    call.m = at.rank > 0 || call.dx ? at.rows : 0;
+    call.m = at.rank > 0 || writes_dx ? at.rows : 0;
     // x is read where there is a partial result, whose place store_da decides.
     call.partial = at.rank > 0 ? static_cast<float*>(p.sums.out) : nullptr;
     take_a<T, R>(call.a, p.groups, at);
-    x_pass<T, R>(call, shared, p.sums.first_slab + block_x() % p.sums.slabs, at.piece,
-                 [&](const auto& da, int col) {
-                     if (!no_sum)
-                         store_da<T, Tile::kSlice, R>(da, p.groups, p.sums, at, col);
-                 });
+    x_pass<T, R, kAddsDx>(call, shared, p.sums.first_slab + block_x() % p.sums.slabs, at.piece,
+                          [&](const auto& da, int col) {
+                              if (!no_sum)
+                                  store_da<T, Tile::kSlice, R>(da, p.groups, p.sums, at, col);
+                          });
 }
 
 }  // namespace afa

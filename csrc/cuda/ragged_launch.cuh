@@ -23,7 +23,8 @@ RaggedKernels make_ragged_kernels() {
         table.project_dy = launch<ragged_project_kernel<T, R, true>, R, RaggedProjectParams>;
         table.db = launch<ragged_db_kernel<T, R>, R, RaggedOuterParams>;
     }
-    table.x = launch<ragged_x_kernel<T, R>, R, RaggedOuterParams>;
+    table.x = launch<ragged_x_kernel<T, R, false>, R, RaggedOuterParams>;
+    table.x_into = launch<ragged_x_kernel<T, R, true>, R, RaggedOuterParams>;
     return table;
 }
 

@@ -10,9 +10,9 @@ namespace afa {
 struct RaggedKernels {
     Launcher<RaggedForwardParams> forward, expand;
     Launcher<RaggedProjectParams> project;
-    Launcher<RaggedDyParams> dy;               // up to kSlabRank, else null
-    Launcher<RaggedProjectParams> project_dy;  // beyond it, as db
-    Launcher<RaggedOuterParams> db, x;
+    Launcher<RaggedDyParams> dy;                // up to kSlabRank, else null
+    Launcher<RaggedProjectParams> project_dy;   // beyond it, as db
+    Launcher<RaggedOuterParams> db, x, x_into;  // x_into adds to dx
 };
 
 const RaggedKernels& ragged16_kernels(DType dtype);

@@ -233,7 +233,8 @@ void launch_x(const RaggedBackwardCall& call, const Groups& groups, const Ragged
     RaggedOuterParams p{groups, outer_x(call, plan.x, plan.chunk_rows, scratch.dz), sums};
     p.call.a[0] = a_of(call, groups);
     p.call.rounded = is_rounded(p.call.a[0]);
-    ragged_kernels(call.dtype, plan.rank).x(slots_config(plan.x, call, groups, sums), p);
+    const RaggedKernels& kernels = ragged_kernels(call.dtype, plan.rank);
+    (call.adds_dx ? kernels.x_into : kernels.x)(slots_config(plan.x, call, groups, sums), p);
 }
 
 void launch_sum(const RaggedBackwardCall& call, const Groups& groups, const RaggedPlan& plan,

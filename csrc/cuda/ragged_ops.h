@@ -16,6 +16,7 @@ struct RaggedForwardCall : ForwardCall {
 };
 struct RaggedBackwardCall : BackwardCall {  // da [groups, r, K], db [groups, N, r]
     Groups groups;
+    bool adds_dx;  // to the dx that there is
 };
 
 // Bytes of scratch memory. The shape is that of a lone call on all rows.

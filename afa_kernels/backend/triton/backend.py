@@ -128,12 +128,12 @@ def ragged_forward(x, a, b, groups, seed, spec, *, base, out, save_z):
         return passes.forward(_ragged_context(x, a, b, groups, seed, spec), base, out, save_z)
 
 
-def ragged_backward(dy, x, a, b, groups, z, seed, spec, *, need_dx, need_da, need_db):
+def ragged_backward(dy, x, a, b, groups, z, seed, spec, *, need_dx, need_da, need_db, dx=None):
     from afa_kernels.backend.triton import passes
 
+    needs = {"need_dx": need_dx, "need_da": need_da, "need_db": need_db}
     with _on_device(x):
-        context = _ragged_context(x, a, b, groups, seed, spec)
-        return passes.backward(context, dy, z, a.dtype, b.dtype, need_dx=need_dx, need_da=need_da, need_db=need_db)
+        return passes.backward(_ragged_context(x, a, b, groups, seed, spec), dy, z, a.dtype, b.dtype, **needs, dx=dx)
 
 
 BACKEND = Backend(

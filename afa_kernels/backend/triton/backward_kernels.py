@@ -130,14 +130,16 @@ def dy_pass_backward_kernel(
 def x_tile(
     da, dz_ptr, a, x_ptr, dx_ptr, da_ptr, first_row, rows_left, slab, K, stride_xm, seed, threshold, calls_per_row,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr, ADDS_DX: tl.constexpr = False,
 ):  # fmt: skip
-    """Store a tile ``drop(dz a)`` of dx, read the one of x, and return ``da + dz^T drop(x)``, each if wanted, under one
-    mask."""
+    """Store a tile ``drop(dz a)`` of dx, or add it to the one that is there, read the one of x, and return
+    ``da + dz^T drop(x)``, each if wanted, under one mask."""
     row, rank, col = tl.arange(0, BLOCK_M), tl.arange(0, R), slab * BLOCK_L + tl.arange(0, BLOCK_L)
     row_mask = (row < rows_left)[:, None]
     mask = row_mask & (col < K)[None, :]
     dz = tl.load(dz_ptr + first_row * R + row[:, None] * R + rank[None, :], mask=row_mask, other=0.0)
+    if ADDS_DX:  # on its way while the products of da are made
+        old_dx = tl.load(dx_ptr + first_row * K + row[:, None] * K + col[None, :], mask=mask, other=0.0)
     if DROPOUT:
         keep = keep_mask(seed, threshold, first_row, slab * BLOCK_L, calls_per_row, BLOCK_M, BLOCK_L)
     if da_ptr is not None:
@@ -151,6 +153,8 @@ def x_tile(
         dx = dot(dz, a, tl.zeros((BLOCK_M, BLOCK_L), tl.float32), PRECISION, EMULATE_BF16)
         if DROPOUT:
             dx = tl.where(keep, dx, 0.0)
+        if ADDS_DX:
+            dx += old_dx.to(tl.float32)
         dx = round_to(dx, dx_ptr.dtype.element_ty, EMULATE_BF16)
         tl.store(dx_ptr + first_row * K + row[:, None] * K + col[None, :], dx, mask=mask)
     return da

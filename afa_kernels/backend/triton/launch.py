@@ -206,6 +206,10 @@ class Context:
     def x_tile(self) -> Tile:
         return self.tiles.x_pass_dropout if self.spec.dropout else self.tiles.x_pass
 
+    def adding(self, adds_dx: bool) -> dict[str, Any]:
+        """The constants by which the pass over x adds to dx: here it never does."""
+        return {}
+
     def row_tiles(self, rows_per_tile: int) -> int:
         return triton.cdiv(self.rows, rows_per_tile)
 

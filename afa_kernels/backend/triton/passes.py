@@ -91,7 +91,7 @@ def _project_partials(ctx: Context, left: Tensor, small: str, *, dropout: bool) 
 
 def backward(
     ctx: Context, dy: Tensor, z: Tensor | None, a_dtype: torch.dtype, b_dtype: torch.dtype,
-    *, need_dx: bool, need_da: bool, need_db: bool,
+    *, need_dx: bool, need_da: bool, need_db: bool, dx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return dx, da and db: D, R, X, R for small ranks; D1, D2, X, R for large ones."""
     if not (need_dx or need_da or need_db):
@@ -100,7 +100,7 @@ def backward(
     z = forward(ctx, None, None, True) if z is None else z.contiguous()
     need_dz = need_dx or need_da
     one_pass = need_dz and ctx.padded <= configs.ONE_PASS_RANK
-    dz = dx = da_partial = db_partial = None
+    dz = da_partial = db_partial = None
     if one_pass:
         dh_partial, db_partial = _dy_pass(ctx, dy, z, need_dh=True, need_db=need_db)
         dz = _dz_from_partials(ctx, dh_partial, z)
@@ -110,7 +110,7 @@ def backward(
         if need_db:
             _, db_partial = _dy_pass(ctx, dy, z, need_dh=False, need_db=True)
     if need_dz:
-        dx, da_partial = _x_pass(ctx, dz, need_dx=need_dx, need_da=need_da)
+        dx, da_partial = _x_pass(ctx, dz, dx, need_dx=need_dx, need_da=need_da)
     da, db = _weight_gradients(ctx, da_partial, db_partial, a_dtype, b_dtype)
     return dx, da, db
 
@@ -162,17 +162,22 @@ def _dz(ctx: Context, dy: Tensor, z: Tensor) -> Tensor:
     return dz
 
 
-def _x_pass(ctx: Context, dz: Tensor, *, need_dx: bool, need_da: bool) -> tuple[Tensor | None, Tensor | None]:
+def _x_pass(
+    ctx: Context, dz: Tensor, dx: Tensor | None, *, need_dx: bool, need_da: bool
+) -> tuple[Tensor | None, Tensor | None]:
     tile = ctx.x_tile()
     slabs = triton.cdiv(ctx.k, tile.cols)
     split = ctx.split(tile, slabs)
-    dx = ctx.empty(ctx.rows, ctx.k, dtype=ctx.dtype) if need_dx else None
+    adds_dx = dx is not None
+    if need_dx and not adds_dx:
+        dx = ctx.empty(ctx.rows, ctx.k, dtype=ctx.dtype)
     da = ctx.empty(split.partials, ctx.padded, ctx.k) if need_da else None
     arguments = {
         "dz_ptr": dz, "x_ptr": ctx.x, "dx_ptr": dx, "da_ptr": da, "K": ctx.k, "stride_xm": ctx.x.stride(0),
         **ctx.row_groups(), **ctx.operand_a(), **ctx.mask(), **split.arguments,
     }  # fmt: skip
     constants = {"BLOCK_M": tile.rows, "BLOCK_L": tile.cols, "DROPOUT": ctx.spec.dropout > 0, **ctx.dots()}
+    constants |= ctx.adding(adds_dx)
     submit(ctx.kernels.x, (slabs, split.programs), arguments, constants, tile)
     return dx, da
 

@@ -106,17 +106,20 @@ def ragged_x_pass_backward_kernel(
     dz_ptr, a_ptr, x_ptr, dx_ptr, da_ptr, ends_ptr, ranks_ptr, seed_ptr, M, G, K, r, parts, chunks, chunks_per_part,
     stride_ag, stride_ar, stride_ak, stride_xm, threshold, calls_per_row,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    DROPOUT: tl.constexpr, ADDS_DX: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """X, with ``da`` as partials (G, parts, R, K), in parts as D has them. Grid: (K / BLOCK_L slabs, parts of groups
-    and of the rows behind them)."""
+    and of the rows behind them).
+
+    With ADDS_DX dx is added to, and rows without a branch keep what they hold.
+    """
     slab, group, part = tl.program_id(0), tl.program_id(1) // parts, tl.program_id(1) % parts
     first, end, rank = rows_of(group, ends_ptr, ranks_ptr, M, G, r)
     first, end, tiles_per_chunk = rows_of_part(first, end, part, chunks, chunks_per_part, BLOCK_M)
     if first >= end:
         return
     if rank == 0:
-        if dx_ptr is not None:
+        if dx_ptr is not None and not ADDS_DX:
             _store_zeros(dx_ptr, first, end, slab, K, BLOCK_M, BLOCK_L)
         return
     seed = tl.load(seed_ptr) if DROPOUT else 0
@@ -130,7 +133,7 @@ def ragged_x_pass_backward_kernel(
         rows_left = tl.minimum(end - first - start, BLOCK_M)
         chunk = x_tile(
             chunk, dz_ptr, a, x_ptr, dx_ptr, da_ptr, first_row, rows_left, slab, K, stride_xm, seed,
-            threshold, calls_per_row, R, BLOCK_M, BLOCK_L, DROPOUT, PRECISION, EMULATE_BF16,
+            threshold, calls_per_row, R, BLOCK_M, BLOCK_L, DROPOUT, PRECISION, EMULATE_BF16, ADDS_DX,
         )  # fmt: skip
         left_in_chunk -= 1
         if left_in_chunk == 0:

@@ -91,6 +91,9 @@ class RaggedContext(Context):
             arguments |= {f"parts{suffix}": parts, f"rows_per_tile{suffix}": tile.rows} | self._chunks(parts, suffix)
         return arguments
 
+    def adding(self, adds_dx: bool) -> dict[str, Any]:
+        return {"ADDS_DX": adds_dx}
+
     def row_tiles(self, rows_per_tile: int) -> int:
         """The most numbers that tiles may have (ragged_functions.py)."""
         return self.rows // rows_per_tile + self.groups[0] + 1

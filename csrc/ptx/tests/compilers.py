@@ -65,7 +65,8 @@ def ragged_call(
     backend: str, sizes: tuple[int, ...], width: tuple[int, int], rank: int, dtype: torch.dtype, adapter: torch.dtype,
     dropout: int,
 ):  # fmt: skip
-    """Return the same of rows sorted by group. Under dropout groups have ranks of their own."""
+    """Return the same of rows sorted by group, and with a dx that is added to. Under dropout groups have ranks of their
+    own."""
     torch.manual_seed(1)
     ranks = [max(1, rank // (1 + g)) for g in range(len(sizes))] if dropout else None
     given = {"behind": 3, "ranks": ranks, "weights": adapter, "dropout": dropout / 256, "activation": "relu"}
@@ -74,7 +75,7 @@ def ragged_call(
     def run() -> Results:
         with poisoned_memory():
             y, z = p.forward(backend, save_z=dropout == 0)
-            return [y, *p.backward(backend, z)]
+            return [y, *p.backward(backend, z), *p.backward(backend, z, dx=torch.ones_like(p.x))]
 
     return run
 

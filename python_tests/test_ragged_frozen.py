@@ -1,0 +1,70 @@
+"""The order of the grouped products of a GPU and the branch, on CPU tensors that are taken for those of a GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import skip_unless_available
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import afa_kernels as afa
+from afa_kernels import torch_private
+from afa_kernels.ragged import frozen
+
+pytestmark = pytest.mark.skipif(not torch_private.has_grouped_mm(), reason="needs grouped_mm")
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    monkeypatch.setattr(frozen, "_on_device", lambda t: True)
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_product_comes_first_and_nothing_behind_the_branch(on_device):
+    dy, weight = torch.randn(7, 16), torch.randn(2, 16, 24)
+    offsets, results = torch.tensor([3, 7], dtype=torch.int32), []
+
+    def branch(dx):
+        operations.names.append("branch")
+        results.append(dx)
+        return dx, "da", "db"
+
+    with Operations() as operations:
+        backend = SimpleNamespace(gemm_first=lambda *_: False)
+        dx, da, db = frozen.backward(backend, None, dy, offsets, weight, branch)
+    assert operations.names[-1] == "branch" and "_grouped_mm" in operations.names
+    assert dx is results[0] and (da, db) == ("da", "db")
+    torch.testing.assert_close(dx, torch.cat([dy[:3] @ weight[0], dy[3:] @ weight[1]]))
+
+
+@pytest.mark.parametrize("backend", ["cuda_emulated", "triton", "torch", "reference"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_every_backend_of_a_gpu_adds_to_the_product(on_device, monkeypatch, backend, dropout_p):
+    skip_unless_available(backend)
+    torch.manual_seed(1)
+    sizes, k, n, r = (30, 0, 65, 2), 72, 80, 12
+    x, dy, weight = torch.randn(97, k), torch.randn(97, n), torch.randn(4, n, k) * k**-0.5
+    a, b = torch.randn(4, r, k) * k**-0.5, torch.randn(4, n, r) * r**-0.5
+    offsets = torch.tensor(sizes).cumsum(0).int()
+    ranks = torch.tensor([12, 5, 7, 0], dtype=torch.int32)
+
+    def gradients(name, dtype):
+        leaves = [t.bfloat16().to(dtype).requires_grad_() for t in (x, a, b)]
+        own = {"ranks": ranks, "dropout_p": dropout_p, "dropout_seed": 77, "backend": name}
+        frozen_part = weight.bfloat16().to(dtype), None
+        y = afa.afa_linear_grouped(leaves[0], offsets, *frozen_part, *leaves[1:], 0.4, **own)
+        return torch.autograd.grad(y, leaves, dy.bfloat16().to(dtype))
+
+    got = gradients(backend, torch.bfloat16)
+    monkeypatch.undo()
+    for value, truth in zip(got, gradients("reference", torch.float64), strict=True):
+        assert (value.double() - truth).norm() <= 2**-7 * truth.norm()
