@@ -136,7 +136,7 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
             128: replace(_LARGE_32BIT[128], x_pass=Tile(32, 32, 8, 1)),
         },
     ),
-    # With 4 warps D1 spills here at rank 64, as F2 does in float32, and F under a mask in 64 rows of tf32 at rank 32; so
+    # With 4 warps D1 spills here at rank 64, as do F2 in float32 and, at rank 32 in tf32, F under a mask in 64 rows. So
     # does X with three stages in float32 at rank 128.
     "sm_100": _rows(
         _LARGE_16BIT | {64: replace(_LARGE_16BIT[64], project=Tile(64, 64, 8, 4))},
