@@ -79,12 +79,12 @@ _LARGE_16BIT = {  # 163 KB of shared memory and more: sm_80, sm_90, sm_100
     128: _row((128, 128, 8, 3), 64, (32, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 3), 8),
 }
 # IEEE products of float32 run without tensor cores, from registers that hold whole rows of an
-# operand.
+# operand. At rank 128 that leaves X 16 rows, where it adds to dx.
 _LARGE_32BIT = {
     16: _row((64, 64, 8, 3), 64, (32, 128, 4, 3), (32, 128, 4, 3), (32, 64, 8, 3)),
     32: _row((64, 64, 8, 3), 64, (32, 64, 4, 3), (32, 64, 4, 3), (16, 32, 4, 3)),
-    64: _row((32, 64, 8, 3), 32, (32, 64, 8, 3), (32, 64, 8, 3), (16, 32, 4, 3), 8),
-    128: _row((32, 32, 8, 3), 32, (32, 32, 8, 3), (32, 32, 8, 3), (16, 16, 4, 2), 8),
+    64: _row((32, 64, 8, 3), 32, (32, 64, 8, 3), (32, 64, 8, 3), (16, 32, 8, 3), 8),
+    128: _row((32, 32, 8, 3), 32, (32, 32, 8, 3), (16, 32, 8, 3), (16, 16, 4, 2), 8),
 }
 _SMALL_16BIT = {  # within 64 KB: any other GPU
     16: _row((64, 64, 4, 3), 64, (32, 256, 8, 2), (32, 128, 4, 2), (32, 128, 4, 2)),
@@ -96,13 +96,13 @@ _AMD_16BIT = {  # 4 wavefronts have twice the registers each that 8 have
     16: _row((64, 64, 4, 2), 64, (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2)),
     32: _row((64, 64, 4, 2), 64, (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2)),
     64: _row((64, 64, 4, 2), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
-    128: _row((64, 64, 8, 2), 64, (32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 4, 2)),
+    128: _row((64, 64, 8, 2), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
 }
 _SMALL_32BIT = {
     16: _row((32, 64, 8, 2), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
     32: _row((32, 32, 8, 3), 32, (32, 64, 4, 2), (32, 64, 8, 2), (16, 32, 4, 2)),
     64: _row((32, 32, 8, 3), 16, (32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 4, 3)),
-    128: _row((32, 32, 8, 3), 32, (32, 32, 8, 2), (32, 32, 8, 3), (16, 16, 4, 2)),
+    128: _row((32, 32, 8, 3), 32, (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 4, 2)),
 }
 _AMD_32BIT = _SMALL_32BIT | {128: replace(_SMALL_32BIT[128], project=Tile(32, 32, 4, 3), x_pass=Tile(32, 32, 4, 2))}
 
@@ -133,7 +133,7 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
         _LARGE_32BIT
         | {
             64: replace(_LARGE_32BIT[64], project=Tile(32, 64, 4, 3), x_pass=Tile(32, 64, 8, 1)),
-            128: replace(_LARGE_32BIT[128], x_pass=Tile(32, 32, 8, 1)),
+            128: replace(_LARGE_32BIT[128], x_pass=Tile(16, 32, 8, 1)),
         },
     ),
     # With 4 warps D1 spills here at rank 64, as do F2 in float32 and, at rank 32 in tf32, F under a mask in 64 rows. So
@@ -144,7 +144,7 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
         | {
             32: replace(_LARGE_32BIT[32], project=Tile(32, 32, 8, 3)),
             64: replace(_LARGE_32BIT[64], project=Tile(32, 32, 8, 3)),
-            128: replace(_LARGE_32BIT[128], x_pass=Tile(32, 32, 8, 2)),
+            128: replace(_LARGE_32BIT[128], x_pass=Tile(16, 32, 8, 2)),
         },
     ),
     "gfx942": _rows(_AMD_16BIT, _AMD_32BIT),
