@@ -295,6 +295,29 @@ def test_the_synchronizations_of_products_that_are_needed(changes, needed, exact
             run_asynchronous(changed(text, mark, change))
 
 
+@pytest.mark.parametrize(
+    "between, needed",
+    [
+        ("", []),  # either would do
+        ("mov.f32 %c0, 0f3F800000;", ["second"]),
+        ("mov.f32 %f0, %c0;", []),  # it is read only
+        ("ld.global.f32 %c0, [%rd60];", ["second"]),
+        (ISSUE + "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;", ["first"]),
+        (ISSUE + "wgmma.commit_group.sync.aligned;", ["first"]),  # the chain goes on
+    ],
+)
+def test_the_fences_of_registers_that_are_needed(between, needed):
+    first, second = (f"\nwgmma.fence.sync.aligned; // {mark}\n" for mark in ("first", "second"))
+    text = asynchronous(dict(fence=first + between + second))
+    assert [
+        mark for mark in comments(text.splitlines(), run_asynchronous(text, explain=True)["effective"]) if mark
+    ] == needed
+    for mark in ("first", "second"):
+        told = pytest.raises(_ptx.ExecutionError, match="written since the last wgmma.fence")
+        with told if mark in needed else contextlib.nullcontext():
+            run_asynchronous(changed(text, mark, lambda line: ""))
+
+
 def test_no_instruction_is_untested(request):
     """Runs last of the files that test the machine."""
     files = {item.path.name for item in request.session.items}

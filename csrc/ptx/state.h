@@ -91,9 +91,10 @@ struct Warp {
     uint32_t commits[kLanes] = {};  // of cp.async, per lane
     std::vector<AsyncCopies> copies;
 
-    uint32_t fenced_registers_at = 0;  // `executed` at the last wgmma.fence
-    uint32_t proxy_fence = 0;          // segment at the last fence.proxy.async
-    uint32_t group_commits = 0;        // of wgmma
+    uint32_t fenced_registers_at = 0;  // `executed` at the last wgmma.fence, its PTX line,
+    uint32_t fence_line = 0, fenced_elsewhere_at = 0;  // and the same of the last of another line
+    uint32_t proxy_fence = 0;                          // segment at the last fence.proxy.async
+    uint32_t group_commits = 0;                        // of wgmma
     std::vector<GroupReads> group_reads;
     uint64_t group_history = 0;  // of the wgmma executed, to be the same in a warpgroup
 

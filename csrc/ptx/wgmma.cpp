@@ -82,7 +82,9 @@ void read_matrix(Warp& warp, const Descriptor& d, bool transposed, uint32_t firs
     }
 }
 
-void require_fence(const Warp& warp, uint32_t number, const char* what) {
+void require_fence(Warp& warp, uint32_t number, const char* what) {
+    if (warp.cta->launch->explain && warp.state[number].written_at > warp.fenced_elsewhere_at)
+        warp.cta->needs.add(warp.fence_line);
     if (warp.state[number].written_at > warp.fenced_registers_at)
         throw Fault{-1, std::string(what) + " " + warp.kernel->register_names[number] +
                             " has been written since the last wgmma.fence"};
@@ -176,7 +178,12 @@ void multiply_add(Warp& warp, const Instruction& i) {
     ++warp.cta->counters.group_multiply_adds;
 }
 
-void fence(Warp& warp, const Instruction&) { warp.fenced_registers_at = warp.executed; }
+void fence(Warp& warp, const Instruction& i) {
+    if (i.line != warp.fence_line)
+        warp.fenced_elsewhere_at = warp.fenced_registers_at;
+    warp.fence_line = i.line;
+    warp.fenced_registers_at = warp.executed;
+}
 
 void commit(Warp& warp, const Instruction& i) {
     ++warp.group_commits;
