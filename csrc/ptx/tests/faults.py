@@ -4,10 +4,10 @@ Some changes change nothing, and are no faults. Four rules leave them out:
 
 - A synchronization is only touched where a run of the unchanged kernels could not do without it: the machine lists
   barriers that alone stand between two accesses of one place, waits and commits without which a copy or a product would
-  be in flight when its place is accessed, fences of registers that have been written, and what alone orders the
-  accesses of two blocks; and of the waits those that one group more in flight would undo (``effective`` and
-  ``exact_waits`` in csrc/ptx/machine.h). A commit is none of them if its group and the next one end at one wait, nor is
-  a wait if another one does the same before the access.
+  be in flight when its place is accessed, fences that alone stand between the write of an operand and its product, and
+  what alone orders the accesses of two blocks; and of the waits those that one group more in flight would undo
+  (``effective`` and ``exact_waits`` in csrc/ptx/machine.h). A commit is none of them if its group and the next one end
+  at one wait, nor is a wait if another one does the same before the access.
 - Any other change is tried with a probe in front of the line, which reports if the line is executed and its operands
   are such that the change makes a difference: a predicate that is false somewhere, a copy that is shorter than the
   whole, a value that is not representable.
@@ -238,7 +238,7 @@ FAULTS = (
     Fault("wait for products removed", r"wgmma\.wait_group", _removed, None),
     Fault("wait for one group of products less", r"wgmma\.wait_group", _waits_for_less, None, needs="exact_waits"),
     Fault("commit of products removed", r"wgmma\.commit_group", _removed, None),
-    Fault("fence of the async proxy removed", r"fence\.proxy\.async", _removed),
+    Fault("fence of the async proxy removed", r"fence\.proxy\.async", _removed, None),
     Fault("fence of registers removed", r"wgmma\.fence", _removed, None),
     _product("A fragment swapped", r"\bmma\.sync", _swapped(1, 1, 2)),
     _product("B fragment swapped", r"\bmma\.sync", _swapped(2, 0, 1)),
