@@ -31,12 +31,18 @@ _FAIL = "mov.b32 %probe, %probe;"
 _ALWAYS = f"{{ .reg .b32 %probe; {_FAIL} }}"
 
 
+def _is_executed(line: str) -> str:
+    """By a lane whose predicate holds."""
+    guard = re.search(r"@!?%p\d+", line)
+    return f"{{ .reg .b32 %probe; {guard[0] if guard else ''} {_FAIL} }}"
+
+
 @dataclass(frozen=True)
 class Fault:
     name: str
     pattern: str  # of the lines
     change: Lines  # the line itself where the fault has no place in it
-    probe: Lines | None = lambda line: _ALWAYS  # None: a synchronization
+    probe: Lines | None = _is_executed  # None: a synchronization
     drops_zeros: bool = False
     needs: str = "effective"  # of a synchronization: which list of the machine has it
 
@@ -79,7 +85,7 @@ def _gives_another_product(change: Lines) -> Lines:
 
     def probe(line: str) -> str:
         if "wgmma" in line:
-            return _ALWAYS
+            return _is_executed(line)
         _, _, _, c = [[name.strip() for name in group[1:-1].split(",")] for group in _groups(line)]
         right = re.sub(r"\{[^{}]*\}", "{%right0, %right1, %right2, %right3}", line, count=1)
         changed = change(right).replace("%right", "%other")
@@ -139,7 +145,7 @@ def _is_whole(line: str) -> str:
     """More than half of it is copied. (What lies beyond an edge is not copied at all.)"""
     found = re.search(r",\s*(\w+),\s*(%r\d+);", line)
     if not found:
-        return _ALWAYS
+        return _is_executed(line)
     half = int(found[1], 0) // 2
     return f"{{ .reg .b32 %probe; .reg .pred %whole; setp.gt.s32 %whole, {found[2]}, {half}; @%whole {_FAIL} }}"
 
@@ -258,6 +264,6 @@ FAULTS = (
     Fault("shared store a row off", r"\bst\.shared", _shifted(128)),
     Fault("global load 16 bytes off", r"\bld\.global", _shifted(16)),
     Fault("global store 16 bytes off", r"\bst\.global", _shifted(16)),
-    Fault("predicate negated", r"@!?%p\d+\s+(ld|st)\.global", _negated),
+    Fault("predicate negated", r"@!?%p\d+\s+(ld|st)\.global", _negated, lambda line: _ALWAYS),
     Fault("predicate dropped", r"@!?%p\d+\s+(ld|st)\.global", _unguarded, _is_false),
 )
