@@ -295,6 +295,51 @@ def test_the_synchronizations_of_products_that_are_needed(changes, needed, exact
             run_asynchronous(changed(text, mark, change))
 
 
+def check_needed_fences(fence: str, parts: dict, needed: list[str], message: str):
+    """Of two fences, those that the machine calls needed are those without which it reports a fault."""
+    marks = {mark: f"\n{fence} // {mark}\n" for mark in ("first", "second")}
+    text = asynchronous({part: code.format(**marks) for part, code in parts.items()})
+    effective = comments(text.splitlines(), run_asynchronous(text, explain=True)["effective"])
+    assert [mark for mark in effective if mark] == needed
+    for mark in re.findall(r"// (\w+)", text):
+        told = pytest.raises(_ptx.ExecutionError, match=message)
+        with told if mark in needed else contextlib.nullcontext():
+            run_asynchronous(changed(text, mark, lambda line: ""))
+
+
+@pytest.mark.parametrize(
+    "between, needed",
+    [
+        ("", []),  # either would do
+        ("mov.f32 %c0, 0f3F800000;", ["second"]),
+        ("ld.global.f32 %c0, [%rd60];", ["second"]),
+        (
+            ISSUE.replace("{", "{{").replace("}", "}}") + "wgmma.commit_group.sync.aligned;",
+            ["first"],
+        ),  # a chain goes on
+    ],
+)
+def test_the_fences_of_registers_that_are_needed(between, needed):
+    parts = dict(fence="{first}" + between + "{second}")
+    check_needed_fences("wgmma.fence.sync.aligned;", parts, needed, "written since the last wgmma.fence")
+
+
+@pytest.mark.parametrize(
+    "sync, proxy, needed",
+    [
+        ("bar.sync 0;", "{first}", ["first"]),
+        ("{first} bar.sync 0;", "", ["first"]),  # by the writers
+        ("{first} bar.sync 0;", "{second}", []),  # either would do
+        ("bar.sync 0;", "{first} {second}", []),
+        ("{first}" + REWRITE + "bar.sync 0;", "{second}", ["second"]),
+        ("{first}" + REWRITE + "{second} bar.sync 0;", "", ["second"]),
+    ],
+)
+def test_the_fences_of_the_asynchronous_proxy_that_are_needed(sync, proxy, needed):
+    parts = dict(sync=sync, proxy=proxy)
+    check_needed_fences("fence.proxy.async.shared::cta;", parts, needed, "without fence.proxy.async between")
+
+
 def test_no_instruction_is_untested(request):
     """Runs last of the files that test the machine."""
     files = {item.path.name for item in request.session.items}

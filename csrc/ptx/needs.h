@@ -15,6 +15,23 @@
 
 namespace ptx {
 
+// When a fence was executed last, and when another line of the PTX was one.
+struct LastFence {
+    uint32_t at = 0, line = 0;
+
+    void set(uint32_t when, uint32_t at_line) {
+        if (at_line != line)
+            elsewhere_ = at;
+        at = when;
+        line = at_line;
+    }
+    // What `at` would be without the fence of a line; 0: as it is.
+    uint32_t without(uint32_t other) const { return other && other == line ? elsewhere_ : at; }
+
+  private:
+    uint32_t elsewhere_ = 0;
+};
+
 // Of the groups of one thread, or of a warp's products.
 struct Groups {
     std::vector<uint32_t> commits;  // their lines

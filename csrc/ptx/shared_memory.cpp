@@ -33,7 +33,7 @@ void SharedMemory::reset(uint32_t bytes, size_t warps, bool explain) {
     product_of_.assign(explain ? granules : 0, 0);
     segment_previous_.assign(1, 0);
     last_segment_.assign(warps, 0);
-    published_fence_.assign(warps, 0);
+    published_fence_.assign(warps, {});
     barrier_stamp_ = 1 << 8;
 }
 
@@ -279,13 +279,21 @@ const unsigned char* SharedMemory::group_read(const Warp& warp, uint32_t offset,
         const uint32_t segment = record >> 8;
         if (explain_ && !own) {
             note_order(warp, -1, record, false);
-            if (segment_barriers_[warp.proxy_fence] == segment_barriers_[segment] + 1)
+            if (segment_barriers_[warp.proxy_fence.at] == segment_barriers_[segment] + 1)
                 need(segment_barriers_[segment] + 1);  // the fence has to stand behind it
         }
-        const bool fenced_here =
-            own ? warp.proxy_fence > segment
-                : segment_barriers_[warp.proxy_fence] > segment_barriers_[segment];
-        if (!fenced_here && published_fence_[static_cast<size_t>(warp_of(record))] <= segment)
+        const LastFence& here = warp.proxy_fence;
+        const LastFence& there = published_fence_[static_cast<size_t>(warp_of(record))];
+        const auto fenced = [&](uint32_t without) {
+            const uint32_t at = here.without(without);
+            return (own ? at > segment : segment_barriers_[at] > segment_barriers_[segment]) ||
+                   there.without(without) > segment;
+        };
+        if (explain_)
+            for (const uint32_t line : {here.line, there.line})
+                if (!fenced(line))
+                    warp.cta->needs.add(line);
+        if (!fenced(0))
             throw Fault{-1, "wgmma reads " + where(i) + ", which " + who(record) +
                                 " has written, without fence.proxy.async between"};
         ++group_reads_[i];

@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "ptx/needs.h"
+
 namespace ptx {
 
 struct Warp;
@@ -66,7 +68,7 @@ class SharedMemory {
     uint32_t group_reads_total_ = 0;
     std::vector<uint8_t> segment_warp_;       // by segment
     std::vector<uint32_t> segment_barriers_;  // by segment: barriers before it
-    std::vector<uint32_t> published_fence_;   // by warp: its proxy_fence at the last barrier
+    std::vector<LastFence> published_fence_;  // by warp: its proxy_fence at the last barrier
     uint32_t barriers_ = 0;
     bool explain_ = false;
     std::vector<uint8_t> needed_;  // by barrier

@@ -91,9 +91,9 @@ struct Warp {
     uint32_t commits[kLanes] = {};  // of cp.async, per lane
     std::vector<AsyncCopies> copies;
 
-    uint32_t fenced_registers_at = 0;  // `executed` at the last wgmma.fence
-    uint32_t proxy_fence = 0;          // segment at the last fence.proxy.async
-    uint32_t group_commits = 0;        // of wgmma
+    LastFence register_fence;    // wgmma.fence, by `executed`
+    LastFence proxy_fence;       // fence.proxy.async, by the segment that it begins
+    uint32_t group_commits = 0;  // of wgmma
     std::vector<GroupReads> group_reads;
     uint64_t group_history = 0;  // of the wgmma executed, to be the same in a warpgroup
 

@@ -82,8 +82,12 @@ void read_matrix(Warp& warp, const Descriptor& d, bool transposed, uint32_t firs
     }
 }
 
-void require_fence(const Warp& warp, uint32_t number, const char* what) {
-    if (warp.state[number].written_at > warp.fenced_registers_at)
+void require_fence(Warp& warp, uint32_t number, const char* what) {
+    const LastFence& fence = warp.register_fence;
+    const uint32_t written_at = warp.state[number].written_at;
+    if (warp.cta->launch->explain && written_at > fence.without(fence.line))
+        warp.cta->needs.add(fence.line);
+    if (written_at > fence.at)
         throw Fault{-1, std::string(what) + " " + warp.kernel->register_names[number] +
                             " has been written since the last wgmma.fence"};
 }
@@ -176,7 +180,7 @@ void multiply_add(Warp& warp, const Instruction& i) {
     ++warp.cta->counters.group_multiply_adds;
 }
 
-void fence(Warp& warp, const Instruction&) { warp.fenced_registers_at = warp.executed; }
+void fence(Warp& warp, const Instruction& i) { warp.register_fence.set(warp.executed, i.line); }
 
 void commit(Warp& warp, const Instruction& i) {
     ++warp.group_commits;
@@ -223,9 +227,9 @@ void wait(Warp& warp, const Instruction& i) {
     all.erase(std::remove_if(all.begin(), all.end(), done), all.end());
 }
 
-void fence_proxy(Warp& warp, const Instruction&) {
+void fence_proxy(Warp& warp, const Instruction& i) {
     warp.segment = warp.cta->shared.new_segment(warp.index);
-    warp.proxy_fence = warp.segment;
+    warp.proxy_fence.set(warp.segment, i.line);
 }
 
 template <Element kElement, int kColumns>

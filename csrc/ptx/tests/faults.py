@@ -4,9 +4,10 @@ Some changes change nothing, and are no faults. Four rules leave them out:
 
 - A synchronization is only touched where a run of the unchanged kernels could not do without it: the machine lists
   barriers that alone stand between two accesses of one place, waits and commits without which a copy or a product would
-  be in flight when its place is accessed, and what alone orders the accesses of two blocks; and of the waits those that
-  one group more in flight would undo (``effective`` and ``exact_waits`` in csrc/ptx/machine.h). A commit is none of
-  them if its group and the next one end at one wait, nor is a wait if another one does the same before the access.
+  be in flight when its place is accessed, fences that alone stand between the write of an operand and its product, and
+  what alone orders the accesses of two blocks; and of the waits those that one group more in flight would undo
+  (``effective`` and ``exact_waits`` in csrc/ptx/machine.h). A commit is none of them if its group and the next one end
+  at one wait, nor is a wait if another one does the same before the access.
 - Any other change is tried with a probe in front of the line, which reports if the line is executed and its operands
   are such that the change makes a difference: a predicate that is false somewhere, a copy that is shorter than the
   whole, a value that is not representable.
@@ -30,12 +31,18 @@ _FAIL = "mov.b32 %probe, %probe;"
 _ALWAYS = f"{{ .reg .b32 %probe; {_FAIL} }}"
 
 
+def _is_executed(line: str) -> str:
+    """By a lane whose predicate holds."""
+    guard = re.search(r"@!?%p\d+", line)
+    return f"{{ .reg .b32 %probe; {guard[0] if guard else ''} {_FAIL} }}"
+
+
 @dataclass(frozen=True)
 class Fault:
     name: str
     pattern: str  # of the lines
     change: Lines  # the line itself where the fault has no place in it
-    probe: Lines | None = lambda line: _ALWAYS  # None: a synchronization
+    probe: Lines | None = _is_executed  # None: a synchronization
     drops_zeros: bool = False
     needs: str = "effective"  # of a synchronization: which list of the machine has it
 
@@ -78,7 +85,7 @@ def _gives_another_product(change: Lines) -> Lines:
 
     def probe(line: str) -> str:
         if "wgmma" in line:
-            return _ALWAYS
+            return _is_executed(line)
         _, _, _, c = [[name.strip() for name in group[1:-1].split(",")] for group in _groups(line)]
         right = re.sub(r"\{[^{}]*\}", "{%right0, %right1, %right2, %right3}", line, count=1)
         changed = change(right).replace("%right", "%other")
@@ -138,7 +145,7 @@ def _is_whole(line: str) -> str:
     """More than half of it is copied. (What lies beyond an edge is not copied at all.)"""
     found = re.search(r",\s*(\w+),\s*(%r\d+);", line)
     if not found:
-        return _ALWAYS
+        return _is_executed(line)
     half = int(found[1], 0) // 2
     return f"{{ .reg .b32 %probe; .reg .pred %whole; setp.gt.s32 %whole, {found[2]}, {half}; @%whole {_FAIL} }}"
 
@@ -237,8 +244,8 @@ FAULTS = (
     Fault("wait for products removed", r"wgmma\.wait_group", _removed, None),
     Fault("wait for one group of products less", r"wgmma\.wait_group", _waits_for_less, None, needs="exact_waits"),
     Fault("commit of products removed", r"wgmma\.commit_group", _removed, None),
-    Fault("fence of the async proxy removed", r"fence\.proxy\.async", _removed),
-    Fault("fence of registers removed", r"wgmma\.fence", _removed),
+    Fault("fence of the async proxy removed", r"fence\.proxy\.async", _removed, None),
+    Fault("fence of registers removed", r"wgmma\.fence", _removed, None),
     _product("A fragment swapped", r"\bmma\.sync", _swapped(1, 1, 2)),
     _product("B fragment swapped", r"\bmma\.sync", _swapped(2, 0, 1)),
     _product("accumulators swapped", r"\b(wg)?mma\.(sync|mma_async)", _accumulators_swapped),
@@ -257,6 +264,6 @@ FAULTS = (
     Fault("shared store a row off", r"\bst\.shared", _shifted(128)),
     Fault("global load 16 bytes off", r"\bld\.global", _shifted(16)),
     Fault("global store 16 bytes off", r"\bst\.global", _shifted(16)),
-    Fault("predicate negated", r"@!?%p\d+\s+(ld|st)\.global", _negated),
+    Fault("predicate negated", r"@!?%p\d+\s+(ld|st)\.global", _negated, lambda line: _ALWAYS),
     Fault("predicate dropped", r"@!?%p\d+\s+(ld|st)\.global", _unguarded, _is_false),
 )
