@@ -158,12 +158,13 @@ void launch_rows(const RaggedBackwardCall& call, const Groups& groups, const Rag
     launch_ragged_rows(call.dtype, blocks_config(call, "ragged_rows", slots, kPlaceBytes), p);
 }
 
-// Round `round` of a sum over rows; without slabs where it has none.
+// Round `round` of a sum over rows; without slabs where it has none, and without a place for
+// partial results where every group has one chunk.
 GroupSums sums_of(const SlabRounds& rounds, int round, int width, void* out, bool is_float,
                   float* partial) {
     GroupSums sums{};
     sums.out = out;
-    sums.partial = partial;
+    sums.partial = rounds.partials > 0 ? partial : nullptr;
     sums.type = is_float ? Output::fp32 : Output::t;
     sums.first_slab = round * rounds.slabs_per_round;
     sums.slabs = std::max(0, std::min(rounds.slabs_per_round, rounds.slabs - sums.first_slab));
