@@ -259,8 +259,9 @@ def test_a_router_has_no_dropout_where_the_experts_have():
 
 
 def test_what_cannot_be_wrapped_is_named():
-    with pytest.raises(ValueError, match="Linear is not an experts module of transformers 5"):
-        adapted(mixture(), config(target_parameters=["q_proj.weight"]))
+    for name, module in (("q_proj", "Linear"), ("embed_tokens", "Embedding")):
+        with pytest.raises(ValueError, match=f"{module} is not an experts module of transformers 5"):
+            adapted(mixture(), config(target_parameters=[f"{name}.weight"]))
     model = adapted(mixture(), config())
     with pytest.raises(ValueError, match="does not support mixed adapter batches"):
         model(tokens(), adapter_names=["default", "default"])

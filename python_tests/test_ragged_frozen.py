@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import skip_unless_available
+from helpers import assert_as_accurate_as_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import afa_kernels as afa
@@ -66,5 +67,6 @@ def test_every_backend_of_a_gpu_adds_to_the_product(on_device, monkeypatch, back
 
     got = gradients(backend, torch.bfloat16)
     monkeypatch.undo()
-    for value, truth in zip(got, gradients("reference", torch.float64), strict=True):
-        assert (value.double() - truth).norm() <= 2**-7 * truth.norm()
+    plain, truth = gradients("torch", torch.bfloat16), gradients("reference", torch.float64)
+    for what, *values in zip(("dx", "da", "db"), got, plain, truth, strict=True):
+        assert_as_accurate_as_torch(*values, what, torch.bfloat16)

@@ -61,6 +61,7 @@ def _copy_base(base: Tensor | None, out: Tensor, rows: slice) -> None:
 
 def backward(one, dy, x, a, b, groups: Groups, z, seed, spec: Spec, *, need_dx, need_da, need_db, dx=None):
     """``one`` is a :class:`~afa_kernels.backend.registry.Backward` that takes ``first_row``."""
+    write = torch.Tensor.copy_ if dx is None else torch.Tensor.add_
     if need_dx and dx is None:
         dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     da = torch.zeros(a.shape, dtype=a.dtype, device=a.device) if need_da else None
@@ -71,7 +72,7 @@ def backward(one, dy, x, a, b, groups: Groups, z, seed, spec: Spec, *, need_dx, 
             alpha_t, seed, own, need_dx=need_dx, need_da=need_da, need_db=need_db, first_row=rows.start,
         )  # fmt: skip
         if need_dx:
-            dx[rows] += dx_g
+            write(dx[rows], dx_g)
         if need_da:
             da[group, :rank] = da_g
         if need_db:

@@ -15,6 +15,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from afa_kernels import checks
+from afa_kernels.base_layer import is_conv1d
 from afa_kernels.experts import seam
 from afa_kernels.experts.parameters import why_unsupported
 from afa_kernels.experts.peft_names import from_matrices
@@ -110,7 +111,8 @@ def is_router(module: nn.Module, parameter: str) -> bool:
 
     PEFT counts routers among ``"all-linear"``. There is no place for a branch beside its product, only W + dW.
     """
-    return parameter == "weight" and not isinstance(module, nn.Linear) and module.weight.dim() == 2
+    is_layer = isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)
+    return parameter == "weight" and not is_layer and module.weight.dim() == 2
 
 
 def is_router_wrapper(layer: nn.Module) -> bool:

@@ -76,8 +76,8 @@ def add_activation(
     made = {name: _with_activation(name, configs.get(name), activation, options) for name in sorted(names)}
     places = [(layer, name) for layer in layers for name in made if name in layer.r]
     routers = [layer for layer, _ in places if experts.is_router_wrapper(layer)]
-    if len(routers) < len(places):  # else the first one is named by the error below
-        places = [(layer, name) for layer, name in places if layer not in routers]
+    # Where there are routers alone, the error below names the first one.
+    places = [(layer, name) for layer, name in places if layer not in routers] or places
     for layer, name in places:
         reason = experts.why_not_wrapper(layer) if isinstance(layer, lora.ParamWrapper) else why_not(layer)
         if name in layer.merged_adapters:
