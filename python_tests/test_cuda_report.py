@@ -4,7 +4,7 @@ import pytest
 
 from tools import cuda_report
 
-MANGLED = "_ZN3afa14project_kernelINS_4Bf16ELi64ELb1EEEvNS_13ProjectParamsE"
+MANGLED = "_ZN3afa17project_dy_kernelINS_4Bf16ELi64EEEvNS_15ProjectDyParamsE"
 PTXAS = f"""\
 ptxas info    : Compiling entry function '{MANGLED}' for 'sm_90'
 ptxas info    : Function properties for {MANGLED}
@@ -42,8 +42,12 @@ def sound_row(**changes):
     [
         (MANGLED, ("project_dy", 64, "bf16")),
         (
-            "_ZN3afa14project_kernelINS_4Fp16ELi16ELb0EEEvNS_13ProjectParamsE",
+            "_ZN3afa14project_kernelINS_4Fp16ELi16EEEvNS_13ProjectParamsE",
             ("project", 16, "fp16"),
+        ),
+        (
+            "_ZN3afa21ragged_project_kernelINS_4Bf16ELi64ELb1EEEvNS_19RaggedProjectParamsE",
+            ("ragged_project_dy", 64, "bf16"),
         ),
         ("_ZN3afa15ragged_x_kernelINS_4Fp16ELi16ELb0EEEvNS_17RaggedOuterParamsE", ("ragged_x", 16, "fp16")),
         ("_ZN3afa15ragged_x_kernelINS_4Bf16ELi16ELb1EEEvNS_17RaggedOuterParamsE", ("ragged_x_into", 16, "bf16")),

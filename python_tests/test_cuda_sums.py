@@ -22,8 +22,11 @@ LAYERS = {
     "dB with dz": ((200, 712, 4104, 8), (4, 2), (4, 0)),
     "rank 32": ((300, 392, 264, 29), (3, 3), (3, 0)),
     "more than the last block adds up": ((1400, 136, 72, 32), (11, 11), (0, 0)),
-    "rank 64, one chunk": ((100, 136, 264, 50), (1, 1), (1, 0)),
-    "rank 64": ((200, 136, 264, 64), (2, 2), (0, 0)),
+    "rank 64, one chunk": ((100, 136, 264, 50), (1, 1), (1, 1)),
+    "rank 64": ((200, 136, 264, 64), (2, 1), (2, 1)),
+    "rank 64, dh by its segments": ((330, 136, 520, 64), (3, 2), (3, 2)),
+    "rank 64, more than the last block adds up": ((3080, 24, 16, 64), (25, 13), (0, 0)),
+    "rank 128, dh by its segments": ((170, 264, 520, 100), (3, 2), (3, 2)),
 }
 GROUPS = {
     "q, k, v": (200, 136, (264, 72, 72), (16, 16, 16)),
@@ -59,9 +62,10 @@ def planned(layer: tuple) -> dict[str, dict]:
 def test_what_the_passes_add_up_themselves(which):
     layer, chunks, sums = LAYERS[which]
     plan = planned(layer)
-    passes = [plan["x"], plan.get("dy") or plan["db"]]
-    assert tuple(row["grid"][1] for row in passes) == chunks
-    assert tuple(row.get("sums", 0) for row in passes) == sums
+    x, dy = plan["x"], plan.get("dy")
+    assert (x["grid"][1], dy["grid"][1] if dy else x["db_chunks"]) == chunks
+    of_db = dy.get("sums", 0) if dy else min(x.get("sums", 0), x["db_chunks"])
+    assert (x.get("sums", 0), of_db) == sums
 
 
 @pytest.mark.parametrize(
@@ -72,7 +76,9 @@ def test_what_the_passes_add_up_themselves(which):
         ((8192, 14336, 4096, 32), True),  # 3
         ((8192, 4096, (4096, 1024, 1024), (16, 16, 16)), True),
         ((8192, 4096, (14336, 14336), (16, 16)), True),
-        ((8192, 4096, 4096, 64), False),  # the reduce kernel sums dB behind the x kernel anyway
+        ((2048, 4096, 4096, 64), True),  # the reduce kernel makes dz before the x kernel, and none is behind it
+        ((2048, 4096, 4096, 128), True),
+        ((8192, 4096, 4096, 64), False),  # project_dy makes dz
         ((8192, 14336, 4096, 64), True),  # one chunk
     ],
     ids=str,
@@ -86,10 +92,11 @@ def expected_launches(layer: tuple, need: tuple[bool, bool, bool]) -> list[str]:
     plan, (need_dx, need_da, need_db) = planned(layer), need
     need_dz = need_dx or need_da
     da_left = need_da and "sums" not in plan["x"]
-    db_left = need_db and "sums" not in plan.get("dy", {})
+    db_left = need_db and "sums" not in plan.get("dy", plan["x"])
     if "dy" not in plan:
-        names = ["project"] * need_dz + ["reduce"] + ["db"] * need_db + ["x"] * need_dz
-        return names + ["reduce"] * (da_left or db_left)
+        first = ["project_dy"] if need_dz else ["reduce"]  # for h
+        in_segments = plan["project_dy"]["grid"][1] > 1
+        return first + ["reduce"] * (need_dz and in_segments) + ["x"] + ["reduce"] * (da_left or db_left)
     makes_dz = "dh_sums" in plan["x"]
     middle = not makes_dz and (need_dz or db_left)
     last = da_left or (makes_dz and db_left)

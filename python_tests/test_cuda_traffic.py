@@ -99,7 +99,7 @@ def test_a_kernel_with_little_under_way_or_a_short_last_wave_takes_longer():
     assert bound == "memory"
     slow, bound = forward._replace(under_way=2048).seconds(H100, "bad")
     assert slow > 2 * seconds and bound == "latency"
-    late, bound = forward._replace(waves=1.1).seconds(H100, "bad")
+    late, bound = forward._replace(busy=0.55).seconds(H100, "bad")
     assert late > 1.5 * seconds and bound == "tail"
 
 
@@ -114,7 +114,7 @@ def test_float32_weights_cost_bytes_from_the_l2_cache_and_no_launches():
 def test_the_command_prints_every_kernel_and_the_check_its_figures(capsys):
     assert command.main(["--m", "1024", "--r", "16", "64"]) == 0
     shown = capsys.readouterr().out
-    assert "MODELLED" in shown and all(name in shown for name in ("project", "expand", "dy", "db", "x", "reduce"))
+    assert "MODELLED" in shown and all(name in shown for name in ("project", "expand", "dy", "project_dy", "x", "reduce"))
     status = command.main(["--check"])
     figures = [line for line in capsys.readouterr().out.splitlines() if "at most" in line]
     assert len(figures) == 16 and all(line.startswith(("ok ", "MISSED ")) for line in figures)

@@ -20,7 +20,7 @@ RANKS = (16, 32, 64, 128)
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 # (M, K, N): one pass over x; the split forward; columns beyond one slab.
 SHAPES = ((75, 72, 80), (40, 904, 136), (33, 136, 264))
-KERNELS = ("forward", "project", "expand", "dy", "db", "x")  # with barriers; the others have no shared memory
+KERNELS = ("forward", "project", "expand", "dy", "project_dy", "x")  # with barriers; the others have no shared memory
 RESULTS = ("y", "z", "dx", "da", "db")
 
 

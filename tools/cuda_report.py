@@ -63,7 +63,7 @@ GLOBAL_OPCODES = ("LD", "ST", "LDG", "STG", "LDGSTS", "ATOM", "ATOMG", "RED", "R
 EARLY = "global memory before the wait"
 
 # What a kernel is called whose last template argument is true.
-_FLAGS = {"project": "_dy", "ragged_project": "_dy", "ragged_x": "_into"}
+_FLAGS = {"ragged_project": "_dy", "ragged_x": "_into"}
 _ENTRY = re.compile(r"afa\d+(\w+?)_kernelINS_4(Bf16|Fp16)E(?:Li(\d+)E)?(?:Lb([01])E)?")
 
 

@@ -26,7 +26,7 @@ _LOADS = 2000
 _TOKEN_LAYERS = 8  # that one after the other read their weights, together beyond L2
 _PROFILED = 20  # calls
 # Demangled or not.
-_KERNEL = re.compile(r"afa(?:::|\d+)(?:ragged_)?(forward|project|expand|dy|db|x|reduce|rows|sum)_kernel")
+_KERNEL = re.compile(r"afa(?:::|\d+)(?:ragged_)?(forward|project|expand|project_dy|dy|db|x|reduce|rows|sum)_kernel")
 
 
 class Event(NamedTuple):
@@ -97,7 +97,7 @@ class CardMeter:
                 seconds.update(by_kernel(events))
         forward, backward = ({name: seconds / calls for name, seconds in each.items()} for each in taken)
         if "project" in backward:
-            backward["project_dy"] = backward.pop("project")  # the kernel of the forward, on dy
+            backward["project_dy"] = backward.pop("project")  # of a ragged call: the kernel of the forward, on dy
         return forward, backward
 
     def recorded(self, call: Callable, *arguments) -> tuple[object, list[Event]]:

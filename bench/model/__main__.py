@@ -160,7 +160,7 @@ def idle(layer: Layer) -> float:
     """Return the share of the modelled time of a branch in which the last waves of its kernels leave the GPU idle."""
     each = [kernel for direction in kernels(layer) for kernel in direction]
     spent = sum(kernel.seconds(H100, "bad")[0] for kernel in each)
-    return 1 - sum(kernel._replace(waves=0.0).seconds(H100, "bad")[0] for kernel in each) / spent
+    return 1 - sum(kernel._replace(busy=1.0).seconds(H100, "bad")[0] for kernel in each) / spent
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from afa_kernels.backend.triton.configs import Device
 from afa_kernels.backend.triton.launch import Launch
-from bench.model.cuda_launches import H100, Gpu, Layer, Range, kernels
+from bench.model.cuda_launches import H100, Gpu, Kernel, Layer, Range, kernels
 from bench.model.layer_overhead import torch_backend_costs
 from bench.model.traffic import Cost, cost
 from tools.triton_aot import Problem
@@ -36,7 +36,7 @@ class Card(NamedTuple):
 
 B200 = H100._replace(
     name="B200", multiprocessors=148, memory=Range(7.4e12, 7.0e12), l2=Range(13e12, 9e12),
-    latency=Range(0.7e-6, 1.1e-6), gemm=1650e12,
+    latency=Range(0.7e-6, 1.1e-6), gemm=1650e12, l2_alone=64 * 1.85e9,
 )  # fmt: skip
 CARDS = (
     Card(H100, Device("sm_90", 132, "H100"), Range(470e12, 300e12), Range(650e12, 450e12)),
@@ -59,9 +59,14 @@ def _of_cuda(layer: Layer, card: Card, direction: int) -> Range:
     def seconds(which: str) -> float:
         gpu, mma = card.gpu, getattr(card.mma, which)
         return sum(
-            max(kernel.seconds(gpu, which)[0], kernel.gaps(gpu, which) + _flops(layer, kernel.name) / mma)
+            max(kernel.seconds(gpu, which)[0], kernel.gaps(gpu, which) + products(kernel) / mma)
             for kernel in kernels(layer, gpu)[direction]
         )
+
+    def products(kernel: Kernel) -> float:
+        """Return the FLOPs, as if all multiprocessors had a share of them."""
+        blocks = math.prod(kernel.grid) or card.gpu.multiprocessors
+        return _flops(layer, kernel.name) * max(1.0, card.gpu.multiprocessors / blocks)
 
     return Range(seconds("good"), seconds("bad"))
 
@@ -69,7 +74,7 @@ def _of_cuda(layer: Layer, card: Card, direction: int) -> Range:
 def _flops(layer: Layer, name: str) -> int:
     columns = {
         "forward": layer.k + layer.n, "project": layer.k, "expand": layer.n, "dy": 2 * layer.n, "project_dy": layer.n,
-        "db": layer.n, "x": 2 * layer.k,
+        "x": 2 * layer.k + (layer.n if layer.dy_rank > 32 else 0),
     }.get(name, 0)  # fmt: skip
     return 2 * layer.m * layer.rank * columns
 

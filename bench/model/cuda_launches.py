@@ -6,7 +6,7 @@ those that the compiled kernels move, as counted on the PTX machine (python_test
 
     time of a kernel = gap before it + the longest of
         memory      HBM bytes / memory rate
-        L2          (HBM + L2 bytes) / L2 rate
+        L2          (HBM + L2 bytes) / L2 rate, or that of the multiprocessors that have a block
         latency     HBM bytes / (bytes under way on all multiprocessors / latency), at least one latency for each load
                     that waits for another one
     the second term divided by the full share of the last wave
@@ -76,7 +76,7 @@ class Kernel(NamedTuple):
     under_way: int  # bytes on a multiprocessor; 0 for the small kernels, which have no ring of tiles
     waits: int = 1  # loads that wait for each other, in a launch
     behind: int = 0  # launches right behind another kernel of this package
-    busy: float = 0.0  # share of its time in which blocks that differ keep their places busy; 0: as waves say
+    busy: float = 1.0  # share of its time in which the places for blocks are busy, from the first full wave on
     found: float = 0.0  # loads by which blocks look for their work, one after the other, where nothing hides them
     summed: tuple[int, int] = (0, 0)  # bytes that the last block of a slab adds up, and loads that wait
 
@@ -92,20 +92,21 @@ class Kernel(NamedTuple):
         def value(assumption: Range) -> float:
             return getattr(assumption, which)
 
-        full = self.busy or (1.0 if self.waves <= 1 else self.waves / math.ceil(self.waves))
         times = {"memory": self.hbm / value(gpu.memory), "L2": (self.hbm + self.l2) / value(gpu.l2)}
         times["latency"] = self.launches * self.waits * value(gpu.latency)
         if self.under_way:
             busy = min(gpu.multiprocessors, self.grid[0] * self.grid[1])
+            times["L2"] = max(times["L2"], (self.hbm + self.l2) / (busy * gpu.l2_alone))
             streamed = self.hbm / (busy * self.under_way / value(gpu.latency))
             times["latency"] = max(times["latency"], streamed)
         bound, longest = max(times.items(), key=lambda entry: entry[1])
         launch = self.gaps(gpu, which)
-        if launch > longest / full:
+        taken = longest / self.busy
+        if launch > taken:
             bound = "launch"
-        elif longest / full - longest > launch and full < 0.9:
+        elif taken - longest > launch and self.busy < 0.9:
             bound = "tail"
-        return launch + self.found * value(gpu.latency) + longest / full + self.sum_seconds(gpu, which), bound
+        return launch + self.found * value(gpu.latency) + taken + self.sum_seconds(gpu, which), bound
 
     def sum_seconds(self, gpu: Gpu, which: str) -> float:
         """Return the modelled time between the last partial result and the end of the kernel."""
@@ -163,8 +164,7 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
     limits = (gpu.multiprocessors, gpu.shared_per_block, gpu.shared_per_multiprocessor)
     planned = {row["kernel"]: row for row in planner().launch_plan(tuple(layer), *limits, float_weights)}
     m, k, members = layer.m, layer.k, layer.members
-    rank, row_tile = layer.rank, 128 if layer.rank == 128 else 64
-    row_blocks = math.ceil(m / row_tile)
+    rank = layer.rank
     weight = FLOAT if float_weights else HALF
     ranks, n = sum(r for _, r in members), sum(n for n, _ in members)
     x, y, z, dz = (HALF * m * columns for columns in (k, n, ranks, rank))
@@ -177,7 +177,7 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
         under_way = resident * row["stage_bytes"] * (row["stages"] - 1)
         return Kernel(
             name, row["grid"], row["launches"], row["stages"], row["blocks_per_sm"], row["waves"], hbm, l2, under_way,
-            waits,
+            waits, busy=row["busy"],
         )  # fmt: skip
 
     def reduce(l2: int, sums: int, launches: int = 1) -> Kernel:
@@ -185,57 +185,67 @@ def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tup
 
     forward, backward = [], []
     if "forward" in planned:
-        forward.append(made("forward", x + y + z, row_blocks * (a + b)))
+        forward.append(made("forward", x + y + z, planned["forward"]["grid"][0] * (a + b)))
     else:
-        splits, column_blocks = planned["project"]["grid"][1], planned["expand"]["grid"][1]
+        (row_blocks, splits), column_blocks = planned["project"]["grid"], planned["expand"]["grid"][1]
         partial = splits * m * rank * FLOAT
         segment = math.ceil(math.ceil(k / splits) / (128 if rank <= 32 else 64)) if splits > 1 else 1
         fetches = math.ceil(segment / (planned["project"]["stages"] - 1))
         forward.append(made("project", x, row_blocks * a + partial, fetches))
         # Expand: all partial sums at once, while the first tiles of B are under way.
         forward.append(made("expand", y + z, row_blocks * b + column_blocks * partial))
-    x_slabs, da_chunks = planned["x"]["grid"]
+    da_chunks, threads = planned["x"]["grid"][1], planned["x"]["threads"]
+    x_slabs = math.ceil(k / {16: 512, 32: 256}.get(rank, 128))
     makes_dz = "dh_sums" in planned["x"]  # in the x kernel, each slab of columns for itself
     rounds = planned["x"]["launches"]
     da = da_chunks * rank * k * FLOAT  # of a round
-    # Written by each round and read by all but the first; then what belongs to a rank is summed. What has one chunk is
-    # not written by the last round.
-    again, again_one, da_sum = 2 * rounds - 1, 2 * (rounds - 1), da * ranks // rank
-    da_summed, db_summed = (planned.get(name, {}).get("sums", 0) for name in ("x", "dy"))
-    counters = FLOAT * x_slabs * planned["x"]["threads"] if da_summed > 1 else 0
+    da_live = da * ranks // rank
+    da_summed = planned["x"].get("sums", 0)
+    counters = FLOAT * x_slabs * threads if da_summed > 1 else 0
+
+    def summed(partial: int, live: int, result: int, chunks: int, count: int, counters: int) -> int:
+        """Return the bytes of a sum over rows in the kernel that makes the partial results: written by each round and
+        read by all but the first, unless the only chunk has the sum in the last one; and where whoever comes last adds
+        up those of ``count`` chunks, read once more, in the ranks that there are."""
+        if count == 1:
+            return 2 * (rounds - 1) * partial - (partial - live if rounds > 1 else 0) + result
+        return (2 * rounds - 1) * partial + (live + result + 2 * chunks * counters if count > 1 else 0)
+
+    x_bytes = da_chunks * a + summed(da, da_live, a, da_chunks, da_summed, counters)
+    last_sum = da_live // x_slabs
     if "dy" in planned:
         slabs, db_chunks = planned["dy"]["grid"]
         dh, db = slabs * m * layer.dy_rank * FLOAT, db_chunks * n * layer.dy_rank * FLOAT
         z_again = sum(math.ceil(n / 256) * HALF * m * r for n, r in members)
-        db_moved = again_one * db + b if db_summed else again * db
+        db_summed = planned["dy"].get("sums", 0)
+        db_moved = summed(db, db, b, db_chunks, db_summed, 0)
         backward.append(made("dy", y, db_chunks * b + z_again + dh + db_moved + counters))
         left = 0 if db_summed else db_chunks * FLOAT * sum(n * r for n, r in members) + b
         if not makes_dz:
             parts = max(math.ceil(n / 256) for n, _ in members)
             backward.append(reduce(dh + z + dz + left, max(parts, db_chunks if left else 0), rounds))
             left = 0
+        backward.append(made("x", 2 * x, x_bytes + x_slabs * (dh + z if makes_dz else dz)))
     else:
-        dh = planned["project_dy"]["grid"][1] * m * rank * FLOAT
-        slabs, db_chunks = planned["db"]["grid"]
-        db = db_chunks * n * rank * FLOAT
-        backward.append(made("project_dy", y, row_blocks * b + dh))
-        backward.append(reduce(dh + z + 2 * dz, planned["project_dy"]["grid"][1], rounds))
-        backward.append(made("db", y, slabs * dz + again * db))
-        left = db * ranks // rank + b
-    dz_again = x_slabs * (dh + z if makes_dz else dz)
-    if da_summed == 1:
-        da_moved = again_one * da - (da - da_sum if rounds > 1 else 0) + a
-    else:
-        da_moved = again * da
-    if da_summed > 1:
-        da_moved += da_sum + a + 2 * da_chunks * counters
-    x_kernel = made("x", 2 * x, da_chunks * a + dz_again + da_moved)
+        (row_blocks, splits), db_chunks = planned["project_dy"]["grid"], planned["x"]["db_chunks"]
+        row_blocks *= rounds
+        slabs, db = math.ceil(n / 128), db_chunks * n * rank * FLOAT
+        of_db = FLOAT * slabs * threads if da_summed > 1 else 0
+        if splits == 1:
+            backward.append(made("project_dy", y, row_blocks * b + z + 2 * dz))
+        else:
+            dh = splits * m * rank * FLOAT
+            backward.append(made("project_dy", y, row_blocks * b + dh + counters + of_db))
+            backward.append(reduce(dh + z + 2 * dz, splits, rounds))
+        x_bytes += summed(db, db, b, db_chunks, db_chunks if da_summed else 0, of_db)
+        left = 0 if da_summed else db * ranks // rank + b
+        backward.append(made("x", 2 * x + y, x_bytes + (x_slabs + slabs) * dz))
+        last_sum = max(last_sum, db // slabs)
     if da_summed > 1:
         chunks_at_once = 1 if rank == 128 else 2
-        x_kernel = x_kernel._replace(summed=(da_sum // x_slabs, math.ceil(da_chunks / chunks_at_once)))
-    backward.append(x_kernel)
+        backward[-1] = backward[-1]._replace(summed=(last_sum, math.ceil(da_chunks / chunks_at_once)))
     if left or not da_summed:
-        da_left, chunks = (0, 0) if da_summed else (da_sum + a, da_chunks)
+        da_left, chunks = (0, 0) if da_summed else (da_live + a, da_chunks)
         backward.append(reduce(da_left + left, max(chunks, db_chunks if left else 0)))
     return in_a_row(forward), in_a_row(backward)
 

@@ -1,8 +1,9 @@
 // Backward kernels. With u = dy B (times scaling) and dz = u * phi'(z):
 //
 //   dy_kernel (R <= 32): dh = dy B and dB = dy^T h from one pass over dy.
-//   db_kernel (R >= 64): dB = dy^T h alone; dh comes from project_kernel.
-//   x_kernel: dx = dz A and dA = dz^T x from one pass over x. At R = 16 it may make dz itself.
+//   project_dy_kernel (R >= 64): dh, and where one block has all of it, dz and h.
+//   x_kernel: dx = dz A and dA = dz^T x from one pass over x. At R = 16 it may make dz itself; at
+//     R >= 64 it has blocks that pass over dy once more, for dB = dy^T h.
 //
 // Layers that share x have one dz, side by side, so that dx is the sum over them.
 //
@@ -12,8 +13,9 @@
 // launches (rounds): each adds to the partial results of the one before it.
 #pragma once
 
-#include "cuda/da_sums.cuh"
 #include "cuda/dz.cuh"
+#include "cuda/forward.cuh"
+#include "cuda/slab_sums.cuh"
 
 namespace afa {
 
@@ -139,25 +141,40 @@ dy_kernel(const DyParams p) {
     if (p.arrived && block_x() == 0 && block_y() == 0)
         clear<DyTile<R>::kThreads>(p.arrived, p.arrived_count);
     SharedMemory shared;
-    dy_pass<T, R>(p, member, member.dh + slab * p.m * R, shared, slab, block_y(),
-                  [&](auto& db, int col) {
-                      if (!member.db)
-                          return;
-                      float* partial = member.db + static_cast<int64_t>(block_y()) * n * R;
-                      if (member.result.rows == 0)
-                          return store_outer<kSlice, R>(partial, db, col, n, 0, R, p.adds);
-                      AFA_UNROLL
-                      for (int i = 0; i < kSlice / 16 && p.adds; ++i)
-                          add_stored<R>(db[i], partial, col + i * 16, n, 0, R);
-                      store_result<T, kSlice, R>(member.result.out, member.result.type, db, col, n,
-                                                 0, r, n, r, member.scaling);
-                  });
+    dy_pass<T, R>(
+        p, member, member.dh + slab * p.m * R, shared, slab, block_y(), [&](auto& db, int col) {
+            if (!member.db)
+                return;
+            store_db<T, R, kSlice>(member.result, member.scaling, r, member.sums, member.db, p.adds,
+                                   db, slab, block_y(), col, n, DyTile<R>::kThreads);
+        });
+}
+
+// Grid: (tiles of rows, splits).
+template <typename T, int R, bool kTall>
+AFA_KERNEL(RowTile<R, kTall>::kThreads, RowTile<R, kTall>::kBlocks)
+project_dy_kernel(const ProjectDyParams p) {
+    follow_previous_kernel();
+    using Tile = RowTile<R, kTall>;
+    if (p.arrived && block_x() == 0 && block_y() == 0)
+        clear<Tile::kThreads>(p.arrived, p.arrived_count);
+    SharedMemory shared;
+    T* ring = shared.take<T>(p.project.stages * Tile::kWide);
+    const auto b_ring =
+        NarrowRing<T, R, true>::take(shared, p.project.stages, p.project.rounded, p.project.staged);
+    const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
+    float dh[R / 8][4];
+    project<T, R, true, Tile>(dh, p.project, ring, b_ring, row0, block_y());
+    if (p.project.splits > 1)
+        return store_partial<R>(dh, p.project, row0, block_y());
+    block_sync();  // the rings have been read by all: dh takes their place
+    finish_dh<T, R>(reinterpret_cast<float*>(ring), dh, p.rows, row0);
 }
 
 // dB = dy^T h with h read from memory: one slab of kColumns columns of dy and one chunk of rows.
 // store(db, column) takes the sums of a warp, whose first column of dy that is.
 template <typename T, int R, typename Store>
-AFA_DEVICE void db_pass(const OuterParams& p, SharedMemory& shared, int slab, int chunk,
+AFA_DEVICE void db_pass(const OuterPass& p, SharedMemory& shared, int slab, int chunk,
                         const Store& store) {
     using Tile = OuterTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
@@ -200,15 +217,16 @@ AFA_DEVICE void db_pass(const OuterParams& p, SharedMemory& shared, int slab, in
     store(db, col0 + warp_index() * Tile::kSlice);
 }
 
-// Grid: (slabs, chunks).
+// dB by one of the blocks of the x kernel that are there for it.
 template <typename T, int R>
-AFA_KERNEL(OuterTile<R>::kThreads)
-db_kernel(const OuterParams p) {
-    follow_previous_kernel();
-    SharedMemory shared;
-    db_pass<T, R>(p, shared, block_x(), block_y(), [&](const auto& db, int col) {
-        store_outer<OuterTile<R>::kSlice, R>(p.partial + static_cast<int64_t>(block_y()) * p.w * R,
-                                             db, col, p.w, 0, R, p.adds);
+AFA_DEVICE void db_block(const DbParams& p, SharedMemory& shared) {
+    const int block = block_y() * p.columns + block_x() - p.first_column;
+    const int slab = block % p.slabs, chunk = block / p.slabs;
+    if (chunk >= p.chunks)
+        return;
+    db_pass<T, R>(p, shared, slab, chunk, [&](auto& db, int col) {
+        store_db<T, R, OuterTile<R>::kSlice>(p.result, p.scaling, p.r, p.sums, p.partial, p.adds,
+                                             db, slab, chunk, col, p.w, OuterTile<R>::kThreads);
     });
 }
 
@@ -369,15 +387,19 @@ AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int
     store(da, col0 + slice0);
 }
 
-// Grid: (slabs, chunks).
+// Grid: (slabs, chunks); at R >= 64 with columns for dB behind the slabs.
 template <typename T, int R>
 AFA_KERNEL(OuterTile<R>::kThreads, OuterTile<R>::kXBlocks)
 x_kernel(const OuterParams p) {
     follow_previous_kernel();
     SharedMemory shared;
+    if constexpr (R >= 64)
+        if (block_x() >= p.db.first_column)
+            return db_block<T, R>(p.db, shared);
     x_pass<T, R>(p, shared, block_x(), block_y(), [&](auto& da, int col) {
         if (p.partial)
-            store_da<T, R, OuterTile<R>::kSlice>(p, da, col, OuterTile<R>::kThreads);
+            store_da<T, R, OuterTile<R>::kSlice>(p, da, block_x(), block_y(), col,
+                                                 OuterTile<R>::kThreads);
     });
 }
 

@@ -112,11 +112,14 @@ py::dict described(const KernelPlan& plan, const DeviceLimits& device) {
     row["registers"] = plan.registers;
     row["blocks_per_sm"] = plan.blocks_per_sm;
     row["waves"] = waves(plan, device);
+    row["busy"] = 1 - tail(plan, device);
     row["launches"] = plan.launches;
     if (plan.dh_sums > 0)
         row["dh_sums"] = plan.dh_sums;
     if (plan.sums > 0)
         row["sums"] = plan.sums;
+    if (plan.db_chunks > 0)
+        row["db_chunks"] = plan.db_chunks;
     return row;
 }
 

@@ -103,9 +103,9 @@ inline void fill_da(WeightGradient (&blocks)[kMaxRank / kRankUnit], const Backwa
 }
 
 // dB = dy^T h of a lone layer; where it goes is not filled in.
-inline OuterParams outer_dy(const BackwardCall& call, const KernelPlan& kernel,
-                            int64_t rows_per_chunk, const void* h) {
-    OuterParams p{};
+inline OuterPass outer_dy(const BackwardCall& call, const KernelPlan& kernel,
+                          int64_t rows_per_chunk, const void* h) {
+    OuterPass p{};
     p.wide = call.gradients[0].dy;
     p.wide_stride = call.gradients[0].dy_stride;
     p.narrow = h;

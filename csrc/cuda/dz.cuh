@@ -1,5 +1,6 @@
-// dz = scale * phi'(z) * dh from partial sums of dh: by the reduce kernel, or by the x kernel for
-// the rows that it is about to multiply.
+// dz = scale * phi'(z) * dh, and h = phi(z): by the reduce kernel from partial sums of dh, by the
+// project_dy kernel from what it has of dh in registers, or, dz alone, by the x kernel for the rows
+// that it is about to multiply.
 #pragma once
 
 #include "cuda/tile.cuh"
@@ -9,6 +10,47 @@ namespace afa {
 template <typename T>
 AFA_DEVICE uint32_t dz_pair(const SumRowsJob& job, float low_slope, float high_slope, Float2 dh) {
     return pack<T>(job.scale * low_slope * dh.x, job.scale * high_slope * dh.y);
+}
+
+// dz and h, where they are asked for, of columns col and col + 1 of a row that exists.
+template <typename T>
+AFA_DEVICE void store_dz_and_h(const SumRowsJob& job, int64_t row, int col, float alpha_t,
+                               Float2 dh) {
+    const Float2 z = unpack<T>(load_pair(static_cast<const T*>(job.z), row, job.r, col));
+    const ValueSlope low = anneal_by_id(job.activation, z.x, alpha_t);
+    const ValueSlope high = anneal_by_id(job.activation, z.y, alpha_t);
+    const int64_t index = row * job.rank_class + col;
+    if (job.dz)
+        store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.dz) + index),
+                     dz_pair<T>(job, low.slope, high.slope, dh));
+    if (job.h)
+        store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.h) + index),
+                     pack<T>(low.value, high.value));
+}
+
+// The same of the 16 rows of this warp, whose dh lies in accumulators of mma. It goes through
+// shared memory, kRows rows of kDhPitch floats, so that neighbouring lanes store neighbours.
+template <typename T, int R>
+AFA_DEVICE void finish_dh(float* shared_dh, const float (&dh)[R / 8][4], const SumRowsJob& job,
+                          int64_t row0) {
+    constexpr int kPitch = RowTile<R>::kDhPitch;
+    float* rows = shared_dh + warp_index() * 16 * kPitch;
+    float* own = rows + lane_index() / 4 * kPitch + lane_index() % 4 * 2;
+    AFA_UNROLL
+    for (int j = 0; j < R / 8; ++j) {
+        store_shared(own + j * 8, Float2{dh[j][0], dh[j][1]});
+        store_shared(own + 8 * kPitch + j * 8, Float2{dh[j][2], dh[j][3]});
+    }
+    warp_sync();
+    const float alpha_t = alpha_of(job.alpha_t);
+    const int64_t first = row0 + warp_index() * 16;
+    AFA_ROLLED
+    for (int i = lane_index(); i < 16 * R / 2; i += kWarpSize) {
+        const int row = i / (R / 2), col = i % (R / 2) * 2;
+        if (first + row < job.m)
+            store_dz_and_h<T>(job, first + row, col, alpha_t,
+                              load_shared<Float2>(rows + row * kPitch + col));
+    }
 }
 
 // A tile of dz on its way from memory, two neighbouring elements in each thread. All partial sums

@@ -3,7 +3,7 @@
 //
 // forward_kernel does it in one pass, with one block per tile of rows. For few rows project_kernel
 // gives each segment of the sum over K a block of its own and expand_kernel adds them up and
-// finishes. project_kernel also makes dh = dy B for R >= 64.
+// finishes.
 #pragma once
 
 #include "cuda/tile.cuh"
@@ -35,10 +35,9 @@ using NarrowRing = WeightRing<T, kTransposed ? RowTile<R>::kNarrowTransposed : R
 //
 // kTransposed: the narrow matrix is [W, R] (B, for dh = dy B), else [R, W] (A, for z = x A^T). On
 // return no copy is under way, but other warps may still read the rings.
-template <typename T, int R, bool kTransposed>
+template <typename T, int R, bool kTransposed, class Tile>
 AFA_DEVICE void project(float (&total)[R / 8][4], const ProjectParams& p, T* wide_ring,
                         const NarrowRing<T, R, kTransposed>& narrow_ring, int64_t row0, int split) {
-    using Tile = RowTile<R>;
     using B = WeightTile<T, Tile::kDepth, R, Tile::kThreads>;
     using A = RankRows<T, R, Tile::kDepth, Tile::kThreads>;
     constexpr int kWidePitch = pitch(Tile::kDepth),
@@ -171,11 +170,10 @@ using BRing = WeightRing<T, RowTile<R>::kB, RowTile<R>::kStaging>;
 
 // y = base + scaling * h B^T for the rows of this block and the column tiles first .. last, counted
 // through all members. `make_h` leaves h in `tile`, while the first tiles of B are under way.
-template <typename T, int R, typename MakeH>
+template <typename T, int R, class Tile, typename MakeH>
 AFA_DEVICE void emit_columns(const T* tile, const BRing<T, R>& b_ring, int stages,
                              const ForwardParams& p, int64_t row0, int first, int last,
                              const MakeH& make_h) {
-    using Tile = RowTile<R>;
     using Columns = WeightTile<T, Tile::kColumns, R, Tile::kThreads, true>;
     const int warp_row = warp_index() * 16, ahead = stages - 1;
     const auto load = [&](int t, int slot) {
@@ -232,16 +230,15 @@ AFA_DEVICE void emit_columns(const T* tile, const BRing<T, R>& b_ring, int stage
 }
 
 // The work of one block: z and y of its kRows rows. x, A and B pass through shared memory once.
-template <typename T, int R>
+template <typename T, int R, class Tile = RowTile<R>>
 AFA_DEVICE void forward_rows(const ForwardParams& p, SharedMemory& shared, int64_t row0) {
-    using Tile = RowTile<R>;
     const int stages = p.project.stages;
     T* wide_ring = shared.take<T>(stages * Tile::kWide);
     const auto narrow_ring =
         NarrowRing<T, R, false>::take(shared, stages, p.project.rounded, p.project.staged);
 
     float acc[R / 8][4];
-    project<T, R, false>(acc, p.project, wide_ring, narrow_ring, row0, 0);
+    project<T, R, false, Tile>(acc, p.project, wide_ring, narrow_ring, row0, 0);
     block_sync();  // the rings have been read by all: they become the tile of z and the ring of B
     T* tile = narrow_ring.tiles;
     const BRing<T, R> b_ring{wide_ring, narrow_ring.staging, narrow_ring.rounded,
@@ -255,7 +252,7 @@ AFA_DEVICE void forward_rows(const ForwardParams& p, SharedMemory& shared, int64
                      pack<T>(p.inverse_keep * acc[j][2], p.inverse_keep * acc[j][3]));
     }
     warp_sync();
-    emit_columns<T, R>(tile, b_ring, stages, p, row0, 0, p.column_tiles, [&] {
+    emit_columns<T, R, Tile>(tile, b_ring, stages, p, row0, 0, p.column_tiles, [&] {
         finish_rows<T, R>(tile, p, row0, true, [&](int r, int c) {
             return load_shared<uint32_t>(tile + r * pitch(R) + c);
         });
@@ -263,25 +260,19 @@ AFA_DEVICE void forward_rows(const ForwardParams& p, SharedMemory& shared, int64
 }
 
 // Grid: one block per kRows rows.
-template <typename T, int R>
-AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
+template <typename T, int R, bool kTall>
+AFA_KERNEL(RowTile<R, kTall>::kThreads, RowTile<R, kTall>::kBlocks)
 forward_kernel(const ForwardParams p) {
     follow_previous_kernel();
+    using Tile = RowTile<R, kTall>;
     SharedMemory shared;
-    forward_rows<T, R>(p, shared, static_cast<int64_t>(block_x()) * RowTile<R>::kRows);
+    forward_rows<T, R, Tile>(p, shared, static_cast<int64_t>(block_x()) * Tile::kRows);
 }
 
-// The work of one block: the product of its kRows rows, or that of one segment, into `partial`.
-template <typename T, int R, bool kTransposed>
-AFA_DEVICE void project_rows(const ProjectParams& p, SharedMemory& shared, int64_t row0,
-                             int split) {
-    using Tile = RowTile<R>;
-    T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
-    const auto narrow_ring =
-        NarrowRing<T, R, kTransposed>::take(shared, p.stages, p.rounded, p.staged);
-
-    float acc[R / 8][4];
-    project<T, R, kTransposed>(acc, p, wide_ring, narrow_ring, row0, split);
+// Stores the 16 rows of this warp of a product, or of one segment of it.
+template <int R>
+AFA_DEVICE void store_partial(const float (&acc)[R / 8][4], const ProjectParams& p, int64_t row0,
+                              int split) {
     const int64_t row = row0 + warp_index() * 16 + lane_index() / 4;
     float* out = p.partial + (split * p.partial_rows + row) * R + lane_index() % 4 * 2;
     AFA_UNROLL
@@ -294,14 +285,28 @@ AFA_DEVICE void project_rows(const ProjectParams& p, SharedMemory& shared, int64
         }
 }
 
-// Grid: (tiles of rows, splits).
+// The work of one block: the product of its kRows rows, or that of one segment, into `partial`.
 template <typename T, int R, bool kTransposed>
+AFA_DEVICE void project_rows(const ProjectParams& p, SharedMemory& shared, int64_t row0,
+                             int split) {
+    using Tile = RowTile<R>;
+    T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
+    const auto narrow_ring =
+        NarrowRing<T, R, kTransposed>::take(shared, p.stages, p.rounded, p.staged);
+
+    float acc[R / 8][4];
+    project<T, R, kTransposed, Tile>(acc, p, wide_ring, narrow_ring, row0, split);
+    store_partial<R>(acc, p, row0, split);
+}
+
+// Grid: (tiles of rows, splits).
+template <typename T, int R>
 AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
 project_kernel(const ProjectParams p) {
     follow_previous_kernel();
     SharedMemory shared;
-    project_rows<T, R, kTransposed>(p, shared, static_cast<int64_t>(block_x()) * RowTile<R>::kRows,
-                                    block_y());
+    project_rows<T, R, false>(p, shared, static_cast<int64_t>(block_x()) * RowTile<R>::kRows,
+                              block_y());
 }
 
 // The work of one block: z and y of its kRows rows and one of column_blocks parts of the columns,
@@ -333,8 +338,9 @@ AFA_DEVICE void expand_rows(const ForwardParams& p, SharedMemory& shared, int64_
         }
         return pack<T>(p.inverse_keep * sum.x, p.inverse_keep * sum.y);
     };
-    emit_columns<T, R>(tile, b_ring, stages, p, row0, first, last,
-                       [&] { finish_rows<T, R>(tile, p, row0, column_block == 0, sum_of_splits); });
+    emit_columns<T, R, Tile>(tile, b_ring, stages, p, row0, first, last, [&] {
+        finish_rows<T, R>(tile, p, row0, column_block == 0, sum_of_splits);
+    });
 }
 
 // Grid: (tiles of rows, column blocks).

@@ -52,6 +52,9 @@ constexpr int64_t kExpandGrid = 256;
 // From here on one block per tile of rows has enough bytes under way to go through all segments;
 // with more, it makes y too.
 constexpr int64_t kWholeRowBlocks = 48, kOnePassRowBlocks = 96;
+// The share of the multiprocessors for which there have to be tall tiles: by bench/model, fewer of
+// them pay for reading half of the bytes of A and B on H100 and, about as well, on B200.
+constexpr double kTallShare = 0.48;
 inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
     return std::max(low, std::min(value, high));
 }
@@ -63,7 +66,10 @@ inline int splits_of(int64_t row_blocks, int width) {
 
 // What a last wave that is not full makes of the time of a kernel.
 struct LastWave {
-    double operator()(const KernelPlan& plan, const DeviceLimits& device) const {
+    int64_t half_blocks = 0;
+
+    double operator()(KernelPlan plan, const DeviceLimits& device) const {
+        plan.half_blocks = half_blocks;
         return 1 / (1 - tail(plan, device));
     }
 };
@@ -140,22 +146,30 @@ double slowdown(const Plan& plan) {
     return worst;
 }
 
+// Of a grid: its columns, and how many of all its blocks have half as much to do as the others.
+struct Columns {
+    int64_t count, half_blocks;
+};
+
 // A kernel with a block for each slab of columns and chunk of rows. Few chunks leave a GPU idle,
 // many cost the traffic of their partial results (R columns for each column of the slab), and what
-// matters most is that the last wave of blocks is full.
-template <class Tile, int R, typename Bytes>
+// matters most is that the last wave of blocks is full. `columns_of(chunks)` are the Columns.
+template <class Tile, int R, typename ColumnsOf, typename Bytes>
 KernelPlan chunked(const char* kernel, int registers, const DeviceLimits& device, int64_t m,
-                   int64_t slabs, int64_t partial_bytes, const Bytes& bytes,
+                   const ColumnsOf& columns_of, int64_t most_chunks, const Bytes& bytes,
                    int64_t& rows_of_chunk) {
-    const int64_t tiles = ceil_div(m, Tile::kRows), width = slabs * Tile::kColumns;
+    const int64_t tiles = ceil_div(m, Tile::kRows);
     const auto plan = [&](const DeviceLimits& target, int64_t chunks) {
-        return ring(kernel, Tile::kThreads, registers, target, slabs, chunks, bytes(3) - bytes(2),
-                    bytes);
+        const Columns columns = columns_of(chunks);
+        KernelPlan found = ring(kernel, Tile::kThreads, registers, target, columns.count, chunks,
+                                bytes(3) - bytes(2), bytes, LastWave{columns.half_blocks});
+        found.half_blocks = columns.half_blocks;
+        return found;
     };
     const auto chunk_rows = [&](int64_t chunks) { return ceil_div(tiles, chunks) * Tile::kRows; };
     const int64_t most = std::min({ceil_div(tiles, kMinChunkTiles),
                                    device.chunk_limit > 0 ? device.chunk_limit : kMaxChunks,
-                                   std::max<int64_t>(1, partial_bytes / (4 * R * width))});
+                                   std::max<int64_t>(1, most_chunks)});
     int64_t best = 1;
     double least = 0;
     for (int64_t wanted = 1; wanted <= most; ++wanted) {

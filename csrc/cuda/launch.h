@@ -24,10 +24,11 @@ using Launcher = void (*)(const LaunchConfig&, const Params&);
 
 // The kernels of one rank class. A null launcher: the class does without.
 struct RankKernels {
-    Launcher<ForwardParams> forward, expand;
-    Launcher<ProjectParams> project, project_dy;
+    Launcher<ForwardParams> forward, tall_forward, expand;
+    Launcher<ProjectParams> project;
+    Launcher<ProjectDyParams> project_dy, tall_project_dy;
     Launcher<DyParams> dy;
-    Launcher<OuterParams> db, x;
+    Launcher<OuterParams> x;
 };
 
 // One translation unit each, so that they compile in parallel.

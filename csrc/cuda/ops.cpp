@@ -21,20 +21,38 @@ LaunchConfig chunks_config(KernelPlan plan, const BranchCall& call, int64_t rows
     plan.grid_y = static_cast<int>((call.shape.m + rows_per_chunk - 1) / rows_per_chunk);
     return config_of(plan, call);
 }
-LaunchConfig tiles_config(KernelPlan plan, const BranchCall& call, int rank) {
-    plan.grid_x = (call.shape.m + tile_rows(rank) - 1) / tile_rows(rank);
+LaunchConfig tiles_config(KernelPlan plan, const BranchCall& call) {
+    plan.grid_x = (call.shape.m + plan.tile_rows - 1) / plan.tile_rows;
     return config_of(plan, call);
 }
+bool is_tall(const KernelPlan& plan, int rank) { return plan.tile_rows > tile_rows(rank); }
 
 // z as the forward computed it, bit for bit: the same segments, summed in the same order.
 void recompute_z(const BranchCall& call, const ForwardPlan& plan, const BackwardScratch& scratch) {
     rank_kernels(call.dtype, plan.rank)
-        .project(tiles_config(plan.project, call, plan.rank),
+        .project(tiles_config(plan.project, call),
                  project_x(call, plan, plan.project, scratch.partial_z));
     Reduction reduction;
     for (int i = 0; i < call.shape.count; ++i)
         reduction.add(z_job(call, plan, scratch, i));
     reduction.launch(call);
+}
+
+// dB of a lone layer, by blocks of the x kernel, which has `chunks` chunks of x.
+void fill_db(DbParams& p, const BackwardCall& call, const BackwardPlan& plan,
+             const BackwardScratch& scratch, int chunks, bool last) {
+    static_cast<OuterPass&>(p) = outer_dy(call, plan.x, plan.db_rows, scratch.h);
+    p.partial = scratch.db[0];
+    p.adds = call.first_row > 0;
+    p.slabs = static_cast<int>(plan.db_slabs);
+    p.chunks = db_chunks_of(chunks);
+    p.columns = static_cast<int>(db_columns(p.slabs, p.chunks, chunks));
+    p.r = call.shape.members[0].r;
+    p.scaling = call.members[0].scaling;
+    if (last && plan.x.sums > 0) {
+        p.sums = {plan.db_chunks, p.chunks, scratch.arrived + plan.x_slabs * plan.x.threads};
+        p.result = db_result(call, 0);
+    }
 }
 
 void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch,
@@ -52,8 +70,10 @@ void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const Backwar
         slabs += plan.dh_parts[i];
         member.dh = needs_dz(call, i) ? scratch.dh[i] : nullptr;
         member.db = call.gradients[i].db ? scratch.db[i] : nullptr;
-        if (last && plan.dy.sums > 0 && member.db)
+        if (last && plan.dy.sums > 0 && member.db) {
+            member.sums.count = 1;
             member.result = db_result(call, i);
+        }
     }
     if (slabs == 0)
         return;
@@ -69,38 +89,41 @@ void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const Backwar
     rank_kernels(call.dtype, plan.dy_rank).dy(chunks_config(kernel, call, plan.db_rows), p);
 }
 
-// dh alone, of a lone layer.
+// dh of a lone layer, or dz and h.
 void launch_project_dy(const BackwardCall& call, const BackwardPlan& plan,
-                       const BackwardScratch& scratch) {
-    const ProjectParams p =
-        project_dy(call, plan.project_dy, plan.segment, plan.dh_parts[0], scratch.dh[0]);
-    rank_kernels(call.dtype, plan.dy_rank)
-        .project_dy(tiles_config(plan.project_dy, call, plan.dy_rank), p);
+                       const BackwardScratch& scratch, bool last) {
+    ProjectDyParams p{};
+    p.project = project_dy(call, plan.project_dy, plan.segment, std::max(1, plan.dh_parts[0]),
+                           scratch.dh[0]);
+    p.rows = dz_job(call, plan, scratch, 0);
+    if (last && plan.x.sums > 1) {
+        p.arrived = scratch.arrived;
+        p.arrived_count = static_cast<int>(counters(plan));
+    }
+    const RankKernels& kernels = rank_kernels(call.dtype, plan.dy_rank);
+    const bool tall = is_tall(plan.project_dy, plan.dy_rank);
+    (tall ? kernels.tall_project_dy : kernels.project_dy)(tiles_config(plan.project_dy, call), p);
 }
 
-// dB alone, of a lone layer.
-void launch_db(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch) {
-    OuterParams p = outer_dy(call, plan.db, plan.db_rows, scratch.h);
-    p.partial = scratch.db[0];
-    p.adds = call.first_row > 0;
-    rank_kernels(call.dtype, plan.dy_rank).db(chunks_config(plan.db, call, plan.db_rows), p);
-}
-
+// dx and dA, and at R >= 64 dB, those of them that are needed.
 void launch_x(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch,
-              bool last, bool need_da) {
+              bool last, bool need_dz, bool need_da, bool need_db) {
     const bool makes_dz = plan.x.dh_sums > 0;
     OuterParams p = outer_x(call, plan.x, plan.da_rows, makes_dz ? nullptr : scratch.dz);
     if (makes_dz)
         p.dz = dz_job(call, plan, scratch, 0);
     p.partial = need_da ? scratch.da : nullptr;
     p.adds = call.first_row > 0;
-    const LaunchConfig config = chunks_config(plan.x, call, plan.da_rows);
+    LaunchConfig config = chunks_config(plan.x, call, plan.da_rows);
+    const int chunks = config.plan.grid_y;
     if (last && need_da && plan.x.sums > 0) {
-        p.sums.count = plan.x.sums;
-        p.sums.blocks = config.plan.grid_y;
-        p.sums.arrived = scratch.arrived;
-        fill_da(p.sums.da, call);
+        p.sums = {plan.x.sums, chunks, scratch.arrived};
+        fill_da(p.da, call);
     }
+    p.db.first_column = need_dz ? static_cast<int>(plan.x_slabs) : 0;
+    if (need_db)
+        fill_db(p.db, call, plan, scratch, chunks, last);
+    config.plan.grid_x = p.db.first_column + p.db.columns;
     rank_kernels(call.dtype, plan.rank).x(config, p);
 }
 
@@ -133,27 +156,28 @@ void backward_round(const BackwardCall& call, const BackwardPlan& plan,
         need_dz = need_dz || needs_dz(call, i);
         need_da = need_da || call.gradients[i].da;
     }
-    const bool apart = !plan.one_pass_dy;  // dh and dB, by kernels of their own
+    const bool apart = !plan.one_pass_dy;  // dh and dB, by two passes over dy
+    const bool need_db = apart && call.gradients[0].db;
     if (!apart)
         launch_dy(call, plan, scratch, last, need_da);
     else if (need_dz)
-        launch_project_dy(call, plan, scratch);
+        launch_project_dy(call, plan, scratch, last);
 
+    const bool has_dz = plan.x.dh_sums > 0 || (apart && plan.dh_parts[0] == 0);
+    const bool sums_db = (apart ? plan.x : plan.dy).sums > 0;
     Reduction first, second;
     for (int i = 0; i < call.shape.count; ++i) {
         const MemberGradients& member = call.gradients[i];
-        if ((needs_dz(call, i) && plan.x.dh_sums == 0) || (apart && member.db))
+        if (needs_dz(call, i) ? !has_dz : need_db)
             first.add(dz_job(call, plan, scratch, i));
-        if (member.db && last && plan.dy.sums == 0)
+        if (member.db && last && !sums_db)
             (apart || plan.x.dh_sums > 0 ? second : first).add(db_job(call, plan, scratch, i));
         if (member.da && last && plan.x.sums == 0)
             second.add(da_job(call, plan, scratch, i));
     }
     first.launch(call);
-    if (apart && call.gradients[0].db)
-        launch_db(call, plan, scratch);
-    if (need_dz)
-        launch_x(call, plan, scratch, last, need_da);
+    if (need_dz || need_db)
+        launch_x(call, plan, scratch, last, need_dz, need_da, need_db);
     second.launch(call);
 }
 
@@ -215,7 +239,8 @@ void forward(const ForwardCall& call) {
     const RankKernels& kernels = rank_kernels(call.dtype, plan.rank);
     if (plan.one_pass) {
         p.project = project_x(call, plan, plan.forward, nullptr);
-        kernels.forward(config_of(plan.forward, call), p);
+        const bool tall = is_tall(plan.forward, plan.rank);
+        (tall ? kernels.tall_forward : kernels.forward)(config_of(plan.forward, call), p);
     } else {
         kernels.project(config_of(plan.project, call),
                         project_x(call, plan, plan.project, scratch.partial));
@@ -258,7 +283,7 @@ std::vector<KernelPlan> kernels_of(const Shape& shape, Weights weights,
     if (backward.one_pass_dy)
         kernels.push_back(backward.dy);
     else
-        kernels.insert(kernels.end(), {backward.project_dy, backward.db});
+        kernels.push_back(backward.project_dy);
     kernels.push_back(backward.x);
     return kernels;
 }

@@ -89,6 +89,15 @@ struct WeightGradient {
     Output type;
 };
 
+// What becomes of the sums over rows of a slab of columns, of which each chunk of rows has a part.
+// Where whoever comes last adds them up, each thread counts, among those of its place in the blocks
+// of the slab, that its partial results are stored.
+struct SlabSums {
+    int count;          // chunks; 1: no partial results, 0: they are left to others
+    int blocks;         // of a slab in this launch
+    uint32_t* arrived;  // [slabs, threads], zeros
+};
+
 struct DyMember {
     int first;       // of its slabs among those of all members
     const void* dy;  // T [M, N], row stride dy_stride
@@ -99,7 +108,8 @@ struct DyMember {
     const float* alpha_t;   // [1]; null at identity
     float* dh;              // [slabs, M, R]; null: not needed
     float* db;              // [chunks, N, R]; null: not needed
-    WeightGradient result;  // dB (N, r), where there is one chunk; else db is left to others
+    SlabSums sums;          // 0 or 1 of them
+    WeightGradient result;  // dB (N, r), where the kernel makes it
     int activation;
     float scaling;
 };
@@ -132,31 +142,48 @@ struct SumRowsJob {
     float scale;
 };
 
-// dA by the x kernel itself. Each thread counts, among those of its place in the blocks of its
-// slab, that its partial results are stored; the last one adds up those of all chunks.
-struct SlabSums {
-    int count;          // chunks; 1: no partial results, 0: they are left to others
-    int blocks;         // of a slab in this launch
-    uint32_t* arrived;  // [slabs, threads], zeros
-    WeightGradient da[kMaxRank / kRankUnit];  // kRankUnit rows each
+// dh = dy B of a lone layer at R >= 64, and where one block goes through all segments, dz and h.
+struct ProjectDyParams {
+    ProjectParams project;
+    SumRowsJob rows;
+    uint32_t* arrived;  // as in DyParams
+    int arrived_count;
 };
 
-// One pass over x: dx = dz A and dA = dz^T x by chunk of rows. Or, over dy at R >= 64: dB = dy^T h.
-struct OuterParams {
+// One pass over a wide matrix by slab of columns and chunk of rows, with a sum of outer products
+// over the rows of a chunk: dA = dz^T x, or dB = dy^T h.
+struct OuterPass {
     const void* wide;  // T [M, W], row stride wide_stride: x or dy
     int64_t wide_stride;
-    const void* narrow;              // T [M, R]: dz or h; null (R = 16): the x pass makes dz
-    SumRowsJob dz;                   // by this job, for its own rows
-    Weight a[kMaxRank / kRankUnit];  // kRankUnit rows each, (., W) (x pass only)
-    bool rounded;                    // whether any of them is not T in vectors
-    void* dx;                        // T [M, W], row stride W; null: not needed (x pass only)
-    float* partial;  // [chunks, R, W] (x pass) or [chunks, W, R] (dy pass); null: not needed
-    bool adds;       // to partial
-    SlabSums sums;   // x pass only
+    const void* narrow;  // T [M, R]: dz or h
+    float* partial;      // [chunks, R, W] (x) or [chunks, W, R] (dy); null: not needed
+    bool adds;           // to partial
     int64_t m, rows_per_chunk;
     int w;
     int stages;
+};
+
+// dB of a lone layer at R >= 64, by blocks of the x kernel: those in the columns of its grid behind
+// the slabs of x, enough for each slab and chunk of dy.
+struct DbParams : OuterPass {
+    int first_column, columns;
+    int slabs, chunks;
+    SlabSums sums;
+    WeightGradient result;  // (N, r), where the kernel makes it
+    int r;
+    float scaling;
+};
+
+// dx = dz A and dA = dz^T x in one pass over x.
+struct OuterParams : OuterPass {
+    SumRowsJob dz;                   // where narrow is null (R = 16): the kernel makes dz itself
+    Weight a[kMaxRank / kRankUnit];  // kRankUnit rows each, (., W)
+    bool rounded;                    // whether any of them is not T in vectors
+    void* dx;                        // T [M, W], row stride W; null: not needed
+    SlabSums sums;
+    WeightGradient da[kMaxRank / kRankUnit];  // kRankUnit rows each, where the kernel makes them
     DropoutParams dropout;
+    DbParams db;  // R >= 64
 };
 
 // out = scale * the sum of `count` partial results, in order.

@@ -11,14 +11,31 @@
 
 namespace afa {
 
+namespace {
+
+// Blocks that the device has at once.
+double places(const KernelPlan& plan, const DeviceLimits& device) {
+    return static_cast<double>(device.sm_count) * std::max(1, plan.blocks_per_sm);
+}
+
+}  // namespace
+
 double waves(const KernelPlan& plan, const DeviceLimits& device) {
     const double blocks = static_cast<double>(plan.grid_x) * plan.grid_y;
-    return blocks / (static_cast<double>(device.sm_count) * std::max(1, plan.blocks_per_sm));
+    return (blocks - plan.half_blocks / 2.0) / places(plan, device);
 }
 
 double tail(const KernelPlan& plan, const DeviceLimits& device) {
-    const double full = waves(plan, device);
-    return full <= 1 ? 0 : 1 - full / std::ceil(full);
+    const double all = places(plan, device), full = waves(plan, device);
+    if (full <= 1)
+        return 0;
+    // Blocks with half as much to do begin where those of the last wave leave places, two in each;
+    // what is left of them then is in waves of half the length.
+    const double halves = static_cast<double>(plan.half_blocks);
+    const double wholes = full * all - halves / 2;
+    const double last = std::ceil(wholes / all);
+    const double left = std::max(0.0, halves - 2 * (last * all - wholes));
+    return 1 - full / (last + std::ceil(left / all) / 2);
 }
 
 namespace {
@@ -40,9 +57,27 @@ constexpr int64_t kRoundUnit = 128;  // rows, whole tiles of every kernel
 constexpr int kMaxFeatures =
     1 << 30;  // column indices are 32-bit, with room for a tile beyond the end
 
+// A kernel with a block for each tile of rows, `grid_y` times.
+template <class Tile, typename Bytes>
+KernelPlan tiled(const char* kernel, const DeviceLimits& device, int64_t rows, int64_t grid_y,
+                 Weights weights, int registers, const Bytes& bytes) {
+    KernelPlan plan = streaming(kernel, Tile::kThreads, registers, device,
+                                ceil_div(rows, Tile::kRows), grid_y, weights, bytes);
+    plan.tile_rows = Tile::kRows;
+    return plan;
+}
+
+// Whether one block goes through all segments of a tall tile of rows.
+template <int R>
+bool is_tall(int64_t rows, bool whole, const DeviceLimits& device) {
+    return kHasTallTiles<R> && whole &&
+           ceil_div(rows, RowTile<R, true>::kRows) >= kTallShare * device.sm_count;
+}
+
 template <int R>
 ForwardPlan forward_of(const Shape& shape, Weights weights, const DeviceLimits& device) {
     using Tile = RowTile<R>;
+    using TallTile = RowTile<R, kHasTallTiles<R>>;
     const int64_t row_blocks = ceil_div(shape.m, Tile::kRows);
     const int64_t columns = column_tiles(shape, shape.count);
     ForwardPlan plan{};
@@ -50,23 +85,32 @@ ForwardPlan forward_of(const Shape& shape, Weights weights, const DeviceLimits& 
     plan.segment = segment_of(shape.k);
     plan.one_pass = row_blocks >= kOnePassRowBlocks || (shape.k <= plan.segment && columns < 4);
     plan.splits = plan.one_pass ? 1 : splits_of(row_blocks, shape.k);
-    plan.forward = streaming("forward", Tile::kThreads, Tile::kRegisters, device, row_blocks, 1,
-                             weights, Tile::forward_bytes);
-    plan.project = streaming("project", Tile::kThreads, Tile::kRegisters, device, row_blocks,
-                             plan.splits, weights, Tile::forward_bytes);
-    plan.expand = streaming("expand", Tile::kThreads, Tile::kExpandRegisters, device, row_blocks,
-                            clamp(ceil_div(kExpandGrid, row_blocks), 1, columns), weights,
-                            Tile::expand_bytes);
+    plan.forward = is_tall<R>(shape.m, row_blocks >= kOnePassRowBlocks, device)
+                       ? tiled<TallTile>("forward", device, shape.m, 1, weights,
+                                         TallTile::kRegisters, TallTile::forward_bytes)
+                       : tiled<Tile>("forward", device, shape.m, 1, weights, Tile::kRegisters,
+                                     Tile::forward_bytes);
+    plan.project = tiled<Tile>("project", device, shape.m, plan.splits, weights, Tile::kRegisters,
+                               Tile::forward_bytes);
+    plan.expand =
+        tiled<Tile>("expand", device, shape.m, clamp(ceil_div(kExpandGrid, row_blocks), 1, columns),
+                    weights, Tile::kExpandRegisters, Tile::expand_bytes);
     return plan;
 }
 
-// Partial sums of dh: one for each slab of the dy kernel, or those of the project kernel.
+// Blocks of the project_dy kernel that share the sum over the columns of dy.
+template <int R>
+int dy_splits(int64_t m, int n) {
+    return splits_of(ceil_div(m, RowTile<R>::kRows), n);
+}
+
+// Partial sums of dh: one for each slab of the dy kernel, or those of the project_dy kernel.
 template <int R>
 int dh_parts_of(int64_t m, int n) {
     if constexpr (R <= 32)
         return static_cast<int>(ceil_div(n, DyTile<R>::kColumns));
     else
-        return splits_of(ceil_div(m, RowTile<R>::kRows), n);
+        return dy_splits<R>(m, n) > 1 ? dy_splits<R>(m, n) : 0;
 }
 
 // Bytes of a round for each of its rows: dh, dz, h and z.
@@ -80,13 +124,14 @@ int64_t row_bytes(const Shape& shape) {
     return 4 * R * parts + 2 * rank_class(shape) + (R > 32 ? 2 * R : 0) + 2 * ranks;
 }
 
-// Scratch memory of partial results of dA, or of dB.
+// Chunks for whose partial results of dA, or of dB, there is scratch memory.
 template <int R>
-int64_t partial_bytes(const Shape& shape) {
+int64_t most_chunks(const Shape& shape, int64_t width) {
     int64_t columns = shape.k;
     for (int i = 0; i < shape.count; ++i)
         columns += shape.members[i].n;
-    return std::max(kPartialBytes<R>, shape.m * columns * kElementBytes / kPartialShare);
+    return std::max(kPartialBytes<R>, shape.m * columns * kElementBytes / kPartialShare) /
+           (kFloatBytes * R * width);
 }
 
 // The kernel of dh at R >= 64, for the rows of a round.
@@ -94,9 +139,13 @@ template <int R>
 KernelPlan project_dy_of(const Shape& shape, int64_t rows, Weights weights,
                          const DeviceLimits& device) {
     using Tile = RowTile<R>;
-    return streaming("project_dy", Tile::kThreads, Tile::kRegisters, device,
-                     ceil_div(rows, Tile::kRows), dh_parts_of<R>(rows, shape.members[0].n), weights,
-                     Tile::dy_project_bytes);
+    using TallTile = RowTile<R, kHasTallTiles<R>>;
+    const int splits = dy_splits<R>(rows, shape.members[0].n);
+    if (is_tall<R>(rows, splits == 1, device))
+        return tiled<TallTile>("project_dy", device, rows, 1, weights, TallTile::kRegisters,
+                               TallTile::dy_project_bytes);
+    return tiled<Tile>("project_dy", device, rows, splits, weights, Tile::kRegisters,
+                       Tile::dy_project_bytes);
 }
 
 // Rows that a backward takes at once: all, or equal parts whose scratch memory fits kRoundBytes<R>.
@@ -129,7 +178,6 @@ int64_t round_rows(const Shape& shape, const DeviceLimits& device) {
 // The pass over dy; R is the rank class of the largest member.
 template <int R>
 BackwardPlan dy_pass_of(const Shape& shape, Weights weights, const DeviceLimits& device) {
-    using Outer = OuterTile<R>;
     BackwardPlan plan{};
     plan.dy_rank = R;
     plan.rows = std::min(shape.m, round_rows<R>(shape, device));
@@ -139,19 +187,17 @@ BackwardPlan dy_pass_of(const Shape& shape, Weights weights, const DeviceLimits&
         plan.dh_parts[i] = dh_parts_of<R>(plan.rows, shape.members[i].n);
     if constexpr (R <= 32) {
         using Dy = DyTile<R>;
-        plan.dy =
-            chunked<Dy, R>("dy", Dy::kRegisters, device, plan.rows, dy_slabs(shape, shape.count),
-                           partial_bytes<R>(shape), Dy::bytes, plan.db_rows);
+        const int64_t slabs = dy_slabs(shape, shape.count);
+        plan.dy = chunked<Dy, R>(
+            "dy", Dy::kRegisters, device, plan.rows, [=](int64_t) { return Columns{slabs, 0}; },
+            most_chunks<R>(shape, slabs * Dy::kColumns), Dy::bytes, plan.db_rows);
         plan.db_chunks = plan.dy.grid_y;
         plan.dy.sums = plan.db_chunks == 1 && !device.reduces_all;
     } else {
         const int n = shape.members[0].n;
         plan.segment = segment_of(n);
         plan.project_dy = project_dy_of<R>(shape, plan.rows, weights, device);
-        plan.db = chunked<Outer, R>("db", Outer::kDbRegisters, device, plan.rows,
-                                    ceil_div(n, Outer::kColumns), partial_bytes<R>(shape),
-                                    Outer::db_bytes, plan.db_rows);
-        plan.db_chunks = plan.db.grid_y;
+        plan.db_slabs = ceil_div(n, OuterTile<R>::kColumns);
     }
     return plan;
 }
@@ -161,19 +207,37 @@ template <int R>
 void add_x_pass(BackwardPlan& plan, const Shape& shape, const DeviceLimits& device) {
     using Outer = OuterTile<R>;
     plan.rank = R;
-    plan.x = chunked<Outer, R>("x", Outer::kXRegisters, device, plan.rows,
-                               ceil_div(shape.k, Outer::kColumns), partial_bytes<R>(shape),
-                               Outer::x_bytes, plan.da_rows);
+    plan.x_slabs = ceil_div(shape.k, Outer::kColumns);
+    constexpr int64_t kLastBlockChunks = kLastBlockBytes / (kFloatBytes * R * Outer::kColumns);
+    int64_t most = most_chunks<R>(shape, plan.x_slabs * Outer::kColumns);
+    if (plan.db_slabs > 0) {
+        most = std::min(most, 2 * most_chunks<R>(shape, plan.db_slabs * Outer::kColumns));
+        // With dz by the reduce kernel, there is to be none behind the x kernel.
+        if (plan.dh_parts[0] > 0)
+            most = std::min(most, kLastBlockChunks);
+    }
+    plan.x = chunked<Outer, R>(
+        "x", Outer::kXRegisters, device, plan.rows,
+        [&](int64_t chunks) {
+            const int64_t db = db_columns(plan.db_slabs, db_chunks_of(chunks), chunks);
+            return Columns{plan.x_slabs + db, chunks % kDbChunk == 0 ? 0 : plan.db_slabs};
+        },
+        most, Outer::x_bytes, plan.da_rows);
     plan.da_chunks = plan.x.grid_y;
+    if (plan.db_slabs > 0) {
+        plan.db_rows = kDbChunk * plan.da_rows;
+        plan.db_chunks = plan.x.db_chunks = db_chunks_of(plan.da_chunks);
+    }
     if (Outer::kMakesDz && shape.count == 1 && plan.dh_parts[0] <= kSumsAtOnce)
         plan.x.dh_sums = plan.dh_parts[0];
-    // A reduce kernel that has to sum dB behind the x kernel sums dA as well. The counters of the x
-    // kernel are zeroed by the dy kernel.
-    const bool alone = plan.one_pass_dy && (plan.x.dh_sums == 0 || plan.dy.sums > 0);
-    const int64_t slab_bytes = kFloatBytes * R * Outer::kColumns * plan.da_chunks;
-    if (!device.reduces_all && (plan.da_chunks == 1 || (alone && slab_bytes <= kLastBlockBytes)))
+    // A reduce kernel that has to sum dB of the dy kernel behind the x kernel sums dA as well. The
+    // counters of the x kernel are zeroed by the kernel that passes over dy before it.
+    const bool alone =
+        plan.one_pass_dy ? plan.x.dh_sums == 0 || plan.dy.sums > 0 : plan.dh_parts[0] > 0;
+    if (!device.reduces_all &&
+        (plan.da_chunks == 1 || (alone && plan.da_chunks <= kLastBlockChunks)))
         plan.x.sums = plan.da_chunks;
-    for (KernelPlan* kernel : {&plan.dy, &plan.project_dy, &plan.db, &plan.x})
+    for (KernelPlan* kernel : {&plan.dy, &plan.project_dy, &plan.x})
         kernel->launches = plan.rounds;
 }
 
@@ -241,8 +305,6 @@ int rank_class(int r) {
 int rank_class(const Shape& shape) {
     return rank_class(shape.count == 1 ? shape.members[0].r : shape.rank0(shape.count));
 }
-
-int tile_rows(int rank) { return rank == kMaxRank ? RowTile<128>::kRows : RowTile<64>::kRows; }
 
 int column_tiles(const Shape& shape, int i) {
     return with_rank(rank_class(shape), [&](auto rank) {

@@ -224,8 +224,8 @@ void launch_carry(const RaggedBackwardCall& call, const RaggedPlan& plan,
 
 void launch_db(const RaggedBackwardCall& call, const Groups& groups, const RaggedPlan& plan,
                const RaggedScratch& scratch, const GroupSums& sums) {
-    const RaggedOuterParams p{groups, outer_dy(call, plan.db_kernel, plan.chunk_rows, scratch.h),
-                              sums};
+    RaggedOuterParams p{groups, {}, sums};
+    static_cast<OuterPass&>(p.call) = outer_dy(call, plan.db_kernel, plan.chunk_rows, scratch.h);
     ragged_kernels(call.dtype, plan.rank).db(slots_config(plan.db_kernel, call, groups, sums), p);
 }
 

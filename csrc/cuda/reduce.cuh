@@ -45,17 +45,7 @@ AFA_DEVICE void sum_rows(const SumRowsJob& job, int64_t pair) {
                    pack<T>(job.scale * sum.x, job.scale * sum.y));
         return;
     }
-    const float alpha_t = alpha_of(job.alpha_t);
-    const Float2 z = unpack<T>(load_pair(static_cast<const T*>(job.z), row, job.r, col));
-    const ValueSlope low = anneal_by_id(job.activation, z.x, alpha_t);
-    const ValueSlope high = anneal_by_id(job.activation, z.y, alpha_t);
-    const int64_t index = row * job.rank_class + col;
-    if (job.dz)
-        store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.dz) + index),
-                     dz_pair<T>(job, low.slope, high.slope, sum));
-    if (job.h)
-        store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.h) + index),
-                     pack<T>(low.value, high.value));
+    store_dz_and_h<T>(job, row, col, alpha_of(job.alpha_t), sum);
 }
 
 template <typename T>

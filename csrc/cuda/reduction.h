@@ -72,7 +72,7 @@ inline SumRowsJob z_job(const BranchCall& call, const ForwardPlan& plan,
 }
 
 // dz of a member, with the columns up to the next one's, or h, from the partial sums of dh. The x
-// kernel may do the job of a lone layer itself.
+// kernel, or the project_dy kernel, may do the job of a lone layer itself.
 inline SumRowsJob dz_job(const BackwardCall& call, const BackwardPlan& plan,
                          const BackwardScratch& scratch, int i) {
     const bool dz = needs_dz(call, i), h = !plan.one_pass_dy && call.gradients[i].db;

@@ -23,7 +23,9 @@ struct ForwardScratch {
 };
 
 // Of the x kernel, one for each thread of a slab's place, whether they are needed or not.
-inline int64_t counters(const BackwardPlan& plan) { return plan.x.grid_x * plan.x.threads; }
+inline int64_t counters(const BackwardPlan& plan) {
+    return (plan.x_slabs + plan.db_slabs) * plan.x.threads;
+}
 
 struct BackwardScratch {  // db and da for the whole call, the others for one round
     Element *dz, *h;

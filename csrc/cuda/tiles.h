@@ -29,10 +29,15 @@ constexpr int streamed_bytes(int tile, int staging, int stages, Streamed weights
     return weights == Streamed::staged ? tiles + stages * staging * kFloatBytes : tiles;
 }
 
-// Forward, expand and project kernels: each warp owns 16 rows.
-template <int R>
+// Rows of a tile that is not tall.
+constexpr int tile_rows(int rank) { return rank == 128 ? 128 : 64; }
+
+// Forward, expand and project kernels: each warp owns 16 rows. Each tile of rows reads A or B
+// again: with R rows that is as many bytes as x or dy has where weights are of 16 bits, and twice
+// as many where they are float32. Where rows are many, tiles are tall.
+template <int R, bool kTall = false>
 struct RowTile {
-    static constexpr int kRows = R == 128 ? 128 : 64;
+    static constexpr int kRows = kTall ? 128 : tile_rows(R);
     static constexpr int kDepth = R <= 32 ? 128 : 64;    // columns of x (or dy) per step
     static constexpr int kColumns = R <= 32 ? 128 : 64;  // columns of y per step
     static constexpr int kThreads = kRows / 16 * kWarpSize;
@@ -40,7 +45,7 @@ struct RowTile {
     // segments leave room for one block on a multiprocessor, which has tiles enough under way.
     static constexpr int kRegisters = R == 128 ? 248 : 128, kExpandRegisters = 128;
     // Blocks that these leave room for.
-    static constexpr int kBlocks = R == 128 ? 1 : 4, kExpandBlocks = R == 128 ? 2 : 4;
+    static constexpr int kBlocks = R == 128 ? 1 : kTall ? 2 : 4, kExpandBlocks = R == 128 ? 2 : 4;
     // Of the ragged kernels, which keep in registers what the others read from their parameters.
     static constexpr bool kRoomy = R == 32 || R == 64;
     static constexpr int kRaggedRegisters = R == 128 ? kAllRegisters
@@ -55,6 +60,10 @@ struct RowTile {
     static constexpr int kStaging = R * kDepth;  // floats of a tile of A or B before rounding
     // The forward kernel reuses its rings: B in the one of x, z in the one of A, floats for floats.
     static_assert(kB <= kWide && kZ <= 2 * kNarrow && kColumns == kDepth);
+    // So does dh in the project_dy kernel (R >= 64), in floats, with four rows in different banks.
+    static constexpr int kDhPitch = R + 8;
+    static_assert(R <= 32 || kRows * kDhPitch * kFloatBytes <=
+                                 2 * (kWide + kNarrowTransposed) * kElementBytes);
 
     static constexpr int forward_bytes(int stages, Streamed weights) {
         return stages * kWide * kElementBytes + streamed_bytes(kNarrow, kStaging, stages, weights);
@@ -67,6 +76,11 @@ struct RowTile {
         return kZ * kElementBytes + streamed_bytes(kB, kStaging, stages, weights);
     }
 };
+
+// Whether the forward and the project_dy kernel have tall tiles. At rank 128 all are, and at rank
+// 16 A and B are small.
+template <int R>
+constexpr bool kHasTallTiles = R == 32 || R == 64;
 
 // The one-pass dy kernel (R <= 32): 16 rows of dh and a quarter of the columns of dB per warp.
 template <int R>

@@ -46,6 +46,26 @@ class BufferList {
         if (dropout.threshold > 0)
             add("seed", dropout.seed, sizeof(int64_t), false);
     }
+    // What a pass over x or dy sums over rows.
+    template <int R>
+    void outer(const OuterPass& p, const SlabSums& sums) {
+        using Tile = OuterTile<R>;
+        const int64_t chunks = (p.m + p.rows_per_chunk - 1) / p.rows_per_chunk;
+        const int64_t slabs = (p.w + Tile::kColumns - 1) / Tile::kColumns;
+        matrix("wide", p.wide, p.m, p.w, p.wide_stride);
+        matrix("narrow", p.narrow, p.m, R, R);
+        floats("partial", p.partial, std::max<int64_t>(chunks, sums.count) * R * p.w, true);
+        if (sums.count > 1)
+            add("arrived", sums.arrived, slabs * Tile::kThreads * sizeof(uint32_t), true);
+    }
+    // What a job on rows reads and writes, its partial sums aside.
+    void rows_job(const SumRowsJob& job) {
+        matrix("z_out", job.z_out, job.m, job.r, job.r, true);
+        matrix("z", job.z, job.m, job.r, job.r);
+        matrix("dz", job.dz, job.m, job.cols, job.rank_class, true);
+        matrix("h", job.h, job.m, job.cols, job.rank_class, true);
+        floats("alpha_t", job.alpha_t, 1);
+    }
     void add(const char* name, const void* data, size_t bytes, bool writable) {
         if (data)
             list.push_back({name, data, bytes, writable});
@@ -106,40 +126,45 @@ std::vector<simt::Buffer> emulated_buffers(const DyParams& p) {
 }
 
 template <int R>
-std::vector<simt::Buffer> emulated_buffers(const OuterParams& p) {
-    using Tile = OuterTile<R>;
-    const int64_t chunks = (p.m + p.rows_per_chunk - 1) / p.rows_per_chunk;
-    const int64_t slabs = (p.w + Tile::kColumns - 1) / Tile::kColumns;
+std::vector<simt::Buffer> emulated_buffers(const ProjectDyParams& p) {
     BufferList b;
-    b.matrix("wide", p.wide, p.m, p.w, p.wide_stride);
-    b.matrix("narrow", p.narrow, p.m, R, R);
+    b.matrix("dy", p.project.wide, p.project.m, p.project.w, p.project.wide_stride);
+    b.weight("b", p.project.narrow[0]);
+    if (p.project.splits > 1)
+        b.floats("partial", p.project.partial, p.project.splits * p.project.m * R, true);
+    else
+        b.rows_job(p.rows);
+    b.add("arrived", p.arrived, static_cast<size_t>(p.arrived_count) * sizeof(uint32_t), true);
+    return b.list;
+}
+
+template <int R>
+std::vector<simt::Buffer> emulated_buffers(const OuterParams& p) {
+    BufferList b;
+    b.outer<R>(p, p.sums);
     b.floats("dh", p.dz.partial, p.dz.count * p.m * R);
     b.matrix("z", p.dz.z, p.m, p.dz.r, p.dz.r);
     b.floats("alpha_t", p.dz.alpha_t, 1);
     b.rank_rows(p.a, R);
     b.matrix("dx", p.dx, p.m, p.w, p.w, true);
-    b.floats("partial", p.partial, std::max<int64_t>(chunks, p.sums.count) * R * p.w, true);
-    if (p.sums.count > 1)
-        b.add("arrived", p.sums.arrived, slabs * Tile::kThreads * sizeof(uint32_t), true);
-    for (const WeightGradient& rows : p.sums.da)
+    for (const WeightGradient& rows : p.da)
         b.gradient("dA", rows, p.w);
     b.seed(p.dropout);
+    if (p.db.columns > 0) {
+        b.outer<R>(p.db, p.db.sums);
+        b.gradient("dB", p.db.result, p.db.r);
+    }
     return b.list;
 }
 
 template <int R>
 std::vector<simt::Buffer> emulated_buffers(const ReduceParams& p) {
     BufferList b;
-    for (const SumRowsJob& job : p.rows) {
-        if (job.first == kNoMember)
-            continue;
-        b.floats("rows.partial", job.partial, job.count * job.m * job.partial_stride);
-        b.matrix("z_out", job.z_out, job.m, job.r, job.r, true);
-        b.matrix("z", job.z, job.m, job.r, job.r);
-        b.matrix("dz", job.dz, job.m, job.cols, job.rank_class, true);
-        b.matrix("h", job.h, job.m, job.cols, job.rank_class, true);
-        b.floats("alpha_t", job.alpha_t, 1);
-    }
+    for (const SumRowsJob& job : p.rows)
+        if (job.first != kNoMember) {
+            b.floats("rows.partial", job.partial, job.count * job.m * job.partial_stride);
+            b.rows_job(job);
+        }
     for (const SumWeightJob& job : p.weights) {
         if (job.first == kNoMember)
             continue;

@@ -42,7 +42,9 @@ std::vector<Allocation> buffers_of(const std::string& name, const void* paramete
         return of_rank<afa::ForwardParams>(rank, parameters);
     if (has("14project_kernelI"))
         return of_rank<afa::ProjectParams>(rank, parameters);
-    if (has("8x_kernelI") || has("9db_kernelI"))
+    if (has("17project_dy_kernelI"))
+        return of_rank<afa::ProjectDyParams>(rank, parameters);
+    if (has("8x_kernelI"))
         return of_rank<afa::OuterParams>(rank, parameters);
     if (has("9dy_kernelI"))
         return of_rank<afa::DyParams>(rank, parameters);
