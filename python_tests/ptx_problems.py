@@ -65,8 +65,10 @@ class CudaTarget:
 
     @contextlib.contextmanager
     def choices(self, draw: random.Random, itemsize: int, rank: int, *, pipelined: bool) -> Iterator[None]:
-        """What a problem is free to choose beyond its call."""
-        yield
+        """What a problem is free to choose beyond its call: whether its rows fill the device."""
+        devices = ptx_cuda.SMALL_DEVICES if draw.random() < 0.3 else ptx_cuda.DEVICES
+        with ptx_cuda.kernels.on(devices[self.arch]):
+            yield
 
     def is_known(self, error: Exception) -> bool:
         return False

@@ -51,7 +51,7 @@ def test_the_choice_follows_the_model(card, r, monkeypatch):
             assert total["cuda"] <= _MARGIN * min(total.values()), (m, total)
         else:
             assert cheapest(total) == chosen, (m, total)
-    assert backends == ({"cuda", "triton"} if r > 32 else {"cuda"})
+    assert backends == ({"cuda", "triton"} if r > 64 else {"cuda"})
 
 
 def test_products_cost_triton_less_and_launches_more():

@@ -70,19 +70,19 @@ def test_it_comes_first_on_every_gpu(table, capability):
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 3)])
-@pytest.mark.parametrize(("r", "m"), [(128, 6144), (64, 12288), (33, 32768)])
+@pytest.mark.parametrize(("r", "m"), [(128, 6144), (65, 6144), (65, 1 << 20)])
 def test_wide_ranks_of_many_rows_are_left_to_triton_and_the_plan_says_so(table, capability, r, m):
     table(capability)
     chosen, reason = registry.select(call(r=r, m=m), None)
     assert chosen.name == "triton"
     assert reason == (
-        "cuda: leaves ranks above 32, where rows times rank reach 786432, to triton on compute capability "
+        "cuda: leaves ranks above 64 to triton, from 6144 rows on, on compute capability "
         f"{capability[0]}.{capability[1]}"
     )
     assert registry.select(call(r=r, m=m), "cuda").backend.name == "cuda", "forced, it takes the call"
 
 
-@pytest.mark.parametrize(("r", "m"), [(128, 6143), (128, 1), (64, 8192), (32, 1 << 20)])
+@pytest.mark.parametrize(("r", "m"), [(128, 6143), (128, 1), (64, 1 << 20), (32, 1 << 20)])
 def test_few_rows_and_narrow_ranks_stay(table, r, m):
     table((9, 0))
     assert registry.select(call(r=r, m=m), None).backend.name == "cuda"

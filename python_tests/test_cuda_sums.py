@@ -96,6 +96,8 @@ def expected_launches(layer: tuple, need: tuple[bool, bool, bool]) -> list[str]:
     if "dy" not in plan:
         first = ["project_dy"] if need_dz else ["reduce"]  # for h
         in_segments = plan["project_dy"]["grid"][1] > 1
+        # Without project_dy nothing zeroes the counters of whoever comes last.
+        db_left = db_left or (need_db and not need_dz and plan["x"]["db_chunks"] > 1)
         return first + ["reduce"] * (need_dz and in_segments) + ["x"] + ["reduce"] * (da_left or db_left)
     makes_dz = "dh_sums" in plan["x"]
     middle = not makes_dz and (need_dz or db_left)

@@ -114,7 +114,9 @@ def test_float32_weights_cost_bytes_from_the_l2_cache_and_no_launches():
 def test_the_command_prints_every_kernel_and_the_check_its_figures(capsys):
     assert command.main(["--m", "1024", "--r", "16", "64"]) == 0
     shown = capsys.readouterr().out
-    assert "MODELLED" in shown and all(name in shown for name in ("project", "expand", "dy", "project_dy", "x", "reduce"))
+    assert "MODELLED" in shown and all(
+        name in shown for name in ("project", "expand", "dy", "project_dy", "x", "reduce")
+    )
     status = command.main(["--check"])
     figures = [line for line in capsys.readouterr().out.splitlines() if "at most" in line]
     assert len(figures) == 16 and all(line.startswith(("ok ", "MISSED ")) for line in figures)

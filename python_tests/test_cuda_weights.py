@@ -81,7 +81,7 @@ def test_float32_weights_need_no_room_in_shared_memory():
         (16, 70, ["project", "expand", "dy", "x"]),
         (16, 6200, ["forward", "dy", "x", "reduce"]),
         (17, 70, ["project", "expand", "dy", "reduce", "x"]),
-        (64, 70, ["project", "expand", "project_dy", "x"]),
+        (64, 70, ["project", "expand", "project_dy", "reduce", "x"]),
     ],
 )
 def test_what_a_call_launches(r, m, expected, dtype, activation):

@@ -36,11 +36,11 @@ _MAX_MEMBER_RANK = 32
 _MIN_CAPABILITY = (8, 0)
 _OLDEST_RUNTIME = 12000  # CUDA of the oldest nvcc that builds the kernels
 # On these GPUs triton compiles products to faster tensor-core instructions, but rounds and pads A and B in a launch of
-# its own and has no programmatic dependent launch. That pays above this rank, from so many rows times rank on; few rows
-# stay here. From a model (bench/model/choice.py, to which a test holds it), not measured on a GPU.
+# its own and has no programmatic dependent launch. That pays above this rank, from so many rows on. From a model
+# (bench/model/choice.py, to which a test holds it), not measured on a GPU.
 _FASTER_IN_TRITON = (9, 10)  # major compute capabilities
-_MAX_MEMORY_BOUND_RANK = 32
-_LEAST_LEFT = 768 << 10  # rows times rank
+_MAX_MEMORY_BOUND_RANK = 64
+_LEAST_ROWS_LEFT = 6144
 _ELEMENT_BYTES = 2
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -291,10 +291,9 @@ def _refuses(call: Call) -> str | None:
 
 def _leaves(call: Call) -> tuple[str, str] | None:
     major, minor = torch.cuda.get_device_capability(call.device_index or 0)
-    few = call.r <= _MAX_MEMORY_BOUND_RANK or call.m * call.r < _LEAST_LEFT
-    if few or major not in _FASTER_IN_TRITON:
+    if call.r <= _MAX_MEMORY_BOUND_RANK or call.m < _LEAST_ROWS_LEFT or major not in _FASTER_IN_TRITON:
         return None
-    reason = f"leaves ranks above {_MAX_MEMORY_BOUND_RANK}, where rows times rank reach {_LEAST_LEFT}, to triton"
+    reason = f"leaves ranks above {_MAX_MEMORY_BOUND_RANK} to triton, from {_LEAST_ROWS_LEFT} rows on,"
     return "triton", f"{reason} on compute capability {major}.{minor}"
 
 

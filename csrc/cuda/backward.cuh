@@ -167,7 +167,7 @@ project_dy_kernel(const ProjectDyParams p) {
     project<T, R, true, Tile>(dh, p.project, ring, b_ring, row0, block_y());
     if (p.project.splits > 1)
         return store_partial<R>(dh, p.project, row0, block_y());
-    block_sync();  // the rings have been read by all: dh takes their place
+    block_sync();  // the ring has been read by all: dh takes its place
     finish_dh<T, R>(reinterpret_cast<float*>(ring), dh, p.rows, row0);
 }
 

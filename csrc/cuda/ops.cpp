@@ -40,7 +40,7 @@ void recompute_z(const BranchCall& call, const ForwardPlan& plan, const Backward
 
 // dB of a lone layer, by blocks of the x kernel, which has `chunks` chunks of x.
 void fill_db(DbParams& p, const BackwardCall& call, const BackwardPlan& plan,
-             const BackwardScratch& scratch, int chunks, bool last) {
+             const BackwardScratch& scratch, int chunks, bool sums) {
     static_cast<OuterPass&>(p) = outer_dy(call, plan.x, plan.db_rows, scratch.h);
     p.partial = scratch.db[0];
     p.adds = call.first_row > 0;
@@ -49,7 +49,7 @@ void fill_db(DbParams& p, const BackwardCall& call, const BackwardPlan& plan,
     p.columns = static_cast<int>(db_columns(p.slabs, p.chunks, chunks));
     p.r = call.shape.members[0].r;
     p.scaling = call.members[0].scaling;
-    if (last && plan.x.sums > 0) {
+    if (sums) {
         p.sums = {plan.db_chunks, p.chunks, scratch.arrived + plan.x_slabs * plan.x.threads};
         p.result = db_result(call, 0);
     }
@@ -105,24 +105,29 @@ void launch_project_dy(const BackwardCall& call, const BackwardPlan& plan,
     (tall ? kernels.tall_project_dy : kernels.project_dy)(tiles_config(plan.project_dy, call), p);
 }
 
-// dx and dA, and at R >= 64 dB, those of them that are needed.
+// What a backward needs of the x kernel, which makes dB at R >= 64 only, and whether the sums over
+// rows are to be ready after it.
+struct Needed {
+    bool dz, da, db, sums_da, sums_db;
+};
+
 void launch_x(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch,
-              bool last, bool need_dz, bool need_da, bool need_db) {
+              const Needed& needed) {
     const bool makes_dz = plan.x.dh_sums > 0;
     OuterParams p = outer_x(call, plan.x, plan.da_rows, makes_dz ? nullptr : scratch.dz);
     if (makes_dz)
         p.dz = dz_job(call, plan, scratch, 0);
-    p.partial = need_da ? scratch.da : nullptr;
+    p.partial = needed.da ? scratch.da : nullptr;
     p.adds = call.first_row > 0;
     LaunchConfig config = chunks_config(plan.x, call, plan.da_rows);
     const int chunks = config.plan.grid_y;
-    if (last && need_da && plan.x.sums > 0) {
+    if (needed.da && needed.sums_da) {
         p.sums = {plan.x.sums, chunks, scratch.arrived};
         fill_da(p.da, call);
     }
-    p.db.first_column = need_dz ? static_cast<int>(plan.x_slabs) : 0;
-    if (need_db)
-        fill_db(p.db, call, plan, scratch, chunks, last);
+    p.db.first_column = needed.dz ? static_cast<int>(plan.x_slabs) : 0;
+    if (needed.db)
+        fill_db(p.db, call, plan, scratch, chunks, needed.sums_db);
     config.plan.grid_x = p.db.first_column + p.db.columns;
     rank_kernels(call.dtype, plan.rank).x(config, p);
 }
@@ -151,33 +156,36 @@ BackwardCall rows_of(const BackwardCall& call, int64_t first, int64_t count,
 // last one.
 void backward_round(const BackwardCall& call, const BackwardPlan& plan,
                     const BackwardScratch& scratch, bool last) {
-    bool need_dz = false, need_da = false;
-    for (int i = 0; i < call.shape.count; ++i) {
-        need_dz = need_dz || needs_dz(call, i);
-        need_da = need_da || call.gradients[i].da;
-    }
     const bool apart = !plan.one_pass_dy;  // dh and dB, by two passes over dy
-    const bool need_db = apart && call.gradients[0].db;
+    Needed needed{};
+    for (int i = 0; i < call.shape.count; ++i) {
+        needed.dz = needed.dz || needs_dz(call, i);
+        needed.da = needed.da || call.gradients[i].da;
+    }
+    needed.db = apart && call.gradients[0].db;
+    needed.sums_da = last && plan.x.sums > 0;
+    // The counters of whoever comes last are zeroed by the project_dy kernel.
+    const bool counts = needed.dz || plan.db_chunks == 1;
+    needed.sums_db = last && (apart ? plan.x.sums > 0 && counts : plan.dy.sums > 0);
     if (!apart)
-        launch_dy(call, plan, scratch, last, need_da);
-    else if (need_dz)
+        launch_dy(call, plan, scratch, last, needed.da);
+    else if (needed.dz)
         launch_project_dy(call, plan, scratch, last);
 
     const bool has_dz = plan.x.dh_sums > 0 || (apart && plan.dh_parts[0] == 0);
-    const bool sums_db = (apart ? plan.x : plan.dy).sums > 0;
     Reduction first, second;
     for (int i = 0; i < call.shape.count; ++i) {
         const MemberGradients& member = call.gradients[i];
-        if (needs_dz(call, i) ? !has_dz : need_db)
+        if (needs_dz(call, i) ? !has_dz : needed.db)
             first.add(dz_job(call, plan, scratch, i));
-        if (member.db && last && !sums_db)
+        if (member.db && last && !needed.sums_db)
             (apart || plan.x.dh_sums > 0 ? second : first).add(db_job(call, plan, scratch, i));
-        if (member.da && last && plan.x.sums == 0)
+        if (member.da && last && !needed.sums_da)
             second.add(da_job(call, plan, scratch, i));
     }
     first.launch(call);
-    if (need_dz || need_db)
-        launch_x(call, plan, scratch, last, need_dz, need_da, need_db);
+    if (needed.dz || needed.db)
+        launch_x(call, plan, scratch, needed);
     second.launch(call);
 }
 

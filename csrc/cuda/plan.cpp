@@ -40,14 +40,23 @@ double tail(const KernelPlan& plan, const DeviceLimits& device) {
 
 namespace {
 
-// Scratch memory of the rows that a backward takes at once; it should stay in the L2 cache.
-template <int R>
-constexpr int64_t kRoundBytes = (R <= 32 ? 32 : 24) << 20;
-// Most scratch memory of the partial results of dA, and of dB, where there is more than one: this,
-// or a share of x and every y.
-template <int R>
-constexpr int64_t kPartialBytes = (R <= 32 ? 12 : 16) << 20;
+// Bytes of scratch memory: of the rows that a backward takes at once, which should stay in the L2
+// cache; and of the partial results of dA, and of dB, where there is more than one, if that is more
+// than a share of x and every y.
+struct ScratchLimits {
+    int64_t round, partial;
+};
 constexpr int64_t kPartialShare = 400;
+
+// At R >= 64 and many rows there are no partial sums of dh, but where z is computed again there are
+// those of z, for which no round accounts.
+template <int R>
+constexpr ScratchLimits scratch_limits(bool has_dh) {
+    constexpr int64_t kMega = 1 << 20;
+    if (R <= 32 || has_dh)
+        return {32 * kMega, 12 * kMega};
+    return R == 64 ? ScratchLimits{24 * kMega, 16 * kMega} : ScratchLimits{20 * kMega, 20 * kMega};
+}
 // Most bytes of partial results of a slab of dA that are added up by whoever comes last: by one
 // multiprocessor, which takes 64 bytes a clock from L2. By bench/model that costs what the reduce
 // kernel in its place does, 1.2 to 3.5 us, up to half of these bytes, and 1 us more with all of
@@ -85,7 +94,7 @@ ForwardPlan forward_of(const Shape& shape, Weights weights, const DeviceLimits& 
     plan.segment = segment_of(shape.k);
     plan.one_pass = row_blocks >= kOnePassRowBlocks || (shape.k <= plan.segment && columns < 4);
     plan.splits = plan.one_pass ? 1 : splits_of(row_blocks, shape.k);
-    plan.forward = is_tall<R>(shape.m, row_blocks >= kOnePassRowBlocks, device)
+    plan.forward = is_tall<R>(shape.m, plan.one_pass, device)
                        ? tiled<TallTile>("forward", device, shape.m, 1, weights,
                                          TallTile::kRegisters, TallTile::forward_bytes)
                        : tiled<Tile>("forward", device, shape.m, 1, weights, Tile::kRegisters,
@@ -130,7 +139,9 @@ int64_t most_chunks(const Shape& shape, int64_t width) {
     int64_t columns = shape.k;
     for (int i = 0; i < shape.count; ++i)
         columns += shape.members[i].n;
-    return std::max(kPartialBytes<R>, shape.m * columns * kElementBytes / kPartialShare) /
+    const bool has_dh = dh_parts_of<R>(shape.m, shape.members[0].n) > 0;
+    return std::max(scratch_limits<R>(has_dh).partial,
+                    shape.m * columns * kElementBytes / kPartialShare) /
            (kFloatBytes * R * width);
 }
 
@@ -148,13 +159,15 @@ KernelPlan project_dy_of(const Shape& shape, int64_t rows, Weights weights,
                        Tile::dy_project_bytes);
 }
 
-// Rows that a backward takes at once: all, or equal parts whose scratch memory fits kRoundBytes<R>.
+// Rows that a backward takes at once: all, or equal parts whose scratch memory fits the limit.
 // At R >= 64 a round has one block for each tile of rows, and there may be more rounds than needed,
 // for full waves.
 template <int R>
 int64_t round_rows(const Shape& shape, const DeviceLimits& device) {
-    const int64_t most =
-        device.round_limit > 0 ? device.round_limit : kRoundBytes<R> / row_bytes<R>(shape);
+    const bool has_dh = dh_parts_of<R>(shape.m, shape.members[0].n) > 0;
+    const int64_t most = device.round_limit > 0
+                             ? device.round_limit
+                             : scratch_limits<R>(has_dh).round / row_bytes<R>(shape);
     const int64_t fewest = ceil_div(shape.m, std::max(most, kRoundUnit));
     const auto rows_of = [&](int64_t rounds) {
         return ceil_div(ceil_div(shape.m, rounds), kRoundUnit) * kRoundUnit;
@@ -163,7 +176,7 @@ int64_t round_rows(const Shape& shape, const DeviceLimits& device) {
     if constexpr (R > 32) {
         double least = 0;
         for (int64_t rounds = fewest; fewest > 1 && rounds <= 2 * fewest; ++rounds) {
-            const double cost = slowdown([&](const DeviceLimits& target) {
+            const double cost = slowdown<R>([&](const DeviceLimits& target) {
                 return project_dy_of<R>(shape, rows_of(rounds), Weights::rounded, target);
             });
             if (least == 0 || cost < least) {

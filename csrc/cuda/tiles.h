@@ -33,8 +33,8 @@ constexpr int streamed_bytes(int tile, int staging, int stages, Streamed weights
 constexpr int tile_rows(int rank) { return rank == 128 ? 128 : 64; }
 
 // Forward, expand and project kernels: each warp owns 16 rows. Each tile of rows reads A or B
-// again: with R rows that is as many bytes as x or dy has where weights are of 16 bits, and twice
-// as many where they are float32. Where rows are many, tiles are tall.
+// again: with R rows in a tile that is as many bytes as of x or dy where weights have 16 bits, and
+// twice as many where they are float32. Where rows are many, tiles are tall.
 template <int R, bool kTall = false>
 struct RowTile {
     static constexpr int kRows = kTall ? 128 : tile_rows(R);
@@ -60,10 +60,10 @@ struct RowTile {
     static constexpr int kStaging = R * kDepth;  // floats of a tile of A or B before rounding
     // The forward kernel reuses its rings: B in the one of x, z in the one of A, floats for floats.
     static_assert(kB <= kWide && kZ <= 2 * kNarrow && kColumns == kDepth);
-    // So does dh in the project_dy kernel (R >= 64), in floats, with four rows in different banks.
-    static constexpr int kDhPitch = R + 8;
-    static_assert(R <= 32 || kRows * kDhPitch * kFloatBytes <=
-                                 2 * (kWide + kNarrowTransposed) * kElementBytes);
+    // The project_dy kernel (R >= 64) reuses the one of dy for dh, in floats, kDhColumns at a time,
+    // with four rows in different banks.
+    static constexpr int kDhColumns = 64, kDhPitch = kDhColumns + 8;
+    static_assert(R <= 32 || kRows * kDhPitch * kFloatBytes <= 2 * kWide * kElementBytes);
 
     static constexpr int forward_bytes(int stages, Streamed weights) {
         return stages * kWide * kElementBytes + streamed_bytes(kNarrow, kStaging, stages, weights);
@@ -77,8 +77,9 @@ struct RowTile {
     }
 };
 
-// Whether the forward and the project_dy kernel have tall tiles. At rank 128 all are, and at rank
-// 16 A and B are small.
+// Whether the forward and the project_dy kernel have tall tiles. At rank 16 A and B are small; at
+// rank 128, with more rows in a tile, too few multiprocessors would have products to make, which
+// take as long as the reads.
 template <int R>
 constexpr bool kHasTallTiles = R == 32 || R == 64;
 

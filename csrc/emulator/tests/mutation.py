@@ -78,6 +78,13 @@ MUTANTS = (
         "wait_oldest(p.stages);",
         2,
     ),
+    Mutant(
+        "barrier removed",
+        "project_dy: before dh takes the place of dy",
+        "backward.cuh",
+        "block_sync();  // the ring has been read",
+        "// the ring has been read",
+    ),
     Mutant("warp barrier removed", "project: after dropout", "forward.cuh", "p.w, true); warp_sync();", "p.w, true);"),
     Mutant("warp barrier removed", "forward: z to h", "forward.cuh", "warp_sync(); emit_columns", "emit_columns"),
     Mutant(
@@ -93,6 +100,20 @@ MUTANTS = (
         "backward.cuh",
         "warp_sync(); constexpr int kVectors",
         "constexpr int kVectors",
+    ),
+    Mutant(
+        "warp barrier removed",
+        "project_dy: dh written before dz is made of it",
+        "dz.cuh",
+        "} warp_sync(); AFA_ROLLED",
+        "} AFA_ROLLED",
+    ),
+    Mutant(
+        "warp barrier removed",
+        "project_dy: dh read before the next columns of it are written",
+        "dz.cuh",
+        "warp_sync();  // all lanes",
+        "// all lanes",
     ),
     Mutant("wait removed", "project", "forward.cuh", "wait_oldest(p.stages);", ""),
     Mutant("wait too short", "ring of five", "tile.cuh", "copy_wait<3>();", "copy_wait<4>();"),
@@ -218,23 +239,24 @@ MUTANTS = (
         "if (s + 1 < p.project.splits &&",
     ),
     Mutant("sum off by one", "dh in the x kernel", "dz.cuh", "valid && i < job.count", "valid && i + 1 < job.count"),
-    Mutant("sum off by one", "chunks of dA", "da_sums.cuh", "next < stored ?", "next + 1 < stored ?"),
+    Mutant("sum off by one", "chunks of dA", "slab_sums.cuh", "next < stored ?", "next + 1 < stored ?"),
+    Mutant("sum off by one", "chunks of dB", "slab_sums.cuh", "next < stored; ++next", "next + 1 < stored; ++next"),
     Mutant(
         "ticket taken too early",
         "before the partial result is stored",
-        "da_sums.cuh",
-        """store_outer<R, kSlice>(p.partial + block_y() * size, da, 0, R, col, p.w, p.adds);
-        if (sums.count == 0 || !is_last(sums, threads)) return;""",
-        """const bool last = sums.count > 0 && is_last(sums, threads);
-        store_outer<R, kSlice>(p.partial + block_y() * size, da, 0, R, col, p.w, p.adds);
+        "slab_sums.cuh",
+        """store_outer<R, kSlice>(p.partial + chunk * size, da, 0, R, col, p.w, p.adds);
+        if (p.sums.count == 0 || !is_last(p.sums, slab, threads)) return;""",
+        """const bool last = p.sums.count > 0 && is_last(p.sums, slab, threads);
+        store_outer<R, kSlice>(p.partial + chunk * size, da, 0, R, col, p.w, p.adds);
         if (!last) return;""",
     ),
-    Mutant("ticket mistaken", "of the last but one", "da_sums.cuh", "(sums.blocks - 1)", "(sums.blocks - 2)"),
-    Mutant("ticket mistaken", "of none", "da_sums.cuh", "(sums.blocks - 1)", "(sums.blocks)"),
+    Mutant("ticket mistaken", "of the last but one", "slab_sums.cuh", "(sums.blocks - 1)", "(sums.blocks - 2)"),
+    Mutant("ticket mistaken", "of none", "slab_sums.cuh", "(sums.blocks - 1)", "(sums.blocks)"),
     Mutant(
         "ticket mistaken",
         "of the neighbour too",
-        "da_sums.cuh",
+        "slab_sums.cuh",
         "threads + thread_index();",
         "threads + thread_index() / 2;",
     ),
@@ -245,9 +267,16 @@ MUTANTS = (
         "clear<DyTile<R>::kThreads>(p.arrived, p.arrived_count);",
         ";",
     ),
-    Mutant("counters not zeroed", "all but the first", "da_sums.cuh", "i += kThreads * 4)", "i += 1 << 30)"),
-    Mutant("round forgotten", "dB of one chunk", "backward.cuh", "i < kSlice / 16 && p.adds;", "i < 0;"),
-    Mutant("round forgotten", "dA of one chunk", "da_sums.cuh", "p.adds ? 1 : 0;", "0;"),
+    Mutant(
+        "counters not zeroed",
+        "project_dy kernel",
+        "backward.cuh",
+        "clear<Tile::kThreads>(p.arrived, p.arrived_count);",
+        ";",
+    ),
+    Mutant("counters not zeroed", "all but the first", "slab_sums.cuh", "i += kThreads * 4)", "i += 1 << 30)"),
+    Mutant("round forgotten", "dB of one chunk", "slab_sums.cuh", "int stored = adds ? 1 : 0;", "int stored = 0;"),
+    Mutant("round forgotten", "dA of one chunk", "slab_sums.cuh", "p.adds ? 1 : 0;", "0;"),
     Mutant(
         "slot overwritten while read",
         "x kernel: dz that it makes",
@@ -261,6 +290,18 @@ MUTANTS = (
         "dz.cuh",
         "valid = row0 + row() < row_end;",
         "valid = true;",
+    ),
+    Mutant(
+        "blocks write the same place",
+        "dB: chunks that there are not",
+        "backward.cuh",
+        "if (chunk >= p.chunks) return;",
+        "",
+    ),
+    Mutant("block mistaken", "dB: its column of the grid", "backward.cuh", "block_x() - p.first_column;", "block_x();"),
+    Mutant("edge mask removed", "rows of dz and h", "dz.cuh", "if (first_row + row < job.m)", ""),
+    Mutant(
+        "fragment swapped", "project_dy: rows of dh", "dz.cuh", "own + 8 * kPitch + j * 8,", "own + 4 * kPitch + j * 8,"
     ),
     Mutant(
         "blocks write the same place",

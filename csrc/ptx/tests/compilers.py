@@ -81,9 +81,11 @@ def ragged_call(
 
 
 class Nvcc:
-    """Of its dtype and class of ranks in one pass and split, with a mask and without, with full tiles and with none."""
+    """Of its dtype and class of ranks in one pass and split, with a mask and without, with full tiles and with none,
+    and with tall ones, which a device with one multiprocessor has."""
 
     shapes = (((64, 72, 80), 0), ((75, 136, 264), 77), ((64, 904, 136), 0), ((200, 520, 328), 0))
+    tall = (((128, 200, 136), 0), ((150, 136, 200), 77))
     ragged = (((40, 0, 65), (72, 80), 0), ((17, 66), (136, 528), 77))
     several_chunks = (520, 3), (16, 24)  # at rank 16
 
@@ -106,12 +108,11 @@ class Nvcc:
         calls = []
         for dtype in (torch.bfloat16, torch.float16):
             for rank in (16, 32, 64, 128):
-                for make, shapes in ((call, self.shapes), (ragged_call, self.ragged)):
+                # Full ranks and one that is padded, weights as they are and rounded from float32.
+                full, padded = (rank, dtype, dtype), (rank - 3, dtype, torch.float32)
+                for make, shapes in ((call, self.shapes), (ragged_call, self.ragged), (self._on_small, self.tall)):
                     for *shape, dropout in shapes:
-                        # Full ranks and one that is padded, weights as they are and rounded from float32.
-                        rounded = dropout > 0
-                        arguments = (rank - 3 if rounded else rank, dtype, torch.float32 if rounded else dtype, dropout)
-                        calls.append(make(ptx_cuda.NAME, *shape, *arguments))
+                        calls.append(make(ptx_cuda.NAME, *shape, *(padded if dropout else full), dropout))
             calls.append(ragged_call(ptx_cuda.NAME, *self.several_chunks, 16, dtype, dtype, 0))
         _cuda_on_ptx.take_launches()
         reached: dict[str, list] = {}
@@ -132,6 +133,15 @@ class Nvcc:
             for text in texts for name, first, last in entries(text)
         ]  # fmt: skip
         return [kernel for kernel in found if "primitive_check" not in kernel.name]
+
+    def _on_small(self, *arguments) -> Callable[[], Results]:
+        run = call(*arguments)
+
+        def on_small() -> Results:
+            with ptx_cuda.kernels.on(ptx_cuda.SMALL_DEVICES[self.arch]):
+                return run()
+
+        return on_small
 
     def install(self, kernel: Kernel | None, text: str = "") -> None:
         if kernel is None:

@@ -1,0 +1,115 @@
+"""Tall tiles of rows, with which the forward and the project_dy kernel read A and B half as often: where they are
+taken, and that no bit depends on them."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import skip_unless_available
+from cuda_groups import Group
+from emulator_helpers import forward_and_backward, same
+from helpers import Problem, assert_as_accurate_as_torch, eager, poisoned_memory
+
+from afa_kernels.backend import registry
+from afa_kernels.backend.registry import Spec
+
+A100, H100, B200 = (108, 163 << 10, 164 << 10), (132, 227 << 10, 228 << 10), (148, 227 << 10, 228 << 10)
+NAMES = [name for name in ("cuda_emulated", "cuda_ptx") if name in registry.names()]
+# M, K, N: full tiles and others, and a last tile of a few rows.
+SHAPES = [(256, 200, 136), (131, 72, 120), (300, 136, 88)]
+
+
+@pytest.fixture(autouse=True)
+def _available():
+    skip_unless_available("cuda_emulated")
+
+
+def planned(layer: tuple, device: tuple = H100) -> dict[str, dict]:
+    from afa_kernels import _emulator
+
+    return {row["kernel"]: row for row in _emulator.launch_plan(layer, *device, rounded=True)}
+
+
+@contextmanager
+def multiprocessors(count: int, name: str):
+    """Let the simulated device have many multiprocessors, or the only one, which two tall tiles fill."""
+    if name == "cuda_ptx":
+        import ptx_cuda
+
+        with ptx_cuda.kernels.on((ptx_cuda.SMALL_DEVICES if count == 1 else ptx_cuda.DEVICES)["sm_80"]):
+            yield
+        return
+    from afa_kernels import _emulator
+
+    try:
+        _emulator.set_device_limits(count, *H100[1:])
+        yield
+    finally:
+        _emulator.set_device_limits(*H100)
+
+
+@pytest.mark.parametrize("device", [A100, H100, B200], ids=["A100", "H100", "B200"])
+@pytest.mark.parametrize("r", [16, 32, 64, 128])
+def test_tiles_are_tall_where_there_are_enough_of_them(r, device):
+    for m in (1000, 4096, 6000, 8192, 16384, 131072):
+        plan = planned((m, 4096, 4096, r), device)
+        for name in ("forward", "project_dy"):
+            if name not in plan:
+                continue
+            kernel = plan[name]
+            tall = r in (32, 64) and m / 128 >= 0.48 * device[0] and kernel["grid"][1] == 1
+            assert kernel["threads"] == (256 if tall or r == 128 else 128), (m, name)
+            assert kernel["grid"][0] == -(-m // kernel["launches"] // (kernel["threads"] // 2)), (m, name)
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("threshold", [0, 60], ids=["", "dropout"])
+@pytest.mark.parametrize("r", [17, 32, 50, 64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bits_are_those_of_the_other_tiles(name, shape, r, threshold, weights):
+    problem = Problem.random(*shape, r, torch.bfloat16, adapter_dtype=weights)
+    given = {"seed": torch.tensor(3), "spec": Spec("silu", 1.5, threshold), "name": name, "save_z": not threshold}
+    with multiprocessors(132, name), poisoned_memory():
+        expected = forward_and_backward(problem, **given)
+    with multiprocessors(1, name), poisoned_memory():
+        threads = [launch["threads"] for launch in launches(name, shape, r) if launch["kernel"] == "forward"]
+        assert threads == [256], "else nothing is tall here"
+        got = forward_and_backward(problem, **given)
+    assert same(got, expected)
+
+
+def launches(name: str, shape: tuple, r: int) -> list[dict]:
+    m, k, n = shape
+    return registry.get(name).launches(registry.Call("cpu", torch.bfloat16, m, k, n, r, "silu"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_that_share_x(name):
+    """Their ranks together make the class of the tile."""
+    group = Group(260, 136, (72, 40), (16, 32), float_weights=True)
+    with multiprocessors(132, name):
+        expected = group.forward(name)
+    with multiprocessors(1, name):
+        got = group.forward(name)
+    for some, others in zip(got, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("r", [30, 64])
+@pytest.mark.parametrize("name", NAMES)
+def test_against_float64(name, r):
+    problem = Problem.random(270, 200, 120, r, torch.bfloat16, adapter_dtype=torch.float32)
+    with multiprocessors(1, name), poisoned_memory():
+        y, _, *got = forward_and_backward(problem, name=name)
+
+    def results(dtype: torch.dtype) -> list[torch.Tensor]:
+        operands = [problem.x, problem.lora_a.bfloat16(), problem.lora_b.bfloat16()]
+        x, a, b = (t.to(dtype).requires_grad_() for t in operands)
+        out = eager(x, a, b, 0.3, scaling=1.5, base=problem.base.to(dtype))
+        out.backward(problem.dy.to(dtype))
+        return [out.detach(), x.grad, a.grad, b.grad]
+
+    truth, torch_ops = results(torch.float64), results(torch.bfloat16)
+    for what, mine, exact, yardstick in zip(("y", "dx", "da", "db"), (y, *got), truth, torch_ops, strict=True):
+        assert_as_accurate_as_torch(mine.to(yardstick.dtype), yardstick, exact, what, torch.bfloat16)
