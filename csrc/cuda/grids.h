@@ -54,8 +54,10 @@ constexpr int64_t kExpandGrid = 256;
 // From here on one block per tile of rows has enough bytes under way to go through all segments;
 // with more, it makes y too.
 constexpr int64_t kWholeRowBlocks = 48, kOnePassRowBlocks = 96;
-// The share of the multiprocessors for which there have to be tall tiles: by bench/model, fewer of
-// them pay for reading half of the bytes of A and B on H100 and, about as well, on B200.
+// The rate of the L2 cache over that of memory, and the share of the multiprocessors for which
+// there have to be tall tiles; fewer of them would not have that rate (a model: no GPU has
+// confirmed it).
+constexpr double kL2OverMemory = 1.8;
 constexpr double kTallShare = 0.48;
 inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
     return std::max(low, std::min(value, high));

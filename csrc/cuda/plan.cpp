@@ -76,17 +76,34 @@ KernelPlan tiled(const char* kernel, const DeviceLimits& device, int64_t rows, i
     return plan;
 }
 
-// Whether one block goes through all segments of a tall tile of rows.
+// How long a kernel takes that goes through whole rows of x or dy, beside reading them alone.
 template <int R>
-bool is_tall(int64_t rows, bool whole, const DeviceLimits& device) {
-    return kHasTallTiles<R> && whole &&
-           ceil_div(rows, RowTile<R, true>::kRows) >= kTallShare * device.sm_count;
+double slower_than_reads(const KernelPlan& plan, Weights weights, const DeviceLimits& device) {
+    const double again = (weights == Weights::rounded ? 2.0 : 1.0) * R / plan.tile_rows;
+    return std::max(1.0, (1 + again) / kL2OverMemory) / (1 - tail(plan, device));
+}
+
+// The kernel `make(tile)`, in tall tiles where these are better. `whole`: whether one block goes
+// through all segments of its rows.
+template <int R, typename Make>
+KernelPlan of_better_height(const Make& make, bool whole, Weights weights,
+                            const DeviceLimits& device) {
+    const KernelPlan plan = make(RowTile<R>{});
+    if constexpr (kHasTallTiles<R>) {
+        if (!whole)
+            return plan;
+        const KernelPlan tall = make(RowTile<R, true>{});
+        if (static_cast<double>(tall.grid_x) >= kTallShare * device.sm_count &&
+            slower_than_reads<R>(tall, weights, device) <
+                slower_than_reads<R>(plan, weights, device))
+            return tall;
+    }
+    return plan;
 }
 
 template <int R>
 ForwardPlan forward_of(const Shape& shape, Weights weights, const DeviceLimits& device) {
     using Tile = RowTile<R>;
-    using TallTile = RowTile<R, kHasTallTiles<R>>;
     const int64_t row_blocks = ceil_div(shape.m, Tile::kRows);
     const int64_t columns = column_tiles(shape, shape.count);
     ForwardPlan plan{};
@@ -94,11 +111,11 @@ ForwardPlan forward_of(const Shape& shape, Weights weights, const DeviceLimits& 
     plan.segment = segment_of(shape.k);
     plan.one_pass = row_blocks >= kOnePassRowBlocks || (shape.k <= plan.segment && columns < 4);
     plan.splits = plan.one_pass ? 1 : splits_of(row_blocks, shape.k);
-    plan.forward = is_tall<R>(shape.m, plan.one_pass, device)
-                       ? tiled<TallTile>("forward", device, shape.m, 1, weights,
-                                         TallTile::kRegisters, TallTile::forward_bytes)
-                       : tiled<Tile>("forward", device, shape.m, 1, weights, Tile::kRegisters,
-                                     Tile::forward_bytes);
+    const auto forward = [&](auto tile) {
+        return tiled<decltype(tile)>("forward", device, shape.m, 1, weights, tile.kRegisters,
+                                     tile.forward_bytes);
+    };
+    plan.forward = of_better_height<R>(forward, plan.one_pass, weights, device);
     plan.project = tiled<Tile>("project", device, shape.m, plan.splits, weights, Tile::kRegisters,
                                Tile::forward_bytes);
     plan.expand =
@@ -149,14 +166,12 @@ int64_t most_chunks(const Shape& shape, int64_t width) {
 template <int R>
 KernelPlan project_dy_of(const Shape& shape, int64_t rows, Weights weights,
                          const DeviceLimits& device) {
-    using Tile = RowTile<R>;
-    using TallTile = RowTile<R, kHasTallTiles<R>>;
     const int splits = dy_splits<R>(rows, shape.members[0].n);
-    if (is_tall<R>(rows, splits == 1, device))
-        return tiled<TallTile>("project_dy", device, rows, 1, weights, TallTile::kRegisters,
-                               TallTile::dy_project_bytes);
-    return tiled<Tile>("project_dy", device, rows, splits, weights, Tile::kRegisters,
-                       Tile::dy_project_bytes);
+    const auto project_dy = [&](auto tile) {
+        return tiled<decltype(tile)>("project_dy", device, rows, splits, weights, tile.kRegisters,
+                                     tile.dy_project_bytes);
+    };
+    return of_better_height<R>(project_dy, splits == 1, weights, device);
 }
 
 // Rows that a backward takes at once: all, or equal parts whose scratch memory fits the limit.

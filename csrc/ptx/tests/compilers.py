@@ -82,7 +82,7 @@ def ragged_call(
 
 class Nvcc:
     """Of its dtype and class of ranks in one pass and split, with a mask and without, with full tiles and with none,
-    and with tall ones, which a device with one multiprocessor has."""
+    and with tall ones, which a device with two multiprocessors has."""
 
     shapes = (((64, 72, 80), 0), ((75, 136, 264), 77), ((64, 904, 136), 0), ((200, 520, 328), 0))
     tall = (((128, 200, 136), 0), ((150, 136, 200), 77))
