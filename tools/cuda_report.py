@@ -63,7 +63,7 @@ GLOBAL_OPCODES = ("LD", "ST", "LDG", "STG", "LDGSTS", "ATOM", "ATOMG", "RED", "R
 EARLY = "global memory before the wait"
 
 # What a kernel is called whose last template argument is true.
-_FLAGS = {"ragged_project": "_dy", "ragged_x": "_into"}
+_FLAGS = {"forward": "_tall", "project_dy": "_tall", "ragged_project": "_dy", "ragged_x": "_into"}
 _ENTRY = re.compile(r"afa\d+(\w+?)_kernelINS_4(Bf16|Fp16)E(?:Li(\d+)E)?(?:Lb([01])E)?")
 
 
@@ -217,18 +217,21 @@ def check(row: Row) -> None:
 
 def launch_plans(architectures: list[str]) -> dict[tuple[str, str, int], dict]:
     """Return the launch of every kernel by architecture, kernel and rank, with the weights that take more shared
-    memory: many rows, and few for the split forward."""
+    memory: many rows, for tall tiles and others, and few for the split forward."""
     native = planner()
     plans = {}
     for arch in architectures:
         gpu = GPUS[arch]
         limits = (gpu.sm_count, gpu.shared_per_block, gpu.shared_per_sm)
         for rank in RANKS:
-            launches = [native.launch_plan((m, 4096, 4096, rank), *limits, rounded=True) for m in (16384, 256)]
+            launches = [
+                native.launch_plan((m, 4096, 4096, rank), *limits, rounded=True) for m in (16384, 8192, 6200, 256)
+            ]
             for m in (8192, 256):
                 launches.append(native.ragged_kernels((m, 4096, 4096, rank), 64, *limits, rounded=True))
             for plan in (plan for one in launches for plan in one):
-                plans.setdefault((arch, plan["kernel"], rank), plan)
+                tall = plan.get("tile_rows", 0) > (128 if rank == 128 else 64)
+                plans.setdefault((arch, plan["kernel"] + "_tall" * tall, rank), plan)
     return plans
 
 
