@@ -2,9 +2,10 @@
 //
 // What decides the order of a sum depends on the shape alone, so that results agree bit for bit on
 // all GPUs; the device decides only how many tiles are under way and how tall some are. In the sums
-// that make a row of y, z or dx it does not even depend on M, so that a row has the same bits in any call: x and dy are
-// summed in segments whose length depends on K or N alone, and what M decides is whether one block
-// goes through all segments of a tile of rows or one block through each.
+// that make a row of y, z or dx it does not even depend on M, so that a row has the same bits in
+// any call: x and dy are summed in segments whose length depends on K or N alone, and what M
+// decides is whether one block goes through all segments of a tile of rows or one block through
+// each.
 #pragma once
 
 #include <cstdint>
