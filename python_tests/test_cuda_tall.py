@@ -6,12 +6,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import skip_unless_available
+from cuda_bytes import moved
 from cuda_groups import Group
 from emulator_helpers import forward_and_backward, kernel_names, same
 from helpers import Problem, assert_as_accurate_as_torch, eager, poisoned_memory
 
 from afa_kernels.backend import registry
 from afa_kernels.backend.registry import Spec
+from bench.model.cuda_launches import H100 as modelled_gpu
+from bench.model.cuda_launches import Layer, kernels
 
 A100, H100, B200 = (108, 163 << 10, 164 << 10), (132, 227 << 10, 228 << 10), (148, 227 << 10, 228 << 10)
 NAMES = [name for name in ("cuda_emulated", "cuda_ptx") if name in registry.names()]
@@ -108,6 +111,21 @@ def test_layers_that_share_x(name):
         got = group.forward(name)
     for some, others in zip(got, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("name", NAMES)
+def test_they_move_the_bytes_of_the_model(name, weights):
+    problem = Problem.random(256, 256, 136, 64, torch.bfloat16, adapter_dtype=weights)
+    shared = A100 if name == "cuda_ptx" else H100
+    gpu = modelled_gpu._replace(multiprocessors=2, shared_per_block=shared[1], shared_per_multiprocessor=shared[2])
+    both = kernels(Layer(256, 256, 136, 64), gpu, float_weights=weights == torch.float32)
+    assert [kernel.grid for direction in both for kernel in direction][:2] == [(2, 1)] * 2, "tiles of 128 rows"
+    base = problem.base.nbytes
+    with multiprocessors(2, name):
+        got = moved(name, lambda name: forward_and_backward(problem, name=name))
+    expected = sum(kernel.hbm + kernel.l2 for direction in both for kernel in direction)
+    assert got == pytest.approx(expected + base, rel=0.03)
 
 
 @pytest.mark.parametrize("r", [30, 64])

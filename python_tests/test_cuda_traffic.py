@@ -1,11 +1,10 @@
 """bench/model/cuda_launches.py: the bytes of its formulas are those that the compiled kernels move on the PTX machine,
 and, where there is no nvcc, those that their source moves on the emulator."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from conftest import skip_unless_available
+from cuda_bytes import moved
 from cuda_groups import Group
 from emulator_helpers import forward_and_backward
 from helpers import Problem
@@ -13,25 +12,6 @@ from helpers import Problem
 from afa_kernels.backend import registry
 from bench.model import __main__ as command
 from bench.model.cuda_launches import H100, Layer, Range, decoding, kernels, overhead, traffic_alone
-
-_BYTES = ("global_read_bytes", "global_write_bytes", "async_copy_bytes")
-
-
-def moved(name: str, call: Callable[[str], object]) -> int:
-    """Return the bytes between global memory and the blocks in a call of a backend."""
-    if name == "cuda_ptx":
-        from afa_kernels import _cuda_on_ptx
-
-        _cuda_on_ptx.take_launches()
-        call(name)
-        launches = _cuda_on_ptx.take_launches()
-    else:
-        from afa_kernels import _emulator
-
-        _emulator.reset_counters()
-        call(name)
-        launches = [_emulator.counters()]
-    return sum(launch[counter] for launch in launches for counter in _BYTES)
 
 
 def modelled(layer: Layer, weights: torch.dtype) -> int:
