@@ -15,6 +15,8 @@ import triton.language as tl
 from afa_kernels.backend.triton.device_functions import (
     dot,
     load_alpha,
+    load_small,
+    multiple,
     phi,
     project,
     round_to,
@@ -73,17 +75,16 @@ def store_z(z_ptr, z, first_row, rows_left, r, BLOCK_M: tl.constexpr, R: tl.cons
 
 @triton.jit
 def store_y(
-    h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br, stride_base_m,
+    h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, r, stride_bn, stride_br, stride_base_m,
     stride_base_n, stride_ym, stride_yn, scaling,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE_BF16: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     row, rank, col = tl.arange(0, BLOCK_M), tl.arange(0, R), start + tl.arange(0, BLOCK_N)
-    b = tl.load(
-        b_ptr + col[None, :] * stride_bn + rank[:, None] * stride_br,
-        mask=(col < N)[None, :],
-        other=0.0,
-    )
+    b = load_small(
+        b_ptr, rank[:, None], col[None, :], r, N, stride_br, multiple(stride_bn, RANK_STEP), h.dtype, R, RANK_STEP,
+        EMULATE_BF16,
+    )  # fmt: skip
     y = scaling * dot(h, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, EMULATE_BF16)
     mask = (row < rows_left)[:, None] & (col < N)[None, :]
     if base_ptr is not None:
@@ -106,9 +107,8 @@ def xa_phi_hb_forward_kernel(
     x_ptr, a_ptr, b_ptr, base_ptr, y_ptr, z_ptr, alpha_ptr, seed_ptr, M, K, N, r,
     stride_xm, stride_ar, stride_ak, stride_bn, stride_br, stride_base_m, stride_base_n, stride_ym,
     stride_yn, scaling, inverse_keep, segment_tiles, threshold, calls_per_row,
-    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE_BF16: tl.constexpr,
+    ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """F: ``y = base + scaling * phi(x a^T) b^T`` and ``z = x a^T`` in one pass over x. Grid: (M /
     BLOCK_M,).
@@ -120,8 +120,8 @@ def xa_phi_hb_forward_kernel(
     rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     z = project(
-        x_ptr, a_ptr, first_row, rows_left, 0, tl.cdiv(K, BLOCK_L), segment_tiles, K, stride_xm, stride_ar, stride_ak,
-        seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
+        x_ptr, a_ptr, first_row, rows_left, 0, tl.cdiv(K, BLOCK_L), segment_tiles, K, r, stride_xm, stride_ar,
+        stride_ak, seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, RANK_STEP, DROPOUT, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     # The backward recomputes h from the stored z, so it is rounded first: otherwise y and dB would
     # use two different h.
@@ -133,17 +133,17 @@ def xa_phi_hb_forward_kernel(
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), x_ptr.dtype.element_ty, EMULATE_BF16)
         for start in range(0, N, BLOCK_N):
             store_y(
-                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br,
+                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, r, stride_bn, stride_br,
                 stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
-                BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
+                BLOCK_M, BLOCK_N, R, RANK_STEP, PRECISION, EMULATE_BF16,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "segment_tiles", "threshold", "seed_ptr"])
 def project_partial_kernel(
-    left_ptr, small_ptr, partial_ptr, seed_ptr, M, length, segment_tiles,
+    left_ptr, small_ptr, partial_ptr, seed_ptr, M, length, r, segment_tiles,
     stride_row, stride_rank, stride_small, threshold, calls_per_row,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """F1, and D1 of few rows: one segment of the sum ``left small^T`` as a float32 partial (segments, M, R). Grid: (M /
@@ -155,8 +155,8 @@ def project_partial_kernel(
     tiles = tl.minimum(segment_tiles, tl.cdiv(length, BLOCK_L) - first)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     partial = project(
-        left_ptr, small_ptr, first_row, rows_left, first, tiles, segment_tiles, length, stride_row, stride_rank,
-        stride_small, seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
+        left_ptr, small_ptr, first_row, rows_left, first, tiles, segment_tiles, length, r, stride_row, stride_rank,
+        stride_small, seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, RANK_STEP, DROPOUT, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     target = partial_ptr + (segment.to(tl.int64) * M + first_row) * R + row[:, None] * R + rank[None, :]
@@ -167,7 +167,7 @@ def project_partial_kernel(
 def phi_hb_forward_kernel(
     partial_ptr, b_ptr, base_ptr, y_ptr, z_ptr, alpha_ptr, M, N, r, segments, tiles,
     stride_bn, stride_br, stride_base_m, stride_base_n, stride_ym, stride_yn, scaling, inverse_keep,
-    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """F2: z from its partials, stored by the first column of programs, then y.
@@ -188,7 +188,7 @@ def phi_hb_forward_kernel(
         first = column * tiles * BLOCK_N
         for start in range(first, tl.minimum(first + tiles * BLOCK_N, N), BLOCK_N):
             store_y(
-                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br,
+                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, r, stride_bn, stride_br,
                 stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
-                BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
+                BLOCK_M, BLOCK_N, R, RANK_STEP, PRECISION, EMULATE_BF16,
             )  # fmt: skip
