@@ -1,9 +1,10 @@
 """The Triton kernels of the forward, and what holds for those of the backward too.
 
-x, dy, a and b have their columns side by side. M tokens, K inputs, N outputs, R the rank r padded
-to a power of two. ``a`` is (R, K) and ``b`` is (N, R), in the dtype of x and with exact zeros in
-the padding, so no kernel masks the rank of an operand; z is (M, r), without padding. Row offsets
-are int64, offsets inside a tile int32 (launch.py makes sure that they fit). alpha_t and seed are
+x and dy have their columns side by side. M tokens, K inputs, N outputs, R the rank r padded to a
+power of two. ``a`` is (r, K) and ``b`` is (N, r), of any strides and floating dtype: where they are
+read they are rounded to the dtype of x and padded with zeros (``load_small``), or, above rank
+configs.UNPACKED_RANK, before all by ``pack_kernel``. z is (M, r), without padding. Row offsets are
+int64, offsets inside a tile int32 (launch.py makes sure that they fit). alpha_t and seed are
 read from the device, M is not specialised: neither a new alpha_t nor a new M compiles anything.
 Every sum has a fixed order: partial results go to their own place in float32 and are added by
 index, never atomically.
@@ -45,7 +46,7 @@ def pack_kernel(
     stride_ar, stride_ak, stride_bn, stride_br,
     R: tl.constexpr, BLOCK: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Round a to (R, K) and b to (N, R), with zeros where the rank ends. Grid: blocks of a, then
+    """Round a to (R, K) and b to (N, R), with zeros beyond rank r. Grid: blocks of a, then
     blocks of b."""
     block = tl.program_id(0)
     if block < blocks_a:

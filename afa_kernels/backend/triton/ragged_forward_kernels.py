@@ -1,5 +1,5 @@
 """The Triton kernels of the ragged forward: those of forward_kernels.py for rows sorted by group, where what holds for
-all of them stands. Here a is (G, R, K) and b (G, N, R), and each program finds its group (ragged_functions.py)."""
+all of them stands. Here a is (G, r, K) and b (G, N, r), and each program finds its group (ragged_functions.py)."""
 
 import triton
 import triton.language as tl
