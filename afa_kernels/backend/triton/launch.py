@@ -145,9 +145,10 @@ class Context:
         self.spec, self.alpha_t, self.seed = spec, alpha_t, seed if spec.dropout else None
         self.x = addressable(x)
         self.a, self.b = (t if int32_offsets(t) else t.contiguous() for t in (a, b))
-        self.packed = self.packing_needed()
-        if self.packed:
+        self.rank_step = self.own_rank_step()
+        if self.packing_needed():
             self.a, self.b = self._pack()
+            self.rank_step = self.padded
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
@@ -155,13 +156,13 @@ class Context:
     def dots(self) -> dict[str, Any]:
         """The constants of every kernel with a product."""
         return {
-            "R": self.padded, "RANK_STEP": self.rank_step(), "PRECISION": self.precision, "EMULATE_BF16": self.emulate,
+            "R": self.padded, "RANK_STEP": self.rank_step, "PRECISION": self.precision, "EMULATE_BF16": self.emulate,
         }  # fmt: skip
 
-    def rank_step(self) -> int:
-        """Return the power of two, up to R, in which the kernels may take the ranks of b, which lie side by side: it
-        divides their number and the distance of the rows of b."""
-        return math.gcd(self.padded, self.b.stride(-2), *(() if self.packed else (self.r,)))
+    def own_rank_step(self) -> int:
+        """Return how many ranks of b, which lie side by side, the kernels may take together: a power of two, up to R,
+        that divides the rank and the distance of the rows of b."""
+        return math.gcd(self.padded, self.r, self.b.stride(-2))
 
     def mask(self) -> dict[str, Any]:
         """The arguments of a dropout mask."""
@@ -242,7 +243,7 @@ class Context:
     def packing_needed(self) -> bool:
         """Whether the kernels are to read rounded copies of a and b."""
         return self.padded > configs.UNPACKED_RANK and not (
-            self.r == self.padded and all(t.dtype == self.dtype and t.stride(-1) == 1 for t in (self.a, self.b))
+            self.rank_step == self.padded and all(t.dtype == self.dtype and t.stride(-1) == 1 for t in (self.a, self.b))
         )
 
     def packing(self) -> dict[str, Any]:

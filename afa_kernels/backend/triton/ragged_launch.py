@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from afa_kernels.backend.registry import Groups
-from afa_kernels.backend.triton import configs, ragged_backward_kernels, ragged_forward_kernels
+from afa_kernels.backend.triton import ragged_backward_kernels, ragged_forward_kernels
 from afa_kernels.backend.triton.configs import Tile, Tiles
 from afa_kernels.backend.triton.launch import Context, Kernels, Split
 from afa_kernels.options import Spec
@@ -51,6 +51,9 @@ class RaggedContext(Context):
     def small_operand(self, name: str) -> dict[str, Any]:
         arguments = super().small_operand(name)
         return arguments | {"stride_group": arguments["small_ptr"].stride(0)}
+
+    def own_rank_step(self) -> int:
+        return super().own_rank_step() if self.ranks is None else 1
 
     def row_groups(self) -> dict[str, Any]:
         return {"M": self.rows, "G": self.groups[0], "ends_ptr": self.ends, "ranks_ptr": self.ranks}
@@ -100,10 +103,3 @@ class RaggedContext(Context):
 
     def packing(self) -> dict[str, Any]:
         return super().packing() | self.row_groups()
-
-    def packing_needed(self) -> bool:
-        unlike = self.padded > configs.UNPACKED_RANK and self.ranks is not None
-        return unlike or super().packing_needed()
-
-    def rank_step(self) -> int:
-        return super().rank_step() if self.packed or self.ranks is None else 1
