@@ -82,14 +82,18 @@ SPLIT_PATHS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("ranks", [None, (7, 0, 16)], ids=["one rank", "ranks"])
 @pytest.mark.parametrize("r", PATHS)
-def test_launches(r):
+def test_launches(r, ranks):
     """As many as those of a call with one A and B, and the same where rows fill the device as where they do not."""
     from afa_kernels.backend.triton import configs, launch
 
+    x, dy, a, b, groups = operands((40, 0, 30), 2, 300, 270, r)
+    if ranks is not None:
+        groups = groups._replace(ranks=torch.tensor(ranks, dtype=torch.int32))
     for multiprocessors, paths in ((1, PATHS), (108, SPLIT_PATHS)):
         with launch.recording(configs.Device(configs.INTERPRETER, multiprocessors)) as launches:
-            forward_and_backward(*operands((40, 0, 30), 2, 300, 270, r))
+            forward_and_backward(x.bfloat16(), dy.bfloat16(), a, b, groups)
         names = [entry.name.removesuffix("_kernel").removesuffix("_backward").removesuffix("_forward")
                  for entry in launches]  # fmt: skip
         assert names == [f"ragged_{name}" for name in paths[r]]

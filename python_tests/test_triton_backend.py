@@ -147,38 +147,41 @@ def tuning(monkeypatch, tmp_path):
 
 
 DEVICE = Device("sm_90", 132, "Some GPU / 80 GB")
-X = torch.empty(100, 256, dtype=torch.bfloat16)
+X, B = torch.empty(100, 256, dtype=torch.bfloat16), torch.empty(128, 8)
 
 
 def test_without_the_variable_nothing_is_timed(tuning, monkeypatch):
     monkeypatch.delenv(autotune.ENABLE_VARIABLE)
-    assert autotune.tiles(DEVICE, X, 128, 8) is configs.table_tiles("sm_90", 2, 8)
+    assert autotune.tiles(DEVICE, X, B) is configs.table_tiles("sm_90", 2, 8)
     assert not tuning and not autotune.cache_file(DEVICE).exists()
 
 
 def test_tuning_takes_the_fastest_tile_of_each_pass_and_keeps_it(tuning, monkeypatch):
     row = configs.table_tiles("sm_90", 2, 8)
-    found = autotune.tiles(DEVICE, X, 128, 8)
+    found = autotune.tiles(DEVICE, X, B)
     for name in ("project", "dy_pass", "x_pass", "x_pass_dropout"):
         widest = max(tile.cols for tile in autotune.candidates(getattr(row, name)))
         assert getattr(found, name).cols == widest > 0
     assert set(tuning) == {"project", "dy_pass", "x_pass", "x_pass_dropout"}
 
     tuning.clear()
-    assert autotune.tiles(DEVICE, X, 128, 8) == found, "from this process"
+    assert autotune.tiles(DEVICE, X, B) == found, "from this process"
     monkeypatch.setattr(autotune, "_tuned", {})
-    assert autotune.tiles(DEVICE, X[:70], 128, 8) == found, "from the file, in the same class of M"
+    assert autotune.tiles(DEVICE, X[:70], B) == found, "from the file, in the same class of M"
     assert not tuning
-    autotune.tiles(DEVICE, X[:60], 128, 8)
+    autotune.tiles(DEVICE, X[:60], B)
     assert tuning, "another class of M is tuned anew"
+    tuning.clear()
+    autotune.tiles(DEVICE, X, B.bfloat16())
+    assert tuning, "so is another dtype of A and B, which takes another amount of shared memory"
 
 
 def test_an_unreadable_cache_is_tuned_again(tuning):
     path = autotune.cache_file(DEVICE)
-    for content in ("not json", json.dumps({"bfloat16 M=128 K=256 N=128 r=16": {"unknown": 1}})):
+    for content in ("not json", json.dumps({"bfloat16 M=128 K=256 N=128 r=16 weights=float32": {"unknown": 1}})):
         path.write_text(content)
         autotune._tuned.clear()
-        assert autotune.tiles(DEVICE, X, 128, 8).project.cols > 0
+        assert autotune.tiles(DEVICE, X, B).project.cols > 0
         assert "project" in next(iter(json.loads(path.read_text()).values()))
 
 
@@ -209,7 +212,7 @@ def timer(monkeypatch):
             return clock()
 
         monkeypatch.setattr(triton.testing, "do_bench", do_bench)
-        return autotune.problem_timer(torch.device("cpu"), torch.float32, 8, 16, 16, 4)
+        return autotune.problem_timer(torch.device("cpu"), torch.float32, 8, 16, 16, 4, torch.float32)
 
     return make
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import SIMULATED, skip_unless_available
 from helpers import DTYPES, assert_as_accurate_as_torch, relative_error
+from ptx_problems import LAYOUTS
 
 import afa_kernels as afa
 from afa_kernels import dropout
@@ -80,8 +81,9 @@ def test_nothing_beside_the_operands_is_read_or_written(shape, p, dtype):
 PATHS = {
     "one pass": ((70, 72, 48, 16), ("xa_phi_hb", "dy_pass", "dphi", "x_pass", "weight_grad")),
     "segments": ((20, 300, 130, 16), ("project", "phi_hb", "dy_pass", "dphi", "x_pass",
-    "weight_grad")), "padded rank": ((20, 40, 24, 3), ("pack", "xa_phi_hb", "pack", "dy_pass",
-    "dphi", "x_pass", "weight_grad")), "two passes": ((70, 72, 48, 64), ("xa_phi_hb", "dyb_dphi",
+    "weight_grad")), "padded rank": ((20, 40, 24, 3), ("xa_phi_hb", "dy_pass", "dphi", "x_pass",
+    "weight_grad")), "packed rank": ((20, 40, 24, 40), ("pack", "xa_phi_hb", "pack", "dyb_dphi",
+    "dy_pass", "x_pass", "weight_grad")), "two passes": ((70, 72, 48, 64), ("xa_phi_hb", "dyb_dphi",
     "dy_pass", "x_pass", "weight_grad")), "two passes, segments": (
         (20, 300, 270, 128),
         ("project", "phi_hb", "project", "dphi", "dy_pass", "x_pass", "weight_grad"),
@@ -115,7 +117,7 @@ def test_accumulating_into_the_base_itself(m):
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["base", "inplace"])
-def test_rows_too_far_apart_for_int32_are_packed(monkeypatch, inplace):
+def test_rows_too_far_apart_for_int32_are_copied(monkeypatch, inplace):
     from afa_kernels.backend.triton import launch, passes
 
     given, spec = operands(20, 40, 24, 16, torch.float32), Spec("silu", 0.5)
@@ -128,6 +130,35 @@ def test_rows_too_far_apart_for_int32_are_packed(monkeypatch, inplace):
     got = run(backend, spec, **far, out=out)
     for what in RESULTS:
         torch.testing.assert_close(got[what], want[what])
+
+
+@pytest.mark.parametrize("weights", ["f32", "dtype of x"])
+@pytest.mark.parametrize(
+    "m, k, n, r, layout",
+    [
+        (70, 72, 48, 16, "every other row"),
+        (37, 70, 67, 5, "rows at odd places"),
+        (20, 300, 140, 24, "columns apart"),
+        (33, 40, 24, 8, "packed"),
+    ],
+)
+def test_a_and_b_are_rounded_and_padded_where_they_are_read(m, k, n, r, layout, weights):
+    """The bits of a call whose a and b the caller has rounded, and padded to a rank that needs no mask."""
+    for dtype in DTYPES.values():
+        given, spec = operands(m, k, n, r, dtype), Spec("silu", 0.5, 60)
+        a, b = torch.randn(r, k) * k**-0.5, torch.randn(n, r) * r**-0.5
+        if weights != "f32":
+            a, b = a.to(dtype), b.to(dtype)
+        padded = max(16, 1 << (r - 1).bit_length())
+        ready = {
+            "a": torch.cat([a, torch.zeros(padded - r, k)]).to(dtype),
+            "b": torch.cat([b, torch.zeros(n, padded - r)], 1).to(dtype),
+        }
+        want = run(backend, spec, **given | ready)
+        got = run(backend, spec, **given | {"a": LAYOUTS[layout](a), "b": LAYOUTS[layout](b)})
+        want |= {"z": want["z"][:, :r], "da": want["da"][:r], "db": want["db"][:, :r]}
+        for what in RESULTS:
+            assert torch.equal(got[what].to(dtype), want[what]), (what, dtype)
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63), 123456789012345])

@@ -26,6 +26,8 @@ from tools.triton_aot import Problem  # noqa: E402
         (20, 300, 130, 12, torch.bfloat16, torch.bfloat16),  # few rows: a program for each segment of K
         (20, 140, 300, 100, torch.float32, torch.float32),  # few rows: one for each segment of N, two passes over dy
         (200, 512, 256, 16, torch.bfloat16, torch.bfloat16),  # aligned: asynchronous copies
+        (200, 512, 256, 32, torch.bfloat16, torch.float32),  # the same, rounded behind them
+        (20, 300, 130, 24, torch.float16, torch.float32),  # of 32 ranks 24 are read
     ],
 )
 def test_the_model_counts_every_byte(monkeypatch, simulated_gpu, m, k, n, r, dtype, weight_dtype, dropout):
@@ -58,6 +60,7 @@ def test_the_model_counts_every_byte(monkeypatch, simulated_gpu, m, k, n, r, dty
         ((0, 300, 3, 0, 40), 5, 300, 264, 16, torch.float16, torch.float16, None),  # skewed, some empty
         ((33, 70), 0, 264, 300, 40, torch.bfloat16, torch.float32, (40, 7)),  # packed operands, two passes over dy
         ((20, 0, 30, 9), 3, 72, 50, 12, torch.float32, torch.float32, (0, 5, 12, 3)),  # a group without a branch
+        ((300, 3, 40), 5, 300, 264, 24, torch.bfloat16, torch.float32, (24, 7, 16)),  # rounded where they are read
     ],
 )
 def test_the_model_counts_every_byte_of_a_ragged_call(

@@ -43,6 +43,8 @@ _DTYPES = {
 _DEFAULT_SHARED = 64 * 1024  # what the default rows have to fit into, on any GPU
 _DROPPED = 26  # of 256
 _TOKENS = (16384, 512)  # one pass over x, and the split kernels
+# The dtype of a and b (None: that of x), and by how much their rank is below the padded one, which takes masks.
+_OPERANDS = {"f32": (torch.float32, 0), "masked": (torch.float32, 1), "as x": (None, 0)}
 _GROUPS = (0, 8)  # of rows, each with its own a and b
 _PRODUCTS = (
     "project",
@@ -55,8 +57,8 @@ _PRODUCTS = (
 
 
 class Variant(NamedTuple):
-    """A row of the table in one use: the same tiles make other kernels with a mask, or from
-    unpadded float32 weights."""
+    """A row of the table in one use: the same tiles make other kernels with dropout, and of other a
+    and b."""
 
     arch: str
     row: str  # arch, or "default"
@@ -65,6 +67,7 @@ class Variant(NamedTuple):
     dropout: int
     rows: int  # M: few rows take the split kernels
     groups: int = 0  # 0: not a ragged call
+    operands: str = "f32"
 
     def is_taken(self) -> bool:
         problem = Call("meta", _DTYPES[self.dtype], 1, 1, 1, self.rank, "silu", self.dropout > 0)
@@ -72,15 +75,14 @@ class Variant(NamedTuple):
 
     def record(self) -> list[Launch]:
         tiles = configs.TABLE[self.row][_DTYPES[self.dtype].itemsize, self.rank]
-        # float32 a and b beside 16-bit x, as PEFT has them, bring in the packing kernel and float32
-        # gradients.
+        weight_dtype, below = _OPERANDS[self.operands]
         problem = Problem(
             m=self.rows,
-            r=self.rank,
+            r=self.rank - below,
             dtype=_DTYPES[self.dtype],
             dropout=self.dropout,
             groups=self.groups,
-            weight_dtype=torch.float32,
+            weight_dtype=weight_dtype,
         )
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = self.dtype == "tf32"
@@ -109,13 +111,21 @@ def variants(
     for arch in archs:
         rows = (arch,) if arch in AMD else (arch, configs.DEFAULT)
         for use in itertools.product(rows, dtypes, configs.RANKS, (0, _DROPPED), _TOKENS, _GROUPS):
-            variant = Variant(arch, *use)
-            if variant.is_taken() and not (quick and not _is_quick(variant)):
-                yield variant
+            for operands in _operands(*use[1:3], use[-1]):
+                variant = Variant(arch, *use, operands)
+                if variant.is_taken() and not (quick and not _is_quick(variant)):
+                    yield variant
+
+
+def _operands(dtype: str, rank: int, groups: int) -> tuple[str, ...]:
+    """Return which a and b make kernels of their own. Those of groups, each with its rank, are always masked."""
+    if rank > configs.UNPACKED_RANK or groups:
+        return ("f32",)
+    return ("f32", "masked") if _DTYPES[dtype] == torch.float32 else tuple(_OPERANDS)
 
 
 def _is_quick(variant: Variant) -> bool:
-    if variant.dtype != "bf16" or variant.row == configs.DEFAULT:
+    if variant.dtype != "bf16" or variant.row == configs.DEFAULT or variant.operands != "f32":
         return False
     if variant.groups and (variant.arch in AMD or variant.dropout):
         return False
@@ -151,6 +161,7 @@ def report(archs: Collection[str], dtypes: Collection[str], quick: bool) -> Iter
                 variant.arch,
                 variant.dtype,
                 launch.name,
+                variant.operands,
                 str(launch.constants),
                 given,
                 launch.warps,
@@ -166,7 +177,7 @@ def report(archs: Collection[str], dtypes: Collection[str], quick: bool) -> Iter
 
 
 _HEADER = (
-    f"{'arch':7}{'row':8}{'dtype':6}{'r':>4} {'drop':5}{'kernel':26}{'tile':>9}{'warps':>6}"
+    f"{'arch':7}{'row':8}{'dtype':6}{'r':>4} {'A, B':8}{'drop':5}{'kernel':26}{'tile':>9}{'warps':>6}"
     f"{'stages':>7}{'regs':>5}{'spill':>6}{'smem KB':>8}{'CTA/SM':>7}{'occup.':>7}  "
     f"{'tensor core':22}{'async':>6}{'LDG':>5}{'SASS':>6}"
 )
@@ -183,7 +194,7 @@ def _line(row: Row) -> str:
     else:
         resident, occupancy = str(code.blocks_per_multiprocessor), f"{code.occupancy:.0%}"
     return (
-        f"{variant.arch:7}{variant.row:8}{variant.dtype:6}{variant.rank:>4} "
+        f"{variant.arch:7}{variant.row:8}{variant.dtype:6}{variant.rank:>4} {variant.operands:8}"
         f"{'yes' if variant.dropout else 'no':5}{name:26}{tile:>9}"
         f"{launch.warps:>6}{launch.stages:>7}{code.registers:>5}{code.spills:>6}"
         f"{code.shared / 1024:>8.1f}{resident:>7}{occupancy:>7}  {tensor_core:22}"

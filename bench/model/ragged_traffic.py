@@ -14,6 +14,14 @@ Elements = tuple[dict[str, int], dict[str, int]]
 FINDING = frozenset({"ends_ptr", "ranks_ptr", "alpha_ptr", "scaling_ptr", "seed_ptr"})
 
 
+def ranks_read(launch: Launch, r: int | None = None) -> int:
+    """Return how many ranks of a and b a program reads, of ``r`` that they have: those of a packed copy are R."""
+    constants = launch.constants
+    if constants["RANK_STEP"] == constants["R"]:
+        return constants["R"]
+    return launch.arguments["r"] if r is None else r
+
+
 def _branches(launch: Launch) -> Iterator[tuple[int, int]]:
     """Yield the rows and the rank of each group that has both."""
     ends, ranks = launch.arguments["ends_ptr"].tolist(), launch.arguments["ranks_ptr"]
@@ -27,37 +35,43 @@ def _own(launch: Launch) -> int:
     return sum(rows for rows, _ in _branches(launch))
 
 
-def _tiles(launch: Launch) -> int:
-    return sum(cdiv(rows, launch.constants["BLOCK_M"]) for rows, _ in _branches(launch))
+def _tiles(launch: Launch) -> list[int]:
+    return [cdiv(rows, launch.constants["BLOCK_M"]) for rows, _ in _branches(launch)]
 
 
-def _parts(launch: Launch, rows_per_tile: int, chunks_per_part: int) -> int:
-    """Return how many programs of a slab have rows (``parts_with_rows`` in ragged_functions.py)."""
+def _parts(launch: Launch, rows_per_tile: int, chunks_per_part: int) -> list[int]:
+    """Return how many programs of a slab have rows of each group (``parts_with_rows`` in ragged_functions.py)."""
     tiles = [cdiv(rows, rows_per_tile) for rows, _ in _branches(launch)]
-    return sum(cdiv(each, chunks_per_part * cdiv(each, launch.arguments["chunks"])) for each in tiles)
+    return [cdiv(each, chunks_per_part * cdiv(each, launch.arguments["chunks"])) for each in tiles]
 
 
-def _parts_of_pass(launch: Launch) -> int:
+def _parts_of_pass(launch: Launch) -> list[int]:
     return _parts(launch, launch.constants["BLOCK_M"], launch.arguments["chunks_per_part"])
+
+
+def _read(launch: Launch, programs: list[int]) -> int:
+    """Return how many rows of a, or columns of b, so many programs of each group read."""
+    ranks = [ranks_read(launch, rank) for _, rank in _branches(launch)]
+    return sum(count * rank for count, rank in zip(programs, ranks, strict=True))
 
 
 def _y(launch: Launch) -> Elements:
     if launch.arguments["y_ptr"] is None:
         return {}, {}
     m, n = launch.arguments["M"], launch.arguments["N"]
-    return {"b_ptr": _tiles(launch) * n * launch.constants["R"], "base_ptr": m * n}, {"y_ptr": m * n}
+    return {"b_ptr": _read(launch, _tiles(launch)) * n, "base_ptr": m * n}, {"y_ptr": m * n}
 
 
 def _forward(launch: Launch) -> Elements:
     k = launch.arguments["K"]
     read, written = _y(launch)
-    read |= {"x_ptr": _own(launch) * k, "a_ptr": _tiles(launch) * launch.constants["R"] * k}
+    read |= {"x_ptr": _own(launch) * k, "a_ptr": _read(launch, _tiles(launch)) * k}
     return read, written | {"z_ptr": launch.arguments["M"] * launch.arguments["r"]}
 
 
 def _project_partial(launch: Launch) -> Elements:
     length, rank = launch.arguments["length"], launch.constants["R"]
-    read = {"left_ptr": _own(launch) * length, "small_ptr": _tiles(launch) * rank * length}
+    read = {"left_ptr": _own(launch) * length, "small_ptr": _read(launch, _tiles(launch)) * length}
     return read, {"partial_ptr": launch.grid[1] * _own(launch) * rank}
 
 
@@ -70,7 +84,7 @@ def _phi_hb(launch: Launch) -> Elements:
 
 def _dyb_dphi(launch: Launch) -> Elements:
     n, rank, own = launch.arguments["N"], launch.constants["R"], _own(launch)
-    read = {"dy_ptr": own * n, "b_ptr": _tiles(launch) * rank * n, "z_ptr": own * launch.arguments["r"]}
+    read = {"dy_ptr": own * n, "b_ptr": _read(launch, _tiles(launch)) * n, "z_ptr": own * launch.arguments["r"]}
     return read, {"dz_ptr": own * rank}
 
 
@@ -82,28 +96,28 @@ def _dphi(launch: Launch) -> Elements:
 
 def _dy_pass(launch: Launch) -> Elements:
     arguments, rank, slabs, own = launch.arguments, launch.constants["R"], launch.grid[0], _own(launch)
-    once = _parts_of_pass(launch) * rank * arguments["N"]
+    parts = _parts_of_pass(launch)
     read = {"dy_ptr": own * arguments["N"]}
     if arguments["dh_ptr"] is not None:
-        read["b_ptr"] = once
+        read["b_ptr"] = _read(launch, parts) * arguments["N"]
     if arguments["db_ptr"] is not None:
         read["z_ptr"] = slabs * own * arguments["r"]
-    return read, {"dh_ptr": slabs * own * rank, "db_ptr": once}
+    return read, {"dh_ptr": slabs * own * rank, "db_ptr": sum(parts) * rank * arguments["N"]}
 
 
 def _x_pass(launch: Launch) -> Elements:
     arguments, rank, slabs, own = launch.arguments, launch.constants["R"], launch.grid[0], _own(launch)
-    once = _parts_of_pass(launch) * rank * arguments["K"]
+    parts = _parts_of_pass(launch)
     read = {"dz_ptr": slabs * own * rank}
     if arguments["dx_ptr"] is not None:
-        read["a_ptr"] = once
+        read["a_ptr"] = _read(launch, parts) * arguments["K"]
     if arguments["da_ptr"] is not None:
         read["x_ptr"] = own * arguments["K"]
     rows_of_dx = arguments["M"]
     if launch.constants["ADDS_DX"]:
         rows_of_dx = own
         read["dx_ptr"] = own * arguments["K"]
-    return read, {"dx_ptr": rows_of_dx * arguments["K"], "da_ptr": once}
+    return read, {"dx_ptr": rows_of_dx * arguments["K"], "da_ptr": sum(parts) * rank * arguments["K"]}
 
 
 def _weight_gradients(launch: Launch) -> Elements:
@@ -111,7 +125,7 @@ def _weight_gradients(launch: Launch) -> Elements:
     read, written = {}, {}
     for name, suffix, width in (("da", "_a", arguments["K"]), ("db", "_b", arguments["N"])):
         parts = _parts(launch, arguments[f"rows_per_tile{suffix}"], arguments[f"chunks_per_part{suffix}"])
-        read[f"{name}_partial_ptr"] = parts * rank * width
+        read[f"{name}_partial_ptr"] = sum(parts) * rank * width
         written[f"{name}_ptr"] = arguments["G"] * arguments["r"] * width
     return read, written
 

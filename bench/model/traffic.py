@@ -22,7 +22,7 @@ from torch import Tensor
 from afa_kernels.backend.triton.configs import Device
 from afa_kernels.backend.triton.launch import Launch
 from bench.model import ragged_traffic
-from bench.model.ragged_traffic import Elements
+from bench.model.ragged_traffic import Elements, ranks_read
 
 
 class Gpu(NamedTuple):
@@ -88,19 +88,19 @@ def _present(launch: Launch, name: str) -> bool:
 
 
 def _y_elements(launch: Launch, row_tiles: int) -> Elements:
-    m, n, rank = launch.arguments["M"], launch.arguments["N"], launch.constants["R"]
+    m, n = launch.arguments["M"], launch.arguments["N"]
     if not _present(launch, "y_ptr"):
         return {}, {}
-    return {"b_ptr": row_tiles * n * rank, "base_ptr": m * n}, {"y_ptr": m * n}
+    return {"b_ptr": row_tiles * n * ranks_read(launch), "base_ptr": m * n}, {"y_ptr": m * n}
 
 
 def _forward(launch: Launch) -> Elements:
-    arguments, rank, tiles = launch.arguments, launch.constants["R"], launch.grid[0]
+    arguments, tiles = launch.arguments, launch.grid[0]
     m, k = arguments["M"], arguments["K"]
     read, written = _y_elements(launch, tiles)
     read |= {
         "x_ptr": m * k,
-        "a_ptr": tiles * rank * k,
+        "a_ptr": tiles * ranks_read(launch) * k,
         "alpha_ptr": tiles * launch.warps if _present(launch, "y_ptr") else 0,
     }
     return read | {"seed_ptr": tiles * launch.warps}, written | {"z_ptr": m * arguments["r"]}
@@ -109,7 +109,11 @@ def _forward(launch: Launch) -> Elements:
 def _project_partial(launch: Launch) -> Elements:
     arguments, rank, (tiles, segments) = launch.arguments, launch.constants["R"], launch.grid
     m, length = arguments["M"], arguments["length"]
-    read = {"left_ptr": m * length, "small_ptr": tiles * rank * length, "seed_ptr": tiles * segments * launch.warps}
+    read = {
+        "left_ptr": m * length,
+        "small_ptr": tiles * ranks_read(launch) * length,
+        "seed_ptr": tiles * segments * launch.warps,
+    }
     if not launch.constants["DROPOUT"]:
         del read["seed_ptr"]
     return read, {"partial_ptr": segments * m * rank}
@@ -128,7 +132,7 @@ def _dyb_dphi(launch: Launch) -> Elements:
     m, n = arguments["M"], arguments["N"]
     read = {
         "dy_ptr": m * n,
-        "b_ptr": tiles * rank * n,
+        "b_ptr": tiles * ranks_read(launch) * n,
         "z_ptr": m * arguments["r"],
         "alpha_ptr": tiles * launch.warps,
     }
@@ -151,7 +155,7 @@ def _dy_pass(launch: Launch) -> Elements:
     m, n = arguments["M"], arguments["N"]
     read = {"dy_ptr": m * n}
     if _present(launch, "dh_ptr"):
-        read["b_ptr"] = chunks * rank * n
+        read["b_ptr"] = chunks * ranks_read(launch) * n
     if _present(launch, "db_ptr"):
         read |= {"z_ptr": slabs * m * arguments["r"], "alpha_ptr": slabs * chunks * launch.warps}
     return read, {"dh_ptr": slabs * m * rank, "db_ptr": chunks * rank * n}
@@ -162,7 +166,7 @@ def _x_pass(launch: Launch) -> Elements:
     m, k = arguments["M"], arguments["K"]
     read = {"dz_ptr": slabs * m * rank, "seed_ptr": slabs * chunks * launch.warps}
     if _present(launch, "dx_ptr"):
-        read["a_ptr"] = chunks * rank * k
+        read["a_ptr"] = chunks * ranks_read(launch) * k
     if _present(launch, "da_ptr"):
         read["x_ptr"] = m * k
     return read, {"dx_ptr": m * k, "da_ptr": chunks * rank * k}

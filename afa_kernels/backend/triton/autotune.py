@@ -36,19 +36,22 @@ _GIVES_UP = ("PassManager::run failed", "AMD LLVM ", "Internal Triton PTX codege
 _tuned: dict[tuple[str, str], Tiles] = {}  # (device name, key): what this process has read or tuned
 
 
-def tiles(device: Device, x: Tensor, n: int, r: int) -> Tiles:
-    """Return the tiles for a call with input ``x (M, K)``, ``n`` outputs and rank ``r``."""
+def tiles(device: Device, x: Tensor, b: Tensor) -> Tiles:
+    """Return the tiles for a call with input ``x (M, K)`` and ``b (N, r)``, or one for each group."""
+    n, r = b.shape[-2:]
     row = configs.table_tiles(device.arch, x.element_size(), r)
     if os.environ.get(ENABLE_VARIABLE) != "1":
         return row
     m, k = x.shape
     m = min(triton.next_power_of_2(m), _LARGEST_ROWS)
-    key = f"{str(x.dtype).removeprefix('torch.')} M={m} K={k} N={n} r={configs.padded_rank(r)}"
+    r = configs.padded_rank(r)
+    dtype, weights = (str(t.dtype).removeprefix("torch.") for t in (x, b))
+    key = f"{dtype} M={m} K={k} N={n} r={r} weights={weights}"
     found = _tuned.get((device.name, key)) or _read(device).get(key)
     if found is None:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return row
-        found = tune(row, problem_timer(x.device, x.dtype, m, k, n, r))
+        found = tune(row, problem_timer(x.device, x.dtype, m, k, n, r, b.dtype))
         _store(device, key, found)
     _tuned[device.name, key] = found
     return found
@@ -88,16 +91,16 @@ def tune(row: Tiles, seconds: Callable[[str, Tiles], float]) -> Tiles:
 
 
 def problem_timer(
-    device: torch.device, dtype: torch.dtype, m: int, k: int, n: int, r: int
+    device: torch.device, dtype: torch.dtype, m: int, k: int, n: int, r: int, weights: torch.dtype
 ) -> Callable[[str, Tiles], float]:
-    """Return a function that times one pass of a call of this shape on random data."""
+    """Return a function that times one pass of a call of this shape on random data, with A and B in ``weights``."""
     # Of its own: with the caller's generator, dropout would depend on whether the cache was cold.
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
-    x, a, b, dy, z = random(m, k), random(r, k), random(n, r), random(m, n), random(m, r)
+    x, a, b, dy, z = random(m, k), random(r, k).to(weights), random(n, r).to(weights), random(m, n), random(m, r)
     y = torch.empty_like(dy)
     alpha_t = torch.full((), 0.5, device=device)
     seed = torch.zeros((), dtype=torch.int64, device=device)
@@ -109,7 +112,7 @@ def problem_timer(
             passes.forward(context, None, y, True)
         else:
             dx_side = name != "dy_pass"
-            passes.backward(context, dy, z, dtype, dtype, need_dx=dx_side, need_da=dx_side, need_db=not dx_side)
+            passes.backward(context, dy, z, weights, weights, need_dx=dx_side, need_da=dx_side, need_db=not dx_side)
 
     def seconds(name: str, tiles: Tiles) -> float:
         try:

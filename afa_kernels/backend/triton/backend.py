@@ -95,7 +95,7 @@ def _context(x, a, b, alpha_t, seed, spec):
     # Here and below: these modules import Triton, which a process that never runs it need not have.
     from afa_kernels.backend.triton import autotune, launch
 
-    tiles = autotune.tiles(launch.device_of(x), x, *b.shape)
+    tiles = autotune.tiles(launch.device_of(x), x, b)
     return launch.Context(x, a, b, alpha_t, seed, spec, tiles)
 
 
@@ -117,7 +117,7 @@ def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
 def _ragged_context(x, a, b, groups, seed, spec):
     from afa_kernels.backend.triton import autotune, launch, ragged_launch
 
-    tiles = autotune.tiles(launch.device_of(x), x, *b.shape[1:])
+    tiles = autotune.tiles(launch.device_of(x), x, b)
     return ragged_launch.RaggedContext(x, a, b, groups, seed, spec, tiles)
 
 

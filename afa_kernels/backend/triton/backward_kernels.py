@@ -7,7 +7,9 @@ from afa_kernels.backend.triton.device_functions import (
     dot,
     keep_mask,
     load_alpha,
+    load_small,
     load_z,
+    multiple,
     phi,
     phi_slope,
     project,
@@ -32,7 +34,7 @@ def store_dz(
 @triton.jit(do_not_specialize=["M", "segment_tiles", "alpha_ptr"])
 def dyb_dphi_backward_kernel(
     dy_ptr, b_ptr, z_ptr, dz_ptr, alpha_ptr, M, N, r, stride_dym, stride_bn, stride_br, factor, segment_tiles,
-    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """D1: ``dz = factor * (dy b) * phi'(z)`` as (M, R) in one pass over dy. Grid: (M /
@@ -40,9 +42,8 @@ def dyb_dphi_backward_kernel(
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
     dh = project(
-        dy_ptr, b_ptr, first_row, rows_left, 0, tl.cdiv(N, BLOCK_L), segment_tiles, N, stride_dym, stride_br, stride_bn,
-        0, 0, 0,
-        BLOCK_M, BLOCK_L, R, False, PRECISION, EMULATE_BF16,
+        dy_ptr, b_ptr, first_row, rows_left, 0, tl.cdiv(N, BLOCK_L), segment_tiles, N, r, stride_dym, stride_br,
+        stride_bn, 0, 0, 0, BLOCK_M, BLOCK_L, R, RANK_STEP, False, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     alpha_t = load_alpha(alpha_ptr, ACT)
     store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
@@ -62,11 +63,15 @@ def dphi_backward_kernel(
 
 
 @triton.jit
-def load_slab(small_ptr, slab, length, stride_rank, stride_col, R: tl.constexpr, BLOCK_L: tl.constexpr):
+def load_slab(
+    small_ptr, slab, r, length, stride_rank, stride_col, dtype: tl.constexpr,
+    R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_L: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
     """Return the (R, BLOCK_L) slab of a, or of b transposed, that stays on the chip while a pass goes over rows."""
     rank, col = tl.arange(0, R), slab * BLOCK_L + tl.arange(0, BLOCK_L)
-    offsets = rank[:, None] * stride_rank + col[None, :] * stride_col
-    return tl.load(small_ptr + offsets, mask=(col < length)[None, :], other=0.0)
+    return load_small(
+        small_ptr, rank[:, None], col[None, :], r, length, stride_rank, stride_col, dtype, R, RANK_STEP, EMULATE_BF16
+    )  # fmt: skip
 
 
 @triton.jit
@@ -100,7 +105,7 @@ def dy_tile(
 def dy_pass_backward_kernel(
     dy_ptr, b_ptr, z_ptr, dh_ptr, db_ptr, alpha_ptr, M, N, r, rows_per_chunk,
     stride_dym, stride_bn, stride_br,
-    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """D: in one pass over dy, ``dh = dy b`` as partials (slabs, M, R) and ``db^T = h^T dy`` as
@@ -113,7 +118,13 @@ def dy_pass_backward_kernel(
     rank, col = tl.arange(0, R), slab * BLOCK_L + tl.arange(0, BLOCK_L)
     alpha_t = load_alpha(alpha_ptr, ACT)
     db = tl.zeros((R, BLOCK_L), tl.float32)
-    b = load_slab(b_ptr, slab, N, stride_br, stride_bn, R, BLOCK_L) if dh_ptr is not None else None
+    if dh_ptr is not None:
+        b = load_slab(
+            b_ptr, slab, r, N, stride_br, multiple(stride_bn, RANK_STEP), dy_ptr.dtype.element_ty,
+            R, RANK_STEP, BLOCK_L, EMULATE_BF16,
+        )  # fmt: skip
+    else:
+        b = None
     first = chunk.to(tl.int64) * rows_per_chunk
     for start in range(0, tl.minimum(rows_per_chunk, M - first).to(tl.int32), BLOCK_M):
         first_row = first + start
@@ -162,9 +173,9 @@ def x_tile(
 
 @triton.jit(do_not_specialize=["M", "rows_per_chunk", "threshold", "seed_ptr"])
 def x_pass_backward_kernel(
-    dz_ptr, a_ptr, x_ptr, dx_ptr, da_ptr, seed_ptr, M, K, rows_per_chunk,
+    dz_ptr, a_ptr, x_ptr, dx_ptr, da_ptr, seed_ptr, M, K, r, rows_per_chunk,
     stride_ar, stride_ak, stride_xm, threshold, calls_per_row,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """X: ``dx = drop(dz a)``, written, and ``da = dz^T drop(x)`` as partials (chunks, R, K).
@@ -176,7 +187,12 @@ def x_pass_backward_kernel(
     rank, col = tl.arange(0, R), slab * BLOCK_L + tl.arange(0, BLOCK_L)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     da = tl.zeros((R, BLOCK_L), tl.float32)
-    a = load_slab(a_ptr, slab, K, stride_ar, stride_ak, R, BLOCK_L) if dx_ptr is not None else None
+    if dx_ptr is not None:
+        a = load_slab(
+            a_ptr, slab, r, K, stride_ar, stride_ak, dz_ptr.dtype.element_ty, R, RANK_STEP, BLOCK_L, EMULATE_BF16
+        )  # fmt: skip
+    else:
+        a = None
     first = chunk.to(tl.int64) * rows_per_chunk
     for start in range(0, tl.minimum(rows_per_chunk, M - first).to(tl.int32), BLOCK_M):
         first_row = first + start

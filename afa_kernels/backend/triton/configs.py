@@ -21,6 +21,10 @@ MAX_RANK = RANKS[-1]
 MAX_TILE_ROWS = 128
 # up to here one pass over dy makes dh and db; above, dh partials cost more than a second pass
 ONE_PASS_RANK = 32
+# Up to here the kernels round float32 a and b, and mask their rank, themselves. Above, each tile of rows would read
+# twice the bytes of a and b again through L2: at M = 8192, K = N = 4096 and rank 64 that is 12 us for each of three
+# reads, where a launch that rounds once takes 2 to 3 us. At rank 32 it is 4 us in all, less than both launches took.
+UNPACKED_RANK = 32
 DEFAULT = "default"
 INTERPRETER = "interpreter"
 
@@ -99,7 +103,7 @@ _AMD_16BIT = {  # 4 wavefronts have twice the registers each that 8 have
     128: _row((64, 64, 8, 2), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
 }
 _SMALL_32BIT = {
-    16: _row((32, 64, 8, 2), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
+    16: _row((32, 64, 8, 3), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
     32: _row((32, 32, 8, 3), 32, (32, 64, 4, 2), (32, 64, 8, 2), (16, 32, 4, 2)),
     64: _row((32, 32, 8, 3), 16, (32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 3)),
     128: _row((32, 32, 8, 3), 32, (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 4, 2)),
@@ -118,10 +122,12 @@ _INTERPRETER_TILE = Tile(32, 64, 4, 2)  # small, so that tiny test shapes have s
 TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
     "sm_80": _rows(
         # Without warp-group products these passes keep more in registers: other tiles spill, or
-        # pass 163 KB.
+        # pass 163 KB. A fourth stage with float32 A would leave room for one block alone, here at rank 32 and, under a
+        # mask, 16, on sm_90 at rank 32. With 4 warps F spills here at ranks below 32.
         _LARGE_16BIT
         | {
-            32: replace(_LARGE_16BIT[32], x_pass=Tile(64, 256, 8, 3)),
+            16: replace(_LARGE_16BIT[16], project=Tile(64, 128, 4, 3)),
+            32: replace(_LARGE_16BIT[32], project=Tile(64, 128, 8, 3), x_pass=Tile(64, 256, 8, 3)),
             128: replace(_LARGE_16BIT[128], project=Tile(128, 64, 8, 3), x_pass=Tile(32, 128, 8, 3)),
         },
         _LARGE_32BIT | {32: replace(_LARGE_32BIT[32], x_pass=Tile(32, 32, 4, 3))},
@@ -129,7 +135,11 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
     # The kernels of `project` have two accumulators, one for a segment and one for their sum. In tf32 at ranks 64 and
     # 128 Triton 3.9 would give the pipelined loop of the x pass a buffer too few (docs/backends.md), so it has none.
     "sm_90": _rows(
-        _LARGE_16BIT | {128: replace(_LARGE_16BIT[128], project=Tile(128, 64, 8, 4))},
+        _LARGE_16BIT
+        | {
+            32: replace(_LARGE_16BIT[32], project=Tile(64, 128, 4, 3)),
+            128: replace(_LARGE_16BIT[128], project=Tile(128, 64, 8, 4)),
+        },
         _LARGE_32BIT
         | {
             64: replace(_LARGE_32BIT[64], project=Tile(32, 64, 4, 3), x_pass=Tile(32, 64, 8, 1)),

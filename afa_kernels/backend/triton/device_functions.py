@@ -131,16 +131,41 @@ def load_z(z_ptr, first_row, rows_left, r, BLOCK_M: tl.constexpr, R: tl.constexp
 
 
 @triton.jit
+def multiple(value, STEP: tl.constexpr):
+    """Return ``value``, a multiple of STEP, as one that the compiler knows to be so."""
+    return value // STEP * STEP
+
+
+@triton.jit
+def load_small(
+    small_ptr, rank, col, r, length, stride_rank, stride_col, dtype: tl.constexpr,
+    R: tl.constexpr, RANK_STEP: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of a, or of b transposed, rounded to ``dtype``, with zeros beyond rank ``r`` and column ``length``.
+
+    ``rank`` and ``col`` are the indices, one as a column and the other as a row. RANK_STEP divides r: then a load of so
+    many ranks has one mask, and at R it has none.
+    """
+    mask = col < length
+    if RANK_STEP < R:
+        mask = mask & (rank < multiple(r, RANK_STEP))
+    value = tl.load(small_ptr + rank * stride_rank + col * stride_col, mask=mask, other=0.0)
+    if value.dtype != dtype:
+        value = round_to(value.to(tl.float32), dtype, EMULATE_BF16)
+    return value
+
+
+@triton.jit
 def project(
-    left_ptr, small_ptr, first_row, rows_left, first_tile, tiles, segment_tiles, length, stride_row,
+    left_ptr, small_ptr, first_row, rows_left, first_tile, tiles, segment_tiles, length, r, stride_row,
     stride_rank, stride_small, seed, threshold, calls_per_row,
-    BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, R: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """Return the rows ``first_row ...`` of ``left @ small.T`` as a float32 (BLOCK_M, R) tile, summed over ``tiles``
     tiles of BLOCK_L columns from ``first_tile`` on.
 
-    ``left`` is (M, length) and streamed once, ``small`` is (R, length); ``rows_left`` rows of the
+    ``left`` is (M, length) and streamed once, ``small`` is (r, length); ``rows_left`` rows of the
     tile exist. Every ``segment_tiles`` tiles are summed for themselves and added in order, as
     ``sum_partials`` adds the segments of several programs.
     """
@@ -155,11 +180,10 @@ def project(
         col = start + tl.arange(0, BLOCK_L)
         col_mask = col < length
         left = tl.load(left_rows + col[None, :], mask=row_mask & col_mask[None, :], other=0.0)
-        small = tl.load(
-            small_ptr + rank[None, :] * stride_rank + col[:, None] * stride_small,
-            mask=col_mask[:, None],
-            other=0.0,
-        )
+        small = load_small(
+            small_ptr, rank[None, :], col[:, None], r, length, stride_rank, stride_small, left.dtype, R,
+            RANK_STEP, EMULATE_BF16,
+        )  # fmt: skip
         if DROPOUT:
             keep = keep_mask(seed, threshold, first_row, start, calls_per_row, BLOCK_M, BLOCK_L)
             left = tl.where(keep, left, 0.0).to(left.dtype)

@@ -1,9 +1,10 @@
 """The Triton kernels of the forward, and what holds for those of the backward too.
 
-x, dy, a and b have their columns side by side. M tokens, K inputs, N outputs, R the rank r padded
-to a power of two. ``a`` is (R, K) and ``b`` is (N, R), in the dtype of x and with exact zeros in
-the padding, so no kernel masks the rank of an operand; z is (M, r), without padding. Row offsets
-are int64, offsets inside a tile int32 (launch.py makes sure that they fit). alpha_t and seed are
+x and dy have their columns side by side. M tokens, K inputs, N outputs, R the rank r padded to a
+power of two. ``a`` is (r, K) and ``b`` is (N, r), of any strides and floating dtype: where they are
+read they are rounded to the dtype of x and padded with zeros (``load_small``), or, above rank
+configs.UNPACKED_RANK, before all by ``pack_kernel``. z is (M, r), without padding. Row offsets are
+int64, offsets inside a tile int32 (launch.py makes sure that they fit). alpha_t and seed are
 read from the device, M is not specialised: neither a new alpha_t nor a new M compiles anything.
 Every sum has a fixed order: partial results go to their own place in float32 and are added by
 index, never atomically.
@@ -15,6 +16,8 @@ import triton.language as tl
 from afa_kernels.backend.triton.device_functions import (
     dot,
     load_alpha,
+    load_small,
+    multiple,
     phi,
     project,
     round_to,
@@ -43,7 +46,7 @@ def pack_kernel(
     stride_ar, stride_ak, stride_bn, stride_br,
     R: tl.constexpr, BLOCK: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Round a to (R, K) and b to (N, R), with zeros where the rank ends. Grid: blocks of a, then
+    """Round a to (R, K) and b to (N, R), with zeros beyond rank r. Grid: blocks of a, then
     blocks of b."""
     block = tl.program_id(0)
     if block < blocks_a:
@@ -73,17 +76,16 @@ def store_z(z_ptr, z, first_row, rows_left, r, BLOCK_M: tl.constexpr, R: tl.cons
 
 @triton.jit
 def store_y(
-    h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br, stride_base_m,
+    h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, r, stride_bn, stride_br, stride_base_m,
     stride_base_n, stride_ym, stride_yn, scaling,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE_BF16: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr,
+    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     row, rank, col = tl.arange(0, BLOCK_M), tl.arange(0, R), start + tl.arange(0, BLOCK_N)
-    b = tl.load(
-        b_ptr + col[None, :] * stride_bn + rank[:, None] * stride_br,
-        mask=(col < N)[None, :],
-        other=0.0,
-    )
+    b = load_small(
+        b_ptr, rank[:, None], col[None, :], r, N, stride_br, multiple(stride_bn, RANK_STEP), h.dtype, R, RANK_STEP,
+        EMULATE_BF16,
+    )  # fmt: skip
     y = scaling * dot(h, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, EMULATE_BF16)
     mask = (row < rows_left)[:, None] & (col < N)[None, :]
     if base_ptr is not None:
@@ -106,9 +108,8 @@ def xa_phi_hb_forward_kernel(
     x_ptr, a_ptr, b_ptr, base_ptr, y_ptr, z_ptr, alpha_ptr, seed_ptr, M, K, N, r,
     stride_xm, stride_ar, stride_ak, stride_bn, stride_br, stride_base_m, stride_base_n, stride_ym,
     stride_yn, scaling, inverse_keep, segment_tiles, threshold, calls_per_row,
-    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    EMULATE_BF16: tl.constexpr,
+    ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """F: ``y = base + scaling * phi(x a^T) b^T`` and ``z = x a^T`` in one pass over x. Grid: (M /
     BLOCK_M,).
@@ -120,8 +121,8 @@ def xa_phi_hb_forward_kernel(
     rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     z = project(
-        x_ptr, a_ptr, first_row, rows_left, 0, tl.cdiv(K, BLOCK_L), segment_tiles, K, stride_xm, stride_ar, stride_ak,
-        seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
+        x_ptr, a_ptr, first_row, rows_left, 0, tl.cdiv(K, BLOCK_L), segment_tiles, K, r, stride_xm, stride_ar,
+        stride_ak, seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, RANK_STEP, DROPOUT, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     # The backward recomputes h from the stored z, so it is rounded first: otherwise y and dB would
     # use two different h.
@@ -133,17 +134,17 @@ def xa_phi_hb_forward_kernel(
         h = round_to(phi(z.to(tl.float32), alpha_t, ACT), x_ptr.dtype.element_ty, EMULATE_BF16)
         for start in range(0, N, BLOCK_N):
             store_y(
-                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br,
+                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, r, stride_bn, stride_br,
                 stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
-                BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
+                BLOCK_M, BLOCK_N, R, RANK_STEP, PRECISION, EMULATE_BF16,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "segment_tiles", "threshold", "seed_ptr"])
 def project_partial_kernel(
-    left_ptr, small_ptr, partial_ptr, seed_ptr, M, length, segment_tiles,
+    left_ptr, small_ptr, partial_ptr, seed_ptr, M, length, r, segment_tiles,
     stride_row, stride_rank, stride_small, threshold, calls_per_row,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """F1, and D1 of few rows: one segment of the sum ``left small^T`` as a float32 partial (segments, M, R). Grid: (M /
@@ -155,8 +156,8 @@ def project_partial_kernel(
     tiles = tl.minimum(segment_tiles, tl.cdiv(length, BLOCK_L) - first)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     partial = project(
-        left_ptr, small_ptr, first_row, rows_left, first, tiles, segment_tiles, length, stride_row, stride_rank,
-        stride_small, seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
+        left_ptr, small_ptr, first_row, rows_left, first, tiles, segment_tiles, length, r, stride_row, stride_rank,
+        stride_small, seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, RANK_STEP, DROPOUT, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     target = partial_ptr + (segment.to(tl.int64) * M + first_row) * R + row[:, None] * R + rank[None, :]
@@ -167,7 +168,7 @@ def project_partial_kernel(
 def phi_hb_forward_kernel(
     partial_ptr, b_ptr, base_ptr, y_ptr, z_ptr, alpha_ptr, M, N, r, segments, tiles,
     stride_bn, stride_br, stride_base_m, stride_base_n, stride_ym, stride_yn, scaling, inverse_keep,
-    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """F2: z from its partials, stored by the first column of programs, then y.
@@ -188,7 +189,7 @@ def phi_hb_forward_kernel(
         first = column * tiles * BLOCK_N
         for start in range(first, tl.minimum(first + tiles * BLOCK_N, N), BLOCK_N):
             store_y(
-                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br,
+                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, r, stride_bn, stride_br,
                 stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
-                BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
+                BLOCK_M, BLOCK_N, R, RANK_STEP, PRECISION, EMULATE_BF16,
             )  # fmt: skip

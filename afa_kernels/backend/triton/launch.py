@@ -5,6 +5,7 @@ graph owns its own.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -143,17 +144,25 @@ class Context:
         self.act = spec.activation
         self.spec, self.alpha_t, self.seed = spec, alpha_t, seed if spec.dropout else None
         self.x = addressable(x)
-        self.a, self.b = a, b
+        self.a, self.b = (t if int32_offsets(t) else t.contiguous() for t in (a, b))
+        self.rank_step = self.own_rank_step()
         if self.packing_needed():
-            self.a, self.b = (t if int32_offsets(t) else t.contiguous() for t in (a, b))
             self.a, self.b = self._pack()
+            self.rank_step = self.padded
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
 
     def dots(self) -> dict[str, Any]:
         """The constants of every kernel with a product."""
-        return {"R": self.padded, "PRECISION": self.precision, "EMULATE_BF16": self.emulate}
+        return {
+            "R": self.padded, "RANK_STEP": self.rank_step, "PRECISION": self.precision, "EMULATE_BF16": self.emulate,
+        }  # fmt: skip
+
+    def own_rank_step(self) -> int:
+        """Return how many ranks of b, which lie side by side, the kernels may take together: a power of two, up to R,
+        that divides the rank and the distance of the rows of b."""
+        return math.gcd(self.padded, self.r, self.b.stride(-2))
 
     def mask(self) -> dict[str, Any]:
         """The arguments of a dropout mask."""
@@ -172,7 +181,7 @@ class Context:
     def small_operand(self, name: str) -> dict[str, Any]:
         """The arguments of a product that takes a, or b transposed, by the name of its operand."""
         t, rank, column = (self.a, -2, -1) if name == "a" else (self.b, -1, -2)
-        return {"small_ptr": t, "stride_rank": t.stride(rank), "stride_small": t.stride(column)}
+        return {"small_ptr": t, "r": self.r, "stride_rank": t.stride(rank), "stride_small": t.stride(column)}
 
     def row_groups(self) -> dict[str, Any]:
         """The arguments by which a program finds its rows."""
@@ -232,9 +241,9 @@ class Context:
         return segment_columns(length) // self.tiles.project.cols
 
     def packing_needed(self) -> bool:
-        """Whether the kernels cannot read a and b as they are."""
-        return self.r != self.padded or not all(
-            t.dtype == self.dtype and t.stride(-1) == 1 and int32_offsets(t) for t in (self.a, self.b)
+        """Whether the kernels are to read rounded copies of a and b."""
+        return self.padded > configs.UNPACKED_RANK and not (
+            self.rank_step == self.padded and all(t.dtype == self.dtype and t.stride(-1) == 1 for t in (self.a, self.b))
         )
 
     def packing(self) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def _x_pass(
     da = ctx.empty(split.partials, ctx.padded, ctx.k) if need_da else None
     arguments = {
         "dz_ptr": dz, "x_ptr": ctx.x, "dx_ptr": dx, "da_ptr": da, "K": ctx.k, "stride_xm": ctx.x.stride(0),
-        **ctx.row_groups(), **ctx.operand_a(), **ctx.mask(), **split.arguments,
+        "r": ctx.r, **ctx.row_groups(), **ctx.operand_a(), **ctx.mask(), **split.arguments,
     }  # fmt: skip
     constants = {"BLOCK_M": tile.rows, "BLOCK_L": tile.cols, "DROPOUT": ctx.spec.dropout > 0, **ctx.dots()}
     constants |= ctx.adding(adds_dx)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from afa_kernels.backend.triton.backward_kernels import dy_tile, load_slab, store_dz, sum_chunks, x_tile
-from afa_kernels.backend.triton.device_functions import project, round_to, sum_partials
+from afa_kernels.backend.triton.device_functions import multiple, project, round_to, sum_partials
 from afa_kernels.backend.triton.ragged_functions import (
     OF_GROUPS,
     OF_ROWS,
@@ -23,18 +23,19 @@ from afa_kernels.backend.triton.ragged_functions import (
 def ragged_dyb_dphi_backward_kernel(
     dy_ptr, b_ptr, z_ptr, dz_ptr, ends_ptr, ranks_ptr, alpha_ptr, scaling_ptr, M, G, N, r,
     stride_dym, stride_bg, stride_bn, stride_br, stride_alpha, stride_scaling, factor, threshold, segment_tiles,
-    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """D1. Grid: (tiles of rows,). Here and below: rows without a branch get no dz, and nothing reads it."""
-    group, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
-    if (rows_left <= 0) | (group < 0):
+    group, rank, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
+    if (rows_left <= 0) | (rank == 0):
         return
     alpha_t = own_alpha(alpha_ptr, group, stride_alpha, ACT)
     factor = own_factor(scaling_ptr, group, stride_scaling, factor, threshold)
     dh = project(
-        dy_ptr, own(b_ptr, group, stride_bg), first_row, rows_left, 0, tl.cdiv(N, BLOCK_L), segment_tiles, N,
-        stride_dym, stride_br, stride_bn, 0, 0, 0, BLOCK_M, BLOCK_L, R, False, PRECISION, EMULATE_BF16,
+        dy_ptr, own(b_ptr, group, stride_bg), first_row, rows_left, 0, tl.cdiv(N, BLOCK_L), segment_tiles, N, rank,
+        stride_dym, stride_br, stride_bn, 0, 0, 0,
+        BLOCK_M, BLOCK_L, R, RANK_STEP, False, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
 
@@ -46,8 +47,8 @@ def ragged_dphi_backward_kernel(
     ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """R, first job. Grid: (tiles of rows,)."""
-    group, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
-    if (rows_left <= 0) | (group < 0):
+    group, rank, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
+    if (rows_left <= 0) | (rank == 0):
         return
     dh = sum_partials(partial_ptr, first_row, rows_left, M, count, BLOCK_M, R)
     alpha_t = own_alpha(alpha_ptr, group, stride_alpha, ACT)
@@ -59,7 +60,7 @@ def ragged_dphi_backward_kernel(
 def ragged_dy_pass_backward_kernel(
     dy_ptr, b_ptr, z_ptr, dh_ptr, db_ptr, ends_ptr, ranks_ptr, alpha_ptr, M, G, N, r, parts, chunks, chunks_per_part,
     stride_dym, stride_bg, stride_bn, stride_br, stride_alpha,
-    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """D, with ``db^T`` as partials (G, parts, R, N). Grid: (N / BLOCK_L slabs, parts of groups).
@@ -73,8 +74,13 @@ def ragged_dy_pass_backward_kernel(
     if (first >= end) | (rank == 0):
         return
     alpha_t = own_alpha(alpha_ptr, group, stride_alpha, ACT)
-    own_b_ptr = own(b_ptr, group, stride_bg)
-    b = load_slab(own_b_ptr, slab, N, stride_br, stride_bn, R, BLOCK_L) if dh_ptr is not None else None
+    if dh_ptr is not None:
+        b = load_slab(
+            own(b_ptr, group, stride_bg), slab, rank, N, stride_br, multiple(stride_bn, RANK_STEP),
+            dy_ptr.dtype.element_ty, R, RANK_STEP, BLOCK_L, EMULATE_BF16,
+        )  # fmt: skip
+    else:
+        b = None
     db = tl.zeros((R, BLOCK_L), tl.float32)
     chunk = tl.zeros((R, BLOCK_L), tl.float32)
     left_in_chunk = tiles_per_chunk
@@ -105,7 +111,7 @@ def _store_partial(partial_ptr, sums, slab, length, R: tl.constexpr, BLOCK_L: tl
 def ragged_x_pass_backward_kernel(
     dz_ptr, a_ptr, x_ptr, dx_ptr, da_ptr, ends_ptr, ranks_ptr, seed_ptr, M, G, K, r, parts, chunks, chunks_per_part,
     stride_ag, stride_ar, stride_ak, stride_xm, threshold, calls_per_row,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     DROPOUT: tl.constexpr, ADDS_DX: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """X, with ``da`` as partials (G, parts, R, K), in parts as D has them. Grid: (K / BLOCK_L slabs, parts of groups
@@ -123,8 +129,13 @@ def ragged_x_pass_backward_kernel(
             _store_zeros(dx_ptr, first, end, slab, K, BLOCK_M, BLOCK_L)
         return
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    own_a_ptr = own(a_ptr, group, stride_ag)
-    a = load_slab(own_a_ptr, slab, K, stride_ar, stride_ak, R, BLOCK_L) if dx_ptr is not None else None
+    if dx_ptr is not None:
+        a = load_slab(
+            own(a_ptr, group, stride_ag), slab, rank, K, stride_ar, stride_ak, dz_ptr.dtype.element_ty,
+            R, RANK_STEP, BLOCK_L, EMULATE_BF16,
+        )  # fmt: skip
+    else:
+        a = None
     da = tl.zeros((R, BLOCK_L), tl.float32)
     chunk = tl.zeros((R, BLOCK_L), tl.float32)
     left_in_chunk = tiles_per_chunk

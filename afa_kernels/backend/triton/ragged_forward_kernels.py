@@ -1,5 +1,5 @@
 """The Triton kernels of the ragged forward: those of forward_kernels.py for rows sorted by group, where what holds for
-all of them stands. Here a is (G, R, K) and b (G, N, R), and each program finds its group (ragged_functions.py)."""
+all of them stands. Here a is (G, r, K) and b (G, N, r), and each program finds its group (ragged_functions.py)."""
 
 import triton
 import triton.language as tl
@@ -64,14 +64,14 @@ def ragged_xa_phi_hb_forward_kernel(
     x_ptr, a_ptr, b_ptr, base_ptr, y_ptr, z_ptr, ends_ptr, ranks_ptr, alpha_ptr, scaling_ptr, seed_ptr, M, G, K, N, r,
     stride_xm, stride_ag, stride_ar, stride_ak, stride_bg, stride_bn, stride_br, stride_base_m, stride_base_n,
     stride_ym, stride_yn, stride_alpha, stride_scaling, scaling, inverse_keep, segment_tiles, threshold, calls_per_row,
-    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """F. Grid: (tiles of rows,). Rows without a branch get the base, or zeros, and a z of zeros."""
-    group, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
+    group, rank, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
     if rows_left <= 0:
         return
-    if group < 0:
+    if rank == 0:
         if z_ptr is not None:
             store_z(z_ptr, tl.zeros((BLOCK_M, R), x_ptr.dtype.element_ty), first_row, rows_left, r, BLOCK_M, R)
         if y_ptr is not None:
@@ -82,8 +82,9 @@ def ragged_xa_phi_hb_forward_kernel(
         return
     seed = tl.load(seed_ptr) if DROPOUT else 0
     z = project(
-        x_ptr, own(a_ptr, group, stride_ag), first_row, rows_left, 0, tl.cdiv(K, BLOCK_L), segment_tiles, K, stride_xm,
-        stride_ar, stride_ak, seed, threshold, calls_per_row, BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
+        x_ptr, own(a_ptr, group, stride_ag), first_row, rows_left, 0, tl.cdiv(K, BLOCK_L), segment_tiles, K, rank,
+        stride_xm, stride_ar, stride_ak, seed, threshold, calls_per_row,
+        BLOCK_M, BLOCK_L, R, RANK_STEP, DROPOUT, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     z = round_to(z * inverse_keep, x_ptr.dtype.element_ty, EMULATE_BF16)
     if z_ptr is not None:
@@ -95,9 +96,9 @@ def ragged_xa_phi_hb_forward_kernel(
         b_ptr = own(b_ptr, group, stride_bg)
         for start in range(0, N, BLOCK_N):
             store_y(
-                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br,
+                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, rank, stride_bn, stride_br,
                 stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
-                BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
+                BLOCK_M, BLOCK_N, R, RANK_STEP, PRECISION, EMULATE_BF16,
             )  # fmt: skip
 
 
@@ -105,13 +106,13 @@ def ragged_xa_phi_hb_forward_kernel(
 def ragged_project_partial_kernel(
     left_ptr, small_ptr, partial_ptr, ends_ptr, ranks_ptr, seed_ptr, M, G, length, r, segment_tiles,
     stride_row, stride_group, stride_rank, stride_small, threshold, calls_per_row,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """F1, and D1 of few rows. Grid: (tiles of rows, segments). Rows without a branch get no partial, and nothing reads
     it."""
-    group, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
-    if (rows_left <= 0) | (group < 0):
+    group, rank, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
+    if (rows_left <= 0) | (rank == 0):
         return
     segment = tl.program_id(1)
     first = segment * segment_tiles
@@ -119,8 +120,8 @@ def ragged_project_partial_kernel(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     partial = project(
         left_ptr, own(small_ptr, group, stride_group), first_row, rows_left, first, tiles, segment_tiles, length,
-        stride_row, stride_rank, stride_small, seed, threshold, calls_per_row,
-        BLOCK_M, BLOCK_L, R, DROPOUT, PRECISION, EMULATE_BF16,
+        rank, stride_row, stride_rank, stride_small, seed, threshold, calls_per_row,
+        BLOCK_M, BLOCK_L, R, RANK_STEP, DROPOUT, PRECISION, EMULATE_BF16,
     )  # fmt: skip
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, R)
     target = partial_ptr + (segment.to(tl.int64) * M + first_row) * R + row[:, None] * R + column[None, :]
@@ -132,18 +133,18 @@ def ragged_phi_hb_forward_kernel(
     partial_ptr, b_ptr, base_ptr, y_ptr, z_ptr, ends_ptr, ranks_ptr, alpha_ptr, scaling_ptr, M, G, N, r, segments,
     tiles, stride_bg, stride_bn, stride_br, stride_base_m, stride_base_n, stride_ym, stride_yn, stride_alpha,
     stride_scaling, scaling, inverse_keep,
-    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """F2. Grid: (tiles of rows, columns of programs), ``tiles`` tiles of y in each."""
-    group, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
+    group, rank, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
     if rows_left <= 0:
         return
     column = tl.program_id(1)
     z_rows = tl.where(column == 0, rows_left, 0)
     first = column * tiles * BLOCK_N
     end = tl.minimum(first + tiles * BLOCK_N, N)
-    if group < 0:
+    if rank == 0:
         if z_ptr is not None:
             store_z(z_ptr, tl.zeros((BLOCK_M, R), DTYPE), first_row, z_rows, r, BLOCK_M, R)
         if y_ptr is not None:
@@ -163,7 +164,7 @@ def ragged_phi_hb_forward_kernel(
         b_ptr = own(b_ptr, group, stride_bg)
         for start in range(first, end, BLOCK_N):
             store_y(
-                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, stride_bn, stride_br,
+                h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, rank, stride_bn, stride_br,
                 stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
-                BLOCK_M, BLOCK_N, R, PRECISION, EMULATE_BF16,
+                BLOCK_M, BLOCK_N, R, RANK_STEP, PRECISION, EMULATE_BF16,
             )  # fmt: skip

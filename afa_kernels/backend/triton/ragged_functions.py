@@ -33,8 +33,8 @@ def rows_of(group, ends_ptr, ranks_ptr, M, G, r):
 
 @triton.jit
 def find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M: tl.constexpr):
-    """Return the tile of rows that this program takes: its group, or -1 for rows without a branch, its first row
-    (int64) and its rows.
+    """Return the tile of rows that this program takes: its group, the rank of that, which is 0 for rows without a
+    branch, its first row (int64) and its rows.
 
     The tiles of a group begin at its first row, as in a call with that group alone. Its first tile has the number
     ``first row // BLOCK_M + group``: then no two groups share a number, M // BLOCK_M + G + 1 programs are enough, and a
@@ -50,7 +50,7 @@ def find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M: tl.constexpr):
     number = tile - (first // BLOCK_M + group)
     first_row = first + number * BLOCK_M
     rows_left = tl.where(number >= 0, tl.minimum(end - first_row, BLOCK_M), 0)
-    return tl.where(rank > 0, group, -1), first_row.to(tl.int64), rows_left
+    return group, rank, first_row.to(tl.int64), rows_left
 
 
 @triton.jit

@@ -50,7 +50,10 @@ class RaggedContext(Context):
 
     def small_operand(self, name: str) -> dict[str, Any]:
         arguments = super().small_operand(name)
-        return arguments | {"stride_group": arguments["small_ptr"].stride(0), "r": self.r}
+        return arguments | {"stride_group": arguments["small_ptr"].stride(0)}
+
+    def own_rank_step(self) -> int:
+        return super().own_rank_step() if self.ranks is None else 1
 
     def row_groups(self) -> dict[str, Any]:
         return {"M": self.rows, "G": self.groups[0], "ends_ptr": self.ends, "ranks_ptr": self.ranks}
@@ -97,9 +100,6 @@ class RaggedContext(Context):
     def row_tiles(self, rows_per_tile: int) -> int:
         """The most numbers that tiles may have (ragged_functions.py)."""
         return self.rows // rows_per_tile + self.groups[0] + 1
-
-    def packing_needed(self) -> bool:
-        return self.ranks is not None or super().packing_needed()
 
     def packing(self) -> dict[str, Any]:
         return super().packing() | self.row_groups()
