@@ -74,11 +74,13 @@ loop:
     @%p30 bra loop;
 """
 SYNC = "bar.sync 0; fence.proxy.async.shared::cta;"
+FENCE = "wgmma.fence.sync.aligned;"
+END = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
 
 
-def product(kind, columns, operands, add="%p1", tail=(0, 0)):
+def product(kind, columns, operands, add="%p1", tail=(0, 0), into="%c"):
     depth = 8 if kind == "tf32" else 16
-    accumulators = "{" + ", ".join(f"%c{i}" for i in range(columns // 2)) + "}"
+    accumulators = "{" + ", ".join(f"{into}{i}" for i in range(columns // 2)) + "}"
     flags = "" if kind == "tf32" else "".join(f", {int(t)}" for t in tail)
     name = f"wgmma.mma_async.sync.aligned.m64n{columns}k{depth}.f32.{kind}.{kind}"
     return f"{name} {accumulators}, {operands}, {add}, 1, 1{flags};"
@@ -133,8 +135,7 @@ def test_products_of_matrices_in_shared_memory(kind, columns, width, mn):
     memory = np.concatenate([image(a, place_a[0]), image(b, place_b[0])])
     body = (
         SYNC + descriptor("%r100", *place_a[1:], width, "%rd90") + descriptor("%r101", *place_b[1:], width, "%rd91")
-        + "setp.lt.u32 %p1, %r0, 1000; wgmma.fence.sync.aligned;" + product(kind, columns, "%rd90, %rd91", tail=mn)
-        + "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
+        + "setp.lt.u32 %p1, %r0, 1000;" + FENCE + product(kind, columns, "%rd90, %rd91", tail=mn) + END
     )  # fmt: skip
     before, result = matrix(c, columns), c.copy()
     counters = run(kind, columns, body, memory, result)
@@ -159,10 +160,9 @@ def test_products_with_a_fragment_in_registers(kind, columns):
         fragments = torch.stack([a[row, first], a[row, first + 1]], -1).view(torch.int32).numpy()[..., 0]
     load = "mad.wide.u32 %rd61, %r0, 16, %rd2; ld.global.v4.b32 {%a0, %a1, %a2, %a3}, [%rd61];"
     body = (
-        SYNC + load + descriptor("%r101", leading, stride, 32, "%rd91") + "wgmma.fence.sync.aligned;"
-        + product(kind, columns, "{%a0, %a1, %a2, %a3}, %rd91", add="0", tail=(0,))
-        + product(kind, columns, "{%a0, %a1, %a2, %a3}, %rd91", add="1", tail=(0,))
-        + "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
+        SYNC + load + descriptor("%r101", leading, stride, 32, "%rd91")
+        + FENCE + product(kind, columns, "{%a0, %a1, %a2, %a3}, %rd91", add="0", tail=(0,))
+        + FENCE + product(kind, columns, "{%a0, %a1, %a2, %a3}, %rd91", add="1", tail=(0,)) + END
     )  # fmt: skip
     memory = np.concatenate([np.zeros(HALF, np.uint8), image(b, address)])
     result = np.full((128, columns // 2), np.nan, dtype=np.float32)
@@ -176,11 +176,26 @@ def test_products_with_a_fragment_in_registers(kind, columns):
 DESCRIPTORS = descriptor("%r100", 128, 256, 16, "%rd90") + descriptor("%r101", 128, 256, 16, "%rd91")
 ISSUE = product("bf16", 16, "%rd90, %rd91", add="1")
 SOUND = dict(
-    sync="bar.sync 0;", proxy="fence.proxy.async.shared::cta;", fence="wgmma.fence.sync.aligned;", issue=ISSUE,
+    sync="bar.sync 0;", proxy="fence.proxy.async.shared::cta;", fence=FENCE, issue=ISSUE,
     commit="wgmma.commit_group.sync.aligned;", between="", wait="wgmma.wait_group.sync.aligned 0;", after="",
 )  # fmt: skip
 IN_REGISTERS = product("bf16", 16, "{%r0, %r0, %r0, %r0}, %rd91", add="1", tail=(0,))
+FEWER_COLUMNS, LESS_DEPTH = (product(kind, n, "%rd90, %rd91", add="1") for kind, n in (("bf16", 8), ("tf32", 16)))
+UNTOUCHED = product("bf16", 16, "%rd90, %rd91", add="0", into="%f")  # its accumulators are
+OF_THE_RESULT = product("bf16", 16, "{%c0, %c1, %c2, %c3}, %rd91", add="0", tail=(0,), into="%f")
+READ = "mov.f32 %f0, %c1;"
 REWRITE = "shl.b32 %r110, %r0, 4; add.u32 %r110, %r110, %r100; mov.b32 %r111, 0; st.shared.b32 [%r110], %r111;"
+ALSO_SOUND = {
+    "plain": {},
+    "fenced by the writers": dict(sync="fence.proxy.async.shared::cta; bar.sync 0;", proxy=""),
+    "a chain of one shape": dict(issue=ISSUE + ISSUE),
+    "a chain that goes on behind the wait": dict(after=ISSUE + END),
+    "a result is read, and a fence follows": dict(after=READ + FENCE + ISSUE + END),
+    "another shape, then a fragment": dict(after=FENCE + FEWER_COLUMNS + END + FENCE + OF_THE_RESULT + END),
+    "one fragment twice": dict(issue=IN_REGISTERS + FENCE + IN_REGISTERS),
+    "two waits": dict(wait="wgmma.wait_group.sync.aligned 1;", after="wgmma.wait_group.sync.aligned 0;"),
+    "overwritten after a barrier": dict(after="bar.sync 0; setp.eq.u32 %p5, %r0, 0; @%p5 st.shared.b32 [%r100], %r0;"),
+}
 BROKEN = {
     "a barrier is missing": (dict(sync=""), "without a barrier between|nothing has written"),
     "the proxy fence is missing": (dict(proxy=""), "without fence.proxy.async between"),
@@ -188,7 +203,32 @@ BROKEN = {
         dict(sync="fence.proxy.async.shared::cta;" + REWRITE + "bar.sync 0;", proxy=""),
         "without fence.proxy.async between",
     ),
-    "the register fence is missing": (dict(fence=""), "has been written since the last wgmma.fence"),
+    "the register fence is missing": (dict(fence=""), "no wgmma.fence comes before the first"),
+    "the fence before untouched registers is missing": (
+        dict(fence="", issue=UNTOUCHED), "no wgmma.fence comes before the first",
+    ),
+    "an accumulator is written behind the fence": (
+        dict(fence=FENCE + "mov.f32 %c1, 0f00000000;"), "accumulator %c1 has been accessed since",
+    ),
+    "an accumulator is read behind the fence": (dict(fence=FENCE + READ), "accumulator %c1 has been accessed since"),
+    "a result is read and no fence follows": (
+        dict(after=READ + ISSUE + END), "accumulator %c1 has been accessed since",
+    ),
+    "a result is read and a product that does not read it follows": (
+        dict(after=READ + ISSUE.replace("1, 1, 1", "0, 1, 1") + END), "accumulator %c1 has been accessed since",
+    ),
+    "a product of fewer columns follows": (dict(after=FEWER_COLUMNS + END), "accumulator %c0 has been accessed since"),
+    "a product of less depth follows": (dict(after=LESS_DEPTH + END), "accumulator %c0 has been accessed since"),
+    "a fragment is read behind the fence": (
+        dict(issue=IN_REGISTERS, fence=FENCE + "mov.u32 %r110, %r0;"), "fragment register %r0 has been accessed since",
+    ),
+    "two products read one fragment": (
+        dict(issue=IN_REGISTERS + IN_REGISTERS), "fragment register %r0 has been accessed since",
+    ),
+    "a result becomes a fragment": (dict(after=OF_THE_RESULT + END), "fragment register %c0 has been accessed since"),
+    "a fragment in flight becomes an accumulator": (
+        dict(after=FENCE + OF_THE_RESULT + ISSUE + END), "accumulator %c0 is in use by another wgmma",
+    ),
     "an accumulator is read before the wait": (dict(between="add.f32 %f0, %c0, %c0;"), "a wgmma that has not been"),
     "an accumulator is written before the wait": (dict(between="mov.f32 %c0, %c0;"), "a wgmma that has not been"),
     "a fragment is written before the wait": (
@@ -203,11 +243,11 @@ BROKEN = {
     ),
     "it returns without the wait": (dict(wait="", after="ret;"), "returns with a wgmma"),
     "one warp stays out": (
-        dict(fence="wgmma.fence.sync.aligned; setp.gt.u32 %p5, %r0, 95; @%p5 bra out;", after="out:"),
+        dict(fence=FENCE + "setp.gt.u32 %p5, %r0, 95; @%p5 bra out;", after="out:"),
         "different wgmma instructions",
     ),
     "the lanes do not agree": (
-        dict(issue=product("bf16", 16, "%rd90, %rd91"), fence="setp.gt.u32 %p1, %r0, 9; wgmma.fence.sync.aligned;"),
+        dict(issue=product("bf16", 16, "%rd90, %rd91"), fence="setp.gt.u32 %p1, %r0, 9;" + FENCE),
         "do not agree",
     ),
     "an operand is negated": (dict(issue=ISSUE.replace("1, 1, 0, 0;", "-1, 1, 0, 0;")), "negated operand"),
@@ -219,7 +259,7 @@ def asynchronous(changes):
     body = "".join(parts[p] for p in ("sync", "proxy"))
     body += DESCRIPTORS + "".join(parts[p] for p in ("fence", "issue", "commit", "between", "wait", "after"))
     return kernel(FILL + with_accumulators(16, body), parameters=2, shared=2 * HALF, threads=128,
-                  registers=".reg .f32 %c<8>; .reg .f32 %f<2>;")  # fmt: skip
+                  registers=".reg .f32 %c<8>; .reg .f32 %f<8>;")  # fmt: skip
 
 
 def run_asynchronous(text, **options):
@@ -229,19 +269,9 @@ def run_asynchronous(text, **options):
     return counters
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        dict(sync="fence.proxy.async.shared::cta; bar.sync 0;", proxy=""),  # by the writers
-        dict(issue=ISSUE + ISSUE),  # a chain of one shape needs no fence
-        dict(wait="wgmma.wait_group.sync.aligned 1;", after="wgmma.wait_group.sync.aligned 0;"),
-        dict(after="bar.sync 0; setp.eq.u32 %p5, %r0, 0; @%p5 st.shared.b32 [%r100], %r0;"),
-    ],
-    ids=["plain", "fenced by the writers", "chain", "two waits", "overwritten after a barrier"],
-)
-def test_sound_asynchronous_products(changes):
-    run_asynchronous(asynchronous(changes))
+@pytest.mark.parametrize("name", ALSO_SOUND)
+def test_sound_asynchronous_products(name):
+    run_asynchronous(asynchronous(ALSO_SOUND[name]))
 
 
 @pytest.mark.parametrize("fault", BROKEN)
@@ -254,7 +284,6 @@ def test_broken_asynchronous_products(fault):
 COMMIT, NEXT = (f"\nwgmma.commit_group.sync.aligned; // {name}\n" for name in ("commit", "next"))
 WAIT_GROUP = "\nwgmma.wait_group.sync.aligned {}; // {}\n"
 WAIT, WAIT_BUT_ONE, AGAIN = (WAIT_GROUP.format(*of) for of in ((0, "wait"), (1, "wait"), (0, "again")))
-FENCE = "wgmma.fence.sync.aligned;"
 
 
 @pytest.mark.parametrize(
@@ -270,6 +299,12 @@ FENCE = "wgmma.fence.sync.aligned;"
         (dict(after="bar.sync 0; ld.shared.b32 %r110, [%r100];" + AGAIN), ["commit"], []),  # the product reads it too
         (dict(after=FENCE + ISSUE + NEXT + AGAIN), ["next", "again"], ["again"]),  # the chain goes on
         (dict(after=FENCE + IN_REGISTERS + NEXT + AGAIN), ["next", "again"], ["again"]),
+        (dict(after=FENCE + FEWER_COLUMNS + NEXT + AGAIN), ["commit", "wait", "next", "again"], ["wait", "again"]),
+        (
+            dict(issue=OF_THE_RESULT, after=FENCE + ISSUE + NEXT + AGAIN),
+            ["commit", "wait", "next", "again"],
+            ["wait", "again"],
+        ),
         (dict(issue=IN_REGISTERS, after="mov.u32 %r0, %r0;" + AGAIN), ["commit", "wait"], ["wait"]),
         (dict(issue=IN_REGISTERS, after="mov.u32 %r110, %r0;" + AGAIN), ["commit"], []),
         (
@@ -290,7 +325,7 @@ def test_the_synchronizations_of_products_that_are_needed(changes, needed, exact
     changes = [(mark in needed, mark, lambda line: "") for mark in re.findall(r"// (\w+)", text)]
     changes += [(mark in exact, mark, one_less) for mark in re.findall(r"wait_group.*// (\w+)", text)]
     for is_fault, mark, change in changes:
-        told = pytest.raises(_ptx.ExecutionError, match="that has not been waited for")
+        told = pytest.raises(_ptx.ExecutionError, match="that has not been waited for|another wgmma in flight")
         with told if is_fault else contextlib.nullcontext():
             run_asynchronous(changed(text, mark, change))
 
@@ -308,20 +343,28 @@ def check_needed_fences(fence: str, parts: dict, needed: list[str], message: str
 
 
 @pytest.mark.parametrize(
-    "between, needed",
+    "between, issue, needed",
     [
-        ("", []),  # either would do
-        ("mov.f32 %c0, 0f3F800000;", ["second"]),
-        ("ld.global.f32 %c0, [%rd60];", ["second"]),
-        (
-            ISSUE.replace("{", "{{").replace("}", "}}") + "wgmma.commit_group.sync.aligned;",
-            ["first"],
-        ),  # a chain goes on
+        ("", ISSUE, []),  # either would do
+        ("", UNTOUCHED, []),
+        ("mov.f32 %c0, 0f3F800000;", ISSUE, ["second"]),
+        ("mov.f32 %c0, 0f3F800000;", UNTOUCHED, []),
+        (READ, ISSUE, ["second"]),
+        ("mov.u32 %r110, %r0;", ISSUE, []),
+        ("mov.u32 %r110, %r0;", IN_REGISTERS, ["second"]),
+        ("ld.global.f32 %c0, [%rd60];", ISSUE, ["second"]),
+        (ISSUE + "wgmma.commit_group.sync.aligned;", ISSUE, ["first"]),  # a chain goes on
+        (ISSUE + END, ISSUE, ["first"]),
+        (ISSUE + END + READ, ISSUE, ["first", "second"]),
+        (ISSUE + END, FEWER_COLUMNS, ["first", "second"]),
+        (ISSUE + END, OF_THE_RESULT, ["first", "second"]),
+        (UNTOUCHED + END, ISSUE, ["first"]),
     ],
 )
-def test_the_fences_of_registers_that_are_needed(between, needed):
-    parts = dict(fence="{first}" + between + "{second}")
-    check_needed_fences("wgmma.fence.sync.aligned;", parts, needed, "written since the last wgmma.fence")
+def test_the_fences_of_registers_that_are_needed(between, issue, needed):
+    between, issue = (code.replace("{", "{{").replace("}", "}}") for code in (between, issue))
+    parts = dict(fence="{first}" + between + "{second}", issue=issue)
+    check_needed_fences(FENCE, parts, needed, "accessed since the last wgmma.fence|no wgmma.fence comes before")
 
 
 @pytest.mark.parametrize(

@@ -43,15 +43,17 @@ inline void execute(Warp& warp, const Instruction& i, uint32_t lanes) {
     warp.active = lanes;
     if (!warp.result_of.empty())
         note_products(warp, i);
-    for (uint32_t k = 0; k < i.read_count; ++k)
-        if ((lanes & ~warp.state[i.reads[k]].defined) && !joined_with_nothing(warp, i, k, lanes))
+    for (uint32_t k = 0; k < i.read_count; ++k) {
+        RegisterState& state = warp.state[i.reads[k]];
+        if ((lanes & ~state.defined) && !joined_with_nothing(warp, i, k, lanes))
             undefined(warp, i.reads[k], lanes);
+        state.accessed_at = warp.executed;
+    }
     for (uint32_t k = 0; k < i.write_count; ++k) {
         if (warp.pinned[i.writes[k]])
             throw Fault{-1, "writes " + warp.kernel->register_names[i.writes[k]] +
                                 ", which a wgmma that has not been waited for uses"};
-        RegisterState& state = warp.state[i.writes[k]];
-        state.written_at = warp.executed;
+        warp.state[i.writes[k]].accessed_at = warp.executed;
     }
     i.execute(warp, i);
     for (uint32_t k = 0; k < i.write_count; ++k)

@@ -89,9 +89,9 @@ struct Counters {
     // PTX lines of the synchronizations that this launch could not do without, where it was asked
     // for: barriers that alone stand between two accesses of one place, waits and commits without
     // which a copy or a product would be in flight when its place is accessed, fences that alone
-    // stand between the write of an operand and a wgmma of it, and atomics, fences and barriers
-    // that alone order accesses of two CTAs. Without any one of the others, the accesses would
-    // still be in order.
+    // stand between a wgmma and what came before it: the write of an operand in shared memory, or
+    // an access of its registers; and atomics, fences and barriers that alone order accesses of two
+    // CTAs. Without any one of the others, the accesses would still be in order.
     std::set<uint32_t> effective;
     std::set<uint32_t> exact_waits;  // the same, of waits that could not wait for one group less
 };

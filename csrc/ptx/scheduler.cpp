@@ -215,7 +215,7 @@ class Runner {
         warp.state = std::move(state);
         warp.values = reinterpret_cast<uint32_t*>(warp.storage.data());
         warp.pinned.assign(count, 0);
-        warp.pinned_columns.assign(count, 0);
+        warp.product_access.assign(count, {0, 0});
         warp.result_of.assign(launch_.explain ? count : 0, 0);
         warp.fragment_of.assign(launch_.explain ? count : 0, 0);
         const uint32_t first = static_cast<uint32_t>(index) * kLanes;

@@ -23,8 +23,14 @@ struct Fault {
 };
 
 struct RegisterState {
-    uint32_t defined;     // lanes that have written it
-    uint32_t written_at;  // the warp's instruction count then
+    uint32_t defined;      // lanes that have written it
+    uint32_t accessed_at;  // the warp's instruction count when it was last read or written
+};
+
+// When a wgmma last accessed a register.
+struct ProductAccess {
+    uint32_t at;
+    uint32_t shape;  // whose accumulator it was; 0: it was a fragment of A
 };
 
 // Lanes that are at the same instruction.
@@ -71,9 +77,9 @@ struct Warp {
     std::vector<LaneBlock> storage;
     uint32_t* values = nullptr;  // the same as words
     std::vector<RegisterState> state;
-    std::vector<uint16_t> pinned;          // by register: number of wgmma in flight that use it,
-    std::vector<uint16_t> pinned_columns;  // and the columns of their shape
-    uint32_t live = 0;                     // lanes that have not returned
+    std::vector<uint16_t> pinned;  // by register: number of wgmma in flight that use it
+    std::vector<ProductAccess> product_access;
+    uint32_t live = 0;      // lanes that have not returned
     uint32_t in_order = 0;  // lanes that know the kernels before this one to have ended
     uint32_t active = 0;    // lanes that execute the current instruction
     std::vector<Group> groups;

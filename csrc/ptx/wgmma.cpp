@@ -82,38 +82,50 @@ void read_matrix(Warp& warp, const Descriptor& d, bool transposed, uint32_t firs
     }
 }
 
+// The PTX ISA demands a wgmma.fence before the first wgmma, and between a wgmma and what accessed
+// its registers before, even if that was a read, or another wgmma that reads the same fragment.
+// Only accumulators that go from one wgmma to the next of its shape need none.
 void require_fence(Warp& warp, uint32_t number, const char* what) {
     const LastFence& fence = warp.register_fence;
-    const uint32_t written_at = warp.state[number].written_at;
-    if (warp.cta->launch->explain && written_at > fence.without(fence.line))
+    const uint32_t accessed_at = warp.state[number].accessed_at;
+    if (fence.at == 0)
+        throw Fault{-1, "no wgmma.fence comes before the first wgmma"};
+    if (warp.cta->launch->explain && accessed_at >= fence.without(fence.line))
         warp.cta->needs.add(fence.line);
-    if (written_at > fence.at)
+    if (accessed_at >= fence.at)
         throw Fault{-1, std::string(what) + " " + warp.kernel->register_names[number] +
-                            " has been written since the last wgmma.fence"};
+                            " has been accessed since the last wgmma.fence"};
 }
 
-void take_accumulators(Warp& warp, const uint32_t* op, int count, bool read, GroupReads& reads) {
-    for (int k = 0; k < count; ++k) {
+void note_access(Warp& warp, uint32_t number, uint32_t shape) {
+    warp.product_access[number] = {warp.executed, shape};
+    warp.state[number].accessed_at = warp.executed;
+}
+
+template <int kColumns, int kK>
+void take_accumulators(Warp& warp, const uint32_t* op, bool read, GroupReads& reads) {
+    constexpr uint32_t kShape = kColumns << 8 | kK;
+    for (int k = 0; k < kColumns / 2; ++k) {
         const uint32_t number = op[2 * k + 1];
         RegisterState& state = warp.state[number];
+        const ProductAccess& last = warp.product_access[number];
         // A chain of products of one shape goes on whether the last one has ended or not.
-        if (!warp.result_of.empty() && warp.pinned_columns[number] != count * 2)
-            warp.cta->needs.touch(warp.result_of[number]);
-        if (warp.pinned[number]) {
-            // In flight already: a chain of products of one shape needs no fence between.
-            if (warp.pinned_columns[number] != count * 2)
-                throw Fault{-1, "accumulator " + warp.kernel->register_names[number] +
-                                    " is in use by another wgmma in flight"};
-        } else if (read && state.defined != kAllLanes) {
-            throw Fault{__builtin_ctz(~state.defined), "reads " +
-                                                           warp.kernel->register_names[number] +
-                                                           ", which nothing has written"};
-        } else {
+        if (last.shape != kShape || last.at != state.accessed_at) {
+            const std::string& name = warp.kernel->register_names[number];
+            if (warp.pinned[number])
+                throw Fault{-1, "accumulator " + name + " is in use by another wgmma in flight"};
+            if (read && state.defined != kAllLanes)
+                throw Fault{__builtin_ctz(~state.defined),
+                            "reads " + name + ", which nothing has written"};
             require_fence(warp, number, "accumulator");
+            if (!warp.result_of.empty()) {
+                warp.cta->needs.touch(warp.result_of[number]);
+                warp.cta->needs.touch(warp.fragment_of[number]);
+            }
         }
         state.defined = 0;
         ++warp.pinned[number];
-        warp.pinned_columns[number] = static_cast<uint16_t>(count * 2);
+        note_access(warp, number, kShape);
         reads.accumulators.push_back(number);
     }
 }
@@ -146,8 +158,10 @@ void multiply_add(Warp& warp, const Instruction& i) {
             if (warp.state[number].defined != kAllLanes)
                 throw Fault{-1, "reads " + warp.kernel->register_names[number] +
                                     ", which nothing has written or a wgmma in flight will write"};
-            require_fence(warp, number, "fragment register");
+            if (warp.product_access[number].at != warp.executed)  // not by this one already
+                require_fence(warp, number, "fragment register");
             ++warp.pinned[number];
+            note_access(warp, number, 0);
             reads.fragments.push_back(number);
         }
         read_fragment_a<kElement>(warp, places, fragment);
@@ -161,7 +175,7 @@ void multiply_add(Warp& warp, const Instruction& i) {
     read_matrix<kElement>(warp, Descriptor(warp.in<uint64_t>(rest[0])[0]), transposed_b, 0,
                           kColumns, reads,
                           [&](uint32_t row, uint32_t k, float value) { b[k][row] = value; });
-    take_accumulators(warp, c, kCount, add != 0, reads);
+    take_accumulators<kColumns, kK>(warp, c, add != 0, reads);
     float sum[16][kColumns] = {};
     for (int k = 0; k < kCount && add; ++k) {
         const float* from = warp.in<float>(c[2 * k]);

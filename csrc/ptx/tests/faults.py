@@ -4,10 +4,10 @@ Some changes change nothing, and are no faults. Four rules leave them out:
 
 - A synchronization is only touched where a run of the unchanged kernels could not do without it: the machine lists
   barriers that alone stand between two accesses of one place, waits and commits without which a copy or a product would
-  be in flight when its place is accessed, fences that alone stand between the write of an operand and its product, and
-  what alone orders the accesses of two blocks; and of the waits those that one group more in flight would undo
-  (``effective`` and ``exact_waits`` in csrc/ptx/machine.h). A commit is none of them if its group and the next one end
-  at one wait, nor is a wait if another one does the same before the access.
+  be in flight when its place is accessed, fences that alone stand between a product and the write of its operand or an
+  access of its registers, and what alone orders the accesses of two blocks; and of the waits those that one group more
+  in flight would undo (``effective`` and ``exact_waits`` in csrc/ptx/machine.h). A commit is none of them if its group
+  and the next one end at one wait, nor is a wait if another one does the same before the access.
 - Any other change is tried with a probe in front of the line, which reports if the line is executed and its operands
   are such that the change makes a difference: a predicate that is false somewhere, a copy that is shorter than the
   whole, a value that is not representable.
