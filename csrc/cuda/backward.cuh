@@ -13,9 +13,9 @@
 // launches (rounds): each adds to the partial results of the one before it.
 #pragma once
 
+#include "cuda/db.cuh"
 #include "cuda/dz.cuh"
 #include "cuda/forward.cuh"
-#include "cuda/slab_sums.cuh"
 
 namespace afa {
 
@@ -169,65 +169,6 @@ project_dy_kernel(const ProjectDyParams p) {
         return store_partial<R>(dh, p.project, row0, block_y());
     block_sync();  // the ring has been read by all: dh takes its place
     finish_dh<T, R>(reinterpret_cast<float*>(ring), dh, p.rows, row0);
-}
-
-// dB = dy^T h with h read from memory: one slab of kColumns columns of dy and one chunk of rows.
-// store(db, column) takes the sums of a warp, whose first column of dy that is.
-template <typename T, int R, typename Store>
-AFA_DEVICE void db_pass(const OuterPass& p, SharedMemory& shared, int slab, int chunk,
-                        const Store& store) {
-    using Tile = OuterTile<R>;
-    constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
-    const int ahead = p.stages - 1;
-    T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
-    T* narrow_ring = shared.take<T>(p.stages * Tile::kNarrow);
-    const int col0 = slab * Tile::kColumns;
-    const int64_t row_begin = chunk * p.rows_per_chunk;
-    const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
-    const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
-
-    const auto load = [&](int t, int slot) {
-        if (t < tiles) {
-            const int64_t row0 = row_begin + t * Tile::kRows;
-            load_tile<Tile::kRows, Tile::kColumns, Tile::kThreads>(
-                wide_ring + slot * Tile::kWide, static_cast<const T*>(p.wide), p.wide_stride, row0,
-                row_end, col0, p.w);
-            load_tile<Tile::kRows, R, Tile::kThreads>(narrow_ring + slot * Tile::kNarrow,
-                                                      static_cast<const T*>(p.narrow), R, row0,
-                                                      row_end, 0, R);
-        }
-        copy_commit();
-    };
-    for (int s = 0; s < ahead; ++s)
-        load(s, s);
-    float db[Tile::kSlice / 16][R / 8][4];
-    zero(db);
-    int slot = 0;
-    AFA_ROLLED
-    for (int t = 0; t < tiles; ++t) {
-        wait_oldest(p.stages);
-        block_sync();
-        load(t + ahead, slot == 0 ? ahead : slot - 1);
-        add_outer<T, Tile::kRows, Tile::kSlice, R, kWidePitch, kNarrowPitch>(
-            db, wide_ring + slot * Tile::kWide + warp_index() * Tile::kSlice,
-            narrow_ring + slot * Tile::kNarrow);
-        slot = slot == ahead ? 0 : slot + 1;
-    }
-    copy_wait<0>();
-    store(db, col0 + warp_index() * Tile::kSlice);
-}
-
-// dB by one of the blocks of the x kernel that are there for it.
-template <typename T, int R>
-AFA_DEVICE void db_block(const DbParams& p, SharedMemory& shared) {
-    const int block = block_y() * p.columns + block_x() - p.first_column;
-    const int slab = block % p.slabs, chunk = block / p.slabs;
-    if (chunk >= p.chunks)
-        return;
-    db_pass<T, R>(p, shared, slab, chunk, [&](auto& db, int col) {
-        store_db<T, R, OuterTile<R>::kSlice>(p.result, p.scaling, p.r, p.sums, p.partial, p.adds,
-                                             db, slab, chunk, col, p.w, OuterTile<R>::kThreads);
-    });
 }
 
 // dx = dz A for the columns of this warp, kRows rows: into `slice` of a tile in shared memory, then

@@ -64,11 +64,10 @@ MUTANTS = (
     ),
     Mutant(
         "barrier removed",
-        "db kernel",
-        "backward.cuh",
+        "dB",
+        "db.cuh",
         "wait_oldest(p.stages); block_sync();",
         "wait_oldest(p.stages);",
-        1,
     ),
     Mutant(
         "barrier removed",
@@ -76,7 +75,7 @@ MUTANTS = (
         "backward.cuh",
         "wait_oldest(p.stages); block_sync();",
         "wait_oldest(p.stages);",
-        2,
+        1,
     ),
     Mutant(
         "barrier removed",
@@ -119,7 +118,7 @@ MUTANTS = (
     Mutant("wait too short", "ring of five", "tile.cuh", "copy_wait<3>();", "copy_wait<4>();"),
     Mutant("wait too short", "ring of three", "tile.cuh", "copy_wait<1>();", "copy_wait<2>();"),
     Mutant("commit removed", "project", "forward.cuh", "copy_commit();", "", 0),
-    Mutant("commit removed", "x kernel", "backward.cuh", "copy_commit();", "", 2),
+    Mutant("commit removed", "x kernel", "backward.cuh", "copy_commit();", "", 1),
     Mutant(
         "slot overwritten while read",
         "project",
@@ -294,11 +293,11 @@ MUTANTS = (
     Mutant(
         "blocks write the same place",
         "dB: chunks that there are not",
-        "backward.cuh",
+        "db.cuh",
         "if (chunk >= p.chunks) return;",
         "",
     ),
-    Mutant("block mistaken", "dB: its column of the grid", "backward.cuh", "block_x() - p.first_column;", "block_x();"),
+    Mutant("block mistaken", "dB: its column of the grid", "db.cuh", "block_x() - p.first_column;", "block_x();"),
     Mutant("edge mask removed", "rows of dz and h", "dz.cuh", "if (first_row + row < job.m)", ""),
     Mutant(
         "fragment swapped", "project_dy: rows of dh", "dz.cuh", "own + 8 * kPitch + j * 8,", "own + 4 * kPitch + j * 8,"
