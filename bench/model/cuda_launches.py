@@ -161,93 +161,133 @@ def planner():
 
 def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tuple[list[Kernel], list[Kernel]]:
     """Return the kernels of the forward and of the backward, in order."""
-    limits = (gpu.multiprocessors, gpu.shared_per_block, gpu.shared_per_multiprocessor)
-    planned = {row["kernel"]: row for row in planner().launch_plan(tuple(layer), *limits, float_weights)}
-    m, k, members = layer.m, layer.k, layer.members
-    rank = layer.rank
-    weight = FLOAT if float_weights else HALF
-    ranks, n = sum(r for _, r in members), sum(n for n, _ in members)
-    x, y, z, dz = (HALF * m * columns for columns in (k, n, ranks, rank))
-    a, b = weight * k * ranks, weight * sum(n * r for n, r in members)
+    call = _Call(layer, gpu, float_weights)
+    return in_a_row(_forward(call)), in_a_row(_backward(call))
 
-    def made(name: str, hbm: int, l2: int, waits: int = 1) -> Kernel:
-        row = planned[name]
+
+class _Call:
+    """What is planned for a layer, and the bytes of its operands: of each member together."""
+
+    def __init__(self, layer: Layer, gpu: Gpu, float_weights: bool):
+        limits = (gpu.multiprocessors, gpu.shared_per_block, gpu.shared_per_multiprocessor)
+        rows = planner().launch_plan(tuple(layer), *limits, float_weights)
+        self.layer, self.gpu = layer, gpu
+        self.planned = {row["kernel"]: row for row in rows}
+        self.ranks, self.n = (sum(sizes) for sizes in ((r for _, r in layer.members), (n for n, _ in layer.members)))
+        self.x, self.y, self.z, self.dz = (
+            HALF * layer.m * columns for columns in (layer.k, self.n, self.ranks, layer.rank)
+        )
+        weight = FLOAT if float_weights else HALF
+        self.a, self.b = weight * layer.k * self.ranks, weight * sum(n * r for n, r in layer.members)
+
+    def made(self, name: str, hbm: int, l2: int, waits: int = 1) -> Kernel:
+        row = self.planned[name]
         blocks = row["grid"][0] * row["grid"][1]
-        resident = min(row["blocks_per_sm"], math.ceil(blocks / gpu.multiprocessors))
+        resident = min(row["blocks_per_sm"], math.ceil(blocks / self.gpu.multiprocessors))
         under_way = resident * row["stage_bytes"] * (row["stages"] - 1)
         return Kernel(
             name, row["grid"], row["launches"], row["stages"], row["blocks_per_sm"], row["waves"], hbm, l2, under_way,
             waits, busy=row["busy"],
         )  # fmt: skip
 
-    def reduce(l2: int, sums: int, launches: int = 1) -> Kernel:
-        return Kernel("reduce", (0, 0), launches, 0, 0, 0.0, 0, l2, 0, math.ceil(sums / SUMS_AT_ONCE))
 
-    forward, backward = [], []
+def _reduce(l2: int, sums: int, launches: int = 1) -> Kernel:
+    return Kernel("reduce", (0, 0), launches, 0, 0, 0.0, 0, l2, 0, math.ceil(sums / SUMS_AT_ONCE))
+
+
+def _forward(call: _Call) -> list[Kernel]:
+    layer, planned = call.layer, call.planned
     if "forward" in planned:
-        forward.append(made("forward", x + y + z, planned["forward"]["grid"][0] * (a + b)))
-    else:
-        (row_blocks, splits), column_blocks = planned["project"]["grid"], planned["expand"]["grid"][1]
-        partial = splits * m * rank * FLOAT
-        segment = math.ceil(math.ceil(k / splits) / (128 if rank <= 32 else 64)) if splits > 1 else 1
-        fetches = math.ceil(segment / (planned["project"]["stages"] - 1))
-        forward.append(made("project", x, row_blocks * a + partial, fetches))
-        # Expand: all partial sums at once, while the first tiles of B are under way.
-        forward.append(made("expand", y + z, row_blocks * b + column_blocks * partial))
-    da_chunks, threads = planned["x"]["grid"][1], planned["x"]["threads"]
+        row_blocks, _ = planned["forward"]["grid"]
+        return [call.made("forward", call.x + call.y + call.z, row_blocks * (call.a + call.b))]
+    (row_blocks, splits), (_, column_blocks) = planned["project"]["grid"], planned["expand"]["grid"]
+    partial = splits * layer.m * layer.rank * FLOAT
+    segment = math.ceil(math.ceil(layer.k / splits) / (128 if layer.rank <= 32 else 64)) if splits > 1 else 1
+    fetches = math.ceil(segment / (planned["project"]["stages"] - 1))
+    return [
+        call.made("project", call.x, row_blocks * call.a + partial, fetches),
+        # All partial sums at once, while the first tiles of B are under way.
+        call.made("expand", call.y + call.z, row_blocks * call.b + column_blocks * partial),
+    ]
+
+
+class _Sum(NamedTuple):
+    """dA or dB, a sum over rows of which each chunk has a part."""
+
+    partial: int  # bytes of the partial results of a round
+    live: int  # those in ranks that there are
+    result: int  # bytes of the gradient
+    chunks: int
+    rounds: int
+    summed: int  # chunks whose sum the kernel makes itself; 0: the reduce kernel does
+    counters: int = 0  # bytes of the counters of whoever comes last
+
+    def moved(self) -> int:
+        """Return the bytes in the kernel that makes the partial results: these are written by each round and read by
+        all but the first, but where there is one chunk, the last round writes the result; and whoever comes last
+        reads them once more."""
+        if self.summed == 1:
+            read_less = self.partial - self.live if self.rounds > 1 else 0
+            return 2 * (self.rounds - 1) * self.partial - read_less + self.result
+        again = self.live + self.result + 2 * self.chunks * self.counters if self.summed else 0
+        return (2 * self.rounds - 1) * self.partial + again
+
+    def left(self) -> int:
+        """Return the bytes in the reduce kernel."""
+        return 0 if self.summed else self.live + self.result
+
+
+def _backward(call: _Call) -> list[Kernel]:
+    layer, x_row, ranks = call.layer, call.planned["x"], call.ranks
+    m, k, rank = layer.m, layer.k, layer.rank
+    rounds, summed, da_chunks = x_row["launches"], x_row.get("sums", 0), x_row["grid"][1]
     x_slabs = math.ceil(k / {16: 512, 32: 256}.get(rank, 128))
-    makes_dz = "dh_sums" in planned["x"]  # in the x kernel, each slab of columns for itself
-    rounds = planned["x"]["launches"]
-    da = da_chunks * rank * k * FLOAT  # of a round
-    da_live = da * ranks // rank
-    da_summed = planned["x"].get("sums", 0)
-    counters = FLOAT * x_slabs * threads if da_summed > 1 else 0
-
-    def summed(partial: int, live: int, result: int, chunks: int, count: int, counters: int) -> int:
-        """Return the bytes of a sum over rows in the kernel that makes the partial results: written by each round and
-        read by all but the first, unless the only chunk has the sum in the last one; and where whoever comes last adds
-        up those of ``count`` chunks, read once more, in the ranks that there are."""
-        if count == 1:
-            return 2 * (rounds - 1) * partial - (partial - live if rounds > 1 else 0) + result
-        return (2 * rounds - 1) * partial + (live + result + 2 * chunks * counters if count > 1 else 0)
-
-    x_bytes = da_chunks * a + summed(da, da_live, a, da_chunks, da_summed, counters)
-    last_sum = da_live // x_slabs
-    if "dy" in planned:
-        slabs, db_chunks = planned["dy"]["grid"]
-        dh, db = slabs * m * layer.dy_rank * FLOAT, db_chunks * n * layer.dy_rank * FLOAT
-        z_again = sum(math.ceil(n / 256) * HALF * m * r for n, r in members)
-        db_summed = planned["dy"].get("sums", 0)
-        db_moved = summed(db, db, b, db_chunks, db_summed, 0)
-        backward.append(made("dy", y, db_chunks * b + z_again + dh + db_moved + counters))
-        left = 0 if db_summed else db_chunks * FLOAT * sum(n * r for n, r in members) + b
+    counters = FLOAT * x_row["threads"] if summed > 1 else 0  # of a slab
+    partial = da_chunks * rank * k * FLOAT
+    da = _Sum(partial, partial * ranks // rank, call.a, da_chunks, rounds, summed, counters * x_slabs)
+    x_l2 = da_chunks * call.a + da.moved()
+    last_sum = da.live // x_slabs
+    if "dy" in call.planned:
+        slabs, db_chunks = call.planned["dy"]["grid"]
+        dh, partial = slabs * m * layer.dy_rank * FLOAT, db_chunks * call.n * layer.dy_rank * FLOAT
+        live = db_chunks * FLOAT * sum(n * r for n, r in layer.members)
+        of_dy = call.planned["dy"].get("sums", 0)
+        # Where the dy kernel has the only chunk, it reads back what it has stored of all ranks.
+        db = _Sum(partial, partial if of_dy else live, call.b, db_chunks, rounds, of_dy)
+        z_again = sum(math.ceil(n / 256) * HALF * m * r for n, r in layer.members)
+        kernels = [call.made("dy", call.y, db_chunks * call.b + z_again + dh + db.moved() + da.counters)]
+        makes_dz = "dh_sums" in x_row  # in the x kernel, each slab of columns for itself
+        left = db.left()
         if not makes_dz:
-            parts = max(math.ceil(n / 256) for n, _ in members)
-            backward.append(reduce(dh + z + dz + left, max(parts, db_chunks if left else 0), rounds))
+            parts = max(math.ceil(n / 256) for n, _ in layer.members)
+            sums = max(parts, db_chunks if left else 0)
+            kernels.append(_reduce(dh + call.z + call.dz + left, sums, rounds))
             left = 0
-        backward.append(made("x", 2 * x, x_bytes + x_slabs * (dh + z if makes_dz else dz)))
+        kernels.append(call.made("x", 2 * call.x, x_l2 + x_slabs * (dh + call.z if makes_dz else call.dz)))
     else:
-        (row_blocks, splits), db_chunks = planned["project_dy"]["grid"], planned["x"]["db_chunks"]
-        row_blocks *= rounds
-        slabs, db = math.ceil(n / 128), db_chunks * n * rank * FLOAT
-        of_db = FLOAT * slabs * threads if da_summed > 1 else 0
+        (row_blocks, splits), db_chunks = call.planned["project_dy"]["grid"], x_row["db_chunks"]
+        slabs, partial = math.ceil(call.n / 128), db_chunks * call.n * rank * FLOAT
+        of_db = db_chunks if summed else 0
+        live = partial if of_db else partial * ranks // rank
+        db = _Sum(partial, live, call.b, db_chunks, rounds, of_db, counters * slabs)
+        b_again = rounds * row_blocks * call.b
         if splits == 1:
-            backward.append(made("project_dy", y, row_blocks * b + z + 2 * dz))
+            kernels = [call.made("project_dy", call.y, b_again + call.z + 2 * call.dz)]
         else:
             dh = splits * m * rank * FLOAT
-            backward.append(made("project_dy", y, row_blocks * b + dh + counters + of_db))
-            backward.append(reduce(dh + z + 2 * dz, splits, rounds))
-        x_bytes += summed(db, db, b, db_chunks, db_chunks if da_summed else 0, of_db)
-        left = 0 if da_summed else db * ranks // rank + b
-        backward.append(made("x", 2 * x + y, x_bytes + (x_slabs + slabs) * dz))
-        last_sum = max(last_sum, db // slabs)
-    if da_summed > 1:
-        chunks_at_once = 1 if rank == 128 else 2
-        backward[-1] = backward[-1]._replace(summed=(last_sum, math.ceil(da_chunks / chunks_at_once)))
-    if left or not da_summed:
-        da_left, chunks = (0, 0) if da_summed else (da_live + a, da_chunks)
-        backward.append(reduce(da_left + left, max(chunks, db_chunks if left else 0)))
-    return in_a_row(forward), in_a_row(backward)
+            kernels = [
+                call.made("project_dy", call.y, b_again + dh + da.counters + db.counters),
+                _reduce(dh + call.z + 2 * call.dz, splits, rounds),
+            ]
+        left = db.left()
+        kernels.append(call.made("x", 2 * call.x + call.y, x_l2 + db.moved() + (x_slabs + slabs) * call.dz))
+        last_sum = max(last_sum, db.live // slabs)
+    if summed > 1:
+        waits = math.ceil(da_chunks / (1 if rank == 128 else 2))
+        kernels[-1] = kernels[-1]._replace(summed=(last_sum, waits))
+    if left or da.left():
+        kernels.append(_reduce(left + da.left(), max(db_chunks if left else 0, da_chunks if da.left() else 0)))
+    return kernels
 
 
 def in_a_row(kernels: list[Kernel]) -> list[Kernel]:
