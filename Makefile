@@ -104,7 +104,7 @@ ifneq ($(shell command -v nvcc),)
 REQUIRED := $(REQUIRED),cuda_ptx
 endif
 
-test: lint reports-quick  ## lint, the tests of the package, machine code: twelve minutes; .ci/run has what takes longer
+test: lint reports-quick  ## lint, the tests of the package, machine code: 12 to 16 minutes; .ci/run has what takes longer
 	$(SAY) 'Tests of the package'
 	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-$(REQUIRED)} $(RUN) -m pytest -m "not slow" python_tests $(ARGS)
 
