@@ -9,9 +9,10 @@ from conftest import skip_unless_available
 from cuda_bytes import moved
 from cuda_groups import Group
 from emulator_helpers import forward_and_backward, kernel_names, same
-from helpers import Problem, assert_as_accurate_as_torch, eager, poisoned_memory
+from helpers import Problem, poisoned_memory
+from native_helpers import assert_accurate, problem, run, truth_of
 
-from afa_kernels.backend import registry
+from afa_kernels.backend import registry, torch_ops
 from afa_kernels.backend.registry import Spec
 from bench.model.cuda_launches import H100 as modelled_gpu
 from bench.model.cuda_launches import Layer, kernels
@@ -84,16 +85,16 @@ def test_a_short_last_wave_or_few_bytes_are_reasons_against_them():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bits_are_those_of_the_other_tiles(name, shape, r, threshold, weights):
-    problem = Problem.random(*shape, r, torch.bfloat16, adapter_dtype=weights)
+    p = Problem.random(*shape, r, torch.bfloat16, adapter_dtype=weights)
     given = {"seed": torch.tensor(3), "spec": Spec("silu", 1.5, threshold), "name": name, "save_z": not threshold}
     with multiprocessors(132, name), poisoned_memory():
-        expected = forward_and_backward(problem, **given)
+        expected = forward_and_backward(p, **given)
     if name == "cuda_ptx":
         from afa_kernels import _cuda_on_ptx
 
         _cuda_on_ptx.take_launches()
     with multiprocessors(2, name), poisoned_memory():
-        got = forward_and_backward(problem, **given)
+        got = forward_and_backward(p, **given)
     assert same(got, expected)
     if name == "cuda_ptx":
         tall = {kernel_names([launch])[0] for launch in _cuda_on_ptx.take_launches() if "Lb1E" in launch["kernel"]}
@@ -104,7 +105,9 @@ def test_the_bits_are_those_of_the_other_tiles(name, shape, r, threshold, weight
 @pytest.mark.parametrize("name", NAMES)
 def test_layers_that_share_x(name):
     """Their ranks together make the class of the tile."""
-    group = Group(240, 136, (72, 40), (16, 32), float_weights=True)
+    layer = (240, 136, (72, 40), (16, 32))
+    group = Group(*layer, float_weights=True)
+    assert planned(layer, (2, *A100[1:]))["forward"]["tile_rows"] == 128
     with multiprocessors(132, name):
         expected = group.forward(name)
     with multiprocessors(2, name):
@@ -116,32 +119,21 @@ def test_layers_that_share_x(name):
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("name", NAMES)
 def test_they_move_the_bytes_of_the_model(name, weights):
-    problem = Problem.random(256, 256, 136, 64, torch.bfloat16, adapter_dtype=weights)
+    p = Problem.random(256, 256, 136, 64, torch.bfloat16, adapter_dtype=weights)
     shared = A100 if name == "cuda_ptx" else H100
     gpu = modelled_gpu._replace(multiprocessors=2, shared_per_block=shared[1], shared_per_multiprocessor=shared[2])
     both = kernels(Layer(256, 256, 136, 64), gpu, float_weights=weights == torch.float32)
     assert [kernel.grid for direction in both for kernel in direction][:2] == [(2, 1)] * 2, "tiles of 128 rows"
-    base = problem.base.nbytes
     with multiprocessors(2, name):
-        got = moved(name, lambda name: forward_and_backward(problem, name=name))
+        got = moved(name, lambda name: forward_and_backward(p, name=name))
     expected = sum(kernel.hbm + kernel.l2 for direction in both for kernel in direction)
-    assert got == pytest.approx(expected + base, rel=0.03)
+    assert got == pytest.approx(expected + p.base.nbytes, rel=0.03)
 
 
 @pytest.mark.parametrize("r", [30, 64])
 @pytest.mark.parametrize("name", NAMES)
 def test_against_float64(name, r):
-    problem = Problem.random(250, 200, 120, r, torch.bfloat16, adapter_dtype=torch.float32)
-    with multiprocessors(2, name), poisoned_memory():
-        y, _, *got = forward_and_backward(problem, name=name)
-
-    def results(dtype: torch.dtype) -> list[torch.Tensor]:
-        operands = [problem.x, problem.lora_a.bfloat16(), problem.lora_b.bfloat16()]
-        x, a, b = (t.to(dtype).requires_grad_() for t in operands)
-        out = eager(x, a, b, 0.3, scaling=1.5, base=problem.base.to(dtype))
-        out.backward(problem.dy.to(dtype))
-        return [out.detach(), x.grad, a.grad, b.grad]
-
-    truth, torch_ops = results(torch.float64), results(torch.bfloat16)
-    for what, mine, exact, yardstick in zip(("y", "dx", "da", "db"), (y, *got), truth, torch_ops, strict=True):
-        assert_as_accurate_as_torch(mine.to(yardstick.dtype), yardstick, exact, what, torch.bfloat16)
+    operands, spec = problem(250, 200, 120, r, torch.bfloat16, ab_dtype=torch.float32), Spec("silu", 1.5)
+    with multiprocessors(2, name):
+        got = run(*operands, spec, backend=registry.get(name))
+    assert_accurate(got, run(*operands, spec, backend=torch_ops), truth_of(*operands, spec), torch.bfloat16)

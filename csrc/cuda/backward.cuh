@@ -141,12 +141,12 @@ dy_kernel(const DyParams p) {
     if (p.arrived && block_x() == 0 && block_y() == 0)
         clear<DyTile<R>::kThreads>(p.arrived, p.arrived_count);
     SharedMemory shared;
+    const SlabSums sums{member.result.rows > 0 ? 1 : 0, 0, nullptr};
     dy_pass<T, R>(
         p, member, member.dh + slab * p.m * R, shared, slab, block_y(), [&](auto& db, int col) {
-            if (!member.db)
-                return;
-            store_db<T, R, kSlice>(member.result, member.scaling, r, member.sums, member.db, p.adds,
-                                   db, slab, block_y(), col, n, DyTile<R>::kThreads);
+            if (member.db)
+                store_db<T, R, kSlice>(member.result, member.scaling, r, sums, member.db, p.adds,
+                                       db, slab, block_y(), col, n, DyTile<R>::kThreads);
         });
 }
 

@@ -70,10 +70,8 @@ void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const Backwar
         slabs += plan.dh_parts[i];
         member.dh = needs_dz(call, i) ? scratch.dh[i] : nullptr;
         member.db = call.gradients[i].db ? scratch.db[i] : nullptr;
-        if (last && plan.dy.sums > 0 && member.db) {
-            member.sums.count = 1;
+        if (last && plan.dy.sums > 0 && member.db)
             member.result = db_result(call, i);
-        }
     }
     if (slabs == 0)
         return;

@@ -108,8 +108,7 @@ struct DyMember {
     const float* alpha_t;   // [1]; null at identity
     float* dh;              // [slabs, M, R]; null: not needed
     float* db;              // [chunks, N, R]; null: not needed
-    SlabSums sums;          // 0 or 1 of them
-    WeightGradient result;  // dB (N, r), where the kernel makes it
+    WeightGradient result;  // dB (N, r), where there is one chunk; else db is left to others
     int activation;
     float scaling;
 };

@@ -40,27 +40,10 @@ double tail(const KernelPlan& plan, const DeviceLimits& device) {
 
 namespace {
 
-// Bytes of scratch memory: of the rows that a backward takes at once, which should stay in the L2
-// cache; and of the partial results of dA, and of dB, where there is more than one, if that is more
-// than a share of x and every y.
-struct ScratchLimits {
-    int64_t round, partial;
-};
-constexpr int64_t kPartialShare = 400;
-
-// At R >= 64 and many rows there are no partial sums of dh, but where z is computed again there are
-// those of z, for which no round accounts.
-template <int R>
-constexpr ScratchLimits scratch_limits(bool has_dh) {
-    constexpr int64_t kMega = 1 << 20;
-    if (R <= 32 || has_dh)
-        return {32 * kMega, 12 * kMega};
-    return R == 64 ? ScratchLimits{24 * kMega, 16 * kMega} : ScratchLimits{20 * kMega, 20 * kMega};
-}
-// Most bytes of partial results of a slab of dA that are added up by whoever comes last: by one
-// multiprocessor, which takes 64 bytes a clock from L2. By bench/model that costs what the reduce
-// kernel in its place does, 1.2 to 3.5 us, up to half of these bytes, and 1 us more with all of
-// them, for which the host launches a kernel less (a model: no GPU has confirmed it).
+// Most bytes of partial results of a slab of dA, or of dB, that are added up by whoever comes last:
+// by one multiprocessor, which takes 64 bytes a clock from L2. By bench/model that costs what the
+// reduce kernel in its place does, 1.2 to 3.5 us, up to half of these bytes, and 1 us more with all
+// of them, for which the host launches a kernel less (a model: no GPU has confirmed it).
 constexpr int64_t kLastBlockBytes = 192 << 10;
 constexpr int64_t kRoundUnit = 128;  // rows, whole tiles of every kernel
 constexpr int kMaxFeatures =
@@ -150,14 +133,31 @@ int64_t row_bytes(const Shape& shape) {
     return 4 * R * parts + 2 * rank_class(shape) + (R > 32 ? 2 * R : 0) + 2 * ranks;
 }
 
+// Bytes of scratch memory: of the rows that a backward takes at once, which should stay in the L2
+// cache; and of the partial results of dA, and of dB, where there is more than one, if that is more
+// than a share of x and every y.
+struct ScratchLimits {
+    int64_t round, partial;
+};
+constexpr int64_t kPartialShare = 400;
+
+// At R >= 64 and many rows there are no partial sums of dh, but where z is computed again there are
+// those of z, for which no round accounts.
+template <int R>
+ScratchLimits scratch_limits(const Shape& shape) {
+    constexpr int64_t kMega = 1 << 20;
+    if (dh_parts_of<R>(shape.m, shape.members[0].n) > 0)
+        return {32 * kMega, 12 * kMega};
+    return R == 64 ? ScratchLimits{24 * kMega, 16 * kMega} : ScratchLimits{20 * kMega, 20 * kMega};
+}
+
 // Chunks for whose partial results of dA, or of dB, there is scratch memory.
 template <int R>
 int64_t most_chunks(const Shape& shape, int64_t width) {
     int64_t columns = shape.k;
     for (int i = 0; i < shape.count; ++i)
         columns += shape.members[i].n;
-    const bool has_dh = dh_parts_of<R>(shape.m, shape.members[0].n) > 0;
-    return std::max(scratch_limits<R>(has_dh).partial,
+    return std::max(scratch_limits<R>(shape).partial,
                     shape.m * columns * kElementBytes / kPartialShare) /
            (kFloatBytes * R * width);
 }
@@ -179,10 +179,9 @@ KernelPlan project_dy_of(const Shape& shape, int64_t rows, Weights weights,
 // for full waves.
 template <int R>
 int64_t round_rows(const Shape& shape, const DeviceLimits& device) {
-    const bool has_dh = dh_parts_of<R>(shape.m, shape.members[0].n) > 0;
     const int64_t most = device.round_limit > 0
                              ? device.round_limit
-                             : scratch_limits<R>(has_dh).round / row_bytes<R>(shape);
+                             : scratch_limits<R>(shape).round / row_bytes<R>(shape);
     const int64_t fewest = ceil_div(shape.m, std::max(most, kRoundUnit));
     const auto rows_of = [&](int64_t rounds) {
         return ceil_div(ceil_div(shape.m, rounds), kRoundUnit) * kRoundUnit;

@@ -115,7 +115,7 @@ struct OuterTile {
     static constexpr bool kMakesDz = R == 16;
     static constexpr int kXRegisters = 248, kRaggedXRegisters = kAllRegisters;
     static constexpr int kXBlocks = kThreads == 256 ? 1 : 2;
-    static constexpr int kDbRegisters = 128, kRaggedDbRegisters = 136;
+    static constexpr int kRaggedDbRegisters = 136;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);
     static constexpr int kNarrow = tile_elements(kRows, R);

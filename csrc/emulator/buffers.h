@@ -96,10 +96,7 @@ template <int R>
 std::vector<simt::Buffer> emulated_buffers(const ProjectParams& p) {
     BufferList b;
     b.matrix("wide", p.wide, p.m, p.w, p.wide_stride);
-    if (p.narrow_transposed)
-        b.weight("b", p.narrow[0]);
-    else
-        b.rank_rows(p.narrow, R);
+    b.rank_rows(p.narrow, R);
     b.floats("partial", p.partial, p.splits * p.m * R, true);
     b.seed(p.dropout);
     return b.list;
