@@ -19,9 +19,10 @@ LAYERS = {
     "one chunk": ((40, 136, 264, 5), (1, 1), (1, 1)),
     "two of dA": ((70, 712, 264, 16), (2, 1), (2, 1)),
     "dB by the reduce kernel, and so dA": ((200, 712, 264, 16), (4, 2), (0, 0)),
-    "dB with dz": ((200, 712, 4104, 8), (4, 2), (4, 0)),
+    "dB with dz": ((200, 712, 8200, 8), (4, 2), (4, 0)),
     "rank 32": ((300, 392, 264, 29), (3, 3), (3, 0)),
-    "more than the last block adds up": ((1400, 136, 72, 32), (11, 11), (0, 0)),
+    "rank 32, more than elsewhere": ((1400, 136, 72, 32), (11, 11), (11, 0)),
+    "more than the last block adds up": ((300, 712, 264, 16), (5, 3), (0, 0)),
     "rank 64, one chunk": ((100, 136, 264, 50), (1, 1), (1, 1)),
     "rank 64": ((200, 136, 264, 64), (2, 1), (2, 1)),
     "rank 64, dh by its segments": ((330, 136, 520, 64), (3, 2), (3, 2)),
@@ -73,6 +74,7 @@ def test_what_the_passes_add_up_themselves(which):
     [
         ((8192, 4096, 4096, 16), False),  # 12 chunks of 32 KB
         ((8192, 4096, 4096, 32), True),  # 6
+        ((8192, 4096, 14336, 16), True),  # 11: the reduce kernel makes dz, and none is behind the x kernel
         ((8192, 14336, 4096, 32), True),  # 3
         ((8192, 4096, (4096, 1024, 1024), (16, 16, 16)), True),
         ((8192, 4096, (14336, 14336), (16, 16)), True),

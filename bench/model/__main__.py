@@ -44,6 +44,7 @@ MOST_OVERHEAD, MOST_OF_GROUP, MOST_DECODING = 19.5, 13.5, 45.0
 # Percentage points above what the traffic of the large operands alone comes to, where that exceeds the goal.
 ABOVE_TRAFFIC = 2.0
 MOST_TAIL = 0.10  # of the time of a large call
+MOST_FORWARD, MOST_ROUND = 2, 3  # launches beside the frozen products
 # Bytes that a pass over x or dy of a large call has under way on a multiprocessor: rate x latency / multiprocessors.
 LEAST_UNDER_WAY = H100.memory.good * H100.latency.bad / H100.multiprocessors
 
@@ -137,6 +138,12 @@ def check() -> bool:
     # The kernels are the same ones at identity: a test compares the launches.
     figure("a lone layer at identity, as at alpha_t 0.5", lone, lone)
     figure("one token, in a graph, % of the frozen product", middle(decoding(Layer(1, 4096, 4096, 16))), MOST_DECODING)
+    every = [Layer(m, k, n, r) for k, n in LAYERS for m in ROWS for r in RANKS]
+    every += [Layer(m, k, n, (r,) * len(n)) for k, n in GROUPS.values() for m in ROWS for r in RANKS if r <= 32]
+    figure("launches of a forward, most of all calls", max(map(forward_launches, every)), MOST_FORWARD)
+    figure(
+        "launches of a backward, in each round of rows, most of all calls", max(map(round_launches, every)), MOST_ROUND
+    )
     for r in RANKS:
         large = [Layer(m, k, n, r) for k, n in LAYERS for m in ROWS if m >= 8192]
         worst = max((idle(layer), layer) for layer in large)
@@ -154,6 +161,16 @@ def middle(percent: Range) -> float:
 def under_way(layer: Layer) -> int:
     """Return the bytes under way on a multiprocessor in the kernel that has least of them, small kernels aside."""
     return min(kernel.under_way for direction in kernels(layer) for kernel in direction if kernel.under_way)
+
+
+def forward_launches(layer: Layer) -> int:
+    return sum(kernel.launches for kernel in kernels(layer)[0])
+
+
+def round_launches(layer: Layer) -> float:
+    """Return the launches of a backward for each part of the rows that it takes at once, of which the last one sums."""
+    backward = kernels(layer)[1]
+    return sum(kernel.launches for kernel in backward) / max(kernel.launches for kernel in backward)
 
 
 def idle(layer: Layer) -> float:

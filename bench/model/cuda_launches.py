@@ -27,6 +27,7 @@ from afa_kernels.backend import native
 
 HALF, FLOAT = 2, 4
 SUMS_AT_ONCE = 16  # partial results that a thread of the reduce kernel has under way (kSumsAtOnce)
+SLAB_RANK, SLAB = 32, 512  # ranks up to this one sum dy B by slabs of so many columns (kSlabRank, kSlab)
 
 
 class Range(NamedTuple):
@@ -254,12 +255,12 @@ def _backward(call: _Call) -> list[Kernel]:
         of_dy = call.planned["dy"].get("sums", 0)
         # Where the dy kernel has the only chunk, it reads back what it has stored of all ranks.
         db = _Sum(partial, partial if of_dy else live, call.b, db_chunks, rounds, of_dy)
-        z_again = sum(math.ceil(n / 256) * HALF * m * r for n, r in layer.members)
+        z_again = sum(math.ceil(n / SLAB) * HALF * m * r for n, r in layer.members)
         kernels = [call.made("dy", call.y, db_chunks * call.b + z_again + dh + db.moved() + da.counters)]
         makes_dz = "dh_sums" in x_row  # in the x kernel, each slab of columns for itself
         left = db.left()
         if not makes_dz:
-            parts = max(math.ceil(n / 256) for n, _ in layer.members)
+            parts = max(math.ceil(n / SLAB) for n, _ in layer.members)
             sums = max(parts, db_chunks if left else 0)
             kernels.append(_reduce(dh + call.z + call.dz + left, sums, rounds))
             left = 0
@@ -283,7 +284,7 @@ def _backward(call: _Call) -> list[Kernel]:
         kernels.append(call.made("x", 2 * call.x + call.y, x_l2 + db.moved() + (x_slabs + slabs) * call.dz))
         last_sum = max(last_sum, db.live // slabs)
     if summed > 1:
-        waits = math.ceil(da_chunks / (1 if rank == 128 else 2))
+        waits = math.ceil(da_chunks / {16: 4, 128: 1}.get(rank, 2))
         kernels[-1] = kernels[-1]._replace(summed=(last_sum, waits))
     if left or da.left():
         kernels.append(_reduce(left + da.left(), max(db_chunks if left else 0, da_chunks if da.left() else 0)))

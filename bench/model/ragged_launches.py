@@ -22,6 +22,8 @@ from bench.model.cuda_launches import (
     FLOAT,
     H100,
     HALF,
+    SLAB,
+    SLAB_RANK,
     SUMS_AT_ONCE,
     Gpu,
     Kernel,
@@ -33,7 +35,6 @@ from bench.model.cuda_launches import (
 )
 from bench.shapes import Experts
 
-_SLAB_RANK, _SLAB = 32, 256  # csrc/cuda/ragged_params.h
 _PAD = 8  # elements between the rows of a tile (csrc/cuda/tiles.h)
 _FINDING = 2  # loads that wait for each other before a block asks for its first tile
 _DH_BYTES = 36 << 20  # kRaggedDhBytes (csrc/cuda/ragged_plan.h)
@@ -145,8 +146,8 @@ def kernels(
     x_rounds = planned["ragged_x"]["launches"]
     da, da_left = sums(k, x_slab, x_rounds)
     if "ragged_dy" in planned:
-        slabs, rounds = math.ceil(n / _SLAB), planned["ragged_dy"]["launches"]
-        db, db_left = sums(n, _SLAB, rounds)
+        slabs, rounds = math.ceil(n / SLAB), planned["ragged_dy"]["launches"]
+        db, db_left = sums(n, SLAB, rounds)
         part, own_part = m * rank * FLOAT, own * rank * FLOAT  # of the sums of dh
         backward.append(
             chunks_made("dy", slabs, dy, chunks * weight * n * r + slabs * (HALF * own * r + own_part) + db)
@@ -165,9 +166,12 @@ def kernels(
         parts = planned["ragged_project_dy"]["grid"][1]
         slabs, rounds = math.ceil(n / x_slab), planned["ragged_db"]["launches"]
         db, db_left = sums(n, x_slab, rounds)
+        without = 1  # sums of dh of a row without a branch
         if parts > 1:
-            parts = math.ceil(n / (_segment(n) if r > _SLAB_RANK else _SLAB))
-        backward.append(rows_made("project_dy", dy, b + parts * m * rank * FLOAT, parts))
+            without = math.ceil(n / SLAB)
+            parts = math.ceil(n / _segment(n)) if r > SLAB_RANK else without
+        written = (parts * own + without * (m - own)) * rank * FLOAT
+        backward.append(rows_made("project_dy", dy, b + written, parts))
         backward.append(small("rows", parts * own * rank * FLOAT + z + 2 * dz, parts))
         backward.append(chunks_made("db", slabs, dy, slabs * HALF * own * rank + db))
     x_slabs = math.ceil(k / x_slab)

@@ -19,28 +19,30 @@
 
 namespace afa {
 
-// dh = dy B for the 16 rows of this warp, from one tile of dy and one slab of B.
+// dh += dy B for the 16 rows of this warp, from one tile of dy and the rows of B that it meets.
 template <typename T, int R>
-AFA_DEVICE void emit_dh(const T* tile, const T* b_slab, float* slab_dh, int64_t row0,
-                        int64_t row_end) {
+AFA_DEVICE void add_dh(float (&dh)[R / 8][4], const T* tile, const T* b_rows) {
     using Tile = DyTile<R>;
-    constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
-    const int warp_row = warp_index() * 16;
-    float dh[R / 8][4] = {};
+    constexpr int kWidePitch = pitch(Tile::kDepth), kNarrowPitch = pitch(R);
     AFA_UNROLL
-    for (int k = 0; k < Tile::kColumns; k += 16) {
+    for (int k = 0; k < Tile::kDepth; k += 16) {
         uint32_t a[4];
-        load_matrices(a, tile + warp_row * kWidePitch + k + down_first<kWidePitch>());
+        load_matrices(a, tile + warp_index() * 16 * kWidePitch + k + down_first<kWidePitch>());
         AFA_UNROLL
         for (int j = 0; j < R / 16; ++j) {
             uint32_t b[4];
-            load_matrices_transposed(b, b_slab + k * kNarrowPitch + j * 16 +
+            load_matrices_transposed(b, b_rows + k * kNarrowPitch + j * 16 +
                                             down_first<kNarrowPitch>());
             multiply_add<T>(dh[2 * j], a, b[0], b[1]);
             multiply_add<T>(dh[2 * j + 1], a, b[2], b[3]);
         }
     }
-    const int64_t row = row0 + warp_row + lane_index() / 4;
+}
+
+template <int R>
+AFA_DEVICE void store_dh(float* slab_dh, const float (&dh)[R / 8][4], int64_t row0,
+                         int64_t row_end) {
+    const int64_t row = row0 + warp_index() * 16 + lane_index() / 4;
     float* out = slab_dh + row * R + lane_index() % 4 * 2;
     AFA_UNROLL
     for (int half = 0; half < 2; ++half)
@@ -53,13 +55,13 @@ AFA_DEVICE void emit_dh(const T* tile, const T* b_slab, float* slab_dh, int64_t 
 }
 
 // dh, into slab_dh, and dB of a member from one slab of kColumns columns of its dy and one chunk of
-// rows. store(db, column) takes the sums of a warp, whose first column of dy that is.
+// rows. store(db, column) takes the sums of a warp in a tile, whose first column of dy that is.
 template <typename T, int R, typename Store>
 AFA_DEVICE void dy_pass(const DyParams& p, const DyMember& member, float* slab_dh,
                         SharedMemory& shared, int slab, int chunk, const Store& store) {
     using Tile = DyTile<R>;
-    constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
-    constexpr int kPairs = Tile::kRows * R / 2 / Tile::kThreads;  // of z, per thread and tile
+    constexpr int kWidePitch = pitch(Tile::kDepth), kNarrowPitch = pitch(R);
+    constexpr int kPairs = Tile::kRows * R / 2 / Tile::kThreads;  // of z, per thread and step
     const int n = member.b.rows;
     const T* dy = static_cast<const T*>(member.dy);
     const T* z = static_cast<const T*>(member.z);
@@ -70,14 +72,15 @@ AFA_DEVICE void dy_pass(const DyParams& p, const DyMember& member, float* slab_d
     const int col0 = slab * Tile::kColumns;
     const int64_t row_begin = chunk * p.rows_per_chunk;
     const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
-    const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
+    const int steps = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
     const float alpha_t = alpha_of(member.alpha_t);
 
-    const auto load = [&](int t, int slot) {
-        if (t < tiles)
-            load_tile<Tile::kRows, Tile::kColumns, Tile::kThreads>(
-                ring + slot * Tile::kWide, dy, member.dy_stride, row_begin + t * Tile::kRows,
-                row_end, col0, n);
+    const auto load = [&](int tile, int slot) {  // kTiles tiles in each step
+        if (tile < steps * Tile::kTiles)
+            load_tile<Tile::kRows, Tile::kDepth, Tile::kThreads>(
+                ring + slot * Tile::kWide, dy, member.dy_stride,
+                row_begin + tile / Tile::kTiles * Tile::kRows, row_end,
+                col0 + tile % Tile::kTiles * Tile::kDepth, n);
         copy_commit();
     };
     uint32_t z_next[kPairs];
@@ -99,11 +102,13 @@ AFA_DEVICE void dy_pass(const DyParams& p, const DyMember& member, float* slab_d
     if (member.dh && !copies_b)
         B::round(b_slab, nullptr, false, member.b, col0, 0);
     load_z(0);
-    float db[Tile::kSlice / 16][R / 8][4];
-    zero(db);
+    float db[Tile::kTiles][Tile::kSlice / 16][R / 8][4];
+    AFA_UNROLL
+    for (int c = 0; c < Tile::kTiles; ++c)
+        zero(db[c]);
     int slot = 0;
     AFA_ROLLED
-    for (int t = 0; t < tiles; ++t) {
+    for (int t = 0; t < steps; ++t) {
         // Two tiles of h, by turns: slower warps may still read the other one.
         T* h = h_tiles + (t & 1) * Tile::kH;
         if (member.db) {
@@ -114,20 +119,29 @@ AFA_DEVICE void dy_pass(const DyParams& p, const DyMember& member, float* slab_d
                              phi_pair<T>(member.activation, z_next[i], alpha_t));
             }
         }
-        wait_oldest(p.stages);
-        block_sync();
-        load(t + ahead, slot == 0 ? ahead : slot - 1);
-        load_z(t + 1);
-        const T* tile = ring + slot * Tile::kWide;
+        float dh[R / 8][4] = {};
+        AFA_UNROLL
+        for (int c = 0; c < Tile::kTiles; ++c) {
+            wait_oldest(p.stages);
+            block_sync();
+            load(t * Tile::kTiles + c + ahead, slot == 0 ? ahead : slot - 1);
+            if (c == 0)
+                load_z(t + 1);
+            const T* tile = ring + slot * Tile::kWide;
+            if (member.dh)
+                add_dh<T, R>(dh, tile, b_slab + c * Tile::kDepth * kNarrowPitch);
+            if (member.db)
+                add_outer<T, Tile::kRows, Tile::kSlice, R, kWidePitch, kNarrowPitch>(
+                    db[c], tile + warp_index() * Tile::kSlice, h);
+            slot = slot == ahead ? 0 : slot + 1;
+        }
         if (member.dh)
-            emit_dh<T, R>(tile, b_slab, slab_dh, row_begin + t * Tile::kRows, row_end);
-        if (member.db)
-            add_outer<T, Tile::kRows, Tile::kSlice, R, kWidePitch, kNarrowPitch>(
-                db, tile + warp_index() * Tile::kSlice, h);
-        slot = slot == ahead ? 0 : slot + 1;
+            store_dh<R>(slab_dh, dh, row_begin + t * Tile::kRows, row_end);
     }
     copy_wait<0>();
-    store(db, col0 + warp_index() * Tile::kSlice);
+    AFA_UNROLL
+    for (int c = 0; c < Tile::kTiles; ++c)
+        store(db[c], col0 + c * Tile::kDepth + warp_index() * Tile::kSlice);
 }
 
 // Grid: (slabs of every dy, chunks).

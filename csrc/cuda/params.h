@@ -13,8 +13,10 @@ namespace afa {
 constexpr int kMaxMembers = 3;
 constexpr int kRankUnit = 16;  // what one mma sums over
 constexpr int kMaxRank = 128;
-constexpr int kMaxSegments = 8;       // of a sum over K or N
-constexpr int kSumsAtOnce = 16;       // partial results that a thread has under way
+constexpr int kMaxSegments = 8;  // of a sum over K or N
+constexpr int kSumsAtOnce = 16;  // partial results that a thread has under way
+constexpr int kSlabRank = 32;    // ranks up to this one sum dy B by slabs of kSlab columns
+constexpr int kSlab = 512;
 constexpr int kNoMember = INT32_MAX;  // `first` of a place that no member takes
 
 // Dropout of x. threshold 0: none, and seed is not read.

@@ -41,11 +41,13 @@ double tail(const KernelPlan& plan, const DeviceLimits& device) {
 namespace {
 
 // Most bytes of partial results of a slab of dA, or of dB, that are added up by whoever comes last:
-// by one multiprocessor, which takes 64 bytes a clock from L2. By bench/model that costs what the
-// reduce kernel in its place does, 1.2 to 3.5 us, up to half of these bytes, and 1 us more with all
-// of them, for which the host launches a kernel less (a model: no GPU has confirmed it).
-constexpr int64_t kLastBlockBytes = 192 << 10;
-constexpr int64_t kRoundUnit = 128;  // rows, whole tiles of every kernel
+// by one multiprocessor, which takes 64 bytes a clock from L2. By bench/model that costs about what
+// the reduce kernel in its place does, and the host launches a kernel less. Where a reduce kernel
+// has made dz, there is to be none behind the x kernel: there it may be twice as much, which costs
+// up to 3 us more, so that the chunks fill the GPU (a model: no GPU has confirmed it).
+constexpr int64_t kLastBlockBytes = 256 << 10, kMostLastBlockBytes = 512 << 10;
+constexpr int64_t kLeastBlocks = 86;  // kBusyShare of the multiprocessors of H100
+constexpr int64_t kRoundUnit = 128;   // rows, whole tiles of every kernel
 constexpr int kMaxFeatures =
     1 << 30;  // column indices are 32-bit, with room for a tile beyond the end
 
@@ -214,6 +216,7 @@ BackwardPlan dy_pass_of(const Shape& shape, Weights weights, const DeviceLimits&
         plan.dh_parts[i] = dh_parts_of<R>(plan.rows, shape.members[i].n);
     if constexpr (R <= 32) {
         using Dy = DyTile<R>;
+        static_assert(Dy::kColumns == kSlab);
         const int64_t slabs = dy_slabs(shape, shape.count);
         plan.dy = chunked<Dy, R>(
             "dy", Dy::kRegisters, device, plan.rows, [=](int64_t) { return Columns{slabs, 0}; },
@@ -235,13 +238,17 @@ void add_x_pass(BackwardPlan& plan, const Shape& shape, const DeviceLimits& devi
     using Outer = OuterTile<R>;
     plan.rank = R;
     plan.x_slabs = ceil_div(shape.k, Outer::kColumns);
-    constexpr int64_t kLastBlockChunks = kLastBlockBytes / (kFloatBytes * R * Outer::kColumns);
+    const bool makes_dz = Outer::kMakesDz && shape.count == 1 && plan.dh_parts[0] <= kSumsAtOnce;
+    const bool behind_reduce = plan.dh_parts[0] > 0 && !makes_dz;
+    constexpr int64_t kChunkBytes = kFloatBytes * R * Outer::kColumns;
+    int64_t most_added = kLastBlockBytes / kChunkBytes;
     int64_t most = most_chunks<R>(shape, plan.x_slabs * Outer::kColumns);
-    if (plan.db_slabs > 0) {
+    if (plan.db_slabs > 0)
         most = std::min(most, 2 * most_chunks<R>(shape, plan.db_slabs * Outer::kColumns));
-        // With dz by the reduce kernel, there is to be none behind the x kernel.
-        if (plan.dh_parts[0] > 0)
-            most = std::min(most, kLastBlockChunks);
+    if (behind_reduce) {
+        most_added = clamp(ceil_div(kLeastBlocks, plan.x_slabs), most_added,
+                           kMostLastBlockBytes / kChunkBytes);
+        most = std::min(most, most_added);
     }
     plan.x = chunked<Outer, R>(
         "x", Outer::kXRegisters, device, plan.rows,
@@ -255,14 +262,12 @@ void add_x_pass(BackwardPlan& plan, const Shape& shape, const DeviceLimits& devi
         plan.db_rows = kDbChunk * plan.da_rows;
         plan.db_chunks = plan.x.db_chunks = db_chunks_of(plan.da_chunks);
     }
-    if (Outer::kMakesDz && shape.count == 1 && plan.dh_parts[0] <= kSumsAtOnce)
+    if (makes_dz)
         plan.x.dh_sums = plan.dh_parts[0];
     // A reduce kernel that has to sum dB of the dy kernel behind the x kernel sums dA as well. The
     // counters of the x kernel are zeroed by the kernel that passes over dy before it.
-    const bool alone =
-        plan.one_pass_dy ? plan.x.dh_sums == 0 || plan.dy.sums > 0 : plan.dh_parts[0] > 0;
-    if (!device.reduces_all &&
-        (plan.da_chunks == 1 || (alone && plan.da_chunks <= kLastBlockChunks)))
+    const bool alone = behind_reduce || (plan.one_pass_dy && plan.dy.sums > 0);
+    if (!device.reduces_all && (plan.da_chunks == 1 || (alone && plan.da_chunks <= most_added)))
         plan.x.sums = plan.da_chunks;
     for (KernelPlan* kernel : {&plan.dy, &plan.project_dy, &plan.x})
         kernel->launches = plan.rounds;

@@ -74,8 +74,6 @@ struct RaggedSumParams {
     int da_blocks, db_blocks;  // for each group that has several chunks
 };
 
-// Ranks up to this one sum dy B by slabs of DyTile<>::kColumns columns where they are alone.
-constexpr int kSlabRank = 32, kSlab = 256;
 constexpr int kRowsOfPiece = 16;  // that a block of the rows kernel takes
 
 }  // namespace afa

@@ -83,17 +83,20 @@ struct RowTile {
 template <int R>
 constexpr bool kHasTallTiles = R == 32 || R == 64;
 
-// The one-pass dy kernel (R <= 32): 16 rows of dh and a quarter of the columns of dB per warp.
+// The one-pass dy kernel (R <= 32): a slab is several tiles side by side, so that there are few
+// partial sums of dh. Per warp 16 rows of dh, and a quarter of each tile's columns of dB.
 template <int R>
 struct DyTile {
     static constexpr int kRows = 64;
-    static constexpr int kColumns = 256;
+    static constexpr int kDepth = 128;  // columns of dy per step
+    static constexpr int kTiles = 4;    // of a slab
+    static constexpr int kColumns = kTiles * kDepth;
     static constexpr int kWarps = kRows / 16;
     static constexpr int kThreads = kWarps * kWarpSize;
-    static constexpr int kRegisters = R == 16 ? 128 : 248, kBlocks = R == 16 ? 4 : 2;
-    static constexpr int kRaggedRegisters = 248, kRaggedBlocks = 2;
-    static constexpr int kSlice = kColumns / kWarps;
-    static constexpr int kWide = tile_elements(kRows, kColumns);
+    static constexpr int kRegisters = R == 16 ? 168 : kAllRegisters, kBlocks = R == 16 ? 3 : 2;
+    static constexpr int kRaggedRegisters = kAllRegisters, kRaggedBlocks = 2;
+    static constexpr int kSlice = kDepth / kWarps;
+    static constexpr int kWide = tile_elements(kRows, kDepth);
     static constexpr int kB = tile_elements(kColumns, R);
     static constexpr int kH = tile_elements(kRows, R);
     static_assert(R <= 32);

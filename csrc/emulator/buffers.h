@@ -109,7 +109,7 @@ std::vector<simt::Buffer> emulated_buffers(const DyParams& p) {
     for (const DyMember& member : p.members) {
         if (!member.dh && !member.db)
             continue;
-        const int64_t n = member.b.rows, r = member.b.cols, slabs = (n + 255) / 256;
+        const int64_t n = member.b.rows, r = member.b.cols, slabs = (n + kSlab - 1) / kSlab;
         b.matrix("dy", member.dy, p.m, n, member.dy_stride);
         b.weight("b", member.b);
         b.matrix("z", member.z, p.m, r, r);
