@@ -21,6 +21,7 @@ help:  ## list the targets
 		'ARGS="..."    passed on to what a target runs: make test ARGS="-k dropout"' \
 		'ISA=avx2      as on a processor with no more than that: $(ISAS)' \
 		'THREADS=1     with one thread' \
+		'WORKERS=0     make test in one process, for a debugger; by default in two' \
 		'VENV=.venv-2.6 TORCH="torch==2.6.*" PYTHON=python3.10   another torch, in an environment of its own'
 
 # --- A lesser machine -----------------------------------------------------------------------------------------------
@@ -104,9 +105,13 @@ ifneq ($(shell command -v nvcc),)
 REQUIRED := $(REQUIRED),cuda_ptx
 endif
 
-test: lint reports-quick  ## lint, the tests of the package, machine code: 12 to 16 minutes; .ci/run has what takes longer
+# Processes that share the tests: most of these use one core.
+WORKERS ?= 2
+
+test: lint reports-quick  ## lint, the tests of the package, machine code: 12 minutes; .ci/run has what takes longer
 	$(SAY) 'Tests of the package'
-	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-$(REQUIRED)} $(RUN) -m pytest -m "not slow" python_tests $(ARGS)
+	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-$(REQUIRED)} \
+		$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" python_tests $(ARGS)
 
 test-experiments: build-tests  ## the tests of experiments/, which train small models
 	$(SAY) 'Tests of the experiments'
