@@ -206,7 +206,7 @@ def random_problem(number: int, sizes=(0, 1, 3, 17, 64, 65, 100)) -> Ragged:
     r = largest if draw.random() < 0.4 else draw.randint(1 if largest == 16 else largest // 2 + 1, largest)
     count = draw.choice((1, 2, 3, 5, 9))
     own_ranks = draw.random() < 0.5
-    width = lambda: 8 * draw.choice((1, 2, 9, 17, 33, draw.randint(1, 70)))  # noqa: E731
+    width = lambda: 8 * draw.choice((1, 2, 9, 17, 33, 65, draw.randint(1, 70)))  # noqa: E731
     names, apart = sorted(ACTIVATIONS), tuple(LAYOUTS)[:-1]
     return Ragged(
         [draw.choice(sizes) for _ in range(count - 1)] + [draw.choice(sizes[1:])], width(), width(), r,

@@ -203,7 +203,7 @@ def test_traffic_is_one_pass_over_each_large_matrix(emulator):
 def test_no_bank_conflicts_in_matrix_loads(emulator, r):
     emulator.reset_counters()
     forward_and_backward(
-        Problem.random(70, 136, 264, r, torch.bfloat16),
+        Problem.random(70, 136, 584, r, torch.bfloat16),
         seed=torch.tensor(1),
         spec=Spec("relu", 1.0, 9),
     )

@@ -15,9 +15,9 @@ from afa_kernels.backend.registry import Call
 NAMES = [name for name in ("cuda_emulated", "cuda_ptx") if name in registry.names()]
 # The N and ranks of the members, and K: q, k and v; gate and up; odd ranks, edges of every tile; the largest.
 GROUPS = {
-    "q, k, v": (136, (264, 72, 72), (16, 16, 16)),
+    "q, k, v": (136, (584, 72, 72), (16, 16, 16)),
     "gate, up": (264, (520, 520), (8, 8)),
-    "odd": (904, (136, 264, 8), (1, 17, 5)),
+    "odd": (904, (136, 584, 8), (1, 17, 5)),
     "wide": (456, (8, 392, 600), (32, 31, 32)),
     "alone": (136, (264,), (16,)),
 }

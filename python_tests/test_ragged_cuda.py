@@ -82,7 +82,7 @@ def test_the_operator(through):
 
 @pytest.mark.parametrize("r", [16, 32, 64, 128])
 def test_the_bits_of_a_group_are_those_that_it_has_alone(r):
-    p = Ragged([30, 0, 65, 128, 2], 136, 264, r, behind=9, ranks=[r, r, 7, r // 2 + 1, 0], weights=torch.float32)
+    p = Ragged([30, 0, 65, 128, 2], 136, 584, r, behind=9, ranks=[r, r, 7, r // 2 + 1, 0], weights=torch.float32)
     got = p.run(EMULATED)
     for g in (0, 2, 3):
         rows, rank = p.of(g), p.ranks[g]
@@ -166,7 +166,7 @@ def test_groups_of_several_chunks_that_add_to_dx(r):
 
 @pytest.mark.parametrize("r", [16, 32, 64, 128])
 def test_the_bits_of_what_is_added_to_are_those_of_the_group_alone(r):
-    p = Ragged([30, 0, 65, 128, 2], 136, 264, r, behind=9, ranks=[r, r, 7, r // 2 + 1, 0])
+    p = Ragged([30, 0, 65, 128, 2], 136, 584, r, behind=9, ranks=[r, r, 7, r // 2 + 1, 0])
     old, new = p.check_adding(EMULATED)
     for g in (0, 2, 3):
         alone, into = p.alone(g), old[p.of(g)].clone()

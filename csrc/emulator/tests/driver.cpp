@@ -43,7 +43,7 @@ std::vector<Case> fixed_cases() {
     const auto nothing = [](Options&) {};
     add({1, 8, 8, 1}, nothing);         // one row, one vector, one rank
     add({130, 264, 136, 16}, nothing);  // one pass, operands read in place, three tiles of rows
-    add({70, 712, 264, 16}, nothing);   // split forward, two slabs of dy, more tiles than stages
+    add({70, 712, 520, 16}, nothing);   // split forward, two slabs of dy, more tiles than stages
     add({70, 712, 72, 24}, [](Options& o) { o.threshold = 77, o.recompute_z = true; });
     add({200, 264, 520, 32}, [](Options& o) { o.float_weights = o.bias = true; });
     add({90, 392, 200, 20}, [](Options& o) { o.float_weights = o.strided = true; });
@@ -61,7 +61,7 @@ std::vector<Case> fixed_cases() {
     add({90, 136, 136, 70}, [](Options& o) { o.need_dx = o.need_da = false; });
     // Layers that share x: two and three, full ranks and ragged ones; the last one in one pass.
     add({130, 136, {{264, 16}, {72, 16}, {72, 16}}}, nothing);
-    add({70, 712, {{8, 3}, {392, 17}, {136, 32}}},
+    add({70, 712, {{8, 3}, {584, 17}, {136, 32}}},
         [](Options& o) { o.float_weights = o.recompute_z = true; });
     add({70, 264, {{136, 5}, {264, 8}}}, [](Options& o) { o.strided = o.float_weights = true; });
     add({330, 72, {{72, 32}, {72, 8}, {136, 32}}},
@@ -85,7 +85,7 @@ std::vector<Case> fixed_cases() {
 Case random_case(std::mt19937_64& random) {
     const auto below = [&](int bound) { return static_cast<int>(random() % bound); };
     const int ranks[] = {1, 8, 16, 17, 32, 33, 64, 65, 128};
-    Case c{{1 + below(150), 8 * (1 + below(40)), 8 * (1 + below(40)), ranks[below(9)]}, {}};
+    Case c{{1 + below(150), 8 * (1 + below(40)), 8 * (1 + below(80)), ranks[below(9)]}, {}};
     c.options.float_weights = below(2);
     c.options.bias = below(3) == 0;
     c.options.in_place = !c.options.bias && below(2);
