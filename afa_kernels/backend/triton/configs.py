@@ -96,9 +96,11 @@ _SMALL_16BIT = {  # within 64 KB: any other GPU
     64: _row((64, 64, 8, 2), 64, (32, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2)),
     128: _row((64, 64, 8, 2), 64, (32, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)),
 }
-_AMD_16BIT = {  # 4 wavefronts have twice the registers each that 8 have
+# 4 wavefronts have twice the registers each that 8 have. With more rows at rank 32 D takes so many that a SIMD unit has
+# one wavefront alone, where with 16 it has three.
+_AMD_16BIT = {
     16: _row((64, 64, 4, 2), 64, (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2)),
-    32: _row((64, 64, 4, 2), 64, (32, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2)),
+    32: _row((64, 64, 4, 2), 64, (16, 128, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2)),
     64: _row((64, 64, 4, 2), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
     128: _row((64, 64, 8, 2), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
 }
