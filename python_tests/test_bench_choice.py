@@ -16,8 +16,9 @@ from bench.model.choice import CARDS, cheapest, middle, prices
 from bench.model.layer_overhead import torch_backend_costs
 from tools.triton_aot import Problem
 
-# How much more than on the cheapest backend a call may cost that stays with `cuda`: the others are flattered.
-_MARGIN = 1.2
+# How much more than on `triton` a call may cost that stays with `cuda`, which saves the host some launches; and how much
+# more than on `torch`, whose price is flattered.
+_MARGIN, _FLATTERED = 1.1, 1.3
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +48,10 @@ def test_the_choice_follows_the_model(card, r, monkeypatch):
             price = middle(prices(layer, card))
             total.update(price)
             assert m > 64 or cheapest(price) == chosen == "cuda", layer
-        if chosen == "cuda":
-            assert total["cuda"] <= _MARGIN * min(total.values()), (m, total)
-        else:
+        if r <= 64:
             assert cheapest(total) == chosen, (m, total)
+        assert total[chosen] <= (_MARGIN if chosen == "cuda" else 1.0) * min(total["cuda"], total["triton"]), (m, total)
+        assert total[chosen] <= _FLATTERED * total["torch"], (m, total)
     assert backends == ({"cuda", "triton"} if r > 64 else {"cuda"})
 
 

@@ -70,19 +70,19 @@ def test_it_comes_first_on_every_gpu(table, capability):
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 3)])
-@pytest.mark.parametrize(("r", "m"), [(128, 6144), (65, 6144), (65, 1 << 20)])
+@pytest.mark.parametrize(("r", "m"), [(128, 12288), (65, 12288), (65, 1 << 20)])
 def test_wide_ranks_of_many_rows_are_left_to_triton_and_the_plan_says_so(table, capability, r, m):
     table(capability)
     chosen, reason = registry.select(call(r=r, m=m), None)
     assert chosen.name == "triton"
     assert reason == (
-        "cuda: leaves ranks above 64 to triton, from 6144 rows on, on compute capability "
+        "cuda: leaves ranks above 64 to triton, from 12288 rows on, on compute capability "
         f"{capability[0]}.{capability[1]}"
     )
     assert registry.select(call(r=r, m=m), "cuda").backend.name == "cuda", "forced, it takes the call"
 
 
-@pytest.mark.parametrize(("r", "m"), [(128, 6143), (128, 1), (64, 1 << 20), (32, 1 << 20)])
+@pytest.mark.parametrize(("r", "m"), [(128, 12287), (128, 1), (64, 1 << 20), (32, 1 << 20)])
 def test_few_rows_and_narrow_ranks_stay(table, r, m):
     table((9, 0))
     assert registry.select(call(r=r, m=m), None).backend.name == "cuda"
@@ -91,12 +91,12 @@ def test_few_rows_and_narrow_ranks_stay(table, r, m):
 @pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
 def test_the_widest_ranks_stay_where_triton_has_no_better_instructions(table, capability):
     table(capability)
-    assert registry.select(call(r=128, m=8192), None).backend.name == "cuda"
+    assert registry.select(call(r=128, m=16384), None).backend.name == "cuda"
 
 
 def test_nothing_is_left_to_a_backend_that_cannot_take_it(table):
     table((9, 0), triton=False)
-    assert registry.select(call(r=128, m=8192), None).backend.name == "cuda"
+    assert registry.select(call(r=128, m=16384), None).backend.name == "cuda"
 
 
 @pytest.mark.parametrize(

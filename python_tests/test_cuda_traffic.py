@@ -104,6 +104,13 @@ def test_the_command_prints_every_kernel_and_the_check_its_figures(capsys):
     assert status == 0, figures
 
 
+def test_the_command_says_what_is_left_to_triton(capsys):
+    pytest.importorskip("triton")
+    for m, left in ((8192, 0), (16384, 2)):
+        command.main(["--m", str(m), "--r", "64", "128"])
+        assert capsys.readouterr().out.count("to triton: ") == left
+
+
 def test_the_check_says_where_traffic_alone_is_above_the_figure(capsys):
     command.check()
     said = [line for line in capsys.readouterr().out.splitlines() if "its traffic with memory alone" in line]

@@ -13,7 +13,10 @@ from tools.gpu_figures import medians
 from tools.gpu_steps import Context, Layer, Outcome, Step
 
 K, N = 4096, 4096
-SHAPES = ((1, 16), (1, 128), (64, 128), (2048, 64), (2048, 128), (8192, 64), (8192, 128), (32768, 32), (32768, 64))
+SHAPES = (
+    (1, 16), (1, 128), (64, 128), (2048, 64), (2048, 128), (8192, 64), (8192, 128), (16384, 128),
+    (32768, 32), (32768, 64),
+)  # fmt: skip
 _GRAPHED_ROWS = 2048  # up to here calls are replayed from a CUDA graph, or the host's time would be compared
 _MARGIN = 0.05  # of a step of the layer, that the chosen backend may take longer than the fastest
 

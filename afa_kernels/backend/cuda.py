@@ -40,7 +40,7 @@ _OLDEST_RUNTIME = 12000  # CUDA of the oldest nvcc that builds the kernels
 # (bench/model/choice.py, to which a test holds it), not measured on a GPU.
 _FASTER_IN_TRITON = (9, 10)  # major compute capabilities
 _MAX_MEMORY_BOUND_RANK = 64
-_LEAST_ROWS_LEFT = 6144
+_LEAST_ROWS_LEFT = 12288
 _ELEMENT_BYTES = 2
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -289,9 +289,14 @@ def _refuses(call: Call) -> str | None:
     return _refuses_shape(call) or _refuses_device(call.device_index or 0)
 
 
+def leaves_to_triton(major: int, m: int, r: int) -> bool:
+    """Return whether a call is left to ``triton`` on a GPU of this major compute capability."""
+    return r > _MAX_MEMORY_BOUND_RANK and m >= _LEAST_ROWS_LEFT and major in _FASTER_IN_TRITON
+
+
 def _leaves(call: Call) -> tuple[str, str] | None:
     major, minor = torch.cuda.get_device_capability(call.device_index or 0)
-    if call.r <= _MAX_MEMORY_BOUND_RANK or call.m < _LEAST_ROWS_LEFT or major not in _FASTER_IN_TRITON:
+    if not leaves_to_triton(major, call.m, call.r):
         return None
     reason = f"leaves ranks above {_MAX_MEMORY_BOUND_RANK} to triton, from {_LEAST_ROWS_LEFT} rows on,"
     return "triton", f"{reason} on compute capability {major}.{minor}"

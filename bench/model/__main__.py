@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 
+from afa_kernels.backend.cuda import leaves_to_triton
 from bench.model import ragged_launches
 from bench.model.cuda_launches import (
     H100,
@@ -77,6 +78,24 @@ def table(layer: Layer, float_weights: bool) -> Iterator[str]:
     yield _HEAD
     for direction in kernels(layer, float_weights=float_weights):
         yield from map(line, direction)
+    if len(layer.members) == 1 and leaves_to_triton(9, layer.m, layer.r):
+        yield from left_to_triton(layer)
+
+
+def left_to_triton(layer: Layer) -> Iterator[str]:
+    """Yield what ``triton`` makes of a call for which ``plan`` prefers it, beside the kernels above."""
+    from bench.model.choice import CARDS, prices  # needs Triton
+
+    ours, theirs = (prices(layer, CARDS[0])[name] for name in ("cuda", "triton"))
+    for direction, above, there in zip(("forward", "backward"), ours, theirs, strict=True):
+        yield (
+            f"  plan() leaves the {direction} to triton: {microseconds(there)} with float32 A and B, where the kernels "
+            f"above, products included, take {microseconds(above)}"
+        )
+
+
+def microseconds(seconds: Range) -> str:
+    return f"{seconds.good * 1e6:.1f} to {seconds.bad * 1e6:.1f} us"
 
 
 def _dtype(float_weights: bool) -> str:

@@ -2,8 +2,8 @@
 goes by (``_leaves`` in afa_kernels/backend/cuda.py; python_tests/test_bench_choice.py holds it to this).
 
 ``cuda`` is priced by cuda_launches.py, with the products as one more bound of each kernel. The launches of ``triton``
-and ``torch`` have the bytes of traffic.py and layer_overhead.py, and neither short last waves nor an exact number of
-blocks on a multiprocessor: these two are flattered.
+have the bytes of traffic.py, and one or two programs on a multiprocessor. Those of ``torch`` have the bytes of
+layer_overhead.py; its GEMMs are taken to fill the GPU, whatever their shape, so that it is flattered.
 """
 
 import math
@@ -80,14 +80,21 @@ def _flops(layer: Layer, name: str) -> int:
 
 
 def _of_triton(launches: list[Launch], card: Card) -> Range:
-    """Without programmatic dependent launch, and with as many programs on a multiprocessor as the table's tiles let."""
+    """Without programmatic dependent launch, with two programs on a multiprocessor or one."""
 
     def seconds(entry: Launch, which: str) -> float:
-        resident = 2 if which == "good" else 1
-        waves = math.ceil(math.prod(entry.grid) / (resident * card.gpu.multiprocessors))
+        gpu, moved, programs = card.gpu, cost(entry), math.prod(entry.grid)
+        waves = programs / (gpu.multiprocessors * (2 if which == "good" else 1))
+        share = min(1.0, programs / gpu.multiprocessors)
         fetches = math.ceil(_steps(entry) / max(1, entry.stages - 1))
-        waits = waves * fetches * getattr(card.gpu.latency, which)
-        return getattr(card.gpu.launch, which) + max(waits, _moved(cost(entry), card, which))
+        times = (
+            math.ceil(waves) * fetches * getattr(gpu.latency, which),
+            moved.hbm / getattr(gpu.memory, which),
+            (moved.hbm + moved.l2) / min(getattr(gpu.l2, which), share * gpu.multiprocessors * gpu.l2_alone),
+            moved.flops / (share * getattr(card.group, which)),
+        )
+        # From the first full wave on, the last one may leave places without a program.
+        return getattr(gpu.launch, which) + max(times) * (math.ceil(waves) / waves if waves > 1 else 1.0)
 
     return Range(*(sum(seconds(entry, which) for entry in launches) for which in ("good", "bad")))
 

@@ -19,7 +19,7 @@
 
 namespace afa {
 
-// dh += dy B for the 16 rows of this warp, from one tile of dy and the rows of B that it meets.
+// dh += dy B for the 16 rows of this warp, from one tile of dy and the rows of B for its columns.
 template <typename T, int R>
 AFA_DEVICE void add_dh(float (&dh)[R / 8][4], const T* tile, const T* b_rows) {
     using Tile = DyTile<R>;
