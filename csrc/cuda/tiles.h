@@ -88,7 +88,7 @@ constexpr bool kHasTallTiles = R == 32 || R == 64;
 template <int R>
 struct DyTile {
     static constexpr int kRows = 64;
-    static constexpr int kDepth = 128;  // columns of dy per step
+    static constexpr int kDepth = 128;  // columns of a tile
     static constexpr int kTiles = 4;    // of a slab
     static constexpr int kColumns = kTiles * kDepth;
     static constexpr int kWarps = kRows / 16;
