@@ -16,8 +16,8 @@ from bench.model.choice import CARDS, cheapest, middle, prices
 from bench.model.layer_overhead import torch_backend_costs
 from tools.triton_aot import Problem
 
-# How much more than on `triton` a call may cost that stays with `cuda`, which saves the host some launches; and how much
-# more than on `torch`, whose price is flattered.
+# How much more than on `triton` a call may cost that stays with `cuda`, which saves the host some launches; and how
+# much more than on `torch`, whose price is flattered.
 _MARGIN, _FLATTERED = 1.1, 1.3
 
 
