@@ -9,8 +9,10 @@ machine code; nothing here says how fast it runs.
 
 import argparse
 import itertools
+import multiprocessing
 import sys
 from collections.abc import Collection, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -212,12 +214,20 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"triton {triton.__version__}, torch {torch.__version__}; compiled without a GPU, nothing was run")
     print(_HEADER)
     kernels = faulty = 0
-    for row in report(options.arch or (*NVIDIA, *AMD), options.dtype or tuple(_DTYPES), options.quick):
-        print(_line(row), flush=True)
-        kernels += 1
-        faulty += bool(row.faults)
+    parts = list(itertools.product(options.arch or (*NVIDIA, *AMD), options.dtype or tuple(_DTYPES), [options.quick]))
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as processes:
+        for rows in processes.map(_part, *zip(*parts, strict=True)):
+            for line, is_faulty in rows:
+                print(line, flush=True)
+                kernels += 1
+                faulty += is_faulty
     print(f"{kernels} kernels, {faulty} with faults")
     return 1 if faulty else 0
+
+
+def _part(arch: str, dtype: str, quick: bool) -> list[tuple[str, bool]]:
+    """Return the lines of one part of the report, and whether each has a fault."""
+    return [(_line(row), bool(row.faults)) for row in report((arch,), (dtype,), quick)]
 
 
 if __name__ == "__main__":
