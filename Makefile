@@ -108,7 +108,7 @@ endif
 # Processes that share the tests: most of these use one core.
 WORKERS ?= 2
 
-test: lint reports-quick  ## lint, the tests of the package, machine code: 12 minutes; .ci/run has what takes longer
+test: lint reports-quick  ## lint, the tests of the package, machine code: 11 minutes; .ci/run has what takes longer
 	$(SAY) 'Tests of the package'
 	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-$(REQUIRED)} \
 		$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" python_tests $(ARGS)
