@@ -1,5 +1,6 @@
 // dB = dy^T h at R >= 64, in a pass over dy of its own: where one pass makes dh as well
-// (dy_kernel), its partial sums take as many bytes as a second pass.
+// (dy_kernel), the partial sums of slabs for which there is room take as many bytes as a second
+// pass.
 #pragma once
 
 #include "cuda/slab_sums.cuh"

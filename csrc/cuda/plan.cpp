@@ -46,8 +46,9 @@ namespace {
 // has made dz, there is to be none behind the x kernel: there it may be twice as much, which costs
 // up to 3 us more, so that the chunks fill the GPU (a model: no GPU has confirmed it).
 constexpr int64_t kLastBlockBytes = 256 << 10, kMostLastBlockBytes = 512 << 10;
-constexpr int64_t kLeastBlocks = 86;  // kBusyShare of the multiprocessors of H100
-constexpr int64_t kRoundUnit = 128;   // rows, whole tiles of every kernel
+// That fill an H100.
+constexpr int64_t kLeastBlocks = 1 + static_cast<int64_t>(kBusyShare * kChosenFor[1].sm_count);
+constexpr int64_t kRoundUnit = 128;  // rows, whole tiles of every kernel
 constexpr int kMaxFeatures =
     1 << 30;  // column indices are 32-bit, with room for a tile beyond the end
 
