@@ -4,6 +4,7 @@ Import is silent: nothing is compiled, no device is touched, no other library is
 """
 
 from afa_kernels.activation import activations
+from afa_kernels.alpha import set_alpha_t
 from afa_kernels.autograd import AFALoRAFunction
 from afa_kernels.backend import builtin as _builtin  # noqa: F401 - registers the backends
 from afa_kernels.backend.registry import BackendStatus, BackendUnavailable, backends, use_backend
@@ -12,7 +13,7 @@ from afa_kernels.experts import AFAExpertLinear, AFAExpertStack
 from afa_kernels.functional import afa_linear, afa_lora
 from afa_kernels.group import AFALinearGroup
 from afa_kernels.layer import AFALinear
-from afa_kernels.model import inject, merge, set_alpha_t, unload, unmerge
+from afa_kernels.model import inject, merge, unload, unmerge
 from afa_kernels.plan import Plan, plan
 from afa_kernels.ragged import afa_linear_grouped, afa_lora_grouped
 from afa_kernels.schedule import AnnealSchedule

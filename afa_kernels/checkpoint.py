@@ -3,8 +3,8 @@
 ``adapter_model.safetensors`` holds the tensors under PEFT's names; what PEFT has no word for
 (alpha_t, activation, per layer) is in the metadata of that file, so that a save is one atomic
 replacement and the two can never disagree. ``adapter_config.json`` is PEFT's and loads silently at
-``alpha_t == 0``. Saved before that, it carries the key ``afa_lora`` too: stock PEFT then warns
-about an unexpected argument, and it should, since it computes another function.
+``alpha_t == 0``. Saved before that, it says so in the key ``afa_lora`` too, and stock PEFT, which would
+compute another function, refuses it.
 """
 
 import json
@@ -37,7 +37,7 @@ from afa_kernels.model import (
     replace,
 )
 from afa_kernels.stack import AdapterStack, AFALinearStack, adapters_in, check_name
-from afa_kernels.targets import Candidate, find_targets
+from afa_kernels.targets import Candidate, check_no_peft, find_targets
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = None) -> None:
@@ -50,8 +50,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
     parallelism) are gathered: every process has to call this then, and the first one writes.
 
     Warns:
-        UserWarning: ``alpha_t`` is not 0, so stock PEFT would compute another function with this
-            checkpoint; its ``adapter_config.json`` says so as well.
+        UserWarning: ``alpha_t`` is not 0, so stock PEFT, which would compute another function, refuses this
+            checkpoint; the message adds where nothing has annealed it yet.
 
     Raises:
         ValueError: the model has no AFA layer, or something trains that such a checkpoint cannot
@@ -92,16 +92,16 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
         "layers": {n: {"alpha_t": m.alpha_t, "activation": m.activation} for n, m in layers.items()},
     }
     config = fmt.peft_config(model, layers, list(trained))
-    annealing = {n: m.alpha_t for n, m in layers.items() if m.alpha_t != 0.0}
-    if annealing:
-        largest = max(annealing.values())
-        message = (
-            f"saved at alpha_t = {largest:g}: the branches are not linear yet, so stock PEFT "
-            "computes another function with this checkpoint than afa_kernels; anneal to "
-            "alpha_t = 0 before shipping it"
+    largest = max(layer.alpha_t for layer in layers.values())
+    if largest != 0.0:
+        fresh = all(layer.is_fresh for layer in layers.values())
+        warnings.warn(
+            f"{path}: saved at alpha_t = {largest:g}: the branches are not linear yet, so stock PEFT refuses this "
+            "checkpoint; anneal to alpha_t = 0 before shipping it"
+            + (". Nothing has annealed it yet: a training takes AnnealSchedule or a callback" if fresh else ""),
+            stacklevel=2,
         )
-        config[fmt.METADATA_KEY] = {"note": message, **state}
-        warnings.warn(f"{path}: {message}", stacklevel=2)
+        config = fmt.unfinished(config, state, largest)
 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +110,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
         fmt.load_safetensors().torch.save_file(tensors, temporary, metadata=metadata)
     with fmt.replacing(folder / fmt.CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / fmt.AFA_CONFIG_FILE).unlink(missing_ok=True)  # it described the adapter that was here
     if sharded:
         torch.distributed.barrier()
 
@@ -118,7 +119,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
     """Load a checkpoint of :func:`save_adapter` or of stock PEFT's LoRA into ``model``; return it.
 
     A model without AFA layers is injected as the checkpoint describes. Layers take their alpha_t
-    from the checkpoint; one that PEFT wrote is an ordinary LoRA: its alpha_t is 0. Everything is
+    from the checkpoint; that of an ordinary LoRA is 0. Everything is
     checked before the first write. Sharded parameters take their own part of the file, without
     communication.
 
@@ -134,7 +135,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
     folder = Path(path)
     checkpoint = _Checkpoint(
         folder,
-        fmt.read_config(folder / fmt.CONFIG_FILE),
+        *fmt.read_config(folder / fmt.CONFIG_FILE),
         *fmt.read_weights(folder / fmt.WEIGHTS_FILE),
         model,
     )
@@ -145,6 +146,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
     elif stacks:
         checkpoint.check_stacks(stacks)
     else:
+        check_no_peft(model)
         checkpoint.check_bases(dict(model.named_modules()), adapter)
         checkpoint.targets(model, ())
     trained = checkpoint.trained_modules(model)
@@ -184,6 +186,7 @@ class _Checkpoint:
         self,
         folder: Path,
         config: dict[str, Any],
+        state_in_config: dict[str, Any],
         tensors: dict[str, Tensor],
         state: dict[str, Any],
         model: nn.Module,
@@ -191,9 +194,10 @@ class _Checkpoint:
         self._config_file = folder / fmt.CONFIG_FILE
         self._weights_file = folder / fmt.WEIGHTS_FILE
         self._config = config
-        self._state = fmt.checked_state(self._weights_file, state or config.get(fmt.METADATA_KEY, {}))
         self.branches, self._other = fmt.split(self._weights_file, tensors)
         self._experts = self._parameters(model)
+        in_config = fmt.checked_layers(self._config_file, state_in_config, self.branches)
+        self._state = fmt.checked_layers(self._weights_file, state) or in_config
         for name, (a, _) in self.branches.items():
             r, rank = self._of(name, "rank_pattern", "r"), a.shape[-2]
             if r != rank:
@@ -204,6 +208,9 @@ class _Checkpoint:
         ):
             if self._state and names:
                 raise self._misfit(fmt.PREFIX + min(names), what)
+        for name, layer in self._state.items():
+            alpha_t = in_config.get(name, {}).get("alpha_t", 0.0)
+            fmt.check_agreement(self._config_file, alpha_t, self._weights_file, [layer["alpha_t"]])
 
     def _parameters(self, model: nn.Module) -> dict[str, Target]:
         """Return the fused parameters that the configuration targets; their branches get their names and shapes."""

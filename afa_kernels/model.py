@@ -1,12 +1,15 @@
 """AFA-LoRA over a whole model: inject, anneal, merge, unmerge, unload."""
 
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from afa_kernels import checks
 from afa_kernels.base_layer import is_conv1d
 from afa_kernels.branch import Branch, BranchOptions
 from afa_kernels.experts import AFAExpertLinear, AFAExperts, AFAExpertStack
@@ -14,10 +17,16 @@ from afa_kernels.experts.layer import BesideExperts, check_expert_rank, rank_of_
 from afa_kernels.experts.stack import check_names_of, check_no_names_of, check_whole
 from afa_kernels.experts.targets import Target, find_parameters
 from afa_kernels.layer import AFALinear
-from afa_kernels.schedule import no_adapter, set_alpha_t_of, takes_alpha_t
 from afa_kernels.shared_input import attach_groups, groups_of, nothing_to_share, unshare_inputs
 from afa_kernels.stack import AdapterStack, AFALinearStack, check_name
-from afa_kernels.targets import ALL_LINEAR, Candidate, find_targets, trainable_modules
+from afa_kernels.targets import (
+    ALL_LINEAR,
+    Candidate,
+    check_no_peft,
+    find_targets,
+    first_layer_of_peft,
+    trainable_modules,
+)
 
 _TRAINABLE_MARK = "_afa_trainable"
 _FAST_PATH_MARK = "_afa_fast_path"
@@ -76,7 +85,7 @@ def inject(
 
     Raises:
         TypeError: a named module or parameter is of another kind.
-        ValueError: nothing matches, the model has AFA layers already, or a named module shares its
+        ValueError: nothing matches, the model has AFA layers or adapters of PEFT already, or a named module shares its
             weight, is registered twice, or is read by its parent without being called; ``group=True``
             with nothing to group, or with dropout, which leaves nothing to share. The model is then
             unchanged.
@@ -98,6 +107,7 @@ def inject(
     check_expert_rank(expert_rank)
     if any(isinstance(m, _ADAPTED) for m in model.modules()):
         raise ValueError("model: it has AFA layers already; unload(model) first")
+    check_no_peft(model)
     trained = trainable_modules(model, trainable)
     parameters = find_parameters(model, target_parameters, trained)
     targets = []
@@ -177,6 +187,7 @@ def replace(
     for target in targets:
         setattr(target.parent, target.attribute, make(target.name, target.module))
     _leave_fast_paths(model)
+    _guard_save_pretrained(model)
 
 
 def add_to_experts(model: nn.Module, target: Target, options: Mapping[str, Any], *, stack: bool) -> None:
@@ -190,28 +201,6 @@ def add_to_experts(model: nn.Module, target: Target, options: Mapping[str, Any],
         if stack and experts:  # no module that is a model itself
             check_names_of(model.get_submodule(".".join(block[1:])))
     target.experts.afa[target.parameter] = layer
-
-
-def set_alpha_t(model: nn.Module, value: float, adapter: str | None = None) -> None:
-    """Set the blend coefficient of every layer of ``model`` that has ``set_alpha_t``: AFA layers,
-    and the layers of a PEFT model with an :class:`afa_kernels.peft.AFALoraConfig`.
-
-    Args:
-        adapter: of this adapter alone; by default of all adapters, and in a PEFT model of the active ones.
-
-    Raises:
-        TypeError, ValueError: ``value`` is no number in [0, 1], is not 0 while a layer is merged,
-            or the model has no such layer. No layer is changed then.
-    """
-    layers = [(name, m) for name, m in model.named_modules() if takes_alpha_t(m, adapter)]
-    if not layers:
-        raise _nothing_found(model) if adapter is None else no_adapter(model, adapter)
-    value = checks.alpha_value(value)
-    merged = [name for name, layer in layers if layer.merged]
-    if merged and value != 0.0:
-        raise ValueError(f"alpha_t: {merged[0]} is merged, got {value}; unmerge(model) first")
-    for _, layer in layers:
-        set_alpha_t_of(layer, value, adapter)
 
 
 def merge(model: nn.Module, *, keep_original: bool = False) -> nn.Module:
@@ -282,6 +271,7 @@ def unload(model: nn.Module) -> nn.Module:
         for attribute, value in parent.__dict__.pop(_FAST_PATH_MARK, {}).items():
             setattr(parent, attribute, value)
         parent.__dict__.pop(_TRAINABLE_MARK, None)
+    model.__dict__.pop("save_pretrained", None)
     return model
 
 
@@ -357,6 +347,11 @@ def _layers(model: nn.Module) -> list[tuple[str, AFALinear | AFAExpertLinear]]:
 
 
 def _nothing_found(model: nn.Module) -> ValueError:
+    if first_layer_of_peft(model) is not None:
+        return ValueError(
+            f"model: expected AFA layers, found those of PEFT in {type(model).__name__}; use its own methods "
+            "(merge_adapter(), unmerge_adapter(), merge_and_unload(), unload())"
+        )
     if any(isinstance(module, AdapterStack) for module in model.modules()):
         return ValueError(
             "model: its layers have a stack of adapters, and no weight equals several branches; save_adapter(model, "
@@ -385,3 +380,26 @@ def _leave_fast_paths(model: nn.Module) -> None:
         if any(isinstance(m, LAYERS) for m in module.modules()):
             setattr(module, _FAST_PATH_MARK, {attribute: getattr(module, attribute, off)})
             setattr(module, attribute, off)
+
+
+def _guard_save_pretrained(model: nn.Module) -> None:
+    """Let a model of transformers refuse to write files that ``from_pretrained`` would read without the AFA layers."""
+    if callable(getattr(model, "save_pretrained", None)):
+        model.save_pretrained = MethodType(save_pretrained, model)
+
+
+def save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """``model.save_pretrained`` while the model has AFA layers. Checkpoints of a Trainer are written, because the
+    Trainer loads them into the same layers.
+
+    Raises:
+        ValueError: ``from_pretrained`` could not read what would be written.
+    """
+    of_trainer = re.fullmatch(r"checkpoint-\d+", Path(save_directory).name)
+    if not of_trainer and any(isinstance(module, _ADAPTED) for module in model.modules()):
+        raise ValueError(
+            "save_pretrained: the model has AFA layers, and from_pretrained would initialize their weights at random; "
+            "afa_kernels.save_adapter(model, path) writes the adapter, and after afa_kernels.merge(model) and "
+            "afa_kernels.unload(model) save_pretrained writes the whole model"
+        )
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)

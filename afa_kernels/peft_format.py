@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from afa_kernels.experts import ExpertBranch
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+AFA_CONFIG_FILE = "afa_config.json"  # AFALoraConfig describes a finished adapter there; alpha_t is never in it
 METADATA_KEY = "afa_lora"
 FORMAT_VERSION = 1
 PREFIX = "base_model.model."
@@ -68,6 +69,68 @@ _REQUIRED = {
 }
 
 
+# What stock readers refuse where it holds a text of ours, which PEFT then quotes: vLLM the first, PEFT both (the second
+# also where the adapter is not the first of a model).
+_REFUSED = ("bias", "task_type")
+
+
+def unfinished(config: dict[str, Any], state: dict[str, Any], alpha_t: float) -> dict[str, Any]:
+    """Return the configuration of an adapter at ``alpha_t > 0`` with its ``state``: stock readers refuse it, because
+    they would compute a plain LoRA."""
+    note = (
+        f"saved by afa_kernels at alpha_t = {alpha_t:g}, where the branch is not linear yet and the adapter is no "
+        "LoRA; read it with afa_kernels, or anneal it to alpha_t = 0 and save it again"
+    )
+    replaced = {key: config.get(key) for key in _REFUSED}
+    return config | dict.fromkeys(_REFUSED, note) | {METADATA_KEY: {"note": note, **replaced, **state}}
+
+
+def as_finished(file: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Undo :func:`unfinished`: return the configuration and the state, which is empty where alpha_t is 0.
+
+    Raises:
+        ValueError: the state is not one that this version reads.
+    """
+    config = dict(config)
+    state = config.pop(METADATA_KEY, None)
+    if state is None:
+        return config, {}
+    _check_version(file, state)
+    return config | {key: state[key] for key in (*_REFUSED, "lora_dropout") if key in state}, state
+
+
+def one_for_all_layers(file: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a checkpoint with the activation and the alpha_t that all its layers have."""
+    layers = checked_layers(file, state)
+    kinds = {(layer["activation"], layer["alpha_t"]) for layer in layers.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{file}: the layers differ in activation or alpha_t, which one AFALoraConfig cannot say; use "
+            "afa_kernels.load_adapter"
+        )
+    return state | dict(zip(("activation", "alpha_t"), *kinds, strict=True)) if kinds else state
+
+
+def alpha_t_in_weights(file: Path) -> list[float]:
+    """Return the values of the layers that :func:`afa_kernels.save_adapter` wrote to a file with weights; none for one
+    that PEFT wrote, or that is not there."""
+    if not file.is_file():
+        return []
+    with load_safetensors().safe_open(os.fspath(file), framework="pt") as opened:
+        state = _state_in(file, opened)
+    return [layer["alpha_t"] for layer in checked_layers(file, state or {}).values()]
+
+
+def check_agreement(file: Path, alpha_t: float, other: Path, values: list[float]) -> None:
+    """Raise unless ``values`` of alpha_t in another file of a checkpoint are those of its configuration."""
+    differing = [value for value in values if value != alpha_t]
+    if differing:
+        raise ValueError(
+            f"{file} says alpha_t = {alpha_t:g} and {other} says {differing[0]:g}: they belong to different adapters. "
+            "Save the adapter once more, into an empty folder"
+        )
+
+
 def peft_config(model: nn.Module, layers: dict[str, Branch], trained: list[str]) -> dict[str, Any]:
     """Return PEFT's LoraConfig, with keys that PEFT has known since 0.17, so that none warns."""
     first = next(iter(layers.values()))
@@ -112,7 +175,8 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
     return sorted(names)
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configuration and what it says of an adapter above ``alpha_t = 0``."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -122,6 +186,7 @@ def read_config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{file}: expected peft_type 'LORA', got {kind!r}")
+    config, state = as_finished(file, config)
     for key, fits in _REQUIRED.items():
         if not fits(config.get(key)):
             raise ValueError(f"{file}: {key} is missing or not usable: {config.get(key)!r}")
@@ -132,33 +197,44 @@ def read_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: bias={config['bias']!r} is not supported, expected 'none'")
     if config.get("init_lora_weights") not in _PLAIN_INITIALISATIONS:
         raise ValueError(f"{file}: init_lora_weights={config['init_lora_weights']!r} changes the base weights")
-    return config
+    return config, state
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], Any]:
     safetensors = load_safetensors()
     try:
         with safetensors.safe_open(os.fspath(file), framework="pt") as opened:
-            metadata = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
+            return tensors, _state_in(file, opened)
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+
+
+def _state_in(file: Path, opened) -> Any:
+    """Return what :func:`afa_kernels.save_adapter` wrote beside the tensors of a file, or None."""
     try:
-        return tensors, json.loads(metadata.get(METADATA_KEY, "null"))
+        return json.loads((opened.metadata() or {}).get(METADATA_KEY, "null"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: metadata {METADATA_KEY} is not readable: {error}") from None
 
 
-def checked_state(file: Path, state: Any) -> dict[str, dict[str, Any]]:
-    """Return alpha_t and activation by layer; empty for a checkpoint that PEFT wrote."""
-    if not state:
-        return {}
+def _check_version(file: Path, state: Any) -> None:
     version = state.get("format_version") if isinstance(state, dict) else None
     if version != FORMAT_VERSION:
-        raise ValueError(f"{file}: {METADATA_KEY} has format_version {version!r}, expected {FORMAT_VERSION}")
+        raise ValueError(f"{file}: {METADATA_KEY}: expected format_version {FORMAT_VERSION}, got {version!r}")
+
+
+def checked_layers(file: Path, state: Any, names: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Return alpha_t and activation by layer; empty for a plain LoRA. Of an :class:`AFALoraConfig` they are the same
+    for all, which are called ``names``."""
+    if not state:
+        return {}
+    _check_version(file, state)
     layers = state.get("layers")
+    if layers is None and "alpha_t" in state:
+        layers = dict.fromkeys(names, {key: state.get(key) for key in ("alpha_t", "activation")})
     if not isinstance(layers, dict):
         raise ValueError(f"{file}: {METADATA_KEY} has no layers")
     for name, layer in layers.items():

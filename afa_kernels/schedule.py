@@ -1,7 +1,6 @@
 """AnnealSchedule: alpha_t as a pure function of the optimizer step."""
 
 import math
-import sys
 import weakref
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from afa_kernels import checks
+from afa_kernels.alpha import annealed_in, begin, places_of, set_alpha_t_of
 
 Blend = Callable[[float], float]
 
@@ -39,38 +39,6 @@ KINDS: dict[str, tuple[Callable[[float, Any], float], str | None, Any]] = {
 }
 _MAX_SHARPNESS = 500.0  # exp() of it is still finite
 _CALLABLE = "callable"  # the kind that state_dict stores for a function, which itself is not stored
-
-
-def annealed_layers(model: nn.Module, adapter: str | None = None) -> list[nn.Module]:
-    """Return the layers of ``model`` that have ``set_alpha_t``, those of PEFT prepared for it; with ``adapter``, those
-    that anneal an adapter of that name."""
-    integration = sys.modules.get("afa_kernels.peft")
-    if integration is not None:
-        integration.install_annealed(model)
-    layers = [module for module in model.modules() if takes_alpha_t(module, adapter)]
-    if adapter is not None and not layers:
-        raise no_adapter(model, adapter)
-    return layers
-
-
-def takes_alpha_t(module: nn.Module, adapter: str | None) -> bool:
-    """Whether :func:`set_alpha_t_of` can set something in a module. Layers with several adapters have ``anneals``."""
-    if adapter is None:
-        return callable(getattr(module, "set_alpha_t", None))
-    anneals = getattr(module, "anneals", None)
-    return callable(anneals) and anneals(adapter)
-
-
-def set_alpha_t_of(layer: nn.Module, value: float, adapter: str | None) -> None:
-    """Set alpha_t of a layer, or of one adapter in it."""
-    if adapter is None:
-        layer.set_alpha_t(value)
-    else:
-        layer.set_alpha_t(value, adapter)
-
-
-def no_adapter(model: nn.Module, adapter: str) -> ValueError:
-    return ValueError(f"adapter: no layer of {type(model).__name__} has an adapter {adapter!r} that can be annealed")
 
 
 class AnnealSchedule:
@@ -125,7 +93,7 @@ class AnnealSchedule:
         self._begin = _boundary(self.begin_frac, self.total_steps)
         self._end = _boundary(self.end_frac, self.total_steps)
         self._step = 0
-        # The adapters of each layer that it drives; None stands for those that set_alpha_t takes without a name.
+        # The adapters of each layer that it drives, None for one without a name.
         self._layers: weakref.WeakKeyDictionary[nn.Module, set[str | None]] = weakref.WeakKeyDictionary()
 
     def __call__(self, step: int) -> float:
@@ -161,20 +129,21 @@ class AnnealSchedule:
             each step.
 
         Layers are remembered weakly: attaching keeps no model alive, and copies of it are not
-        followed.
+        followed. An adapter that is finished, at alpha_t = 0, stays so; one that stands elsewhere than
+        the schedule jumps, with a warning. A new adapter may begin anywhere.
 
         Args:
-            adapter: drive this adapter alone; by default all adapters, and in a PEFT model the active ones.
+            adapter: drive this adapter alone; by default all adapters, and in a PEFT model those that are active now.
 
         Raises:
-            ValueError: no layer of ``model`` has ``set_alpha_t``, or none has the adapter.
+            ValueError: no layer of ``model`` has ``set_alpha_t``, none has the adapter, or those that are active are
+                plain LoRA.
+
+        Warns:
+            UserWarning: an adapter is finished or jumps; the message says how to mean it.
         """
-        layers = annealed_layers(model, adapter)
-        if not layers:
-            raise ValueError(f"model: expected layers with set_alpha_t, found none in {type(model).__name__}")
-        for layer in layers:
-            self._layers.setdefault(layer, set()).add(adapter)
-        self._write()
+        for place in begin(places_of(model, adapter), self.alpha_t, change_at(self, self._step)):
+            self._layers.setdefault(place.layer, set()).add(place.adapter)
         return self
 
     def step(self) -> float:
@@ -186,7 +155,7 @@ class AnnealSchedule:
     def state_dict(self) -> dict[str, Any]:
         """Return the step and the definition of the schedule as plain values; a function is stored
         as "callable"."""
-        return {"step": self._step, **self._definition()}
+        return {"step": self._step, **self.definition()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved step, so that the sequence of alpha_t goes on as it would have.
@@ -194,7 +163,7 @@ class AnnealSchedule:
         Raises:
             ValueError: ``state`` lacks an entry or was saved by a schedule of another definition.
         """
-        wanted = self._definition()
+        wanted = self.definition()
         missing = (wanted.keys() | {"step"}) - state.keys()
         if missing:
             raise ValueError(f"state: not a state of an AnnealSchedule, {', '.join(sorted(missing))} missing")
@@ -220,7 +189,8 @@ class AnnealSchedule:
         self.__dict__.update(state)
         self._layers = weakref.WeakKeyDictionary()
 
-    def _definition(self) -> dict[str, Any]:
+    def definition(self) -> dict[str, Any]:
+        """Return the arguments as plain values; a function is "callable"."""
         names = ("total_steps", "kind", "start", "end", "begin_frac", "end_frac")
         return {**{name: getattr(self, name) for name in names}, "options": dict(self.options)}
 
@@ -228,13 +198,20 @@ class AnnealSchedule:
         alpha_t = self.alpha_t
         for layer, adapters in self._layers.items():
             for adapter in adapters:
-                set_alpha_t_of(layer, alpha_t, adapter)
+                if annealed_in(layer, adapter):  # it may have been deleted
+                    set_alpha_t_of(layer, alpha_t, adapter)
         return alpha_t
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in self._definition().items() if name != "options")
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.definition().items() if name != "options")
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return f"AnnealSchedule({arguments}{options})"
+
+
+def change_at(schedule: Callable[[int], float], step: int) -> float:
+    """Return by how much ``schedule`` changes alpha_t in the steps before and after ``step``, the larger of the two."""
+    here = schedule(step)
+    return max(abs(schedule(near) - here) for near in (max(step - 1, 0), step + 1))
 
 
 def _resolve(kind: str | Blend, options: dict[str, float]) -> tuple[str, Blend | None, dict[str, float]]:

@@ -48,9 +48,9 @@ class AdapterStack(nn.Module):
         """The largest blend coefficient of the adapters."""
         return max((branch.alpha_t for branch in self.adapters.values()), default=0.0)
 
-    def anneals(self, adapter: str) -> bool:
-        """Whether the layer has that adapter; :meth:`set_alpha_t` takes its name then."""
-        return adapter in self.adapters
+    def annealed(self, adapter: str | None = None) -> dict[str, Branch]:
+        """Return its adapters by their names, or the one of that name if there is one."""
+        return {name: branch for name, branch in self.adapters.items() if adapter in (None, name)}
 
     def set_alpha_t(self, value: float, adapter: str | None = None) -> None:
         """Set the blend coefficient of one adapter, or of all, in [0, 1].

@@ -147,3 +147,21 @@ class _Refusal:
         if isinstance(candidate.parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its weight and never calls it: no branch would run"
         return None
+
+
+def check_no_peft(model: nn.Module) -> None:
+    """Raise if ``model`` has layers of PEFT, whose parts look like layers to adapt."""
+    name = first_layer_of_peft(model)
+    if name is not None:
+        raise ValueError(
+            f"model: {name} is a layer of PEFT; give its adapters an activation with afa_kernels.peft.add_activation, "
+            "make them with an AFALoraConfig, or take them out first (merge_and_unload() or unload())"
+        )
+
+
+def first_layer_of_peft(model: nn.Module) -> str | None:
+    # By name, because PEFT is not imported for models that do without.
+    def is_of_peft(module: nn.Module) -> bool:
+        return any(cls.__module__.startswith("peft.tuners.") for cls in type(module).__mro__)
+
+    return next((n for n, m in model.named_modules() if hasattr(m, "base_layer") and is_of_peft(m)), None)

@@ -6,8 +6,6 @@ import re
 import torch
 from torch import Tensor, nn
 
-import afa_kernels as afa
-
 TARGETS = ("q_proj", "v_proj")
 
 
@@ -41,11 +39,6 @@ def adapted(net: nn.Module, config, seed: int = 0) -> nn.Module:
     from peft import get_peft_model
 
     return fill_adapters(get_peft_model(copy.deepcopy(net), config), seed)
-
-
-def set_alpha_t(model: nn.Module, value: float) -> None:
-    """Drive a model as the schedule and the callbacks do."""
-    afa.AnnealSchedule(1, "constant", start=value, end=value).attach(model)
 
 
 def gradients(model: nn.Module, x: Tensor, dy: Tensor | None = None) -> dict[str, Tensor]:

@@ -114,6 +114,7 @@ def test_a_schedule_of_one_adapter_leaves_the_others(model):
     of_b.step()
     of_b.step()
     assert alphas(model) == {"a": 0.75, "b": 0.0}
+    afa.set_alpha_t(model, 1.0)  # b was finished
     both = afa.AnnealSchedule(10).attach(model)
     assert alphas(model) == {"a": 1.0, "b": 1.0} and both.alpha_t == 1.0
     with pytest.raises(ValueError, match="no layer of Classifier has an adapter 'x' that can be annealed"):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 import afa_kernels as afa
 from afa_kernels.callbacks import AnnealCallback
 from afa_kernels.peft import AFALoraConfig, accelerate, install_annealed, restore
-from afa_kernels.peft.mixed import AFALoraModel
+from afa_kernels.peft.tuner import AFALoraModel
 
 NAMES = ["b", "a", "__base__", "c", "a", "plain", "b"]
 ADAPTERS = {

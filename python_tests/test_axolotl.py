@@ -89,7 +89,7 @@ def test_an_adapter_that_is_not_trained_stays_a_lora(plugin, tmp_path):
         ({"afa": {"activate": "silu"}}, ValueError, "afa: expected keys among activation, .* got activate"),
         ({"afa": {"r": 8}}, ValueError, "afa: expected keys among activation, .* got r"),
         ({"afa": {"activation": "step"}}, ValueError, "activation: expected one of"),
-        ({"afa": {"anneal": "quick"}}, ValueError, "kind: expected one of"),
+        ({"afa": {"anneal": "quick"}}, ValueError, "anneal: expected one of"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_an_error_before_the_model_is_loaded(plugin, settings, error, message):

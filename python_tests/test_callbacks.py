@@ -1,8 +1,11 @@
 """AnnealCallback in real runs of transformers.Trainer: steps, resumption, early stops, merging."""
 
+import copy
 import os
+import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -99,8 +102,12 @@ def test_adapters_that_a_framework_made_are_given_an_activation(tmp_path, attach
     if attached:
         callback.attach(run)
     run.train()
-    run.train()  # again: the model has the activation already
-    assert recorder.in_steps == pytest.approx([1.0, 0.5, 0.0, 0.0] * 2)
+    with pytest.warns(UserWarning, match="'default' is finished and stays at alpha_t = 0, where the schedule is at 1"):
+        run.train()  # again: the model has the activation already
+    assert recorder.in_steps == pytest.approx([1.0, 0.5, 0.0, 0.0] + [0.0] * 4)
+    afa.set_alpha_t(run.model, 1.0)
+    run.train()
+    assert recorder.in_steps[8:] == pytest.approx([1.0, 0.5, 0.0, 0.0])
     assert run.model.peft_config["default"].activation == "gelu"
     assert_merges(run.model, llama())
 
@@ -262,3 +269,76 @@ def test_the_frozen_weights_are_untouched(tmp_path):
     trainer(model, tmp_path, AnnealCallback(), max_steps=2).train()
     for name, value in before.items():
         assert torch.equal(model.get_parameter(name), value), name
+
+
+def test_a_finished_adapter_stays_finished(tmp_path):
+    model, recorder = adapted(), Recorder()
+    afa.set_alpha_t(model, 0.0)
+    callback = AnnealCallback()
+    with pytest.warns(UserWarning, match="'default' is finished and stays at alpha_t = 0, where the schedule is at 1"):
+        trainer(model, tmp_path, callback, recorder).train()
+    assert recorder.in_steps == [0.0] * 4 and callback.alpha_t == 0.0
+    assert set(recorder.logged[:-1]) == {0.0}
+
+
+def test_an_adapter_goes_on_where_it_stands(tmp_path):
+    """A second phase: with the configuration's schedule the adapter would jump."""
+    model, recorder = adapted(), Recorder()
+    afa.set_alpha_t(model, 0.5)
+    with pytest.warns(UserWarning, match="'default' stands at 0.5 in .*q_proj .* jumps to 1, .* start=0.5"):
+        trainer(model, tmp_path, AnnealCallback()).train()
+    afa.set_alpha_t(model, 0.5)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="alpha_t")
+        trainer(model, tmp_path, AnnealCallback(start=0.5, end_frac=1.0), recorder).train()
+    assert recorder.in_steps == [0.5, 0.375, 0.25, 0.125]
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({}, {"max_steps": 8}, "the schedule total_steps=4, and this training has total_steps=8"),
+        ({"activation": "gelu"}, {}, r"the activations \['silu'\], and this training has \['gelu'\]"),
+        ({"anneal": "cosine"}, {}, "the schedule kind='linear', and this training has kind='cosine'"),
+    ],
+    ids=["longer", "activation", "schedule"],
+)
+def test_what_differs_from_the_checkpoint_is_said(tmp_path, options, arguments, message):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer(adapted(anneal_end_frac=1.0), tmp_path, AnnealCallback(), **saving).train()
+    checkpoint = os.path.join(tmp_path, "checkpoint-2")
+    model = adapted(anneal_end_frac=1.0, **options)
+    resumed = trainer(model, tmp_path / "on", AnnealCallback(), **(saving | arguments))
+    with pytest.warns(UserWarning) as caught:
+        resumed.train(resume_from_checkpoint=checkpoint)
+    said = [str(warning.message) for warning in caught]
+    assert any(re.search("resume: the checkpoint was saved with " + message, each) for each in said), said
+    jumps = [each for each in said if "stands at 0.5" in each and "jumps to 0.75" in each]
+    assert len(jumps) == ("max_steps" in arguments)
+
+
+def test_a_resumed_adapter_that_is_finished_stays_so(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer(adapted(anneal_end_frac=0.5), tmp_path, AnnealCallback(), **saving).train()
+    recorder = Recorder()
+    longer = trainer(adapted(anneal_end_frac=0.5), tmp_path / "on", AnnealCallback(), recorder, max_steps=8)
+    with pytest.warns(UserWarning, match="'default' is finished and stays at .*, where the schedule is at 0.25"):
+        longer.train(resume_from_checkpoint=os.path.join(tmp_path, "checkpoint-3"))
+    assert recorder.in_steps == [0.0] * 5
+
+
+def test_an_injected_model_is_not_saved_in_files_that_nothing_reads(tmp_path):
+    model = afa.inject(llama(), r=4)
+    run = trainer(model, tmp_path / "run", AnnealCallback(), save_strategy="steps", save_steps=2, max_steps=2)
+    run.train()
+    again = trainer(afa.inject(llama(), r=4), tmp_path / "again", AnnealCallback(), max_steps=2)
+    again.train(resume_from_checkpoint=os.path.join(tmp_path, "run", "checkpoint-2"))
+    torch.testing.assert_close(logits(again.model), logits(model))
+    afa.merge(model)
+    for save in (run.save_model, copy.deepcopy(model).save_pretrained):
+        with pytest.raises(ValueError, match="save_pretrained: the model has AFA layers.*save_adapter"):
+            save(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+    wanted = logits(model)
+    afa.unload(model).save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits(type(model).from_pretrained(tmp_path / "saved")), wanted)

@@ -1,5 +1,7 @@
 """The trainers of TRL, each run for a few steps and merged."""
 
+import math
+
 import pytest
 
 pytest.importorskip("trl")
@@ -9,8 +11,11 @@ import torch
 import trl
 from datasets import Dataset
 from hf_models import WORDS, assert_merges, llama, sentences, tokenizer
+from peft import get_peft_model
+from peft_models import fill_adapters
 from test_callbacks import Recorder
 
+import afa_kernels as afa
 from afa_kernels.callbacks import AnnealCallback
 from afa_kernels.peft import AFALoraConfig, AFALoraLayer
 
@@ -36,21 +41,21 @@ def sft(model, folder, **shared):
     )
 
 
-def dpo(model, folder, **shared):
+def dpo(model, folder, arguments=None, **shared):
     pairs = {"prompt": sentences(8, 3), "chosen": [" w5 w6"] * 8, "rejected": [" w7 w8"] * 8}
     return trl.DPOTrainer(
         model,
-        args=trl.DPOConfig(output_dir=folder, **COMMON),
+        args=trl.DPOConfig(output_dir=folder, **(COMMON | (arguments or {}))),
         train_dataset=Dataset.from_dict(pairs),
         **shared,
     )
 
 
-def grpo(model, folder, **shared):
+def grpo(model, folder, arguments=None, **shared):
     def low_words(completions, **_):
         return [float(sum(word in WORDS[:9] for word in c.split())) for c in completions]
 
-    arguments = COMMON | {"per_device_train_batch_size": 8, "beta": 0.1}
+    arguments = COMMON | {"per_device_train_batch_size": 8, "beta": 0.1} | (arguments or {})
     return trl.GRPOTrainer(
         model,
         reward_funcs=low_words,
@@ -77,3 +82,29 @@ def test_a_trainer_anneals_and_its_model_merges(make, tmp_path):
     assert len(layers) == 7 and all(layer.alpha_t == 0.0 for layer in layers)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     assert_merges(trainer.model, llama())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stands", [0.0, 0.5])
+@pytest.mark.parametrize("make", [dpo, grpo])
+def test_the_reference_of_an_adapter_that_was_trained_before_is_that_adapter(make, stands, tmp_path):
+    """With the learning rate 0 nothing moves: the loss of DPO is ln 2, the KL divergence of GRPO is 0."""
+    config = AFALoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
+    model = fill_adapters(get_peft_model(llama(), config))
+    afa.set_alpha_t(model, stands)
+    still = {"learning_rate": 0.0, "max_steps": 2}
+    trainer = make(model, str(tmp_path), still, processing_class=tokenizer())
+    trainer.train()
+    logged = trainer.state.log_history
+    measured = [entry["loss"] - math.log(2) if make is dpo else entry["kl"] for entry in logged if "loss" in entry]
+    assert len(measured) == 2
+    assert measured == pytest.approx([0.0, 0.0], abs=1e-6)  # of numbers near 1, in float32
+
+
+@pytest.mark.parametrize("stands", [0.0, 0.5])
+def test_grpo_with_vllm_is_refused_before_identity(stands, tmp_path):
+    model = get_peft_model(llama(), AFALoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM"))
+    afa.set_alpha_t(model, stands)
+    message = "use_vllm: .* at alpha_t = 0.5 no weight" if stands else "vLLM is not available"  # not refused by us
+    with pytest.raises((ValueError, ImportError), match=message):
+        grpo(model, str(tmp_path), {"use_vllm": True}, processing_class=tokenizer(), callbacks=[AnnealCallback()])

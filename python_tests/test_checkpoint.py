@@ -168,13 +168,13 @@ def outputs_of_peft(model):
         return model(torch.arange(10).view(2, 5)).logits
 
 
-def test_stock_peft_warns_before_identity(tmp_path):
+def test_stock_peft_refuses_before_identity(tmp_path):
     model = wake(afa.inject(net()), alpha_t=0.5)
     with pytest.warns(UserWarning, match="stock PEFT"):
         afa.save_adapter(model, tmp_path)
     assert "alpha_t = 0.5" in json.loads((tmp_path / CONFIG).read_text())["afa_lora"]["note"]
     pytest.importorskip("peft")
-    with pytest.warns(UserWarning, match="afa_lora"):
+    with pytest.warns(UserWarning, match="afa_lora"), pytest.raises(ValueError, match="saved .* at alpha_t = 0.5"):
         peft_model(net(), tmp_path)
 
 

@@ -152,7 +152,7 @@ def test_tensors_that_do_not_fit_are_refused(saved, edit, match):
     [
         ("{", "not readable"),
         ("[1]", "format_version"),
-        ('{"format_version": 2}', "format_version 2"),
+        ('{"format_version": 2}', "expected format_version 1, got 2"),
         ('{"format_version": 1}', "no layers"),
         ('{"format_version": 1, "layers": {"body.up": {"alpha_t": 0.0}}}', "activation"),
         (

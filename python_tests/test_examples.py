@@ -15,6 +15,8 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from afa_kernels.peft import AFALoraConfig
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
@@ -28,7 +30,7 @@ def assert_plain_lora(folder: Path) -> None:
     """Nothing in what PEFT reads says that this adapter was anything but a LoRA."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["peft_type"] == "LORA" and "afa_lora" not in config
-    assert json.loads((folder / "afa_config.json").read_text(encoding="utf-8"))["alpha_t"] == 0.0
+    assert AFALoraConfig.from_pretrained(folder).alpha_t == 0.0
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

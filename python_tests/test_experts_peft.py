@@ -22,7 +22,7 @@ from expert_models import (
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
-from peft_models import assert_same, set_alpha_t
+from peft_models import assert_same
 
 import afa_kernels as afa
 from afa_kernels.peft import AFALoraConfig, accelerate, add_activation, load_adapter, restore
@@ -45,7 +45,7 @@ def wrappers(model):
 def test_at_identity_it_is_peft_lora(architecture):
     net, ids = mixture(architecture), tokens()
     ours, stock = adapted(net, config()), adapted(net, config(LoraConfig))
-    set_alpha_t(ours, 0.0)
+    afa.set_alpha_t(ours, 0.0)
     assert_same(gradients(ours, ids), gradients(stock, ids))
     assert ours.state_dict().keys() == stock.state_dict().keys()
     assert str(wrappers(ours)[0]).splitlines()[1] == "  parameter_name='down_proj',"
@@ -64,7 +64,7 @@ def test_at_identity_it_is_peft_lora(architecture):
 def test_options_of_peft(options):
     net, ids = mixture(), tokens()
     ours, stock = adapted(net, config(**options)), adapted(net, config(LoraConfig, **options))
-    set_alpha_t(ours, 0.0)
+    afa.set_alpha_t(ours, 0.0)
     assert_same(gradients(ours, ids), gradients(stock, ids))
 
 
@@ -72,14 +72,14 @@ def test_options_of_peft(options):
 def test_with_an_activation_it_is_what_inject_makes(architecture, tmp_path):
     net, ids = mixture(architecture), tokens()
     ours = adapted(net, config(activation="tanh"))
-    set_alpha_t(ours, 0.0)
+    afa.set_alpha_t(ours, 0.0)
     ours.save_pretrained(tmp_path)
     injected = afa.load_adapter(copy_of(net), tmp_path)
     for m in injected.modules():
         if isinstance(m, afa.AFAExpertLinear):
             m.activation = "tanh"
     for model in (ours, injected):
-        set_alpha_t(model, 0.4)
+        afa.set_alpha_t(model, 0.4)
     got, want = gradients(ours, ids), gradients(injected, ids)
     assert torch.equal(got["logits"], want["logits"])
     assert len(got) == len(want)
@@ -118,7 +118,7 @@ def test_merging_disabling_and_unloading():
         torch.testing.assert_close(model(ids).logits, net(ids).logits)
     with pytest.raises(ValueError, match="alpha_t of adapter 'default' is 1"):
         model.merge_adapter()
-    set_alpha_t(model, 0.0)
+    afa.set_alpha_t(model, 0.0)
     want = model(ids).logits
     model.merge_adapter()
     torch.testing.assert_close(model(ids).logits, want)
@@ -147,7 +147,7 @@ def test_several_adapters():
     for alpha_t in (1.0, 0.0):
         for annealed in (model, alone["default"]):
             annealed.set_adapter("default")
-            set_alpha_t(annealed, alpha_t)
+            afa.set_alpha_t(annealed, alpha_t)
         torch.testing.assert_close(model(ids).logits, alone["default"](ids).logits)
         model.set_adapter("other")
         torch.testing.assert_close(model(ids).logits, alone["other"](ids).logits)
@@ -167,7 +167,7 @@ def test_several_adapters():
 def test_checkpoints_load_in_stock_peft_and_back(architecture, tmp_path):
     net, ids = mixture(architecture), tokens()
     ours = adapted(net, config(lora_dropout=0.1))
-    set_alpha_t(ours, 0.0)
+    afa.set_alpha_t(ours, 0.0)
     ours.save_pretrained(tmp_path / "ours")
     stock = PeftModel.from_pretrained(copy_of(net), str(tmp_path / "ours")).eval()
     torch.testing.assert_close(stock(ids).logits, ours(ids).logits)
@@ -182,7 +182,7 @@ def test_checkpoints_load_in_stock_peft_and_back(architecture, tmp_path):
 def test_a_saved_adapter_comes_back_with_its_alpha_and_dropout(tmp_path):
     net, ids = mixture(), tokens()
     ours = adapted(net, config(lora_dropout=0.125))
-    set_alpha_t(ours, 0.25)
+    afa.set_alpha_t(ours, 0.25)
     ours.save_pretrained(tmp_path)
     read = AFALoraConfig.from_pretrained(str(tmp_path))
     assert (read.alpha_t, read.lora_dropout, sorted(read.target_parameters)) == (0.25, 0.125, sorted(PARAMETERS))
@@ -197,10 +197,10 @@ def test_a_saved_adapter_comes_back_with_its_alpha_and_dropout(tmp_path):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_model_can_be_copied_and_pickled(copied):
     model, ids = adapted(mixture(), config()), tokens()
-    set_alpha_t(model, 0.25)
+    afa.set_alpha_t(model, 0.25)
     other = copied(model)
     assert torch.equal(other(ids).logits, model(ids).logits)
-    set_alpha_t(other, 0.0)
+    afa.set_alpha_t(other, 0.0)
     assert wrappers(model)[0].alpha_t == 0.25 and not torch.equal(other(ids).logits, model(ids).logits)
 
 
@@ -232,9 +232,9 @@ def test_all_linear_is_what_it_is_to_peft(architecture, tmp_path):
     assert ours.state_dict().keys() == stock.state_dict().keys()
     add_activation(given, "silu")
     for model in (ours, given):
-        set_alpha_t(model, 0.6)
+        afa.set_alpha_t(model, 0.6)
     assert_same(gradients(given, ids), gradients(ours, ids))
-    set_alpha_t(ours, 0.0)
+    afa.set_alpha_t(ours, 0.0)
     want = gradients(stock, ids)
     assert any("gate.lora_A" in name for name in want)
     assert_same(gradients(ours, ids), want)
@@ -290,7 +290,7 @@ def test_stock_adapters_can_be_given_an_activation(architecture):
     made, given = adapted(net, config(activation="tanh", **options)), adapted(net, config(LoraConfig, **options))
     add_activation(given, "tanh")
     for model in (made, given):
-        set_alpha_t(model, 0.4)
+        afa.set_alpha_t(model, 0.4)
     assert_same(gradients(given, ids), gradients(made, ids))
     assert given.state_dict().keys() == made.state_dict().keys()
 

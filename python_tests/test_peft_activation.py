@@ -8,9 +8,11 @@ import torch
 pytest.importorskip("peft")
 
 from peft import LoraConfig, PeftModel
-from peft_models import TARGETS, Net, adapted, assert_same, gradients, set_alpha_t
+from peft.tuners.lora import LoraLayer
+from peft_models import TARGETS, Net, adapted, assert_same, gradients
 from torch import nn
 
+from afa_kernels import set_alpha_t
 from afa_kernels.peft import AFALoraConfig, AFALoraLayer, accelerate, add_activation
 
 
@@ -130,4 +132,5 @@ def test_what_cannot_have_an_activation_is_named_and_stays(model, options, error
         add_activation(model, **options)
     assert [type(module) for module in model.modules()] == classes
     assert getattr(model, "peft_config", {}) == configs
-    assert all(isinstance(m, AFALoraLayer) is type(m).__name__.startswith("AFA") for m in model.modules())
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert all(isinstance(layer, AFALoraLayer) is type(layer).__name__.startswith("AFA") for layer in layers)

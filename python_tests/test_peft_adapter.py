@@ -14,7 +14,7 @@ import peft
 import torch._dynamo.testing
 from helpers import assert_as_accurate_as_torch
 from peft import LoraConfig
-from peft_models import TARGETS, Net, adapted, assert_same, gradients, set_alpha_t
+from peft_models import TARGETS, Net, adapted, assert_same, gradients
 
 import afa_kernels as afa
 from afa_kernels.activation import ACTIVATIONS
@@ -51,7 +51,7 @@ class Branch(nn.Module):
 @pytest.mark.parametrize("leading", [(5,), (2, 3), (0,)], ids=["2d", "3d", "empty"])
 def test_a_layer_is_the_formula(activation, alpha_t, leading):
     model = adapted(Net(torch.float64), config(activation=activation)).double()
-    set_alpha_t(model, alpha_t)
+    afa.set_alpha_t(model, alpha_t)
     plain = copy.deepcopy(model)
     for name in TARGETS:
         setattr(plain.base_model.model, name, Branch(getattr(plain, name), activation))
@@ -76,7 +76,7 @@ def test_at_identity_it_is_peft_lora(options):
     net = Net()
     ours = adapted(net, config(**options))
     stock = adapted(net, config(LoraConfig, **options))
-    set_alpha_t(ours, 0.0)
+    afa.set_alpha_t(ours, 0.0)
     x = torch.randn(2, 5, 16)
     got, wanted = gradients(ours, x), gradients(stock, x)
     assert_same(got, wanted)
@@ -94,7 +94,7 @@ def test_lora_bias_is_added_and_trained():
                 getattr(model, name).lora_B["default"].bias.copy_(
                     torch.linspace(-1, 1, getattr(model, name).out_features)
                 )
-    set_alpha_t(ours, 0.0)
+    afa.set_alpha_t(ours, 0.0)
     x = torch.randn(2, 5, 16)
     got, wanted = gradients(ours, x), gradients(stock, x)
     assert_same(got, wanted)
@@ -107,7 +107,7 @@ def test_float32_adapters_beside_a_bfloat16_model(alpha_t):
     net = Net(torch.bfloat16)
     ours = adapted(net, config())
     layer = ours.q_proj
-    set_alpha_t(ours, alpha_t)
+    afa.set_alpha_t(ours, alpha_t)
     assert layer.lora_A["default"].weight.dtype == torch.float32
     x = torch.randn(2, 5, 16, dtype=torch.bfloat16)
     dy = torch.randn(2, 5, 24, dtype=torch.bfloat16)
@@ -123,7 +123,7 @@ def test_float32_adapters_beside_a_bfloat16_model(alpha_t):
 
 def test_autocast_runs_the_branch_in_its_dtype():
     ours = adapted(Net(), config())
-    set_alpha_t(ours, 0.5)
+    afa.set_alpha_t(ours, 0.5)
     x = torch.randn(2, 5, 16)
     with torch.autocast("cpu", torch.bfloat16):
         got = gradients(ours.q_proj, x)
@@ -191,7 +191,7 @@ def test_a_hook_sees_the_output_of_the_base_layer_unchanged():
 def test_hooks_on_the_adapter_run():
     """Sharding and tensor parallelism work by hooks on A and B: then these are called as layers."""
     ours = adapted(Net(), config(lora_bias=False))
-    set_alpha_t(ours, 0.4)
+    afa.set_alpha_t(ours, 0.4)
     x = torch.randn(2, 5, 16)
     fused = gradients(ours, x)
     calls = []
@@ -204,7 +204,7 @@ def test_hooks_on_the_adapter_run():
 
 def test_alpha_stays_float32_and_exact_in_any_model_dtype():
     ours = adapted(Net(), config())
-    set_alpha_t(ours, 0.3)
+    afa.set_alpha_t(ours, 0.3)
     moved = ours.to(torch.bfloat16)
     state = moved.q_proj.lora_afa["default"]
     assert state.alpha_t_buffer.dtype == torch.float32
@@ -220,11 +220,11 @@ def test_the_state_dict_is_that_of_peft():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_model_can_be_copied_and_pickled(copied):
     ours = adapted(Net(), config())
-    set_alpha_t(ours, 0.25)
+    afa.set_alpha_t(ours, 0.25)
     other = copied(ours)
     x = torch.randn(3, 16)
     assert torch.equal(ours(x), other(x)) and isinstance(other.q_proj, AFALoraLayer)
-    set_alpha_t(other, 0.0)
+    afa.set_alpha_t(other, 0.0)
     assert other.peft_config["default"].alpha_t == 0.0
     assert ours.q_proj.alpha_t == ours.peft_config["default"].alpha_t == 0.25
 
@@ -273,10 +273,10 @@ def test_conv1d_layers():
     net.q_proj = conv1d(24, 16)
     ours = adapted(net, config(target_modules=["q_proj"], fan_in_fan_out=True))
     x = torch.randn(2, 5, 16)
-    set_alpha_t(ours, 0.5)
+    afa.set_alpha_t(ours, 0.5)
     layer = ours.base_model.model.q_proj
     torch.testing.assert_close(layer(x), Branch(layer, "silu")(x))
-    set_alpha_t(ours, 0.0)
+    afa.set_alpha_t(ours, 0.0)
     y = layer(x)
     ours.merge_adapter()
     torch.testing.assert_close(layer(x), y)
@@ -298,9 +298,10 @@ def test_other_branches_are_refused_with_a_reason(options):
     [
         ({"activation": "swish"}, "activation: expected one of"),
         ({"alpha_t": 1.5}, r"alpha_t: expected a value in \[0, 1\], got 1.5"),
-        ({"anneal": "quick"}, "kind: expected one of"),
-        ({"anneal_start": -1.0}, "start: expected a value"),
-        ({"anneal_end_frac": 2.0}, "end_frac: expected a fraction"),
+        ({"anneal": "quick"}, "^anneal: expected one of"),
+        ({"anneal_start": -1.0}, "^anneal_start: expected a value"),
+        ({"anneal_end_frac": 2.0}, "^anneal_end_frac: expected a fraction"),
+        ({"anneal_begin_frac": 0.9}, "^anneal_begin_frac: expected at most anneal_end_frac=0.8, got 0.9"),
         ({"save": "all"}, "save: expected"),
     ],
 )
@@ -340,11 +341,11 @@ def test_alpha_outside_its_range_is_refused(value):
 def test_a_configuration_that_was_trained_starts_anew_in_another_model():
     shared = config()
     first = adapted(Net(), shared)
-    set_alpha_t(first, 0.0)
-    assert shared.alpha_t == 0.0
+    afa.set_alpha_t(first, 0.0)
     second = adapted(Net(), shared)
     assert second.q_proj.alpha_t == second.v_proj.alpha_t == shared.alpha_t == 1.0
-    set_alpha_t(second, 0.0)
+    assert first.q_proj.alpha_t == first.peft_config["default"].alpha_t == 0.0
+    afa.set_alpha_t(second, 0.0)
     if PASSES_CONFIG:
         first.add_adapter("again", shared)
         first.set_adapter("again")

@@ -8,7 +8,7 @@ from torch import nn
 
 pytest.importorskip("peft")
 from peft import LoraConfig, get_peft_model
-from peft_models import assert_same, fill_adapters, gradients, set_alpha_t
+from peft_models import assert_same, fill_adapters, gradients
 
 import afa_kernels as afa
 from afa_kernels import shared_input
@@ -65,11 +65,11 @@ def hooked(model: nn.Module) -> list[nn.Module]:
 def test_an_annealed_model_shares_its_inputs_once_it_is_driven(shared, dtype, alpha_t):
     net, x = Attention(dtype), torch.randn(2, 5, 24, dtype=dtype)
     apart, together = adapted(net, config()), adapted(net, config())
-    set_alpha_t(apart, alpha_t)
+    afa.set_alpha_t(apart, alpha_t)
     afa.unshare_inputs(apart)
     want = gradients(apart, x)
     assert not shared
-    set_alpha_t(together, alpha_t)
+    afa.set_alpha_t(together, alpha_t)
     assert_same(gradients(together, x), want)
     assert shared == [3]
 
@@ -96,7 +96,7 @@ def test_accelerate_shares_inputs_and_restore_ends_it(shared):
 
 def test_a_merged_model_is_left_without_groups():
     model = adapted(Attention(), config())
-    set_alpha_t(model, 0.0)
+    afa.set_alpha_t(model, 0.0)
     x = torch.randn(5, 24)
     want = model(x)
     plain = model.merge_and_unload()
@@ -106,14 +106,14 @@ def test_a_merged_model_is_left_without_groups():
 
 def test_members_that_peft_has_to_run_are_left_to_it(shared):
     model = adapted(Attention(), config())
-    set_alpha_t(model, 0.5)
+    afa.set_alpha_t(model, 0.5)
     x = torch.randn(5, 24)
     with model.disable_adapter():
         assert torch.equal(model(x), model.get_base_model()(x))
     model.add_adapter("other", config())
     fill_adapters(model, 1)
     model.base_model.set_adapter(["default", "other"])
-    set_alpha_t(model, 0.5)
+    afa.set_alpha_t(model, 0.5)
     model(x)
     assert not shared
     model.set_adapter("other")
@@ -144,7 +144,7 @@ def case_of_a_tensor(model):
 def test_the_base_layer_is_called_only_where_it_has_to_be(monkeypatch, change):
     model, x = adapted(Attention(), config()), torch.randn(5, 24)
     names = (change(model) if change else None) or ["default"]
-    set_alpha_t(model, 0.5)
+    afa.set_alpha_t(model, 0.5)
     got = gradients(model, x)
     layer = next(m for m in model.modules() if hasattr(m, "base_layer"))
     calls = []
@@ -165,5 +165,5 @@ def test_a_schedule_leaves_groups_of_other_layers_as_they_are(group):
     model = afa.inject(nn.Sequential(Attention()), target_modules=TARGETS, r=2, group=group)
     before = list(model[0]._forward_pre_hooks)
     assert len(before) == (group is None)
-    set_alpha_t(model, 0.5)
+    afa.set_alpha_t(model, 0.5)
     assert list(model[0]._forward_pre_hooks) == before

@@ -8,9 +8,10 @@ from torch import nn
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
-from peft_models import TARGETS, Net, assert_same, fill_adapters, gradients, set_alpha_t
+from peft_models import TARGETS, Net, assert_same, fill_adapters, gradients
 from test_peft_adapter import PASSES_CONFIG, Branch, config
 
+from afa_kernels import set_alpha_t
 from afa_kernels.peft import AFALoraConfig, AFALoraLayer
 from afa_kernels.peft.layer import install
 

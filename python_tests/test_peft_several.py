@@ -1,6 +1,7 @@
 """Several adapters, switching between them, mixed batches, merging; accelerate and restore."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
-from peft_models import TARGETS, Net, adapted, assert_same, fill_adapters, gradients, set_alpha_t
+from peft_models import TARGETS, Net, adapted, assert_same, fill_adapters, gradients
 from test_peft_adapter import MARKS_VARIANTS, PASSES_CONFIG, config
 
 import afa_kernels as afa
@@ -36,15 +37,16 @@ def alone(model, name):
 def test_each_adapter_has_its_own_alpha():
     model = several()
     x = torch.randn(3, 16)
-    set_alpha_t(model, 0.25)
+    afa.set_alpha_t(model, 0.25)
     model.set_adapter("other")
     assert model.q_proj.alpha_t == 1.0
-    set_alpha_t(model, 0.75)
+    afa.set_alpha_t(model, 0.75)
     assert model.peft_config["default"].alpha_t == 0.25
     assert model.peft_config["other"].alpha_t == 0.75
     other = model(x)
     model.set_adapter("plain")
-    set_alpha_t(model, 0.5)
+    with pytest.raises(ValueError, match="no active adapter is annealed"):
+        afa.set_alpha_t(model, 0.5)
     assert model.q_proj.alpha_t == 0.0 and not torch.allclose(model(x), other)
     model.set_adapter("default")
     assert model.q_proj.alpha_t == 0.25 and model.v_proj.alpha_t == 0.25
@@ -90,7 +92,7 @@ def test_only_the_active_adapter_trains():
 @pytest.mark.parametrize("alpha_t", [0.0, 0.5])
 def test_a_mixed_batch_runs_each_row_with_its_adapter(alpha_t):
     model = several().eval()
-    set_alpha_t(model, alpha_t)
+    afa.set_alpha_t(model, alpha_t)
     names = ["other", "__base__", "default", "plain", "default"]
     x = torch.randn(5, 3, 16)
     y = model(x, adapter_names=names)
@@ -142,7 +144,7 @@ def test_accelerate_makes_room_for_an_annealed_adapter(first):
 
 def test_merging_is_refused_before_identity_and_changes_nothing():
     model = several()
-    set_alpha_t(model, 0.1)
+    afa.set_alpha_t(model, 0.1)
     weights = copy.deepcopy(model.state_dict())
     for attempt in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="alpha_t of adapter 'default' is 0.1"):
@@ -165,15 +167,15 @@ def test_a_plain_adapter_is_not_merged_alone_where_an_annealed_one_is_active_too
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merge_and_unmerge(safe_merge):
     model = several()
-    set_alpha_t(model, 0.0)
+    afa.set_alpha_t(model, 0.0)
     x = torch.randn(2, 5, 16)
     y = model(x)
     before = model.q_proj.base_layer.weight.clone()
     model.merge_adapter(safe_merge=safe_merge)
     assert model.q_proj.merged and not torch.equal(model.q_proj.base_layer.weight, before)
     torch.testing.assert_close(model(x), y)
-    with pytest.raises(ValueError, match="adapter 'default' is merged, got 0.5"):
-        set_alpha_t(model, 0.5)
+    with pytest.raises(ValueError, match="q_proj is merged, got 0.5"):
+        afa.set_alpha_t(model, 0.5)
     model.unmerge_adapter()
     torch.testing.assert_close(model.q_proj.base_layer.weight, before)
     torch.testing.assert_close(model(x), y)
@@ -185,7 +187,7 @@ def test_merge_and_unmerge(safe_merge):
 def test_a_merge_equals_that_of_peft():
     net = Net()
     ours, stock = adapted(net, config()), adapted(net, config(LoraConfig))
-    set_alpha_t(ours, 0.0)
+    afa.set_alpha_t(ours, 0.0)
     ours, stock = ours.merge_and_unload(), stock.merge_and_unload()
     for name, value in stock.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
@@ -193,7 +195,7 @@ def test_a_merge_equals_that_of_peft():
 
 def test_a_weighted_adapter_of_merged_ones():
     model = several()
-    set_alpha_t(model, 0.0)
+    afa.set_alpha_t(model, 0.0)
     model.add_weighted_adapter(["default", "plain"], [1.0, 0.5], "sum", combination_type="linear")
     model.set_adapter("sum")
     assert model.q_proj.alpha_t == 0.0
@@ -278,7 +280,7 @@ def test_restore_refuses_layers_that_were_wrapped_since():
 
 def test_restore_keeps_annealed_adapters():
     model = accelerate(several())
-    set_alpha_t(model, 0.5)
+    afa.set_alpha_t(model, 0.5)
     restore(model)
     assert list(model.q_proj.lora_afa) == ["default", "other"] and model.q_proj.alpha_t == 0.5
     assert list(model.q_proj.lora_variant) == ["default", "other"]
@@ -291,3 +293,63 @@ def test_accelerate_gives_late_adapters_their_activation():
     accelerate(model)
     assert model.q_proj.alpha_t == 1.0
     assert model.q_proj.lora_afa["default"].activation == "tanh"
+
+
+@pytest.mark.skipif(not PASSES_CONFIG, reason="PEFT does not pass the configuration to a layer that exists")
+@pytest.mark.parametrize("stands", [0.0, 0.5])
+def test_an_adapter_that_is_made_with_the_configuration_of_another_starts_where_that_stands(stands):
+    """As TRL makes its reference: ``add_adapter("ref", model.peft_config["default"])`` and the same weights."""
+    model = get_peft_model(Net(), config())
+    fill_adapters(model)
+    afa.set_alpha_t(model, stands)
+    with pytest.warns(UserWarning, match=f"the new adapter 'ref' starts at {stands:g}, where the adapter stands whose"):
+        model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    x = torch.randn(3, 16)
+    y = model(x)
+    afa.set_alpha_t(model, 0.25)
+    model.set_adapter("ref")
+    assert model.q_proj.alpha_t == model.v_proj.alpha_t == stands
+    assert torch.equal(model(x), y)
+
+
+COMBINATIONS = ("linear", "cat", "svd", "ties", "dare_linear", "magnitude_prune")
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_adapters_that_are_not_linear_are_not_combined(combination):
+    model = get_peft_model(Net(), config())
+    model.add_adapter("other", config(r=4))
+    afa.set_alpha_t(model, 0.0, "other")
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match="add_weighted_adapter: alpha_t of adapter 'default' is 1, .*q_proj"):
+        model.add_weighted_adapter(["other", "default"], [0.5, 0.5], "both", combination_type=combination, density=0.5)
+    assert "both" not in model.peft_config and [name for name, _ in model.named_parameters()] == names
+
+
+def test_no_layer_is_merged_where_one_is_not_linear():
+    model = several()
+    afa.set_alpha_t(model, 0.0)
+    model.v_proj.set_alpha_t(0.5)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    for merge, names in itertools.product((model.merge_adapter, model.merge_and_unload), (None, ["default"])):
+        with pytest.raises(ValueError, match="merge: alpha_t of adapter 'default' is 0.5, .*v_proj"):
+            merge(adapter_names=names)
+    assert {name for name, _ in model.named_parameters()} == weights.keys()
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("function", [afa.merge, afa.unmerge, afa.unload])
+def test_functions_for_injected_models_name_the_methods_of_peft(function):
+    with pytest.raises(ValueError, match=r"found those of PEFT in PeftModel; use its own methods .*merge_and_unload"):
+        function(several())
+
+
+def test_a_model_of_peft_is_not_injected():
+    model = several()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="q_proj is a layer of PEFT; .*add_activation"):
+        afa.inject(model)
+    assert [name for name, _ in model.named_modules()] == names

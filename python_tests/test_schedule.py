@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 from math import e as E
 
 import pytest
@@ -223,3 +224,42 @@ def test_a_copy_of_a_schedule_continues_alone(duplicate):
     copied.step()
     assert model[0].alpha_t == value
     assert copied.alpha_t == sched.step()
+
+
+def test_an_adapter_that_stands_elsewhere_jumps_with_a_warning():
+    model = linear_layers(2)
+    afa.set_alpha_t(model, 0.4)
+    with pytest.warns(UserWarning, match=r"stands at 0.4 in 0 \(and 1 others\) and jumps to 1, .*start=0.4"):
+        afa.AnnealSchedule(20).attach(model)
+    assert model[0].alpha_t == 1.0
+
+
+def test_a_finished_adapter_is_left_alone():
+    model = linear_layers(2)
+    afa.set_alpha_t(model, 0.0)
+    with pytest.warns(UserWarning, match="is finished and stays at alpha_t = 0, where the schedule is at 1"):
+        schedule = afa.AnnealSchedule(20).attach(model)
+    schedule.step()
+    assert [layer.alpha_t for layer in model] == [0.0, 0.0]
+
+
+def test_a_loaded_adapter_is_not_new():
+    saved, model = linear_layers(1), linear_layers(1)
+    afa.set_alpha_t(saved, 0.4)
+    model.load_state_dict(saved.state_dict())
+    with pytest.warns(UserWarning, match="stands at 0.4 in 0 and jumps to 1"):
+        afa.AnnealSchedule(20).attach(model)
+
+
+def test_going_on_where_an_adapter_stands_says_nothing():
+    model, new = linear_layers(1), linear_layers(1)
+    afa.set_alpha_t(model, 0.4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        afa.AnnealSchedule(20, start=0.4).attach(model)
+        afa.AnnealSchedule(20, start=0.7).attach(new)  # nobody has said where it stands
+        resumed = afa.AnnealSchedule(20)
+        resumed.load_state_dict(afa.AnnealSchedule(20).state_dict() | {"step": 10})
+        afa.set_alpha_t(model, 0.375)
+        resumed.attach(model)
+    assert model[0].alpha_t == 0.375

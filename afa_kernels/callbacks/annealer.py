@@ -1,4 +1,5 @@
-"""What the callbacks of all frameworks share: the schedule, the layers, and how training ends."""
+"""What the callbacks of all frameworks share: the schedule, the adapters, what a checkpoint says of them, and how
+training ends."""
 
 import warnings
 from collections.abc import Callable
@@ -6,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from afa_kernels.schedule import AnnealSchedule, annealed_layers, set_alpha_t_of
+from afa_kernels.alpha import Place, begin, places_of, takes_alpha_t
+from afa_kernels.schedule import AnnealSchedule, change_at
 
 FINISH = ("force", "warn")
 
@@ -49,28 +51,38 @@ class Annealer:
         self.merge = merge
         self.adapter = adapter
         self.key = "alpha_t" if adapter is None else f"alpha_t/{adapter}"  # in a log
-        self.alpha_t: float | None = None
         self._given = schedule
         self._options = options
         self._schedule: Callable[[int], float] | None = None
-        self._layers: list[nn.Module] = []
+        self._described: dict[str, Any] = {}
+        self._found: list[Place] = []  # the adapters
+        self._places: list[Place] | None = None  # those that it drives
+        self._layers: list[nn.Module] = []  # what it merges
 
     @property
     def needs_total_steps(self) -> bool:
         return self._given is None
 
-    def begin(self, model: nn.Module, total_steps: int, step: int) -> None:
-        """Find the layers and set alpha_t for ``step``, 0 or that of the checkpoint.
+    @property
+    def alpha_t(self) -> float | None:
+        """The largest blend coefficient of the adapters that it drives, 0 if it drives none; None before training."""
+        if self._places is None:
+            return None
+        return max((place.state.alpha_t for place in self._places), default=0.0)
+
+    def begin(self, model: nn.Module, total_steps: int, step: int, saved: dict[str, Any] | None = None) -> None:
+        """Find the adapters and set alpha_t for ``step``, 0 or that of the checkpoint; ``saved`` is what the checkpoint
+        has of :meth:`state`, if it has it.
 
         Raises:
             ValueError: nothing in ``model`` can be annealed.
+
+        Warns:
+            UserWarning: the schedule is longer than the training, it or the activation is another one than in the
+                checkpoint, or an adapter is finished or jumps (:meth:`AnnealSchedule.attach`).
         """
-        self._layers = annealed_layers(model, self.adapter)
-        if not self._layers:
-            raise ValueError(
-                f"model: expected layers with set_alpha_t, found none in {type(model).__name__}; "
-                "adapt it with afa_kernels.inject or an AFALoraConfig before training"
-            )
+        places = places_of(model, self.adapter)
+        self._layers = [module for module in model.modules() if takes_alpha_t(module)]
         self._schedule = self._given or self._made_for(total_steps)
         planned = getattr(self._schedule, "total_steps", total_steps)
         if planned > total_steps:
@@ -79,9 +91,45 @@ class Annealer:
                 f"{total_steps}, so alpha_t ends at {self._schedule(total_steps):g}",
                 stacklevel=2,
             )
-        self.set_step(step)
-        if self.adapter is None and self.alpha_t != 0.0 and all(layer.alpha_t == 0.0 for layer in self._layers):
-            raise ValueError("model: no active adapter is annealed; the adapters that train are plain LoRA")
+        self._found, self._described = places, self._describe(places)
+        if saved is not None:
+            self._compare(saved)
+            for place in places:  # some frameworks load an adapter without its alpha_t
+                if (place.adapter or "") in saved["alpha_t"]:
+                    place.set_alpha_t(saved["alpha_t"][place.adapter or ""])
+        resumed = step > 0 and saved is None
+        self._places = begin(places, self._schedule(step), change_at(self._schedule, step), resumed=resumed)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint has to say of the annealing, as plain values."""
+        stand: dict[str, float] = {}
+        for place in self._found:
+            name = place.adapter or ""
+            stand[name] = max(stand.get(name, 0.0), place.state.alpha_t)
+        return {"alpha_t": stand, **self._described}
+
+    def _describe(self, places: list[Place]) -> dict[str, Any]:
+        definition = getattr(self._schedule, "definition", None)
+        activations = sorted({place.state.activation for place in places if hasattr(place.state, "activation")})
+        return {"activations": activations, "schedule": None if definition is None else definition()}
+
+    def _compare(self, saved: dict[str, Any]) -> None:
+        """Warn where this run differs from the one that saved."""
+        for what, way in (
+            ("activations", "give the adapters the same activation"),
+            ("schedule", "train for as many steps and give the callback or the configuration the same schedule"),
+        ):
+            was, now = saved[what], self._described[what]
+            if was is None or now is None or was == now:
+                continue
+            if what == "schedule":
+                differing = [name for name in now if was.get(name) != now[name]]
+                was, now = (", ".join(f"{name}={each.get(name)!r}" for name in differing) for each in (was, now))
+            warnings.warn(
+                f"resume: the checkpoint was saved with the {what} {was}, and this training has {now}. To go on as "
+                f"before, {way}",
+                stacklevel=4,
+            )
 
     def set_step(self, step: int) -> float:
         """Set alpha_t for the number of optimizer steps taken and return it."""
@@ -109,10 +157,9 @@ class Annealer:
                 layer.merge()
 
     def _write(self, alpha_t: float) -> float:
-        self.alpha_t = alpha_t
-        for layer in self._layers:
-            set_alpha_t_of(layer, alpha_t, self.adapter)
-        return alpha_t
+        for place in self._places:
+            place.set_alpha_t(alpha_t)
+        return self.alpha_t
 
     def _made_for(self, total_steps: int) -> AnnealSchedule:
         if self._options:

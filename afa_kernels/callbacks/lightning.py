@@ -41,6 +41,7 @@ class LightningAnnealCallback(Callback):
     ):
         self._annealer = Annealer(schedule, finish, merge, options, adapter)
         self._step = 0
+        self._saved: dict[str, Any] | None = None
 
     @property
     def alpha_t(self) -> float | None:
@@ -55,7 +56,17 @@ class LightningAnnealCallback(Callback):
                 "pass an AnnealSchedule"
             )
         self._step = trainer.global_step
-        self._annealer.begin(pl_module, total_steps, self._step)
+        self._annealer.begin(pl_module, total_steps, self._step, self._saved)
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(adapter=self._annealer.adapter)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.alpha_t is None else self._annealer.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict or None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step != self._step:

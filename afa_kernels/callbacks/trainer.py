@@ -4,12 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 from afa_kernels import checks
+from afa_kernels.alpha import places_of
 from afa_kernels.callbacks.annealer import Annealer
 
 try:
     from transformers import TrainerCallback
 except ModuleNotFoundError as error:
     raise ImportError("AnnealCallback needs transformers: pip install 'afa-kernels[hf]'") from error
+
+
+_SAVED = "afa_kernels"  # where trainer_state.json has what Annealer.state() returns
 
 
 class AnnealCallback(TrainerCallback):
@@ -33,11 +37,14 @@ class AnnealCallback(TrainerCallback):
             batches are mixed. By default all adapters, and in a PEFT model the active ones.
         **options: arguments of :class:`afa_kernels.AnnealSchedule` without ``total_steps``.
 
-    With ``load_best_model_at_end`` the best checkpoint's own alpha_t comes back before ``finish``
+    A finished adapter, at alpha_t = 0, stays so. An adapter that stands elsewhere than the schedule, and a checkpoint
+    that was saved with another schedule or activation, give a warning that says how to mean it; ``trainer_state.json``
+    has what is compared. With ``load_best_model_at_end`` the best checkpoint's own alpha_t comes back before ``finish``
     applies.
 
     Raises:
-        TypeError, ValueError: an argument does not fit.
+        TypeError, ValueError: an argument does not fit, or (when the trainer is made) it generates with vLLM from a
+            branch that is not linear yet.
     """
 
     def __init__(
@@ -70,13 +77,18 @@ class AnnealCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self._add_activation(model)  # before the optimizer and what wraps or shards the model
+        self._refuse_vllm(args, model)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._add_activation(model)  # of a callback that came to a finished trainer
-        self._annealer.begin(model, state.max_steps, state.global_step)
+        self._refuse_vllm(args, model)
+        saved = state.stateful_callbacks.get(_SAVED, {}).get(self._annealer.key)
+        self._annealer.begin(model, state.max_steps, state.global_step, saved)
+        self._save(state)
 
     def on_step_end(self, args, state, control, **kwargs):
         self._annealer.set_step(state.global_step)
+        self._save(state)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.alpha_t is None:
@@ -93,6 +105,20 @@ class AnnealCallback(TrainerCallback):
         else:
             self._annealer.set_step(best)
             self._annealer.end(f"the best checkpoint is the one after {best} optimizer steps")
+
+    def _save(self, state) -> None:
+        state.stateful_callbacks.setdefault(_SAVED, {})[self._annealer.key] = self._annealer.state()
+
+    def _refuse_vllm(self, args, model) -> None:
+        if not getattr(args, "use_vllm", False):
+            return
+        above = [place for place in places_of(model, self._annealer.adapter) if place.state.alpha_t != 0.0]
+        if above:
+            raise ValueError(
+                f"use_vllm: vLLM would generate from merged weights, and at alpha_t = {above[0].state.alpha_t:g} no "
+                "weight equals the branch; train with use_vllm=False until alpha_t is 0, and start the phase that "
+                "uses vLLM then"
+            )
 
     def _add_activation(self, model) -> None:
         if self._activation is not None and self._adapted is not model:

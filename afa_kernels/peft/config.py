@@ -1,25 +1,29 @@
-"""AFALoraConfig: PEFT's LoraConfig with an activation and its annealing, and how they are saved."""
+"""AFALoraConfig: PEFT's LoraConfig with an activation and its annealing, and how they are saved.
+
+A configuration describes an adapter. Where the adapter stands, its alpha_t, is in the layers and is read from there.
+"""
 
 import copy
 import dataclasses
 import json
 import os
+import re
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
-from peft.utils import CONFIG_NAME
 from torch import nn
 
 from afa_kernels import checks
+from afa_kernels import peft_format as fmt
 from afa_kernels.peft.experts import TAKES_CONFIG, ParamWrapper, is_router, router_wrapper
 from afa_kernels.peft.layer import install
-from afa_kernels.peft_format import FORMAT_VERSION, METADATA_KEY
+from afa_kernels.peft.state import AdapterState
 from afa_kernels.schedule import AnnealSchedule
 
-AFA_CONFIG_NAME = "afa_config.json"
 # What else PEFT can put between A and B or around them. From 0.20 on PEFT marks such fields, and
 # the marks are checked too.
 _OTHER_BRANCHES = {
@@ -29,6 +33,16 @@ _OTHER_BRANCHES = {
     "arrow_config": "Arrow routes between adapters",
 }
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+# The arguments of AnnealSchedule that have a field.
+_ARGUMENT_OF = {
+    "anneal": "kind",
+    "anneal_start": "start",
+    "anneal_end": "end",
+    "anneal_begin_frac": "begin_frac",
+    "anneal_end_frac": "end_frac",
+}
 
 
 @dataclasses.dataclass
@@ -45,8 +59,9 @@ class AFALoraConfig(LoraConfig):
         anneal, anneal_start, anneal_end, anneal_begin_frac, anneal_end_frac: the schedule that
             :meth:`schedule` makes and :class:`afa_kernels.callbacks.AnnealCallback` follows, as in
             :class:`afa_kernels.AnnealSchedule`.
-        alpha_t: where the adapter starts; by default at ``anneal_start``. Holds the current value
-            afterwards.
+        alpha_t: where an adapter made from it starts; by default at ``anneal_start``. Of a configuration in a model's
+            ``peft_config``, which is the adapter's own copy, it reads where the adapter stands, the largest value of
+            its layers: another adapter that is made from it starts there.
         save: ``"z"`` keeps ``x @ A.T`` for the backward, ``"nothing"`` recomputes it.
 
     Raises:
@@ -74,71 +89,127 @@ class AFALoraConfig(LoraConfig):
         super().__post_init__()
         checks.options(self.activation, 1.0, 0.0, self.save, None)
         self.schedule(1)
-        self.alpha_t = checks.alpha_value(self.anneal_start if self.alpha_t is None else self.alpha_t)
+        if self._alpha_t is not None:
+            self._alpha_t = checks.alpha_value(self._alpha_t)
+        self._states: weakref.WeakSet[AdapterState] = weakref.WeakSet()
+        self._initialized_by = self.init_lora_weights
+        self._has_warned = False
         self._refuse_other_branches()
-        self._initial_alpha_t = self.alpha_t
-        self._moved = False
+        self._register_custom_module({nn.Module: self._create_layer})
+
+    def _read_alpha_t(self) -> float:
+        if self._states:
+            return max(state.alpha_t for state in self._states)
+        return self.anneal_start if self._alpha_t is None else self._alpha_t
+
+    def _write_alpha_t(self, value: float | None) -> None:
+        self._alpha_t = value
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether nobody has said where an adapter made from it starts."""
+        return all(state.is_fresh for state in self._states) if self._states else self._alpha_t is None
+
+    @property
+    def describes_an_adapter(self) -> bool:
+        """Whether it belongs to an adapter of a model."""
+        return bool(self._states)
+
+    def describe(self, state: AdapterState) -> None:
+        """Belong to an adapter, of which ``state`` is the part in one layer."""
+        self._states.add(state)
+
+    def own_copy(self) -> "AFALoraConfig":
+        """Return a copy for one adapter, which says where this one says that its adapter stands."""
+        return copy.copy(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy describes no adapter, but what it describes stands where this one's does.
+        alpha_t = None if self.is_fresh and self._alpha_t is None else self.alpha_t
+        return {**self.__dict__, "_alpha_t": alpha_t, "_states": None, "_custom_modules": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _states=weakref.WeakSet())
         self._register_custom_module({nn.Module: self._create_layer})
 
     def schedule(self, total_steps: int) -> AnnealSchedule:
         """Return the annealing schedule for a training of ``total_steps`` optimizer steps."""
-        return AnnealSchedule(
-            total_steps,
-            self.anneal,
-            start=self.anneal_start,
-            end=self.anneal_end,
-            begin_frac=self.anneal_begin_frac,
-            end_frac=self.anneal_end_frac,
-        )
-
-    def begin(self) -> float:
-        """Return where a new adapter starts. A configuration that has been through a training
-        starts anew."""
-        if self._moved:
-            self.alpha_t, self._moved = self._initial_alpha_t, False
-        return self.alpha_t
-
-    def note_alpha_t(self, value: float) -> None:
-        """Take the current value from a layer, so that it is saved."""
-        self.alpha_t = value
-        self._moved = True
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return PEFT's part: what stock PEFT reads, without a word that it does not know."""
-        own = own_fields()
-        plain = {name: value for name, value in super().to_dict().items() if name not in own}
-        if self.target_parameters:
-            plain["lora_dropout"] = 0.0  # stock PEFT refuses it beside parameters
-        return plain
+        arguments = {_ARGUMENT_OF[name]: getattr(self, name) for name in _ARGUMENT_OF}
+        try:
+            return AnnealSchedule(total_steps, **arguments)
+        except (TypeError, ValueError) as error:
+            raise type(error)(_in_terms_of_fields(str(error))) from None
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write ``adapter_config.json``, which stock PEFT reads as a LoRA, and ``afa_config.json``
-        beside it.
+        """Write ``adapter_config.json``.
 
-        Before ``alpha_t = 0`` the former carries the key ``afa_lora`` too: stock PEFT then warns
-        that it ignores it, as it should, because it computes another function.
+        At ``alpha_t = 0`` it is that of a LoRA, as stock PEFT writes it, and ``afa_config.json`` beside it has the
+        activation and the schedule. Before that ``adapter_config.json`` has everything, and readers that would compute
+        a plain LoRA refuse it.
+
+        Raises:
+            ValueError: the layers of the adapter stand at different alpha_t, or PEFT converts the adapter of another
+                initialization (PiSSA) into a LoRA, before ``alpha_t = 0``.
+
+        Warns:
+            UserWarning: nobody has set alpha_t since the adapter was made; once.
         """
-        super().save_pretrained(save_directory, **kwargs)
-        state = {"format_version": FORMAT_VERSION}
-        state |= {name: getattr(self, name) for name in sorted(own_fields())}
-        if self.target_parameters:
-            state["lora_dropout"] = self.lora_dropout
         folder = Path(save_directory)
-        _write_json(folder / AFA_CONFIG_NAME, state)
-        if self.alpha_t != 0.0:
-            config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-            note = f"saved at alpha_t = {self.alpha_t:g}: not a plain LoRA yet"
-            _write_json(folder / CONFIG_NAME, config | {METADATA_KEY: {"note": note, **state}})
+        alpha_t = self._alpha_t_to_save(folder / fmt.CONFIG_FILE)
+        plain = copy.copy(self)
+        plain.__class__ = LoraConfig
+        if self.target_parameters:
+            plain.lora_dropout = 0.0  # stock PEFT refuses it beside parameters
+        plain.save_pretrained(save_directory, **kwargs)
+        state = {"format_version": fmt.FORMAT_VERSION, "lora_dropout": self.lora_dropout}
+        state |= {name: getattr(self, name) for name in sorted(own_fields() - {"alpha_t"})}
+        if alpha_t == 0.0:
+            _write_json(folder / fmt.AFA_CONFIG_FILE, state)
+            return
+        (folder / fmt.AFA_CONFIG_FILE).unlink(missing_ok=True)
+        config = json.loads((folder / fmt.CONFIG_FILE).read_text(encoding="utf-8"))
+        _write_json(folder / fmt.CONFIG_FILE, fmt.unfinished(config, state | {"alpha_t": alpha_t}, alpha_t))
+
+    def _alpha_t_to_save(self, file: Path) -> float:
+        states = sorted(self._states, key=lambda state: state.alpha_t)
+        if states and states[0].alpha_t != states[-1].alpha_t:
+            file.unlink(missing_ok=True)  # PEFT has written the weights, which an older configuration does not fit
+            ends = states[0], states[-1]
+            one, other = (f"{state.layer_name or 'a layer'} stands at {state.alpha_t:g}" for state in ends)
+            raise ValueError(
+                f"alpha_t: {one} and {other}, and PEFT's format has one alpha_t for an adapter; set all layers to one "
+                "value (afa_kernels.set_alpha_t), or adapt the model with afa_kernels.inject, whose "
+                "afa_kernels.save_adapter has one for each layer"
+            )
+        if self.alpha_t != 0.0 and self.init_lora_weights != self._initialized_by:
+            raise ValueError(
+                f"path_initial_model_for_weight_conversion: the difference to an adapter that {self._initialized_by!r} "
+                f"began with is a LoRA at alpha_t = 0 only, and alpha_t is {self.alpha_t:g}; anneal it first"
+            )
+        if self._states and self.is_fresh and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"alpha_t: the adapter is saved at {self.alpha_t:g}, and nothing has annealed it yet; a training takes "
+                "AnnealCallback() or schedule.attach(model)",
+                stacklevel=4,
+            )
+        return self.alpha_t
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        attributes = super().from_json_file(path_json_file, **kwargs)
-        state = attributes.pop(METADATA_KEY, None)
-        beside = Path(path_json_file).with_name(AFA_CONFIG_NAME)
-        if state is None and beside.is_file():
-            state = json.loads(beside.read_text(encoding="utf-8"))
-        # An adapter that says nothing about alpha_t is a plain LoRA.
-        return attributes | ({"alpha_t": 0.0} if state is None else _checked(beside, state))
+        file = Path(path_json_file)
+        attributes, state = fmt.as_finished(file, super().from_json_file(path_json_file, **kwargs))
+        state = fmt.one_for_all_layers(file, state)
+        alpha_t = state.get("alpha_t", 0.0)
+        beside = file.with_name(fmt.AFA_CONFIG_FILE)
+        described = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        if "alpha_t" in described:  # version 0.1 wrote it there
+            fmt.check_agreement(file, alpha_t, beside, [described["alpha_t"]])
+        weights = file.with_name(fmt.WEIGHTS_FILE)
+        fmt.check_agreement(file, alpha_t, weights, fmt.alpha_t_in_weights(weights))
+        known = own_fields() | {"lora_dropout"}
+        described = {name: value for name, value in (described | state).items() if name in known}
+        return attributes | described | {"alpha_t": alpha_t}
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> "AFALoraConfig":
@@ -183,8 +254,18 @@ class AFALoraConfig(LoraConfig):
         plain._custom_modules = None
         layer = LoraModel._create_new_module(plain, adapter_name, target, **kwargs)
         self.fan_in_fan_out = plain.fan_in_fan_out  # PEFT sets it to what the layer is
-        install(layer, adapter_name, self)
+        install(layer, adapter_name, self, kwargs.get("target_name", ""))
         return layer
+
+
+# The dataclass made a field of it; reading it asks the layers.
+AFALoraConfig.alpha_t = property(AFALoraConfig._read_alpha_t, AFALoraConfig._write_alpha_t)
+
+
+def _in_terms_of_fields(message: str) -> str:
+    """Return an error of AnnealSchedule with the names that a user of AFALoraConfig wrote."""
+    names = {argument: field for field, argument in _ARGUMENT_OF.items()}
+    return re.sub(rf"\b({'|'.join(names)})\b(?=[:=])", lambda match: names[match.group()], message)
 
 
 def own_fields() -> set[str]:
@@ -194,21 +275,3 @@ def own_fields() -> set[str]:
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _checked(file: Path, state: Any) -> dict[str, Any]:
-    """Return the fields in a saved state, of this class or of :func:`afa_kernels.save_adapter`."""
-    version = state.get("format_version") if isinstance(state, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{file}: expected format_version {FORMAT_VERSION}, got {version!r}")
-    layers = state.get("layers")
-    if layers:
-        kinds = {(layer["activation"], layer["alpha_t"]) for layer in layers.values()}
-        if len(kinds) > 1:
-            raise ValueError(
-                f"{file}: the layers differ in activation or alpha_t, which one AFALoraConfig "
-                "cannot say; use afa_kernels.load_adapter"
-            )
-        activation, alpha_t = kinds.pop()
-        return {"activation": activation, "alpha_t": alpha_t}
-    return {name: state[name] for name in (own_fields() | {"lora_dropout"}) & state.keys()}

@@ -21,7 +21,7 @@ from afa_kernels.experts.parameters import why_unsupported
 from afa_kernels.experts.peft_names import from_matrices
 from afa_kernels.mixed import AdapterCall
 from afa_kernels.peft.layer import AFALoraLayer, dropout_of
-from afa_kernels.peft.state import AdapterState, device_of
+from afa_kernels.peft.state import add_state, is_annealed
 
 TAKES_CONFIG = "config" in inspect.signature(lora.ParamWrapper.update_layer).parameters
 
@@ -68,8 +68,8 @@ class ParamWrapper(AFALoraLayer, lora.ParamWrapper):
         """Give an adapter what PEFT refuses a parameter: dropout, and an activation."""
         if config.lora_dropout:
             self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
-        if hasattr(config, "note_alpha_t"):
-            self.lora_afa[adapter_name] = AdapterState(config, device_of(self, adapter_name))
+        if is_annealed(config):
+            add_state(self, adapter_name, config, self.parameter_name)
 
     def resolve_lora_variant(self, **_: Any) -> None:
         return None  # PEFT's variants are for layers

@@ -19,7 +19,8 @@ from afa_kernels.alpha import normal
 from afa_kernels.base_layer import is_plain, weight_of
 from afa_kernels.functional import LinearCall, linear, lora
 from afa_kernels.mixed import BASE, AdapterCall, Assignment, mixed_linear, mixed_lora
-from afa_kernels.peft.state import AdapterState, device_of
+from afa_kernels.peft.state import AdapterState, add_state, is_annealed
+from afa_kernels.peft.tuner import not_linear
 from afa_kernels.schedule import AnnealSchedule
 
 # PEFT's layers whose forward goes through variants. The others (AWQ, AQLM, EETQ, Transformer
@@ -41,11 +42,11 @@ class AFALoraVariant(LoraVariant):
     """``result + scaling * phi(dropout(x) @ A.T) @ B.T`` on the kernels of this package."""
 
     @staticmethod
-    def init(module: LoraLayer, adapter_name: str, config=None, **_: Any) -> None:
+    def init(module: LoraLayer, adapter_name: str, config=None, target_name: str = "", **_: Any) -> None:
         reason = why_not(module)
         if reason is not None:
             raise ValueError(f"AFALoraConfig: {reason}")
-        module.lora_afa[adapter_name] = AdapterState(config, device_of(module, adapter_name))
+        add_state(module, adapter_name, config, target_name)
 
     @staticmethod
     def forward(module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
@@ -120,7 +121,7 @@ class AFALoraLayer:
 
     def resolve_lora_variant(self, **kwargs: Any) -> LoraVariant | None:
         # From PEFT 0.19 on; the versions before pass no configuration (see model.accelerate).
-        if hasattr(kwargs.get("config"), "note_alpha_t"):
+        if is_annealed(kwargs.get("config")):
             return AFALoraVariant()
         return super().resolve_lora_variant(**kwargs)
 
@@ -150,17 +151,19 @@ class AFALoraLayer:
     @property
     def alpha_t(self) -> float:
         """The blend coefficient of the active adapters; 0 if none of them is annealed."""
-        return max((state.alpha_t for state in self._annealed().values()), default=0.0)
+        return max((state.alpha_t for state in self.annealed().values()), default=0.0)
 
     def schedule(self, total_steps: int, adapter: str | None = None) -> AnnealSchedule | None:
         """Return the schedule that the configuration of an adapter, by default of the active one, describes, if it is
         annealed."""
-        configs = (state.config for state in self._annealed(adapter).values())
+        configs = (state.config for state in self.annealed(adapter).values())
         return next((config.schedule(total_steps) for config in configs), None)
 
-    def anneals(self, adapter: str) -> bool:
-        """Whether the layer has an annealed adapter of that name, active or not."""
-        return adapter in self._annealed(adapter)
+    def annealed(self, adapter: str | None = None) -> dict[str, AdapterState]:
+        """Return its active annealed adapters by their names, or the one of that name, active or not."""
+        names = self.active_adapters if adapter is None else [adapter]
+        states = {name: self.lora_afa[name] for name in self._ours(names)}
+        return {name: state for name, state in states.items() if state.config is not None}
 
     def set_alpha_t(self, value: float, adapter: str | None = None) -> None:
         """Set the blend coefficient of an adapter, by default of the active ones, in [0, 1]. Plain LoRA adapters have
@@ -171,7 +174,7 @@ class AFALoraLayer:
                 is merged, or the layer has no such annealed adapter.
         """
         value = normal(checks.alpha_value(value))
-        annealed = self._annealed(adapter)
+        annealed = self.annealed(adapter)
         if adapter is not None and not annealed:
             raise ValueError(f"adapter: {adapter!r} is no annealed adapter of this layer")
         for name in annealed:
@@ -194,21 +197,13 @@ class AFALoraLayer:
         super().delete_adapter(adapter_name)
         self.lora_variant.pop(adapter_name, None)
 
-    def _annealed(self, adapter: str | None = None) -> dict[str, AdapterState]:
-        names = self.active_adapters if adapter is None else [adapter]
-        states = {name: self.lora_afa[name] for name in self._ours(names)}
-        return {name: state for name, state in states.items() if state.annealed}
-
     def _ours(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.lora_afa]
 
     def _require_identity(self, what: str, adapter: str) -> None:
         state = self.lora_afa[adapter]
         if not state.identity:
-            raise ValueError(
-                f"{what}: alpha_t of adapter {adapter!r} is {state.alpha_t:g}, so its branch is not "
-                "linear in x and no weight equals it; anneal to alpha_t = 0 first"
-            )
+            raise ValueError(f"{what}: {not_linear(adapter, state.alpha_t)}")
 
     def _cast_input_dtype(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         # The operator rounds the adapter to the dtype of x; a wider copy of x would only cost time.
@@ -316,7 +311,7 @@ def release(layer: LoraLayer) -> None:
         layer.adapter_layer_names = tuple(name for name in own if name != _STATES)
 
 
-def install(layer: LoraLayer, adapter_name: str, config) -> None:
+def install(layer: LoraLayer, adapter_name: str, config, layer_name: str = "") -> None:
     """Let this package compute the branch of an adapter that the layer has already.
 
     Raises:
@@ -327,7 +322,7 @@ def install(layer: LoraLayer, adapter_name: str, config) -> None:
         raise ValueError(f"AFALoraConfig: {reason}")
     adopt(layer)
     layer.lora_variant[adapter_name] = AFALoraVariant()
-    AFALoraVariant.init(layer, adapter_name, config)
+    AFALoraVariant.init(layer, adapter_name, config, layer_name)
 
 
 def __getattr__(name: str) -> type:

@@ -11,7 +11,7 @@ from torch import nn
 from afa_kernels.peft import experts
 from afa_kernels.peft.config import AFALoraConfig
 from afa_kernels.peft.layer import AFALoraLayer, install, release, why_not
-from afa_kernels.peft.mixed import take_mixed_batches
+from afa_kernels.peft.tuner import adopt_tuners
 from afa_kernels.shared_input import attach_groups, detach_groups
 
 
@@ -114,15 +114,18 @@ def install_annealed(model: nn.Module) -> None:
     """
     configs = _configs(model)
     for layer, name in _plain_adapters(model):
-        if isinstance(configs.get(name), AFALoraConfig) and not experts.is_router_wrapper(layer):
-            install(layer, name, configs[name])
+        config = configs.get(name)
+        if isinstance(config, AFALoraConfig) and not experts.is_router_wrapper(layer):
+            if not config.describes_an_adapter:
+                config = configs[name] = config.own_copy()
+            install(layer, name, config)
     _prepare(model)
 
 
 def _prepare(model: nn.Module) -> None:
     """Do what needs a whole model."""
     attach_groups(model, AFALoraLayer)
-    take_mixed_batches(model)
+    adopt_tuners(model)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -140,7 +143,7 @@ def restore(model: nn.Module) -> nn.Module:
             continue
         if not isinstance(layer, AFALoraLayer):
             continue
-        for name in [name for name, state in layer.lora_afa.items() if not state.annealed]:
+        for name in [name for name, state in layer.lora_afa.items() if state.config is None]:
             del layer.lora_afa[name]
             del layer.lora_variant[name]
         if not layer.lora_afa:
