@@ -161,8 +161,10 @@ class AFALoraConfig(LoraConfig):
         if self.target_parameters:
             plain.lora_dropout = 0.0  # stock PEFT refuses it beside parameters
         plain.save_pretrained(save_directory, **kwargs)
-        state = {"format_version": fmt.FORMAT_VERSION, "lora_dropout": self.lora_dropout}
+        state = {"format_version": fmt.FORMAT_VERSION}
         state |= {name: getattr(self, name) for name in sorted(own_fields() - {"alpha_t"})}
+        if self.target_parameters:
+            state["lora_dropout"] = self.lora_dropout
         if alpha_t == 0.0:
             _write_json(folder / fmt.AFA_CONFIG_FILE, state)
             return
