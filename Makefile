@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # The newest torch that the tests have run on; the package itself takes any from 2.6 on.
-TORCH ?= torch>=2.6,<2.14
+TORCH ?= torch>=2.6,<2.16
 ARGS ?=
 
 BIN := $(VENV)/bin

@@ -48,3 +48,8 @@ def test_what_the_project_asks_of_a_change_is_in_the_workflow():
     asked = {line.split()[1] for line in (ROOT / ".ci/run").read_text().splitlines() if line.startswith("make ")}
     in_workflows = {c.split()[1] for workflow in WORKFLOWS for c in commands(workflow) if c.startswith("make ")}
     assert asked - in_workflows == {"wheel-check"}  # release.yml tests the wheels as installed
+
+
+def test_the_newest_torch_is_that_of_the_makefile():
+    newest = re.search(r"^TORCH \?= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert f'"{newest}"' in (ROOT / ".github/workflows/tests.yml").read_text()
