@@ -132,9 +132,13 @@ def check_agreement(file: Path, alpha_t: float, other: Path, values: list[float]
 
 
 def peft_config(model: nn.Module, layers: dict[str, Branch], trained: list[str]) -> dict[str, Any]:
-    """Return PEFT's LoraConfig, with keys that PEFT has known since 0.17, so that none warns."""
-    first = next(iter(layers.values()))
+    """Return PEFT's LoraConfig, with keys that PEFT has known since 0.17, so that none warns.
+
+    ``r`` and ``lora_alpha`` are those of the experts where there are some, and modules that have others get patterns:
+    PEFT 0.21 warns of a pattern of a parameter that it matched no module.
+    """
     modules = {name: layer for name, layer in layers.items() if not isinstance(layer, ExpertBranch)}
+    first = next((layer for name, layer in layers.items() if name not in modules), None) or next(iter(layers.values()))
     rslora = all(layer.use_rslora for layer in layers.values())
 
     def lora_alpha(layer: Branch) -> float:

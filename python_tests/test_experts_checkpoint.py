@@ -1,6 +1,7 @@
 """Checkpoints with experts are PEFT's: stock PEFT loads ours at alpha_t = 0, and we load what stock PEFT wrote."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -32,6 +33,20 @@ def test_stock_peft_loads_ours(architecture, tmp_path):
     stock = PeftModel.from_pretrained(copy_of(base), str(tmp_path)).eval()
     torch.testing.assert_close(stock(ids).logits, ours(ids).logits)
     assert "afa_lora" not in json.loads((tmp_path / CONFIG).read_text())
+
+
+def test_stock_peft_says_of_no_pattern_that_it_was_ignored(tmp_path):
+    """PEFT 0.21 looks for the keys of patterns among modules only; here the modules have another rank than the
+    experts."""
+    base, ids = mixture(), tokens()
+    ours = injected(base, target_modules=["q_proj"], r=4, expert_rank="per_active").eval()
+    afa.set_alpha_t(ours, 0.0)
+    afa.save_adapter(ours, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*did not match any targeted module")
+        stock = PeftModel.from_pretrained(copy_of(base), str(tmp_path)).eval()
+    torch.testing.assert_close(stock(ids).logits, ours(ids).logits)
+    assert torch.equal(afa.load_adapter(copy_of(base), tmp_path)(ids).logits, ours(ids).logits)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -66,6 +67,38 @@ def test_options_of_peft(options):
     ours, stock = adapted(net, config(**options)), adapted(net, config(LoraConfig, **options))
     afa.set_alpha_t(ours, 0.0)
     assert_same(gradients(ours, ids), gradients(stock, ids))
+
+
+@pytest.mark.parametrize(
+    "options, ranks",
+    [
+        ({"rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"experts.gate_up_proj": 11}}, (3, 2)),
+        ({"rank_pattern": {"down_proj": 2, "experts.gate_up_proj": 4}, "target_modules": ["q_proj"]}, (4, 2)),
+        ({"target_modules": ["gate_proj", "up_proj", "down_proj"], "target_parameters": None}, (6, 3)),
+    ],
+    ids=["patterns", "both", "names of transformers 4"],
+)
+def test_patterns_of_parameters_are_not_said_to_be_ignored(options, ranks, tmp_path):
+    """PEFT 0.21 looks for the keys of patterns among modules only, and warns of those that matched parameters. It
+    writes such patterns itself: what transformers 4 called gate_proj and up_proj is one parameter of twice the rank."""
+    net = mixture()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*did not match any targeted module")
+        model = get_peft_model(copy_of(net), config(**options))
+        model.add_adapter("other", config(**options))
+        set_alpha_t(model, 0.0)
+        model.save_pretrained(tmp_path)
+        PeftModel.from_pretrained(copy_of(net), str(tmp_path), config=AFALoraConfig.from_pretrained(str(tmp_path)))
+    for name in ("default", "other"):
+        assert tuple(sorted({w.parameter_name: w.r[name] for w in wrappers(model)}.items())) == (
+            ("down_proj", ranks[1]), ("gate_up_proj", ranks[0])
+        )  # fmt: skip
+
+
+def test_a_pattern_that_matches_nothing_is_said_to_be_ignored():
+    pytest.importorskip("peft", minversion="0.21")
+    with pytest.warns(RuntimeWarning, match="did not match any targeted module.*'experts.dwon_proj'"):
+        get_peft_model(copy_of(mixture()), config(rank_pattern={"experts.down_proj": 2, "experts.dwon_proj": 4}))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -7,6 +7,7 @@ which.
 
 import copy
 import inspect
+import re
 import warnings
 from typing import Any
 
@@ -57,10 +58,13 @@ class ParamWrapper(AFALoraLayer, lora.ParamWrapper):
         super().__init__(base_layer, adapter_name, parameter_name, config=_of_plain_lora(config), **kwargs)
         self.prepare(adapter_name, config)
         _register(self)
+        keep_patterns_quiet(config, kwargs.get("target_name", ""))
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config, **kwargs: Any) -> None:
         if not hasattr(self, "lora_afa"):  # PEFT's __init__ comes through here
             self.lora_afa = nn.ModuleDict()
+        else:
+            keep_patterns_quiet(config, kwargs.get("target_name", ""))
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=_of_plain_lora(config), **kwargs)
         self.prepare(adapter_name, config)
 
@@ -122,6 +126,7 @@ def is_router_wrapper(layer: nn.Module) -> bool:
 def router_wrapper(router: nn.Module, adapter_name: str, *, config, **kwargs: Any) -> lora.ParamWrapper:
     """Return PEFT's own wrapper of a router's matrix: a plain LoRA, without an activation or dropout."""
     warn_of_router(router)
+    keep_patterns_quiet(config, kwargs.get("target_name", ""))
     return lora.ParamWrapper(router, adapter_name, config=_of_plain_lora(config), **kwargs)
 
 
@@ -131,6 +136,22 @@ def warn_of_router(router: nn.Module) -> None:
         "experts can have one",
         stacklevel=2,
     )
+
+
+def keep_patterns_quiet(config, name: str) -> None:
+    """Ignore PEFT's warning that the keys of ``rank_pattern`` and ``alpha_pattern`` that match the parameter ``name``
+    "did not match any targeted module and were ignored".
+
+    PEFT 0.21 looks for them among the modules alone, once all wrappers are made. Its warning names every key without a
+    module; it is ignored where each of these has matched a parameter.
+    """
+    for field in ("rank_pattern", "alpha_pattern"):
+        known = vars(config).setdefault(f"_parameters_of_{field}", [])
+        known += [k for k in getattr(config, field) or () if k not in known and re.match(rf"(.*\.)?({k})$", name)]
+        keys = "|".join(re.escape(repr(key)) for key in known)
+        if keys:
+            text = rf"The following {field} keys did not match any targeted module and were ignored: \[(,? ?({keys}))+]"
+            warnings.filterwarnings("ignore", text, RuntimeWarning, r"peft\.tuners")
 
 
 def why_not(experts: nn.Module, parameter: str) -> str | None:
