@@ -47,7 +47,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
     Modules that train in full (``inject(..., trainable=)``) are saved as PEFT's
     ``modules_to_save``. Each file is written beside its place and moved there, so an interrupted
     save leaves the file that was there before. Sharded parameters (DTensors of FSDP2 or tensor
-    parallelism) are gathered: every process has to call this then, and the first one writes.
+    parallelism) are gathered: every process has to call this then, and the first one writes. If it
+    cannot, the others raise too.
 
     Warns:
         UserWarning: ``alpha_t`` is not 0, so stock PEFT, which would compute another function, refuses this
@@ -56,6 +57,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
     Raises:
         ValueError: the model has no AFA layer, or something trains that such a checkpoint cannot
             hold.
+        OSError: the folder or a file cannot be written.
+        RuntimeError: parameters are sharded, and process 0 could not write the files; the message says why.
     """
     _check_adapter(model, adapter)
     layers = dict(named_layers(model, adapter))
@@ -83,15 +86,35 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
             sharded = sharded or _is_sharded(value)
             tensors[f"{fmt.PREFIX}{name}.{key}"] = _whole(value)
     tensors = {key: t.to("cpu", copy=True).contiguous() for key, t in tensors.items()}
-    if sharded and torch.distributed.get_rank() != 0:
-        torch.distributed.barrier()  # process 0 reaches it when it has written the files
+    if not sharded:
+        _write(model, path, layers, list(trained), tensors)
         return
+    failure: list[str | None] = [None]
+    try:
+        if torch.distributed.get_rank() == 0:
+            _write(model, path, layers, list(trained), tensors)
+    except BaseException as error:
+        failure = [f"{type(error).__name__}: {error}"]
+        raise
+    finally:
+        torch.distributed.broadcast_object_list(failure)  # the others wait here until the files are written
+    if failure[0] is not None:
+        raise RuntimeError(f"{path}: process 0 could not save the adapter: {failure[0]}")
 
+
+def _write(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    layers: dict[str, Branch],
+    trained: list[str],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Write the checkpoint of :func:`save_adapter`, whose warning it gives."""
     state = {
         "format_version": fmt.FORMAT_VERSION,
         "layers": {n: {"alpha_t": m.alpha_t, "activation": m.activation} for n, m in layers.items()},
     }
-    config = fmt.peft_config(model, layers, list(trained))
+    config = fmt.peft_config(model, layers, trained)
     largest = max(layer.alpha_t for layer in layers.values())
     if largest != 0.0:
         fresh = all(layer.is_fresh for layer in layers.values())
@@ -99,7 +122,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
             f"{path}: saved at alpha_t = {largest:g}: the branches are not linear yet, so stock PEFT refuses this "
             "checkpoint; anneal to alpha_t = 0 before shipping it"
             + (". Nothing has annealed it yet: a training takes AnnealSchedule or a callback" if fresh else ""),
-            stacklevel=2,
+            stacklevel=3,
         )
         config = fmt.unfinished(config, state, largest)
 
@@ -111,8 +134,6 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
     with fmt.replacing(folder / fmt.CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / fmt.AFA_CONFIG_FILE).unlink(missing_ok=True)  # it described the adapter that was here
-    if sharded:
-        torch.distributed.barrier()
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = None) -> nn.Module:

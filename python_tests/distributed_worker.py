@@ -22,6 +22,7 @@ from distributed_helpers import (
     assert_close,
     assert_parameters,
     data,
+    expects,
     full,
     mine,
     model,
@@ -118,6 +119,14 @@ def check_fsdp2_adapters_are_saved_whole_and_loaded_in_parts(folder: Path) -> No
     assert_parameters(made, alone)
     assert_parameters(others, alone)
     assert all(m.alpha_t == 0.0 for m in others.modules() if isinstance(m, afa.AFALinear))
+
+
+def check_fsdp2_a_save_that_fails_fails_everywhere(folder: Path) -> None:
+    """Process 0 writes, and cannot where the folder is a file; the others wait for it."""
+    (folder / "occupied").touch()
+    error, words = (FileExistsError, "occupied") if dist.get_rank() == 0 else (RuntimeError, "FileExistsError")
+    with expects(error, words):
+        afa.save_adapter(sharded(), folder / "occupied")
 
 
 def check_fsdp2_sharded_checkpoint(folder: Path) -> None:
