@@ -241,11 +241,13 @@ def _rows(x: Tensor) -> int:
 
 
 _constants: dict[tuple, Tensor] = {}
+_of_graphs: dict[tuple, Tensor] = {}  # read by captured CUDA graphs, whose end nobody tells
 
 
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return numbers as a tensor, which nobody may write. On a GPU, where making one waits for the device, it is the
-    same tensor each time."""
+    same tensor each time. One that is asked for during the capture of a CUDA graph, which then reads its memory, is
+    kept for ever."""
     if device.type == "cpu" or is_compiling():
         return torch.tensor(values, dtype=dtype, device=device)
     key = (values, dtype, device)
@@ -256,7 +258,10 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
             return made
         if len(_constants) >= 4096:
             _constants.clear()
+            _constants.update(_of_graphs)
         _constants[key] = made
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _of_graphs[key] = _constants[key]
     return _constants[key]
 
 

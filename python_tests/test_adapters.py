@@ -374,3 +374,19 @@ def test_experts_and_adapters_in_one_call():
             scaling=float(scaling[adapter]), base=base[own],
         )  # fmt: skip
         torch.testing.assert_close(y[own], wanted)
+
+
+def test_what_a_captured_graph_reads_is_kept(monkeypatch):
+    """Its constants outlive those that are dropped where there are too many. The CPU stands for the GPU here."""
+    monkeypatch.setattr(mixed, "_constants", {})
+    monkeypatch.setattr(mixed, "_of_graphs", {}, raising=False)
+    tensor, capturing, here = torch.tensor, False, (torch.int32, torch.device("cuda"))
+    monkeypatch.setattr(torch, "tensor", lambda values, **_: tensor(values))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    before = mixed.constant((1, 2), *here)
+    capturing = True
+    assert mixed.constant((1, 2), *here) is before
+    capturing = False
+    for number in range(5000):
+        mixed.constant((number,), *here)
+    assert mixed.constant((1, 2), *here) is before and len(mixed._constants) < 4096
