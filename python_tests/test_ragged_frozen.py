@@ -47,6 +47,19 @@ def test_the_product_comes_first_and_nothing_behind_the_branch(on_device):
     torch.testing.assert_close(dx, torch.cat([dy[:3] @ weight[0], dy[3:] @ weight[1]]))
 
 
+def test_no_rows_are_multiplied(on_device, monkeypatch):
+    """Of a batch that is empty; grouped_mm need not take it."""
+    monkeypatch.setattr(torch_private, "grouped_mm", None)
+    shapes = ((0, 16), (2, 24, 16), (2, 24), (2, 8, 16), (2, 24, 8))
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in shapes]
+    x, weight, bias, a, b = leaves
+    offsets = torch.zeros(2, dtype=torch.int32)
+    y = afa.afa_linear_grouped(x, offsets, weight, bias, a, b, 0.4)
+    gradients = torch.autograd.grad(y, leaves, y.detach())
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        assert gradient.shape == leaf.shape and not gradient.any()
+
+
 @pytest.mark.parametrize("backend", ["cuda_emulated", "triton", "torch", "reference"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_every_backend_of_a_gpu_adds_to_the_product(on_device, monkeypatch, backend, dropout_p):

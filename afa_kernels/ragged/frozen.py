@@ -172,9 +172,9 @@ def _grouped(rows: Tensor, offsets: Tensor, matrices: Tensor, bias: Tensor | Non
 
 def outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """Return ``left.T @ right`` of the rows of each group, ``(G, columns of left, columns of right)``."""
-    if _on_device(left):
+    if _on_device(left) and left.shape[0]:
         return torch_private.grouped_mm(left.T, right, offsets)
     sums = left.new_zeros(offsets.shape[0], left.shape[1], right.shape[1])
-    for group, rows in runs(offsets):
+    for group, rows in runs(offsets) if left.shape[0] else ():
         sums[group] = left[rows].T @ right[rows]
     return sums

@@ -42,6 +42,8 @@ def _lora_backward(
 
 def _linear_backward(weight, dy, x, a, b, z, offsets, *rest):
     *rest, options, need_da, need_db = rest
+    if x.shape[0] == 0:
+        return _ops.gradients_of_no_rows(x, a, b, True, need_da, need_db)
     with _ops.plain_precision(x):
         return frozen.backward(
             registry.get(options.backend), options.spec, dy, offsets, weight,
