@@ -5,7 +5,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,15 +72,26 @@ def eager(
     p=0.0,
 ):
     """The operator as a user would write it in torch ops, everything in the dtype of x; ``mask`` is
-    a keep mask."""
-    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    a keep mask.
+
+    torch gets packed operands and gradients, since its 16-bit products may read what lies between rows
+    (:func:`products_that_read_past_rows`)."""
+    x, a, b = packed(x), packed(lora_a.to(x.dtype)), packed(lora_b.to(x.dtype))
     x_branch = x if mask is None else x * mask / (1 - p)
     z = torch.nn.functional.linear(x_branch, a)
     h = (1 - alpha_t) * z + alpha_t * ACTIVATIONS[activation].value(z)
     branch = torch.nn.functional.linear(h, b) * scaling
     if weight is not None:
-        base = torch.nn.functional.linear(x, weight, bias)
-    return branch if base is None else base + branch
+        base = torch.nn.functional.linear(x, packed(weight), bias)
+    y = branch if base is None else base + branch
+    if y.requires_grad:
+        y.register_hook(packed)
+    return y
+
+
+def packed(t: Tensor) -> Tensor:
+    """Return a copy that is contiguous: a single row of a wider matrix counts as contiguous where it lies."""
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def mask_and_p(p: float, seed: int, x: Tensor) -> dict:
@@ -189,6 +201,56 @@ def poisoned_memory() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@contextlib.contextmanager
+def products_that_read_past_rows() -> Iterator[None]:
+    """Let torch's 16-bit products on the CPU read up to 64 elements past the end of a strided row.
+
+    This is a fault of torch 2.13 on a processor with AMX: with ``x = buffer[:, :200]`` of 17 or more rows, a NaN in
+    ``buffer[:, 200:]`` makes ``x @ w.T`` NaN. Here every such product has it, at all sizes and on any processor.
+    """
+    aten, library = torch.ops.aten, torch.library.Library("aten", "IMPL")
+
+    def spoiled(y: Tensor, *operands: Tensor) -> Tensor:
+        return y.fill_(math.nan) if any(map(_nan_lies_behind_a_row, operands)) else y
+
+    def product(out: Callable, left: Tensor, right: Tensor) -> Tensor:
+        return spoiled(out(left, right, out=left.new_empty(*left.shape[:-1], right.shape[-1])), left, right)
+
+    def addmm(c: Tensor, left: Tensor, right: Tensor, *, beta=1, alpha=1, out: Tensor | None = None) -> Tensor:
+        out = left.new_empty(left.shape[0], right.shape[1]) if out is None else out
+        return spoiled(aten.addmm.out(c, left, right, beta=beta, alpha=alpha, out=out), left, right)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that its own kernels are replaced
+        library.impl("mm", lambda *operands: product(aten.mm.out, *operands), "CPU")
+        library.impl("bmm", lambda *operands: product(aten.bmm.out, *operands), "CPU")
+        library.impl("addmm", addmm, "CPU")
+        library.impl("addmm_", lambda c, *operands, **factors: addmm(c, *operands, **factors, out=c), "CPU")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def _nan_lies_behind_a_row(t: Tensor) -> bool:
+    """Whether a NaN that is no element of the 16-bit ``t`` follows one of its rows."""
+    t = t if t.stride(-1) == 1 else t.mT
+    if t.itemsize != 2 or t.stride(-1) != 1 or t.stride(-2) <= t.shape[-1] or t.numel() == 0:
+        return False
+    elements = t.untyped_storage().nbytes() // t.itemsize
+    last = t.storage_offset() + sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True))
+    beyond = min(64, t.stride(-2) - t.shape[-1], elements - 1 - last)
+    longer = t.as_strided((*t.shape[:-1], t.shape[-1] + beyond), t.stride())
+    return bool(longer[..., t.shape[-1] :].isnan().any())
+
+
+def torch_reads_past_rows() -> bool:
+    """Whether a 16-bit product of this torch on this processor is NaN where only what lies between the rows is."""
+    buffer = torch.ones(32, 256, dtype=torch.bfloat16)
+    buffer[:, 200:] = math.nan
+    return bool((buffer[:, :200] @ torch.ones(200, 8, dtype=torch.bfloat16)).isnan().any())
 
 
 def run_python(script: str, **environment: str) -> None:

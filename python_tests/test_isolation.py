@@ -1,4 +1,5 @@
-"""What a caller's environment holds reaches no test, and what a run chooses does."""
+"""What a caller's environment holds reaches no test, and what a run chooses does; nor does a fault of torch on some
+processors."""
 
 import os
 import subprocess
@@ -6,6 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import skip_where_torch_reads_past_rows
+from cuda_ragged import random_problem
+from helpers import Problem, eager, products_that_read_past_rows, run, torch_reads_past_rows
+from ptx_problems import LAYOUTS, RandomProblem, target
+from ragged_gpu_problems import RaggedProblem
 
 LEFT_BY_OTHERS = {
     "AFA_KERNELS_BACKEND": "reference",
@@ -35,6 +42,41 @@ def test_the_environment_of_the_caller_stays_outside():
     home = seen.pop("HF_HOME")
     assert home != "/nowhere" and not os.path.exists(os.path.dirname(home)), "left behind"
     assert not any(seen[name] for name in LEFT_BY_OTHERS if name in seen)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b", "dy"])
+def test_no_product_of_a_baseline_has_gaps_between_its_rows(name):
+    """On some processors such a 16-bit product of torch reads the gaps."""
+    problem = Problem.random(20, 200, 120, 8, torch.bfloat16)
+    setattr(problem, name, LAYOUTS["rows apart"](getattr(problem, name)))
+    leaves = {n: getattr(problem, n).detach().requires_grad_() for n in ("x", "weight", "bias", "lora_a", "lora_b")}
+    with products_that_read_past_rows():
+        assert torch_reads_past_rows()
+        y = eager(**leaves, alpha_t=0.4)
+        gradients = torch.autograd.grad(y, list(leaves.values()), problem.dy)
+    assert all(torch.isfinite(t).all() for t in (y, *gradients))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("number", range(12))
+def test_nor_has_one_in_the_random_problems(number):
+    by_group = random_problem(number)
+    rows, nvcc = RaggedProblem(number, 40, 40, (5, 16, 33)), RandomProblem(target("nvcc-sm_80"), number)
+    with products_that_read_past_rows():
+        results = [by_group.plain(by_group.x.dtype)]
+        results += [run(p.plain, p.problem, p.names, needed=p.needed) for p in (rows, nvcc)]
+    assert all(torch.isfinite(t).all() for result in results for t in result.values())
+
+
+@pytest.mark.fast
+def test_torch_itself_is_not_asked_for_more():
+    """The backend ``torch`` hands rows with gaps to torch as they are: its tests look whether torch can take them."""
+    for dtype, backend in ((torch.bfloat16, "cpu"), (torch.float32, "torch")):
+        with products_that_read_past_rows():
+            skip_where_torch_reads_past_rows(backend, dtype)
+    with products_that_read_past_rows(), pytest.raises(pytest.skip.Exception, match="reads what lies between rows"):
+        skip_where_torch_reads_past_rows("torch", torch.bfloat16)
 
 
 @pytest.mark.fast

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo.testing
+from conftest import skip_where_torch_reads_past_rows
 from helpers import eager, mask_and_p, poisoned_memory, relative_error
 from ragged_helpers import BACKENDS, OF_BRANCH, OF_LINEAR, Ragged, alone, takes_ragged
 
@@ -67,6 +68,7 @@ def test_each_group_is_a_call_of_its_own(name, dtype, save):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])  # other orders of the GEMM
 def test_what_belongs_to_no_branch_is_the_frozen_part(name, dtype):
     """Rows behind the last offset, and groups of rank 0, whose A and B may hold anything."""
+    skip_where_torch_reads_past_rows(name, dtype)
     p = Ragged.random(SIZES, 33, 20, 4, dtype, tail=7, ranks=[4, 2, 0, 3, 4, 1])
     p.lora_a[2] = p.lora_b[2] = float("nan")
     p.lora_a[3, 3:] = p.lora_b[3, :, 3:] = float("nan")
