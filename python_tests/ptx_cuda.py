@@ -57,7 +57,6 @@ def register() -> None:
         replace(
             cuda.EMULATED, name=NAME, status=lambda: BackendStatus(True), forward=kernels.forward,
             backward=kernels.backward, launches=kernels.launches, group_forward=kernels.group_forward,
-            group_backward=kernels.group_backward, ragged_forward=kernels.ragged_forward,
-            ragged_backward=kernels.ragged_backward,
+            group_backward=kernels.group_backward,
         )
     )  # fmt: skip

@@ -13,13 +13,13 @@ from afa_kernels.backend import cuda, registry
 from afa_kernels.backend.registry import Backend, BackendStatus, Call
 
 
-def call(r=16, k=64, n=64, dtype=torch.bfloat16, m=128):
-    return Call("cuda", dtype, m, k, n, r, "silu", device_index=0)
+def call(r=16, k=64, n=64, dtype=torch.bfloat16, m=128, groups=0):
+    return Call("cuda", dtype, m, k, n, r, "silu", device_index=0, groups=groups)
 
 
 def fake_triton(available=True):
     status = BackendStatus(available, "" if available else "triton is not installed")
-    return Backend("triton", frozenset({"cuda"}), lambda: status, forward=None, backward=None)
+    return Backend("triton", frozenset({"cuda"}), lambda: status, None, None, ragged_forward=lambda: None)
 
 
 @pytest.fixture
@@ -103,6 +103,7 @@ def test_nothing_is_left_to_a_backend_that_cannot_take_it(table):
     "changed, reason",
     [
         ({"r": 200}, "cuda: takes ranks up to 128, got 200"),
+        ({"groups": 4}, "cuda: takes no rows that are sorted by group"),
         ({"k": 60}, "cuda: takes K and N that are multiples of 8, got K=60 and N=64"),
         ({"dtype": torch.float32}, "cuda: takes bfloat16 and float16, got float32"),
     ],

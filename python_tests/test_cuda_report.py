@@ -46,12 +46,6 @@ def sound_row(**changes):
             "_ZN3afa14project_kernelINS_4Fp16ELi16EEEvNS_13ProjectParamsE",
             ("project", 16, "fp16"),
         ),
-        (
-            "_ZN3afa21ragged_project_kernelINS_4Bf16ELi64ELb1EEEvNS_19RaggedProjectParamsE",
-            ("ragged_project_dy", 64, "bf16"),
-        ),
-        ("_ZN3afa15ragged_x_kernelINS_4Fp16ELi16ELb0EEEvNS_17RaggedOuterParamsE", ("ragged_x", 16, "fp16")),
-        ("_ZN3afa15ragged_x_kernelINS_4Bf16ELi16ELb1EEEvNS_17RaggedOuterParamsE", ("ragged_x_into", 16, "bf16")),
         ("_ZN3afa8x_kernelINS_4Fp16ELi128EEEvNS_11OuterParamsE", ("x", 128, "fp16")),
         ("_ZN3afa13reduce_kernelINS_4Bf16EEEvNS_12ReduceParamsE", ("reduce", 0, "bf16")),
         ("_Z5otherv", None),

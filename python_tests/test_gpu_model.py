@@ -11,8 +11,7 @@ import pytest
 from conftest import skip_unless_available
 
 from afa_kernels.backend import registry
-from bench.model.cuda_launches import H100, Gpu, Layer, Range, decoding
-from bench.model.ragged_launches import Ragged
+from bench.model.cuda_launches import H100, Gpu, Layer, Range, decoding, overhead
 from tools import gpu_check, gpu_meter, gpu_model
 from tools.gpu_steps import Context, Step
 
@@ -54,12 +53,9 @@ class Synthetic:
         )
 
     def step(self, layer, alpha_t):
-        if isinstance(layer, Ragged):
-            name = "routed"
-        else:
-            name = "taxes" if len(layer.members) > 1 else "tax" if alpha_t else "identity"
+        name = "taxes" if len(layer.members) > 1 else "tax" if alpha_t else "identity"
         factor = self.factors.get(name, 1.0)
-        return 1.0 + gpu_model.model_of(layer).overhead(layer, self.gpu).both.good * factor / 100, 1.0
+        return 1.0 + overhead(layer, self.gpu).both.good * factor / 100, 1.0
 
     def token(self, layer):
         return 1.0 + decoding(layer, self.gpu).good * self.factors.get("token", 1.0) / 100, 1.0
@@ -119,13 +115,12 @@ def test_an_assumption_outside_of_its_range_fails(name, above, tmp_path, monkeyp
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 @pytest.mark.parametrize(
     "what",
-    ["forward", "dy", "x", "reduce", "rows", "sum", "project_dy", "tax", "identity", "taxes", "routed", "token"],
+    ["forward", "dy", "x", "reduce", "project_dy", "tax", "identity", "taxes", "token"],
 )
 def test_a_figure_outside_of_its_range_fails_alone(what, factor, tmp_path, monkeypatch):
     status, record, page = checked(Synthetic(**{what: factor}), tmp_path, monkeypatch)
     assert status == 1
     names = {"tax": "a layer: tax", "identity": "a layer at identity: tax", "taxes": ": tax", "token": "in a graph"}
-    names["routed"] = "gate_up"
     said = names.get(what, f": {what}, ")
     wrong = off(record)
     assert wrong and all(said in name for name in wrong), wrong
@@ -155,7 +150,6 @@ def test_noise_that_turns_two_sizes_around_is_no_rate():
 @pytest.mark.parametrize("layer", [Layer(8, 16, 24, 4), Layer(8, 16, (24, 8), (4, 4))], ids=["lone", "group"])
 def test_the_meter_of_a_card_runs_what_it_times(layer):
     meter = gpu_meter.CardMeter(SMALL)
-    assert all(seconds > 0 for seconds in meter.step(Ragged((5, 0, 3), 16, 24, 4), 0.5))
     times = [
         meter.mapped(64),
         meter.launch(),
@@ -175,9 +169,6 @@ def test_the_meter_of_a_card_runs_what_it_times(layer):
         Layer(70, 256, (256, 128), (16, 16)),
         Layer(64, 128, 128, 64),
         Layer(1, 256, 256, 16),
-        Ragged((70, 0, 3), 256, 256, 16),
-        Ragged((600, 3), 64, 64, 16),
-        Ragged((3, 70), 520, 128, 64),
     ],
     ids=str,
 )

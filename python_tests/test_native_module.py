@@ -140,5 +140,5 @@ def test_the_names_of_the_module_are_those_that_the_package_uses():
     sources = {file.name: file.read_text() for file in package.rglob("*.py") if file.name != "torch_private.py"}
     used = {name for text in sources.values() for name in re.findall(r"(?<!torch\.)\b_C\.(\w+)", text)}
     assert used - {"cuda"} | {"use_torch", "activation_ids"} == set(native._NAMES)
-    cuda = sources["cuda.py"] + sources["cuda_ragged.py"]
+    cuda = sources["cuda.py"]
     assert set(re.findall(r"\b_?module\.(\w+)", cuda)) == set(native._CUDA_NAMES)

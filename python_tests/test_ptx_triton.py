@@ -16,9 +16,9 @@ import ptx_problems
 import pytest
 import torch
 from conftest import SIMULATED_GPU
-from cuda_ragged import random_problem
 from helpers import Problem, poisoned_memory, relative_error, run
 from ptx_ragged_problems import RandomRaggedProblem
+from ragged_calls import random_problem
 
 pytest.importorskip("triton")
 _ptx = pytest.importorskip("afa_kernels._ptx", reason="built with the emulator only (AFA_BUILD_EMULATOR=1)")

@@ -60,7 +60,7 @@ def test_no_rows_are_multiplied(on_device, monkeypatch):
         assert gradient.shape == leaf.shape and not gradient.any()
 
 
-@pytest.mark.parametrize("backend", ["cuda_emulated", "triton", "torch", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_every_backend_of_a_gpu_adds_to_the_product(on_device, monkeypatch, backend, dropout_p):
     skip_unless_available(backend)

@@ -4,8 +4,8 @@ that computes in test_ptx_triton.py."""
 import pytest
 import torch
 from conftest import SIMULATED, skip_unless_available
-from cuda_ragged import assert_rounded_with_dx, random_problem
 from helpers import poisoned_memory
+from ragged_calls import assert_rounded_with_dx, random_problem
 from ragged_gpu_problems import RaggedProblem
 
 import afa_kernels as afa

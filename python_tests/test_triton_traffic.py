@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import SIMULATED_GPU
-from cuda_ragged import Ragged
+from ragged_calls import Ragged
 
 pytest.importorskip("triton")
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 RANKS = (16, 32, 64, 128)
-SOURCES = (*(f"{kind}{rank}" for kind in ("rank", "ragged") for rank in RANKS), "ragged_sum", "reduce")
+SOURCES = (*(f"rank{rank}" for rank in RANKS), "reduce")
 QUICK_ARCHITECTURES = ("80", "90")
 
 
@@ -53,7 +53,7 @@ SMALL_THREADS = 128
 FIRST_OVERLAPPED = 90
 
 # Registers per thread that a kernel may take: launch_plan says it for those that use tensor cores.
-SMALL_KERNELS = {"reduce": 80, "ragged_rows": 80, "ragged_sum": 80}
+SMALL_KERNELS = {"reduce": 80}
 # sinf and cosf reduce large arguments through a small array in local memory: a stack, and no spill.
 STACK_BUDGET = 48
 SHOWN_OPCODES = ("HMMA", "LDGSTS", "LDSM")  # tensor cores, asynchronous copies, ldmatrix
@@ -63,7 +63,7 @@ GLOBAL_OPCODES = ("LD", "ST", "LDG", "STG", "LDGSTS", "ATOM", "ATOMG", "RED", "R
 EARLY = "global memory before the wait"
 
 # What a kernel is called whose last template argument is true.
-_FLAGS = {"forward": "_tall", "project_dy": "_tall", "ragged_project": "_dy", "ragged_x": "_into"}
+_FLAGS = {"forward": "_tall", "project_dy": "_tall"}
 _ENTRY = re.compile(r"afa\d+(\w+?)_kernelINS_4(Bf16|Fp16)E(?:Li(\d+)E)?(?:Lb([01])E)?")
 
 
@@ -180,7 +180,7 @@ def add_launch(row: Row, plans: dict[tuple[str, str, int], dict]) -> None:
     if row.kernel in SMALL_KERNELS:
         row.threads, row.register_budget = SMALL_THREADS, SMALL_KERNELS[row.kernel]
     else:
-        plan = plans[row.arch, row.kernel.removesuffix("_into"), row.rank]
+        plan = plans[row.arch, row.kernel, row.rank]
         row.threads, row.stages, row.shared_bytes = (
             plan["threads"],
             plan["stages"],
@@ -227,8 +227,6 @@ def launch_plans(architectures: list[str]) -> dict[tuple[str, str, int], dict]:
             launches = [
                 native.launch_plan((m, 4096, 4096, rank), *limits, rounded=True) for m in (16384, 8192, 6200, 256)
             ]
-            for m in (8192, 256):
-                launches.append(native.ragged_kernels((m, 4096, 4096, rank), 64, *limits, rounded=True))
             for plan in (plan for one in launches for plan in one):
                 tall = plan.get("tile_rows", 0) > (128 if rank == 128 else 64)
                 plans.setdefault((arch, plan["kernel"] + "_tall" * tall, rank), plan)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from afa_kernels import AFALinear, AFALinearGroup, afa_linear_grouped, torch_private
+from afa_kernels import AFALinear, AFALinearGroup
 from bench.model.cuda_launches import Layer
-from bench.model.ragged_launches import Ragged
 from tools.gpu_figures import medians
 from tools.gpu_steps import Context
 
@@ -26,7 +25,7 @@ _LOADS = 2000
 _TOKEN_LAYERS = 8  # that one after the other read their weights, together beyond L2
 _PROFILED = 20  # calls
 # Demangled or not.
-_KERNEL = re.compile(r"afa(?:::|\d+)(?:ragged_)?(forward|project|expand|project_dy|dy|db|x|reduce|rows|sum)_kernel")
+_KERNEL = re.compile(r"afa(?:::|\d+)(forward|project|expand|project_dy|dy|x|reduce)_kernel")
 
 
 class Event(NamedTuple):
@@ -85,8 +84,8 @@ class CardMeter:
         taken = self._seconds({"product": lambda: torch.mm(x, weight.T, out=y), "added": lambda: y.addmm_(x, weight.T)})
         return taken["product"], taken["added"]
 
-    def kernels(self, layer: Layer | Ragged) -> tuple[dict[str, float], dict[str, float]]:
-        x, dys, leaves, _, call = self._made(layer)
+    def kernels(self, layer: Layer) -> tuple[dict[str, float], dict[str, float]]:
+        x, dys, leaves, _, call = self._layer(layer)
         torch.autograd.grad(call(x), leaves, dys)
         calls = 1 if self.context.small else _PROFILED
         taken = Counter(), Counter()
@@ -96,8 +95,6 @@ class CardMeter:
             for seconds, events in zip(taken, (forward, backward), strict=True):
                 seconds.update(by_kernel(events))
         forward, backward = ({name: seconds / calls for name, seconds in each.items()} for each in taken)
-        if "project" in backward:
-            backward["project_dy"] = backward.pop("project")  # of a ragged call: the kernel of the forward, on dy
         return forward, backward
 
     def recorded(self, call: Callable, *arguments) -> tuple[object, list[Event]]:
@@ -109,20 +106,15 @@ class CardMeter:
         on_device = [event for event in events if event.device_type() == DeviceType.CUDA]
         return result, [Event(e.name(), e.start_ns(), e.start_ns() + e.duration_ns()) for e in on_device]
 
-    def step(self, layer: Layer | Ragged, alpha_t: float) -> tuple[float, float]:
-        x, dys, leaves, weights, call = self._made(layer, alpha_t)
+    def step(self, layer: Layer, alpha_t: float) -> tuple[float, float]:
+        x, dys, leaves, weights, call = self._layer(layer, alpha_t)
         ys, dx = [torch.empty_like(dy) for dy in dys], torch.empty_like(x)
-        ends = _ends(layer, self.device) if isinstance(layer, Ragged) else None
 
         @torch.no_grad()
         def frozen() -> None:
             for weight, y, dy in zip(weights, ys, dys, strict=True):
-                if ends is not None:
-                    torch_private.grouped_mm(x, weight.mT, ends)
-                    torch_private.grouped_mm(dy, weight, ends)
-                else:
-                    torch.mm(x, weight.T, out=y)
-                    torch.mm(dy, weight, out=dx)
+                torch.mm(x, weight.T, out=y)
+                torch.mm(dy, weight, out=dx)
 
         taken = self._seconds({"step": lambda: torch.autograd.grad(call(x), leaves, dys), "frozen": frozen})
         return taken["step"], taken["frozen"]
@@ -159,21 +151,6 @@ class CardMeter:
         leaves = [x, *(p for member in members for p in (member.lora_a, member.lora_b))]
         return x, dys, leaves, [member.weight for member in members], group
 
-    def _made(
-        self, layer: Layer | Ragged, alpha_t: float = 0.5
-    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], Callable]:
-        """Return what ``_layer`` returns; of rows sorted by group, the same of one weight for each group."""
-        if isinstance(layer, Layer):
-            return self._layer(layer, alpha_t)
-        count, k, n, r = len(layer.rows), layer.k, layer.n, layer.r
-        x, weight, ends = self._half(layer.m, k).requires_grad_(), self._half(count, n, k), _ends(layer, self.device)
-        a, b = (torch.randn(count, *shape, device=self.device, requires_grad=True) for shape in ((r, k), (n, r)))
-
-        def call(x: Tensor) -> tuple[Tensor]:
-            return (afa_linear_grouped(x, ends, weight, None, a, b, alpha_t, backend=self.context.backends[0]),)
-
-        return x, [self._half(layer.m, n)], [x, a, b], [weight], call
-
     def _half(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device).bfloat16()
 
@@ -198,10 +175,6 @@ class CardMeter:
                 repeated()
             repeated = graph.replay
         return self._seconds({"graph": repeated})["graph"] / _REPEATS
-
-
-def _ends(call: Ragged, device: str) -> Tensor:
-    return torch.tensor(call.rows, device=device).cumsum(0).int()
 
 
 def by_kernel(events: Iterable[Event]) -> dict[str, float]:

@@ -11,21 +11,19 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-from bench.model import cuda_launches, ragged_launches
-from bench.model.__main__ import EXPERTS, GROUPS, RANKS, ROUTED_ROWS
+from bench.model import cuda_launches
+from bench.model.__main__ import GROUPS, RANKS
 from bench.model.cuda_launches import H100, Gpu, Kernel, Layer, Range, decoding
-from bench.model.ragged_launches import Ragged
 from tools.gpu_steps import Context, Outcome, Step
 
 M, K, N = 8192, 4096, 4096
 LONE = {f"a layer, r={r}": Layer(M, K, N, r) for r in RANKS}
 TOGETHER = {name: Layer(M, k, n, (16,) * len(n)) for name, (k, n) in GROUPS.items()}
-ROUTED = {experts.name: Ragged.routed(experts, ROUTED_ROWS, 16) for experts in EXPERTS}
 # With alpha_t: the model has the same kernels at identity.
 TAXED = (
     ("a layer", LONE["a layer, r=16"], 0.5),
     ("a layer at identity", LONE["a layer, r=16"], 0.0),
-    *((name, layer, 0.5) for name, layer in (TOGETHER | ROUTED).items()),
+    *((name, layer, 0.5) for name, layer in TOGETHER.items()),
 )
 TOKEN = Layer(1, K, N, 16)
 
@@ -54,10 +52,10 @@ class Meter(Protocol):
     def gemm(self, m: int, k: int, n: int) -> tuple[float, float]:
         """A product of the frozen layer, and one that is added to its output."""
 
-    def kernels(self, layer: Layer | Ragged) -> tuple[dict[str, float], dict[str, float]]:
+    def kernels(self, layer: Layer) -> tuple[dict[str, float], dict[str, float]]:
         """The kernels of the branch in a forward and in a backward, summed by the names of the model."""
 
-    def step(self, layer: Layer | Ragged, alpha_t: float) -> tuple[float, float]:
+    def step(self, layer: Layer, alpha_t: float) -> tuple[float, float]:
         """Forward and backward of the layer with its branch, and the frozen products alone."""
 
     def token(self, layer: Layer) -> tuple[float, float]:
@@ -129,12 +127,7 @@ def assumptions(measured: Gpu, assumed: Gpu = H100) -> Iterator[Figure]:
     yield Figure("gemm", "TFLOP/s", rates, None, measured.gemm * 1e-12)
 
 
-def model_of(layer: Layer | Ragged):
-    """Return the module that models such a call."""
-    return ragged_launches if isinstance(layer, Ragged) else cuda_launches
-
-
-def durations(layer: Layer | Ragged, gpu: Gpu) -> tuple[dict[str, Range], dict[str, Range]]:
+def durations(layer: Layer, gpu: Gpu) -> tuple[dict[str, Range], dict[str, Range]]:
     """Return what the model gives the kernels of a forward and of a backward from start to end, in seconds.
 
     A kernel behind one of ours counts from the end of that one, as in gpu_meter.by_kernel.
@@ -144,7 +137,7 @@ def durations(layer: Layer | Ragged, gpu: Gpu) -> tuple[dict[str, Range], dict[s
         return kernel.seconds(gpu, which)[0] - (kernel.launches - kernel.behind) * getattr(gpu.launch, which)
 
     directions = []
-    for direction in model_of(layer).kernels(layer, gpu):
+    for direction in cuda_launches.kernels(layer, gpu):
         summed: dict[str, Range] = {}
         for kernel in direction:
             good, bad = summed.get(kernel.name, Range(0.0, 0.0))
@@ -153,7 +146,7 @@ def durations(layer: Layer | Ragged, gpu: Gpu) -> tuple[dict[str, Range], dict[s
     return tuple(directions)
 
 
-def kernel_figures(meter: Meter, name: str, layer: Layer | Ragged, measured: Gpu) -> Iterator[Figure]:
+def kernel_figures(meter: Meter, name: str, layer: Layer, measured: Gpu) -> Iterator[Figure]:
     taken = meter.kernels(layer)
     for direction, modelled, refit, found in zip(
         ("forward", "backward"), durations(layer, H100), durations(layer, measured), taken, strict=True
@@ -171,10 +164,10 @@ def compare(meter: Meter) -> list[Figure]:
     """Return every figure of the model with what the card takes."""
     measured = measured_gpu(meter)
     figures = list(assumptions(measured))
-    for name, layer in (LONE | TOGETHER | ROUTED | {"one token": TOKEN}).items():
+    for name, layer in (LONE | TOGETHER | {"one token": TOKEN}).items():
         figures += kernel_figures(meter, name, layer, measured)
     for name, layer, alpha_t in TAXED:
-        modelled, refit = (model_of(layer).overhead(layer, gpu).both for gpu in (H100, measured))
+        modelled, refit = (cuda_launches.overhead(layer, gpu).both for gpu in (H100, measured))
         figures.append(Figure(f"{name}: tax", _PERCENT, modelled, refit.good, _added(*meter.step(layer, alpha_t))))
     modelled, refit = decoding(TOKEN), decoding(TOKEN, measured)
     figures.append(Figure("one token, in a graph", _PERCENT, modelled, refit.good, _added(*meter.token(TOKEN))))

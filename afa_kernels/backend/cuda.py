@@ -25,7 +25,6 @@ from afa_kernels.backend.cuda_operands import (
     readable_weight,
     readable_z,
 )
-from afa_kernels.backend.cuda_ragged import RaggedKernels
 from afa_kernels.backend.registry import Backend, BackendStatus, Call, Member
 from afa_kernels.torch_private import current_stream
 
@@ -49,7 +48,7 @@ def _readable_members(x: Tensor, members: list[Member]) -> list[Member]:
     return [Member(readable_weight(a, x), readable_weight(b, x), *rest) for a, b, *rest in members]
 
 
-class _Kernels(RaggedKernels):
+class _Kernels:
     """The forward and backward of a native module (``_C.cuda`` or ``_emulator``).
 
     A lone layer is a group of one, in a form of its own that costs a third less. The module reads tensors itself,
@@ -167,8 +166,6 @@ class _Kernels(RaggedKernels):
         """Return the kernels of a forward and a backward, with their launch parameters, for
         ``plan``."""
         limits = self._module.device_limits(call.device_index or 0)
-        if call.groups:
-            return self._module.ragged_kernels((call.m, call.k, call.n, call.r), call.groups, *limits)
         return self._module.launch_plan((call.m, call.k, call.n, call.r), *limits)
 
 
@@ -317,8 +314,6 @@ BACKEND = Backend(
     launches=lambda call: _device_kernels().launches(call),
     group_forward=lambda *args, **kwargs: _device_kernels().group_forward(*args, **kwargs),
     group_backward=lambda *args, **kwargs: _device_kernels().group_backward(*args, **kwargs),
-    ragged_forward=lambda *args, **kwargs: _device_kernels().ragged_forward(*args, **kwargs),
-    ragged_backward=lambda *args, **kwargs: _device_kernels().ragged_backward(*args, **kwargs),
     refuses_group=_refuses_group,
     leaves=_leaves,
 )
@@ -332,8 +327,6 @@ EMULATED = Backend(
     launches=lambda call: _emulator_kernels().launches(call),
     group_forward=lambda *args, **kwargs: _emulator_kernels().group_forward(*args, **kwargs),
     group_backward=lambda *args, **kwargs: _emulator_kernels().group_backward(*args, **kwargs),
-    ragged_forward=lambda *args, **kwargs: _emulator_kernels().ragged_forward(*args, **kwargs),
-    ragged_backward=lambda *args, **kwargs: _emulator_kernels().ragged_backward(*args, **kwargs),
     refuses_group=_refuses_group,
     automatic=False,
 )

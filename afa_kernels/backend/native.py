@@ -22,8 +22,7 @@ _NAMES = (
 )  # fmt: skip
 _CUDA_NAMES = (
     "backward", "backward_workspace", "device_limits", "forward", "forward_workspace", "kernel_image_failure",
-    "launch_plan", "ragged_backward", "ragged_backward_workspace", "ragged_forward", "ragged_forward_workspace",
-    "ragged_kernels", "use_torch", "versions",
+    "launch_plan", "use_torch", "versions",
 )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 
 from afa_kernels.backend.cuda import leaves_to_triton
-from bench.model import ragged_launches
 from bench.model.cuda_launches import (
     H100,
     Kernel,
@@ -20,8 +19,6 @@ from bench.model.cuda_launches import (
     overhead,
     traffic_alone,
 )
-from bench.model.ragged_launches import Ragged
-from bench.shapes import Experts
 
 # (K, N) of the linear layers of Llama 8B and 70B and of Qwen3 4B.
 LAYERS = (
@@ -36,9 +33,6 @@ GROUPS = {
     "q, k, v of one size": (4096, (4096,) * 3),
     "gate, up": (4096, (14336,) * 2),
 }
-# A mixture of experts, 8192 tokens with 8 of them each, as many for every expert and in the ratios 1, 1/2, 1/3 ..
-EXPERTS = [Experts(f"Qwen3-30B-A3B gate_up{routing}", 128, 2048, 1536) for routing in ("", ".skewed")]
-ROUTED_ROWS = 65536
 # What may be added, in percent of the frozen products, with the assumptions in the middle: by a lone layer with float32
 # A and B at M = 8192, K = N = 4096, r = 16; by layers that share x; by a lone layer that decodes one token.
 MOST_OVERHEAD, MOST_OF_GROUP, MOST_DECODING = 19.5, 13.5, 45.0
@@ -100,19 +94,6 @@ def microseconds(seconds: Range) -> str:
 
 def _dtype(float_weights: bool) -> str:
     return "float32" if float_weights else "16 bits"
-
-
-def ragged_table(experts: Experts, r: int, float_weights: bool) -> Iterator[str]:
-    call = Ragged.routed(experts, ROUTED_ROWS, r)
-    whole = ragged_launches.overhead(call, float_weights=float_weights)
-    forward, backward = ragged_launches.kernels(call, float_weights=float_weights)
-    yield (
-        f"\n{experts.name}: {experts.count} experts of {min(call.rows)} to {max(call.rows)} rows, K={call.k} N={call.n}"
-        f" r={r}, A and B in {_dtype(float_weights)}: {shown(whole.forward)} forward, {shown(whole.backward)} backward,"
-        f" {shown(whole.both)} of the frozen grouped products"
-    )
-    yield _HEAD
-    yield from map(line, [*forward, *backward])
 
 
 def line(kernel: Kernel) -> str:
@@ -219,9 +200,6 @@ def main(arguments: list[str] | None = None) -> int:
             for r in options.r:
                 if r <= 32:
                     print(*table(Layer(options.m, k, n, (r,) * len(n)), not options.half), sep="\n")
-        for experts in EXPERTS:
-            for r in options.r:
-                print(*ragged_table(experts, r, not options.half), sep="\n")
     print("\nAt identity the same kernels are launched.")
     return 0
 

@@ -185,14 +185,14 @@ project_dy_kernel(const ProjectDyParams p) {
     finish_dh<T, R>(reinterpret_cast<float*>(ring), dh, p.rows, row0);
 }
 
-// dx = dz A for the columns of this warp, kRows rows: into `slice` of a tile in shared memory, then
-// 16-byte stores. Where kAdds, dx += dz A, and the slice holds the old dx.
-template <typename T, int R, int kRows, bool kAdds>
+// dx = dz A for the columns of this warp: into `slice` of a tile in shared memory, then 16-byte
+// stores.
+template <typename T, int R>
 AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
                         const uint32_t (&a)[R / 16][OuterTile<R>::kSlice / 16][4],
                         const OuterParams& p, int64_t row0, int64_t row_end, int col0) {
     using Tile = OuterTile<R>;
-    constexpr int kWidePitch = pitch(Tile::kColumns), kSlice = Tile::kSlice;
+    constexpr int kWidePitch = pitch(Tile::kColumns), kSlice = Tile::kSlice, kRows = Tile::kRows;
     AFA_UNROLL
     for (int i = 0; i < kRows; i += 16) {
         float acc[kSlice / 8][4] = {};
@@ -207,10 +207,6 @@ AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
             }
         }
         T* out = slice + (i + lane_index() / 4) * kWidePitch + lane_index() % 4 * 2;
-        if constexpr (kAdds)
-            add_old<T, kSlice, kWidePitch>(acc, out,
-                                           masks + (i + lane_index() / 4) * Tile::kMaskPitch,
-                                           Tile::kMaskPitch, p.dropout.threshold > 0);
         AFA_UNROLL
         for (int j = 0; j < kSlice / 8; ++j) {
             store_shared(out + j * 8, pack<T>(acc[j][0], acc[j][1]));
@@ -224,7 +220,7 @@ AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
         const int row = (i + lane_index()) / kVectors,
                   col = (i + lane_index()) % kVectors * kVector;
         Vec16 v = load_shared<Vec16>(slice + row * kWidePitch + col);
-        if (!kAdds && p.dropout.threshold > 0)
+        if (p.dropout.threshold > 0)
             v = keep(
                 v, load_shared<uint16_t>(masks + row * Tile::kMaskPitch + col / kDropoutColumns) >>
                        (col % kDropoutColumns));
@@ -237,17 +233,14 @@ AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
 
 // dx and dA of one slab of kColumns columns of x and one chunk of rows. Each warp works on its own
 // slice of the slab, and reuses the place of its x for dx. store(da, column) as in db_pass; where
-// p.partial is null, the sums are zeros. Where kAddsDx, dx += dz A: a tile has then half as many
-// rows, with those of the old dx behind those of x, so that the ring is the same.
-template <typename T, int R, bool kAddsDx = false, typename Store>
+// p.partial is null, the sums are zeros.
+template <typename T, int R, typename Store>
 AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int chunk,
                        const Store& store) {
     using Tile = OuterTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R),
-                  kSlice = Tile::kSlice;
-    constexpr int kRows = kAddsDx ? Tile::kRows / 2 : Tile::kRows;
-    constexpr int kOldDx = tile_elements(kRows, Tile::kColumns);  // where it begins in a tile
-    constexpr bool kMakesDz = Tile::kMakesDz && !kAddsDx;
+                  kSlice = Tile::kSlice, kRows = Tile::kRows;
+    constexpr bool kMakesDz = Tile::kMakesDz;
     const int ahead = p.stages - 1;
     T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
     T* narrow_ring = shared.take<T>(p.stages * Tile::kNarrow);
@@ -265,10 +258,6 @@ AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int
                 load_tile<kRows, Tile::kColumns, Tile::kThreads>(
                     wide_ring + slot * Tile::kWide, static_cast<const T*>(p.wide), p.wide_stride,
                     row0, row_end, col0, p.w);
-            if constexpr (kAddsDx)
-                load_tile<kRows, Tile::kColumns, Tile::kThreads>(
-                    wide_ring + slot * Tile::kWide + kOldDx, static_cast<const T*>(p.dx), p.w, row0,
-                    row_end, col0, p.w);
             if (!kMakesDz || p.narrow)
                 load_tile<kRows, R, Tile::kThreads>(narrow_ring + slot * Tile::kNarrow,
                                                     static_cast<const T*>(p.narrow), R, row0,
@@ -332,8 +321,7 @@ AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int
             add_outer<T, kRows, R, kSlice, kNarrowPitch, kWidePitch>(da, dz, slice);
         if (p.dx) {
             warp_sync();  // all lanes have read x from the slice
-            emit_dx<T, R, kRows, kAddsDx>(slice + (kAddsDx ? kOldDx : 0), dz, slice_masks, a, p,
-                                          row0, row_end, col0 + slice0);
+            emit_dx<T, R>(slice, dz, slice_masks, a, p, row0, row_end, col0 + slice0);
         }
         slot = slot == ahead ? 0 : slot + 1;
         store_dz(slot);  // last read before the barrier above

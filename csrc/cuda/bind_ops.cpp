@@ -7,7 +7,6 @@
 #include <stdexcept>
 #include <variant>
 
-#include "cuda/bind_ragged.h"
 #include "cuda/bind_tensor.h"
 #include "cuda/ops.h"
 
@@ -140,7 +139,6 @@ std::vector<py::dict> launch_plan(const Sizes& sizes, int sm_count, int shared_p
 }  // namespace
 
 void bind_ops(py::module_& module) {
-    bind_ragged_ops(module);
     module.attr("MAX_RANK") = kMaxRank;
     module.attr("MAX_MEMBERS") = kMaxMembers;
     module.attr("MAX_MEMBER_RANK") = kMaxMemberRank;

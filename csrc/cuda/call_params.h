@@ -1,5 +1,4 @@
-// What the kernels are told of a call. A ragged call (ragged_ops.cpp) tells them the same of all
-// its rows, and then what its groups change.
+// What the kernels are told of a call.
 #pragma once
 
 #include <algorithm>
@@ -12,10 +11,9 @@ inline DropoutParams dropout_of(const BranchCall& call) {
     return {call.seed, call.threshold, call.first_row};
 }
 
-// x A^T. Both a ForwardPlan and a RaggedPlan say how the sum over K is cut.
-template <typename Plan>
-ProjectParams project_x(const BranchCall& call, const Plan& plan, const KernelPlan& kernel,
-                        float* partial) {
+// x A^T.
+inline ProjectParams project_x(const BranchCall& call, const ForwardPlan& plan,
+                               const KernelPlan& kernel, float* partial) {
     ProjectParams p{};
     p.wide = call.x;
     p.wide_stride = call.x_stride;

@@ -264,29 +264,6 @@ AFA_DEVICE void drop(T* piece, uint16_t* masks, int mask_pitch, const DropoutPar
     }
 }
 
-// Adds to the accumulators of 16 rows what lies in the tile that they are going to, at `place` for
-// this lane. Their own dropped elements count as 0; `masks` has the row of masks that belongs to
-// `place`.
-template <typename T, int kSlice, int kPitch>
-AFA_DEVICE void add_old(float (&acc)[kSlice / 8][4], const T* place, const uint16_t* masks,
-                        int mask_pitch, bool drops) {
-    AFA_UNROLL
-    for (int j = 0; j < kSlice / 8; ++j)
-        AFA_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        float &low = acc[j][2 * half], &high = acc[j][2 * half + 1];
-        if (drops) {
-            const int first = j % 2 * 8 + lane_index() % 4 * 2;
-            const int bits = load_shared<uint16_t>(masks + 8 * half * mask_pitch + j / 2) >> first;
-            low = bits & 1 ? low : 0.0f;
-            high = bits & 2 ? high : 0.0f;
-        }
-        const Float2 old = unpack<T>(load_shared<uint32_t>(place + 8 * half * kPitch + j * 8));
-        low += old.x;
-        high += old.y;
-    }
-}
-
 // alpha_t, which a call at identity does not have.
 AFA_DEVICE float alpha_of(const float* alpha_t) {
     return alpha_t == nullptr ? 0.0f : load_global(alpha_t);

@@ -46,12 +46,6 @@ struct RowTile {
     static constexpr int kRegisters = R == 128 ? 248 : 128, kExpandRegisters = 128;
     // Blocks that these leave room for.
     static constexpr int kBlocks = R == 128 ? 1 : kTall ? 2 : 4, kExpandBlocks = R == 128 ? 2 : 4;
-    // Of the ragged kernels, which keep in registers what the others read from their parameters.
-    static constexpr bool kRoomy = R == 32 || R == 64;
-    static constexpr int kRaggedRegisters = R == 128 ? kAllRegisters
-                                            : kRoomy ? 168
-                                                     : kRegisters,
-                         kRaggedBlocks = kRoomy ? 3 : kBlocks;
     static constexpr int kWide = tile_elements(kRows, kDepth);
     static constexpr int kNarrow = tile_elements(R, kDepth);
     static constexpr int kNarrowTransposed = tile_elements(kDepth, R);
@@ -94,7 +88,6 @@ struct DyTile {
     static constexpr int kWarps = kRows / 16;
     static constexpr int kThreads = kWarps * kWarpSize;
     static constexpr int kRegisters = R == 16 ? 168 : kAllRegisters, kBlocks = R == 16 ? 3 : 2;
-    static constexpr int kRaggedRegisters = kAllRegisters, kRaggedBlocks = 2;
     static constexpr int kSlice = kDepth / kWarps;
     static constexpr int kWide = tile_elements(kRows, kDepth);
     static constexpr int kB = tile_elements(kColumns, R);
@@ -106,7 +99,7 @@ struct DyTile {
     }
 };
 
-// The x kernel, and the dB kernel of R >= 64: each warp owns a slice of columns.
+// The x kernel: each warp owns a slice of columns.
 template <int R>
 struct OuterTile {
     static constexpr int kRows = R == 16 || R == 128 ? 32 : 64;
@@ -116,9 +109,8 @@ struct OuterTile {
     // Whether the x kernel can make dz from partial sums of dh, which every slab of columns reads
     // again: at rank 16, where slabs are wide and the sums small, that costs less than a launch.
     static constexpr bool kMakesDz = R == 16;
-    static constexpr int kXRegisters = 248, kRaggedXRegisters = kAllRegisters;
+    static constexpr int kXRegisters = 248;
     static constexpr int kXBlocks = kThreads == 256 ? 1 : 2;
-    static constexpr int kRaggedDbRegisters = 136;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);
     static constexpr int kNarrow = tile_elements(kRows, R);

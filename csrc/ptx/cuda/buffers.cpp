@@ -3,7 +3,6 @@
 #include <stdexcept>
 
 #include "emulator/buffers.h"
-#include "emulator/ragged_buffers.h"
 #include "ptx/cuda/runtime.h"
 
 namespace ptx {
@@ -50,18 +49,6 @@ std::vector<Allocation> buffers_of(const std::string& name, const void* paramete
         return of_rank<afa::DyParams>(rank, parameters);
     if (has("13reduce_kernelI"))
         return listed<afa::ReduceParams, 0>(parameters);
-    if (has("21ragged_forward_kernelI") || has("20ragged_expand_kernelI"))
-        return of_rank<afa::RaggedForwardParams>(rank, parameters);
-    if (has("21ragged_project_kernelI"))
-        return of_rank<afa::RaggedProjectParams>(rank, parameters);
-    if (has("16ragged_dy_kernelI"))
-        return of_rank<afa::RaggedDyParams>(rank, parameters);
-    if (has("18ragged_rows_kernelI"))
-        return listed<afa::RaggedRowsParams, 0>(parameters);
-    if (has("16ragged_db_kernelI") || has("15ragged_x_kernelI"))
-        return of_rank<afa::RaggedOuterParams>(rank, parameters);
-    if (has("17ragged_sum_kernelI"))
-        return listed<afa::RaggedSumParams, 0>(parameters);
     if (has("22primitive_check_kernelI"))
         return listed<afa::PrimitiveCheckParams, 0>(parameters);
     throw std::runtime_error("the buffers of kernel " + name + " are not known");

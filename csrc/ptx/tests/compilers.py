@@ -12,9 +12,9 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[3] / folder) for folder in ("", "python_tests")]
 
 import ptx_cuda  # noqa: E402
-from cuda_ragged import Ragged  # noqa: E402
 from helpers import Problem, poisoned_memory  # noqa: E402
 from ptx_cuda import _cuda_on_ptx  # noqa: E402
+from ragged_calls import Ragged  # noqa: E402
 
 from afa_kernels.backend import registry  # noqa: E402
 from afa_kernels.backend.registry import Spec  # noqa: E402
@@ -87,8 +87,6 @@ class Nvcc:
 
     shapes = (((64, 72, 80), 0), ((75, 136, 264), 77), ((64, 904, 136), 0), ((200, 520, 328), 0))
     tall = (((128, 200, 136), 0), ((150, 136, 200), 77))
-    ragged = (((40, 0, 65), (72, 80), 0), ((17, 66), (136, 528), 77))
-    several_chunks = (520, 3), (16, 24)  # at rank 16
 
     def __init__(self, arch: str):
         self.arch, self.edit = arch, None
@@ -111,10 +109,9 @@ class Nvcc:
             for rank in (16, 32, 64, 128):
                 # Full ranks and one that is padded, weights as they are and rounded from float32.
                 full, padded = (rank, dtype, dtype), (rank - 3, dtype, torch.float32)
-                for make, shapes in ((call, self.shapes), (ragged_call, self.ragged), (self._on_small, self.tall)):
+                for make, shapes in ((call, self.shapes), (self._on_small, self.tall)):
                     for *shape, dropout in shapes:
                         calls.append(make(ptx_cuda.NAME, *shape, *(padded if dropout else full), dropout))
-            calls.append(ragged_call(ptx_cuda.NAME, *self.several_chunks, 16, dtype, dtype, 0))
         _cuda_on_ptx.take_launches()
         reached: dict[str, list] = {}
         needed: dict[str, dict[str, set[int]]] = {}

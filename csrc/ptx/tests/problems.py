@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("target", choices=ptx_problems.TARGETS)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--first", type=int, default=0, help="the number of the first problem")
-    parser.add_argument("--ragged", action="store_true", help="of rows sorted by group")
+    parser.add_argument("--ragged", action="store_true", help="of rows sorted by group, for a target of Triton")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # several of these processes run side by side
     ptx_cuda.register()

@@ -1,4 +1,4 @@
-"""Ragged calls of the CUDA kernels, beside the same groups in torch ops, one after another."""
+"""Ragged calls of a backend's passes, beside the same groups in torch ops, one after another."""
 
 import random
 
@@ -81,11 +81,6 @@ class Ragged:
             self.dy, self.x, self.a, self.b, self.groups, z, self.seed, self.spec, **need, dx=dx
         )  # fmt: skip
 
-    def run(self, name: str) -> dict[str, Tensor]:
-        with poisoned_memory():
-            y, z = self.forward(name)
-            return dict(zip(RESULTS, (y, z, *self.backward(name, z)), strict=True))
-
     def of(self, g: int) -> slice:
         return slice(int(self.ends[g - 1]) if g else 0, int(self.ends[g]))
 
@@ -122,21 +117,6 @@ class Ragged:
         there.groups = Groups(*(None if t is None else t.to(device) for t in self.groups))
         return there
 
-    def check(self, name: str, device: str = "cpu") -> dict[str, Tensor]:
-        """Compare with float64 by the project's rule, and return what the backend gave."""
-        got = {what: value.cpu() for what, value in self.on(device).run(name).items()}
-        truth, same = self.plain(torch.float64), self.plain(self.x.dtype)
-        for what, value in truth.items():
-            dtype = self.weights if what in ("da", "db") else self.x.dtype
-            assert_as_accurate_as_torch(got[what], same[what].to(dtype), value, what, self.x.dtype)
-        for what in ("da", "db"):
-            assert not got[what].masked_select(truth[what] == 0).any(), f"{what}: zeros of what is absent"
-        z = got["z"]
-        assert not z[self.rows :].any() and not got["dx"][self.rows :].any()
-        for g, rank in enumerate(self.ranks):
-            assert not z[self.of(g), rank:].any()
-        return got
-
     def check_adding(self, name: str, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """Compare a backward that adds to a dx with float64, and with one that makes it; return that dx as it was, with
         NaN in the rows behind the groups, and as it is then."""
@@ -157,46 +137,6 @@ class Ragged:
         assert torch.equal(new[own][~kept], old[own][~kept]), "what has no branch was changed"
         assert torch.equal(new[self.rows :].view(torch.int16), old[self.rows :].view(torch.int16)), "rows of no group"
         return old, new
-
-    def alone(self, g: int) -> "Ragged":
-        """Return group g in a call of its own."""
-        rows, one = self.of(g), Ragged.__new__(Ragged)
-        one.__dict__ = dict(self.__dict__)
-        one.x, one.dy = self.x[rows], self.dy[rows]
-        one.base = None if self.base is None else self.base[rows]
-        one.a, one.b, one.ranks, one.rows = (
-            self.a[g : g + 1],
-            self.b[g : g + 1],
-            [self.ranks[g]],
-            rows.stop - rows.start,
-        )
-        one.ends = torch.tensor([one.rows], dtype=torch.int32)
-        one.groups = Groups(one.ends, *(None if t is None else t[g : g + 1] for t in self.groups[1:]))
-        return one
-
-    def lengthened(self, rows: int) -> "Ragged":
-        """Return the same groups with ``rows`` more rows that belong to none; they take no memory in dy, where all
-        rows have to be the same. For a backward."""
-        longer = Ragged.__new__(Ragged)
-        longer.__dict__ = dict(self.__dict__)
-        longer.x = torch.cat([self.x, torch.full((rows, self.x.shape[1]), torch.nan, dtype=self.x.dtype)])
-        longer.dy = self.dy[:1].expand(self.dy.shape[0] + rows, -1)
-        return longer
-
-    def lone(self, name: str, g: int) -> dict[str, Tensor]:
-        """Return y, z and dx of the rows of group g in an ordinary call with its part of A and B."""
-        rows, rank, backend = self.of(g), self.ranks[g], registry.get(name)
-        a, b = self.a[g, :rank], self.b[g, :, :rank]
-        alpha_t = None if self.groups.alpha_t is None else self.groups.alpha_t[g]
-        spec = self.spec
-        if self.groups.scaling is not None:
-            spec = spec._replace(scaling=self.groups.scaling[g].item())
-        y = torch.empty_like(self.dy[rows])
-        base = None if self.base is None else self.base[rows]
-        z = backend.forward(self.x[rows], a, b, alpha_t, None, spec, base=base, out=y, save_z=True)
-        needs = {"need_dx": True, "need_da": True, "need_db": True}
-        dx, _, _ = backend.backward(self.dy[rows], self.x[rows], a, b, z, alpha_t, None, spec, **needs)
-        return {"y": y, "z": z, "dx": dx}
 
 
 def random_problem(number: int, sizes=(0, 1, 3, 17, 64, 65, 100)) -> Ragged:
