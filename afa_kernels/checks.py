@@ -99,6 +99,15 @@ def branch(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> None:
     same_device("lora_b", lora_b, x)
 
 
+def no_transform(what: str) -> None:
+    """Raise under what sees through torch's own operators only."""
+    if torch_private.in_transform():
+        raise NotImplementedError(
+            f"{what}: not possible inside a transform of torch.func (grad, vmap, jvp, ...) or forward-mode "
+            "differentiation; use torch.autograd.grad, or afa_lora for the rows of each group"
+        )
+
+
 def input_tensor(x: Tensor) -> None:
     tensor("x", x)
     if not x.shape:
@@ -183,7 +192,12 @@ def alpha_tensor(value: Tensor) -> None:
         raise ValueError("alpha_t: the operator is not differentiable in alpha_t, got a tensor that requires grad")
     # Reading a tensor of another device would wait for that device, and a traced one has no value.
     if value.is_cpu and not is_compiling() and type(value) is Tensor:
-        number = native.value_of(value)
+        try:
+            number = native.value_of(value)
+        except RuntimeError:
+            if torch_private.in_transform():  # vmap over alpha_t: there is not one value
+                return
+            raise
         if not 0.0 <= number <= 1.0:
             raise ValueError(f"alpha_t: expected a value in [0, 1], got {number}")
 

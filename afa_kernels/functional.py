@@ -4,10 +4,11 @@ frozen layer."""
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from afa_kernels import _ops, checks, torch_private
+from afa_kernels import _ops, checks, reference, torch_private
 from afa_kernels.autograd import AFALoRAFunction
 from afa_kernels.backend import native
 from afa_kernels.options import Options
@@ -132,10 +133,12 @@ def lora(
     if base is None or (base.dtype == x.dtype and not inplace):
         flat_base = None if base is None else _as_rows(base)
         return _like(_apply(x, None, None, lora_a, lora_b, flat_base, alpha_t, seed, options, False, direct), x, n)
-    if inplace and base.dtype == x.dtype and can_accumulate(base, x, lora_a, lora_b):
+    addressable = direct or not torch_private.in_transform()
+    if inplace and base.dtype == x.dtype and addressable and can_accumulate(base, x, lora_a, lora_b):
         return _apply(x, None, None, lora_a, lora_b, base, alpha_t, seed, options, True, direct)
     # The base has another dtype, cannot be viewed as rows or overlaps an operand, or the call is being traced. The
-    # branch is then computed alone and added, in one more pass over the base.
+    # branch is then computed alone and added, in one more pass over the base. So it is under a transform of torch.func,
+    # whose tensors have no address.
     y = _like(_apply(x, None, None, lora_a, lora_b, None, alpha_t, seed, options, False, direct), x, n)
     return base.add_(y) if inplace else base + y.to(base.dtype)
 
@@ -163,9 +166,9 @@ def _apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplac
         lora_a.requires_grad or x.requires_grad or lora_b.requires_grad or _any_requires_grad(weight, bias, base)
     )
     options = _ops.resolved(rows, lora_b, options, identity, differentiated)
-    # Under forward-mode differentiation the Function refuses; the operators alone would drop the
-    # tangents in silence.
-    if differentiated or torch_private.in_forward_mode():
+    if torch_private.in_forward_mode() or (not direct and torch_private.in_transform()):
+        return _in_torch_ops(rows, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace)
+    if differentiated:
         return torch_private.apply(
             AFALoRAFunction, direct, rows, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace, direct
         )  # fmt: skip
@@ -176,6 +179,17 @@ def _apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplac
         _ops.lora_forward_(direct, base.view(-1, lora_b.shape[0]), *branch)
         return base
     return _ops.lora_forward(direct, base, *branch)[0]
+
+
+def _in_torch_ops(rows, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace) -> Tensor:
+    """Compute the call in plain torch ops, whatever backend was chosen: the transforms of torch.func and forward-mode
+    differentiation see through these, and the operators would drop tangents in silence."""
+    with _ops.plain_precision(rows):
+        before = base.view(-1, lora_b.shape[0]) if inplace else base
+        if weight is not None:
+            before = F.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+        y, _ = reference.forward(rows, lora_a, lora_b, alpha_t, seed, options.spec, before)
+    return base.copy_(y.view(base.shape)) if inplace else y
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from afa_kernels import _group_ops, checks, torch_private
 from afa_kernels.backend import native
 from afa_kernels.functional import LinearCall, _as_rows, _like, autocast
-from afa_kernels.torch_private import are_ordinary, autocast_may_be_on, in_forward_mode, operators_are_watched
+from afa_kernels.torch_private import (
+    are_ordinary,
+    autocast_may_be_on,
+    in_forward_mode,
+    in_transform,
+    is_batched,
+    operators_are_watched,
+)
 
 
 class AFALinearGroup(nn.Module):
@@ -91,8 +98,8 @@ def fitting(members: list[LinearCall], x: Tensor) -> tuple[Calls | None, str | N
         reason = None if recognized else _why_unfit(x, weight, bias, lora_a, lora_b)
         if reason is not None:
             return None, reason
-    if in_forward_mode():
-        return None, "forward-mode differentiation"
+    if in_forward_mode() or (not recognized and in_transform()):
+        return None, "a transform of torch.func or forward-mode differentiation"
     return Calls(members, recognized), None
 
 
@@ -204,13 +211,14 @@ class AFAGroupFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         need_x, need_a, need_b = needs[0], needs[3 + 2 * n : 3 + 3 * n], needs[3 + 3 * n :][:n]
         given = [dy is not None for dy in grads]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # A hook on saved tensors may have returned other tensors than the forward saved.
+        tensors = (*grads, x, *rest)
+        direct = ctx.direct and not operators_are_watched()
+        direct = direct and (native.are_plain(*tensors) or are_ordinary(tensors))
+        differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if differentiated or (not direct and any([is_batched(dy) for dy in grads])):
             dx, da, db = _group_ops.differentiable_backward(grads, x, weights, a, b, alpha_t, ctx.choice)
         else:
-            # A hook on saved tensors may have returned other tensors than the forward saved.
-            tensors = (*grads, x, *rest)
-            direct = ctx.direct and not operators_are_watched()
-            direct = direct and (native.are_plain(*tensors) or are_ordinary(tensors))
             dx, da, db = _group_ops.group_backward(
                 direct, list(grads), x, weights, a, b, zs or None, alpha_t, ctx.choice,
                 need_x, list(need_a), list(need_b),

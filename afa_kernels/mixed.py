@@ -106,6 +106,7 @@ class Assignment:
         return rows.view(*x.shape[:-1], rows.shape[-1])
 
     def _permuted(self, t: Tensor, order: tuple[int, ...]) -> Tensor:
+        checks.no_transform("samples of several adapters")
         rows, columns = _rows(t), t.shape[-1]
         samples = t.reshape(len(order), rows // len(order), columns)
         return _Permuted.apply(samples, constant(order, torch.int64, t.device)).view(rows, columns)

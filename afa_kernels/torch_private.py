@@ -32,11 +32,13 @@ _library_takes = {
     torch.float16: _find("ops.mkldnn._is_mkldnn_fp16_supported"),
 }
 _WITHOUT_GEMM = [dtype for dtype, takes in _library_takes.items() if takes is not None and not takes()]
+_functorch = _find("_C._are_functorch_transforms_active")
+_OF_VMAP = (_find("_C._functorch.is_batchedtensor"), _find("_C._functorch.is_legacy_batchedtensor"))
 # Functions that tell whether something may see, record or replace operators: modes, transforms, traces and profilers.
 _WATCHERS = (
     _find("_C._len_torch_dispatch_stack"),
     _find("_C._len_torch_function_stack"),
-    _find("_C._are_functorch_transforms_active"),
+    _functorch,
     _find("_C._get_tracing_state"),
     _find("autograd._profiler_enabled"),
 )
@@ -106,6 +108,20 @@ def current_stream(device: int) -> int:
 def in_forward_mode() -> bool:
     """Whether forward-mode differentiation may be going on."""
     return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp) or forward-mode differentiation may be going on. They see
+    through torch's own operators, and not through a Function or an operator of this package. A trace is none."""
+    if is_compiling():
+        return False
+    return in_forward_mode() or (_functorch is not None and _functorch())
+
+
+def is_batched(t: Tensor | None) -> bool:
+    """Whether ``t`` is one of vmap, or of a batch of gradients (is_grads_batched): torch runs no operator on it that
+    takes a list of tensors and has no rule of its own."""
+    return t is not None and not is_compiling() and any(test is not None and test(t) for test in _OF_VMAP)
 
 
 def saved_tensor_hooks() -> object:

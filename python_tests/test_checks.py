@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from ragged_helpers import Ragged
 
 import afa_kernels as afa
 from afa_kernels import checks
@@ -247,3 +248,19 @@ def test_what_is_right_passes_and_is_recognized(shape, dtype, recognizer):
         assert native.recognizes_lora(x, a, b, base) and native.recognizes_lora(x, a, b, None)
         assert native.recognizes_linear(x, weight, bias, a, b) and native.recognizes_linear(x, weight, None, a, b)
         assert native.recognizes_group(x, layers)
+
+
+@pytest.mark.parametrize(
+    "transform", [lambda f, x: torch.func.grad(lambda x: f(x).sum())(x), lambda f, x: torch.func.jvp(f, (x,), (x,))]
+)
+def test_transforms_of_torch_func_are_refused(transform):
+    """Whether anything requires grad or not; a part of a tangent would be lost in silence."""
+    p = Ragged.random((2, 3), 8, 5, 2)
+    stack = afa.AFALinearStack(torch.nn.Linear(8, 5), {"a": {"r": 2}, "b": {"r": 2}})
+    with pytest.raises(NotImplementedError, match="rows sorted by group: not possible inside a transform of"):
+        transform(lambda x: afa.afa_lora_grouped(x, p.offsets, p.lora_a, p.lora_b, 0.5), p.x)
+    with (
+        afa.adapters_of(stack, ["a", "b", "a", "b", "a"]),
+        pytest.raises(NotImplementedError, match="samples of several adapters: not possible .*use torch.autograd.grad"),
+    ):
+        transform(stack, p.x)

@@ -347,3 +347,9 @@ def test_quantized_experts_are_refused():
 def test_injecting_twice_is_refused():
     with pytest.raises(ValueError, match="AFA layers already"):
         afa.inject(injected(), target_parameters=PARAMETERS)
+
+
+def test_transforms_of_torch_func_are_refused():
+    experts = experts_of(injected())
+    with pytest.raises(NotImplementedError, match="fused experts .*: not possible inside a transform of torch.func"):
+        torch.func.grad(lambda x: experts(x, *routing(experts, 5)).sum())(torch.randn(5, 16))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from group_helpers import K, layer, members, run, separate
 from helpers import DTYPES, assert_as_accurate_as_torch
-from torch import nn
+from torch import func, nn
 
 import afa_kernels as afa
 from afa_kernels import group as grouping
@@ -321,3 +321,19 @@ def test_an_input_that_does_not_fit_gets_the_error_of_the_layer():
         afa.AFALinearGroup(members())(torch.randn(3, K + 1))
     with pytest.raises(TypeError, match="dtype of x"):
         afa.AFALinearGroup(members())(torch.randn(3, K).bfloat16())
+
+
+def test_members_of_a_group_in_transforms_of_torch_func():
+    """They compute one by one there; gradients that are asked for in a batch are those of separate layers."""
+    layers, x = members(), torch.randn(6, K)
+    group = afa.AFALinearGroup(layers)
+    for transform in (lambda f: func.jacrev(f)(x), lambda f: func.vmap(f)(x), lambda f: func.jvp(f, (x,), (x.cos(),))):
+        for got, want in zip(transform(group), transform(separate(layers)), strict=True):
+            torch.testing.assert_close(got, want)
+    leaf = x.clone().requires_grad_()
+    for i, (one, other) in enumerate(zip(group(leaf), separate(layers)(leaf), strict=True)):
+        batch = torch.randn(3, *one.shape)
+        got, want = (
+            torch.autograd.grad(y, leaf, batch, retain_graph=True, is_grads_batched=True)[0] for y in (one, other)
+        )
+        torch.testing.assert_close(got, want, msg=str(i))

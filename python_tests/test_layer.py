@@ -283,3 +283,31 @@ def test_setting_alpha_writes_in_place():
         layer.set_alpha_t(value)
         assert layer.alpha_t_buffer.data_ptr() == pointer
         assert layer.alpha_t_buffer.item() == value
+
+
+def test_gradients_of_samples_by_torch_func():
+    layer, x = trained(nn.Linear(12, 10)), torch.randn(4, 3, 12)
+    names = [name for name, p in layer.named_parameters() if p.requires_grad]
+    fixed = {name: t.detach() for name, t in (*layer.named_parameters(), *layer.named_buffers()) if name not in names}
+
+    def loss(trained, sample):
+        return torch.func.functional_call(layer, fixed | trained, (sample,)).square().sum()
+
+    leaves = {name: dict(layer.named_parameters())[name].detach() for name in names}
+    got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(leaves, x)
+    for i, sample in enumerate(x):
+        layer.zero_grad()
+        layer(sample).square().sum().backward()
+        for name in names:
+            torch.testing.assert_close(got[name][i], layer.get_parameter(name).grad)
+
+
+def test_layers_side_by_side_by_torch_func():
+    """As torch.func.stack_module_state makes them: their alpha_t is a tensor of several values then."""
+    layers = [trained(nn.Linear(12, 10)) for _ in range(3)]
+    for alpha_t, layer in zip((0.0, 0.25, 1.0), layers, strict=True):
+        layer.set_alpha_t(alpha_t)
+    x, skeleton = torch.randn(5, 12), trained(nn.Linear(12, 10)).to("meta")
+    call = lambda *state: torch.func.functional_call(skeleton, state, (x,))  # noqa: E731
+    ys = torch.func.vmap(call)(*torch.func.stack_module_state(layers))
+    torch.testing.assert_close(ys, torch.stack([layer(x) for layer in layers]))

@@ -4,8 +4,10 @@ at identity."""
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import skip_without_memory
+from conftest import skip_unless_available, skip_without_memory
 from helpers import Problem, eager, relative_error
+from torch import func
+from torch.autograd import forward_ad
 
 import afa_kernels as afa
 
@@ -268,17 +270,78 @@ def test_autocast(backend, device, dtype):
         assert error < 8 * torch.finfo(dtype).eps, (name, error)
 
 
-def test_vmap_and_forward_mode_are_refused():
-    problem = Problem.random(4, 8, 6, 2)
-    leaves = problem.leaves()
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(lambda x: afa.afa_lora(x, leaves["lora_a"], leaves["lora_b"], 0.5))(problem.x.view(2, 2, 8))
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(
-            lambda x: afa.afa_lora(x, problem.lora_a, problem.lora_b, 0.5),
-            (problem.x,),
-            (problem.x,),
-        )
+def forward_mode(f, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x.cos()))).tangent
+
+
+def gradients_in_a_batch(f, x):
+    x = x.detach().requires_grad_()
+    y = f(x)
+    return torch.autograd.grad(y, x, torch.stack([y.detach(), y.detach().cos()]), is_grads_batched=True)[0]
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: func.grad(lambda x: f(x).square().sum())(x),
+    "vmap": lambda f, x: func.vmap(f)(x.unflatten(0, (2, -1))),
+    "vmap of grad": lambda f, x: func.vmap(func.grad(lambda x: f(x).square().sum()))(x.unflatten(0, (2, -1))),
+    "grad of vmap": lambda f, x: func.grad(lambda x: func.vmap(f)(x.unflatten(0, (2, -1))).square().sum())(x),
+    "jvp": lambda f, x: func.jvp(f, (x,), (x.cos(),))[1],
+    "jacrev": lambda f, x: func.jacrev(f)(x),
+    "jacfwd": lambda f, x: func.jacfwd(f)(x),
+    "hessian": lambda f, x: func.hessian(lambda x: f(x).square().sum())(x),
+    "forward mode": forward_mode,
+    "is_grads_batched": gradients_in_a_batch,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+@pytest.mark.parametrize("alpha_t", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms(transform, name, alpha_t):
+    p = Problem.random(6, 8, 5, 3, torch.float64 if name != "cpu" else torch.float32)
+    skip_unless_available(name)
+    options = {"activation": "tanh", "scaling": 1.5}
+    adapter = {"lora_a": p.lora_a, "lora_b": p.lora_b, "alpha_t": alpha_t} | options
+
+    def base_of(x):
+        return x[..., :5] * 2
+
+    for ours, plain in (
+        (lambda x: afa.afa_lora(x, **adapter, backend=name), lambda x: eager(x, **adapter)),
+        (
+            lambda x: afa.afa_lora(x, **adapter, base=base_of(x), inplace=True, backend=name),
+            lambda x: eager(x, **adapter, base=base_of(x)),
+        ),
+        (
+            lambda x: afa.afa_linear(x, p.weight, p.bias, **adapter, backend=name),
+            lambda x: eager(x, **adapter, weight=p.weight, bias=p.bias),
+        ),
+    ):
+        torch.testing.assert_close(transform(ours, p.x), transform(plain, p.x))
+
+
+def test_transforms_and_dropout():
+    """The mask is that of the seed, for each sample that vmap computes; a seed that is drawn is for vmap to allow."""
+    p = Problem.random(6, 8, 5, 3)
+    call = lambda x, **seed: afa.afa_lora(x, p.lora_a, p.lora_b, 0.5, dropout_p=0.5, **seed)  # noqa: E731
+    samples = p.x.unflatten(0, (2, -1))
+    got = func.vmap(lambda x: call(x, dropout_seed=4))(samples)
+    torch.testing.assert_close(got, torch.stack([call(x, dropout_seed=4) for x in samples]))
+    with pytest.raises(RuntimeError, match="randomness"):
+        func.vmap(call)(samples)
+    first, second = func.vmap(call, randomness="different")(torch.stack([p.x, p.x]))
+    assert not torch.equal(first, second)
+
+
+def test_transforms_of_alpha_t():
+    p = Problem.random(6, 8, 5, 3)
+    values = torch.tensor([0.25, 0.75])
+    call = lambda alpha_t: afa.afa_lora(p.x, p.lora_a, p.lora_b, alpha_t)  # noqa: E731
+    torch.testing.assert_close(func.vmap(call)(values), torch.stack([call(value) for value in values]))
+    with pytest.raises(ValueError, match="not differentiable in alpha_t"):
+        func.grad(lambda alpha_t: call(alpha_t).sum())(values[0])
 
 
 @pytest.mark.slow

@@ -61,6 +61,23 @@ def test_a_layer_is_the_formula(activation, alpha_t, leading):
     assert_same(got, wanted)
 
 
+@pytest.mark.parametrize("alpha_t", [0.0, 0.5])
+def test_gradients_of_samples_by_torch_func(alpha_t):
+    model, x = adapted(Net(), config()), torch.randn(3, 16)
+    set_alpha_t(model, alpha_t)
+    fixed = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    trained = {name: fixed.pop(name) for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(trained, sample):
+        return torch.func.functional_call(model, fixed | trained, (sample,)).sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, x)
+    for i, sample in enumerate(x):
+        want = gradients(model, sample)
+        for name in trained:
+            torch.testing.assert_close(got[name][i], want[name])
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from afa_kernels import checks
 from afa_kernels.experts.order import Order
 from afa_kernels.experts.parameters import local, projections, weight_of
 from afa_kernels.mixed import AdapterCall, linear_in_passes, passes_of
@@ -31,6 +32,7 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
     adapters = () if assignment is None else (len(assignment.adapters), assignment.adapter_of_rows(hidden_states))
     if not any(call is not None for beside in calls.values() for together in beside for call in together):
         return _frozen_forward(experts, hidden_states, top_k_index, top_k_weights)
+    checks.no_transform("fused experts with branches")
     order = Order(top_k_index, *adapters)
     offsets = order.ends(experts.num_experts)
     elsewhere = (order.expert >= experts.num_experts)[:, None] if experts._is_expert_parallel else None

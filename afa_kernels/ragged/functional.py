@@ -143,12 +143,13 @@ def groups_of(x: Tensor, offsets: Tensor, ranks: Tensor | None, alpha_t, scaling
 
 
 def _apply(x, weight, bias, lora_a, lora_b, base, groups: Groups, seed, options, inplace) -> Tensor:
+    plain_checks.no_transform("rows sorted by group")
     seed = functional.seed_on_device(seed, x.device) if options.spec.dropout else None
     tensors = (x, weight, bias, lora_a, lora_b, base, *groups, seed)
     direct = not torch_private.operators_are_watched() and torch_private.are_ordinary(tensors)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:6])
     options = _ops.resolved(x, lora_b, options, groups.alpha_t is None, differentiated)
-    if differentiated or torch_private.in_forward_mode():
+    if differentiated:
         return torch_private.apply(
             AFALoRAGroupedFunction, direct, x, weight, bias, lora_a, lora_b, base, *groups, seed, options, inplace,
             direct,
