@@ -15,7 +15,6 @@ from afa_kernels.group import AFALinearGroup
 from afa_kernels.layer import AFALinear
 from afa_kernels.model import inject, merge, unload, unmerge
 from afa_kernels.plan import Plan, plan
-from afa_kernels.ragged import afa_linear_grouped, afa_lora_grouped
 from afa_kernels.schedule import AnnealSchedule
 from afa_kernels.shared_input import share_inputs, unshare_inputs
 from afa_kernels.stack import AFALinearStack, adapters_of, add_adapter, delete_adapter
@@ -37,9 +36,7 @@ __all__ = [
     "adapters_of",
     "add_adapter",
     "afa_linear",
-    "afa_linear_grouped",
     "afa_lora",
-    "afa_lora_grouped",
     "backends",
     "delete_adapter",
     "inject",

@@ -80,17 +80,18 @@ def _group_forward(x, weights, biases, a, b, alpha_t, choice):
     layers = list(zip(weights, biases, strict=True))
     if choice.together is None:
         results = [
-            _ops.linear_forward(True, *layer, x, m.a, m.b, m.alpha_t, None, o)
+            _ops.linear_forward(True, *layer, x, m.a, m.b, m.alpha_t, None, o, None)
             for layer, m, o in zip(layers, members, choice.options, strict=True)
         ]
         return [y for y, _ in results], [z for _, z in results]
-    together = registry.get(choice.together)
-
-    def branches(bases: list[Tensor | None], outs: list[Tensor]) -> list[Tensor] | None:
-        return together.group_forward(x, members, bases=bases, outs=outs, save_z=save_z)
-
+    together, spec = registry.get(choice.together), members[0].spec
     with _ops.plain_precision(x):
-        ys, zs = frozen.forward(together, members[0].spec, x, layers, branches)
+        begun = [frozen.begin(together, spec, x, *layer) for layer in layers]
+        ys, bases, _ = map(list, zip(*begun, strict=True))
+        zs = together.group_forward(x, members, bases=bases, outs=ys, save_z=save_z)
+        for (y, _, product_to_come), weight in zip(begun, weights, strict=True):
+            if product_to_come:
+                frozen.finish(y, x, weight)
     return ys, zs if save_z else [None] * len(ys)
 
 
@@ -120,25 +121,28 @@ def _together(backend, dys, x, weights, members, zs, given, need_dx, need_da, ne
     def of_given(values: list) -> list:
         return [values[i] for i in given]
 
-    dys, members, zs = of_given(dys), of_given(members), None if zs is None else of_given(zs)
+    dys, members, weights, zs = of_given(dys), of_given(members), of_given(weights), of_given(zs)
     needs = {"need_dx": need_dx, "need_da": of_given(need_da), "need_db": of_given(need_db)}
-
-    def branches(dx: Tensor | None):
-        into = {} if dx is None else {"dx": dx}
-        return backend.group_backward(dys, x, members, zs, **needs, **into)
-
+    # From the last to the first, as layers apart: the forward read the last weight last, and a small call finds it
+    # in the caches.
+    products = list(zip(dys, weights, strict=True))[::-1] if need_dx else []
     with _ops.plain_precision(x):
-        if not need_dx:
-            return branches(None)
-        products = list(zip(dys, of_given(weights), strict=True))
-        return frozen.backward(backend, members[0].spec, products, branches)
+        begun = frozen.begin_backward(backend, members[0].spec, *products[0]) if products else None
+        if begun is not None:
+            for product in products[1:]:
+                frozen.finish_backward(begun, *product)
+            needs["dx"], products = begun, []
+        dx, das, dbs = backend.group_backward(dys, x, members, zs, **needs)
+        for product in products:
+            frozen.finish_backward(dx, *product)
+    return dx, das, dbs
 
 
 def _one_by_one(dys, x, weights, members, options, zs, given, need_dx, need_da, need_db):
     dx, da, db = None, [], []
     for i in given:
-        m, z = members[i], None if zs is None else zs[i]
-        saved = (dys[i], x, m.a, m.b, z, m.alpha_t, None, options[i])
+        m = members[i]
+        saved = (dys[i], x, m.a, m.b, zs[i], m.alpha_t, None, options[i], None)
         if need_dx:
             dx_i, da_i, db_i = _ops.linear_backward(True, weights[i], *saved, need_da[i], need_db[i])
             dx = dx_i if dx is None else dx.add_(dx_i)
@@ -181,7 +185,7 @@ def _forward_operator(x, weights, biases, a, b, alpha_t, *options):
 def _backward_operator(
     dys, x, weights, a, b, zs, alpha_t, activations, scalings, backend, need_dx, need_da, need_db
 ):  # fmt: skip
-    choice = _choice_of(x, b, activations, scalings, zs is not None, backend)
+    choice = _choice_of(x, b, activations, scalings, True, backend)
     dx, da, db = _group_backward(dys, x, weights, a, b, zs, alpha_t, choice, need_dx, need_da, need_db)
     return _or_nothing([dx, *da, *db], [x, *a, *b])
 
@@ -212,7 +216,7 @@ _defined_forward = _ops.define(
 )
 _defined_backward = _ops.define(
     "group_backward",
-    "(Tensor?[] dys, Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[]? zs, "
+    "(Tensor?[] dys, Tensor x, Tensor[] weights, Tensor[] lora_a, Tensor[] lora_b, Tensor[] zs, "
     "Tensor?[] alpha_t, str[] activations, float[] scalings, str? backend, bool need_dx, "
     "bool[] need_da, bool[] need_db) -> Tensor[]",
     _backward_operator,

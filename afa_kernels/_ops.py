@@ -9,9 +9,7 @@ just emptied the caches. What is not needed comes back as None then; an operator
 tensors, and gives one with 0 elements.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +17,12 @@ from torch.compiler import is_compiling
 
 from afa_kernels import torch_private
 from afa_kernels.backend import frozen, registry
-from afa_kernels.backend.registry import Call, remembered
+from afa_kernels.backend.registry import Call, Rows, remembered
 from afa_kernels.options import Options, Spec, at_identity
 
 NAMESPACE = "afa_kernels"
 _OPTIONS = "str activation, float scaling, int dropout, bool save_z, str? backend"
+_ROWS = "Tensor? offsets, Tensor? ranks, Tensor? scalings"  # a Rows, or None three times
 _GRADIENTS = "(Tensor dx, Tensor da, Tensor db)"
 
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -34,14 +33,14 @@ _no_context = nullcontext()
 
 
 def call_of(x: Tensor, b: Tensor, spec: Spec) -> Call:
-    """Return the call that a backend is chosen for; ``b`` is ``(N, r)``, or ``(G, N, r)`` of a ragged call."""
+    """Return the call that a backend is chosen for; ``b`` is ``(N, r)``, or ``(G, N, r)`` where rows have owners."""
     return _call(x.device, x.dtype, x.shape, b.shape, spec)
 
 
 def _call(device: torch.device, dtype: torch.dtype, rows: torch.Size, shape: torch.Size, spec: Spec) -> Call:
-    groups = shape[0] if len(shape) == 3 else 0
+    owners = shape[0] if len(shape) == 3 else 0
     sizes = (*rows, *shape[-2:])
-    return Call(device.type, dtype, *sizes, spec.activation, spec.dropout > 0, device.index, groups)
+    return Call(device.type, dtype, *sizes, spec.activation, spec.dropout > 0, device.index, owners)
 
 
 def resolved(x: Tensor, b: Tensor, options: Options, identity: bool, differentiated: bool) -> Options:
@@ -83,48 +82,61 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape)
 
 
-def _write_branch(out, base, x, a, b, alpha_t, seed, options):
+def _write_branch(out, base, x, a, b, alpha_t, seed, options, rows):
     if x.shape[0] == 0:
-        return _empty(x, 0, a.shape[0]) if options.save_z else None
+        return _empty(x, 0, a.shape[-2]) if options.save_z else None
+    with plain_precision(x):
+        forward = registry.get(options.backend).forward
+        return forward(x, a, b, alpha_t, seed, options.spec, rows, base=base, out=out, save_z=options.save_z)
+
+
+def _lora_forward(base, x, a, b, *rest):
+    # empty_like takes half the time of new_empty. It copies the strides of base, so it serves for a contiguous one.
+    dense = base is not None and base.is_contiguous()
+    y = torch.empty_like(base) if dense else _empty(x, x.shape[0], b.shape[-2])
+    return y, _write_branch(y, base, x, a, b, *rest)
+
+
+def _lora_forward_(base, *rest):
+    z = _write_branch(base, base, *rest)
+    if not base.is_inference():  # such a tensor has no version
+        torch.autograd.graph.increment_version(base)
+    return z
+
+
+def _linear_forward(weight, bias, x, a, b, alpha_t, seed, options, rows):
+    if x.shape[0] == 0:
+        return _empty(x, 0, b.shape[-2]), _empty(x, 0, a.shape[-2]) if options.save_z else None
     with plain_precision(x):
         backend, spec = registry.get(options.backend), options.spec
-        return backend.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=options.save_z)
-
-
-def _linear_forward(weight, bias, x, a, b, alpha_t, seed, options):
-    if x.shape[0] == 0:
-        return _empty(x, 0, b.shape[0]), _empty(x, 0, a.shape[0]) if options.save_z else None
-    with plain_precision(x):
-        backend, spec = registry.get(options.backend), options.spec
-
-        def branch(bases: list[Tensor | None], outs: list[Tensor]) -> Tensor | None:
-            return backend.forward(x, a, b, alpha_t, seed, spec, base=bases[0], out=outs[0], save_z=options.save_z)
-
-        (y,), z = frozen.forward(backend, spec, x, [(weight, bias)], branch)
+        y, base, product_to_come = frozen.begin(backend, spec, x, weight, bias, rows)
+        z = backend.forward(x, a, b, alpha_t, seed, spec, rows, base=base, out=y, save_z=options.save_z)
+        if product_to_come:
+            frozen.finish(y, x, weight, rows)
         return y, z
 
 
-def _lora_backward(dy, x, a, b, z, alpha_t, seed, options, need_dx, need_da, need_db):
+def _lora_backward(dy, x, a, b, z, alpha_t, seed, options, rows, need_dx, need_da, need_db):
     if x.shape[0] == 0:
         return gradients_of_no_rows(x, a, b, need_dx, need_da, need_db)
     with plain_precision(x):
-        backend, spec = registry.get(options.backend), options.spec
         needs = {"need_dx": need_dx, "need_da": need_da, "need_db": need_db}
-        return backend.backward(dy, x, a, b, z, alpha_t, seed, spec, **needs)
+        return registry.get(options.backend).backward(dy, x, a, b, z, alpha_t, seed, options.spec, rows, **needs)
 
 
-def _linear_backward(weight, dy, x, a, b, z, alpha_t, seed, options, need_da, need_db):
+def _linear_backward(weight, dy, x, a, b, z, alpha_t, seed, options, rows, need_da, need_db):
     if x.shape[0] == 0:
         return gradients_of_no_rows(x, a, b, True, need_da, need_db)
     with plain_precision(x):
         backend, spec = registry.get(options.backend), options.spec
         needs = {"need_dx": True, "need_da": need_da, "need_db": need_db}
-
-        def branch(dx: Tensor | None):
-            into = {} if dx is None else {"dx": dx}
-            return backend.backward(dy, x, a, b, z, alpha_t, seed, spec, **needs, **into)
-
-        return frozen.backward(backend, spec, [(dy, weight)], branch)
+        begun = frozen.begin_backward(backend, spec, dy, weight, rows)
+        if begun is not None:
+            needs["dx"] = begun
+        dx, da, db = backend.backward(dy, x, a, b, z, alpha_t, seed, spec, rows, **needs)
+        if begun is None:
+            frozen.finish_backward(dx, dy, weight, rows)
+        return dx, da, db
 
 
 def gradients_of_no_rows(x, a, b, need_dx, need_da, need_db):
@@ -181,19 +193,21 @@ def define(name: str, signature: str, implementation, fake):
 
 
 def _define_direct(name: str, signature: str, implementation, fake, tensors: int, x: int, likes: tuple[int, ...]):
-    """Define an operator and return the function ``call(direct, *tensors, options, *needs)`` that stands for it.
+    """Define an operator and return the function ``call(direct, *tensors, options, rows, *needs)`` that stands for it.
 
     Args:
-        tensors: how many arguments, from the first on, are tensors or None.
+        tensors: how many arguments, from the first on, are tensors or None, those of rows not counted.
         x: the place of x among them; A and B follow it.
         likes: for each result, the place of the argument whose dtype and device it has.
     """
 
     def operator(*arguments):
-        operands, (activation, scaling, dropout, save_z, backend, *needs) = arguments[:tensors], arguments[tensors:]
+        operands, (offsets, ranks, scalings, *chosen) = arguments[:tensors], arguments[tensors:]
+        activation, scaling, dropout, save_z, backend, *needs = chosen
         options = Options(Spec(activation, scaling, dropout), save_z, backend)
+        rows = None if offsets is None else Rows(offsets, ranks, scalings)
         selected = registry.select(call_of(operands[x], operands[x + 2], options.spec), backend)
-        results = implementation(*operands, options._replace(backend=selected.backend.name), *needs)
+        results = implementation(*operands, options._replace(backend=selected.backend.name), rows, *needs)
         if not isinstance(results, tuple):
             return _or_nothing(results, arguments[likes[0]])
         return tuple(_or_nothing(t, arguments[like]) for t, like in zip(results, likes, strict=True))
@@ -203,9 +217,9 @@ def _define_direct(name: str, signature: str, implementation, fake, tensors: int
     def call(direct: bool, *arguments):
         if direct:
             return implementation(*arguments)
-        options: Options = arguments[tensors]
-        needs = arguments[tensors + 1 :]
-        return defined(*arguments[:tensors], *options.spec, options.save_z, options.backend, *needs)
+        options, rows, *needs = arguments[tensors:]
+        owned = (None, None, None) if rows is None else rows
+        return defined(*arguments[:tensors], *owned, *options.spec, options.save_z, options.backend, *needs)
 
     return call
 
@@ -214,71 +228,34 @@ def _or_nothing(t: Tensor | None, like: Tensor) -> Tensor:
     return _empty(like, 0) if t is None else t
 
 
-class Operators(NamedTuple):
-    """The functions ``call(direct, ...)`` of the operators of one kind of call."""
-
-    lora_forward: Callable
-    lora_forward_: Callable
-    linear_forward: Callable
-    lora_backward: Callable
-    linear_backward: Callable
-
-
-def define_operators(
-    prefix: str, groups: str, write_branch, linear_forward, lora_backward, linear_backward
-) -> Operators:
-    """Define the operators of one kind of call.
-
-    Args:
-        groups: the arguments between x, A, B (and z) and the seed, as a schema.
-        write_branch: ``(out, base, x, a, b, *groups, seed, options) -> z``.
-        linear_forward, lora_backward, linear_backward: the implementations of these.
-    """
-
-    def lora_forward(base, x, a, b, *rest):
-        # empty_like takes half the time of new_empty. It copies the strides of base, so it serves for a contiguous base
-        # only.
-        dense = base is not None and base.is_contiguous()
-        y = torch.empty_like(base) if dense else _empty(x, x.shape[0], b.shape[-2])
-        return y, write_branch(y, base, x, a, b, *rest)
-
-    def lora_forward_(base, x, a, b, *rest):
-        z = write_branch(base, base, x, a, b, *rest)
-        if not base.is_inference():  # such a tensor has no version
-            torch.autograd.graph.increment_version(base)
-        return z
-
-    branch = f"Tensor x, Tensor lora_a, Tensor lora_b, {groups}, Tensor? seed, {_OPTIONS}"
-    saved = f"Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, Tensor? z, {groups}, Tensor? seed, {_OPTIONS}"
-    more = groups.count("Tensor")
-
-    def define_one(name, signature, implementation, fake, tensors, **places):
-        return _define_direct(prefix + name, signature, implementation, fake, tensors=tensors + more, **places)
-
-    return Operators(
-        define_one(
-            "lora_forward", f"(Tensor? base, {branch}) -> (Tensor y, Tensor z)", lora_forward, _fake_lora_forward,
-            tensors=5, x=1, likes=(1, 1),
-        ),
-        define_one(
-            "lora_forward_", f"(Tensor(a!) base, {branch}) -> Tensor z", lora_forward_, _fake_lora_forward_,
-            tensors=5, x=1, likes=(1,),
-        ),
-        define_one(
-            "linear_forward", f"(Tensor weight, Tensor? bias, {branch}) -> (Tensor y, Tensor z)",
-            linear_forward, _fake_linear_forward, tensors=6, x=2, likes=(2, 2),
-        ),
-        define_one(
-            "lora_backward", f"({saved}, bool need_dx, bool need_da, bool need_db) -> {_GRADIENTS}",
-            lora_backward, _fake_lora_backward, tensors=6, x=1, likes=(1, 2, 3),
-        ),
-        define_one(
-            "linear_backward", f"(Tensor weight, {saved}, bool need_da, bool need_db) -> {_GRADIENTS}",
-            linear_backward, _fake_linear_backward, tensors=7, x=2, likes=(2, 3, 4),
-        ),
-    )  # fmt: skip
-
-
-lora_forward, lora_forward_, linear_forward, lora_backward, linear_backward = define_operators(
-    "", "Tensor? alpha_t", _write_branch, _linear_forward, _lora_backward, _linear_backward
+_BRANCH = f"Tensor x, Tensor lora_a, Tensor lora_b, Tensor? alpha_t, Tensor? seed, {_ROWS}, {_OPTIONS}"
+_SAVED = (
+    f"Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, Tensor z, Tensor? alpha_t, Tensor? seed, {_ROWS}, {_OPTIONS}"
 )
+lora_forward = _define_direct(
+    "lora_forward", f"(Tensor? base, {_BRANCH}) -> (Tensor y, Tensor z)", _lora_forward, _fake_lora_forward,
+    tensors=6, x=1, likes=(1, 1),
+)  # fmt: skip
+lora_forward_ = _define_direct(
+    "lora_forward_", f"(Tensor(a!) base, {_BRANCH}) -> Tensor z", _lora_forward_, _fake_lora_forward_,
+    tensors=6, x=1, likes=(1,),
+)  # fmt: skip
+linear_forward = _define_direct(
+    "linear_forward", f"(Tensor weight, Tensor? bias, {_BRANCH}) -> (Tensor y, Tensor z)", _linear_forward,
+    _fake_linear_forward, tensors=7, x=2, likes=(2, 2),
+)  # fmt: skip
+lora_backward = _define_direct(
+    "lora_backward", f"({_SAVED}, bool need_dx, bool need_da, bool need_db) -> {_GRADIENTS}", _lora_backward,
+    _fake_lora_backward, tensors=7, x=1, likes=(1, 2, 3),
+)  # fmt: skip
+linear_backward = _define_direct(
+    "linear_backward", f"(Tensor weight, {_SAVED}, bool need_da, bool need_db) -> {_GRADIENTS}", _linear_backward,
+    _fake_linear_backward, tensors=8, x=2, likes=(2, 3, 4),
+)  # fmt: skip
+
+
+def _fake_outer(left, right, offsets):
+    return left.new_empty(offsets.shape[0], left.shape[1], right.shape[1])
+
+
+outer = define("outer", "(Tensor left, Tensor right, Tensor offsets) -> Tensor", frozen.outer, _fake_outer)

@@ -27,7 +27,6 @@ class BranchOptions:
     dropout: float = 0.0
     use_rslora: bool = False
     dtype: torch.dtype | None = None
-    save: str = "z"
     backend: str | None = None
 
     def __post_init__(self):
@@ -42,7 +41,7 @@ class BranchOptions:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
         if self.dtype is not None and self.dtype not in checks.FLOATING:
             raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {self.dtype}")
-        checks.options(self.activation, 1.0, 0.0, self.save, self.backend)
+        checks.options(self.activation, 1.0, 0.0, self.backend)
 
     @property
     def scaling(self) -> float:
@@ -72,7 +71,6 @@ class Branch(Annealed):
     activation = _option("activation")
     scaling = _option("scaling")
     dropout = _option("dropout")
-    save = _option("save")
     backend = _option("backend")
 
     def __init__(self, weight: Tensor, options: BranchOptions, *, transposed: bool = False):
@@ -83,7 +81,7 @@ class Branch(Annealed):
         self._chosen = {}
         self._choose(
             activation=options.activation, scaling=options.scaling, dropout=float(options.dropout),
-            save=options.save, backend=options.backend,
+            backend=options.backend,
         )  # fmt: skip
         dtype = options.dtype
         if dtype is None:
@@ -117,9 +115,7 @@ class Branch(Annealed):
 
     def _choose(self, **changes) -> None:
         chosen = {**self._chosen, **changes}
-        self._options = checks.options(
-            chosen["activation"], chosen["scaling"], chosen["dropout"], chosen["save"], chosen["backend"]
-        )
+        self._options = checks.options(chosen["activation"], chosen["scaling"], chosen["dropout"], chosen["backend"])
         self._options_in_evaluation = without_dropout(self._options)
         self._chosen = chosen
 

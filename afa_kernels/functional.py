@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from afa_kernels import _ops, checks, reference, torch_private
 from afa_kernels.autograd import AFALoRAFunction
 from afa_kernels.backend import native
+from afa_kernels.backend.registry import Rows
 from afa_kernels.options import Options
 
 
@@ -21,12 +22,13 @@ def afa_lora(
     alpha_t: float | Tensor,
     *,
     activation: str = "silu",
-    scaling: float = 1.0,
+    scaling: float | Tensor = 1.0,
     base: Tensor | None = None,
     inplace: bool = False,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
-    save: str = "z",
+    offsets: Tensor | None = None,
+    ranks: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Return ``base + scaling * phi(x @ lora_a.T) @ lora_b.T``: a frozen layer's output with its
@@ -53,7 +55,16 @@ def afa_lora(
             1/256 (never to 0); the rest is scaled by ``1 / (1 - p)`` with the rounded p.
         dropout_seed: int or 0-dim int64 tensor that determines the mask; by default drawn from
             torch's generator.
-        save: ``"z"`` saves ``z = x @ lora_a.T`` for the backward, ``"nothing"`` recomputes it.
+        offsets: ``(G,)`` int32 on the device of x: the rows of ``x (T, K)`` are sorted by owner, each of the G owners
+            has its own ``lora_a (G, r, K)`` and ``lora_b (G, N, r)``, and the rows of owner g are ``offsets[g - 1]`` (0
+            for the first) to ``offsets[g] - 1``, as in ``torch.nn.functional.grouped_mm``. An owner may have none. Rows
+            behind the last offset have no owner: their branch is zero. ``alpha_t`` and ``scaling`` may then be
+            ``(G,)`` float32 tensors. Nothing waits for the device to read the offsets, and torch.compile does not
+            compile again when they change. The result for an owner's rows and its gradients have the bits of a call
+            with that owner alone; where torch multiplies (the backends ``torch`` and ``reference``), as far as the bits
+            of its GEMMs do not depend on where their operands lie. The dropout mask is that of the whole x.
+        ranks: with ``offsets``, ``(G,)`` int32, the rank of each owner, from 0 (no branch) to r. Rows of ``lora_a[g]``
+            and columns of ``lora_b[g]`` beyond it are not read, and their gradient is zero.
         backend: run this backend or raise; by default the first that can take the call
             (:func:`afa_kernels.plan`).
 
@@ -63,12 +74,19 @@ def afa_lora(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what came and what is
-            wanted.
+            wanted. The values of ``offsets``, ``ranks``, ``alpha_t`` and ``scaling`` are checked where they are on a
+            CPU.
         BackendUnavailable: ``backend`` was named and cannot take this call; the message says why.
     """
-    options = checks.options(activation, scaling, dropout_p, save, backend)
     checks.seed(dropout_seed)
-    return lora(x, lora_a, lora_b, alpha_of(alpha_t), options, base=base, inplace=inplace, seed=dropout_seed)
+    if offsets is None:
+        options = options_of(activation, scaling, dropout_p, backend, ranks)
+        return lora(x, lora_a, lora_b, alpha_of(alpha_t), options, base=base, inplace=inplace, seed=dropout_seed)
+    checks.no_transform("rows by owner")
+    x = autocast("x", x)
+    checks.by_owner(x, lora_a, lora_b, offsets, ranks)
+    alpha_t, options, rows = of_owners(x, alpha_t, scaling, activation, dropout_p, backend, offsets, ranks)
+    return lora(x, lora_a, lora_b, alpha_t, options, base=base, inplace=inplace, seed=dropout_seed, rows=rows)
 
 
 def afa_linear(
@@ -80,10 +98,11 @@ def afa_linear(
     alpha_t: float | Tensor,
     *,
     activation: str = "silu",
-    scaling: float = 1.0,
+    scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
-    save: str = "z",
+    offsets: Tensor | None = None,
+    ranks: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Return ``x @ weight.T + bias + scaling * phi(x @ lora_a.T) @ lora_b.T``: a linear layer with
@@ -97,7 +116,14 @@ def afa_linear(
         weight: ``(N, K)`` in the dtype of x (any floating dtype under autocast); any strides.
             Differentiable.
         bias: ``(N,)`` or None. Differentiable. Dropout does not act on the frozen layer.
-        lora_a, lora_b, alpha_t, activation, scaling, dropout_p, dropout_seed, save, backend: as in
+        offsets, ranks: as in :func:`afa_lora`. The weight of all owners is ``(N, K)``, or ``(G, N, K)`` with one for
+            each; or ``(E, N, K)`` with a divisor E of G, each matrix for ``G / E`` owners in a row, such as the
+            adapters of an expert. The bias is ``(N,)`` or has one for each matrix. No tensor of the size of all weights
+            is made.
+            The frozen products are torch's, in the way that :func:`afa_kernels.plan` names, and their bits may depend
+            on the owners beside. What rows behind the last offset hold is undefined on a GPU, as in ``grouped_mm``,
+            where each owner has a weight.
+        lora_a, lora_b, alpha_t, activation, scaling, dropout_p, dropout_seed, backend: as in
             :func:`afa_lora`.
 
     Returns:
@@ -106,9 +132,42 @@ def afa_linear(
     Raises:
         TypeError, ValueError, BackendUnavailable: as in :func:`afa_lora`.
     """
-    options = checks.options(activation, scaling, dropout_p, save, backend)
     checks.seed(dropout_seed)
-    return linear(x, weight, bias, lora_a, lora_b, alpha_of(alpha_t), options, seed=dropout_seed)
+    if offsets is None:
+        options = options_of(activation, scaling, dropout_p, backend, ranks)
+        return linear(x, weight, bias, lora_a, lora_b, alpha_of(alpha_t), options, seed=dropout_seed)
+    checks.no_transform("rows by owner")
+    x, weight = autocast("x", x), autocast("weight", weight)
+    checks.by_owner(x, lora_a, lora_b, offsets, ranks)
+    checks.frozen_by_owner(x, weight, bias, *lora_b.shape[:2])
+    alpha_t, options, rows = of_owners(x, alpha_t, scaling, activation, dropout_p, backend, offsets, ranks)
+    return linear(x, weight, bias, lora_a, lora_b, alpha_t, options, seed=dropout_seed, rows=rows)
+
+
+def options_of(activation, scaling, dropout_p, backend, ranks) -> Options:
+    """Return the checked options of a call whose rows have one owner."""
+    if ranks is not None:
+        raise ValueError("ranks: expected with offsets alone, which say whose rows are whose; got offsets=None")
+    return checks.options(activation, scaling, dropout_p, backend)
+
+
+def of_owners(
+    x, alpha_t, scaling, activation, dropout_p, backend, offsets, ranks
+) -> tuple[Tensor | None, Options, Rows]:
+    """Return what the owners of rows bring to a call beside A and B, checked; alpha_t is None where it is the number
+    0."""
+    count, scalings = offsets.shape[0], None
+    if isinstance(scaling, Tensor):
+        checks.scaling_of_owners(scaling, count, x)
+        scaling, scalings = 1.0, scaling
+    options = checks.options(activation, scaling, dropout_p, backend)
+    if isinstance(alpha_t, Tensor):
+        checks.alpha_of_owners(alpha_t, count, x)
+    else:
+        alpha_t = checks.alpha_value(alpha_t) or None
+    if alpha_t is not None:
+        alpha_t = on_device(alpha_t, torch.float32, x.device).expand(count)
+    return alpha_t, options, Rows(offsets, ranks, scalings)
 
 
 class LinearCall(NamedTuple):
@@ -124,59 +183,67 @@ class LinearCall(NamedTuple):
 
 def lora(
     x: Tensor, lora_a: Tensor, lora_b: Tensor, alpha_t: float | Tensor | None, options: Options,
-    *, base: Tensor | None = None, inplace: bool = False, seed: int | Tensor | None = None,
+    *, base: Tensor | None = None, inplace: bool = False, seed: int | Tensor | None = None, rows: Rows | None = None,
 ) -> Tensor:  # fmt: skip
-    """:func:`afa_lora` with options that are checked already, and ``alpha_t`` None at identity: what layers call."""
+    """:func:`afa_lora` with options that are checked already, and ``alpha_t`` None at identity: what layers call. With
+    ``rows``, x, A, B and alpha_t are checked too."""
     x = autocast("x", x)
-    direct = checks.lora(x, lora_a, lora_b, base, inplace=inplace)
-    n = lora_b.shape[0]
+    direct = checks.lora(x, lora_a, lora_b, base, inplace=inplace, by_owner=rows is not None)
+    n = lora_b.shape[-2]
     if base is None or (base.dtype == x.dtype and not inplace):
         flat_base = None if base is None else _as_rows(base)
-        return _like(_apply(x, None, None, lora_a, lora_b, flat_base, alpha_t, seed, options, False, direct), x, n)
+        y = _apply(x, None, None, lora_a, lora_b, flat_base, alpha_t, seed, options, False, direct, rows)
+        return _like(y, x, n)
     addressable = direct or not torch_private.in_transform()
     if inplace and base.dtype == x.dtype and addressable and can_accumulate(base, x, lora_a, lora_b):
-        return _apply(x, None, None, lora_a, lora_b, base, alpha_t, seed, options, True, direct)
+        return _apply(x, None, None, lora_a, lora_b, base, alpha_t, seed, options, True, direct, rows)
     # The base has another dtype, cannot be viewed as rows or overlaps an operand, or the call is being traced. The
     # branch is then computed alone and added, in one more pass over the base. So it is under a transform of torch.func,
     # whose tensors have no address.
-    y = _like(_apply(x, None, None, lora_a, lora_b, None, alpha_t, seed, options, False, direct), x, n)
+    y = _like(_apply(x, None, None, lora_a, lora_b, None, alpha_t, seed, options, False, direct, rows), x, n)
     return base.add_(y) if inplace else base + y.to(base.dtype)
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, alpha_t: float | Tensor | None,
-    options: Options, *, seed: int | Tensor | None = None,
+    options: Options, *, seed: int | Tensor | None = None, rows: Rows | None = None,
 ) -> Tensor:  # fmt: skip
-    """:func:`afa_linear` with options that are checked already, and ``alpha_t`` None at identity: what layers call."""
+    """:func:`afa_linear` with options that are checked already, and ``alpha_t`` None at identity: what layers call.
+    With ``rows``, all tensors are checked too."""
     x, weight = autocast("x", x), autocast("weight", weight)
-    direct = checks.linear(x, weight, bias, lora_a, lora_b)
-    y = _apply(x, weight, bias, lora_a, lora_b, None, alpha_t, seed, options, False, direct)
-    return _like(y, x, lora_b.shape[0])
+    if rows is None:
+        direct = checks.linear(x, weight, bias, lora_a, lora_b)
+    else:
+        direct = checks.may_be_direct(x, weight, bias, lora_a, lora_b)
+    y = _apply(x, weight, bias, lora_a, lora_b, None, alpha_t, seed, options, False, direct, rows)
+    return _like(y, x, lora_b.shape[-2])
 
 
-def _apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace, direct) -> Tensor:
+def _apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace, direct, rows) -> Tensor:
     """Decide what the operands decide, and call the operator, through autograd where something is differentiated."""
-    rows = _as_rows(x)
+    flat = _as_rows(x)
     identity = alpha_t is None
-    if not identity:
+    owned = () if rows is None else rows
+    if not identity and rows is None:
         alpha_t = on_device(alpha_t, torch.float32, x.device)
     seed = seed_on_device(seed, x.device) if options.spec.dropout else None
-    direct = direct and (native.are_plain(alpha_t, seed) or torch_private.are_ordinary((alpha_t, seed)))
+    direct = direct and (native.are_plain(alpha_t, seed, *owned) or torch_private.are_ordinary((alpha_t, seed, *owned)))
     differentiated = torch.is_grad_enabled() and (
         lora_a.requires_grad or x.requires_grad or lora_b.requires_grad or _any_requires_grad(weight, bias, base)
     )
-    options = _ops.resolved(rows, lora_b, options, identity, differentiated)
+    options = _ops.resolved(flat, lora_b, options, identity, differentiated)
     if torch_private.in_forward_mode() or (not direct and torch_private.in_transform()):
-        return _in_torch_ops(rows, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace)
+        return _in_torch_ops(flat, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace)
     if differentiated:
         return torch_private.apply(
-            AFALoRAFunction, direct, rows, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace, direct
+            AFALoRAFunction, direct, flat, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace, direct,
+            *owned,
         )  # fmt: skip
-    branch = (rows, lora_a, lora_b, alpha_t, seed, options)
+    branch = (flat, lora_a, lora_b, alpha_t, seed, options, rows)
     if weight is not None:
         return _ops.linear_forward(direct, weight, bias, *branch)[0]
     if inplace:
-        _ops.lora_forward_(direct, base.view(-1, lora_b.shape[0]), *branch)
+        _ops.lora_forward_(direct, base.view(-1, lora_b.shape[-2]), *branch)
         return base
     return _ops.lora_forward(direct, base, *branch)[0]
 

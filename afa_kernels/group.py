@@ -41,7 +41,7 @@ class AFALinearGroup(nn.Module):
 
     A member that cannot share makes all of them run one by one: it is merged, drops x (each layer
     has its own mask, so no product is shared), trains its base, has a base that hooks or another
-    class change, has another ``save`` or ``backend``, or x is no plain tensor (a DTensor, say, unless all members have
+    class change, has another ``backend``, or x is no plain tensor (a DTensor, say, unless all members have
     the style ``ColwiseAFA``).
     """
 
@@ -91,8 +91,8 @@ def fitting(members: list[LinearCall], x: Tensor) -> tuple[Calls | None, str | N
     for weight, bias, lora_a, lora_b, _, options in members:
         if options.spec.dropout:
             return None, "dropout draws one mask for each layer"
-        if options.save_z != first.save_z or options.backend != first.backend:
-            return None, "save or backend differ"
+        if options.backend != first.backend:
+            return None, "their backends differ"
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return None, "a base layer trains"
         reason = None if recognized else _why_unfit(x, weight, bias, lora_a, lora_b)
@@ -220,7 +220,7 @@ class AFAGroupFunction(torch.autograd.Function):
             dx, da, db = _group_ops.differentiable_backward(grads, x, weights, a, b, alpha_t, ctx.choice)
         else:
             dx, da, db = _group_ops.group_backward(
-                direct, list(grads), x, weights, a, b, zs or None, alpha_t, ctx.choice,
+                direct, list(grads), x, weights, a, b, zs, alpha_t, ctx.choice,
                 need_x, list(need_a), list(need_b),
             )  # fmt: skip
         return (

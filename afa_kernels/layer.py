@@ -49,7 +49,7 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
         use_rslora: ``scaling = lora_alpha / sqrt(r)`` instead.
         dtype: dtype of ``lora_a (r, K)`` and ``lora_b (N, r)``; by default float32 beside a 16-bit
             base, as in PEFT, else the dtype of the base.
-        save, backend: as in :func:`afa_kernels.afa_lora`.
+        backend: as in :func:`afa_kernels.afa_lora`.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what came and what is
@@ -74,13 +74,12 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
         use_rslora: bool = False,
         *,
         dtype: torch.dtype | None = None,
-        save: str = "z",
         backend: str | None = None,
     ):
         reason = why_unsupported(base_layer)
         if reason is not None:
             raise TypeError(f"base_layer: expected {SUPPORTED}; {reason}")
-        options = BranchOptions(r, lora_alpha, activation, dropout, use_rslora, dtype, save, backend)
+        options = BranchOptions(r, lora_alpha, activation, dropout, use_rslora, dtype, backend)
         super().__init__(weight_of(base_layer), options, transposed=is_conv1d(base_layer))
         self.base_layer = base_layer.requires_grad_(False)
         self._shared_input = None  # set by shared_input.SharedInput for the time of a call of the block

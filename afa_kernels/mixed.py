@@ -1,4 +1,5 @@
-"""One batch for many adapters: its samples sorted by adapter, the A and B of those present stacked, one ragged call.
+"""One batch for many adapters: its samples sorted by adapter, the A and B of those present stacked, one call with
+rows by owner.
 
 The stack is small: the copy of A and B, and autograd's way back through it, cost as much memory as the adapters that
 are present. An adapter that is not present is no part of the call, so it gets no gradient.
@@ -18,9 +19,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from afa_kernels import checks
-from afa_kernels.functional import on_device
+from afa_kernels.functional import afa_linear, afa_lora, on_device
 from afa_kernels.options import Options
-from afa_kernels.ragged import afa_linear_grouped, afa_lora_grouped
 
 BASE = "__base__"  # PEFT's name for "no adapter"
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps its function of activation checkpointing
@@ -144,7 +144,7 @@ def mixed_lora(x: Tensor, base: Tensor, assignment: Assignment, calls: Sequence[
     rows = assignment.sort(x)
     y = None if assignment.order is not None else base.reshape(rows.shape[0], base.shape[-1])
     for i, each in enumerate(passes_of(x, calls)):
-        y = afa_lora_grouped(rows, offsets, base=y, inplace=i > 0, **each)
+        y = afa_lora(rows, offsets=offsets, base=y, inplace=i > 0, **each)
     if y is None:
         return base
     y = assignment.restore(y, x)
@@ -155,14 +155,14 @@ def linear_in_passes(
     rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, passes: list[dict[str, Any]]
 ) -> Tensor:
     """Return the frozen product of sorted rows plus the branches of all passes, of which there is at least one."""
-    y = afa_linear_grouped(rows, offsets, weight, bias, **passes[0])
+    y = afa_linear(rows, weight, bias, offsets=offsets, **passes[0])
     for each in passes[1:]:
-        y = afa_lora_grouped(rows, offsets, base=y, inplace=True, **each)
+        y = afa_lora(rows, offsets=offsets, base=y, inplace=True, **each)
     return y
 
 
 def passes_of(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[dict[str, Any]]:
-    """Return the arguments of the ragged calls whose groups are the adapters of ``calls`` or, where these are calls of
+    """Return the arguments of the calls whose owners of rows are the adapters of ``calls`` or, where these are calls of
     all experts, the pairs of an expert and an adapter, those of an expert together.
 
     Adapters that differ in activation or dropout, of which a call has one, need a call each: over the same rows, where
@@ -176,11 +176,11 @@ def passes_of(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[dict[str, 
         "lora_b": _stack([None if call is None else call.lora_b for call in calls], -1, r),
     }
     # Not operands | ...: Dynamo of torch 2.6 has no union of dicts.
-    return [{**operands, **_of_groups(x, own, r)} for own in _by_setting(x, calls)]
+    return [{**operands, **_of_owners(x, own, r)} for own in _by_setting(x, calls)]
 
 
 def _stack(matrices: list[Tensor | None], dimension: int, r: int) -> Tensor:
-    """Return ``(G, .., ..)``, those of all groups with r columns or rows; one adapter alone is not copied."""
+    """Return ``(G, .., ..)``, those of all owners with r columns or rows; one adapter alone is not copied."""
     if len(matrices) == 1:
         return matrices[0].unsqueeze(-3).flatten(0, -3)
     some = next(t for t in matrices if t is not None)
@@ -194,7 +194,7 @@ def _stack(matrices: list[Tensor | None], dimension: int, r: int) -> Tensor:
 
 
 def _by_setting(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[list[AdapterCall | None]]:
-    """Return, for each ragged call, ``calls`` with None for the adapters that it does not take."""
+    """Return, for each call, ``calls`` with None for the adapters that it does not take."""
     settings = [None if call is None else _setting(x, call) for call in calls]
     # At alpha_t = 0 every activation is the identity: such an adapter joins any call, so that reaching 0 costs none.
     annealed = {s[:-1]: s for s in settings if s is not None and s[-1] is not None}
@@ -204,19 +204,19 @@ def _by_setting(x: Tensor, calls: Sequence[AdapterCall | None]) -> list[list[Ada
 
 
 def _setting(x: Tensor, call: AdapterCall) -> tuple:
-    """Return what the adapters of one ragged call have in common, the activation (None at identity) last."""
-    spec, save_z, backend = call.options
-    # The scaling of each group is a float32, which is not exact enough for float64.
+    """Return what the adapters of one call have in common, the activation (None at identity) last."""
+    spec, _, backend = call.options
+    # The scaling of each owner is a float32, which is not exact enough for float64.
     scaling = spec.scaling if x.dtype == torch.float64 else None
-    return spec.dropout, save_z, backend, scaling, None if call.alpha_t is None else spec.activation
+    return spec.dropout, backend, scaling, None if call.alpha_t is None else spec.activation
 
 
-def _of_groups(x: Tensor, own: list[AdapterCall | None], r: int) -> dict[str, Any]:
-    """Return the arguments in which ragged calls over the same rows differ; a group whose call is None has rank 0."""
+def _of_owners(x: Tensor, own: list[AdapterCall | None], r: int) -> dict[str, Any]:
+    """Return the arguments in which calls over the same rows differ; an owner whose call is None has rank 0."""
     some = [call for call in own if call is not None]
     experts = math.prod(some[0].lora_a.shape[:-2])
     annealed = [call for call in some if call.alpha_t is not None]
-    spec, save_z, backend = (annealed or some)[0].options
+    spec, _, backend = (annealed or some)[0].options
     alpha_t = 0.0
     if annealed:
         zero = constant((0.0,), torch.float32, x.device)[0]
@@ -231,7 +231,6 @@ def _of_groups(x: Tensor, own: list[AdapterCall | None], r: int) -> dict[str, An
         "activation": spec.activation,
         "scaling": spec.scaling if same_scaling else constant(tuple(scalings) * experts, torch.float32, x.device),
         "dropout_p": spec.dropout / 256,
-        "save": "z" if save_z else "nothing",
         "backend": backend,
         "ranks": None if min(ranks) == r else constant(tuple(ranks) * experts, torch.int32, x.device),
     }

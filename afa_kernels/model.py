@@ -47,7 +47,6 @@ def inject(
     trainable: str | Iterable[str] = (),
     exclude_modules: str | Iterable[str] = (),
     dtype: torch.dtype | None = None,
-    save: str = "z",
     backend: str | None = None,
     group: bool | None = None,
     adapters: Mapping[str, Mapping[str, Any]] | None = None,
@@ -77,7 +76,7 @@ def inject(
         adapters: give each layer a stack of adapters (:class:`AFALinearStack`, :class:`AFAExpertStack`): their names,
             and for each the options of the next line in which it differs. :func:`adapters_of` says which one computes
             which sample.
-        r, lora_alpha, activation, dropout, use_rslora, dtype, save, backend: as in
+        r, lora_alpha, activation, dropout, use_rslora, dtype, backend: as in
             :class:`AFALinear`.
 
     Returns:
@@ -97,7 +96,6 @@ def inject(
         "dropout": dropout,
         "use_rslora": use_rslora,
         "dtype": dtype,
-        "save": save,
         "backend": backend,
     }
     if adapters is None:

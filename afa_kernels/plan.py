@@ -6,12 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from afa_kernels import _ops, checks
-from afa_kernels.backend import registry
-from afa_kernels.functional import alpha_of, autocast
+from afa_kernels.backend import frozen, registry
+from afa_kernels.functional import alpha_of, autocast, of_owners, options_of
 from afa_kernels.options import Options, at_identity
-from afa_kernels.ragged import checks as ragged_checks
-from afa_kernels.ragged import frozen
-from afa_kernels.ragged.functional import groups_of, options_of
 
 
 @dataclass(frozen=True)
@@ -27,8 +24,8 @@ class Plan:
         reason: why this backend and path, with what stood against the ones before it.
         launches: the kernels of a forward and a backward with their launch parameters, where the
             backend tells them.
-        frozen: of a ragged call with a weight, how the rows of each group are multiplied with it, and why:
-            "bmm: groups of equally many rows ..".
+        frozen: of a call by owner with a weight, how the rows of each owner are multiplied with it, and why:
+            "grouped_mm: it reads the offsets on the device".
     """
 
     backend: str
@@ -47,18 +44,16 @@ def plan(
     activation: str = "silu",
     scaling: float | Tensor = 1.0,
     dropout_p: float = 0.0,
-    save: str = "z",
     backend: str | None = None,
     offsets: Tensor | None = None,
     ranks: Tensor | None = None,
     weight: Tensor | None = None,
     **_shared: object,
 ) -> Plan:
-    """Return what :func:`afa_lora` (or :func:`afa_linear`) would do with these arguments; with ``offsets``, what
-    :func:`afa_lora_grouped` (with ``weight``, :func:`afa_linear_grouped`) would.
+    """Return what :func:`afa_lora` (or :func:`afa_linear`) would do with these arguments.
 
     Args:
-        x, lora_a, lora_b, alpha_t, activation, scaling, dropout_p, save, backend, offsets, ranks, weight: as in these;
+        x, lora_a, lora_b, alpha_t, activation, scaling, dropout_p, backend, offsets, ranks, weight: as in these;
             ``weight`` changes nothing without ``offsets``.
         **_shared: ``base``, ``inplace``, ``dropout_seed`` and ``bias`` are accepted and change nothing.
 
@@ -68,11 +63,22 @@ def plan(
     unknown = _shared.keys() - {"base", "inplace", "dropout_seed", "bias"}
     if unknown:
         raise TypeError(f"plan: unexpected arguments {', '.join(sorted(unknown))}")
-    if offsets is not None:
-        options, scalings = options_of(activation, scaling, dropout_p, save, backend)
-        return _ragged_plan(x, offsets, ranks, lora_a, lora_b, alpha_t, scalings, weight, options)
-    options = checks.options(activation, scaling, dropout_p, save, backend)
-    return plan_of(x, lora_a, lora_b, alpha_of(alpha_t) is None, options)
+    if offsets is None:
+        options = options_of(activation, scaling, dropout_p, backend, ranks)
+        return plan_of(x, lora_a, lora_b, alpha_of(alpha_t) is None, options)
+    x = autocast("x", x.detach())
+    checks.by_owner(x, lora_a, lora_b, offsets, ranks)
+    alpha_t, options, _ = of_owners(x, alpha_t, scaling, activation, dropout_p, backend, offsets, ranks)
+    way = ""
+    if weight is not None:
+        weight = autocast("weight", weight.detach())
+        checks.frozen_by_owner(x, weight, None, *lora_b.shape[:2])
+        ways = frozen.way_of(x, weight.mT), frozen.way_of(x, weight)
+        way = ": ".join(ways[0])
+        if ways[1] != ways[0]:
+            way = f"forward {way}; backward {': '.join(ways[1])}"
+    options = at_identity(options) if alpha_t is None else options
+    return _planned(_ops.call_of(x, lora_b, options.spec), alpha_t is None, options, way)
 
 
 def plan_of(x: Tensor, lora_a: Tensor, lora_b: Tensor, identity: bool, options: Options) -> Plan:
@@ -82,24 +88,6 @@ def plan_of(x: Tensor, lora_a: Tensor, lora_b: Tensor, identity: bool, options: 
     if identity:
         options = at_identity(options)
     return _planned(_ops.call_of(rows, lora_b, options.spec), identity, options)
-
-
-def _ragged_plan(x, offsets, ranks, lora_a, lora_b, alpha_t, scalings, weight, options: Options) -> Plan:
-    x = autocast("x", x.detach())
-    ragged_checks.operands(x, offsets, lora_a, lora_b, ranks)
-    way = ""
-    if weight is not None:
-        weight = autocast("weight", weight.detach())
-        ragged_checks.frozen(x, weight, None, *lora_b.shape[:2])
-        ends = frozen.ends_of(offsets, weight.shape[0]) if weight.dim() == 3 else offsets
-        ways = frozen.way_of(x, ends, weight.mT), frozen.way_of(x, ends, weight)
-        way = ": ".join(ways[0])
-        if ways[1] != ways[0]:
-            way = f"forward {way}; backward {': '.join(ways[1])}"
-    identity = groups_of(x, offsets, ranks, alpha_t, scalings).alpha_t is None
-    if identity:
-        options = at_identity(options)
-    return _planned(_ops.call_of(x, lora_b, options.spec), identity, options, way)
 
 
 def _planned(call: registry.Call, identity: bool, options: Options, way: str = "") -> Plan:

@@ -6,6 +6,9 @@ and differentiable any number of times. float16 and bfloat16 operands are comput
 Shapes are those of backend/registry.py.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -87,3 +90,81 @@ def backward(
     da = dz.T @ x_dropped
     db = spec.scaling * (wide_dy.T @ _phi(z, alpha_t, spec))
     return dx.to(dtype), da.to(a.dtype), db.to(b.dtype)
+
+
+class Own(NamedTuple):
+    """What one owner of rows computes with."""
+
+    owner: int
+    rows: slice  # of x
+    rank: int  # 0: no branch
+    alpha_t: Tensor | None
+    spec: Spec
+
+
+def owners(rows, r: int, alpha_t: Tensor | None, spec: Spec) -> Iterator[Own]:
+    """Yield each owner that has rows; ``rows`` as in backend/registry.py. The host reads the offsets, and waits for a
+    GPU to have them."""
+    ranks = None if rows.ranks is None else rows.ranks.tolist()
+    scaling = None if rows.scaling is None else rows.scaling.tolist()
+    start = 0
+    for owner, end in enumerate(rows.offsets.tolist()):
+        if end > start:
+            yield Own(
+                owner,
+                slice(start, end),
+                r if ranks is None else ranks[owner],
+                None if alpha_t is None else alpha_t[owner],
+                spec if scaling is None else spec._replace(scaling=scaling[owner]),
+            )
+            start = end
+
+
+def forward_by_owner(x, a, b, alpha_t, seed, spec, rows, base) -> tuple[Tensor, Tensor]:
+    """:func:`forward` for the rows of each owner, ``a (G, r, K)`` and ``b (G, N, r)``."""
+    ys, zs, end = [], [], 0
+
+    def without_branch(some: slice) -> None:
+        count = len(range(*some.indices(x.shape[0])))
+        ys.append(x.new_zeros(count, b.shape[1]) if base is None else base[some].to(x.dtype))
+        zs.append(x.new_zeros(count, a.shape[1]))
+
+    for owner, own, rank, alpha, own_spec in owners(rows, a.shape[1], alpha_t, spec):
+        end = own.stop
+        if rank == 0:
+            without_branch(own)
+            continue
+        own_base = None if base is None else base[own]
+        y, z = forward(x[own], a[owner, :rank], b[owner, :, :rank], alpha, seed, own_spec, own_base, own.start)
+        ys.append(y)
+        zs.append(torch.nn.functional.pad(z, (0, a.shape[1] - rank)))
+    without_branch(slice(end, None))
+    return torch.cat(ys), torch.cat(zs)
+
+
+def backward_by_owner(dy, x, a, b, alpha_t, seed, spec, rows) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`backward` for the rows of each owner."""
+    dxs, end = [], 0
+    das, dbs = ([torch.zeros_like(matrix) for matrix in each] for each in (a, b))
+    for owner, own, rank, alpha, own_spec in owners(rows, a.shape[1], alpha_t, spec):
+        end = own.stop
+        if rank == 0:
+            dxs.append(torch.zeros_like(x[own]))
+            continue
+        own_a, own_b = a[owner, :rank], b[owner, :, :rank]
+        dx, da, db = backward(dy[own], x[own], own_a, own_b, alpha, seed, own_spec, own.start)
+        dxs.append(dx)
+        das[owner] = torch.cat([da, das[owner][rank:]])
+        dbs[owner] = torch.cat([db, dbs[owner][:, rank:]], 1)
+    return torch.cat([*dxs, torch.zeros_like(x[end:])]), torch.stack(das), torch.stack(dbs)
+
+
+def product_by_owner(rows_of_x: Tensor, matrices: Tensor, rows) -> Tensor:
+    """Return ``rows_of_x @ matrices[g]`` for the rows of each owner, several owners in a row to a matrix; zeros for
+    rows without an owner."""
+    owners_each = rows.offsets.shape[0] // matrices.shape[0]
+    products, start = [], 0
+    for matrix, end in zip(matrices, rows.offsets[owners_each - 1 :: owners_each].tolist(), strict=True):
+        products.append(rows_of_x[start:end] @ matrix)
+        start = end
+    return torch.cat([*products, rows_of_x.new_zeros(rows_of_x.shape[0] - start, matrices.shape[2])])

@@ -16,13 +16,12 @@ from afa_kernels.backend import registry
 from afa_kernels.dropout import threshold_of
 from afa_kernels.functional import afa_linear
 from afa_kernels.options import Spec
-from afa_kernels.ragged import afa_linear_grouped
 
 _RESULTS = ("y", "dx", "dA", "dB")
 
 
 class Case(NamedTuple):
-    """One call: sizes, dtype and options. With ``groups`` its rows are sorted by group, each with its own operands."""
+    """One call: sizes, dtype and options. With ``owners`` its rows are sorted by owner, each with its own operands."""
 
     m: int
     k: int
@@ -32,31 +31,31 @@ class Case(NamedTuple):
     alpha_t: float = 0.5
     dropout_p: float = 0.0
     activation: str = "silu"
-    groups: int = 0
+    owners: int = 0
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         text = f"M={self.m} K={self.k} N={self.n} r={self.r} {dtype} {self.activation} alpha_t={self.alpha_t}"
         text += f" dropout={self.dropout_p}" if self.dropout_p else ""
-        return text + (f" {self.groups} groups" if self.groups else "")
+        return text + (f" {self.owners} owners" if self.owners else "")
 
 
 def cases() -> Iterator[Case]:
-    """Yield few rows and many, sizes that no tile divides, all dtypes, dropout, identity, and groups of rows."""
+    """Yield few rows and many, sizes that no tile divides, all dtypes, dropout, identity, and rows by owner."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         yield Case(1, 64, 96, 8, dtype)
         yield Case(70, 72, 136, 16, dtype, activation="gelu")
         yield Case(257, 200, 120, 5, dtype, alpha_t=0.0)
         yield Case(130, 264, 72, 64, dtype, dropout_p=0.25)
-        yield Case(90, 64, 72, 16, dtype, groups=5)
-        yield Case(90, 64, 72, 16, dtype, dropout_p=0.25, groups=5)
+        yield Case(90, 64, 72, 16, dtype, owners=5)
+        yield Case(90, 64, 72, 16, dtype, dropout_p=0.25, owners=5)
 
 
 def _operands(case: Case, device: str) -> list[Tensor]:
     """Return x, weight, A and B; A and B are float32 beside 16-bit x, as PEFT has them."""
     generator = torch.Generator().manual_seed(hash(case[:4]) % 2**31)
     wide = torch.promote_types(case.dtype, torch.float32)
-    own = (case.groups,) if case.groups else ()
+    own = (case.owners,) if case.owners else ()
 
     def draw(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
@@ -71,11 +70,9 @@ def _results(case: Case, operands: list[Tensor], backend: str) -> list[Tensor]:
     x, weight, a, b = (t.detach() for t in operands)
     inputs = [t.requires_grad_() for t in (x, a, b)]
     options = {"activation": case.activation, "dropout_p": case.dropout_p, "dropout_seed": 7, "backend": backend}
-    if case.groups:
-        offsets = torch.tensor([0, 7, 40, 40, case.m], dtype=torch.int32, device=x.device)
-        y = afa_linear_grouped(x, offsets, weight, None, a, b, case.alpha_t, scaling=2.0, **options)
-    else:
-        y = afa_linear(x, weight, None, a, b, case.alpha_t, scaling=2.0, **options)
+    if case.owners:
+        options["offsets"] = torch.tensor([0, 7, 40, 40, case.m], dtype=torch.int32, device=x.device)
+    y = afa_linear(x, weight, None, a, b, case.alpha_t, scaling=2.0, **options)
     return [y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y).cumsum(1) / case.n)]
 
 

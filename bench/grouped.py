@@ -139,8 +139,8 @@ def _afa(backend: str | None) -> Callable[[Operands], Call]:
     def of(o: Operands) -> Call:
         options = {"activation": o.case.activation, "scaling": SCALING, "dropout_p": o.case.dropout}
         alpha_t = o.case.alpha_t and torch.tensor(o.case.alpha_t, device=o.x.device)
-        return lambda x, a, b: afa_kernels.afa_linear_grouped(
-            x, o.offsets, o.weight, None, a, b, alpha_t, **options, backend=backend
+        return lambda x, a, b: afa_kernels.afa_linear(
+            x, o.weight, None, a, b, alpha_t, offsets=o.offsets, **options, backend=backend
         )
 
     return of
@@ -167,8 +167,8 @@ def providers() -> dict[str, Provider]:
         ("baddbmm", "batched products of padded rows", "lora", _runs, _padded, False),
         ("peft", "PEFT's way for experts: W + dW of all of them", "lora", _peft_why_not, _peft, False),
         ("afa.loop", "afa_linear, expert by expert", "afa", _runs, _loop, True),
-        ("afa.torch", "afa_linear_grouped, backend torch", "afa", _runs, _afa("torch"), True),
-        ("afa", "afa_linear_grouped", "afa", _runs, _afa(None), True),
+        ("afa.torch", "afa_linear by owner, backend torch", "afa", _runs, _afa("torch"), True),
+        ("afa", "afa_linear by owner", "afa", _runs, _afa(None), True),
         ("afa.again", "afa measured again", "afa", _runs, _afa(None), True),
     )
     return {

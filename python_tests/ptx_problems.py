@@ -175,7 +175,6 @@ class RandomProblem:
         self.needed = self.names if draw.random() < 0.7 else tuple(sorted(draw.sample(INPUTS[:3], draw.randint(1, 2))))
         self.layouts = {name: draw.choice(("packed", *LAYOUTS)) for name in (*INPUTS, "dy")}
         self.alpha_t, self.scaling = draw.choice((0.3, 0.7, 1.0)), draw.choice((0.5, 2.0))
-        self.save = draw.choice(("z", "z", "nothing"))
         torch.manual_seed(number)
         adapter = draw.choice((self.dtype, torch.float32))
         self.problem = Problem.random(self.m, self.k, self.n, self.rank, self.dtype, adapter_dtype=adapter)
@@ -184,12 +183,12 @@ class RandomProblem:
 
     def __str__(self) -> str:
         shape = f"M={self.m} K={self.k} N={self.n} r={self.rank} {self.name} {self.activation}"
-        rest = f"dropout={self.dropout} base={self.base} save={self.save} gradients of {', '.join(self.needed)}"
+        rest = f"dropout={self.dropout} base={self.base} gradients of {', '.join(self.needed)}"
         return f"problem {self.number} of {self.where.backend} on {self.where.arch}: {shape} {rest} {self.layouts}"
 
     def call(self, *, base: Tensor | None = None, **tensors: Tensor) -> Tensor:
         options = {"dropout_p": self.dropout, "dropout_seed": 77} if self.dropout else {}
-        options |= {"activation": self.activation, "scaling": self.scaling, "save": self.save}
+        options |= {"activation": self.activation, "scaling": self.scaling}
         if base is not None:
             base = self._base(base)
             base = base.clone() if self.base == "accumulated" else base

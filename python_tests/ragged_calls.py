@@ -4,11 +4,11 @@ import random
 
 import torch
 from helpers import assert_as_accurate_as_torch, eager, mask_and_p, poisoned_memory
+from ragged_helpers import Owners
 from torch import Tensor
 
 from afa_kernels.activation import ACTIVATIONS, IDENTITY
 from afa_kernels.backend import registry
-from afa_kernels.backend.registry import Groups
 from afa_kernels.options import Spec
 
 RESULTS = ("y", "z", "dx", "da", "db")
@@ -63,22 +63,23 @@ class Ragged:
             None if ranks is None else torch.tensor([*self.ranks, -1], dtype=torch.int32).repeat_interleave(2)[:-2:2]
         )
         scaling = (torch.rand(count) + 0.5) * torch.tensor(-1.0) if scaling == "of groups" else None
-        self.groups = Groups(self.ends, ranks, alpha_t, scaling)
+        self.groups = Owners(self.ends, ranks, alpha_t, scaling)
         self.spec = Spec(activation, 1.5, round(256 * dropout))
         self.seed = torch.tensor(77) if dropout else None
 
     def forward(self, name: str, save_z=True) -> tuple[Tensor, Tensor | None]:
         out = self.base.clone() if self.accumulates else torch.full_like(self.dy, torch.nan)
-        z = registry.get(name).ragged_forward(
-            self.x, self.a, self.b, self.groups, self.seed, self.spec, base=out if self.accumulates else self.base,
-            out=out, save_z=save_z,
+        z = registry.get(name).forward(
+            self.x, self.a, self.b, self.groups.alpha_t, self.seed, self.spec, self.groups.rows,
+            base=out if self.accumulates else self.base, out=out, save_z=save_z,
         )  # fmt: skip
         return out, z
 
     def backward(self, name: str, z: Tensor | None, need=(True, True, True), dx: Tensor | None = None):
         need = dict(zip(("need_dx", "need_da", "need_db"), need, strict=True))
-        return registry.get(name).ragged_backward(
-            self.dy, self.x, self.a, self.b, self.groups, z, self.seed, self.spec, **need, dx=dx
+        return registry.get(name).backward(
+            self.dy, self.x, self.a, self.b, z, self.groups.alpha_t, self.seed, self.spec, self.groups.rows, **need,
+            dx=dx,
         )  # fmt: skip
 
     def of(self, g: int) -> slice:
@@ -114,7 +115,7 @@ class Ragged:
     def on(self, device: str) -> "Ragged":
         there = Ragged.__new__(Ragged)
         there.__dict__ = {what: v.to(device) if isinstance(v, Tensor) else v for what, v in self.__dict__.items()}
-        there.groups = Groups(*(None if t is None else t.to(device) for t in self.groups))
+        there.groups = Owners(*(None if t is None else t.to(device) for t in self.groups))
         return there
 
     def check_adding(self, name: str, device: str = "cpu") -> tuple[Tensor, Tensor]:

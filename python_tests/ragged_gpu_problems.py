@@ -72,7 +72,6 @@ class RaggedProblem:
         self.needed = self.names if draw.random() < 0.7 else tuple(sorted(draw.sample(INPUTS[:3], draw.randint(1, 2))))
         self.layouts = {name: draw.choice(("packed", *LAYOUTS)) for name in ("x", "base", "dy")}
         self.layouts |= {name: draw.choice(("packed", *STACKS)) for name in ("lora_a", "lora_b")}
-        self.save = draw.choice(("z", "z", "nothing"))
         torch.manual_seed(number)
         self.alphas = [draw.choice((0.0, 0.3, 1.0)) for _ in self.sizes]
         self.scalings = [draw.choice((0.5, 1.7, -2.0)) for _ in self.sizes]
@@ -97,13 +96,13 @@ class RaggedProblem:
     def __str__(self) -> str:
         shape = f"T={self.t} of {self.sizes} K={self.k} N={self.n} r={self.r} of {self.ranks} {self.dtype}"
         rest = f"{self.activation} {self.alphas} {self.scalings} dropout={self.dropout} base={self.base}"
-        return f"problem {self.number}: {shape} {rest} save={self.save} gradients of {self.needed} {self.layouts}"
+        return f"problem {self.number}: {shape} {rest} gradients of {self.needed} {self.layouts}"
 
     def offsets(self) -> Tensor:
         return torch.tensor(self.sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
     def options(self) -> dict:
-        options = {"activation": self.activation, "save": self.save, "backend": self.backend}
+        options = {"activation": self.activation, "backend": self.backend}
         return options | ({"dropout_p": self.dropout, "dropout_seed": SEED} if self.dropout else {})
 
     def call(self, *, ranks: list[int] | None = None, base: Tensor | None = None, **tensors: Tensor) -> Tensor:
@@ -120,7 +119,7 @@ class RaggedProblem:
             options |= {"base": base, "inplace": self.base == "accumulated"}
         x = LAYOUTS[self.layouts["x"]](tensors["x"])
         a, b = (STACKS[self.layouts[name]](tensors[name]) for name in ("lora_a", "lora_b"))
-        return afa.afa_lora_grouped(x, self.offsets(), a, b, alpha_t, **options)
+        return afa.afa_lora(x, a, b, alpha_t, offsets=self.offsets(), **options)
 
     def plain(self, there=ORDERS[0][0], back=ORDERS[0][1], *, x, lora_a, lora_b, base=None) -> Tensor:
         """Return what torch makes of each group, its operands turned by ``there`` and the result by ``back``."""

@@ -2,17 +2,32 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import afa_kernels as afa
 from afa_kernels.backend import registry
+from afa_kernels.backend.registry import Call, Rows
 
 # Those that run ragged calls on CPU tensors, natively or group by group.
 BACKENDS = ("cpu", "torch", "reference")
 OF_BRANCH = ("x", "lora_a", "lora_b", "base")
 OF_LINEAR = ("x", "weight", "bias", "lora_a", "lora_b")
+
+
+class Owners(NamedTuple):
+    """What the owners of rows bring to a call of a backend beside A and B."""
+
+    offsets: Tensor
+    ranks: Tensor | None
+    alpha_t: Tensor | None
+    scaling: Tensor | None
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.offsets, self.ranks, self.scaling)
 
 
 @dataclass
@@ -71,11 +86,11 @@ class Ragged:
 
     def lora(self, leaves=None, **options) -> Tensor:
         tensors = leaves or {name: getattr(self, name) for name in OF_BRANCH}
-        return afa.afa_lora_grouped(offsets=self.offsets, **tensors, **(self.of_groups() | options))
+        return afa.afa_lora(offsets=self.offsets, **tensors, **(self.of_groups() | options))
 
     def linear(self, leaves=None, **options) -> Tensor:
         tensors = leaves or {name: getattr(self, name) for name in OF_LINEAR}
-        return afa.afa_linear_grouped(offsets=self.offsets, **tensors, **(self.of_groups() | options))
+        return afa.afa_linear(offsets=self.offsets, **tensors, **(self.of_groups() | options))
 
     def run(self, call, names, **options) -> dict[str, Tensor]:
         """Return the output of ``call`` (:meth:`lora` or :meth:`linear`) and the gradient of every leaf by name."""
@@ -101,5 +116,5 @@ def alone(p: Ragged, group: int, rows: slice, **options) -> dict[str, Tensor]:
 
 
 def takes_ragged(name: str) -> bool:
-    backend = registry.get(name)
-    return backend.ragged_forward is not None and bool(backend.status())
+    call = Call("cpu", torch.float32, 8, 8, 8, 8, "silu", owners=2)
+    return registry.get(name).why_not(call) is None

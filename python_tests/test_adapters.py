@@ -19,7 +19,7 @@ ADAPTERS = {
     "a": {"r": 8, "lora_alpha": 16},
     "b": {"r": 3, "lora_alpha": 2},
     "c": {"r": 5, "activation": "tanh", "use_rslora": True},
-    "d": {"r": 4, "activation": "relu", "save": "nothing"},
+    "d": {"r": 4, "activation": "relu"},
 }
 ALPHAS = {"a": 0.5, "b": 1.0, "c": 0.375, "d": 0.0}
 ORDERS = {
@@ -353,7 +353,7 @@ def test_second_derivatives():
 
 
 def test_experts_and_adapters_in_one_call():
-    """A group is a pair of an expert and an adapter: rows are sorted by expert, and within it by adapter."""
+    """An owner is a pair of an expert and an adapter: rows are sorted by expert, and within it by adapter."""
     experts, adapters, r = 3, 2, 4
     counts = torch.tensor([[2, 3], [0, 4], [1, 0]])  # rows of each adapter in each expert
     offsets = counts.flatten().cumsum(0).to(torch.int32)
@@ -362,8 +362,8 @@ def test_experts_and_adapters_in_one_call():
     lora_a, lora_b = torch.randn(experts, adapters, r, 12), torch.randn(experts, adapters, 10, r)
     alpha_t, scaling = torch.tensor([0.5, 1.0]), torch.tensor([2.0, 0.5])
     base = torch.cat([rows @ w.T for rows, w in zip(x.split(counts.sum(1).tolist()), weight, strict=True)])
-    y = afa.afa_lora_grouped(
-        x, offsets, lora_a.flatten(0, 1), lora_b.flatten(0, 1), alpha_t.repeat(experts),
+    y = afa.afa_lora(
+        x, lora_a.flatten(0, 1), lora_b.flatten(0, 1), alpha_t.repeat(experts), offsets=offsets,
         scaling=scaling.repeat(experts), base=base,
     )  # fmt: skip
     pairs = [(e, a) for e in range(experts) for a in range(adapters) for _ in range(int(counts[e, a]))]

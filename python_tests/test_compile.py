@@ -10,11 +10,12 @@ from torch.library import opcheck
 import afa_kernels as afa
 
 OPTIONS = ("gelu", 1.5)
+NO_OWNERS = (None, None, None)
 
 
 def operands(dtype=torch.float32, dropout=64):
     problem = Problem.random(6, 16, 8, 4, dtype)
-    return problem, (torch.tensor(0.3), torch.tensor(5), *OPTIONS, dropout)
+    return problem, (torch.tensor(0.3), torch.tensor(5), *NO_OWNERS, *OPTIONS, dropout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -33,11 +34,9 @@ def test_opcheck_forward(dtype, save_z):
 @pytest.mark.parametrize("needed", [(True, True, True), (False, True, False), (True, False, True)])
 def test_opcheck_backward(dtype, needed):
     p, options = operands(dtype)
-    z = p.x @ p.lora_a.T
-    for kept in (z, None):
-        saved = (p.dy, p.x, p.lora_a, p.lora_b, kept, *options, kept is not None, None)
-        opcheck(torch.ops.afa_kernels.lora_backward, (*saved, *needed))
-        opcheck(torch.ops.afa_kernels.linear_backward, (p.weight, *saved, *needed[1:]))
+    saved = (p.dy, p.x, p.lora_a, p.lora_b, p.x @ p.lora_a.T, *options, True, None)
+    opcheck(torch.ops.afa_kernels.lora_backward, (*saved, *needed))
+    opcheck(torch.ops.afa_kernels.linear_backward, (p.weight, *saved, *needed[1:]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -49,18 +48,18 @@ def test_opcheck_group(dtype):
     for save_z in (True, False):
         opcheck(torch.ops.afa_kernels.group_forward, (q.x, weights, [q.bias, None], *options, save_z, None))
     zs = [q.x @ q.lora_a.T, q.x @ k.lora_a.T]
-    for dys, kept, needed in (
-        ([q.dy, k.dy], zs, (True, [True, True], [True, False])),
-        ([None, k.dy], None, (True, [True, True], [True, True])),
-        ([q.dy, k.dy], zs, (False, [False, True], [False, False])),
+    for dys, needed in (
+        ([q.dy, k.dy], (True, [True, True], [True, False])),
+        ([None, k.dy], (True, [True, True], [True, True])),
+        ([q.dy, k.dy], (False, [False, True], [False, False])),
     ):
-        saved = (dys, q.x, weights, a, b, kept, *options[2:], None)
+        saved = (dys, q.x, weights, a, b, zs, *options[2:], None)
         opcheck(torch.ops.afa_kernels.group_backward, (*saved, *needed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("save_z", [True, False])
-def test_opcheck_ragged(dtype, save_z):
+def test_opcheck_by_owner(dtype, save_z):
     members = [Problem.random(6, 16, 8, 4, dtype) for _ in range(3)]
     x, dy, base = members[0].x, members[0].dy, members[0].base
     weight, bias, a, b = (
@@ -68,18 +67,17 @@ def test_opcheck_ragged(dtype, save_z):
     )
     offsets, ranks = torch.tensor([2, 2, 5], dtype=torch.int32), torch.tensor([4, 1, 3], dtype=torch.int32)
     alpha_t, scaling = torch.tensor([0.0, 0.3, 1.0]), torch.tensor([1.0, 2.0, 0.5])
-    groups = (offsets, ranks, alpha_t, scaling)
-    options = ("gelu", 1.0, 64, save_z, None)
-    branch = (x, a, b, *groups, torch.tensor(5), *options)
+    rest = (alpha_t, torch.tensor(5), offsets, ranks, scaling, "gelu", 1.0, 64, save_z, None)
+    branch = (x, a, b, *rest)
     operators = torch.ops.afa_kernels
-    opcheck(operators.ragged_lora_forward, (base, *branch))
-    opcheck(operators.ragged_lora_forward_, (base, *branch))
-    opcheck(operators.ragged_linear_forward, (weight, bias, *branch))
-    z = operators.ragged_lora_forward(None, *branch)[1] if save_z else None
-    saved = (dy, x, a, b, z, *groups, torch.tensor(5), *options)
-    opcheck(operators.ragged_lora_backward, (*saved, True, False, True))
-    opcheck(operators.ragged_linear_backward, (weight, *saved, True, True))
-    opcheck(operators.ragged_outer, (dy, x, offsets))
+    opcheck(operators.lora_forward, (base, *branch))
+    opcheck(operators.lora_forward_, (base, *branch))
+    opcheck(operators.linear_forward, (weight, bias, *branch))
+    if save_z:
+        saved = (dy, x, a, b, operators.lora_forward(None, *branch)[1], *rest)
+        opcheck(operators.lora_backward, (*saved, True, False, True))
+        opcheck(operators.linear_backward, (weight, *saved, True, True))
+    opcheck(operators.outer, (dy, x, offsets))
 
 
 def test_every_operator_is_opchecked():
@@ -93,12 +91,7 @@ def test_every_operator_is_opchecked():
         "linear_backward",
         "group_forward",
         "group_backward",
-        "ragged_lora_forward",
-        "ragged_lora_forward_",
-        "ragged_linear_forward",
-        "ragged_lora_backward",
-        "ragged_linear_backward",
-        "ragged_outer",
+        "outer",
     }
     assert schemas == {f"afa_kernels::{name}" for name in checked}
 

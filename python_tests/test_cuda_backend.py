@@ -14,12 +14,12 @@ from afa_kernels.backend.registry import Backend, BackendStatus, Call
 
 
 def call(r=16, k=64, n=64, dtype=torch.bfloat16, m=128, groups=0):
-    return Call("cuda", dtype, m, k, n, r, "silu", device_index=0, groups=groups)
+    return Call("cuda", dtype, m, k, n, r, "silu", device_index=0, owners=groups)
 
 
 def fake_triton(available=True):
     status = BackendStatus(available, "" if available else "triton is not installed")
-    return Backend("triton", frozenset({"cuda"}), lambda: status, None, None, ragged_forward=lambda: None)
+    return Backend("triton", frozenset({"cuda"}), lambda: status, None, None)
 
 
 @pytest.fixture

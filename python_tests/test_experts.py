@@ -123,11 +123,11 @@ class Undefined(torch.autograd.Function):
 def test_pairs_of_other_processes_are_left_out(monkeypatch):
     """Under expert parallelism an index of num_experts stands for an expert that is elsewhere."""
 
-    def as_on_a_gpu(x, offsets, *arguments, **options):
-        end = int(offsets[-1])
-        return Undefined.apply(afa.afa_linear_grouped(Undefined.apply(x, end), offsets, *arguments, **options), end)
+    def as_on_a_gpu(x, *arguments, **options):
+        end = int(options["offsets"][-1])
+        return Undefined.apply(afa.afa_linear(Undefined.apply(x, end), *arguments, **options), end)
 
-    monkeypatch.setattr(mixed, "afa_linear_grouped", as_on_a_gpu)
+    monkeypatch.setattr(mixed, "afa_linear", as_on_a_gpu)
     for architecture in ("Qwen3Moe", "GptOss"):
         experts = experts_of(injected(architecture))
         experts._is_expert_parallel = True

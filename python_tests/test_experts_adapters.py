@@ -21,7 +21,7 @@ from afa_kernels.model import named_layers
 ADAPTERS = {
     "ann": {"r": 3, "lora_alpha": 5},
     "bob": {"r": 5, "activation": "tanh", "use_rslora": True},
-    "cy": {"r": 2, "activation": "relu", "save": "nothing"},
+    "cy": {"r": 2, "activation": "relu"},
     "eve": {"r": 4, "lora_alpha": 1},
     "idle": {},
 }

@@ -86,7 +86,7 @@ def test_patterns_of_parameters_are_not_said_to_be_ignored(options, ranks, tmp_p
         warnings.filterwarnings("error", ".*did not match any targeted module")
         model = get_peft_model(copy_of(net), config(**options))
         model.add_adapter("other", config(**options))
-        set_alpha_t(model, 0.0)
+        afa.set_alpha_t(model, 0.0)
         model.save_pretrained(tmp_path)
         PeftModel.from_pretrained(copy_of(net), str(tmp_path), config=AFALoraConfig.from_pretrained(str(tmp_path)))
     for name in ("default", "other"):

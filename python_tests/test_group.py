@@ -27,10 +27,9 @@ def skip_unless_taken(backend, layers, x):
 
 @pytest.mark.parametrize("shape", [(33, K), (2, 17, K)], ids=["2d", "3d"])
 @pytest.mark.parametrize("name", ["f32", "bf16"])
-@pytest.mark.parametrize("save", ["z", "nothing"])
-def test_a_group_computes_what_its_layers_compute(backend, device, name, shape, save):
+def test_a_group_computes_what_its_layers_compute(backend, device, name, shape):
     dtype = DTYPES[name]
-    layers = [m.to(device) for m in members(dtype, backend=backend, save=save)]
+    layers = [m.to(device) for m in members(dtype, backend=backend)]
     x = torch.randn(shape, device=device, dtype=dtype)
     skip_unless_taken(backend, layers, x)
     dys = [torch.randn(*shape[:-1], m.out_features, device=device, dtype=dtype) for m in layers]
@@ -226,11 +225,10 @@ def step(layers):
     sum(y.sum() for y in afa.AFALinearGroup(layers)(x)).backward()
 
 
-@pytest.mark.parametrize("save", ["z", "nothing"])
-def test_a_group_is_one_call_of_the_backend_in_each_direction(spies, save):
+def test_a_group_is_one_call_of_the_backend_in_each_direction(spies):
     make, seen = spies
     make("spy", **TOGETHER)
-    step([layer(n, backend="spy", save=save) for n in (32, 16)])
+    step([layer(n, backend="spy") for n in (32, 16)])
     assert seen == ["group_forward", "group_backward"]
 
 
@@ -297,7 +295,6 @@ SEPARATE = {
     "forward pre-hook": lambda m: m.register_forward_pre_hook(lambda *_: None),
     "hook of the base": lambda m: m.base_layer.register_forward_hook(lambda *_: None),
     "own forward": lambda m: setattr(m, "forward", m.forward),
-    "save": lambda m: setattr(m, "save", "nothing"),
     "backend": lambda m: setattr(m, "backend", "reference"),
     "trained base": lambda m: m.base_layer.weight.requires_grad_(),
 }

@@ -41,7 +41,7 @@ for kernel in (first, second):
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
     offsets = torch.tensor([10, 33], dtype=torch.int32)
     pair = [torch.stack([t, t]) for t in (w, a, b)]
-    y = kernel.afa_linear_grouped(x, offsets, pair[0], None, *pair[1:], alpha_t, scaling=1.5)
+    y = kernel.afa_linear(x, pair[0], None, *pair[1:], alpha_t, scaling=1.5, offsets=offsets)
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
     operators = getattr(torch.ops, kernel.__name__)
     options = (alpha_t, None, "silu", 1.5, 0, True, None)

@@ -164,7 +164,6 @@ def test_an_unsupported_base_is_named(make, named):
         ({"dropout": 1.0}, ValueError, "dropout: .*1.0"),
         ({"dropout": True}, TypeError, "dropout"),
         ({"dtype": torch.int8}, TypeError, "dtype: .*int8"),
-        ({"save": "h"}, ValueError, "save"),
         ({"backend": "tpu"}, ValueError, "backend"),
     ],
 )
@@ -229,15 +228,14 @@ def test_identity_runs_gemms_and_nothing_else(base):
 
 
 @pytest.mark.parametrize("alpha_t", [1.0, 0.0])
-@pytest.mark.parametrize("save", ["z", "nothing"])
-def test_what_is_saved_does_not_depend_on_alpha_t(alpha_t, save):
-    layer = trained(nn.Linear(12, 10), save=save)
+def test_what_is_saved_does_not_depend_on_alpha_t(alpha_t):
+    layer = trained(nn.Linear(12, 10))
     layer.set_alpha_t(alpha_t)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(torch.randn(7, 12, requires_grad=True))
     shapes = [tuple(t.shape) for t in saved]
-    assert ((7, 4) in shapes) == (save == "z")
+    assert shapes.count((7, 4)) == 1  # z
     assert (7, 10) not in shapes
     assert len([t for t in saved if t.numel() == 7 * 12]) == 1  # x itself, once
 

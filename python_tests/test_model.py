@@ -123,13 +123,13 @@ def test_names_match_whole_components(model):
 def test_options_reach_the_layers(model):
     afa.inject(
         model, ["query"], r=3, lora_alpha=6, activation="gelu", dropout=0.1, use_rslora=True,
-        dtype=torch.float64, save="nothing", backend="torch",
+        dtype=torch.float64, backend="torch",
     )  # fmt: skip
     layer = model.blocks[0].query
     assert (layer.r, layer.lora_alpha, layer.activation, layer.dropout) == (3, 6, "gelu", 0.1)
     assert layer.use_rslora and layer.scaling == pytest.approx(6 / 3**0.5)
     assert layer.lora_a.dtype == torch.float64
-    assert (layer.save, layer.backend) == ("nothing", "torch")
+    assert layer.backend == "torch"
     assert not layer.training  # as the base was
 
 

@@ -93,4 +93,4 @@ def test_random_problems():
         threshold = draw.choice((0, 0, 64))
         seed = torch.tensor(case) if threshold else None
         spec = Spec(draw.choice(list(ACTIVATIONS)), 1.5, threshold)
-        check(operands, spec, seed=seed, alpha_t=draw.choice((0.0, 0.3, 1.0)), recompute=draw.random() < 0.5)
+        check(operands, spec, seed=seed, alpha_t=draw.choice((0.0, 0.3, 1.0)))

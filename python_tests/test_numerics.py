@@ -104,7 +104,7 @@ def test_dropout(backend, device, poisoned_memory, dtype, p):
 def test_identity(backend, device, poisoned_memory, dtype, r):
     problem = Problem.random(35, 88, 40, r, dtype, device)
     assert_backend_matches(backend, problem, 0.0, scaling=1.7)
-    assert_backend_matches(backend, problem, 0.0, dropout_p=0.25, dropout_seed=3, save="nothing")
+    assert_backend_matches(backend, problem, 0.0, dropout_p=0.25, dropout_seed=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
@@ -175,17 +175,6 @@ def test_base_as_an_expanded_row(backend, device, widest):
         for base in (row, row.contiguous())
     )
     assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_recomputing_z_changes_no_bit(backend, device, dtype):
-    problem = Problem.random(41, 72, 48, 16, dtype, device)
-    takes(backend, problem)
-    options = {"alpha_t": 0.7, "backend": backend, "dropout_p": 0.25, "dropout_seed": 11}
-    saved = run(lambda **t: afa.afa_lora(**t, **options), problem, LORA)
-    recomputed = run(lambda **t: afa.afa_lora(**t, **options, save="nothing"), problem, LORA)
-    for what in saved:
-        assert torch.equal(saved[what], recomputed[what]), what
 
 
 def test_two_runs_agree_to_the_bit(backend, device):

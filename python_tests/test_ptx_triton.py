@@ -141,7 +141,7 @@ def ragged_call(lora_a, lora_b, **tensors):
     """Two groups with the same A and B, and an empty one."""
     a, b = (torch.stack([t] * 3) for t in (lora_a, lora_b))
     offsets = torch.tensor([70, 70, 130], dtype=torch.int32)
-    return afa.afa_lora_grouped(**tensors, offsets=offsets, lora_a=a, lora_b=b, alpha_t=0.4, backend="triton")
+    return afa.afa_lora(**tensors, offsets=offsets, lora_a=a, lora_b=b, alpha_t=0.4, backend="triton")
 
 
 def faulty(machine, edit, call=lone_call) -> bool:

@@ -7,15 +7,13 @@ import torch
 import torch._dynamo.testing
 from conftest import skip_where_torch_reads_past_rows
 from helpers import eager, mask_and_p, poisoned_memory, relative_error
-from ragged_helpers import BACKENDS, OF_BRANCH, OF_LINEAR, Ragged, alone, takes_ragged
+from ragged_helpers import BACKENDS, OF_BRANCH, OF_LINEAR, Owners, Ragged, alone, takes_ragged
 
 import afa_kernels as afa
 from afa_kernels import torch_private
 from afa_kernels.activation import IDENTITY
-from afa_kernels.backend import group_loop, oracle, torch_ragged
-from afa_kernels.backend.registry import Groups
+from afa_kernels.backend import frozen, oracle, torch_ops
 from afa_kernels.options import Spec
-from afa_kernels.ragged import frozen
 from bench.memory import allocations
 
 pytestmark = pytest.mark.fast
@@ -39,9 +37,8 @@ def name(request) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("save", ["z", "nothing"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_each_group_is_a_call_of_its_own(name, dtype, save):
+def test_each_group_is_a_call_of_its_own(name, dtype):
     """To the bit, but for torch's GEMMs: the bits of those depend on where their operands lie in memory."""
 
     def same(got, want, what):
@@ -51,7 +48,7 @@ def test_each_group_is_a_call_of_its_own(name, dtype, save):
             torch.testing.assert_close(got, want, msg=str(what))
 
     p = Ragged.random(SIZES, 70, 50, 9, dtype, adapter_dtype=torch.float32)
-    got = p.run(p.lora, OF_BRANCH, backend=name, save=save)
+    got = p.run(p.lora, OF_BRANCH, backend=name)
     for group, rows in p.runs():
         rank = int(p.ranks[group])
         if rows.start == rows.stop:
@@ -171,15 +168,6 @@ def test_identity_is_the_two_products(name):
             torch.testing.assert_close(got["x"][rows], p.dy[rows] @ w, rtol=1e-4, atol=1e-4)
 
 
-def test_saving_nothing_changes_no_bit(name):
-    p = Ragged.random(SIZES, 30, 20, 3, torch.bfloat16)
-    kept, recomputed = (
-        p.run(p.linear, OF_LINEAR, backend=name, save=save, dropout_p=0.2, dropout_seed=1) for save in ("z", "nothing")
-    )
-    for what, value in kept.items():
-        assert torch.equal(value, recomputed[what]), what
-
-
 def test_the_base_is_accumulated_into_where_asked(name):
     p = Ragged.random(SIZES, 30, 20, 3, tail=2)
     want = p.run(p.lora, OF_BRANCH, backend=name)
@@ -226,7 +214,7 @@ def test_compiles_once_for_all_offsets():
 
     def function(offsets, x, weight, bias, lora_a, lora_b):
         options = {"scaling": 2.0, "dropout_p": 0.2, "dropout_seed": 5}
-        return afa.afa_linear_grouped(x, offsets, weight, bias, lora_a, lora_b, alpha_t, **options)
+        return afa.afa_linear(x, weight, bias, lora_a, lora_b, alpha_t, offsets=offsets, **options)
 
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     for sizes in ((8, 0, 20, 4), (0, 0, 32, 0), (1, 1, 1, 29), (10, 2, 3, 4)):
@@ -255,22 +243,22 @@ def test_autocast_rounds_as_it_does_elsewhere(name):
 
 
 BAD = {
-    "offsets decrease": ({"offsets": torch.tensor([3, 2, 6]).int()}, ValueError, r"offsets: .*got 2 for group 1"),
+    "offsets decrease": ({"offsets": torch.tensor([3, 2, 6]).int()}, ValueError, r"offsets: .*got 2 for owner 1"),
     "offsets beyond x": (
         {"offsets": torch.tensor([1, 2, 7]).int()},
         ValueError,
-        r"offsets: .*0 to 6.*got 7 for group 2",
+        r"offsets: .*0 to 6.*got 7 for owner 2",
     ),
-    "offsets below 0": ({"offsets": torch.tensor([-1, 2, 6]).int()}, ValueError, r"offsets: .*got -1 for group 0"),
+    "offsets below 0": ({"offsets": torch.tensor([-1, 2, 6]).int()}, ValueError, r"offsets: .*got -1 for owner 0"),
     "offsets of int64": ({"offsets": torch.tensor([1, 2, 6])}, TypeError, "offsets: expected int32, got int64"),
     "offsets of other groups": ({"offsets": torch.tensor([1, 6]).int()}, ValueError, r"offsets: .*\(3,\).*got \(2,\)"),
     "offsets a list": ({"offsets": [1, 2, 6]}, TypeError, "offsets: expected a torch.Tensor, got list"),
-    "ranks above r": ({"ranks": torch.tensor([1, 3, 2]).int()}, ValueError, "ranks: .*0 to 2, got 3 for group 1"),
+    "ranks above r": ({"ranks": torch.tensor([1, 3, 2]).int()}, ValueError, "ranks: .*0 to 2, got 3 for owner 1"),
     "ranks of float": ({"ranks": torch.ones(3)}, TypeError, "ranks: expected int32, got float32"),
-    "alpha_t above 1": ({"alpha_t": torch.tensor([0, 0.5, 1.5])}, ValueError, "alpha_t: .*1.0, got 1.5 for group 2"),
+    "alpha_t above 1": ({"alpha_t": torch.tensor([0, 0.5, 1.5])}, ValueError, "alpha_t: .*1.0, got 1.5 for owner 2"),
     "alpha_t of other groups": ({"alpha_t": torch.ones(2)}, ValueError, r"alpha_t: expected shape \(3,\)"),
     "scaling NaN": ({"scaling": torch.tensor([1, float("nan"), 1])}, ValueError, "scaling: expected finite"),
-    "a without groups": ({"lora_a": torch.ones(2, 8)}, ValueError, r"lora_a: expected shape \(groups, r, 8\)"),
+    "a without groups": ({"lora_a": torch.ones(2, 8)}, ValueError, r"lora_a: expected shape \(owners, r, 8\)"),
     "b of other r": ({"lora_b": torch.ones(3, 5, 3)}, ValueError, r"lora_b: expected shape \(3, out_features, 2\)"),
     "x of three dimensions": ({"x": torch.ones(1, 6, 8)}, ValueError, r"x: expected shape \(rows, in_features\)"),
     "weight of other groups": ({"weight": torch.ones(2, 5, 8)}, ValueError, r"weight: expected shape \(3, 5, 8\)"),
@@ -297,7 +285,7 @@ def test_bad_input_is_named(change, error, message):
         "alpha_t": 0.5,
     }
     with pytest.raises(error, match=message):
-        afa.afa_linear_grouped(**(good | change))
+        afa.afa_linear(**(good | change))
 
 
 def test_nothing_of_the_size_of_all_weights_is_allocated(name):
@@ -335,10 +323,10 @@ def test_plan_names_the_way_of_the_frozen_part(monkeypatch):
     def plan(p, **options):
         return afa.plan(p.x, p.lora_a, p.lora_b, p.alpha_t, offsets=p.offsets, scaling=p.scaling, **options)
 
-    assert plan(even, weight=even.weight).frozen == ": ".join(frozen.EQUAL)
+    assert plan(even, weight=even.weight).frozen == ": ".join(frozen.LOOP)
     assert plan(even, weight=even.weight[0]).frozen == ": ".join(frozen.SHARED)
     pairs = Ragged.random((4, 5, 6, 3), 32, 24, 4)
-    assert plan(pairs, weight=pairs.weight[:2]).frozen == ": ".join(frozen.EQUAL)
+    assert plan(pairs, weight=pairs.weight[:2]).frozen == ": ".join(frozen.LOOP)
     assert plan(even).frozen == "" and plan(even).path == "fused" and plan(even, backend="torch").backend == "torch"
     assert afa.plan(even.x, even.lora_a, even.lora_b, 0.0, offsets=even.offsets).path == "gemm"
     monkeypatch.setattr(frozen.torch_private, "has_fast_gemm", lambda dtype: True)
@@ -358,34 +346,30 @@ def test_plan_names_the_way_of_the_frozen_part(monkeypatch):
 @pytest.mark.parametrize("grouped_mm", [None, len], ids=["without", "with"])
 def test_a_torch_without_grouped_mm_multiplies_in_loops_on_a_gpu(monkeypatch, grouped_mm):
     monkeypatch.setattr(torch_private, "_grouped_mm", grouped_mm)
-    for sizes, way in (((4, 5, 6), frozen.LOOP), ((5, 5, 5), frozen.EQUAL)):
-        p = Ragged.random(sizes, 24, 16, 8)
-        rows = SimpleNamespace(is_cpu=False, dtype=torch.bfloat16, shape=p.x.shape)
-        assert frozen.way_of(rows, p.offsets, p.weight.mT) is (way if grouped_mm is None else frozen.GROUPED)
+    p = Ragged.random((4, 5, 6), 24, 16, 8)
+    rows = SimpleNamespace(is_cpu=False, dtype=torch.bfloat16, shape=p.x.shape)
+    assert frozen.way_of(rows, p.weight.mT) is (frozen.LOOP if grouped_mm is None else frozen.GROUPED)
 
 
 @pytest.mark.skipif(not torch_private.has_grouped_mm(), reason="needs grouped_mm")
 @pytest.mark.parametrize("dropout", [0, 80])
 @pytest.mark.parametrize("identity", [False, True])
-def test_the_products_of_a_gpu_on_cpu_tensors(identity, dropout):
+def test_the_products_of_a_gpu_on_cpu_tensors(identity, dropout, monkeypatch):
     """The ``torch`` backend takes torch's grouped_mm on GPUs; torch runs that on a CPU too."""
     p = Ragged.random(SIZES, 24, 16, 8, tail=3, ranks=[8, 8, 3, 5, 0, 1])
-    groups = Groups(p.offsets, p.ranks, None if identity else p.alpha_t, p.scaling)
+    own = Owners(p.offsets, p.ranks, None if identity else p.alpha_t, p.scaling)
     spec, seed = Spec(IDENTITY if identity else "silu", 1.5, dropout), torch.tensor(4)
     results = []
-    for forward, backward, to in (
-        (torch_ragged.forward, torch_ragged.backward, torch.float32),
-        (lambda *a, **o: group_loop.forward(oracle.forward, *a, **o),
-         lambda *a, **o: group_loop.backward(oracle.backward, *a, **o), torch.float64),
-    ):  # fmt: skip
+    monkeypatch.setattr(torch_ops, "_forward_in_loop", torch_ops._forward_grouped)
+    monkeypatch.setattr(torch_ops, "_backward_in_loop", torch_ops._backward_grouped)
+    for backend, to in ((torch_ops, torch.float32), (oracle, torch.float64)):
         x, a, b, base, dy = (t.to(to) for t in (p.x, p.lora_a, p.lora_b, p.base, p.dy))
         out = torch.full_like(base, float("nan"))
-        z = forward(x, a, b, groups, seed, spec, base=base, out=out, save_z=True)
+        z = backend.forward(x, a, b, own.alpha_t, seed, spec, own.rows, base=base, out=out, save_z=True)
         needs = {"need_dx": True, "need_da": True, "need_db": True}
-        kept = backward(dy, x, a, b, groups, z, seed, spec, **needs)
-        again = backward(dy, x, a, b, groups, None, seed, spec, **needs)
+        call = (dy, x, a, b, z, own.alpha_t, seed, spec, own.rows)
         into = base.new_full(x.shape, 2.0)
-        assert backward(dy, x, a, b, groups, z, seed, spec, **needs, dx=into)[0] is into
-        results.append((out, z, *kept, *again, into))
+        assert backend.backward(*call, **needs, dx=into)[0] is into
+        results.append((out, z, *backend.backward(*call, **needs), into))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)

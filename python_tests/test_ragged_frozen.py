@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import afa_kernels as afa
 from afa_kernels import torch_private
-from afa_kernels.ragged import frozen
+from afa_kernels.backend import frozen
+from afa_kernels.backend.registry import Rows
 
 pytestmark = pytest.mark.skipif(not torch_private.has_grouped_mm(), reason="needs grouped_mm")
 
@@ -30,20 +31,13 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_product_comes_first_and_nothing_behind_the_branch(on_device):
+def test_the_product_comes_first(on_device):
     dy, weight = torch.randn(7, 16), torch.randn(2, 16, 24)
-    offsets, results = torch.tensor([3, 7], dtype=torch.int32), []
-
-    def branch(dx):
-        operations.names.append("branch")
-        results.append(dx)
-        return dx, "da", "db"
-
+    rows = Rows(torch.tensor([3, 7], dtype=torch.int32), None, None)
     with Operations() as operations:
         backend = SimpleNamespace(gemm_first=lambda *_: False)
-        dx, da, db = frozen.backward(backend, None, dy, offsets, weight, branch)
-    assert operations.names[-1] == "branch" and "_grouped_mm" in operations.names
-    assert dx is results[0] and (da, db) == ("da", "db")
+        dx = frozen.begin_backward(backend, None, dy, weight, rows)
+    assert "_grouped_mm" in operations.names
     torch.testing.assert_close(dx, torch.cat([dy[:3] @ weight[0], dy[3:] @ weight[1]]))
 
 
@@ -54,7 +48,7 @@ def test_no_rows_are_multiplied(on_device, monkeypatch):
     leaves = [torch.randn(*shape, requires_grad=True) for shape in shapes]
     x, weight, bias, a, b = leaves
     offsets = torch.zeros(2, dtype=torch.int32)
-    y = afa.afa_linear_grouped(x, offsets, weight, bias, a, b, 0.4)
+    y = afa.afa_linear(x, weight, bias, a, b, 0.4, offsets=offsets)
     gradients = torch.autograd.grad(y, leaves, y.detach())
     for leaf, gradient in zip(leaves, gradients, strict=True):
         assert gradient.shape == leaf.shape and not gradient.any()
@@ -75,7 +69,7 @@ def test_every_backend_of_a_gpu_adds_to_the_product(on_device, monkeypatch, back
         leaves = [t.bfloat16().to(dtype).requires_grad_() for t in (x, a, b)]
         own = {"ranks": ranks, "dropout_p": dropout_p, "dropout_seed": 77, "backend": name}
         frozen_part = weight.bfloat16().to(dtype), None
-        y = afa.afa_linear_grouped(leaves[0], offsets, *frozen_part, *leaves[1:], 0.4, **own)
+        y = afa.afa_linear(leaves[0], *frozen_part, *leaves[1:], 0.4, offsets=offsets, **own)
         return torch.autograd.grad(y, leaves, dy.bfloat16().to(dtype))
 
     got = gradients(backend, torch.bfloat16)

@@ -6,11 +6,13 @@ import pytest
 import torch
 from helpers import run_on_isa
 from native_helpers import DTYPES, ISAS, NAN, assert_accurate
+from ragged_helpers import Owners
 
 from afa_kernels.activation import ACTIVATIONS, IDENTITY
-from afa_kernels.backend import cpu, group_loop, oracle, torch_ops
-from afa_kernels.backend.registry import Groups
+from afa_kernels.backend import cpu, oracle, torch_ops
+from afa_kernels.backend.registry import Rows
 from afa_kernels.options import Spec
+from afa_kernels.reference import owners
 
 pytestmark = [
     pytest.mark.fast,
@@ -43,7 +45,7 @@ class Problem:
         self.b = stacked(normal(groups, n, r, scale=r**-0.5).to(factors), draw.choice(ORDERS))
         self.activation = draw.choice((*ACTIVATIONS, IDENTITY))
         alphas = torch.rand(groups, generator=generator) if draw.random() < 0.5 else torch.tensor(0.3).expand(groups)
-        self.groups = Groups(
+        self.groups = Owners(
             torch.tensor(sizes).cumsum(0).int(),
             torch.tensor([draw.choice((0, r // 2, r - 1, r)) for _ in sizes]).int() if draw.random() < 0.5 else None,
             None if self.activation == IDENTITY else alphas,
@@ -52,9 +54,8 @@ class Problem:
         self.spec = Spec(self.activation, 1.5, draw.choice((0, 0, 64)))
         self.seed = torch.tensor(seed)
         self.base_is = draw.choice(("absent", "given", "out"))
-        self.recompute = draw.random() < 0.5
 
-    def run(self, backend, *, threads=2, to=None, recompute=None):
+    def run(self, backend, *, threads=2, to=None):
         """Return y, z, dx, da, db; the output and the memory of the gradients are poisoned first."""
         x, dy, base = (t if to is None else t.to(to) for t in (self.x, self.dy, self.base))
         a, b = (t if to is None else t.to(self.x.dtype).to(to) for t in (self.a, self.b))
@@ -64,10 +65,9 @@ class Problem:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            branch = (self.groups, self.seed, self.spec)
-            z = backend.ragged_forward(x, a, b, *branch, base=base, out=out, save_z=True)
-            kept = None if (self.recompute if recompute is None else recompute) else z
-            gradients = backend.ragged_backward(dy, x, a, b, self.groups, kept, self.seed, self.spec, **needs)
+            call = (self.groups.alpha_t, self.seed, self.spec, self.groups.rows)
+            z = backend.forward(x, a, b, *call, base=base, out=out, save_z=True)
+            gradients = backend.backward(dy, x, a, b, z, *call, **needs)
         finally:
             torch.set_num_threads(before)
         return out, z, *gradients
@@ -94,9 +94,9 @@ class Problem:
         truth = self.run(oracle.BACKEND, to=torch.float64)
         got = self.run(cpu)
         assert_accurate(got, self.by_torch(truth), truth, self.x.dtype, self.describe())
-        for threads, recompute in ((1, False), (3, True)):
-            for one, other in zip(got, self.run(cpu, threads=threads, recompute=recompute), strict=True):
-                assert torch.equal(one, other), (threads, recompute, self.describe())
+        for threads in (1, 3):
+            for one, other in zip(got, self.run(cpu, threads=threads), strict=True):
+                assert torch.equal(one, other), (threads, self.describe())
 
     def describe(self):
         return self.seed, self.x.shape, self.b.shape, self.a.dtype, self.groups, self.spec, self.base_is
@@ -145,16 +145,16 @@ def test_each_group_has_the_bits_of_a_call_of_its_own(dtype):
     draw = random.Random(1)
     p = Problem(draw, (5, 0, 400, 1, 70, 6, 48, 49), 530, 140, 12, dtype, 2)
     p.spec, p.base_is = p.spec._replace(dropout=0), "given"
-    out, z, dx, da, db = p.run(cpu, recompute=False)
-    for group, rows in group_loop.runs(p.groups.offsets):
+    out, z, dx, da, db = p.run(cpu)
+    for group, rows, *_ in owners(p.groups.rows, 12, None, p.spec):
         others = [None if values is None else values[group : group + 1] for values in p.groups[1:]]
-        one = Groups(torch.tensor([rows.stop - rows.start]).int(), *others)
+        one = Owners(torch.tensor([rows.stop - rows.start]).int(), *others)
         alone = object.__new__(Problem)
         vars(alone).update(vars(p) | {
             "x": p.x[rows], "dy": p.dy[rows], "base": p.base[rows], "groups": one,
             "a": p.a[group : group + 1], "b": p.b[group : group + 1],
         })  # fmt: skip
-        want = alone.run(cpu, recompute=False)
+        want = alone.run(cpu)
         for got, value in zip((out[rows], z[rows], dx[rows], da[group], db[group]), want, strict=True):
             assert torch.equal(got, value.view_as(got)), group
 
@@ -165,8 +165,9 @@ def test_a_rank_below_r_leaves_gaps_in_db():
     offsets, needs = torch.tensor([20, 40]).int(), {"need_dx": False, "need_da": False, "need_db": True}
 
     def db(ranks, a, b):
-        groups = Groups(offsets, ranks, torch.full((2,), 0.5), None)
-        return cpu.ragged_backward(dy, x, a, b, groups, None, None, Spec("silu", 1.0), **needs)[2]
+        call = (torch.full((2,), 0.5), None, Spec("silu", 1.0), Rows(offsets, ranks, None))
+        z = cpu.forward(x, a, b, *call, base=None, out=torch.empty_like(dy), save_z=True)
+        return cpu.backward(dy, x, a, b, z, *call, **needs)[2]
 
     wide = db(torch.tensor([4, 4]).int(), a, b)
     assert torch.equal(wide[..., :4], db(None, a[:, :4].contiguous(), b[..., :4].contiguous()))
@@ -176,11 +177,12 @@ def test_a_rank_below_r_leaves_gaps_in_db():
 def test_dx_is_accumulated_into():
     p = Problem(random.Random(3), (5, 0, 60, 9), 64, 48, 6, torch.float32, 3)
     p.spec, p.groups = p.spec._replace(dropout=0), p.groups._replace(ranks=torch.tensor([3, 1, 6, 0]).int())
-    _, _, dx, _, _ = p.run(cpu)
+    _, z, dx, _, _ = p.run(cpu)
     start = torch.randn_like(dx)
     into = start.clone()
     needs = {"need_dx": True, "need_da": False, "need_db": False}
-    got, da, db = cpu.ragged_backward(p.dy, p.x, p.a, p.b, p.groups, None, None, p.spec, dx=into, **needs)
+    call = (p.groups.alpha_t, None, p.spec, p.groups.rows)
+    got, da, db = cpu.backward(p.dy, p.x, p.a, p.b, z, *call, dx=into, **needs)
     assert got is into and da is None and db is None
     torch.testing.assert_close(into, start + dx)
     assert torch.equal(into[65:], start[65:]), "rows without a branch were written"
@@ -211,14 +213,15 @@ def test_strided_rows_and_base():
 )
 def test_the_module_leaves_no_tensor_whoever_calls(change, message):
     x, a, b, out = torch.randn(9, 8), torch.randn(3, 2, 8), torch.randn(3, 5, 2), torch.empty(9, 5)
-    groups = Groups(torch.tensor([4, 5, 9]).int(), None, torch.ones(3), None)._replace(**change)
+    groups = Owners(torch.tensor([4, 5, 9]).int(), None, torch.ones(3), None)._replace(**change)
     with pytest.raises(ValueError, match=message):
-        cpu.ragged_forward(x, a, b, groups, None, Spec("silu", 1.0), base=None, out=out, save_z=False)
+        cpu.forward(x, a, b, groups.alpha_t, None, Spec("silu", 1.0), groups.rows, base=None, out=out, save_z=False)
 
 
 def test_all_shapes_are_checked_by_the_module():
     x, a, b, out = torch.randn(9, 8), torch.randn(3, 2, 8), torch.randn(3, 5, 2), torch.empty(9, 5)
-    groups = Groups(torch.tensor([4, 5, 9]).int(), None, torch.ones(3), None)
+    groups = Owners(torch.tensor([4, 5, 9]).int(), None, torch.ones(3), None)
     for operands in ((x, a[:2], b), (x, a[:, :1], b), (x, a[..., :7], b), (x, a[0], b), (x, a, b[0])):
         with pytest.raises(ValueError, match="expected"):
-            cpu.ragged_forward(*operands, groups, None, Spec("silu", 1.0), base=None, out=out, save_z=False)
+            call = (groups.alpha_t, None, Spec("silu", 1.0), groups.rows)
+            cpu.forward(*operands, *call, base=None, out=out, save_z=False)

@@ -7,9 +7,10 @@ from conftest import SIMULATED, skip_unless_available
 from helpers import poisoned_memory
 from ragged_calls import assert_rounded_with_dx, random_problem
 from ragged_gpu_problems import RaggedProblem
+from ragged_helpers import Owners
 
 import afa_kernels as afa
-from afa_kernels.backend.registry import Call, Groups
+from afa_kernels.backend.registry import Call
 from afa_kernels.backend.triton import backend
 from afa_kernels.options import Spec
 
@@ -59,15 +60,15 @@ def operands(sizes, behind, k, n, r, dtype=torch.float32):
     offsets = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     x, dy = torch.randn(rows, k, dtype=dtype), torch.randn(rows, n, dtype=dtype)
     a, b = torch.randn(groups, r, k, dtype=dtype), torch.randn(groups, n, r, dtype=dtype)
-    return x, dy, a * k**-0.5, b * r**-0.5, Groups(offsets, None, torch.full((1,), 0.3).expand(groups), None)
+    return x, dy, a * k**-0.5, b * r**-0.5, Owners(offsets, None, torch.full((1,), 0.3).expand(groups), None)
 
 
 def forward_and_backward(x, dy, a, b, groups):
     spec = Spec("silu", 2.0)
     y = torch.full_like(dy, torch.nan)
-    z = backend.ragged_forward(x, a, b, groups, None, spec, base=None, out=y, save_z=True)
+    z = backend.BACKEND.forward(x, a, b, groups.alpha_t, None, spec, groups.rows, base=None, out=y, save_z=True)
     needs = {"need_dx": True, "need_da": True, "need_db": True}
-    return y, z, *backend.ragged_backward(dy, x, a, b, groups, z, None, spec, **needs)
+    return y, z, *backend.BACKEND.backward(dy, x, a, b, z, groups.alpha_t, None, spec, groups.rows, **needs)
 
 
 # Names of the kernels of a forward and a backward, by whether the rows fill the device.
@@ -139,7 +140,9 @@ def test_offsets_that_break_their_contract_write_nothing_outside():
     for offsets in ((100, 7, 2000), (-50, 20, 10), (30, 10, -1), (2**31 - 1, -(2**31), 40)):
         broken = groups._replace(offsets=torch.tensor(offsets, dtype=torch.int32))
         out = around[10:50]
-        z = backend.ragged_forward(x, a, b, broken, None, Spec("silu", 2.0), base=None, out=out, save_z=True)
+        z = backend.BACKEND.forward(
+            x, a, b, broken.alpha_t, None, Spec("silu", 2.0), broken.rows, base=None, out=out, save_z=True
+        )
         assert z.shape == (40, 16) and around[:10].isnan().all() and around[50:].isnan().all()
 
 
@@ -154,18 +157,20 @@ def test_the_factor_of_dz_is_that_of_a_scaling_for_all_groups(scaling):
             spec = Spec("silu", scaling if each is None else 1.0, threshold)
             needs = {"need_dx": True, "need_da": True, "need_db": True}
             own = groups._replace(scaling=each)
-            results.append(backend.ragged_backward(dy, x, a, b, own, None, seed, spec, **needs))
+            call = (own.alpha_t, seed, spec, own.rows)
+            z = backend.BACKEND.forward(x, a, b, *call, base=None, out=torch.empty_like(dy), save_z=True)
+            results.append(backend.BACKEND.backward(dy, x, a, b, z, *call, **needs))
         for one, other in zip(*results, strict=True):
             assert torch.equal(one, other)
 
 
 def test_too_many_groups_are_refused_with_the_reason():
-    call = Call("cpu", torch.float32, 8, 8, 8, 8, "silu", groups=5000)
-    assert "5000 groups" in backend.BACKEND.refuses(call)
-    assert backend.BACKEND.refuses(call._replace(groups=4000)) is None
+    call = Call("cpu", torch.float32, 8, 8, 8, 8, "silu", owners=5000)
+    assert "5000 owners" in backend.BACKEND.refuses(call)
+    assert backend.BACKEND.refuses(call._replace(owners=4000)) is None
 
 
 def test_a_rank_that_is_too_large_is_refused():
     x, dy, a, b, groups = operands((3, 4), 0, 8, 8, 200)
     with pytest.raises(afa.BackendUnavailable, match="rank 200 is above 128"):
-        afa.afa_lora_grouped(x, groups.offsets, a, b, 0.5, backend="triton")
+        afa.afa_lora(x, a, b, 0.5, offsets=groups.offsets, backend="triton")

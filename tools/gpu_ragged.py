@@ -43,16 +43,16 @@ def step(
     options = {"scaling": 1.5, "dropout_p": dropout_p, "dropout_seed": 11, "ranks": ranks, "backend": backend}
     if frozen:
         weight = draw(groups, n, k, scale=k**-0.5)
-        y = afa.afa_linear_grouped(x, offsets, weight, None, a, b, alpha_t, **options)
+        y = afa.afa_linear(x, weight, None, a, b, alpha_t, offsets=offsets, **options)
     else:
-        y = afa.afa_lora_grouped(x, offsets, a, b, alpha_t, base=base, **options)
+        y = afa.afa_lora(x, a, b, alpha_t, offsets=offsets, base=base, **options)
     return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
 
 def check_ragged(context: Context) -> Outcome:
     """Compare with float64, to twice the error of torch in the same dtype plus one rounding, and each backend with
     itself."""
-    backends = [name for name in context.backends if registry.get(name).ragged_forward is not None]
+    backends = [name for name in context.backends if registry.get(name).takes_owners]
     if not backends:
         return Outcome.absent(f"none of {', '.join(context.backends)} takes rows sorted by group")
     rows = []

@@ -21,7 +21,7 @@ TEMPLATES = ROOT / "tools/hub"
 PACKAGE = ROOT / "afa_kernels"
 NAME = "afa_kernels"
 # What the kernel offers; the modules that these import follow.
-ROOTS = ("functional", "plan", "ragged", "backend.oracle", "backend.torch_ops", "backend.triton.backend")
+ROOTS = ("functional", "plan", "backend.oracle", "backend.torch_ops", "backend.triton.backend")
 # The name of the module that kernel-builder adds, with the namespace of the operators.
 GENERATED = "_ops"
 OURS = "operators"  # what afa_kernels/_ops.py is called there

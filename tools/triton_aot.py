@@ -18,8 +18,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from afa_kernels.backend.registry import Groups
 from afa_kernels.backend.triton import launch, passes
+from afa_kernels.backend.triton.backend import Groups
 from afa_kernels.backend.triton.configs import Device, Tiles
 from afa_kernels.backend.triton.launch import Launch
 from afa_kernels.backend.triton.ragged_launch import RaggedContext

@@ -1,7 +1,7 @@
 """The ``cpu`` backend: the native kernels of csrc/cpu.
 
-The forward passes once over x and once over y, the backward once over dY and once over x; layers of a group share the
-passes over x, and rows that are sorted by group are one call. Threads follow ``torch.get_num_threads()``, and no result
+The forward passes once over x and once over y, the backward once over dY and once over x; layers that share x share the
+passes over it, and rows by owner are one call. Threads follow ``torch.get_num_threads()``, and no result
 depends on their number.
 """
 
@@ -60,18 +60,20 @@ def _gemm_first(spec: Spec, dtype: torch.dtype, backward: bool) -> bool:
     return not backward or not (spec.dropout or dtype == torch.float32)
 
 
-def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
-    z = torch.empty((x.shape[0], a.shape[0]), dtype=x.dtype) if save_z else None
+def forward(x, a, b, alpha_t, seed, spec, rows=None, *, base, out, save_z):
+    z = torch.empty((x.shape[0], a.shape[-2]), dtype=x.dtype) if save_z else None
     activation, scaling, dropout = spec
-    native._C.cpu_forward(
-        x, a, b, alpha_t, seed, COMPILED_IDS[activation], dropout, scaling, torch.get_num_threads(), base, out, z
-    )
+    results = (COMPILED_IDS[activation], dropout, scaling, torch.get_num_threads(), base, out, z)
+    if rows is None:
+        native._C.cpu_forward(x, a, b, alpha_t, seed, *results)
+    else:
+        native._C.cpu_ragged_forward(x, a, b, rows.offsets, rows.ranks, alpha_t, rows.scaling, seed, *results)
     return z
 
 
 def _memory(x, a, b, z, dx, need_dx, need_da, need_db):
     """Return z as the kernels take it, and what dx, dA and dB are written to; None: not wanted."""
-    if z is not None and not z.is_contiguous():
+    if not z.is_contiguous():
         z = z.contiguous()
     if need_dx and dx is None:
         dx = torch.empty(x.shape, dtype=x.dtype)
@@ -80,14 +82,17 @@ def _memory(x, a, b, z, dx, need_dx, need_da, need_db):
     return z, dx, da, db
 
 
-def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db, dx=None):
+def backward(dy, x, a, b, z, alpha_t, seed, spec, rows=None, *, need_dx, need_da, need_db, dx=None):
     accumulate_dx = dx is not None
     z, dx, da, db = _memory(x, a, b, z, dx, need_dx, need_da, need_db)
     activation, scaling, dropout = spec
-    native._C.cpu_backward(
-        x, a, b, alpha_t, seed, COMPILED_IDS[activation], dropout, scaling, torch.get_num_threads(),
-        dy, z, dx, da, db, accumulate_dx,
+    results = (
+        COMPILED_IDS[activation], dropout, scaling, torch.get_num_threads(), dy, z, dx, da, db, accumulate_dx,
     )  # fmt: skip
+    if rows is None:
+        native._C.cpu_backward(x, a, b, alpha_t, seed, *results)
+    else:
+        native._C.cpu_ragged_backward(x, a, b, rows.offsets, rows.ranks, alpha_t, rows.scaling, seed, *results)
     return dx, da, db
 
 
@@ -110,33 +115,12 @@ def group_backward(dys, x, members, zs, *, need_dx, need_da, need_db, dx=None):
     accumulate_dx = dx is not None
     das, dbs, fields = [], [], []
     for i, (a, b, alpha_t, spec) in enumerate(members):
-        z = None if zs is None else zs[i]
-        z, dx, da, db = _memory(x, a, b, z, dx, need_dx, need_da[i], need_db[i])
+        z, dx, da, db = _memory(x, a, b, zs[i], dx, need_dx, need_da[i], need_db[i])
         das.append(da)
         dbs.append(db)
         fields.append((a, b, alpha_t, COMPILED_IDS[spec.activation], spec.scaling, dys[i], z, da, db))
     native._C.cpu_group_backward(x, torch.get_num_threads(), tuple(fields), dx, accumulate_dx)
     return dx, das, dbs
-
-
-def ragged_forward(x, a, b, groups, seed, spec, *, base, out, save_z):
-    z = torch.empty((x.shape[0], a.shape[1]), dtype=x.dtype) if save_z else None
-    activation, scaling, dropout = spec
-    native._C.cpu_ragged_forward(
-        x, a, b, *groups, seed, COMPILED_IDS[activation], dropout, scaling, torch.get_num_threads(), base, out, z
-    )
-    return z
-
-
-def ragged_backward(dy, x, a, b, groups, z, seed, spec, *, need_dx, need_da, need_db, dx=None):
-    accumulate_dx = dx is not None
-    z, dx, da, db = _memory(x, a, b, z, dx, need_dx, need_da, need_db)
-    activation, scaling, dropout = spec
-    native._C.cpu_ragged_backward(
-        x, a, b, *groups, seed, COMPILED_IDS[activation], dropout, scaling, torch.get_num_threads(),
-        dy, z, dx, da, db, accumulate_dx,
-    )  # fmt: skip
-    return dx, da, db
 
 
 BACKEND = Backend(
@@ -151,6 +135,4 @@ BACKEND = Backend(
     group_forward=group_forward,
     group_backward=group_backward,
     refuses_group=_refuses_group,
-    ragged_forward=ragged_forward,
-    ragged_backward=ragged_backward,
 )

@@ -159,7 +159,6 @@ class _Kernels:
         return zs if save_z else None
 
     def group_backward(self, dys, x, members, zs, *, need_dx, need_da, need_db):
-        zs = [None] * len(members) if zs is None else zs
         return self._backward(dys, x, members, zs, None, 0, need_dx, need_da, need_db)
 
     def launches(self, call: Call) -> list[dict[str, Any]]:
@@ -315,6 +314,7 @@ BACKEND = Backend(
     group_forward=lambda *args, **kwargs: _device_kernels().group_forward(*args, **kwargs),
     group_backward=lambda *args, **kwargs: _device_kernels().group_backward(*args, **kwargs),
     refuses_group=_refuses_group,
+    takes_owners=False,
     leaves=_leaves,
 )
 EMULATED = Backend(
@@ -328,5 +328,6 @@ EMULATED = Backend(
     group_forward=lambda *args, **kwargs: _emulator_kernels().group_forward(*args, **kwargs),
     group_backward=lambda *args, **kwargs: _emulator_kernels().group_backward(*args, **kwargs),
     refuses_group=_refuses_group,
+    takes_owners=False,
     automatic=False,
 )

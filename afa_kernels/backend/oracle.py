@@ -1,23 +1,28 @@
 """The ``reference`` backend: afa_kernels/reference.py as a backend, for any call."""
 
-from functools import partial
-
 import torch
 
 from afa_kernels import reference
-from afa_kernels.backend import group_loop
 from afa_kernels.backend.registry import Backend, BackendStatus
 
 
-def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z, first_row=0):
-    y, z = reference.forward(x, a, b, alpha_t, seed, spec, base, first_row)
+def forward(x, a, b, alpha_t, seed, spec, rows=None, *, base, out, save_z):
+    if rows is None:
+        y, z = reference.forward(x, a, b, alpha_t, seed, spec, base)
+    else:
+        y, z = reference.forward_by_owner(x, a, b, alpha_t, seed, spec, rows, base)
     out.copy_(y)
     return z if save_z else None
 
 
-def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db, first_row=0):
-    dx, da, db = reference.backward(dy, x, a, b, alpha_t, seed, spec, first_row)
-    return dx if need_dx else None, da if need_da else None, db if need_db else None
+def backward(dy, x, a, b, z, alpha_t, seed, spec, rows=None, *, need_dx, need_da, need_db, dx=None):
+    if rows is None:
+        own_dx, da, db = reference.backward(dy, x, a, b, alpha_t, seed, spec)
+    else:
+        own_dx, da, db = reference.backward_by_owner(dy, x, a, b, alpha_t, seed, spec, rows)
+    if need_dx:
+        dx = own_dx if dx is None else dx.add_(own_dx)
+    return dx, da if need_da else None, db if need_db else None
 
 
 BACKEND = Backend(
@@ -26,6 +31,4 @@ BACKEND = Backend(
     status=lambda: BackendStatus(True, details={"torch": torch.__version__}),
     forward=forward,
     backward=backward,
-    ragged_forward=partial(group_loop.forward, forward),
-    ragged_backward=partial(group_loop.backward, backward),
 )

@@ -2,6 +2,8 @@
 
 A backend computes on flat, checked operands: ``x (M, K)``, ``a (r, K)``, ``b (N, r)``, ``dy (M, N)``, of any strides.
 ``alpha_t`` is a 0-dim float32 and ``seed`` a 0-dim int64 tensor (None without dropout), both on the device of ``x``.
+Where rows have owners (:class:`Rows`), each of the G owners has its own branch: ``a (G, r, K)``, ``b (G, N, r)`` and
+``alpha_t (G,)``.
 At identity ``spec.activation`` is IDENTITY (activation.py) and ``alpha_t`` None. Products accumulate in float32
 (float64 for float64) from operands rounded to ``x.dtype``; ``z`` is stored in ``x.dtype``, rounded before phi, so that
 forward and backward see the same one.
@@ -41,7 +43,7 @@ class Call(NamedTuple):
     activation: str
     dropout: bool = False
     device_index: int | None = None
-    groups: int = 0  # of rows, each with its own A and B (ragged); 0: all rows have the same
+    owners: int = 0  # of rows, each with its own A and B; 0: one owner has all rows
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,15 @@ class BackendStatus:
         return self.available
 
 
+class Rows(NamedTuple):
+    """Whose rows of x are whose, sorted by owner: owner g has the rows ``offsets[g - 1]`` (0 for the first) to
+    ``offsets[g] - 1``. All tensors are on the device of x."""
+
+    offsets: Tensor  # (G,) int32, does not decrease
+    ranks: Tensor | None  # (G,) int32, from 0 to r; None: all r
+    scaling: Tensor | None  # (G,) float32; None: spec.scaling for all
+
+
 class Forward(Protocol):
     def __call__(
         self,
@@ -66,6 +77,7 @@ class Forward(Protocol):
         alpha_t: Tensor | None,
         seed: Tensor | None,
         spec: Spec,
+        rows: Rows | None = None,
         *,
         base: Tensor | None,
         out: Tensor,
@@ -77,6 +89,10 @@ class Forward(Protocol):
         ``base`` is None (zero), ``out`` itself (accumulate), or another ``(M, N)`` tensor of any
         strides, which is only read; a bias comes as a base whose row stride is 0. ``out`` may hold
         anything, NaN included, when it is not base.
+
+        The rows of each owner have the bits of a call with that owner alone. z is zero beyond the rank of an owner. The
+        dropout mask is that of the whole x. Rows behind the last offset have no owner: their branch is zero, and so is
+        their z.
         """
 
 
@@ -87,22 +103,24 @@ class Backward(Protocol):
         x: Tensor,
         a: Tensor,
         b: Tensor,
-        z: Tensor | None,
+        z: Tensor,
         alpha_t: Tensor | None,
         seed: Tensor | None,
         spec: Spec,
+        rows: Rows | None = None,
         *,
         need_dx: bool,
         need_da: bool,
         need_db: bool,
         dx: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return ``dx (M, K)`` in ``x.dtype``, ``da`` in ``a.dtype`` and ``db`` in ``b.dtype``;
+        """Return ``dx (M, K)`` in ``x.dtype``, ``da`` in ``a.dtype`` and ``db`` in ``b.dtype``, shaped as they are;
         None where not needed.
 
-        ``z`` is what forward returned, or None: then it is recomputed, bit for bit. A given ``dx`` is accumulated into
-        and returned (only for a backend that says ``gemm_first`` of a backward); otherwise the result is a fresh
-        tensor.
+        ``z`` is what forward returned. A given ``dx``, which is packed, is accumulated into and returned (for a backend
+        that says ``gemm_first`` of a backward, and for every one on a GPU whose rows have owners with a weight each);
+        otherwise the result is a fresh tensor. Rows without an owner keep what dx holds. da and db are zero beyond the
+        rank of an owner and for one without rows.
         """
 
 
@@ -146,61 +164,6 @@ class GroupBackward(Protocol):
         """
 
 
-class Groups(NamedTuple):
-    """The groups of a ragged call, whose rows of x are sorted by group: group g has the rows ``offsets[g - 1]`` (0 for
-    the first) to ``offsets[g] - 1``. All tensors are on the device of x."""
-
-    offsets: Tensor  # (G,) int32, does not decrease
-    ranks: Tensor | None  # (G,) int32, from 0 to r; None: all r
-    alpha_t: Tensor | None  # (G,) float32, of any stride; None at identity
-    scaling: Tensor | None  # (G,) float32; None: spec.scaling for all
-
-
-class RaggedForward(Protocol):
-    def __call__(
-        self,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        groups: Groups,
-        seed: Tensor | None,
-        spec: Spec,
-        *,
-        base: Tensor | None,
-        out: Tensor,
-        save_z: bool,
-    ) -> Tensor | None:
-        """Do for the rows of each group what :class:`Forward` does with its ``a (G, r, K)`` and ``b (G, N, r)``, to the
-        bit, and return ``z (T, r)`` if asked for, zero beyond the rank of a group.
-
-        The dropout mask is that of the whole x. Rows behind the last offset belong to no group: their branch is zero,
-        and so is their z.
-        """
-
-
-class RaggedBackward(Protocol):
-    def __call__(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        groups: Groups,
-        z: Tensor | None,
-        seed: Tensor | None,
-        spec: Spec,
-        *,
-        need_dx: bool,
-        need_da: bool,
-        need_db: bool,
-        dx: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return dx, ``da (G, r, K)`` and ``db (G, N, r)``: of each group what :class:`Backward` returns, zero beyond
-        its rank and where it has no rows. A given ``dx`` is accumulated into and returned, as in :class:`Backward`, and
-        on a GPU every backend may get one. It is packed; rows without a branch keep what they hold.
-        """
-
-
 @dataclass(frozen=True)
 class Backend:
     name: str
@@ -221,9 +184,7 @@ class Backend:
     group_forward: GroupForward | None = None
     group_backward: GroupBackward | None = None
     refuses_group: Callable[[list[Call]], str | None] = lambda calls: None
-    # Rows sorted by group, each group with its own A and B (ragged); both or neither.
-    ragged_forward: RaggedForward | None = None
-    ragged_backward: RaggedBackward | None = None
+    takes_owners: bool = True  # whether forward and backward take rows
     # For a call that this backend can take, but for which another one is the better choice: the name of that one, and
     # the reason, which ``plan`` shows; else None. It is not asked where the caller names a backend.
     leaves: Callable[[Call], tuple[str, str] | None] | None = None
@@ -236,8 +197,8 @@ class Backend:
         status = self.status()
         if not status.available:
             return status.reason
-        if call.groups and self.ragged_forward is None:
-            return "takes no rows that are sorted by group"
+        if call.owners and not self.takes_owners:
+            return "takes no rows by owner"
         return self.refuses(call)
 
 
@@ -326,7 +287,7 @@ def requested_in_trace(explicit: str | None) -> str | None:
 
 def _left(backend: Backend, call: Call) -> str | None:
     """Return why ``backend`` leaves ``call`` to another one that can take it, or None."""
-    left = backend.leaves(call) if backend.leaves is not None and not call.groups else None
+    left = backend.leaves(call) if backend.leaves is not None and not call.owners else None
     if left is None:
         return None
     name, reason = left
@@ -382,5 +343,5 @@ def select_group(calls: tuple[Call, ...], name: str | None) -> tuple[Backend | N
 
 def _describe(call: Call) -> str:
     dtype = str(call.dtype).removeprefix("torch.")
-    groups = f"{call.groups} groups, " if call.groups else ""
-    return f"{groups}M={call.m}, K={call.k}, N={call.n}, r={call.r}, {dtype}, {call.activation}, {call.device}"
+    owners = f"{call.owners} owners, " if call.owners else ""
+    return f"{owners}M={call.m}, K={call.k}, N={call.n}, r={call.r}, {dtype}, {call.activation}, {call.device}"

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from afa_kernels import torch_private
 from afa_kernels.activation import IDENTITY, phi, phi_slope
-from afa_kernels.backend import group_loop, torch_ragged
-from afa_kernels.backend.registry import Backend, BackendStatus, Call
+from afa_kernels.backend.registry import Backend, BackendStatus, Call, Rows
 from afa_kernels.dropout import drop
 from afa_kernels.options import Spec
-from afa_kernels.reference import compute_dtype
+from afa_kernels.reference import compute_dtype, owners
+from afa_kernels.torch_private import grouped_mm
 
 
 def _z(x_dropped: Tensor, a: Tensor, spec: Spec) -> Tensor:
@@ -67,16 +67,28 @@ def _db(dy: Tensor, b: Tensor, z: Tensor, alpha_t: Tensor | None, spec: Spec) ->
     return _mm_into(dy.T, _h(z, alpha_t, spec), b.dtype).mul_(spec.scaling)
 
 
-def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z, first_row=0):
+def forward(x, a, b, alpha_t, seed, spec, rows=None, *, base, out, save_z):
+    if rows is None:
+        return _forward(x, a, b, alpha_t, seed, spec, base, out, save_z, 0)
+    by_owner = _forward_in_loop if x.is_cpu else _forward_grouped
+    return by_owner(x, a, b, alpha_t, seed, spec, rows, base, out, save_z)
+
+
+def backward(dy, x, a, b, z, alpha_t, seed, spec, rows=None, *, need_dx, need_da, need_db, dx=None):
+    needs = (need_dx, need_da, need_db)
+    if rows is None:
+        return _backward(dy, x, a, b, z, alpha_t, seed, spec, 0, *needs)
+    by_owner = _backward_in_loop if x.is_cpu else _backward_grouped
+    return by_owner(dy, x, a, b, z, alpha_t, seed, spec, rows, dx, *needs)
+
+
+def _forward(x, a, b, alpha_t, seed, spec, base, out, save_z, first_row):
     z = _z(drop(x, seed, spec.dropout, first_row), a.to(x.dtype), spec)
     _write(z, b, alpha_t, spec, base, out)
     return z if save_z else None
 
 
-def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db, first_row=0):
-    x_dropped = drop(x, seed, spec.dropout, first_row) if need_da or z is None else x
-    if z is None:
-        z = _z(x_dropped, a.to(x.dtype), spec)
+def _backward(dy, x, a, b, z, alpha_t, seed, spec, first_row, need_dx, need_da, need_db):
     dx = da = None
     db = _db(dy, b, z, alpha_t, spec) if need_db else None
     if need_dx or need_da:
@@ -84,7 +96,7 @@ def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db, 
         if need_dx:
             dx = drop(dz @ a.to(x.dtype), seed, spec.dropout, first_row)
         if need_da:
-            da = _mm_into(dz.T, x_dropped, a.dtype)
+            da = _mm_into(dz.T, drop(x, seed, spec.dropout, first_row), a.dtype)
     return dx, da, db
 
 
@@ -112,8 +124,6 @@ def group_forward(x, members, *, bases, outs, save_z):
 
 def group_backward(dys, x, members, zs, *, need_dx, need_da, need_db):
     a = [m.a.to(x.dtype) for m in members]
-    if zs is None:
-        zs = _zs(x, a)
     saved = list(zip(dys, zs, members, strict=True))
     db = [
         _db(dy, m.b, z, m.alpha_t, m.spec) if needed else None
@@ -131,24 +141,145 @@ def group_backward(dys, x, members, zs, *, need_dx, need_da, need_db):
     return dx, da, db
 
 
-# --- rows sorted by group
+# --- rows by owner: on a CPU the rows of each owner are one ordinary call
 
 
-def ragged_forward(x, a, b, groups, seed, spec, **results):
-    if x.is_cpu:
-        return group_loop.forward(forward, x, a, b, groups, seed, spec, **results)
-    return torch_ragged.forward(x, a, b, groups, seed, spec, **results)
+def _forward_in_loop(x, a, b, alpha_t, seed, spec, rows, base, out, save_z):
+    z = torch.zeros((x.shape[0], a.shape[1]), dtype=x.dtype, device=x.device) if save_z else None
+    done = 0
+    for owner, own, rank, alpha, own_spec in owners(rows, a.shape[1], alpha_t, spec):
+        if rank == 0:
+            continue
+        _copy_base(base, out, slice(done, own.start))
+        done = own.stop
+        target = out[own]
+        own_base = None if base is None else target if base is out else base[own]
+        a_own, b_own = a[owner, :rank], b[owner, :, :rank]
+        z_own = _forward(x[own], a_own, b_own, alpha, seed, own_spec, own_base, target, save_z, own.start)
+        if save_z:
+            z[own, :rank] = z_own
+    _copy_base(base, out, slice(done, None))
+    return z
 
 
-def ragged_backward(dy, x, a, b, groups, z, seed, spec, **needs):
-    if x.is_cpu:
-        return group_loop.backward(backward, dy, x, a, b, groups, z, seed, spec, **needs)
-    return torch_ragged.backward(dy, x, a, b, groups, z, seed, spec, **needs)
+def _copy_base(base: Tensor | None, out: Tensor, rows: slice) -> None:
+    """Write the result of rows without a branch."""
+    if base is None:
+        out[rows] = 0
+    elif base is not out:
+        out[rows] = base[rows]
+
+
+def _backward_in_loop(dy, x, a, b, z, alpha_t, seed, spec, rows, dx, need_dx, need_da, need_db):
+    write = torch.Tensor.copy_ if dx is None else torch.Tensor.add_
+    if need_dx and dx is None:
+        dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    da = torch.zeros(a.shape, dtype=a.dtype, device=a.device) if need_da else None
+    db = torch.zeros(b.shape, dtype=b.dtype, device=b.device) if need_db else None
+    for owner, own, rank, alpha, own_spec in owners(rows, a.shape[1], alpha_t, spec):
+        if rank == 0:
+            continue
+        dx_own, da_own, db_own = _backward(
+            dy[own], x[own], a[owner, :rank], b[owner, :, :rank], z[own, :rank], alpha, seed, own_spec, own.start,
+            need_dx, need_da, need_db,
+        )  # fmt: skip
+        if need_dx:
+            write(dx[own], dx_own)
+        if need_da:
+            da[owner, :rank] = da_own
+        if need_db:
+            db[owner, :, :rank] = db_own
+    return dx, da, db
+
+
+# --- rows by owner, on a GPU: every intermediate is (T, r) or of the size of A or B, but for the product with B
+
+
+def owner_of_rows(offsets: Tensor, rows: int) -> Tensor:
+    """Return ``(rows,)`` int64, the owner of each row, without waiting for the device; the last one for rows behind the
+    last offset."""
+    row = torch.arange(rows, dtype=offsets.dtype, device=offsets.device)
+    return torch.searchsorted(offsets, row, right=True).clamp_(max=offsets.shape[0] - 1)
+
+
+class _Grouped:
+    """What the rows of a call get from their owners, for torch's ``grouped_mm``, whose offsets stay on the device.
+
+    Rows behind the last offset are undefined in what ``grouped_mm`` returns; here they are zeros.
+    """
+
+    def __init__(self, x: Tensor, alpha_t: Tensor | None, spec: Spec, rows: Rows):
+        self.owner = owner_of_rows(rows.offsets, x.shape[0])
+        self.outside = (torch.arange(x.shape[0], device=x.device) >= rows.offsets[-1])[:, None]
+        self.offsets, self.ranks, self.spec = rows.offsets, rows.ranks, spec
+        self.wide = compute_dtype(x.dtype)
+        self.alpha_t = None if alpha_t is None else self._each(alpha_t)
+        self.scaling = spec.scaling if rows.scaling is None else self._each(rows.scaling)
+
+    def _each(self, values: Tensor) -> Tensor:
+        return values.to(self.wide)[self.owner][:, None]
+
+    def columns(self, factor: Tensor) -> Tensor:
+        """Return B, or A transposed, ``(G, n, r)``, with zeros beyond the rank of each owner."""
+        if self.ranks is None:
+            return factor
+        beyond = torch.arange(factor.shape[2], device=factor.device) >= self.ranks[:, None]
+        return factor.masked_fill(beyond[:, None], 0)
+
+    def product(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        return grouped_mm(rows, matrices, self.offsets).masked_fill_(self.outside, 0)
+
+    def sums(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return ``left.T @ right`` of each owner's rows."""
+        return grouped_mm(left.T, right, self.offsets)
+
+    def h(self, z: Tensor) -> Tensor:
+        """Return ``scaling * phi(z)``."""
+        wide = z.to(self.wide)
+        if self.spec.activation != IDENTITY:
+            wide = phi(wide, self.alpha_t, self.spec.activation)
+        return (self.scaling * wide).to(z.dtype)
+
+
+def _z_grouped(x_dropped: Tensor, a_transposed: Tensor, own: _Grouped) -> Tensor:
+    z = own.product(x_dropped, a_transposed)
+    return z.mul_(own.spec.inverse_keep) if own.spec.dropout else z
+
+
+def _forward_grouped(x, a, b, alpha_t, seed, spec, rows, base, out, save_z):
+    own = _Grouped(x, alpha_t, spec, rows)
+    z = _z_grouped(drop(x, seed, spec.dropout), own.columns(a.to(x.dtype).transpose(1, 2)), own)
+    y = own.product(own.h(z), own.columns(b.to(x.dtype)).transpose(1, 2))
+    if base is None:
+        out.copy_(y)
+    else:
+        torch.add(base, y, out=out)
+    return z if save_z else None
+
+
+def _backward_grouped(dy, x, a, b, z, alpha_t, seed, spec, rows, dx, need_dx, need_da, need_db):
+    own = _Grouped(x, alpha_t, spec, rows)
+    da = None
+    db = own.sums(dy, own.h(z)).to(b.dtype) if need_db else None
+    if need_dx or need_da:
+        factor = own.scaling * (spec.inverse_keep if spec.dropout else 1.0)
+        dz = own.product(dy, own.columns(b.to(x.dtype))).to(own.wide) * factor
+        if spec.activation != IDENTITY:
+            dz = dz * phi_slope(z.to(own.wide), own.alpha_t, spec.activation)
+        dz = dz.to(dy.dtype)
+        a_transposed = own.columns(a.to(x.dtype).transpose(1, 2))
+        if need_dx:
+            own_dx = drop(own.product(dz, a_transposed.transpose(1, 2)), seed, spec.dropout)
+            dx = own_dx if dx is None else dx.add_(own_dx)
+        if need_da:
+            da = own.sums(dz, drop(x, seed, spec.dropout)).to(a.dtype)
+            da = own.columns(da.transpose(1, 2)).transpose(1, 2)
+    return dx, da, db
 
 
 def _refuses(call: Call) -> str | None:
-    if call.groups and call.device != "cpu" and not torch_private.has_grouped_mm():
-        return "needs a torch with grouped_mm (2.8 or later) for rows that are sorted by group on a GPU"
+    if call.owners and call.device != "cpu" and not torch_private.has_grouped_mm():
+        return "needs a torch with grouped_mm (2.8 or later) for rows by owner on a GPU"
     return None
 
 
@@ -159,8 +290,6 @@ BACKEND = Backend(
     forward=forward,
     backward=backward,
     refuses=_refuses,
-    ragged_forward=ragged_forward,
-    ragged_backward=ragged_backward,
     group_forward=group_forward,
     group_backward=group_backward,
 )

@@ -58,7 +58,7 @@ class AnnealCallback(TrainerCallback):
         **options: Any,
     ):
         if activation is not None:
-            checks.options(activation, 1.0, 0.0, "z", None)
+            checks.options(activation, 1.0, 0.0, None)
         self._annealer = Annealer(schedule, finish, merge, options, adapter)
         self._activation = activation
         self._adapted = None  # the model that has the activation

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from afa_kernels import checks
+from afa_kernels.backend.frozen import ends_of
 from afa_kernels.experts.order import Order
 from afa_kernels.experts.parameters import local, projections, weight_of
 from afa_kernels.mixed import AdapterCall, linear_in_passes, passes_of
-from afa_kernels.ragged.frozen import ends_of
 
 
 def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -62,7 +62,6 @@ class AFALoraConfig(LoraConfig):
         alpha_t: where an adapter made from it starts; by default at ``anneal_start``. Of a configuration in a model's
             ``peft_config``, which is the adapter's own copy, it reads where the adapter stands, the largest value of
             its layers: another adapter that is made from it starts there.
-        save: ``"z"`` keeps ``x @ A.T`` for the backward, ``"nothing"`` recomputes it.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or asks for another kind of branch.
@@ -83,11 +82,10 @@ class AFALoraConfig(LoraConfig):
         default=0.8, metadata={"help": "The fraction of training at which annealing ends."}
     )
     alpha_t: float | None = dataclasses.field(default=None, metadata={"help": "The current blend coefficient."})
-    save: str = dataclasses.field(default="z", metadata={"help": "What is saved for the backward: 'z' or 'nothing'."})
 
     def __post_init__(self):
         super().__post_init__()
-        checks.options(self.activation, 1.0, 0.0, self.save, None)
+        checks.options(self.activation, 1.0, 0.0, None)
         self.schedule(1)
         if self._alpha_t is not None:
             self._alpha_t = checks.alpha_value(self._alpha_t)

@@ -98,10 +98,10 @@ class ParamWrapper(AFALoraLayer, lora.ParamWrapper):
             b, scaling = b * scaling.to(b), 1.0
         b = b.contiguous()  # once, because in PEFT's layout the B of one expert touches the memory of all
         if name not in self.lora_afa:
-            options = checks.options("relu", scaling, dropout_of(self, name), "z", None)
+            options = checks.options("relu", scaling, dropout_of(self, name), None)
             return AdapterCall(a, b, None, options)
         state = self.lora_afa[name]
-        options = checks.options(state.activation, scaling, dropout_of(self, name), state.save, None)
+        options = checks.options(state.activation, scaling, dropout_of(self, name), None)
         return AdapterCall(a, b, state.coefficient(), options)
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:

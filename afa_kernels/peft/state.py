@@ -23,7 +23,6 @@ class AdapterState(Annealed):
         self.config = config
         self.layer_name = layer_name
         self.activation = "relu" if config is None else config.activation
-        self.save = "z" if config is None else config.save
         start = start or config
         alpha_t, is_fresh = (0.0, False) if start is None else (start.alpha_t, start.is_fresh)
         self.start_alpha_t(alpha_t, device, persistent=False, is_fresh=is_fresh)

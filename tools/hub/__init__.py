@@ -10,15 +10,12 @@ from .backend import builtin as _builtin  # noqa: F401 - registers the backends
 from .backend.registry import BackendUnavailable, backends, use_backend
 from .functional import afa_linear, afa_lora
 from .plan import plan
-from .ragged import afa_linear_grouped, afa_lora_grouped
 
 __all__ = [
     "BackendUnavailable",
     "activations",
     "afa_linear",
-    "afa_linear_grouped",
     "afa_lora",
-    "afa_lora_grouped",
     "backends",
     "layers",
     "plan",

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,17 @@ from afa_kernels.backend.registry import Backend, BackendStatus, Call
 from afa_kernels.backend.triton.configs import MAX_RANK
 
 OLDEST_TRITON = (3, 2)
+
+
+class Groups(NamedTuple):
+    """The owners of rows and what each computes with, as the kernels take it."""
+
+    offsets: torch.Tensor
+    ranks: torch.Tensor | None
+    alpha_t: torch.Tensor | None
+    scaling: torch.Tensor | None
+
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 _MAX_RANK_FLOAT32_DROPOUT = 64
 _MAX_GROUPS = 65535 // 16 - 1  # with 16 parts each in the passes of the backward
@@ -74,8 +86,8 @@ def _refuses(call: Call) -> str | None:
         return f"rank {call.r} is above {MAX_RANK}: compute-bound, which torch's GEMMs do faster"
     if call.dtype == torch.float32 and call.dropout and call.r > _MAX_RANK_FLOAT32_DROPOUT:
         return f"float32 with dropout above rank {_MAX_RANK_FLOAT32_DROPOUT} overflows the registers"
-    if call.groups > _MAX_GROUPS:
-        return f"{call.groups} groups are above {_MAX_GROUPS}, what a grid may have beside its first dimension"
+    if call.owners > _MAX_GROUPS:
+        return f"{call.owners} owners of rows are above {_MAX_GROUPS}, what a grid may have beside its first dimension"
     if call.device == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(call.device_index)
         if capability < _OLDEST_CAPABILITY:
@@ -136,14 +148,25 @@ def ragged_backward(dy, x, a, b, groups, z, seed, spec, *, need_dx, need_da, nee
         return passes.backward(_ragged_context(x, a, b, groups, seed, spec), dy, z, a.dtype, b.dtype, **needs, dx=dx)
 
 
+def _forward(x, a, b, alpha_t, seed, spec, rows=None, **results):
+    if rows is None:
+        return forward(x, a, b, alpha_t, seed, spec, **results)
+    return ragged_forward(x, a, b, Groups(rows.offsets, rows.ranks, alpha_t, rows.scaling), seed, spec, **results)
+
+
+def _backward(dy, x, a, b, z, alpha_t, seed, spec, rows=None, *, dx=None, **needs):
+    if rows is None:
+        return backward(dy, x, a, b, z, alpha_t, seed, spec, **needs)
+    groups = Groups(rows.offsets, rows.ranks, alpha_t, rows.scaling)
+    return ragged_backward(dy, x, a, b, groups, z, seed, spec, **needs, dx=dx)
+
+
 BACKEND = Backend(
     name="triton",
     devices=frozenset({"cpu"} if INTERPRETED else {"cuda", "xpu"}),
     status=status,
     refuses=_refuses,
-    forward=forward,
-    backward=backward,
-    ragged_forward=ragged_forward,
-    ragged_backward=ragged_backward,
+    forward=_forward,
+    backward=_backward,
     automatic=not INTERPRETED,
 )

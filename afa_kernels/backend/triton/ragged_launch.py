@@ -6,8 +6,8 @@ from typing import Any
 import triton
 from torch import Tensor
 
-from afa_kernels.backend.registry import Groups
 from afa_kernels.backend.triton import ragged_backward_kernels, ragged_forward_kernels
+from afa_kernels.backend.triton.backend import Groups
 from afa_kernels.backend.triton.configs import Tile, Tiles
 from afa_kernels.backend.triton.launch import Context, Kernels, Split
 from afa_kernels.options import Spec
