@@ -48,8 +48,9 @@ endif
 LEVEL := $(if $(wildcard $(VENV)/.tests),tests,demo)
 # What pip would fetch to build the package by itself. Here CMake is called directly, in a folder that stays.
 BUILD_TOOLS = $(shell sed -n 's/^ *\("[^"]*"\),$$/\1/p; /^build-backend/q' pyproject.toml)
-# setuptools warns, at length, that an editable package is one.
-INSTALL := AFA_BUILD_MODULES=0 PYTHONWARNINGS="ignore:Editable installation" $(PIP) install --no-build-isolation --editable
+# setuptools warns, at length, that an editable package is one. DISABLE_CUDA: hqq comes as source, whose setup.py would
+# compile CUDA kernels that only one of its backends uses.
+INSTALL := AFA_BUILD_MODULES=0 DISABLE_CUDA=1 PYTHONWARNINGS="ignore:Editable installation" $(PIP) install --no-build-isolation --editable
 
 $(RUN):
 	$(SAY) 'Making the virtual environment $(VENV)'
@@ -71,7 +72,7 @@ $(VENV)/.demo: $(VENV)/.torch setup.py
 	touch $@
 
 $(VENV)/.tests: $(VENV)/.demo
-	$(SAY) 'Installing what the tests need: TRL, Lightning, torchtune, Triton, linters'
+	$(SAY) 'Installing what the tests need: TRL, Lightning, torchtune, quantization libraries, Triton, linters'
 	$(INSTALL) ".[dev]"
 	$(PIP) install --no-deps "torchtune>=0.6.1,<0.7"
 	touch $@
