@@ -53,8 +53,9 @@ class Mergeable(Annealed):
                 one rounding of the weight's dtype.
 
         Raises:
-            ValueError: ``alpha_t`` is not 0, the base layer computes its weight, or the merged
-                weight is not finite.
+            ValueError: ``alpha_t`` is not 0, the base layer computes its weight, the weight is quantized, or the
+                merged weight is not finite.
+            RuntimeError: the weight did not take the sum. The layer is then unmerged and its weight what it was.
         """
         if not self._merged:
             self.check_merge()
@@ -79,10 +80,9 @@ class Mergeable(Annealed):
             if keep_original and self._original_weight is None:
                 raise ValueError("keep_original: the layer is merged already and the original weight is gone")
             return
-        if keep_original:
-            self._original_weight = self.weight.detach().clone()
+        original = self.weight.detach().clone() if keep_original else None
         self._add(self.scaling)
-        self._merged = True
+        self._original_weight, self._merged = original, True
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -95,10 +95,9 @@ class Mergeable(Annealed):
             self._add(-self.scaling)
         self._original_weight, self._merged = None, False
 
-    @torch.no_grad()
     def _add(self, factor: float) -> None:
         for weight, merged in self._sums(factor):
-            weight.copy_(merged)
+            write(weight, merged)
 
     def _sums(self, factor: float) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the weight, or one part of it after the other, and its sum with ``factor`` times the branch."""
@@ -133,6 +132,24 @@ class Mergeable(Annealed):
         if brings_branch and len(error_msgs) == errors:
             self._merged = merged
             self._original_weight = None
+
+
+@torch.no_grad()
+def write(weight: Tensor, merged: Tensor) -> None:
+    """Write a merged weight, and read it again.
+
+    Raises:
+        RuntimeError: the weight holds something else afterwards. It is then what it was.
+    """
+    original = weight.clone()
+    weight.copy_(merged)
+    # A sum that is NaN is as it should be: unmerge() takes weights that the caller has changed.
+    if weight.device.type != "meta" and not ((weight == merged) | merged.isnan()).all():
+        weight.copy_(original)
+        raise RuntimeError(
+            f"merge: a weight ({type(weight).__name__}) does not hold the sum that was written into it; it is left as "
+            "it was. Save the adapter and merge it into a model that is loaded anew"
+        )
 
 
 @torch.no_grad()

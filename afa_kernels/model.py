@@ -209,8 +209,10 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> nn.Module:
             :meth:`AFALinear.merge`).
 
     Raises:
-        ValueError: a layer cannot be merged (``alpha_t`` is not 0, say, or it has a stack of adapters). No layer is
-            changed then.
+        ValueError: a layer cannot be merged (``alpha_t`` is not 0, say, its weight is quantized, or it has a stack of
+            adapters). No layer is changed then.
+        RuntimeError: a weight did not take its sum. No layer is merged then; those before it are unmerged as
+            :func:`unmerge` does it.
     """
     layers = _layers(model)
     for name, layer in layers:
@@ -220,8 +222,16 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> nn.Module:
             _named(name, layer.check_merge)
         elif keep_original:
             _named(name, lambda layer=layer: layer.merge(keep_original=True))
-    for _, layer in layers:
-        layer.merge_checked(keep_original)
+    done = []
+    try:
+        for name, layer in layers:
+            if not layer.merged:
+                _named(name, lambda layer=layer: layer.merge_checked(keep_original))
+                done.append(layer)
+    except Exception:
+        for layer in done:
+            layer.unmerge()
+        raise
     return model
 
 
@@ -361,8 +371,10 @@ def _nothing_found(model: nn.Module) -> ValueError:
 def _named(name: str, action) -> None:
     try:
         action()
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    except (ValueError, RuntimeError) as error:
+        if type(error) not in (ValueError, RuntimeError):  # torch's, such as one of memory, keep their kind
+            raise
+        raise type(error)(f"{name}: {error}") from None
 
 
 def _leave_fast_paths(model: nn.Module) -> None:

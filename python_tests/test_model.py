@@ -313,6 +313,24 @@ def test_a_merge_that_fails_changes_no_layer(model, obstacle):
     assert not any(layer.merged for _, layer in named_layers(model))
 
 
+def test_a_merge_whose_sum_a_weight_does_not_take_changes_no_layer(model, monkeypatch):
+    wake(afa.inject(model))
+    afa.set_alpha_t(model, 0.0)
+    last = names(model)[-1]
+    weight = model.get_submodule(last).weight
+    before = copy.deepcopy(model.state_dict())
+    copy_ = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda t, other: t if t is weight else copy_(t, other))
+    with pytest.raises(RuntimeError, match=f"{last}: merge.*does not hold the sum"):
+        afa.merge(model, keep_original=True)
+    assert not any(layer.merged for _, layer in named_layers(model))
+    assert all(layer._original_weight is None for _, layer in named_layers(model))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+    monkeypatch.undo()
+    afa.merge(model)
+
+
 def test_unload_after_merge_keeps_what_was_learned(model):
     plain = copy.deepcopy(model)
     wake(afa.inject(model, trainable=["classifier"]))
