@@ -5,8 +5,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from afa_kernels import checks
-from afa_kernels.base_layer import LikeItsBase, is_conv1d, is_plain, weight_of
+from afa_kernels.base_layer import (
+    LikeItsBase,
+    check_gives_gradient,
+    is_conv1d,
+    is_quantized,
+    plain_weight,
+    weight_of,
+    why_not_written,
+)
 from afa_kernels.branch import Branch, BranchOptions
 from afa_kernels.functional import LinearCall, linear, lora
 from afa_kernels.merging import Mergeable, plus
@@ -22,11 +29,14 @@ def why_unsupported(module: nn.Module) -> str | None:
         return "it is an AFALinear already"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return f"{type(module).__name__} has no shape yet; run it once first"
-    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+    linear = isinstance(module, nn.Linear) or is_conv1d(module)
+    kind = f" of {str(module.weight.dtype).removeprefix('torch.')}" if linear else ""
+    if is_quantized(module):
+        return f"{type(module).__name__} has a quantized weight{kind}, which PEFT with an AFALoraConfig can adapt"
+    if not linear:
         return f"it is a {type(module).__name__}"
-    if module.weight.dtype not in checks.FLOATING:
-        dtype = str(module.weight.dtype).removeprefix("torch.")
-        return f"{type(module).__name__} has a weight of {dtype}"
+    if module.weight.is_complex():
+        return f"{type(module).__name__} has a weight{kind}"
     return None
 
 
@@ -40,7 +50,7 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
 
     Args:
         base_layer: ``torch.nn.Linear`` or transformers' ``Conv1D``. Its parameters are frozen; the
-            layer keeps it.
+            layer keeps it. Its weight may be a tensor of torchao or quanto; the layer then cannot be merged.
         r: rank of the branch, 1 or more.
         lora_alpha: numerator of ``scaling = lora_alpha / r``.
         activation: a name from :func:`afa_kernels.activations`.
@@ -100,16 +110,19 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
         if call is not None:
             return linear(x, *call)
         y = self.base_layer(x)
+        check_gives_gradient(self.base_layer, x, y)
         return lora(x, *self.call(), base=y, inplace=self._base_output_is_ours(y))
 
     def linear_call(self) -> LinearCall | None:
         """Return what ``linear(x, ...)`` takes beside x, or None where the layer computes in another way: it is merged
         or sharded, or its base layer cannot be left out."""
-        base = self.base_layer
-        if self._merged or self._parallel is not None or not is_plain(base):
+        if self._merged or self._parallel is not None:
+            return None
+        weight = plain_weight(self.base_layer)
+        if weight is None:
             return None
         return LinearCall(
-            weight_of(base), base.bias, self.lora_a, self.lora_b, self.coefficient(), self.options
+            weight, self.base_layer.bias, self.lora_a, self.lora_b, self.coefficient(), self.options
         )  # fmt: skip
 
     def plan(self, x: Tensor) -> Plan:
@@ -132,6 +145,9 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
     def check_merge(self) -> None:
         if "weight" not in self.base_layer._parameters:
             raise ValueError("merge: the base layer computes its weight (a parametrization); remove that first")
+        reason = why_not_written(self.base_layer)
+        if reason is not None:
+            raise ValueError(f"merge: {reason}")
         super().check_merge()
 
     def _sums(self, factor: float) -> Iterator[tuple[Tensor, Tensor]]:

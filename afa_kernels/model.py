@@ -84,10 +84,10 @@ def inject(
 
     Raises:
         TypeError: a named module or parameter is of another kind.
-        ValueError: nothing matches, the model has AFA layers or adapters of PEFT already, or a named module shares its
-            weight, is registered twice, or is read by its parent without being called; ``group=True``
-            with nothing to group, or with dropout, which leaves nothing to share. The model is then
-            unchanged.
+        ValueError: nothing matches, ``"all-linear"`` would leave out quantized layers, the model has AFA layers or
+            adapters of PEFT already, or a named module shares its weight, is registered twice, or is read by its
+            parent without being called; ``group=True`` with nothing to group, or with dropout, which leaves nothing to
+            share. The model is then unchanged.
     """
     options = {
         "r": r,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from afa_kernels import checks
 from afa_kernels.alpha import normal
-from afa_kernels.base_layer import LikeItsBase, is_conv1d, is_plain, weight_of
+from afa_kernels.base_layer import LikeItsBase, check_gives_gradient, is_conv1d, plain_weight, weight_of
 from afa_kernels.branch import Branch, BranchOptions
 from afa_kernels.layer import SUPPORTED, why_unsupported
 from afa_kernels.mixed import BASE, AdapterCall, Assignment, mixed_linear, mixed_lora, recomputed_within
@@ -120,9 +120,12 @@ class AFALinearStack(LikeItsBase, AdapterStack):
         assignment = self.assignment()
         calls = self.calls_of(assignment)
         base = self.base_layer
-        if is_plain(base):
-            return mixed_linear(x, weight_of(base), base.bias, assignment, calls)
-        return mixed_lora(x, base(x), assignment, calls)
+        weight = plain_weight(base)
+        if weight is not None:
+            return mixed_linear(x, weight, base.bias, assignment, calls)
+        y = base(x)
+        check_gives_gradient(base, x, y)
+        return mixed_lora(x, y, assignment, calls)
 
 
 def check_name(name: str) -> None:

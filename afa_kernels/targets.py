@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from afa_kernels.base_layer import is_quantized
 from afa_kernels.layer import SUPPORTED, why_unsupported
 
 ALL_LINEAR = "all-linear"
@@ -64,7 +65,7 @@ def find_targets(
     automatic = isinstance(patterns, str) and patterns.lower() == ALL_LINEAR
     heads = _heads(model) if automatic else set()
     refusal = _Refusal(model)
-    targets = []
+    targets, left_out = [], {}
     for candidate in _candidates(model):
         name, module = candidate.name, candidate.module
         if excluded and _matches(name, excluded):
@@ -73,8 +74,12 @@ def find_targets(
             continue
         if automatic:
             is_head = any(name == head or name.startswith(f"{head}.") for head in heads)
-            if why_unsupported(module) is None and not is_head and refusal(candidate) is None:
+            if is_head or refusal(candidate) is not None:
+                continue
+            if why_unsupported(module) is None:
                 targets.append(candidate)
+            elif is_quantized(module):
+                left_out[name] = why_unsupported(module)
         elif _matches(name, patterns):
             unsupported = why_unsupported(module)
             if unsupported is not None:
@@ -83,9 +88,27 @@ def find_targets(
             if reason is not None:
                 raise ValueError(f"target_modules: {name} cannot be adapted: {reason}")
             targets.append(candidate)
+    if left_out:
+        raise ValueError(_leaves_out(left_out, len(targets)))
     if not targets:
         raise ValueError(_nothing_matches(model, target_modules))
     return targets
+
+
+def _leaves_out(left_out: dict[str, str], adapted: int) -> str:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    which = "; ".join(f"{_listed(names)}: {reason}" for reason, names in reasons.items())
+    return (
+        f"target_modules: 'all-linear' would leave out {len(left_out)} of {len(left_out) + adapted} linear layers. "
+        f"{which}. Name the layers to adapt in target_modules, name those to leave out in exclude_modules, or use PEFT "
+        "with an AFALoraConfig"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _nothing_matches(model: nn.Module, target_modules: object) -> str:

@@ -336,11 +336,23 @@ def test_what_does_not_fit_is_named(options, error, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_quantized_experts_are_refused():
+class Wrapped(torch.Tensor):
+    """As libraries wrap a quantized tensor: it says that it holds floating-point numbers."""
+
+
+@pytest.mark.parametrize(
+    ("quantize", "message"),
+    [
+        (lambda t: t.to(torch.float8_e4m3fn), "float8"),
+        (lambda t: t.detach().as_subclass(Wrapped), "a Wrapped of torch.float32"),
+    ],
+    ids=["float8", "wrapped"],
+)
+def test_quantized_experts_are_refused(quantize, message):
     model = mixture()
     experts = experts_of(model)
-    experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(TypeError, match="expected a floating-point parameter .*float8"):
+    experts.down_proj = nn.Parameter(quantize(experts.down_proj), requires_grad=False)
+    with pytest.raises(TypeError, match=f"expected a floating-point parameter .*{message}"):
         afa.inject(model, target_parameters=PARAMETERS)
 
 

@@ -119,6 +119,20 @@ def test_a_computed_weight_is_not_merged():
         layer.merge()
 
 
+def test_an_offloaded_weight_is_not_merged():
+    """accelerate leaves an empty weight on the meta device between two calls."""
+    accelerate = pytest.importorskip("accelerate")
+    layer = trained(nn.Linear(12, 10))
+    layer.set_alpha_t(0.0)
+    merged = layer.merged_weight()
+    accelerate.cpu_offload(layer)
+    with pytest.raises(ValueError, match="merge: accelerate has offloaded.*remove_hook_from_submodules"):
+        layer.merge()
+    accelerate.hooks.remove_hook_from_submodules(layer)
+    layer.merge()
+    assert torch.equal(layer.weight, merged)
+
+
 def test_merging_ignores_autocast():
     layer = trained(nn.Linear(12, 10))
     layer.set_alpha_t(0.0)

@@ -184,6 +184,18 @@ def test_merge_and_unmerge(safe_merge):
     torch.testing.assert_close(merged(x), y)
 
 
+def test_a_merge_that_a_weight_does_not_take_is_an_error(monkeypatch):
+    model = adapted(Net(), config())
+    set_alpha_t(model, 0.0)
+    layer, x = model.q_proj, torch.randn(5, 16)
+    y = layer(x)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda t, other: t)
+    with pytest.raises(RuntimeError, match="merge.*does not hold the sum"):
+        layer.merge()
+    monkeypatch.undo()
+    assert not layer.merged and torch.equal(layer(x), y)
+
+
 def test_a_merge_equals_that_of_peft():
     net = Net()
     ours, stock = adapted(net, config()), adapted(net, config(LoraConfig))

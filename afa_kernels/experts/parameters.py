@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from afa_kernels import checks
+from afa_kernels.base_layer import is_dense
 from afa_kernels.mixed import AdapterCall, Assignment
 
 _NEEDED = "an experts module of transformers 5 (a class under its decorator use_experts_implementation)"
@@ -30,8 +30,9 @@ def why_unsupported(module: nn.Module, parameter: str) -> str | None:
     if parameter not in projections(module):
         return f"{type(module).__name__} computes with {' and '.join(projections(module))}, got {parameter}"
     weight = getattr(module, parameter)
-    if weight.dim() != 3 or weight.dtype not in checks.FLOATING:
-        return f"expected a floating-point parameter (experts, .., ..), got {weight.dtype} {tuple(weight.shape)}"
+    if weight.dim() != 3 or not is_dense(weight):
+        got = f"{type(weight).__name__} of {weight.dtype} {tuple(weight.shape)}"
+        return f"expected a floating-point parameter (experts, .., ..), got a {got}"
     return None
 
 

@@ -11,13 +11,24 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from afa_kernels import checks, torch_private
 from afa_kernels.activation import phi
 from afa_kernels.alpha import normal
-from afa_kernels.base_layer import is_plain, weight_of
+from afa_kernels.base_layer import (
+    IN_FULL_PRECISION,
+    REPACKED,
+    check_gives_gradient,
+    dequantized,
+    is_repacked,
+    plain_weight,
+    quantized_anew,
+    why_not_written,
+)
 from afa_kernels.functional import LinearCall, linear, lora
+from afa_kernels.merging import write
 from afa_kernels.mixed import BASE, AdapterCall, Assignment, mixed_linear, mixed_lora
 from afa_kernels.peft.state import AdapterState, add_state, is_annealed
 from afa_kernels.peft.tuner import not_linear
@@ -34,6 +45,8 @@ ROUTED = (
     "IncLoraLinear",
     "TorchaoLoraLinear",
 )
+# Those of them whose weight PEFT dequantizes, adds to and quantizes anew.
+_QUANTIZED_ANEW = ("Linear8bitLt", "Linear4bit", "HqqLoraLinear", "TorchaoLoraLinear")
 _PREFIX = "AFALora"
 _STATES = "lora_afa"  # where a layer keeps the states of its adapters, among PEFT's own containers
 
@@ -51,6 +64,7 @@ class AFALoraVariant(LoraVariant):
     @staticmethod
     def forward(module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         branch = _branch(module, active_adapter)
+        check_gives_gradient(module.get_base_layer(), x, result)
         # PEFT widens x to the dtype of the adapter, typically float32 beside a 16-bit layer.
         x = x.to(result.dtype)
         if branch is None:
@@ -69,7 +83,7 @@ class AFALoraVariant(LoraVariant):
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data += module.get_delta_weight(active_adapter)
+        write(orig_weight.data, AFALoraVariant.merge_safe(module, active_adapter, orig_weight.data))
 
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -79,7 +93,7 @@ class AFALoraVariant(LoraVariant):
 
 def _branch(module: LoraLayer, name: str) -> AdapterCall | None:
     """Return A, B, alpha_t and the options of an adapter, or None where its layers have to be called."""
-    state, a, b = module.lora_afa[name], _plain_weight(module.lora_A[name]), _plain_weight(module.lora_B[name])
+    state, a, b = module.lora_afa[name], plain_weight(module.lora_A[name]), plain_weight(module.lora_B[name])
     scaling = module.scaling[name]
     # PEFT makes the scaling a tensor where adapters are to be swapped in a compiled model.
     if a is None or b is None or isinstance(scaling, Tensor):
@@ -93,12 +107,6 @@ def dropout_of(module: LoraLayer, name: str) -> float:
     """Return the dropout probability of a call of an adapter."""
     dropout = module.lora_dropout[name]
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-
-def _plain_weight(layer: nn.Module) -> Tensor | None:
-    """Return the weight of an ordinary linear layer as ``(N, K)``, or None where the layer has to be called."""
-    weight = weight_of(layer) if is_plain(layer) else None
-    return weight if type(weight) in (nn.Parameter, Tensor) else None
 
 
 def _composed(module: LoraLayer, name: str, x: Tensor, result: Tensor) -> Tensor:
@@ -126,14 +134,16 @@ class AFALoraLayer:
         return super().resolve_lora_variant(**kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs:
-            return super().forward(x, *args, **kwargs)
-        if self._shared_input is not None:
-            y = self._shared_input.take(self, x)
-            if y is not None:
-                return y
-        call = self.linear_call()
-        return super().forward(x, *args, **kwargs) if call is None else linear(x, *call)
+        if not args and not kwargs:
+            if self._shared_input is not None:
+                y = self._shared_input.take(self, x)
+                if y is not None:
+                    return y
+            call = self.linear_call()
+            if call is not None:
+                return linear(x, *call)
+        check_gives_gradient(self.get_base_layer(), x)
+        return super().forward(x, *args, **kwargs)
 
     def linear_call(self) -> LinearCall | None:
         """Return what ``linear(x, ...)`` takes beside x, or None where PEFT's forward has to run: it is merged or
@@ -142,7 +152,7 @@ class AFALoraLayer:
         names = [name for name in self.active_adapters if name in adapters]
         if len(names) != 1 or self.merged_adapters or self.disable_adapters:
             return None
-        name, weight = names[0], _plain_weight(base)
+        name, weight = names[0], plain_weight(base)
         if weight is None or self.lora_variant.get(name).__class__ is not AFALoraVariant:
             return None
         branch = None if self.lora_B[name].bias is not None else _branch(self, name)
@@ -183,10 +193,36 @@ class AFALoraLayer:
         for state in annealed.values():
             state.write_alpha_t(value)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raise the ValueError with which :meth:`merge` would refuse to begin."""
         for name in self._ours(adapter_names or self.active_adapters):
             self._require_identity("merge", name)
-        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        reason = _why_not_merged(self)
+        if reason is not None:
+            raise ValueError(f"merge: {reason}")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        self.check_merge(adapter_names)
+        if stock_class(type(self)).__name__ not in _QUANTIZED_ANEW:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            return
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora_afa:
+                super().merge(safe_merge=safe_merge, adapter_names=[name])
+                continue
+            merged = AFALoraVariant.merge_safe(self, name, dequantized(self.base_layer))
+            before = list(self.merged_adapters)
+            try:
+                with quantized_anew(self, merged):
+                    super().merge(safe_merge=safe_merge, adapter_names=[name])
+            except RuntimeError:
+                self.merged_adapters = before
+                raise
+
+    def unmerge(self) -> None:
+        if self.merged and is_repacked(self.get_base_layer()):
+            raise ValueError(f"unmerge: {REPACKED}")
+        super().unmerge()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         if adapter in self.lora_afa:
@@ -220,11 +256,12 @@ class AFALoraLayer:
         kwargs.pop("alora_offsets", None)  # PEFT's, for another variant
         assignment = Assignment(adapter_names)
         calls = {name: self._call_together(name) for name in assignment.adapters}
-        weight = None if args or kwargs else _plain_weight(self.base_layer)
+        weight = None if args or kwargs else plain_weight(self.base_layer)
         if weight is not None:
             result = mixed_linear(x, weight, self.base_layer.bias, assignment, list(calls.values()))
         else:
             base = self.base_layer(x, *args, **kwargs)
+            check_gives_gradient(self.base_layer, x, base)
             result = mixed_lora(x.to(base.dtype), base, assignment, list(calls.values()))
         alone = [name for name, call in calls.items() if call is None and name != BASE and name in self.lora_A]
         for name in alone:
@@ -252,6 +289,16 @@ class AFALoraLayer:
                 "batch with an AFA-LoRA adapter"
             )
         return variant.forward(self, active_adapter=name, x=x, result=result)
+
+
+def _why_not_merged(layer: LoraLayer) -> str | None:
+    """Return why no branch can become part of a layer's weight, or None if PEFT can try."""
+    stock, base = stock_class(type(layer)).__name__, layer.get_base_layer()
+    if stock == "GPTQLoraLinear":
+        return f"GPTQ quantizes with data that PEFT has not, so no sum can become GPTQ's. {IN_FULL_PRECISION}"
+    if is_repacked(base):
+        return REPACKED
+    return why_not_written(base) if stock == "Linear" else None
 
 
 def why_not(layer: nn.Module) -> str | None:

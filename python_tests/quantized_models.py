@@ -1,0 +1,105 @@
+"""Networks with layers of quantization libraries, each skipped where its library is missing."""
+
+import pytest
+import torch
+from peft_models import TARGETS, Net
+
+WIDTHS = (64, 128, 64)  # bitsandbytes multiplies in blocks of 64 on a CPU
+
+
+def library(name):
+    # ImportError: it may be installed and not fit the torch that is.
+    return pytest.importorskip(name, exc_type=ImportError)
+
+
+def replaced(net, make, **marks):
+    """``net`` with ``make(layer)`` for each of its target layers, marked as transformers does it."""
+    for name in TARGETS:
+        setattr(net, name, make(getattr(net, name)))
+    for name, value in marks.items():
+        setattr(net, name, value)
+    return net
+
+
+def bnb_4bit(net, compress_statistics=True):
+    bnb = library("bitsandbytes")
+
+    def make(dense):
+        layer = bnb.nn.Linear4bit(
+            dense.in_features, dense.out_features, bias=dense.bias is not None, compute_dtype=torch.float32,
+            quant_type="nf4", compress_statistics=compress_statistics,
+        )  # fmt: skip
+        layer.load_state_dict(dense.state_dict())
+        return layer.to("cpu").requires_grad_(False)
+
+    return replaced(net, make, is_loaded_in_4bit=True)
+
+
+def bnb_8bit(net):
+    bnb = library("bitsandbytes")
+
+    def make(dense):
+        options = {"bias": dense.bias is not None, "has_fp16_weights": False}
+        layer = bnb.nn.Linear8bitLt(dense.in_features, dense.out_features, **options)
+        layer.load_state_dict(dense.state_dict())
+        return layer.to("cpu").requires_grad_(False)
+
+    return replaced(net, make, is_loaded_in_8bit=True)
+
+
+def torchao_int8(net):
+    quantization = library("torchao.quantization")
+    quantization.quantize_(net, quantization.Int8WeightOnlyConfig(), lambda m, name: name in TARGETS)
+    return net
+
+
+def hqq_4bit(net):
+    core = library("hqq.core.quantize")
+
+    def make(dense):
+        config = core.BaseQuantizeConfig(nbits=4, group_size=8)
+        return core.HQQLinear(dense, config, compute_dtype=torch.float32, device="cpu", initialize=True)
+
+    return replaced(net, make)
+
+
+def quanto_int8(net):
+    quanto = library("optimum.quanto")
+    quanto.quantize(net, weights=quanto.qint8, include=list(TARGETS))
+    quanto.freeze(net)
+    return net
+
+
+# How each is made, and PEFT's layer for it: to PEFT a layer of quanto is a dense one.
+QUANTIZED = {
+    "bnb-4bit": (bnb_4bit, "Linear4bit"),
+    "bnb-8bit": (bnb_8bit, "Linear8bitLt"),
+    "torchao": (torchao_int8, "TorchaoLoraLinear"),
+    "hqq": (hqq_4bit, "HqqLoraLinear"),
+    "quanto": (quanto_int8, "Linear"),
+}
+REQUANTIZED = ("bnb-4bit", "bnb-8bit", "hqq")  # by PEFT's merge
+WRAPPED = ("torchao", "quanto")  # an nn.Linear whose weight is a subclass of Tensor
+
+
+def dense():
+    """The same network at each call."""
+    torch.manual_seed(0)
+    return Net(widths=WIDTHS).requires_grad_(False)
+
+
+def made(kind):
+    return QUANTIZED[kind][0](dense())
+
+
+def weights(model):
+    """What the target layers compute with, in floating point, by their outputs for the identity."""
+    found = {}
+    for name in TARGETS:
+        layer = getattr(model, name)
+        layer = getattr(layer, "base_layer", layer)
+        # With a gradient, so that bitsandbytes does not repack a 4-bit weight; copied, as it may be computed with.
+        x = torch.eye(WIDTHS[TARGETS.index(name)]).requires_grad_()
+        bias = 0 if layer.bias is None else layer.bias
+        found[name] = (layer(x) - bias).detach().T.clone()
+    return found
