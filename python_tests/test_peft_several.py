@@ -186,7 +186,7 @@ def test_merge_and_unmerge(safe_merge):
 
 def test_a_merge_that_a_weight_does_not_take_is_an_error(monkeypatch):
     model = adapted(Net(), config())
-    set_alpha_t(model, 0.0)
+    afa.set_alpha_t(model, 0.0)
     layer, x = model.q_proj, torch.randn(5, 16)
     y = layer(x)
     monkeypatch.setattr(torch.Tensor, "copy_", lambda t, other: t)

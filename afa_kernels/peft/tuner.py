@@ -28,15 +28,22 @@ class AFALoraModel(LoraModel):
         super().add_weighted_adapter(adapters, *args, **kwargs)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        self._require_identity("merge", adapter_names or self.active_adapters)
+        self._check_merge(adapter_names or self.active_adapters)
         super().merge_adapter(adapter_names, *args, **kwargs)
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        if merge:  # all layers before the first one is changed
-            self._require_identity("merge", adapter_names or self.active_adapters)
+        if merge:
+            self._check_merge(adapter_names or self.active_adapters)
         return super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+
+    def _check_merge(self, adapters: Sequence[str]) -> None:
+        """Raise where a layer would refuse to be merged, before the first one is changed."""
+        self._require_identity("merge", adapters)
+        for layer in self.model.modules():
+            if hasattr(layer, "lora_afa"):
+                layer.check_merge(list(adapters))
 
     def _require_identity(self, what: str, adapters: Sequence[str]) -> None:
         for name, layer in self.model.named_modules():
