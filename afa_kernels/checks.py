@@ -46,7 +46,8 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got {got}")
 
 
-def lora(x: Tensor, lora_a: Tensor, lora_b: Tensor, base: Tensor | None, *, inplace: bool, by_owner: bool) -> bool:
+def lora(x: Tensor, lora_a: Tensor, lora_b: Tensor, base: Tensor | None, *, inplace: bool, by_owner: bool = False
+) -> bool:  # fmt: skip
     """Check the operands of :func:`afa_kernels.afa_lora`, of rows by owner the base alone; return whether they may skip
     torch's dispatcher."""
     watched = torch_private.operators_are_watched()

@@ -150,7 +150,7 @@ def test_names_may_be_given_for_rows_or_for_all():
 
 def counted(monkeypatch):
     calls = []
-    for name in ("afa_linear_grouped", "afa_lora_grouped"):
+    for name in ("afa_linear", "afa_lora"):
         original = getattr(mixed, name)
 
         def call(*args, _name=name, _original=original, **options):
@@ -166,10 +166,10 @@ def counted(monkeypatch):
 @pytest.mark.parametrize(
     ("names", "wanted"),
     [
-        (["a", "a", "b"], ["afa_linear_grouped"]),
-        (["b", "a", "a"], ["afa_linear_grouped"]),
-        (["a", "b", "a"], ["permute", "afa_linear_grouped", "permute"]),
-        (["a", "b", "c"], ["afa_linear_grouped", "afa_lora_grouped"]),
+        (["a", "a", "b"], ["afa_linear"]),
+        (["b", "a", "a"], ["afa_linear"]),
+        (["a", "b", "a"], ["permute", "afa_linear", "permute"]),
+        (["a", "b", "c"], ["afa_linear", "afa_lora"]),
         (["__base__", "__base__"], []),
     ],
     ids=" ".join,

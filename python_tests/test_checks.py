@@ -256,7 +256,7 @@ def test_transforms_of_torch_func_are_refused(transform):
     """Whether anything requires grad or not; a part of a tangent would be lost in silence."""
     p = Ragged.random((2, 3), 8, 5, 2)
     stack = afa.AFALinearStack(torch.nn.Linear(8, 5), {"a": {"r": 2}, "b": {"r": 2}})
-    with pytest.raises(NotImplementedError, match="rows sorted by group: not possible inside a transform of"):
+    with pytest.raises(NotImplementedError, match="rows by owner: not possible inside a transform of"):
         transform(lambda x: afa.afa_lora(x, p.lora_a, p.lora_b, 0.5, offsets=p.offsets), p.x)
     with (
         afa.adapters_of(stack, ["a", "b", "a", "b", "a"]),

@@ -146,8 +146,8 @@ def test_one_call_for_one_activation(monkeypatch):
     inputs = torch.randn(6, 16), *routing(experts, 6)
     calls = counted(monkeypatch)
     for names, wanted in (
-        (["a", "b", "__base__"], ["afa_linear_grouped"] * 2),
-        (["c", "b"], ["afa_linear_grouped", "afa_lora_grouped"] * 2),
+        (["a", "b", "__base__"], ["afa_linear"] * 2),
+        (["c", "b"], ["afa_linear", "afa_lora"] * 2),
         ("__base__", []),
     ):
         calls.clear()

@@ -44,7 +44,7 @@ for kernel in (first, second):
     y = kernel.afa_linear(x, pair[0], None, *pair[1:], alpha_t, scaling=1.5, offsets=offsets)
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
     operators = getattr(torch.ops, kernel.__name__)
-    options = (alpha_t, None, "silu", 1.5, 0, True, None)
+    options = (alpha_t, None, None, None, None, "silu", 1.5, 0, True, None)
     torch.library.opcheck(operators.lora_forward.default, (None, x, a, b, *options))
     torch.library.opcheck(operators.linear_forward.default, (w, None, x, a, b, *options))
     inputs = [t.clone().requires_grad_() for t in (x, a, b)]

@@ -35,8 +35,8 @@ def test_linear_is_the_frozen_gemm_plus_the_branch(dtype, dropout):
     results = []
     for backend in ("cpu", "torch"):
         options = Options(spec, True, backend)
-        y, z = _ops.linear_forward(True, weight, bias, x, a, b, alpha_t, seed, options)
-        gradients = _ops.linear_backward(True, weight, dy, x, a, b, z, alpha_t, seed, options, True, True)
+        y, z = _ops.linear_forward(True, weight, bias, x, a, b, alpha_t, seed, options, None)
+        gradients = _ops.linear_backward(True, weight, dy, x, a, b, z, alpha_t, seed, options, None, True, True)
         results.append((y, z, *gradients))
     assert_accurate(*results, truth, dtype)
 
@@ -75,9 +75,9 @@ def test_activation_values_are_the_python_ones(activation):
     x = z[:, None].contiguous()
     y = torch.empty_like(x)
     spec = Spec(activation, 1.0)
-    cpu.forward(x, one, one, alpha_t, None, spec, base=None, out=y, save_z=False)
+    z = cpu.forward(x, one, one, alpha_t, None, spec, base=None, out=y, save_z=True)
     dx, _, _ = cpu.backward(
-        torch.ones_like(x), x, one, one, None, alpha_t, None, spec, need_dx=True, need_da=False, need_db=False
+        torch.ones_like(x), x, one, one, z, alpha_t, None, spec, need_dx=True, need_da=False, need_db=False
     )
     exact = x.double()
     torch.testing.assert_close(y.double(), phi(exact, 1.0, activation), rtol=2e-6, atol=3e-6)

@@ -89,25 +89,24 @@ def test_each_subset_of_gradients_has_the_same_bits(dtype):
     full = run(x, a, b, dy, base, spec, alpha_t=0.7)
     for subset in range(1, 8):
         needs = [bool(subset & bit) for bit in (1, 2, 4)]
-        for z in (None, full[1]):
-            got = cpu.backward(
-                dy, x, a, b, z, alpha_t, None, spec, need_dx=needs[0], need_da=needs[1], need_db=needs[2]
-            )  # fmt: skip
-            for needed, one, other in zip(needs, got, full[2:], strict=True):
-                assert torch.equal(one, other) if needed else one is None
+        needed_ones = dict(zip(("need_dx", "need_da", "need_db"), needs, strict=True))
+        got = cpu.backward(dy, x, a, b, full[1], alpha_t, None, spec, **needed_ones)
+        for needed, one, other in zip(needs, got, full[2:], strict=True):
+            assert torch.equal(one, other) if needed else one is None
 
 
 def test_db_alone_over_many_blocks_of_rows():
     """Without dz a block of rows ends with dB: its h must stay until every thread has read it."""
     x, a, b = torch.randn(3001, 24), torch.randn(16, 24), torch.randn(1536, 16)
     dy, spec, alpha_t = torch.randn(3001, 1536), Spec("silu", 1.0), torch.tensor(0.5)
+    z = cpu.forward(x, a, b, alpha_t, None, spec, base=None, out=torch.empty_like(dy), save_z=True)
 
     def db(threads):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
             needs = {"need_dx": False, "need_da": False, "need_db": True}
-            return cpu.backward(dy, x, a, b, None, alpha_t, None, spec, **needs)[2]
+            return cpu.backward(dy, x, a, b, z, alpha_t, None, spec, **needs)[2]
         finally:
             torch.set_num_threads(before)
 
