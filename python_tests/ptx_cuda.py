@@ -15,7 +15,6 @@ except ImportError:  # built with nvcc, and with the emulator, only
 NAME = "cuda_ptx"
 # The devices that the simulated runtime has from the start, by their numbers.
 DEVICES = {"sm_80": 0, "sm_90": 1}
-SMALL_DEVICES: dict[str, int] = {}  # with two multiprocessors, which few rows fill
 
 
 class Kernels(cuda._Kernels):
@@ -50,9 +49,6 @@ def register() -> None:
     if _cuda_on_ptx is None:
         return
     kernels = Kernels()
-    for arch in DEVICES.keys() - SMALL_DEVICES.keys():
-        major, minor = divmod(int(arch.removeprefix("sm_")), 10)
-        SMALL_DEVICES[arch] = _cuda_on_ptx.runtime.add_device(major, minor, multiprocessors=2)
     registry.register(
         replace(
             cuda.EMULATED, name=NAME, status=lambda: BackendStatus(True), forward=kernels.forward,

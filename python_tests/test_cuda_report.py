@@ -4,7 +4,7 @@ import pytest
 
 from tools import cuda_report
 
-MANGLED = "_ZN3afa17project_dy_kernelINS_4Bf16ELi64ELb0EEEvNS_15ProjectDyParamsE"
+MANGLED = "_ZN3afa17project_dy_kernelINS_4Bf16ELi64EEEvNS_15ProjectDyParamsE"
 PTXAS = f"""\
 ptxas info    : Compiling entry function '{MANGLED}' for 'sm_90'
 ptxas info    : Function properties for {MANGLED}
@@ -41,12 +41,11 @@ def sound_row(**changes):
     "mangled, identity",
     [
         (MANGLED, ("project_dy", 64, "bf16")),
-        ("_ZN3afa14forward_kernelINS_4Bf16ELi32ELb1EEEvNS_13ForwardParamsE", ("forward_tall", 32, "bf16")),
         (
             "_ZN3afa14project_kernelINS_4Fp16ELi16EEEvNS_13ProjectParamsE",
             ("project", 16, "fp16"),
         ),
-        ("_ZN3afa8x_kernelINS_4Fp16ELi128EEEvNS_11OuterParamsE", ("x", 128, "fp16")),
+        ("_ZN3afa8x_kernelINS_4Fp16ELi64EEEvNS_11OuterParamsE", ("x", 64, "fp16")),
         ("_ZN3afa13reduce_kernelINS_4Bf16EEEvNS_12ReduceParamsE", ("reduce", 0, "bf16")),
         ("_Z5otherv", None),
     ],

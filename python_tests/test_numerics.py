@@ -22,7 +22,7 @@ SHAPES = [
     (16, 128, 136, 33),  # rank just past a power of two
     (33, 40, 264, 64),  # N beyond one column tile
     (33, 40, 584, 16),  # beyond one slab of dy
-    (19, 264, 72, 128),  # the widest rank of the GPU kernels
+    (19, 264, 72, 128),  # the widest rank of the triton kernels
     (18, 48, 56, 256),  # the widest rank of all
     (203, 1, 1, 4),  # one feature in, one out
 ]

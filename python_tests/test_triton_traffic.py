@@ -131,3 +131,8 @@ def test_launches():
 def test_the_report_says_that_it_is_modelled(capsys):
     layer_overhead.main(["--r", "16"])
     assert capsys.readouterr().out.startswith("MODELLED, not measured")
+
+
+def test_an_operand_as_large_as_the_weight_is_not_taken_for_it():
+    square, other = (layer_overhead.torch_backend_costs(Problem(m, 512, 512, 16)) for m in (512, 520))
+    assert [[cost.name for cost in each] for each in square] == [[cost.name for cost in each] for each in other]

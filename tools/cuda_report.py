@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-RANKS = (16, 32, 64, 128)
+RANKS = (16, 32, 64)
 SOURCES = (*(f"rank{rank}" for rank in RANKS), "reduce")
 QUICK_ARCHITECTURES = ("80", "90")
 
@@ -62,9 +62,7 @@ OPCODES = (*SHOWN_OPCODES, "LDL", "STL", WAIT)
 GLOBAL_OPCODES = ("LD", "ST", "LDG", "STG", "LDGSTS", "ATOM", "ATOMG", "RED", "REDG")
 EARLY = "global memory before the wait"
 
-# What a kernel is called whose last template argument is true.
-_FLAGS = {"forward": "_tall", "project_dy": "_tall"}
-_ENTRY = re.compile(r"afa\d+(\w+?)_kernelINS_4(Bf16|Fp16)E(?:Li(\d+)E)?(?:Lb([01])E)?")
+_ENTRY = re.compile(r"afa\d+(\w+?)_kernelINS_4(Bf16|Fp16)E(?:Li(\d+)E)?")
 
 
 @dataclass
@@ -120,8 +118,8 @@ def identify(mangled: str) -> tuple[str, int, str] | None:
     match = _ENTRY.search(mangled)
     if match is None:
         return None
-    kernel, dtype, rank, flag = match.groups()
-    return kernel + (_FLAGS[kernel] if flag == "1" else ""), int(rank or 0), dtype.lower()
+    kernel, dtype, rank = match.groups()
+    return kernel, int(rank or 0), dtype.lower()
 
 
 def parse_ptxas(text: str, arch: str) -> dict[str, Row]:
@@ -217,19 +215,16 @@ def check(row: Row) -> None:
 
 def launch_plans(architectures: list[str]) -> dict[tuple[str, str, int], dict]:
     """Return the launch of every kernel by architecture, kernel and rank, with the weights that take more shared
-    memory: many rows, for tall tiles and others, and few for the split forward."""
+    memory: many rows, and few for the split forward."""
     native = planner()
     plans = {}
     for arch in architectures:
         gpu = GPUS[arch]
         limits = (gpu.sm_count, gpu.shared_per_block, gpu.shared_per_sm)
         for rank in RANKS:
-            launches = [
-                native.launch_plan((m, 4096, 4096, rank), *limits, rounded=True) for m in (16384, 8192, 6200, 256)
-            ]
-            for plan in (plan for one in launches for plan in one):
-                tall = plan.get("tile_rows", 0) > (128 if rank == 128 else 64)
-                plans.setdefault((arch, plan["kernel"] + "_tall" * tall, rank), plan)
+            for m in (8192, 256):
+                for plan in native.launch_plan((m, 4096, 4096, rank), *limits, rounded=True):
+                    plans.setdefault((arch, plan["kernel"], rank), plan)
     return plans
 
 

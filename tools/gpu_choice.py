@@ -1,6 +1,6 @@
 """The step of gpu_check that asks whether the backend that a call gets is the fastest one on the card.
 
-Which one it gets follows a model (bench/model/choice.py). Shapes lie on both sides of where the rule changes its mind.
+Which one it gets follows from device, dtype and rank. Shapes lie on both sides of where the rule changes its mind.
 """
 
 from dataclasses import replace

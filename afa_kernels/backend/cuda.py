@@ -28,18 +28,13 @@ from afa_kernels.backend.cuda_operands import (
 from afa_kernels.backend.registry import Backend, BackendStatus, Call, Member
 from afa_kernels.torch_private import current_stream
 
-_MAX_RANK = 128
+_MAX_RANK = 64
+_RANK_UNIT = 16  # to a multiple of which the rank of each of several layers is padded
 # Of layers that share x: how many, and the rank of each (beyond it the pass over dy is two kernels, one layer each).
 _MAX_MEMBERS = 3
 _MAX_MEMBER_RANK = 32
 _MIN_CAPABILITY = (8, 0)
 _OLDEST_RUNTIME = 12000  # CUDA of the oldest nvcc that builds the kernels
-# On these GPUs triton compiles products to faster tensor-core instructions, but rounds and pads A and B in a launch of
-# its own and has no programmatic dependent launch. That pays above this rank, from so many rows on. From a model
-# (bench/model/choice.py, to which a test holds it), not measured on a GPU.
-_FASTER_IN_TRITON = (9, 10)  # major compute capabilities
-_MAX_MEMORY_BOUND_RANK = 64
-_LEAST_ROWS_LEFT = 12288
 _ELEMENT_BYTES = 2
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -172,7 +167,7 @@ def _refuses_shape(call: Call) -> str | None:
     if call.dtype not in _DTYPES:
         return f"takes bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
     if call.r > _MAX_RANK:
-        return f"takes ranks up to {_MAX_RANK}, got {call.r} (plain GEMMs are as fast from there on)"
+        return f"takes ranks up to {_MAX_RANK}, got {call.r}"
     if call.k % VECTOR or call.n % VECTOR:
         return f"takes K and N that are multiples of {VECTOR}, got K={call.k} and N={call.n}"
     return None
@@ -184,6 +179,12 @@ def _refuses_group(calls: list[Call]) -> str | None:
     largest = max(call.r for call in calls)
     if largest > _MAX_MEMBER_RANK:
         return f"takes ranks up to {_MAX_MEMBER_RANK} of layers that share x, got {largest}"
+    together = sum(-(-call.r // _RANK_UNIT) * _RANK_UNIT for call in calls)
+    if len(calls) > 1 and together > _MAX_RANK:
+        return (
+            f"takes ranks of layers that share x up to {_MAX_RANK} together, each rounded up to a multiple of "
+            f"{_RANK_UNIT}, got {together}"
+        )
     return None
 
 
@@ -285,19 +286,6 @@ def _refuses(call: Call) -> str | None:
     return _refuses_shape(call) or _refuses_device(call.device_index or 0)
 
 
-def leaves_to_triton(major: int, m: int, r: int) -> bool:
-    """Return whether a call is left to ``triton`` on a GPU of this major compute capability."""
-    return r > _MAX_MEMORY_BOUND_RANK and m >= _LEAST_ROWS_LEFT and major in _FASTER_IN_TRITON
-
-
-def _leaves(call: Call) -> tuple[str, str] | None:
-    major, minor = torch.cuda.get_device_capability(call.device_index or 0)
-    if not leaves_to_triton(major, call.m, call.r):
-        return None
-    reason = f"leaves ranks above {_MAX_MEMORY_BOUND_RANK} to triton, from {_LEAST_ROWS_LEFT} rows on,"
-    return "triton", f"{reason} on compute capability {major}.{minor}"
-
-
 def _emulator_status() -> BackendStatus:
     module, reason = _emulator_module()
     return BackendStatus(module is not None, reason, {"max_rank": _MAX_RANK} if module else {})
@@ -315,7 +303,6 @@ BACKEND = Backend(
     group_backward=lambda *args, **kwargs: _device_kernels().group_backward(*args, **kwargs),
     refuses_group=_refuses_group,
     takes_owners=False,
-    leaves=_leaves,
 )
 EMULATED = Backend(
     name="cuda_emulated",

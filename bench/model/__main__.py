@@ -5,10 +5,10 @@ is missed.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 
-from afa_kernels.backend.cuda import leaves_to_triton
 from bench.model.cuda_launches import (
     H100,
     Kernel,
@@ -26,7 +26,7 @@ LAYERS = (
     (2560, 4096), (2560, 9728), (9728, 2560),
 )  # fmt: skip
 ROWS = (1, 64, 512, 2048, 8192, 32768, 131072)
-RANKS = (8, 16, 32, 64, 128)
+RANKS = (8, 16, 32, 64)
 # Layers that share x, of Llama 8B and of an attention whose heads are not grouped.
 GROUPS = {
     "q, k, v": (4096, (4096, 1024, 1024)),
@@ -72,24 +72,6 @@ def table(layer: Layer, float_weights: bool) -> Iterator[str]:
     yield _HEAD
     for direction in kernels(layer, float_weights=float_weights):
         yield from map(line, direction)
-    if len(layer.members) == 1 and leaves_to_triton(9, layer.m, layer.r):
-        yield from left_to_triton(layer)
-
-
-def left_to_triton(layer: Layer) -> Iterator[str]:
-    """Yield what ``triton`` makes of a call for which ``plan`` prefers it, beside the kernels above."""
-    from bench.model.choice import CARDS, prices  # needs Triton
-
-    ours, theirs = (prices(layer, CARDS[0])[name] for name in ("cuda", "triton"))
-    for direction, above, there in zip(("forward", "backward"), ours, theirs, strict=True):
-        yield (
-            f"  plan() leaves the {direction} to triton: {microseconds(there)} with float32 A and B, where the kernels "
-            f"above, products included, take {microseconds(above)}"
-        )
-
-
-def microseconds(seconds: Range) -> str:
-    return f"{seconds.good * 1e6:.1f} to {seconds.bad * 1e6:.1f} us"
 
 
 def _dtype(float_weights: bool) -> str:
@@ -139,7 +121,9 @@ def check() -> bool:
     figure("a lone layer at identity, as at alpha_t 0.5", lone, lone)
     figure("one token, in a graph, % of the frozen product", middle(decoding(Layer(1, 4096, 4096, 16))), MOST_DECODING)
     every = [Layer(m, k, n, r) for k, n in LAYERS for m in ROWS for r in RANKS]
-    every += [Layer(m, k, n, (r,) * len(n)) for k, n in GROUPS.values() for m in ROWS for r in RANKS if r <= 32]
+    every += [
+        Layer(m, k, n, (r,) * len(n)) for k, n in GROUPS.values() for m in ROWS for r in RANKS if takes(len(n), r)
+    ]
     figure("launches of a forward, most of all calls", max(map(forward_launches, every)), MOST_FORWARD)
     figure(
         "launches of a backward, in each round of rows, most of all calls", max(map(round_launches, every)), MOST_ROUND
@@ -152,6 +136,11 @@ def check() -> bool:
         text = f"under way, r={r}, least of the large calls {least[1][:3]}, % of what memory asks for, missing"
         figure(text, max(0.0, 100 - 100 * least[0] / LEAST_UNDER_WAY), 0.0)
     return holds
+
+
+def takes(members: int, r: int) -> bool:
+    """Return whether the kernels take so many layers of that rank together."""
+    return r <= 32 and members * math.ceil(r / 16) * 16 <= 64
 
 
 def middle(percent: Range) -> float:
@@ -198,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     if {name: getattr(options, name) for name in lone} == lone:
         for k, n in GROUPS.values():
             for r in options.r:
-                if r <= 32:
+                if takes(len(n), r):
                     print(*table(Layer(options.m, k, n, (r,) * len(n)), not options.half), sep="\n")
     print("\nAt identity the same kernels are launched.")
     return 0

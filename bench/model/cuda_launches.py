@@ -145,7 +145,7 @@ class Layer(NamedTuple):
 
 
 def rank_class(r: int) -> int:
-    return next(padded for padded in (16, 32, 64, 128) if r <= padded)
+    return next(padded for padded in (16, 32, 64) if r <= padded)
 
 
 def planner():
@@ -284,7 +284,7 @@ def _backward(call: _Call) -> list[Kernel]:
         kernels.append(call.made("x", 2 * call.x + call.y, x_l2 + db.moved() + (x_slabs + slabs) * call.dz))
         last_sum = max(last_sum, db.live // slabs)
     if summed > 1:
-        waits = math.ceil(da_chunks / {16: 4, 128: 1}.get(rank, 2))  # kChunksAtOnce
+        waits = math.ceil(da_chunks / {16: 4}.get(rank, 2))  # kChunksAtOnce
         kernels[-1] = kernels[-1]._replace(summed=(last_sum, waits))
     if left or da.left():
         kernels.append(_reduce(left + da.left(), max(db_chunks if left else 0, da_chunks if da.left() else 0)))

@@ -1,9 +1,9 @@
 // Backward kernels. With u = dy B (times scaling) and dz = u * phi'(z):
 //
 //   dy_kernel (R <= 32): dh = dy B and dB = dy^T h from one pass over dy.
-//   project_dy_kernel (R >= 64): dh, and where one block has all of it, dz and h.
+//   project_dy_kernel (R = 64): dh, and where one block has all of it, dz and h.
 //   x_kernel: dx = dz A and dA = dz^T x from one pass over x. At R = 16 it may make dz itself; at
-//     R >= 64 it has blocks that pass over dy once more, for dB = dy^T h.
+//     R = 64 it has blocks that pass over dy once more, for dB = dy^T h.
 //
 // Layers that share x have one dz, side by side, so that dx is the sum over them.
 //
@@ -165,11 +165,11 @@ dy_kernel(const DyParams p) {
 }
 
 // Grid: (tiles of rows, splits).
-template <typename T, int R, bool kTall>
-AFA_KERNEL(RowTile<R, kTall>::kThreads, RowTile<R, kTall>::kBlocks)
+template <typename T, int R>
+AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
 project_dy_kernel(const ProjectDyParams p) {
     follow_previous_kernel();
-    using Tile = RowTile<R, kTall>;
+    using Tile = RowTile<R>;
     if (p.arrived && block_x() == 0 && block_y() == 0)
         clear<Tile::kThreads>(p.arrived, p.arrived_count);
     SharedMemory shared;
@@ -178,7 +178,7 @@ project_dy_kernel(const ProjectDyParams p) {
         NarrowRing<T, R, true>::take(shared, p.project.stages, p.project.rounded, p.project.staged);
     const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
     float dh[R / 8][4];
-    project<T, R, true, Tile>(dh, p.project, ring, b_ring, row0, block_y());
+    project<T, R, true>(dh, p.project, ring, b_ring, row0, block_y());
     if (p.project.splits > 1)
         return store_partial<R>(dh, p.project, row0, block_y());
     block_sync();  // the ring has been read by all: dh takes its place
@@ -330,13 +330,13 @@ AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int
     store(da, col0 + slice0);
 }
 
-// Grid: (slabs, chunks); at R >= 64 with columns for dB behind the slabs.
+// Grid: (slabs, chunks); at R = 64 with columns for dB behind the slabs.
 template <typename T, int R>
 AFA_KERNEL(OuterTile<R>::kThreads, OuterTile<R>::kXBlocks)
 x_kernel(const OuterParams p) {
     follow_previous_kernel();
     SharedMemory shared;
-    if constexpr (R >= 64)
+    if constexpr (R == 64)
         if (block_x() >= p.db.first_column)
             return db_block<T, R>(p.db, shared);
     x_pass<T, R>(p, shared, block_x(), block_y(), [&](auto& da, int col) {

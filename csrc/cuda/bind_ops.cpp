@@ -113,8 +113,6 @@ py::dict described(const KernelPlan& plan, const DeviceLimits& device) {
     row["waves"] = waves(plan, device);
     row["busy"] = 1 - tail(plan, device);
     row["launches"] = plan.launches;
-    if (plan.tile_rows > 0)
-        row["tile_rows"] = plan.tile_rows;
     if (plan.dh_sums > 0)
         row["dh_sums"] = plan.dh_sums;
     if (plan.sums > 0)

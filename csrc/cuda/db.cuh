@@ -1,4 +1,4 @@
-// dB = dy^T h at R >= 64, in a pass over dy of its own: where one pass makes dh as well
+// dB = dy^T h at R = 64, in a pass over dy of its own: where one pass makes dh as well
 // (dy_kernel), the partial sums of slabs for which there is room take as many bytes as a second
 // pass.
 #pragma once

@@ -33,28 +33,23 @@ AFA_DEVICE void store_dz_and_h(const SumRowsJob& job, int64_t row, int col, floa
 template <typename T, int R>
 AFA_DEVICE void finish_dh(float* shared_dh, const float (&dh)[R / 8][4], const SumRowsJob& job,
                           int64_t row0) {
-    constexpr int kColumns = RowTile<R>::kDhColumns, kPitch = RowTile<R>::kDhPitch;
+    constexpr int kPitch = RowTile<R>::kDhPitch;
     float* rows = shared_dh + warp_index() * 16 * kPitch;
     float* own = rows + lane_index() / 4 * kPitch + lane_index() % 4 * 2;
     const float alpha_t = alpha_of(job.alpha_t);
     const int64_t first_row = row0 + warp_index() * 16;
     AFA_UNROLL
-    for (int col0 = 0; col0 < R; col0 += kColumns) {
-        AFA_UNROLL
-        for (int j = 0; j < kColumns / 8; ++j) {
-            const float (&sums)[4] = dh[col0 / 8 + j];
-            store_shared(own + j * 8, Float2{sums[0], sums[1]});
-            store_shared(own + 8 * kPitch + j * 8, Float2{sums[2], sums[3]});
-        }
-        warp_sync();
-        AFA_ROLLED
-        for (int i = lane_index(); i < 16 * kColumns / 2; i += kWarpSize) {
-            const int row = i / (kColumns / 2), col = i % (kColumns / 2) * 2;
-            if (first_row + row < job.m)
-                store_dz_and_h<T>(job, first_row + row, col0 + col, alpha_t,
-                                  load_shared<Float2>(rows + row * kPitch + col));
-        }
-        warp_sync();  // all lanes have read them
+    for (int j = 0; j < R / 8; ++j) {
+        store_shared(own + j * 8, Float2{dh[j][0], dh[j][1]});
+        store_shared(own + 8 * kPitch + j * 8, Float2{dh[j][2], dh[j][3]});
+    }
+    warp_sync();
+    AFA_ROLLED
+    for (int i = lane_index(); i < 16 * R / 2; i += kWarpSize) {
+        const int row = i / (R / 2), col = i % (R / 2) * 2;
+        if (first_row + row < job.m)
+            store_dz_and_h<T>(job, first_row + row, col, alpha_t,
+                              load_shared<Float2>(rows + row * kPitch + col));
     }
 }
 

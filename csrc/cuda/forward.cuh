@@ -35,9 +35,10 @@ using NarrowRing = WeightRing<T, kTransposed ? RowTile<R>::kNarrowTransposed : R
 //
 // kTransposed: the narrow matrix is [W, R] (B, for dh = dy B), else [R, W] (A, for z = x A^T). On
 // return no copy is under way, but other warps may still read the rings.
-template <typename T, int R, bool kTransposed, class Tile>
+template <typename T, int R, bool kTransposed>
 AFA_DEVICE void project(float (&total)[R / 8][4], const ProjectParams& p, T* wide_ring,
                         const NarrowRing<T, R, kTransposed>& narrow_ring, int64_t row0, int split) {
+    using Tile = RowTile<R>;
     using B = WeightTile<T, Tile::kDepth, R, Tile::kThreads>;
     using A = RankRows<T, R, Tile::kDepth, Tile::kThreads>;
     constexpr int kWidePitch = pitch(Tile::kDepth),
@@ -170,10 +171,11 @@ using BRing = WeightRing<T, RowTile<R>::kB, RowTile<R>::kStaging>;
 
 // y = base + scaling * h B^T for the rows of this block and the column tiles first .. last, counted
 // through all members. `make_h` leaves h in `tile`, while the first tiles of B are under way.
-template <typename T, int R, class Tile, typename MakeH>
+template <typename T, int R, typename MakeH>
 AFA_DEVICE void emit_columns(const T* tile, const BRing<T, R>& b_ring, int stages,
                              const ForwardParams& p, int64_t row0, int first, int last,
                              const MakeH& make_h) {
+    using Tile = RowTile<R>;
     using Columns = WeightTile<T, Tile::kColumns, R, Tile::kThreads, true>;
     const int warp_row = warp_index() * 16, ahead = stages - 1;
     const auto load = [&](int t, int slot) {
@@ -230,15 +232,16 @@ AFA_DEVICE void emit_columns(const T* tile, const BRing<T, R>& b_ring, int stage
 }
 
 // The work of one block: z and y of its kRows rows. x, A and B pass through shared memory once.
-template <typename T, int R, class Tile = RowTile<R>>
+template <typename T, int R>
 AFA_DEVICE void forward_rows(const ForwardParams& p, SharedMemory& shared, int64_t row0) {
+    using Tile = RowTile<R>;
     const int stages = p.project.stages;
     T* wide_ring = shared.take<T>(stages * Tile::kWide);
     const auto narrow_ring =
         NarrowRing<T, R, false>::take(shared, stages, p.project.rounded, p.project.staged);
 
     float acc[R / 8][4];
-    project<T, R, false, Tile>(acc, p.project, wide_ring, narrow_ring, row0, 0);
+    project<T, R, false>(acc, p.project, wide_ring, narrow_ring, row0, 0);
     block_sync();  // the rings have been read by all: they become the tile of z and the ring of B
     T* tile = narrow_ring.tiles;
     const BRing<T, R> b_ring{wide_ring, narrow_ring.staging, narrow_ring.rounded,
@@ -252,7 +255,7 @@ AFA_DEVICE void forward_rows(const ForwardParams& p, SharedMemory& shared, int64
                      pack<T>(p.inverse_keep * acc[j][2], p.inverse_keep * acc[j][3]));
     }
     warp_sync();
-    emit_columns<T, R, Tile>(tile, b_ring, stages, p, row0, 0, p.column_tiles, [&] {
+    emit_columns<T, R>(tile, b_ring, stages, p, row0, 0, p.column_tiles, [&] {
         finish_rows<T, R>(tile, p, row0, true, [&](int r, int c) {
             return load_shared<uint32_t>(tile + r * pitch(R) + c);
         });
@@ -260,13 +263,12 @@ AFA_DEVICE void forward_rows(const ForwardParams& p, SharedMemory& shared, int64
 }
 
 // Grid: one block per kRows rows.
-template <typename T, int R, bool kTall>
-AFA_KERNEL(RowTile<R, kTall>::kThreads, RowTile<R, kTall>::kBlocks)
+template <typename T, int R>
+AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
 forward_kernel(const ForwardParams p) {
     follow_previous_kernel();
-    using Tile = RowTile<R, kTall>;
     SharedMemory shared;
-    forward_rows<T, R, Tile>(p, shared, static_cast<int64_t>(block_x()) * Tile::kRows);
+    forward_rows<T, R>(p, shared, static_cast<int64_t>(block_x()) * RowTile<R>::kRows);
 }
 
 // Stores the 16 rows of this warp of a product, or of one segment of it.
@@ -295,7 +297,7 @@ AFA_DEVICE void project_rows(const ProjectParams& p, SharedMemory& shared, int64
         NarrowRing<T, R, kTransposed>::take(shared, p.stages, p.rounded, p.staged);
 
     float acc[R / 8][4];
-    project<T, R, kTransposed, Tile>(acc, p, wide_ring, narrow_ring, row0, split);
+    project<T, R, kTransposed>(acc, p, wide_ring, narrow_ring, row0, split);
     store_partial<R>(acc, p, row0, split);
 }
 
@@ -338,14 +340,13 @@ AFA_DEVICE void expand_rows(const ForwardParams& p, SharedMemory& shared, int64_
         }
         return pack<T>(p.inverse_keep * sum.x, p.inverse_keep * sum.y);
     };
-    emit_columns<T, R, Tile>(tile, b_ring, stages, p, row0, first, last, [&] {
-        finish_rows<T, R>(tile, p, row0, column_block == 0, sum_of_splits);
-    });
+    emit_columns<T, R>(tile, b_ring, stages, p, row0, first, last,
+                       [&] { finish_rows<T, R>(tile, p, row0, column_block == 0, sum_of_splits); });
 }
 
 // Grid: (tiles of rows, column blocks).
 template <typename T, int R>
-AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kExpandBlocks)
+AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
 expand_kernel(const ForwardParams p) {
     follow_previous_kernel();
     SharedMemory shared;

@@ -18,8 +18,6 @@ constexpr DeviceLimits kChosenFor[] = {
 // takes at most 64 bytes a clock from L2: with this share that is 1.4 times what the memory of B200
 // gives, and about three times what that of H100 or A100 does (a model: no GPU has confirmed it).
 constexpr double kBusyShare = 0.65;
-// At this rank the products take as long as the reads, and want every multiprocessor.
-constexpr int kProductBoundRank = 128;
 constexpr int64_t kMaxChunks = 64;
 constexpr int64_t kMinChunkTiles = 2;  // what a block keeps and what it leaves behind must pay
 // What bandwidth times latency asks of a multiprocessor of B200, and more than twice what it asks
@@ -39,8 +37,6 @@ auto with_rank(int rank, const F& f) {
         return f(std::integral_constant<int, 16>{});
     case 32:
         return f(std::integral_constant<int, 32>{});
-    case 64:
-        return f(std::integral_constant<int, 64>{});
     default:
         return f(std::integral_constant<int, kMaxRank>{});
     }
@@ -54,11 +50,6 @@ constexpr int64_t kExpandGrid = 256;
 // From here on one block per tile of rows has enough bytes under way to go through all segments;
 // with more, it makes y too.
 constexpr int64_t kWholeRowBlocks = 48, kOnePassRowBlocks = 96;
-// The rate of the L2 cache over that of memory, and the share of the multiprocessors for which
-// there have to be tall tiles; fewer of them would not have that rate (a model: no GPU has
-// confirmed it).
-constexpr double kL2OverMemory = 1.8;
-constexpr double kTallShare = 0.48;
 inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
     return std::max(low, std::min(value, high));
 }
@@ -137,16 +128,15 @@ KernelPlan streaming(const char* kernel, int threads, int registers, const Devic
 }
 
 // How much longer than on a full GPU a grid takes, on the worst of those that it is chosen for.
-// `plan(target)` is the kernel, of rank class R, on one of them.
-template <int R, typename Plan>
+// `plan(target)` is the kernel on one of them.
+template <typename Plan>
 double slowdown(const Plan& plan) {
-    constexpr double kShare = R < kProductBoundRank ? kBusyShare : 1.0;
     double worst = 1;
     for (const DeviceLimits& target : kChosenFor) {
         const KernelPlan kernel = plan(target);
         const double blocks = static_cast<double>(kernel.grid_x) * kernel.grid_y;
-        worst =
-            std::max({worst, 1 / (1 - tail(kernel, target)), kShare * target.sm_count / blocks});
+        worst = std::max(
+            {worst, 1 / (1 - tail(kernel, target)), kBusyShare * target.sm_count / blocks});
     }
     return worst;
 }
@@ -182,7 +172,7 @@ KernelPlan chunked(const char* kernel, int registers, const DeviceLimits& device
         if (chunks < wanted)
             continue;  // an equal number of whole tiles in each makes fewer
         const double cost =
-            slowdown<R>([&](const DeviceLimits& target) { return plan(target, chunks); }) *
+            slowdown([&](const DeviceLimits& target) { return plan(target, chunks); }) *
             (1 + 2.0 * R * chunks / static_cast<double>(m));
         if (least == 0 || cost < least) {
             least = cost;

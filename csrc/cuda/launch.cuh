@@ -35,19 +35,15 @@ void launch(const LaunchConfig& config, const Params& params) {
 template <typename T, int R>
 RankKernels make_rank_kernels() {
     RankKernels table{};
-    table.forward = launch<forward_kernel<T, R, false>, R, ForwardParams>;
+    table.forward = launch<forward_kernel<T, R>, R, ForwardParams>;
     table.expand = launch<expand_kernel<T, R>, R, ForwardParams>;
     table.project = launch<project_kernel<T, R>, R, ProjectParams>;
     table.x = launch<x_kernel<T, R>, R, OuterParams>;
     if constexpr (R <= 32) {
         table.dy = launch<dy_kernel<T, R>, R, DyParams>;
     } else {
-        table.project_dy = launch<project_dy_kernel<T, R, false>, R, ProjectDyParams>;
+        table.project_dy = launch<project_dy_kernel<T, R>, R, ProjectDyParams>;
     }
-    if constexpr (kHasTallTiles<R>)
-        table.tall_forward = launch<forward_kernel<T, R, true>, R, ForwardParams>;
-    if constexpr (kHasTallTiles<R> && R > 32)
-        table.tall_project_dy = launch<project_dy_kernel<T, R, true>, R, ProjectDyParams>;
     return table;
 }
 

@@ -24,9 +24,9 @@ using Launcher = void (*)(const LaunchConfig&, const Params&);
 
 // The kernels of one rank class. A null launcher: the class does without.
 struct RankKernels {
-    Launcher<ForwardParams> forward, tall_forward, expand;
+    Launcher<ForwardParams> forward, expand;
     Launcher<ProjectParams> project;
-    Launcher<ProjectDyParams> project_dy, tall_project_dy;
+    Launcher<ProjectDyParams> project_dy;
     Launcher<DyParams> dy;
     Launcher<OuterParams> x;
 };
@@ -35,7 +35,6 @@ struct RankKernels {
 const RankKernels& rank16_kernels(DType dtype);
 const RankKernels& rank32_kernels(DType dtype);
 const RankKernels& rank64_kernels(DType dtype);
-const RankKernels& rank128_kernels(DType dtype);
 const RankKernels& rank_kernels(DType dtype, int rank);
 
 void launch_reduce(DType dtype, const LaunchConfig& config, const ReduceParams& params);

@@ -22,10 +22,9 @@ LaunchConfig chunks_config(KernelPlan plan, const BranchCall& call, int64_t rows
     return config_of(plan, call);
 }
 LaunchConfig tiles_config(KernelPlan plan, const BranchCall& call) {
-    plan.grid_x = (call.shape.m + plan.tile_rows - 1) / plan.tile_rows;
+    plan.grid_x = (call.shape.m + kTileRows - 1) / kTileRows;
     return config_of(plan, call);
 }
-bool is_tall(const KernelPlan& plan, int rank) { return plan.tile_rows > tile_rows(rank); }
 
 // z as the forward computed it, bit for bit: the same segments, summed in the same order.
 void recompute_z(const BranchCall& call, const ForwardPlan& plan, const BackwardScratch& scratch) {
@@ -99,11 +98,10 @@ void launch_project_dy(const BackwardCall& call, const BackwardPlan& plan,
         p.arrived_count = static_cast<int>(counters(plan));
     }
     const RankKernels& kernels = rank_kernels(call.dtype, plan.dy_rank);
-    const bool tall = is_tall(plan.project_dy, plan.dy_rank);
-    (tall ? kernels.tall_project_dy : kernels.project_dy)(tiles_config(plan.project_dy, call), p);
+    kernels.project_dy(tiles_config(plan.project_dy, call), p);
 }
 
-// What a backward needs of the x kernel, which makes dB at R >= 64 only, and whether the sums over
+// What a backward needs of the x kernel, which makes dB at R = 64 only, and whether the sums over
 // rows are to be ready after it.
 struct Needed {
     bool dz, da, db, sums_da, sums_db;
@@ -195,10 +193,8 @@ const RankKernels& rank_kernels(DType dtype, int rank) {
         return rank16_kernels(dtype);
     case 32:
         return rank32_kernels(dtype);
-    case 64:
-        return rank64_kernels(dtype);
     default:
-        return rank128_kernels(dtype);
+        return rank64_kernels(dtype);
     }
 }
 
@@ -245,8 +241,7 @@ void forward(const ForwardCall& call) {
     const RankKernels& kernels = rank_kernels(call.dtype, plan.rank);
     if (plan.one_pass) {
         p.project = project_x(call, plan, plan.forward, nullptr);
-        const bool tall = is_tall(plan.forward, plan.rank);
-        (tall ? kernels.tall_forward : kernels.forward)(config_of(plan.forward, call), p);
+        kernels.forward(config_of(plan.forward, call), p);
     } else {
         kernels.project(config_of(plan.project, call),
                         project_x(call, plan, plan.project, scratch.partial));

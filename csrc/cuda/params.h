@@ -12,7 +12,7 @@ namespace afa {
 
 constexpr int kMaxMembers = 3;
 constexpr int kRankUnit = 16;  // what one mma sums over
-constexpr int kMaxRank = 128;
+constexpr int kMaxRank = 64;
 constexpr int kMaxSegments = 8;  // of a sum over K or N
 constexpr int kSumsAtOnce = 16;  // partial results that a thread has under way
 constexpr int kSlabRank = 32;    // ranks up to this one sum dy B by slabs of kSlab columns
@@ -143,7 +143,7 @@ struct SumRowsJob {
     float scale;
 };
 
-// dh = dy B of a lone layer at R >= 64, and where one block goes through all segments, dz and h.
+// dh = dy B of a lone layer at R = 64, and where one block goes through all segments, dz and h.
 struct ProjectDyParams {
     ProjectParams project;
     SumRowsJob rows;
@@ -164,7 +164,7 @@ struct OuterPass {
     int stages;
 };
 
-// dB of a lone layer at R >= 64, by blocks of the x kernel: those in the columns of its grid behind
+// dB of a lone layer at R = 64, by blocks of the x kernel: those in the columns of its grid behind
 // the slabs of x, enough for each slab and chunk of dy.
 struct DbParams : OuterPass {
     int first_column, columns;
@@ -184,7 +184,7 @@ struct OuterParams : OuterPass {
     SlabSums sums;
     WeightGradient da[kMaxRank / kRankUnit];  // kRankUnit rows each, where the kernel makes them
     DropoutParams dropout;
-    DbParams db;  // R >= 64
+    DbParams db;  // R = 64
 };
 
 // out = scale * the sum of `count` partial results, in order.

@@ -55,36 +55,9 @@ constexpr int kMaxFeatures =
 // A kernel with a block for each tile of rows, `grid_y` times.
 template <class Tile, typename Bytes>
 KernelPlan tiled(const char* kernel, const DeviceLimits& device, int64_t rows, int64_t grid_y,
-                 Weights weights, int registers, const Bytes& bytes) {
-    KernelPlan plan = streaming(kernel, Tile::kThreads, registers, device,
-                                ceil_div(rows, Tile::kRows), grid_y, weights, bytes);
-    plan.tile_rows = Tile::kRows;
-    return plan;
-}
-
-// How long a kernel takes that goes through whole rows of x or dy, beside reading them alone.
-template <int R>
-double slower_than_reads(const KernelPlan& plan, Weights weights, const DeviceLimits& device) {
-    const double again = (weights == Weights::rounded ? 2.0 : 1.0) * R / plan.tile_rows;
-    return std::max(1.0, (1 + again) / kL2OverMemory) / (1 - tail(plan, device));
-}
-
-// The kernel `make(tile)`, in tall tiles where these are better. `whole`: whether one block goes
-// through all segments of its rows.
-template <int R, typename Make>
-KernelPlan of_better_height(const Make& make, bool whole, Weights weights,
-                            const DeviceLimits& device) {
-    const KernelPlan plan = make(RowTile<R>{});
-    if constexpr (kHasTallTiles<R>) {
-        if (!whole)
-            return plan;
-        const KernelPlan tall = make(RowTile<R, true>{});
-        if (static_cast<double>(tall.grid_x) >= kTallShare * device.sm_count &&
-            slower_than_reads<R>(tall, weights, device) <
-                slower_than_reads<R>(plan, weights, device))
-            return tall;
-    }
-    return plan;
+                 Weights weights, const Bytes& bytes) {
+    return streaming(kernel, Tile::kThreads, Tile::kRegisters, device, ceil_div(rows, Tile::kRows),
+                     grid_y, weights, bytes);
 }
 
 template <int R>
@@ -97,16 +70,12 @@ ForwardPlan forward_of(const Shape& shape, Weights weights, const DeviceLimits& 
     plan.segment = segment_of(shape.k);
     plan.one_pass = row_blocks >= kOnePassRowBlocks || (shape.k <= plan.segment && columns < 4);
     plan.splits = plan.one_pass ? 1 : splits_of(row_blocks, shape.k);
-    const auto forward = [&](auto tile) {
-        return tiled<decltype(tile)>("forward", device, shape.m, 1, weights, tile.kRegisters,
-                                     tile.forward_bytes);
-    };
-    plan.forward = of_better_height<R>(forward, plan.one_pass, weights, device);
-    plan.project = tiled<Tile>("project", device, shape.m, plan.splits, weights, Tile::kRegisters,
-                               Tile::forward_bytes);
+    plan.forward = tiled<Tile>("forward", device, shape.m, 1, weights, Tile::forward_bytes);
+    plan.project =
+        tiled<Tile>("project", device, shape.m, plan.splits, weights, Tile::forward_bytes);
     plan.expand =
         tiled<Tile>("expand", device, shape.m, clamp(ceil_div(kExpandGrid, row_blocks), 1, columns),
-                    weights, Tile::kExpandRegisters, Tile::expand_bytes);
+                    weights, Tile::expand_bytes);
     return plan;
 }
 
@@ -144,14 +113,14 @@ struct ScratchLimits {
 };
 constexpr int64_t kPartialShare = 400;
 
-// At R >= 64 and many rows there are no partial sums of dh, but where z is computed again there are
+// At R = 64 and many rows there are no partial sums of dh, but where z is computed again there are
 // those of z, for which no round accounts.
 template <int R>
 ScratchLimits scratch_limits(const Shape& shape) {
     constexpr int64_t kMega = 1 << 20;
     if (dh_parts_of<R>(shape.m, shape.members[0].n) > 0)
         return {32 * kMega, 12 * kMega};
-    return R == 64 ? ScratchLimits{24 * kMega, 16 * kMega} : ScratchLimits{20 * kMega, 20 * kMega};
+    return {24 * kMega, 16 * kMega};
 }
 
 // Chunks for whose partial results of dA, or of dB, there is scratch memory.
@@ -165,20 +134,17 @@ int64_t most_chunks(const Shape& shape, int64_t width) {
            (kFloatBytes * R * width);
 }
 
-// The kernel of dh at R >= 64, for the rows of a round.
+// The kernel of dh at R = 64, for the rows of a round.
 template <int R>
 KernelPlan project_dy_of(const Shape& shape, int64_t rows, Weights weights,
                          const DeviceLimits& device) {
     const int splits = dy_splits<R>(rows, shape.members[0].n);
-    const auto project_dy = [&](auto tile) {
-        return tiled<decltype(tile)>("project_dy", device, rows, splits, weights, tile.kRegisters,
-                                     tile.dy_project_bytes);
-    };
-    return of_better_height<R>(project_dy, splits == 1, weights, device);
+    return tiled<RowTile<R>>("project_dy", device, rows, splits, weights,
+                             RowTile<R>::dy_project_bytes);
 }
 
 // Rows that a backward takes at once: all, or equal parts whose scratch memory fits the limit.
-// At R >= 64 a round has one block for each tile of rows, and there may be more rounds than needed,
+// At R = 64 a round has one block for each tile of rows, and there may be more rounds than needed,
 // for full waves.
 template <int R>
 int64_t round_rows(const Shape& shape, const DeviceLimits& device) {
@@ -193,7 +159,7 @@ int64_t round_rows(const Shape& shape, const DeviceLimits& device) {
     if constexpr (R > 32) {
         double least = 0;
         for (int64_t rounds = fewest; fewest > 1 && rounds <= 2 * fewest; ++rounds) {
-            const double cost = slowdown<R>([&](const DeviceLimits& target) {
+            const double cost = slowdown([&](const DeviceLimits& target) {
                 return project_dy_of<R>(shape, rows_of(rounds), Weights::rounded, target);
             });
             if (least == 0 || cost < least) {
@@ -325,10 +291,14 @@ void check_shape(const Shape& shape) {
         if (shape.members[i].r > kMaxMemberRank)
             throw std::invalid_argument("layers that share x have ranks up to " +
                                         std::to_string(kMaxMemberRank) + ": " + describe(shape));
+    if (shape.count > 1 && shape.rank0(shape.count) > kMaxRank)
+        throw std::invalid_argument(
+            "layers that share x have ranks up to " + std::to_string(kMaxRank) +
+            " together, each rounded up to a multiple of 16: " + describe(shape));
 }
 
 int rank_class(int r) {
-    for (const int rank : {16, 32, 64, kMaxRank})
+    for (const int rank : {16, 32, kMaxRank})
         if (r >= 1 && r <= rank)
             return rank;
     throw std::invalid_argument("rank: expected 1 to " + std::to_string(kMaxRank) + ", got " +

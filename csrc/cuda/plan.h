@@ -1,11 +1,10 @@
 // Launch parameters as a pure function of shape and device: no CUDA, testable anywhere.
 //
 // What decides the order of a sum depends on the shape alone, so that results agree bit for bit on
-// all GPUs; the device decides only how many tiles are under way and how tall some are. In the sums
-// that make a row of y, z or dx it does not even depend on M, so that a row has the same bits in
-// any call: x and dy are summed in segments whose length depends on K or N alone, and what M
-// decides is whether one block goes through all segments of a tile of rows or one block through
-// each.
+// all GPUs; the device decides only how many tiles are under way. In the sums that make a row of y,
+// z or dx it does not even depend on M, so that a row has the same bits in any call: x and dy are
+// summed in segments whose length depends on K or N alone, and what M decides is whether one block
+// goes through all segments of a tile of rows or one block through each.
 #pragma once
 
 #include <cstdint>
@@ -69,7 +68,6 @@ struct KernelPlan {
     int shared_bytes = 0;
     int registers = 0;      // budget per thread
     int blocks_per_sm = 0;  // by shared memory and registers
-    int tile_rows = 0;      // of a kernel with a block for each tile of rows
     bool staged = false;    // floats of A and B lie in shared memory before they are rounded
     int launches = 1;       // in a backward, one for each round
     int dh_sums = 0;        // x kernel: partial sums of dh that it makes dz from; 0: it reads dz
@@ -77,12 +75,12 @@ struct KernelPlan {
     // or those of a slab by whoever comes last. 0: the reduce kernel does. In the x kernel it holds
     // for the chunks of dB, too.
     int sums = 0;
-    int db_chunks = 0;        // x kernel (R >= 64): of dB
+    int db_chunks = 0;        // x kernel (R = 64): of dB
     int64_t half_blocks = 0;  // those of the grid that have half as much to do, and begin last
 };
 
 struct ForwardPlan {
-    int rank;       // the rank class: all ranks together, padded to 16, 32, 64 or 128
+    int rank;       // the rank class: all ranks together, padded to 16, 32 or 64
     bool one_pass;  // forward kernel; else project and expand
     int segment;    // columns of x that are summed for themselves
     int splits;     // blocks that share the sum over K: 1, or one per segment

@@ -9,9 +9,7 @@ namespace afa {
 
 // Chunks whose partial results of dA are under way at once, as registers allow.
 template <int R>
-constexpr int kChunksAtOnce = R == 16    ? 4
-                              : R == 128 ? 1
-                                         : 2;
+constexpr int kChunksAtOnce = R == 16 ? 4 : 2;
 
 // Zeroes `count` counters, a multiple of 4, with the threads of one block.
 template <int kThreads>

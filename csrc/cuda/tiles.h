@@ -29,23 +29,19 @@ constexpr int streamed_bytes(int tile, int staging, int stages, Streamed weights
     return weights == Streamed::staged ? tiles + stages * staging * kFloatBytes : tiles;
 }
 
-// Rows of a tile that is not tall.
-constexpr int tile_rows(int rank) { return rank == 128 ? 128 : 64; }
+constexpr int kTileRows = 64;  // of the kernels with a block for each tile of rows
 
 // Forward, expand and project kernels: each warp owns 16 rows. Each tile of rows reads A or B
 // again: with R rows in a tile that is as many bytes as of x or dy where weights have 16 bits, and
-// twice as many where they are float32. Where rows are many, tiles are tall.
-template <int R, bool kTall = false>
+// twice as many where they are float32.
+template <int R>
 struct RowTile {
-    static constexpr int kRows = kTall ? 128 : tile_rows(R);
+    static constexpr int kRows = kTileRows;
     static constexpr int kDepth = R <= 32 ? 128 : 64;    // columns of x (or dy) per step
     static constexpr int kColumns = R <= 32 ? 128 : 64;  // columns of y per step
     static constexpr int kThreads = kRows / 16 * kWarpSize;
-    // Budgets per thread, on every architecture. At rank 128 the two accumulators of a sum in
-    // segments leave room for one block on a multiprocessor, which has tiles enough under way.
-    static constexpr int kRegisters = R == 128 ? 248 : 128, kExpandRegisters = 128;
-    // Blocks that these leave room for.
-    static constexpr int kBlocks = R == 128 ? 1 : kTall ? 2 : 4, kExpandBlocks = R == 128 ? 2 : 4;
+    static constexpr int kRegisters = 128;  // budget per thread, on every architecture
+    static constexpr int kBlocks = 4;       // that it leaves room for
     static constexpr int kWide = tile_elements(kRows, kDepth);
     static constexpr int kNarrow = tile_elements(R, kDepth);
     static constexpr int kNarrowTransposed = tile_elements(kDepth, R);
@@ -54,9 +50,9 @@ struct RowTile {
     static constexpr int kStaging = R * kDepth;  // floats of a tile of A or B before rounding
     // The forward kernel reuses its rings: B in the one of x, z in the one of A, floats for floats.
     static_assert(kB <= kWide && kZ <= 2 * kNarrow && kColumns == kDepth);
-    // The project_dy kernel (R >= 64) reuses the one of dy for dh, in floats, kDhColumns at a time,
-    // with four rows in different banks.
-    static constexpr int kDhColumns = 64, kDhPitch = kDhColumns + 8;
+    // The project_dy kernel (R = 64) reuses the one of dy for dh, in floats, with four rows in
+    // different banks.
+    static constexpr int kDhPitch = R + 8;
     static_assert(R <= 32 || kRows * kDhPitch * kFloatBytes <= 2 * kWide * kElementBytes);
 
     static constexpr int forward_bytes(int stages, Streamed weights) {
@@ -70,12 +66,6 @@ struct RowTile {
         return kZ * kElementBytes + streamed_bytes(kB, kStaging, stages, weights);
     }
 };
-
-// Whether the forward and the project_dy kernel have tall tiles. At rank 16 A and B are small; at
-// rank 128, with more rows in a tile, too few multiprocessors would have products to make, which
-// take as long as the reads.
-template <int R>
-constexpr bool kHasTallTiles = R == 32 || R == 64;
 
 // The one-pass dy kernel (R <= 32): a slab is several tiles side by side, so that there are few
 // partial sums of dh. Per warp 16 rows of dh, and a quarter of each tile's columns of dB.
@@ -102,9 +92,9 @@ struct DyTile {
 // The x kernel: each warp owns a slice of columns.
 template <int R>
 struct OuterTile {
-    static constexpr int kRows = R == 16 || R == 128 ? 32 : 64;
+    static constexpr int kRows = R == 16 ? 32 : 64;
     static constexpr int kColumns = R == 16 ? 512 : R == 32 ? 256 : 128;
-    static constexpr int kWarps = R == 16 || R == 128 ? 8 : 4;
+    static constexpr int kWarps = R == 16 ? 8 : 4;
     static constexpr int kThreads = kWarps * kWarpSize;
     // Whether the x kernel can make dz from partial sums of dh, which every slab of columns reads
     // again: at rank 16, where slabs are wide and the sums small, that costs less than a launch.

@@ -87,13 +87,6 @@ MUTANTS = (
         "} warp_sync(); AFA_ROLLED",
         "} AFA_ROLLED",
     ),
-    Mutant(
-        "warp barrier removed",
-        "project_dy: dh read before the next columns of it are written",
-        "dz.cuh",
-        "warp_sync();  // all lanes",
-        "// all lanes",
-    ),
     Mutant("wait removed", "project", "forward.cuh", "wait_oldest(p.stages);", ""),
     Mutant("wait too short", "ring of five", "tile.cuh", "copy_wait<3>();", "copy_wait<4>();"),
     Mutant("wait too short", "ring of three", "tile.cuh", "copy_wait<1>();", "copy_wait<2>();"),

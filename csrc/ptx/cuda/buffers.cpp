@@ -25,8 +25,6 @@ std::vector<Allocation> of_rank(int rank, const void* parameters) {
         return listed<Params, 32>(parameters);
     case 64:
         return listed<Params, 64>(parameters);
-    case 128:
-        return listed<Params, 128>(parameters);
     }
     throw std::runtime_error("no kernel has rank class " + std::to_string(rank));
 }

@@ -82,11 +82,9 @@ def ragged_call(
 
 
 class Nvcc:
-    """Of its dtype and class of ranks in one pass and split, with a mask and without, with full tiles and with none,
-    and with tall ones, which a device with two multiprocessors has."""
+    """Of its dtype and class of ranks in one pass and split, with a mask and without, with full tiles and with none."""
 
     shapes = (((64, 72, 80), 0), ((75, 136, 264), 77), ((64, 904, 136), 0), ((200, 520, 328), 0))
-    tall = (((128, 200, 136), 0), ((150, 136, 200), 77))
 
     def __init__(self, arch: str):
         self.arch, self.edit = arch, None
@@ -106,12 +104,11 @@ class Nvcc:
         _cuda_on_ptx.set_explain(True)
         calls = []
         for dtype in (torch.bfloat16, torch.float16):
-            for rank in (16, 32, 64, 128):
+            for rank in (16, 32, 64):
                 # Full ranks and one that is padded, weights as they are and rounded from float32.
                 full, padded = (rank, dtype, dtype), (rank - 3, dtype, torch.float32)
-                for make, shapes in ((call, self.shapes), (self._on_small, self.tall)):
-                    for *shape, dropout in shapes:
-                        calls.append(make(ptx_cuda.NAME, *shape, *(padded if dropout else full), dropout))
+                for *shape, dropout in self.shapes:
+                    calls.append(call(ptx_cuda.NAME, *shape, *(padded if dropout else full), dropout))
         _cuda_on_ptx.take_launches()
         reached: dict[str, list] = {}
         needed: dict[str, dict[str, set[int]]] = {}
@@ -131,15 +128,6 @@ class Nvcc:
             for text in texts for name, first, last in entries(text)
         ]  # fmt: skip
         return [kernel for kernel in found if "primitive_check" not in kernel.name]
-
-    def _on_small(self, *arguments) -> Callable[[], Results]:
-        run = call(*arguments)
-
-        def on_small() -> Results:
-            with ptx_cuda.kernels.on(ptx_cuda.SMALL_DEVICES[self.arch]):
-                return run()
-
-        return on_small
 
     def install(self, kernel: Kernel | None, text: str = "") -> None:
         if kernel is None:
