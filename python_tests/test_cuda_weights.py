@@ -1,10 +1,10 @@
-"""A and B as callers hold them: the CUDA kernels round and pad them themselves, with no launch for it."""
+"""A and B as callers hold them: one launch rounds and pads them, unless the CUDA kernels can read them in place."""
 
 import pytest
 import torch
 from conftest import skip_unless_available
 from emulator_helpers import forward_and_backward, held, kernel_names, same
-from helpers import Problem
+from helpers import Problem, poisoned_memory
 
 from afa_kernels.activation import IDENTITY
 from afa_kernels.backend import registry
@@ -32,7 +32,7 @@ def launched(name: str, problem: Problem, **options) -> list[str]:
 
 @pytest.mark.parametrize("how", ["dense", "rows apart", "misaligned", "transposed"])
 @pytest.mark.parametrize("r", RANKS)
-def test_float32_weights_are_rounded_as_they_are_read(r, how):
+def test_float32_weights_are_rounded(r, how):
     """To the bit as if the caller had rounded them; gradients come in float32."""
     for shape in SHAPES:
         plain = Problem.random(*shape, r, torch.bfloat16)
@@ -53,23 +53,16 @@ def test_one_weight_in_float32_beside_one_in_the_dtype_of_x(r, which):
     assert same(forward_and_backward(mixed)[:3], forward_and_backward(plain)[:3])
 
 
-def test_float32_weights_need_no_room_in_shared_memory():
-    """Where the ring of floats does not fit, elements are read one by one: the same bits."""
-    from afa_kernels import _emulator
-
-    problem = Problem.random(140, 456, 328, 64, torch.bfloat16, adapter_dtype=torch.float32)
-    roomy = forward_and_backward(problem)
-    try:
-        _emulator.set_device_limits(48, 99 << 10, 100 << 10)
-        shared = {
-            rounded: [k["shared_bytes"] for k in _emulator.launch_plan((140, 456, 328, 64), 48, 99 << 10, 100 << 10,
-                                                                       rounded)][0]
-            for rounded in (False, True)
-        }  # fmt: skip
-        assert shared[True] <= 99 << 10
-        assert same(forward_and_backward(problem), roomy)
-    finally:
-        _emulator.set_device_limits(132, 227 << 10, 228 << 10)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("r", [5, 16, 33])
+def test_what_is_packed_holds_nothing_of_what_lies_around_it(name, r):
+    """Between the rows of A and B lies NaN, and scratch memory holds NaN before."""
+    plain = Problem.random(70, 136, 264, r, torch.bfloat16)
+    around = {key: held(getattr(plain, key), "rows apart").bfloat16() for key in ("lora_a", "lora_b")}
+    for weights in (around, {key: held(getattr(plain, key), "misaligned") for key in around}):
+        with poisoned_memory():
+            got = forward_and_backward(Problem(**(vars(plain) | weights)), name=name)
+        assert same(got[:3], forward_and_backward(plain, name=name)[:3])
 
 
 @pytest.mark.parametrize("activation", ["silu", IDENTITY])
@@ -77,29 +70,22 @@ def test_float32_weights_need_no_room_in_shared_memory():
 @pytest.mark.parametrize(
     "r, m, expected",
     [
-        (5, 70, ["project", "expand", "dy", "x"]),
-        (16, 70, ["project", "expand", "dy", "x"]),
-        (16, 6200, ["forward", "dy", "x", "reduce"]),
-        (17, 70, ["project", "expand", "dy", "reduce", "x"]),
-        (64, 70, ["project", "expand", "project_dy", "reduce", "x"]),
+        (5, 70, ["project", "expand", "dy", "reduce", "x", "reduce"]),
+        (16, 6200, ["forward", "dy", "reduce", "x", "reduce"]),
+        (17, 70, ["project", "expand", "dy", "reduce", "x", "reduce"]),
+        (64, 70, ["project", "expand", "project_dy", "reduce", "db", "x", "reduce"]),
     ],
 )
 def test_what_a_call_launches(r, m, expected, dtype, activation):
-    """Nothing but the passes and their sums, whatever the dtype of A and B, and the same at identity."""
+    """A launch that packs A and B in each direction, unless they are 16-bit vectors; the same at identity."""
     if "cuda_ptx" not in NAMES:
         pytest.skip("built with nvcc only")
     k, n = (904, 264) if m < 1000 else (16, 8)
     problem = Problem.random(m, k, n, r, torch.bfloat16, adapter_dtype=dtype)
     kernels = launched("cuda_ptx", problem, spec=Spec(activation, 1.5))
-    assert kernels == expected
-
-
-def test_floats_pass_through_shared_memory_without_bank_conflicts():
-    from afa_kernels import _emulator
-
-    for r in (16, 32, 64):
-        _emulator.reset_counters()
-        problem = Problem.random(140, 456, 328, r, torch.bfloat16, adapter_dtype=torch.float32)
-        forward_and_backward(problem, seed=torch.tensor(1), spec=Spec("relu", 1.0, 9))
-        counters = _emulator.counters()
-        assert counters["matrix_loads"] > 0 and counters["bank_conflicts"] == 0
+    packs = dtype == torch.float32 or r % 8 > 0
+    passes = [name for name in kernels if name != "pack"]
+    assert passes == expected
+    first_of_backward = kernels.index("dy" if r <= 32 else "project_dy")
+    assert kernels.count("pack") == (2 if packs else 0)
+    assert not packs or kernels[0] == kernels[first_of_backward - 1] == "pack"

@@ -115,7 +115,7 @@ def test_an_assumption_outside_of_its_range_fails(name, above, tmp_path, monkeyp
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 @pytest.mark.parametrize(
     "what",
-    ["forward", "dy", "x", "reduce", "project_dy", "tax", "identity", "taxes", "token"],
+    ["pack", "forward", "dy", "x", "reduce", "project_dy", "db", "tax", "identity", "taxes", "token"],
 )
 def test_a_figure_outside_of_its_range_fails_alone(what, factor, tmp_path, monkeypatch):
     status, record, page = checked(Synthetic(**{what: factor}), tmp_path, monkeypatch)
@@ -129,7 +129,7 @@ def test_a_figure_outside_of_its_range_fails_alone(what, factor, tmp_path, monke
 
 def test_kernels_that_the_model_does_not_know_are_an_error():
     meter = Synthetic()
-    meter.kernels = lambda layer: ({"forward": 1e-5}, {"surprise": 1e-5})
+    meter.kernels = lambda layer: (dict.fromkeys(("pack", "forward"), 1e-5), {"surprise": 1e-5})
     with pytest.raises(RuntimeError, match="launched were .'surprise'"):
         gpu_model.compare(meter)
 

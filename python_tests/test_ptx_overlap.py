@@ -77,7 +77,7 @@ def test_kernels_overlap_where_their_code_waits():
     """sm_90 has griddepcontrol, sm_80 does not; neither has the PTX of sm_80 on a newer card."""
     p = of_many_kernels()
     results, overlaps = forward_and_backward(p, 0)
-    assert overlaps == [False] * 5  # project, expand, project_dy, reduce, x
+    assert overlaps == [False] * 7  # project, expand, project_dy, reduce, db, x, reduce
     ada, blackwell = new_device(**RTX_4090), new_device(major=12, minor=0)
     for device, expected in ((1, True), (ada, False), (blackwell, True)):
         others, overlaps = forward_and_backward(p, device)

@@ -327,7 +327,7 @@ def test_a_launch_on_the_default_stream_beside_a_capture_is_named():
 
 
 def test_two_devices_with_different_limits():
-    small, p = new_device(**RTX_4090), problem(n=136, r=64)
+    small, p = new_device(**RTX_4090), problem(n=136, r=32)
     results = [forward(p, device) for device in (0, small, 1, small, 0)]
     for y, z in results[1:]:
         assert torch.equal(y, results[0][0]) and torch.equal(z, results[0][1])

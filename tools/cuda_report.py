@@ -24,7 +24,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 RANKS = (16, 32, 64)
-SOURCES = (*(f"rank{rank}" for rank in RANKS), "reduce")
+SOURCES = (*(f"rank{rank}" for rank in RANKS), "small")
 QUICK_ARCHITECTURES = ("80", "90")
 
 
@@ -53,7 +53,7 @@ SMALL_THREADS = 128
 FIRST_OVERLAPPED = 90
 
 # Registers per thread that a kernel may take: launch_plan says it for those that use tensor cores.
-SMALL_KERNELS = {"reduce": 80}
+SMALL_KERNELS = {"reduce": 80, "pack": 80}
 # sinf and cosf reduce large arguments through a small array in local memory: a stack, and no spill.
 STACK_BUDGET = 48
 SHOWN_OPCODES = ("HMMA", "LDGSTS", "LDSM")  # tensor cores, asynchronous copies, ldmatrix
@@ -214,8 +214,8 @@ def check(row: Row) -> None:
 
 
 def launch_plans(architectures: list[str]) -> dict[tuple[str, str, int], dict]:
-    """Return the launch of every kernel by architecture, kernel and rank, with the weights that take more shared
-    memory: many rows, and few for the split forward."""
+    """Return the launch of every kernel by architecture, kernel and rank: many rows, and few for the split
+    forward."""
     native = planner()
     plans = {}
     for arch in architectures:
@@ -223,7 +223,7 @@ def launch_plans(architectures: list[str]) -> dict[tuple[str, str, int], dict]:
         limits = (gpu.sm_count, gpu.shared_per_block, gpu.shared_per_sm)
         for rank in RANKS:
             for m in (8192, 256):
-                for plan in native.launch_plan((m, 4096, 4096, rank), *limits, rounded=True):
+                for plan in native.launch_plan((m, 4096, 4096, rank), *limits):
                     plans.setdefault((arch, plan["kernel"], rank), plan)
     return plans
 

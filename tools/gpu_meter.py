@@ -25,7 +25,7 @@ _LOADS = 2000
 _TOKEN_LAYERS = 8  # that one after the other read their weights, together beyond L2
 _PROFILED = 20  # calls
 # Demangled or not.
-_KERNEL = re.compile(r"afa(?:::|\d+)(forward|project|expand|project_dy|dy|x|reduce)_kernel")
+_KERNEL = re.compile(r"afa(?:::|\d+)(forward|project|expand|project_dy|dy|db|x|pack|reduce)_kernel")
 
 
 class Event(NamedTuple):
@@ -54,7 +54,7 @@ class CardMeter:
         of its own may such a kernel begin before that one has ended."""
         operands = [
             torch.zeros(count, dtype=dtype, device=self.device)
-            for count, dtype in ((512, torch.bfloat16), (128, torch.float32), (672, torch.int32))
+            for count, dtype in ((512, torch.bfloat16), (128, torch.float32), (608, torch.int32))
         ]
         pointers = [operand.data_ptr() for operand in operands]
         nothing = torch.empty(1, device=self.device)

@@ -150,7 +150,7 @@ def _primitives(module, device: str, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     matrices = torch.randn(32, 16, generator=generator).to(device, dtype)
     values = torch.randn(128, generator=generator).to(device)
-    out = torch.zeros(672, dtype=torch.int32, device=device)
+    out = torch.zeros(608, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
     module.primitive_check(
         int(dtype == torch.float16),

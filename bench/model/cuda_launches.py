@@ -10,8 +10,6 @@ those that the compiled kernels move, as counted on the PTX machine (python_test
         latency     HBM bytes / (bytes under way on all multiprocessors / latency), at least one latency for each load
                     that waits for another one
     the second term divided by the full share of the last wave
-    then, where the last block of a slab adds up the partial results of all: one latency until it knows that it is the
-    last, and the longer of its bytes / the L2 rate of one multiprocessor and a latency for each two chunks
     gap              launch; behind another kernel of this package less what programmatic dependent launch hides of it,
                      but at least one latency: the kernel waits until it can see what the one before it wrote
 
@@ -20,7 +18,6 @@ HBM counts x, dy, y, dx and z; everything else (A, B, dz, partial sums, and ever
 
 import importlib
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 from afa_kernels.backend import native
@@ -78,8 +75,6 @@ class Kernel(NamedTuple):
     waits: int = 1  # loads that wait for each other, in a launch
     behind: int = 0  # launches right behind another kernel of this package
     busy: float = 1.0  # share of its time in which the places for blocks are busy, from the first full wave on
-    found: float = 0.0  # loads by which blocks look for their work, one after the other, where nothing hides them
-    summed: tuple[int, int] = (0, 0)  # bytes that the last block of a slab adds up, and loads that wait
 
     def gaps(self, gpu: Gpu, which: str) -> float:
         """Return the modelled time in which the kernel before has ended and this one has not begun."""
@@ -107,13 +102,7 @@ class Kernel(NamedTuple):
             bound = "launch"
         elif taken - longest > launch and self.busy < 0.9:
             bound = "tail"
-        return launch + self.found * value(gpu.latency) + taken + self.sum_seconds(gpu, which), bound
-
-    def sum_seconds(self, gpu: Gpu, which: str) -> float:
-        """Return the modelled time between the last partial result and the end of the kernel."""
-        size, waits = self.summed
-        latency = getattr(gpu.latency, which)
-        return latency + max(size / gpu.l2_alone, waits * latency) if waits else 0.0
+        return launch + taken, bound
 
 
 class Layer(NamedTuple):
@@ -163,7 +152,7 @@ def planner():
 def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tuple[list[Kernel], list[Kernel]]:
     """Return the kernels of the forward and of the backward, in order."""
     call = _Call(layer, gpu, float_weights)
-    return in_a_row(_forward(call)), in_a_row(_backward(call))
+    return in_a_row(_pack(call) + _forward(call)), in_a_row(_pack(call) + _backward(call))
 
 
 class _Call:
@@ -171,7 +160,7 @@ class _Call:
 
     def __init__(self, layer: Layer, gpu: Gpu, float_weights: bool):
         limits = (gpu.multiprocessors, gpu.shared_per_block, gpu.shared_per_multiprocessor)
-        rows = planner().launch_plan(tuple(layer), *limits, float_weights)
+        rows = planner().launch_plan(tuple(layer), *limits)
         self.layer, self.gpu = layer, gpu
         self.planned = {row["kernel"]: row for row in rows}
         self.ranks, self.n = (sum(sizes) for sizes in ((r for _, r in layer.members), (n for n, _ in layer.members)))
@@ -179,7 +168,12 @@ class _Call:
             HALF * layer.m * columns for columns in (layer.k, self.n, self.ranks, layer.rank)
         )
         weight = FLOAT if float_weights else HALF
-        self.a, self.b = weight * layer.k * self.ranks, weight * sum(n * r for n, r in layer.members)
+        # As the caller holds them, and as the kernels read them.
+        self.held_a, self.held_b = weight * layer.k * self.ranks, weight * sum(n * r for n, r in layer.members)
+        self.packs = float_weights or len(layer.members) > 1 or self.ranks % 8 > 0
+        self.a, self.b = self.held_a, self.held_b
+        if self.packs:
+            self.a, self.b = HALF * layer.k * layer.rank, HALF * self.n * layer.dy_rank
 
     def made(self, name: str, hbm: int, l2: int, waits: int = 1) -> Kernel:
         row = self.planned[name]
@@ -190,6 +184,12 @@ class _Call:
             name, row["grid"], row["launches"], row["stages"], row["blocks_per_sm"], row["waves"], hbm, l2, under_way,
             waits, busy=row["busy"],
         )  # fmt: skip
+
+
+def _pack(call: _Call) -> list[Kernel]:
+    """Return the launch that rounds and pads A and B, if there is one."""
+    moved = call.held_a + call.held_b + call.a + call.b
+    return [Kernel("pack", (0, 0), 1, 0, 0, 0.0, 0, moved, 0)] if call.packs else []
 
 
 def _reduce(l2: int, sums: int, launches: int = 1) -> Kernel:
@@ -218,77 +218,49 @@ class _Sum(NamedTuple):
     partial: int  # bytes of the partial results of a round
     live: int  # those in ranks that there are
     result: int  # bytes of the gradient
-    chunks: int
     rounds: int
-    summed: int  # chunks whose sum the kernel makes itself; 0: the reduce kernel does
-    counters: int = 0  # bytes of the counters of whoever comes last
 
     def moved(self) -> int:
         """Return the bytes in the kernel that makes the partial results: these are written by each round and read by
-        all but the first, but where there is one chunk, the last round writes the result; and whoever comes last
-        reads them once more."""
-        if self.summed == 1:
-            read_less = self.partial - self.live if self.rounds > 1 else 0
-            return 2 * (self.rounds - 1) * self.partial - read_less + self.result
-        again = self.live + self.result + 2 * self.chunks * self.counters if self.summed else 0
-        return (2 * self.rounds - 1) * self.partial + again
+        all but the first."""
+        return (2 * self.rounds - 1) * self.partial
 
     def left(self) -> int:
         """Return the bytes in the reduce kernel."""
-        return 0 if self.summed else self.live + self.result
+        return self.live + self.result
 
 
 def _backward(call: _Call) -> list[Kernel]:
-    layer, x_row, ranks = call.layer, call.planned["x"], call.ranks
+    layer, ranks = call.layer, call.ranks
     m, k, rank = layer.m, layer.k, layer.rank
-    rounds, summed, da_chunks = x_row["launches"], x_row.get("sums", 0), x_row["grid"][1]
-    x_slabs = math.ceil(k / {16: 512, 32: 256}.get(rank, 128))
-    counters = FLOAT * x_row["threads"] if summed > 1 else 0  # of a slab
+    da_chunks, rounds = call.planned["x"]["grid"][1], call.planned["x"]["launches"]
     partial = da_chunks * rank * k * FLOAT
-    da = _Sum(partial, partial * ranks // rank, call.a, da_chunks, rounds, summed, counters * x_slabs)
-    x_l2 = da_chunks * call.a + da.moved()
-    last_sum = da.live // x_slabs
+    da = _Sum(partial, partial * ranks // rank, call.held_a, rounds)
+    x_slabs = math.ceil(k / {16: 512, 32: 256}.get(rank, 128))
+    x = call.made("x", 2 * call.x, da_chunks * call.a + da.moved() + x_slabs * call.dz)
     if "dy" in call.planned:
         slabs, db_chunks = call.planned["dy"]["grid"]
         dh, partial = slabs * m * layer.dy_rank * FLOAT, db_chunks * call.n * layer.dy_rank * FLOAT
-        live = db_chunks * FLOAT * sum(n * r for n, r in layer.members)
-        of_dy = call.planned["dy"].get("sums", 0)
-        # Where the dy kernel has the only chunk, it reads back what it has stored of all ranks.
-        db = _Sum(partial, partial if of_dy else live, call.b, db_chunks, rounds, of_dy)
+        db = _Sum(partial, db_chunks * FLOAT * sum(n * r for n, r in layer.members), call.held_b, rounds)
         z_again = sum(math.ceil(n / SLAB) * HALF * m * r for n, r in layer.members)
-        kernels = [call.made("dy", call.y, db_chunks * call.b + z_again + dh + db.moved() + da.counters)]
-        makes_dz = "dh_sums" in x_row  # in the x kernel, each slab of columns for itself
-        left = db.left()
-        if not makes_dz:
-            parts = max(math.ceil(n / SLAB) for n, _ in layer.members)
-            sums = max(parts, db_chunks if left else 0)
-            kernels.append(_reduce(dh + call.z + call.dz + left, sums, rounds))
-            left = 0
-        kernels.append(call.made("x", 2 * call.x, x_l2 + x_slabs * (dh + call.z if makes_dz else call.dz)))
-    else:
-        (row_blocks, splits), db_chunks = call.planned["project_dy"]["grid"], x_row["db_chunks"]
-        slabs, partial = math.ceil(call.n / 128), db_chunks * call.n * rank * FLOAT
-        of_db = db_chunks if summed else 0
-        live = partial if of_db else partial * ranks // rank
-        db = _Sum(partial, live, call.b, db_chunks, rounds, of_db, counters * slabs)
-        b_again = rounds * row_blocks * call.b
-        if splits == 1:
-            kernels = [call.made("project_dy", call.y, b_again + call.z + 2 * call.dz)]
-        else:
-            dh = splits * m * rank * FLOAT
-            kernels = [
-                call.made("project_dy", call.y, b_again + dh + da.counters + db.counters),
-                _reduce(dh + call.z + 2 * call.dz, splits, rounds),
-            ]
-        left = db.left()
-        kernels.append(call.made("x", 2 * call.x + call.y, x_l2 + db.moved() + (x_slabs + slabs) * call.dz))
-        last_sum = max(last_sum, db.live // slabs)
-    if summed > 1:
-        waits = math.ceil(da_chunks / {16: 4}.get(rank, 2))  # kChunksAtOnce
-        kernels[-1] = kernels[-1]._replace(summed=(last_sum, waits))
-    if left or da.left():
-        kernels.append(_reduce(left + da.left(), max(db_chunks if left else 0, da_chunks if da.left() else 0)))
-    return kernels
+        sums = max(db_chunks, *(math.ceil(n / SLAB) for n, _ in layer.members))
+        return [
+            call.made("dy", call.y, db_chunks * call.b + z_again + dh + db.moved()),
+            _reduce(dh + call.z + call.dz + db.left(), sums, rounds),
+            x,
+            _reduce(da.left(), da_chunks),
+        ]
+    (row_blocks, splits), db_chunks = call.planned["project_dy"]["grid"], call.planned["db"]["grid"][1]
+    dh, partial = splits * m * rank * FLOAT, db_chunks * call.n * rank * FLOAT
+    db = _Sum(partial, partial * ranks // rank, call.held_b, rounds)
+    slabs = math.ceil(call.n / 128)
+    return [
+        call.made("project_dy", call.y, rounds * row_blocks * call.b + dh),
+        _reduce(dh + call.z + 2 * call.dz, splits, rounds),
+        call.made("db", call.y, slabs * call.dz + db.moved()),
+        x,
+        _reduce(da.left() + db.left(), max(da_chunks, db_chunks)),
+    ]
 
 
 def in_a_row(kernels: list[Kernel]) -> list[Kernel]:
@@ -306,22 +278,10 @@ class Overhead(NamedTuple):
 
 def overhead(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> Overhead:
     passes = kernels(layer, gpu, float_weights=float_weights)
-    return _overhead(layer, gpu, passes, lambda kernel, which: kernel.seconds(gpu, which)[0])
-
-
-def traffic_alone(layer: Layer, gpu: Gpu = H100) -> Overhead:
-    """Return what the large operands would add, each read and written once at the memory's rate, with no launch, no
-    latency and no L2: no order of passes adds less."""
-    return _overhead(layer, gpu, kernels(layer, gpu), lambda kernel, which: kernel.hbm / getattr(gpu.memory, which))
-
-
-def _overhead(
-    layer: Layer, gpu: Gpu, passes: tuple[list[Kernel], list[Kernel]], seconds_of: Callable[[Kernel, str], float]
-) -> Overhead:
     gemm = layer.gemm_flops / gpu.gemm
 
     def percent(direction: int, which: str) -> float:
-        seconds = sum(seconds_of(kernel, which) for kernel in passes[direction])
+        seconds = sum(kernel.seconds(gpu, which)[0] for kernel in passes[direction])
         # The branch writes y (dx), and the frozen GEMMs accumulate into it: one into each y, all into one dx.
         columns = sum(n for n, _ in layer.members) if direction == 0 else layer.k
         seconds += getattr(gpu.unhidden, which) * HALF * layer.m * columns / getattr(gpu.memory, which)

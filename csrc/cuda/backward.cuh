@@ -1,20 +1,19 @@
 // Backward kernels. With u = dy B (times scaling) and dz = u * phi'(z):
 //
 //   dy_kernel (R <= 32): dh = dy B and dB = dy^T h from one pass over dy.
-//   project_dy_kernel (R = 64): dh, and where one block has all of it, dz and h.
-//   x_kernel: dx = dz A and dA = dz^T x from one pass over x. At R = 16 it may make dz itself; at
-//     R = 64 it has blocks that pass over dy once more, for dB = dy^T h.
+//   project_dy_kernel (R = 64): dh. The db_kernel passes over dy once more, for dB = dy^T h.
+//   reduce_kernel: dz, and at R = 64 h, from the sums of dh.
+//   x_kernel: dx = dz A and dA = dz^T x from one pass over x.
 //
 // Layers that share x have one dz, side by side, so that dx is the sum over them.
 //
 // A block keeps one slab of columns and walks down one chunk of rows. What it sums over rows stays
-// in registers and is stored once, as a partial result of its chunk, so that sums have one order
-// whatever the grid; where there is one chunk, as the result. A call of many rows is a series of
+// in registers and is stored once, as a partial result of its chunk, which the reduce kernel adds
+// up in order, so that sums have one order whatever the grid. A call of many rows is a series of
 // launches (rounds): each adds to the partial results of the one before it.
 #pragma once
 
 #include "cuda/db.cuh"
-#include "cuda/dz.cuh"
 #include "cuda/forward.cuh"
 
 namespace afa {
@@ -55,10 +54,10 @@ AFA_DEVICE void store_dh(float* slab_dh, const float (&dh)[R / 8][4], int64_t ro
 }
 
 // dh, into slab_dh, and dB of a member from one slab of kColumns columns of its dy and one chunk of
-// rows. store(db, column) takes the sums of a warp in a tile, whose first column of dy that is.
-template <typename T, int R, typename Store>
+// rows.
+template <typename T, int R>
 AFA_DEVICE void dy_pass(const DyParams& p, const DyMember& member, float* slab_dh,
-                        SharedMemory& shared, int slab, int chunk, const Store& store) {
+                        SharedMemory& shared, int slab, int chunk) {
     using Tile = DyTile<R>;
     constexpr int kWidePitch = pitch(Tile::kDepth), kNarrowPitch = pitch(R);
     constexpr int kPairs = Tile::kRows * R / 2 / Tile::kThreads;  // of z, per thread and step
@@ -93,14 +92,10 @@ AFA_DEVICE void dy_pass(const DyParams& p, const DyMember& member, float* slab_d
         }
     };
 
-    using B = WeightTile<T, Tile::kColumns, R, Tile::kThreads>;
-    const bool copies_b = member.b.in_vectors && !member.b.is_float;
-    if (member.dh && copies_b)
-        B::copy(b_slab, member.b, col0, 0);
+    if (member.dh)
+        load_weight<Tile::kColumns, R, Tile::kThreads>(b_slab, member.b, col0, 0);
     for (int s = 0; s < ahead; ++s)
         load(s, s);  // B belongs to the first group
-    if (member.dh && !copies_b)
-        B::round(b_slab, nullptr, false, member.b, col0, 0);
     load_z(0);
     float db[Tile::kTiles][Tile::kSlice / 16][R / 8][4];
     AFA_UNROLL
@@ -139,9 +134,13 @@ AFA_DEVICE void dy_pass(const DyParams& p, const DyMember& member, float* slab_d
             store_dh<R>(slab_dh, dh, row_begin + t * Tile::kRows, row_end);
     }
     copy_wait<0>();
+    if (!member.db)
+        return;
     AFA_UNROLL
     for (int c = 0; c < Tile::kTiles; ++c)
-        store(db[c], col0 + c * Tile::kDepth + warp_index() * Tile::kSlice);
+        store_outer<Tile::kSlice, R>(member.db + static_cast<int64_t>(chunk) * n * R, db[c],
+                                     col0 + c * Tile::kDepth + warp_index() * Tile::kSlice, n, 0, R,
+                                     p.adds);
 }
 
 // Grid: (slabs of every dy, chunks).
@@ -150,39 +149,19 @@ AFA_KERNEL(DyTile<R>::kThreads, DyTile<R>::kBlocks)
 dy_kernel(const DyParams p) {
     follow_previous_kernel();
     const DyMember member = member_with(p.members, block_x());
-    const int slab = block_x() - member.first, n = member.b.rows, r = member.b.cols;
-    constexpr int kSlice = DyTile<R>::kSlice;
-    if (p.arrived && block_x() == 0 && block_y() == 0)
-        clear<DyTile<R>::kThreads>(p.arrived, p.arrived_count);
+    const int slab = block_x() - member.first;
     SharedMemory shared;
-    const SlabSums sums{member.result.rows > 0 ? 1 : 0, 0, nullptr};
-    dy_pass<T, R>(
-        p, member, member.dh + slab * p.m * R, shared, slab, block_y(), [&](auto& db, int col) {
-            if (member.db)
-                store_db<T, R, kSlice>(member.result, member.scaling, r, sums, member.db, p.adds,
-                                       db, slab, block_y(), col, n, DyTile<R>::kThreads);
-        });
+    dy_pass<T, R>(p, member, member.dh + slab * p.m * R, shared, slab, block_y());
 }
 
 // Grid: (tiles of rows, splits).
 template <typename T, int R>
 AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
-project_dy_kernel(const ProjectDyParams p) {
+project_dy_kernel(const ProjectParams p) {
     follow_previous_kernel();
-    using Tile = RowTile<R>;
-    if (p.arrived && block_x() == 0 && block_y() == 0)
-        clear<Tile::kThreads>(p.arrived, p.arrived_count);
     SharedMemory shared;
-    T* ring = shared.take<T>(p.project.stages * Tile::kWide);
-    const auto b_ring =
-        NarrowRing<T, R, true>::take(shared, p.project.stages, p.project.rounded, p.project.staged);
-    const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
-    float dh[R / 8][4];
-    project<T, R, true>(dh, p.project, ring, b_ring, row0, block_y());
-    if (p.project.splits > 1)
-        return store_partial<R>(dh, p.project, row0, block_y());
-    block_sync();  // the ring has been read by all: dh takes its place
-    finish_dh<T, R>(reinterpret_cast<float*>(ring), dh, p.rows, row0);
+    project_rows<T, R, true>(p, shared, static_cast<int64_t>(block_x()) * RowTile<R>::kRows,
+                             block_y());
 }
 
 // dx = dz A for the columns of this warp: into `slice` of a tile in shared memory, then 16-byte
@@ -232,15 +211,12 @@ AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
 }
 
 // dx and dA of one slab of kColumns columns of x and one chunk of rows. Each warp works on its own
-// slice of the slab, and reuses the place of its x for dx. store(da, column) as in db_pass; where
-// p.partial is null, the sums are zeros.
-template <typename T, int R, typename Store>
-AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int chunk,
-                       const Store& store) {
+// slice of the slab, and reuses the place of its x for dx.
+template <typename T, int R>
+AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int chunk) {
     using Tile = OuterTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R),
                   kSlice = Tile::kSlice, kRows = Tile::kRows;
-    constexpr bool kMakesDz = Tile::kMakesDz;
     const int ahead = p.stages - 1;
     T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
     T* narrow_ring = shared.take<T>(p.stages * Tile::kNarrow);
@@ -258,36 +234,16 @@ AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int
                 load_tile<kRows, Tile::kColumns, Tile::kThreads>(
                     wide_ring + slot * Tile::kWide, static_cast<const T*>(p.wide), p.wide_stride,
                     row0, row_end, col0, p.w);
-            if (!kMakesDz || p.narrow)
-                load_tile<kRows, R, Tile::kThreads>(narrow_ring + slot * Tile::kNarrow,
-                                                    static_cast<const T*>(p.narrow), R, row0,
-                                                    row_end, 0, R);
+            load_tile<kRows, R, Tile::kThreads>(narrow_ring + slot * Tile::kNarrow,
+                                                static_cast<const T*>(p.narrow), R, row0, row_end,
+                                                0, R);
         }
         copy_commit();
     };
-    // Where this kernel makes dz, tile t + 1 of it is on its way while tile t is multiplied.
-    DzTile<T, R, Tile::kRows, Tile::kThreads> dz_next;
-    const bool makes_dz = kMakesDz && !p.narrow;
-    const float alpha_t = makes_dz ? alpha_of(p.dz.alpha_t) : 0.0f;
-    const auto load_dz = [&](int t) {
-        if constexpr (kMakesDz)
-            if (makes_dz)
-                dz_next.load(p.dz, row_begin + t * kRows, row_end);
-    };
-    const auto store_dz = [&](int slot) {
-        if constexpr (kMakesDz)
-            if (makes_dz)
-                dz_next.store(narrow_ring + slot * Tile::kNarrow, p.dz, alpha_t);
-    };
-    using A = RankRows<T, R, Tile::kColumns, Tile::kThreads>;
-    if (p.dx && !p.rounded)
-        A::copy(a_slab, p.a, col0);
+    if (p.dx)
+        load_weight<R, Tile::kColumns, Tile::kThreads>(a_slab, p.a, 0, col0);
     for (int s = 0; s < ahead; ++s)
         load(s, s);  // A belongs to the first group
-    load_dz(0);
-    if (p.dx && p.rounded)
-        A::round(a_slab, nullptr, false, p.a, col0);
-    store_dz(0);
     wait_oldest(p.stages);
     block_sync();
     uint32_t a[R / 16][kSlice / 16][4];
@@ -307,7 +263,6 @@ AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int
         wait_oldest(p.stages);
         block_sync();
         load(t + ahead, slot == 0 ? ahead : slot - 1);
-        load_dz(t + 1);
         T* slice = wide_ring + slot * Tile::kWide + slice0;
         const T* dz = narrow_ring + slot * Tile::kNarrow;
         uint16_t* slice_masks = masks + slice0 / kDropoutColumns;
@@ -324,26 +279,20 @@ AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int
             emit_dx<T, R>(slice, dz, slice_masks, a, p, row0, row_end, col0 + slice0);
         }
         slot = slot == ahead ? 0 : slot + 1;
-        store_dz(slot);  // last read before the barrier above
     }
     copy_wait<0>();
-    store(da, col0 + slice0);
+    if (p.partial)
+        store_outer<R, kSlice>(p.partial + static_cast<int64_t>(chunk) * R * p.w, da, 0, R,
+                               col0 + slice0, p.w, p.adds);
 }
 
-// Grid: (slabs, chunks); at R = 64 with columns for dB behind the slabs.
+// Grid: (slabs, chunks).
 template <typename T, int R>
 AFA_KERNEL(OuterTile<R>::kThreads, OuterTile<R>::kXBlocks)
 x_kernel(const OuterParams p) {
     follow_previous_kernel();
     SharedMemory shared;
-    if constexpr (R == 64)
-        if (block_x() >= p.db.first_column)
-            return db_block<T, R>(p.db, shared);
-    x_pass<T, R>(p, shared, block_x(), block_y(), [&](auto& da, int col) {
-        if (p.partial)
-            store_da<T, R, OuterTile<R>::kSlice>(p, da, block_x(), block_y(), col,
-                                                 OuterTile<R>::kThreads);
-    });
+    x_pass<T, R>(p, shared, block_x(), block_y());
 }
 
 }  // namespace afa

@@ -98,8 +98,7 @@ bool bound_backward(Tensor x, const std::vector<Member>& members, Tensor dx,
     return true;
 }
 
-}  // namespace
-
+// A kernel with its launch parameters, for ``plan``.
 py::dict described(const KernelPlan& plan, const DeviceLimits& device) {
     py::dict row;
     row["kernel"] = plan.kernel;
@@ -109,27 +108,19 @@ py::dict described(const KernelPlan& plan, const DeviceLimits& device) {
     row["stage_bytes"] = plan.stage_bytes;
     row["shared_bytes"] = plan.shared_bytes;
     row["registers"] = plan.registers;
+    row["tile_bytes"] = plan.tile_bytes;
     row["blocks_per_sm"] = plan.blocks_per_sm;
     row["waves"] = waves(plan, device);
     row["busy"] = 1 - tail(plan, device);
     row["launches"] = plan.launches;
-    if (plan.dh_sums > 0)
-        row["dh_sums"] = plan.dh_sums;
-    if (plan.sums > 0)
-        row["sums"] = plan.sums;
-    if (plan.db_chunks > 0)
-        row["db_chunks"] = plan.db_chunks;
     return row;
 }
 
-namespace {
-
 std::vector<py::dict> launch_plan(const Sizes& sizes, int sm_count, int shared_per_block,
-                                  int shared_per_sm, bool rounded) {
+                                  int shared_per_sm) {
     const DeviceLimits device{sm_count, shared_per_block, shared_per_sm};
     std::vector<py::dict> rows;
-    const Weights weights = rounded ? Weights::rounded : Weights::as_they_are;
-    for (const KernelPlan& plan : kernels_of(shape_of(sizes), weights, device))
+    for (const KernelPlan& plan : kernels_of(shape_of(sizes), device))
         rows.push_back(described(plan, device));
     return rows;
 }
@@ -151,8 +142,8 @@ void bind_ops(py::module_& module) {
     module.def("backward", &bound_backward, py::call_guard<py::gil_scoped_release>(),
                "As forward.");
     module.def("launch_plan", &launch_plan, py::arg("sizes"), py::arg("sm_count"),
-               py::arg("shared_per_block"), py::arg("shared_per_sm"), py::arg("rounded") = false,
-               "The kernels of a forward and a backward, in order; `rounded`: A or B is float32.");
+               py::arg("shared_per_block"), py::arg("shared_per_sm"),
+               "The kernels of a forward and a backward, in order, small ones aside.");
     module.def(
         "primitive_check",
         [](int dtype, uintptr_t in, uintptr_t values, uintptr_t out, int device, uintptr_t stream) {

@@ -3,15 +3,13 @@
 // pass.
 #pragma once
 
-#include "cuda/slab_sums.cuh"
+#include "cuda/outer.cuh"
 
 namespace afa {
 
 // dB = dy^T h with h read from memory: one slab of kColumns columns of dy and one chunk of rows.
-// store(db, column) takes the sums of a warp, whose first column of dy that is.
-template <typename T, int R, typename Store>
-AFA_DEVICE void db_pass(const OuterPass& p, SharedMemory& shared, int slab, int chunk,
-                        const Store& store) {
+template <typename T, int R>
+AFA_DEVICE void db_pass(const OuterPass& p, SharedMemory& shared, int slab, int chunk) {
     using Tile = OuterTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
     const int ahead = p.stages - 1;
@@ -50,20 +48,17 @@ AFA_DEVICE void db_pass(const OuterPass& p, SharedMemory& shared, int slab, int 
         slot = slot == ahead ? 0 : slot + 1;
     }
     copy_wait<0>();
-    store(db, col0 + warp_index() * Tile::kSlice);
+    store_outer<Tile::kSlice, R>(p.partial + static_cast<int64_t>(chunk) * p.w * R, db,
+                                 col0 + warp_index() * Tile::kSlice, p.w, 0, R, p.adds);
 }
 
-// dB by one of the blocks of the x kernel that are there for it.
+// Grid: (slabs, chunks).
 template <typename T, int R>
-AFA_DEVICE void db_block(const DbParams& p, SharedMemory& shared) {
-    const int block = block_y() * p.columns + block_x() - p.first_column;
-    const int slab = block % p.slabs, chunk = block / p.slabs;
-    if (chunk >= p.chunks)
-        return;
-    db_pass<T, R>(p, shared, slab, chunk, [&](auto& db, int col) {
-        store_db<T, R, OuterTile<R>::kSlice>(p.result, p.scaling, p.r, p.sums, p.partial, p.adds,
-                                             db, slab, chunk, col, p.w, OuterTile<R>::kThreads);
-    });
+AFA_KERNEL(OuterTile<R>::kThreads, OuterTile<R>::kDbBlocks)
+db_kernel(const OuterPass p) {
+    follow_previous_kernel();
+    SharedMemory shared;
+    db_pass<T, R>(p, shared, block_x(), block_y());
 }
 
 }  // namespace afa

@@ -23,10 +23,6 @@ AFA_DEVICE void move_sum(float (&total)[kCount][4], float (&acc)[kCount][4]) {
     }
 }
 
-template <typename T, int R, bool kTransposed>
-using NarrowRing = WeightRing<T, kTransposed ? RowTile<R>::kNarrowTransposed : RowTile<R>::kNarrow,
-                              RowTile<R>::kStaging>;
-
 // total[j] = the 16 rows of this warp times 8-column tile j of the narrow matrix, over all columns
 // (splits 1) or over the segment `split`.
 //
@@ -37,10 +33,9 @@ using NarrowRing = WeightRing<T, kTransposed ? RowTile<R>::kNarrowTransposed : R
 // return no copy is under way, but other warps may still read the rings.
 template <typename T, int R, bool kTransposed>
 AFA_DEVICE void project(float (&total)[R / 8][4], const ProjectParams& p, T* wide_ring,
-                        const NarrowRing<T, R, kTransposed>& narrow_ring, int64_t row0, int split) {
+                        T* narrow_ring, int64_t row0, int split) {
     using Tile = RowTile<R>;
-    using B = WeightTile<T, Tile::kDepth, R, Tile::kThreads>;
-    using A = RankRows<T, R, Tile::kDepth, Tile::kThreads>;
+    constexpr int kNarrow = kTransposed ? Tile::kNarrowTransposed : Tile::kNarrow;
     constexpr int kWidePitch = pitch(Tile::kDepth),
                   kNarrowPitch = pitch(kTransposed ? R : Tile::kDepth);
     const T* wide = static_cast<const T*>(p.wide);
@@ -57,9 +52,11 @@ AFA_DEVICE void project(float (&total)[R / 8][4], const ProjectParams& p, T* wid
             load_tile<Tile::kRows, Tile::kDepth, Tile::kThreads>(
                 wide_ring + slot * Tile::kWide, wide, p.wide_stride, row0, p.m, col0, p.w);
             if constexpr (kTransposed)
-                narrow_ring.load(B{}, t, slot, p.narrow[0], col0, 0);
+                load_weight<Tile::kDepth, R, Tile::kThreads>(narrow_ring + slot * kNarrow, p.narrow,
+                                                             col0, 0);
             else
-                narrow_ring.load(A{}, t, slot, p.narrow, col0);
+                load_weight<R, Tile::kDepth, Tile::kThreads>(narrow_ring + slot * kNarrow, p.narrow,
+                                                             0, col0);
         }
         copy_commit();
     };
@@ -74,15 +71,11 @@ AFA_DEVICE void project(float (&total)[R / 8][4], const ProjectParams& p, T* wid
     AFA_ROLLED
     for (int t = first; t < last; ++t) {
         wait_oldest(p.stages);
-        if constexpr (kTransposed)
-            narrow_ring.finish(B{}, t, slot, p.narrow[0], t * Tile::kDepth, 0);
-        else
-            narrow_ring.finish(A{}, t, slot, p.narrow, t * Tile::kDepth);
         block_sync();  // the tile is complete, and the slot that is filled next has been read by
                        // all
         load(t + ahead, slot == 0 ? ahead : slot - 1);
         T* rows = wide_ring + slot * Tile::kWide + warp_row * kWidePitch;
-        const T* other = narrow_ring.tile(t, slot);
+        const T* other = narrow_ring + slot * kNarrow;
         if (!kTransposed && p.dropout.threshold > 0) {
             drop<16, Tile::kDepth, kWidePitch>(rows, nullptr, 0, p.dropout, row0 + warp_row,
                                                t * Tile::kDepth, p.w, true);
@@ -166,67 +159,78 @@ AFA_DEVICE void store_columns(const ForwardMember& member, const float (&acc)[4]
     }
 }
 
+// The same of all columns of a tile of B, from the fragments of h of this warp.
 template <typename T, int R>
-using BRing = WeightRing<T, RowTile<R>::kB, RowTile<R>::kStaging>;
+AFA_DEVICE void emit_tile(const ForwardMember& member, const uint32_t (&h)[R / 16][4],
+                          const T* b_tile, int64_t row0, int64_t rows, int col0) {
+    const int depth = member.z_cols;
+    AFA_UNROLL
+    for (int c = 0; c < RowTile<R>::kColumns; c += 32) {
+        float acc[4][4] = {};
+        AFA_UNROLL
+        for (int k = 0; k < R; k += 16) {
+            if (k > 0 && k >= depth)
+                continue;
+            AFA_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                uint32_t b[4];
+                load_matrices(b, b_tile + (c + half * 16) * pitch(R) + k + right_first<pitch(R)>());
+                multiply_add<T>(acc[2 * half], h[k / 16], b[0], b[1]);
+                multiply_add<T>(acc[2 * half + 1], h[k / 16], b[2], b[3]);
+            }
+        }
+        store_columns<T>(member, acc, row0, rows, col0 + c);
+    }
+}
 
 // y = base + scaling * h B^T for the rows of this block and the column tiles first .. last, counted
-// through all members. `make_h` leaves h in `tile`, while the first tiles of B are under way.
+// through all members, one member after the other. `make_h` leaves h in `tile`, while the first
+// tiles of B are under way.
 template <typename T, int R, typename MakeH>
-AFA_DEVICE void emit_columns(const T* tile, const BRing<T, R>& b_ring, int stages,
-                             const ForwardParams& p, int64_t row0, int first, int last,
-                             const MakeH& make_h) {
+AFA_DEVICE void emit_columns(const T* tile, T* b_ring, int stages, const ForwardParams& p,
+                             int64_t row0, int first, int last, const MakeH& make_h) {
     using Tile = RowTile<R>;
-    using Columns = WeightTile<T, Tile::kColumns, R, Tile::kThreads, true>;
     const int warp_row = warp_index() * 16, ahead = stages - 1;
-    const auto load = [&](int t, int slot) {
-        if (t < last) {
-            const ForwardMember member = member_with(p.members, t);
-            const int64_t col0 = static_cast<int64_t>(t - member.first) * Tile::kColumns;
-            b_ring.load(Columns{}, t, slot, member.b, col0, 0);
-        }
-        copy_commit();
-    };
-
-    for (int s = 0; s < ahead; ++s)
-        load(first + s, s);
-    make_h();
-    uint32_t h[R / 16][4] = {};
-    int slot = 0;
+    bool made = false;
     AFA_ROLLED
-    for (int t = first; t < last; ++t) {
-        const ForwardMember member = member_with(p.members, t);
-        const int depth = member.b.cols, col0 = (t - member.first) * Tile::kColumns;
-        wait_oldest(stages);
-        b_ring.finish(Columns{}, t, slot, member.b, col0, 0);
-        block_sync();
-        load(t + ahead, slot == 0 ? ahead : slot - 1);
-        const T* b_tile = b_ring.tile(t, slot);
-        if (t == first || t == member.first) {
-            AFA_UNROLL
-            for (int k = 0; k < R; k += 16)
-                if (k < depth)
-                    load_matrices(h[k / 16], tile + warp_row * pitch(R) + member.rank0 + k +
-                                                 down_first<pitch(R)>());
-        }
+    for (int i = 0; i < p.count; ++i) {
+        const ForwardMember member = member_at(p.members, i);
+        const int tiles = (member.b.rows + Tile::kColumns - 1) / Tile::kColumns;
+        const int begin = first > member.first ? first - member.first : 0;
+        const int end = last - member.first < tiles ? last - member.first : tiles;
+        if (begin >= end)
+            continue;
+        const auto load = [&](int t, int slot) {
+            if (t < end)
+                load_weight<Tile::kColumns, R, Tile::kThreads, true>(
+                    b_ring + slot * Tile::kB, member.b, static_cast<int64_t>(t) * Tile::kColumns,
+                    0);
+            copy_commit();
+        };
+        if (made)
+            block_sync();  // the ring has been read by all
+        for (int s = 0; s < ahead; ++s)
+            load(begin + s, s);
+        if (!made)
+            make_h();
+        made = true;
+        const int depth = member.z_cols;
+        uint32_t h[R / 16][4] = {};
         AFA_UNROLL
-        for (int c = 0; c < Tile::kColumns; c += 32) {
-            float acc[4][4] = {};
-            AFA_UNROLL
-            for (int k = 0; k < R; k += 16) {
-                if (k > 0 && k >= depth)
-                    continue;
-                AFA_UNROLL
-                for (int half = 0; half < 2; ++half) {
-                    uint32_t b[4];
-                    load_matrices(b, b_tile + (c + half * 16) * pitch(R) + k +
-                                         right_first<pitch(R)>());
-                    multiply_add<T>(acc[2 * half], h[k / 16], b[0], b[1]);
-                    multiply_add<T>(acc[2 * half + 1], h[k / 16], b[2], b[3]);
-                }
-            }
-            store_columns<T>(member, acc, row0 + warp_row, p.project.m, col0 + c);
+        for (int k = 0; k < R; k += 16)
+            if (k < depth)
+                load_matrices(h[k / 16], tile + warp_row * pitch(R) + member.rank0 + k +
+                                             down_first<pitch(R)>());
+        int slot = 0;
+        AFA_ROLLED
+        for (int t = begin; t < end; ++t) {
+            wait_oldest(stages);
+            block_sync();
+            load(t + ahead, slot == 0 ? ahead : slot - 1);
+            emit_tile<T, R>(member, h, b_ring + slot * Tile::kB, row0 + warp_row, p.project.m,
+                            t * Tile::kColumns);
+            slot = slot == ahead ? 0 : slot + 1;
         }
-        slot = slot == ahead ? 0 : slot + 1;
     }
     copy_wait<0>();
 }
@@ -237,15 +241,12 @@ AFA_DEVICE void forward_rows(const ForwardParams& p, SharedMemory& shared, int64
     using Tile = RowTile<R>;
     const int stages = p.project.stages;
     T* wide_ring = shared.take<T>(stages * Tile::kWide);
-    const auto narrow_ring =
-        NarrowRing<T, R, false>::take(shared, stages, p.project.rounded, p.project.staged);
+    T* narrow_ring = shared.take<T>(stages * Tile::kNarrow);
 
     float acc[R / 8][4];
     project<T, R, false>(acc, p.project, wide_ring, narrow_ring, row0, 0);
     block_sync();  // the rings have been read by all: they become the tile of z and the ring of B
-    T* tile = narrow_ring.tiles;
-    const BRing<T, R> b_ring{wide_ring, narrow_ring.staging, narrow_ring.rounded,
-                             narrow_ring.staged};
+    T *tile = narrow_ring, *b_ring = wide_ring;
     const int row = warp_index() * 16 + lane_index() / 4, col = lane_index() % 4 * 2;
     AFA_UNROLL
     for (int j = 0; j < R / 8; ++j) {
@@ -293,8 +294,8 @@ AFA_DEVICE void project_rows(const ProjectParams& p, SharedMemory& shared, int64
                              int split) {
     using Tile = RowTile<R>;
     T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
-    const auto narrow_ring =
-        NarrowRing<T, R, kTransposed>::take(shared, p.stages, p.rounded, p.staged);
+    T* narrow_ring =
+        shared.take<T>(p.stages * (kTransposed ? Tile::kNarrowTransposed : Tile::kNarrow));
 
     float acc[R / 8][4];
     project<T, R, kTransposed>(acc, p, wide_ring, narrow_ring, row0, split);
@@ -319,7 +320,7 @@ AFA_DEVICE void expand_rows(const ForwardParams& p, SharedMemory& shared, int64_
     using Tile = RowTile<R>;
     const int stages = p.project.stages;
     T* tile = shared.take<T>(Tile::kZ);
-    const auto b_ring = BRing<T, R>::take(shared, stages, p.project.rounded, p.project.staged);
+    T* b_ring = shared.take<T>(stages * Tile::kB);
 
     const int64_t tiles = p.column_tiles;
     const int first = static_cast<int>(tiles * column_block / p.column_blocks),

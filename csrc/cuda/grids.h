@@ -59,23 +59,15 @@ inline int splits_of(int64_t row_blocks, int width) {
     return row_blocks >= kWholeRowBlocks ? 1 : static_cast<int>(ceil_div(width, segment_of(width)));
 }
 
-// What a last wave that is not full makes of the time of a kernel.
-struct LastWave {
-    int64_t half_blocks = 0;
-
-    double operator()(KernelPlan plan, const DeviceLimits& device) const {
-        plan.half_blocks = half_blocks;
-        return 1 / (1 - tail(plan, device));
-    }
-};
+// Bytes of a tile of x, dy or y.
+template <class Tile>
+constexpr int kTileBytes = Tile::kRows * Tile::kColumns * kElementBytes;
 
 // The number of stages for a grid: the one that slows the kernel least; among equals, the one with
-// most bytes under way, of which there are `stage_bytes` in a tile. `idle` says how much longer the
-// kernel takes because its blocks do not fill the GPU all the time.
-template <typename Bytes, typename Idle = LastWave>
+// most bytes under way, of which there are `stage_bytes` in a tile.
+template <typename Bytes>
 KernelPlan ring(const char* kernel, int threads, int registers, const DeviceLimits& device,
-                int64_t grid_x, int64_t grid_y, int stage_bytes, const Bytes& bytes,
-                const Idle& idle = {}) {
+                int64_t grid_x, int64_t grid_y, int stage_bytes, const Bytes& bytes) {
     KernelPlan best;
     int64_t most = 0;
     double least = 0;
@@ -92,8 +84,8 @@ KernelPlan ring(const char* kernel, int threads, int registers, const DeviceLimi
         const int64_t resident = std::min<int64_t>(fit, ceil_div(grid_x * grid_y, device.sm_count));
         const int64_t under_way = resident * (stages - 1) * stage_bytes;
         // Than on a full GPU: for blocks that do not fill it, or for too few bytes under way.
-        const double slower =
-            std::max({1.0, idle(plan, device), static_cast<double>(kBytesUnderWay) / under_way});
+        const double slower = std::max(
+            {1.0, 1 / (1 - tail(plan, device)), static_cast<double>(kBytesUnderWay) / under_way});
         if (most == 0 || slower < least || (slower == least && under_way > most)) {
             best = plan;
             most = under_way;
@@ -105,26 +97,6 @@ KernelPlan ring(const char* kernel, int threads, int registers, const DeviceLimi
             std::string(kernel) + " kernel: needs " + std::to_string(bytes(2)) +
             " bytes of shared memory, the device gives " + std::to_string(device.shared_per_block));
     return best;
-}
-
-// The best ring for a kernel that streams a weight: `bytes(stages, weights)`. Where floats have no
-// room beside it, they are rounded as they are read.
-template <typename Bytes, typename Idle = LastWave>
-KernelPlan streaming(const char* kernel, int threads, int registers, const DeviceLimits& device,
-                     int64_t grid_x, int64_t grid_y, Weights weights, const Bytes& bytes,
-                     const Idle& idle = {}) {
-    const bool staged =
-        weights == Weights::rounded && bytes(2, Streamed::staged) <= device.shared_per_block;
-    const Streamed kept = staged                            ? Streamed::staged
-                          : weights == Weights::as_they_are ? Streamed::tiles
-                                                            : Streamed::unstaged;
-    // Floats count as what they become: most of what is under way has to be x or dy.
-    const int stage_bytes = bytes(3, Streamed::tiles) - bytes(2, Streamed::tiles);
-    KernelPlan plan = ring(
-        kernel, threads, registers, device, grid_x, grid_y, stage_bytes,
-        [&](int stages) { return bytes(stages, kept); }, idle);
-    plan.staged = staged;
-    return plan;
 }
 
 // How much longer than on a full GPU a grid takes, on the worst of those that it is chosen for.
@@ -141,24 +113,17 @@ double slowdown(const Plan& plan) {
     return worst;
 }
 
-// Of a grid: its columns, and how many of all its blocks have half as much to do as the others.
-struct Columns {
-    int64_t count, half_blocks;
-};
-
 // A kernel with a block for each slab of columns and chunk of rows. Few chunks leave a GPU idle,
 // many cost the traffic of their partial results (R columns for each column of the slab), and what
-// matters most is that the last wave of blocks is full. `columns_of(chunks)` are the Columns.
-template <class Tile, int R, typename ColumnsOf, typename Bytes>
+// matters most is that the last wave of blocks is full.
+template <class Tile, int R, typename Bytes>
 KernelPlan chunked(const char* kernel, int registers, const DeviceLimits& device, int64_t m,
-                   const ColumnsOf& columns_of, int64_t most_chunks, const Bytes& bytes,
-                   int64_t& rows_of_chunk) {
+                   int64_t slabs, int64_t most_chunks, const Bytes& bytes, int64_t& rows_of_chunk) {
     const int64_t tiles = ceil_div(m, Tile::kRows);
     const auto plan = [&](const DeviceLimits& target, int64_t chunks) {
-        const Columns columns = columns_of(chunks);
-        KernelPlan found = ring(kernel, Tile::kThreads, registers, target, columns.count, chunks,
-                                bytes(3) - bytes(2), bytes, LastWave{columns.half_blocks});
-        found.half_blocks = columns.half_blocks;
+        KernelPlan found = ring(kernel, Tile::kThreads, registers, target, slabs, chunks,
+                                bytes(3) - bytes(2), bytes);
+        found.tile_bytes = kTileBytes<Tile>;
         return found;
     };
     const auto chunk_rows = [&](int64_t chunks) { return ceil_div(tiles, chunks) * Tile::kRows; };

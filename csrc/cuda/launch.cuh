@@ -4,6 +4,7 @@
 #include "cuda/backward.cuh"
 #include "cuda/forward.cuh"
 #include "cuda/launch.h"
+#include "cuda/pack.cuh"
 #include "cuda/reduce.cuh"
 
 #if !defined(__CUDACC__)
@@ -42,7 +43,8 @@ RankKernels make_rank_kernels() {
     if constexpr (R <= 32) {
         table.dy = launch<dy_kernel<T, R>, R, DyParams>;
     } else {
-        table.project_dy = launch<project_dy_kernel<T, R>, R, ProjectDyParams>;
+        table.project_dy = launch<project_dy_kernel<T, R>, R, ProjectParams>;
+        table.db = launch<db_kernel<T, R>, R, OuterPass>;
     }
     return table;
 }

@@ -25,9 +25,9 @@ using Launcher = void (*)(const LaunchConfig&, const Params&);
 // The kernels of one rank class. A null launcher: the class does without.
 struct RankKernels {
     Launcher<ForwardParams> forward, expand;
-    Launcher<ProjectParams> project;
-    Launcher<ProjectDyParams> project_dy;
+    Launcher<ProjectParams> project, project_dy;
     Launcher<DyParams> dy;
+    Launcher<OuterPass> db;
     Launcher<OuterParams> x;
 };
 
@@ -37,9 +37,10 @@ const RankKernels& rank32_kernels(DType dtype);
 const RankKernels& rank64_kernels(DType dtype);
 const RankKernels& rank_kernels(DType dtype, int rank);
 
+void launch_pack(DType dtype, const LaunchConfig& config, const PackParams& params);
 void launch_reduce(DType dtype, const LaunchConfig& config, const ReduceParams& params);
 
-// One warp runs every primitive once: T in[512], float values[128], uint32_t out[672]
+// One warp runs every primitive once: T in[512], float values[128], uint32_t out[608]
 // (prim_check.cuh).
 void launch_primitive_check(DType dtype, const void* in, const float* values, uint32_t* out,
                             void* stream);

@@ -4,9 +4,7 @@
 #include <stdexcept>
 
 #include "cuda/call_params.h"
-#include "cuda/reduction.h"
-#include "cuda/scratch.h"
-#include "cuda/tiles.h"
+#include "cuda/small_kernels.h"
 
 namespace afa {
 namespace {
@@ -37,25 +35,7 @@ void recompute_z(const BranchCall& call, const ForwardPlan& plan, const Backward
     reduction.launch(call);
 }
 
-// dB of a lone layer, by blocks of the x kernel, which has `chunks` chunks of x.
-void fill_db(DbParams& p, const BackwardCall& call, const BackwardPlan& plan,
-             const BackwardScratch& scratch, int chunks, bool sums) {
-    static_cast<OuterPass&>(p) = outer_dy(call, plan.x, plan.db_rows, scratch.h);
-    p.partial = scratch.db[0];
-    p.adds = call.first_row > 0;
-    p.slabs = static_cast<int>(plan.db_slabs);
-    p.chunks = db_chunks_of(chunks);
-    p.columns = static_cast<int>(db_columns(p.slabs, p.chunks, chunks));
-    p.r = call.shape.members[0].r;
-    p.scaling = call.members[0].scaling;
-    if (sums) {
-        p.sums = {plan.db_chunks, p.chunks, scratch.arrived + plan.x_slabs * plan.x.threads};
-        p.result = db_result(call, 0);
-    }
-}
-
-void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch,
-               bool last, bool need_da) {
+void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch) {
     DyParams p{};
     KernelPlan kernel = plan.dy;
     int slabs = 0;
@@ -69,8 +49,6 @@ void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const Backwar
         slabs += plan.dh_parts[i];
         member.dh = needs_dz(call, i) ? scratch.dh[i] : nullptr;
         member.db = call.gradients[i].db ? scratch.db[i] : nullptr;
-        if (last && plan.dy.sums > 0 && member.db)
-            member.result = db_result(call, i);
     }
     if (slabs == 0)
         return;
@@ -78,54 +56,31 @@ void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const Backwar
     p.m = call.shape.m;
     p.rows_per_chunk = plan.db_rows;
     p.stages = kernel.stages;
-    if (last && need_da && plan.x.sums > 1) {
-        p.arrived = scratch.arrived;
-        p.arrived_count = static_cast<int>(counters(plan));
-    }
     kernel.grid_x = slabs;
     rank_kernels(call.dtype, plan.dy_rank).dy(chunks_config(kernel, call, plan.db_rows), p);
 }
 
-// dh of a lone layer, or dz and h.
+// dh of a lone layer.
 void launch_project_dy(const BackwardCall& call, const BackwardPlan& plan,
-                       const BackwardScratch& scratch, bool last) {
-    ProjectDyParams p{};
-    p.project = project_dy(call, plan.project_dy, plan.segment, std::max(1, plan.dh_parts[0]),
-                           scratch.dh[0]);
-    p.rows = dz_job(call, plan, scratch, 0);
-    if (last && plan.x.sums > 1) {
-        p.arrived = scratch.arrived;
-        p.arrived_count = static_cast<int>(counters(plan));
-    }
-    const RankKernels& kernels = rank_kernels(call.dtype, plan.dy_rank);
-    kernels.project_dy(tiles_config(plan.project_dy, call), p);
+                       const BackwardScratch& scratch) {
+    rank_kernels(call.dtype, plan.dy_rank)
+        .project_dy(tiles_config(plan.project_dy, call), project_dy(call, plan, scratch.dh[0]));
 }
 
-// What a backward needs of the x kernel, which makes dB at R = 64 only, and whether the sums over
-// rows are to be ready after it.
-struct Needed {
-    bool dz, da, db, sums_da, sums_db;
-};
+// dB of a lone layer, from h.
+void launch_db(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch) {
+    OuterPass p = outer_dy(call, plan.db, plan.db_rows, scratch.h);
+    p.partial = scratch.db[0];
+    p.adds = call.first_row > 0;
+    rank_kernels(call.dtype, plan.dy_rank).db(chunks_config(plan.db, call, plan.db_rows), p);
+}
 
 void launch_x(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch,
-              const Needed& needed) {
-    const bool makes_dz = plan.x.dh_sums > 0;
-    OuterParams p = outer_x(call, plan.x, plan.da_rows, makes_dz ? nullptr : scratch.dz);
-    if (makes_dz)
-        p.dz = dz_job(call, plan, scratch, 0);
-    p.partial = needed.da ? scratch.da : nullptr;
+              bool need_da) {
+    OuterParams p = outer_x(call, plan.x, plan.da_rows, scratch.dz);
+    p.partial = need_da ? scratch.da : nullptr;
     p.adds = call.first_row > 0;
-    LaunchConfig config = chunks_config(plan.x, call, plan.da_rows);
-    const int chunks = config.plan.grid_y;
-    if (needed.da && needed.sums_da) {
-        p.sums = {plan.x.sums, chunks, scratch.arrived};
-        fill_da(p.da, call);
-    }
-    p.db.first_column = needed.dz ? static_cast<int>(plan.x_slabs) : 0;
-    if (needed.db)
-        fill_db(p.db, call, plan, scratch, chunks, needed.sums_db);
-    config.plan.grid_x = p.db.first_column + p.db.columns;
-    rank_kernels(call.dtype, plan.rank).x(config, p);
+    rank_kernels(call.dtype, plan.rank).x(chunks_config(plan.x, call, plan.da_rows), p);
 }
 
 const void* at(const void* matrix, int64_t element) {
@@ -148,40 +103,33 @@ BackwardCall rows_of(const BackwardCall& call, int64_t first, int64_t count,
     return part;
 }
 
-// One round, after z. Sums over rows are added to those of the rounds before it, and written by the
-// last one.
+// One round, after z. Sums over rows are added to those of the rounds before it, and the last one
+// leaves them to the reduce kernel.
 void backward_round(const BackwardCall& call, const BackwardPlan& plan,
                     const BackwardScratch& scratch, bool last) {
-    const bool apart = !plan.one_pass_dy;  // dh and dB, by two passes over dy
-    Needed needed{};
-    for (int i = 0; i < call.shape.count; ++i) {
-        needed.dz = needed.dz || needs_dz(call, i);
-        needed.da = needed.da || call.gradients[i].da;
-    }
-    needed.db = apart && call.gradients[0].db;
-    needed.sums_da = last && plan.x.sums > 0;
-    // The counters of whoever comes last are zeroed by the project_dy kernel.
-    const bool counts = needed.dz || plan.db_chunks == 1;
-    needed.sums_db = last && (apart ? plan.x.sums > 0 && counts : plan.dy.sums > 0);
-    if (!apart)
-        launch_dy(call, plan, scratch, last, needed.da);
-    else if (needed.dz)
-        launch_project_dy(call, plan, scratch, last);
-
-    const bool has_dz = plan.x.dh_sums > 0 || (apart && plan.dh_parts[0] == 0);
-    Reduction first, second;
+    bool any_dz = false, any_da = false;
+    Reduction first, second;  // behind the passes over dy, and behind all
     for (int i = 0; i < call.shape.count; ++i) {
         const MemberGradients& member = call.gradients[i];
-        if (needs_dz(call, i) ? !has_dz : needed.db)
+        const bool dz = needs_dz(call, i);
+        any_dz = any_dz || dz;
+        any_da = any_da || member.da;
+        if (dz || (member.db && !plan.one_pass_dy))
             first.add(dz_job(call, plan, scratch, i));
-        if (member.db && last && !needed.sums_db)
-            (apart || plan.x.dh_sums > 0 ? second : first).add(db_job(call, plan, scratch, i));
-        if (member.da && last && !needed.sums_da)
+        if (member.db && last)
+            (plan.one_pass_dy ? first : second).add(db_job(call, plan, scratch, i));
+        if (member.da && last)
             second.add(da_job(call, plan, scratch, i));
     }
+    if (plan.one_pass_dy)
+        launch_dy(call, plan, scratch);
+    else if (any_dz)
+        launch_project_dy(call, plan, scratch);
     first.launch(call);
-    if (needed.dz || needed.db)
-        launch_x(call, plan, scratch, needed);
+    if (!plan.one_pass_dy && call.gradients[0].db)
+        launch_db(call, plan, scratch);
+    if (any_dz)
+        launch_x(call, plan, scratch, any_da);
     second.launch(call);
 }
 
@@ -200,39 +148,42 @@ const RankKernels& rank_kernels(DType dtype, int rank) {
 
 int64_t forward_workspace(const Shape& shape) {
     Workspace count(nullptr);
-    ForwardScratch scratch(shape, plan_forward(shape, Weights::as_they_are, kAnyDevice), count);
+    ForwardScratch scratch(shape, plan_forward(shape, kAnyDevice), count);
     return count.used();
 }
 
 int64_t backward_workspace(const Shape& shape, bool recompute_z) {
     Workspace count(nullptr);
-    BackwardScratch scratch(shape, plan_forward(shape, Weights::as_they_are, kAnyDevice),
-                            plan_backward(shape, Weights::as_they_are, kAnyDevice), recompute_z,
-                            count);
+    BackwardScratch scratch(shape, plan_forward(shape, kAnyDevice),
+                            plan_backward(shape, kAnyDevice), recompute_z, count);
     return count.used();
 }
 
-void forward(const ForwardCall& call) {
+void forward(const ForwardCall& given) {
+    ForwardCall call = given;
     const Shape& shape = call.shape;
-    const ForwardPlan plan = plan_forward(shape, weights_of(call), call.device);
+    const ForwardPlan plan = plan_forward(shape, call.device);
     check_call(call);
     Workspace workspace(call.workspace);
     const ForwardScratch scratch(shape, plan, workspace);
 
+    for (int i = 0; i < shape.count; ++i) {
+        const MemberOutput& out = call.outputs[i];
+        check_matrix("y", out.y, out.y_stride, shape);
+        check_matrix("base", out.base, out.base_stride, shape);
+        check_z(out.z, shape.members[i].r, shape);
+    }
+    call.weights = ready_weights(call, scratch.weights);
     ForwardParams p{};
     for (int i = 0; i < kMaxMembers; ++i) {
         ForwardMember& member = p.members[i];
         member.first = kNoMember;
         if (i >= shape.count)
             continue;
-        const MemberOutput& out = call.outputs[i];
-        check_matrix("y", out.y, out.y_stride, shape);
-        check_matrix("base", out.base, out.base_stride, shape);
-        check_z(out.z, shape.members[i].r, shape);
-        member = forward_member(call, i, out);
+        member = forward_member(call, i, call.outputs[i]);
         member.first = column_tiles(shape, i);
         member.rank0 = shape.rank0(i);
-        member.ranks = (i + 1 < shape.count ? shape.rank0(i + 1) : plan.rank) - member.rank0;
+        member.ranks = shape.own_columns(i, plan.rank);
     }
     p.count = shape.count;
     p.column_tiles = column_tiles(shape, shape.count);
@@ -250,10 +201,11 @@ void forward(const ForwardCall& call) {
     }
 }
 
-void backward(const BackwardCall& call) {
+void backward(const BackwardCall& given) {
+    BackwardCall call = given;
     const Shape& shape = call.shape;
-    const ForwardPlan forward = plan_forward(shape, weights_of(call), call.device);
-    const BackwardPlan plan = plan_backward(shape, weights_of(call), call.device);
+    const ForwardPlan forward = plan_forward(shape, call.device);
+    const BackwardPlan plan = plan_backward(shape, call.device);
     check_call(call);
     check_matrix("dx", call.dx, shape.k, shape);
     for (int i = 0; i < shape.count; ++i) {
@@ -263,6 +215,7 @@ void backward(const BackwardCall& call) {
     const bool remake_z = !call.gradients[0].z;
     Workspace workspace(call.workspace);
     const BackwardScratch scratch(shape, forward, plan, remake_z, workspace);
+    call.weights = ready_weights(call, scratch.weights);
     for (int64_t first = 0; first < shape.m; first += plan.rows) {
         const int64_t count = std::min(plan.rows, shape.m - first);
         const BackwardCall part = rows_of(call, first, count, scratch);
@@ -272,20 +225,18 @@ void backward(const BackwardCall& call) {
     }
 }
 
-std::vector<KernelPlan> kernels_of(const Shape& shape, Weights weights,
-                                   const DeviceLimits& device) {
-    const ForwardPlan forward = plan_forward(shape, weights, device);
-    const BackwardPlan backward = plan_backward(shape, weights, device);
+std::vector<KernelPlan> kernels_of(const Shape& shape, const DeviceLimits& device) {
+    const ForwardPlan forward = plan_forward(shape, device);
+    const BackwardPlan backward = plan_backward(shape, device);
     std::vector<KernelPlan> kernels;
     if (forward.one_pass)
         kernels = {forward.forward};
     else
         kernels = {forward.project, forward.expand};
     if (backward.one_pass_dy)
-        kernels.push_back(backward.dy);
+        kernels.insert(kernels.end(), {backward.dy, backward.x});
     else
-        kernels.push_back(backward.project_dy);
-    kernels.push_back(backward.x);
+        kernels.insert(kernels.end(), {backward.project_dy, backward.db, backward.x});
     return kernels;
 }
 

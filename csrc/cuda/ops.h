@@ -24,6 +24,11 @@ struct MemberOperands {
     float scaling;
 };
 
+// A, or those of all members side by side, and every B, as the kernels read them.
+struct KernelWeights {
+    Weight a, b[kMaxMembers];
+};
+
 // What forward and backward have in common. `shape` says how many members there are.
 struct BranchCall {
     DType dtype;  // of x and all T below
@@ -34,6 +39,7 @@ struct BranchCall {
     const int64_t* seed;    // null without dropout
     int threshold;          // of 256 elements of x that are dropped
     int64_t first_row = 0;  // of x, in a round of a backward
+    KernelWeights weights;  // filled in by forward and backward themselves
     void* workspace;  // 256-byte aligned, of forward_workspace() or backward_workspace() bytes
     void* stream;
     DeviceLimits device;
@@ -75,6 +81,6 @@ void forward(const ForwardCall& call);
 void backward(const BackwardCall& call);
 
 // The kernels that a call with saved z launches, in order, small ones aside.
-std::vector<KernelPlan> kernels_of(const Shape& shape, Weights weights, const DeviceLimits& device);
+std::vector<KernelPlan> kernels_of(const Shape& shape, const DeviceLimits& device);
 
 }  // namespace afa

@@ -26,14 +26,12 @@ struct DropoutParams {
     int64_t first_row;  // of x, where the kernel is given a part of its rows
 };
 
-// A weight, or some of its rows, as the caller has it: (rows, cols) elements of float or T, any
-// strides.
+// A weight as the kernels read it: T, in rows of whole vectors of 16 bytes that start at multiples
+// of 16 bytes. What lies beyond its rows and columns counts as zeros.
 struct Weight {
     const void* data;
-    int64_t row_stride, col_stride;
+    int64_t row_stride;
     int rows, cols;
-    bool is_float;
-    bool in_vectors;  // rows are whole vectors of 16 bytes, and start at multiples of 16 bytes
 };
 
 // A product (M, W) x (W, R). W is summed in segments, and the sums of the segments are added in
@@ -42,10 +40,8 @@ struct Weight {
 struct ProjectParams {
     const void* wide;  // T [M, W], row stride wide_stride: x or dy
     int64_t wide_stride;
-    Weight narrow[kMaxRank / kRankUnit];  // x pass: A, kRankUnit rows each. dy pass: B, the first
-    bool narrow_transposed;               // B; the kernel knows it from its template argument
-    bool rounded, staged;  // whether a weight of the call is not T in vectors; a place for floats
-    float* partial;        // [splits, partial_rows, R], from row 0 of wide on
+    Weight narrow;   // x pass: A (up to R, W), of all members. dy pass: B (W, up to R)
+    float* partial;  // [splits, partial_rows, R], from row 0 of wide on
     int64_t m, partial_rows;
     int w;
     int segment;  // columns, a multiple of the tiles' kDepth
@@ -58,7 +54,7 @@ struct ProjectParams {
 struct ForwardMember {
     int first;         // of its column tiles among those of all members
     int rank0, ranks;  // its columns of z and h; those of the last member end at R
-    Weight b;          // (N, r)
+    Weight b;          // (N, r or more)
     const void* base;  // T [M, N], row stride base_stride, may be y itself; null: 0
     int64_t base_stride;
     void* y;  // T [M, N], row stride y_stride
@@ -83,34 +79,16 @@ struct ForwardParams {
 
 enum class Output : int { fp32, t };
 
-// A gradient of a weight, or some of its rows, as the caller has it: float or T, one row after the
-// other.
-struct WeightGradient {
-    void* out;
-    int rows;  // 0: none
-    Output type;
-};
-
-// What becomes of the sums over rows of a slab of columns, of which each chunk of rows has a part.
-// Where whoever comes last adds them up, each thread counts, among those of its place in the blocks
-// of the slab, that its partial results are stored.
-struct SlabSums {
-    int count;          // chunks; 1: no partial results, 0: they are left to others
-    int blocks;         // of a slab in this launch
-    uint32_t* arrived;  // [slabs, threads], zeros
-};
-
 struct DyMember {
     int first;       // of its slabs among those of all members
     const void* dy;  // T [M, N], row stride dy_stride
     int64_t dy_stride;
-    Weight b;               // (N, r)
-    const void* z;          // T [M, z_cols]
-    int z_cols;             // r
-    const float* alpha_t;   // [1]; null at identity
-    float* dh;              // [slabs, M, R]; null: not needed
-    float* db;              // [chunks, N, R]; null: not needed
-    WeightGradient result;  // dB (N, r), where there is one chunk; else db is left to others
+    Weight b;              // (N, r or more)
+    const void* z;         // T [M, z_cols]
+    int z_cols;            // r
+    const float* alpha_t;  // [1]; null at identity
+    float* dh;             // [slabs, M, R]; null: not needed
+    float* db;             // [chunks, N, R]; null: not needed
     int activation;
     float scaling;
 };
@@ -122,8 +100,6 @@ struct DyParams {
     bool adds;  // to db
     int64_t m, rows_per_chunk;
     int stages;
-    uint32_t* arrived;  // [arrived_count], of the x kernel behind, which is to find zeros; or null
-    int arrived_count;  // a multiple of 4
 };
 
 // Per row of (M, cols), any subset of: z = scale * sum; dz = scale * phi'(z) * sum; h = phi(z).
@@ -143,14 +119,6 @@ struct SumRowsJob {
     float scale;
 };
 
-// dh = dy B of a lone layer at R = 64, and where one block goes through all segments, dz and h.
-struct ProjectDyParams {
-    ProjectParams project;
-    SumRowsJob rows;
-    uint32_t* arrived;  // as in DyParams
-    int arrived_count;
-};
-
 // One pass over a wide matrix by slab of columns and chunk of rows, with a sum of outer products
 // over the rows of a chunk: dA = dz^T x, or dB = dy^T h.
 struct OuterPass {
@@ -164,27 +132,11 @@ struct OuterPass {
     int stages;
 };
 
-// dB of a lone layer at R = 64, by blocks of the x kernel: those in the columns of its grid behind
-// the slabs of x, enough for each slab and chunk of dy.
-struct DbParams : OuterPass {
-    int first_column, columns;
-    int slabs, chunks;
-    SlabSums sums;
-    WeightGradient result;  // (N, r), where the kernel makes it
-    int r;
-    float scaling;
-};
-
 // dx = dz A and dA = dz^T x in one pass over x.
 struct OuterParams : OuterPass {
-    SumRowsJob dz;                   // where narrow is null (R = 16): the kernel makes dz itself
-    Weight a[kMaxRank / kRankUnit];  // kRankUnit rows each, (., W)
-    bool rounded;                    // whether any of them is not T in vectors
-    void* dx;                        // T [M, W], row stride W; null: not needed
-    SlabSums sums;
-    WeightGradient da[kMaxRank / kRankUnit];  // kRankUnit rows each, where the kernel makes them
+    Weight a;  // (up to R, W), of all members
+    void* dx;  // T [M, W], row stride W; null: not needed
     DropoutParams dropout;
-    DbParams db;  // R = 64
 };
 
 // out = scale * the sum of `count` partial results, in order.
@@ -197,6 +149,24 @@ struct SumWeightJob {
     int64_t rows, rows_stride;  // rows_stride: elements of one partial result
     int cols, partial_cols;
     float scale;
+};
+
+// A or B of a member as the caller has it, (rows, cols) of float or T, and where it is to lie as T,
+// filled up with zeros.
+struct PackJob {
+    int first;  // of its blocks
+    const void* data;
+    int64_t row_stride, col_stride;
+    int rows, cols;
+    bool is_float;
+    bool in_vectors;  // rows of whole vectors of 16 bytes that start at multiples of 16 bytes
+    void* out;        // T [out_rows, out_cols]
+    int out_rows, out_cols;
+};
+
+struct PackParams {
+    PackJob a[kMaxMembers], b[kMaxMembers];
+    int a_blocks;  // the other blocks do every B
 };
 
 struct ReduceParams {

@@ -21,33 +21,16 @@ double places(const KernelPlan& plan, const DeviceLimits& device) {
 }  // namespace
 
 double waves(const KernelPlan& plan, const DeviceLimits& device) {
-    const double blocks = static_cast<double>(plan.grid_x) * plan.grid_y;
-    return (blocks - plan.half_blocks / 2.0) / places(plan, device);
+    return static_cast<double>(plan.grid_x) * plan.grid_y / places(plan, device);
 }
 
 double tail(const KernelPlan& plan, const DeviceLimits& device) {
-    const double all = places(plan, device), full = waves(plan, device);
-    if (full <= 1)
-        return 0;
-    // Blocks with half as much to do begin where those of the last wave leave places, two in each;
-    // what is left of them then is in waves of half the length.
-    const double halves = static_cast<double>(plan.half_blocks);
-    const double wholes = full * all - halves / 2;
-    const double last = std::ceil(wholes / all);
-    const double left = std::max(0.0, halves - 2 * (last * all - wholes));
-    return 1 - full / (last + std::ceil(left / all) / 2);
+    const double full = waves(plan, device);
+    return full <= 1 ? 0 : 1 - full / std::ceil(full);
 }
 
 namespace {
 
-// Most bytes of partial results of a slab of dA, or of dB, that are added up by whoever comes last:
-// by one multiprocessor, which takes 64 bytes a clock from L2. By bench/model that costs about what
-// the reduce kernel in its place does, and the host launches a kernel less. Where a reduce kernel
-// has made dz, there is to be none behind the x kernel: there it may be twice as much, which costs
-// up to 3 us more, so that the chunks fill the GPU (a model: no GPU has confirmed it).
-constexpr int64_t kLastBlockBytes = 256 << 10, kMostLastBlockBytes = 512 << 10;
-// That fill an H100.
-constexpr int64_t kLeastBlocks = 1 + static_cast<int64_t>(kBusyShare * kChosenFor[1].sm_count);
 constexpr int64_t kRoundUnit = 128;  // rows, whole tiles of every kernel
 constexpr int kMaxFeatures =
     1 << 30;  // column indices are 32-bit, with room for a tile beyond the end
@@ -55,13 +38,15 @@ constexpr int kMaxFeatures =
 // A kernel with a block for each tile of rows, `grid_y` times.
 template <class Tile, typename Bytes>
 KernelPlan tiled(const char* kernel, const DeviceLimits& device, int64_t rows, int64_t grid_y,
-                 Weights weights, const Bytes& bytes) {
-    return streaming(kernel, Tile::kThreads, Tile::kRegisters, device, ceil_div(rows, Tile::kRows),
-                     grid_y, weights, bytes);
+                 const Bytes& bytes) {
+    KernelPlan plan = ring(kernel, Tile::kThreads, Tile::kRegisters, device,
+                           ceil_div(rows, Tile::kRows), grid_y, bytes(3) - bytes(2), bytes);
+    plan.tile_bytes = kTileBytes<Tile>;
+    return plan;
 }
 
 template <int R>
-ForwardPlan forward_of(const Shape& shape, Weights weights, const DeviceLimits& device) {
+ForwardPlan forward_of(const Shape& shape, const DeviceLimits& device) {
     using Tile = RowTile<R>;
     const int64_t row_blocks = ceil_div(shape.m, Tile::kRows);
     const int64_t columns = column_tiles(shape, shape.count);
@@ -70,12 +55,11 @@ ForwardPlan forward_of(const Shape& shape, Weights weights, const DeviceLimits& 
     plan.segment = segment_of(shape.k);
     plan.one_pass = row_blocks >= kOnePassRowBlocks || (shape.k <= plan.segment && columns < 4);
     plan.splits = plan.one_pass ? 1 : splits_of(row_blocks, shape.k);
-    plan.forward = tiled<Tile>("forward", device, shape.m, 1, weights, Tile::forward_bytes);
-    plan.project =
-        tiled<Tile>("project", device, shape.m, plan.splits, weights, Tile::forward_bytes);
+    plan.forward = tiled<Tile>("forward", device, shape.m, 1, Tile::forward_bytes);
+    plan.project = tiled<Tile>("project", device, shape.m, plan.splits, Tile::forward_bytes);
     plan.expand =
         tiled<Tile>("expand", device, shape.m, clamp(ceil_div(kExpandGrid, row_blocks), 1, columns),
-                    weights, Tile::expand_bytes);
+                    Tile::expand_bytes);
     return plan;
 }
 
@@ -91,7 +75,7 @@ int dh_parts_of(int64_t m, int n) {
     if constexpr (R <= 32)
         return static_cast<int>(ceil_div(n, DyTile<R>::kColumns));
     else
-        return dy_splits<R>(m, n) > 1 ? dy_splits<R>(m, n) : 0;
+        return dy_splits<R>(m, n);
 }
 
 // Bytes of a round for each of its rows: dh, dz, h and z.
@@ -102,26 +86,12 @@ int64_t row_bytes(const Shape& shape) {
         parts += dh_parts_of<R>(shape.m, shape.members[i].n);
         ranks += shape.members[i].r;
     }
-    return 4 * R * parts + 2 * rank_class(shape) + (R > 32 ? 2 * R : 0) + 2 * ranks;
+    return kFloatBytes * R * parts + kElementBytes * (rank_class(shape) + (R > 32 ? R : 0) + ranks);
 }
 
 // Bytes of scratch memory: of the rows that a backward takes at once, which should stay in the L2
-// cache; and of the partial results of dA, and of dB, where there is more than one, if that is more
-// than a share of x and every y.
-struct ScratchLimits {
-    int64_t round, partial;
-};
-constexpr int64_t kPartialShare = 400;
-
-// At R = 64 and many rows there are no partial sums of dh, but where z is computed again there are
-// those of z, for which no round accounts.
-template <int R>
-ScratchLimits scratch_limits(const Shape& shape) {
-    constexpr int64_t kMega = 1 << 20;
-    if (dh_parts_of<R>(shape.m, shape.members[0].n) > 0)
-        return {32 * kMega, 12 * kMega};
-    return {24 * kMega, 16 * kMega};
-}
+// cache; and of the partial results of dA, and of dB, or a share of x and every y if that is more.
+constexpr int64_t kRoundBytes = 32 << 20, kPartialBytes = 12 << 20, kPartialShare = 400;
 
 // Chunks for whose partial results of dA, or of dB, there is scratch memory.
 template <int R>
@@ -129,51 +99,22 @@ int64_t most_chunks(const Shape& shape, int64_t width) {
     int64_t columns = shape.k;
     for (int i = 0; i < shape.count; ++i)
         columns += shape.members[i].n;
-    return std::max(scratch_limits<R>(shape).partial,
-                    shape.m * columns * kElementBytes / kPartialShare) /
+    return std::max(kPartialBytes, shape.m * columns * kElementBytes / kPartialShare) /
            (kFloatBytes * R * width);
 }
 
-// The kernel of dh at R = 64, for the rows of a round.
-template <int R>
-KernelPlan project_dy_of(const Shape& shape, int64_t rows, Weights weights,
-                         const DeviceLimits& device) {
-    const int splits = dy_splits<R>(rows, shape.members[0].n);
-    return tiled<RowTile<R>>("project_dy", device, rows, splits, weights,
-                             RowTile<R>::dy_project_bytes);
-}
-
 // Rows that a backward takes at once: all, or equal parts whose scratch memory fits the limit.
-// At R = 64 a round has one block for each tile of rows, and there may be more rounds than needed,
-// for full waves.
 template <int R>
 int64_t round_rows(const Shape& shape, const DeviceLimits& device) {
-    const int64_t most = device.round_limit > 0
-                             ? device.round_limit
-                             : scratch_limits<R>(shape).round / row_bytes<R>(shape);
-    const int64_t fewest = ceil_div(shape.m, std::max(most, kRoundUnit));
-    const auto rows_of = [&](int64_t rounds) {
-        return ceil_div(ceil_div(shape.m, rounds), kRoundUnit) * kRoundUnit;
-    };
-    int64_t best = fewest;
-    if constexpr (R > 32) {
-        double least = 0;
-        for (int64_t rounds = fewest; fewest > 1 && rounds <= 2 * fewest; ++rounds) {
-            const double cost = slowdown([&](const DeviceLimits& target) {
-                return project_dy_of<R>(shape, rows_of(rounds), Weights::rounded, target);
-            });
-            if (least == 0 || cost < least) {
-                least = cost;
-                best = rounds;
-            }
-        }
-    }
-    return rows_of(best);
+    const int64_t most =
+        device.round_limit > 0 ? device.round_limit : kRoundBytes / row_bytes<R>(shape);
+    const int64_t rounds = ceil_div(shape.m, std::max(most, kRoundUnit));
+    return ceil_div(ceil_div(shape.m, rounds), kRoundUnit) * kRoundUnit;
 }
 
-// The pass over dy; R is the rank class of the largest member.
+// The passes over dy; R is the rank class of the largest member.
 template <int R>
-BackwardPlan dy_pass_of(const Shape& shape, Weights weights, const DeviceLimits& device) {
+BackwardPlan dy_pass_of(const Shape& shape, const DeviceLimits& device) {
     BackwardPlan plan{};
     plan.dy_rank = R;
     plan.rows = std::min(shape.m, round_rows<R>(shape, device));
@@ -185,16 +126,21 @@ BackwardPlan dy_pass_of(const Shape& shape, Weights weights, const DeviceLimits&
         using Dy = DyTile<R>;
         static_assert(Dy::kColumns == kSlab);
         const int64_t slabs = dy_slabs(shape, shape.count);
-        plan.dy = chunked<Dy, R>(
-            "dy", Dy::kRegisters, device, plan.rows, [=](int64_t) { return Columns{slabs, 0}; },
-            most_chunks<R>(shape, slabs * Dy::kColumns), Dy::bytes, plan.db_rows);
+        plan.dy =
+            chunked<Dy, R>("dy", Dy::kRegisters, device, plan.rows, slabs,
+                           most_chunks<R>(shape, slabs * Dy::kColumns), Dy::bytes, plan.db_rows);
         plan.db_chunks = plan.dy.grid_y;
-        plan.dy.sums = plan.db_chunks == 1 && !device.reduces_all;
     } else {
+        using Outer = OuterTile<R>;
         const int n = shape.members[0].n;
+        const int64_t slabs = ceil_div(n, Outer::kColumns);
         plan.segment = segment_of(n);
-        plan.project_dy = project_dy_of<R>(shape, plan.rows, weights, device);
-        plan.db_slabs = ceil_div(n, OuterTile<R>::kColumns);
+        plan.project_dy = tiled<RowTile<R>>("project_dy", device, plan.rows, plan.dh_parts[0],
+                                            RowTile<R>::dy_project_bytes);
+        plan.db = chunked<Outer, R>("db", Outer::kDbRegisters, device, plan.rows, slabs,
+                                    most_chunks<R>(shape, slabs * Outer::kColumns), Outer::db_bytes,
+                                    plan.db_rows);
+        plan.db_chunks = plan.db.grid_y;
     }
     return plan;
 }
@@ -203,40 +149,13 @@ BackwardPlan dy_pass_of(const Shape& shape, Weights weights, const DeviceLimits&
 template <int R>
 void add_x_pass(BackwardPlan& plan, const Shape& shape, const DeviceLimits& device) {
     using Outer = OuterTile<R>;
+    const int64_t slabs = ceil_div(shape.k, Outer::kColumns);
     plan.rank = R;
-    plan.x_slabs = ceil_div(shape.k, Outer::kColumns);
-    const bool makes_dz = Outer::kMakesDz && shape.count == 1 && plan.dh_parts[0] <= kSumsAtOnce;
-    const bool behind_reduce = plan.dh_parts[0] > 0 && !makes_dz;
-    constexpr int64_t kChunkBytes = kFloatBytes * R * Outer::kColumns;
-    int64_t most_added = kLastBlockBytes / kChunkBytes;
-    int64_t most = most_chunks<R>(shape, plan.x_slabs * Outer::kColumns);
-    if (plan.db_slabs > 0)
-        most = std::min(most, 2 * most_chunks<R>(shape, plan.db_slabs * Outer::kColumns));
-    if (behind_reduce) {
-        most_added = clamp(ceil_div(kLeastBlocks, plan.x_slabs), most_added,
-                           kMostLastBlockBytes / kChunkBytes);
-        most = std::min(most, most_added);
-    }
-    plan.x = chunked<Outer, R>(
-        "x", Outer::kXRegisters, device, plan.rows,
-        [&](int64_t chunks) {
-            const int64_t db = db_columns(plan.db_slabs, db_chunks_of(chunks), chunks);
-            return Columns{plan.x_slabs + db, chunks % kDbChunk == 0 ? 0 : plan.db_slabs};
-        },
-        most, Outer::x_bytes, plan.da_rows);
+    plan.x = chunked<Outer, R>("x", Outer::kXRegisters, device, plan.rows, slabs,
+                               most_chunks<R>(shape, slabs * Outer::kColumns), Outer::x_bytes,
+                               plan.da_rows);
     plan.da_chunks = plan.x.grid_y;
-    if (plan.db_slabs > 0) {
-        plan.db_rows = kDbChunk * plan.da_rows;
-        plan.db_chunks = plan.x.db_chunks = db_chunks_of(plan.da_chunks);
-    }
-    if (makes_dz)
-        plan.x.dh_sums = plan.dh_parts[0];
-    // A reduce kernel that has to sum dB of the dy kernel behind the x kernel sums dA as well. The
-    // counters of the x kernel are zeroed by the kernel that passes over dy before it.
-    const bool alone = behind_reduce || (plan.one_pass_dy && plan.dy.sums > 0);
-    if (!device.reduces_all && (plan.da_chunks == 1 || (alone && plan.da_chunks <= most_added)))
-        plan.x.sums = plan.da_chunks;
-    for (KernelPlan* kernel : {&plan.dy, &plan.project_dy, &plan.x})
+    for (KernelPlan* kernel : {&plan.dy, &plan.project_dy, &plan.db, &plan.x})
         kernel->launches = plan.rounds;
 }
 
@@ -246,29 +165,28 @@ bool operator==(const Shape& a, const Shape& b) {
            std::equal(a.members, a.members + a.count, b.members, same);
 }
 bool operator==(const DeviceLimits& a, const DeviceLimits& b) {
-    return std::tie(a.sm_count, a.shared_per_block, a.shared_per_sm, a.chunk_limit, a.round_limit,
-                    a.reduces_all) == std::tie(b.sm_count, b.shared_per_block, b.shared_per_sm,
-                                               b.chunk_limit, b.round_limit, b.reduces_all);
+    return std::tie(a.sm_count, a.shared_per_block, a.shared_per_sm, a.chunk_limit,
+                    a.round_limit) ==
+           std::tie(b.sm_count, b.shared_per_block, b.shared_per_sm, b.chunk_limit, b.round_limit);
 }
 
 // make(), or what it returned when this thread last asked for the same: a model has few shapes, and
 // asks for their plans in every step.
 template <typename Plan, typename Make>
-Plan remembered(const Shape& shape, Weights weights, const DeviceLimits& device, const Make& make) {
+Plan remembered(const Shape& shape, const DeviceLimits& device, const Make& make) {
     struct Entry {
         Shape shape{};
-        Weights weights{};
         DeviceLimits device{};
         Plan plan{};
     };
     thread_local Entry entries[32];
     thread_local unsigned next = 0;
     for (const Entry& entry : entries)
-        if (entry.shape == shape && entry.weights == weights && entry.device == device)
+        if (entry.shape == shape && entry.device == device)
             return entry.plan;
     check_shape(shape);
     const Plan plan = make();
-    entries[next++ % std::size(entries)] = {shape, weights, device, plan};
+    entries[next++ % std::size(entries)] = {shape, device, plan};
     return plan;
 }
 
@@ -309,6 +227,13 @@ int rank_class(const Shape& shape) {
     return rank_class(shape.count == 1 ? shape.members[0].r : shape.rank0(shape.count));
 }
 
+int largest_rank_class(const Shape& shape) {
+    int largest = 0;
+    for (int i = 0; i < shape.count; ++i)
+        largest = std::max(largest, shape.members[i].r);
+    return rank_class(largest);
+}
+
 int column_tiles(const Shape& shape, int i) {
     return with_rank(rank_class(shape), [&](auto rank) {
         int64_t sum = 0;
@@ -330,21 +255,17 @@ int segment_of(int width) {
     return static_cast<int>(ceil_div(units, kMaxSegments)) * kSegmentUnit;
 }
 
-ForwardPlan plan_forward(const Shape& shape, Weights weights, const DeviceLimits& device) {
-    return remembered<ForwardPlan>(shape, weights, device, [&] {
+ForwardPlan plan_forward(const Shape& shape, const DeviceLimits& device) {
+    return remembered<ForwardPlan>(shape, device, [&] {
         return with_rank(rank_class(shape),
-                         [&](auto rank) { return forward_of<rank>(shape, weights, device); });
+                         [&](auto rank) { return forward_of<rank>(shape, device); });
     });
 }
 
-BackwardPlan plan_backward(const Shape& shape, Weights weights, const DeviceLimits& device) {
-    return remembered<BackwardPlan>(shape, weights, device, [&] {
-        int largest = 0;
-        for (int i = 0; i < shape.count; ++i)
-            largest = std::max(largest, shape.members[i].r);
-        BackwardPlan plan = with_rank(rank_class(largest), [&](auto rank) {
-            return dy_pass_of<rank>(shape, weights, device);
-        });
+BackwardPlan plan_backward(const Shape& shape, const DeviceLimits& device) {
+    return remembered<BackwardPlan>(shape, device, [&] {
+        BackwardPlan plan = with_rank(largest_rank_class(shape),
+                                      [&](auto rank) { return dy_pass_of<rank>(shape, device); });
         with_rank(rank_class(shape), [&](auto rank) { add_x_pass<rank>(plan, shape, device); });
         return plan;
     });

@@ -42,11 +42,11 @@ struct Shape {
             sum += ranks(j);
         return sum;
     }
+    // The same columns up to those of the next member, or to the end of all `rank`.
+    int own_columns(int i, int rank) const {
+        return (i + 1 < count ? rank0(i + 1) : rank) - rank0(i);
+    }
 };
-
-// What of a call is not in its shape: whether a weight has to be rounded, because it is not T in
-// vectors of 16 bytes.
-enum class Weights : int { as_they_are, rounded };
 
 struct DeviceLimits {
     int sm_count;
@@ -55,7 +55,6 @@ struct DeviceLimits {
     // Most chunks of rows, and most rows of a round; 0: no limit. Tests set them to reach long
     // chunks and several rounds with few rows.
     int chunk_limit = 0, round_limit = 0;
-    bool reduces_all = false;  // tests: all partial results are left to the reduce kernel
 };
 
 struct KernelPlan {
@@ -68,15 +67,8 @@ struct KernelPlan {
     int shared_bytes = 0;
     int registers = 0;      // budget per thread
     int blocks_per_sm = 0;  // by shared memory and registers
-    bool staged = false;    // floats of A and B lie in shared memory before they are rounded
+    int tile_bytes = 0;     // of x, dy or y that a turn of a main loop takes
     int launches = 1;       // in a backward, one for each round
-    int dh_sums = 0;        // x kernel: partial sums of dh that it makes dz from; 0: it reads dz
-    // Chunks whose sum the kernel writes itself, of dA (x kernel) or dB (dy kernel): the only one,
-    // or those of a slab by whoever comes last. 0: the reduce kernel does. In the x kernel it holds
-    // for the chunks of dB, too.
-    int sums = 0;
-    int db_chunks = 0;        // x kernel (R = 64): of dB
-    int64_t half_blocks = 0;  // those of the grid that have half as much to do, and begin last
 };
 
 struct ForwardPlan {
@@ -92,14 +84,13 @@ struct BackwardPlan {
     int dy_rank;       // the rank class of the dy pass: that of the largest member
     int64_t rows;      // of a round: all of this plan is done once for each `rows` rows of the call
     int rounds;        // so that scratch memory does not grow with M
-    bool one_pass_dy;  // dy kernel; else project_dy kernel, and dB by the x kernel
+    bool one_pass_dy;  // dy kernel; else project_dy and db kernels
     int segment;       // columns of dy that are summed for themselves (project_dy kernel)
     int dh_parts[kMaxMembers];  // partial sums of dh of each member: slabs of the dy kernel, or
-                                // splits of the project_dy kernel; 0: that one makes dz and h
+                                // splits of the project_dy kernel
     int db_chunks, da_chunks;
-    int64_t db_rows, da_rows;   // rows of a chunk
-    int64_t x_slabs, db_slabs;  // of the x kernel
-    KernelPlan dy, project_dy, x;
+    int64_t db_rows, da_rows;  // rows of a chunk
+    KernelPlan dy, project_dy, db, x;
 };
 
 // Columns of a segment of a sum over `width` columns: at most kMaxSegments segments, each a whole
@@ -109,32 +100,22 @@ int segment_of(int width);
 
 // The padded rank. Raises std::invalid_argument beyond kMaxRank.
 int rank_class(int r);
-// That of all members together, and the largest rank of a member of several.
+// That of all members together, and of the largest.
 int rank_class(const Shape& shape);
-constexpr int kMaxMemberRank = 32;
+int largest_rank_class(const Shape& shape);
+constexpr int kMaxMemberRank = 32;  // of several
 
 // Column tiles of all members in the forward and expand kernels, and slabs in the dy kernel, up to
 // member i.
 int column_tiles(const Shape& shape, int i);
 int dy_slabs(const Shape& shape, int i);
 
-// A chunk of dB of the x kernel has the rows of so many chunks of x: a block then moves as many
-// bytes as one that reads x and writes dx.
-constexpr int kDbChunk = 2;
-inline int db_chunks_of(int64_t chunks) {
-    return static_cast<int>((chunks + kDbChunk - 1) / kDbChunk);
-}
-// Columns of the grid of the x kernel, `chunks` high, that have a block for each slab and chunk.
-inline int64_t db_columns(int64_t slabs, int64_t db_chunks, int64_t chunks) {
-    return (slabs * db_chunks + chunks - 1) / chunks;
-}
-
 // Raise std::invalid_argument where the shape or the device cannot be served; the message says why.
-ForwardPlan plan_forward(const Shape& shape, Weights weights, const DeviceLimits& device);
-BackwardPlan plan_backward(const Shape& shape, Weights weights, const DeviceLimits& device);
+ForwardPlan plan_forward(const Shape& shape, const DeviceLimits& device);
+BackwardPlan plan_backward(const Shape& shape, const DeviceLimits& device);
 
-// Waves of blocks that the grid needs on the device, where those with half as much to do count
-// half, and the share of their time in which the last one leaves multiprocessors without a block.
+// Waves of blocks that the grid needs on the device, and the share of their time in which the last
+// one leaves multiprocessors without a block.
 double waves(const KernelPlan& plan, const DeviceLimits& device);
 double tail(const KernelPlan& plan, const DeviceLimits& device);
 

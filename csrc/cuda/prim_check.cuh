@@ -13,7 +13,7 @@ struct PrimitiveCheckParams {
 };
 
 constexpr int kCheckMatrices = 0, kCheckTransposed = 128, kCheckProduct = 256, kCheckPack = 384,
-              kCheckUnpack = 416, kCheckCopy = 480, kCheckTickets = 608, kPrimitiveCheckWords = 672;
+              kCheckUnpack = 416, kCheckCopy = 480, kPrimitiveCheckWords = 608;
 
 template <typename T>
 AFA_KERNEL(kWarpSize)
@@ -54,10 +54,6 @@ primitive_check_kernel(const PrimitiveCheckParams p) {
     const Float2 pair = unpack<T>(load_global(words + lane));
     store_global(reinterpret_cast<float*>(p.out) + kCheckUnpack + 2 * lane, pair.x);
     store_global(reinterpret_cast<float*>(p.out) + kCheckUnpack + 2 * lane + 1, pair.y);
-    uint32_t* counter = p.out + kCheckTickets + lane;
-    store_global(counter, static_cast<uint32_t>(lane));
-    take_ticket(counter);
-    store_global(p.out + kCheckTickets + kWarpSize + lane, take_ticket(counter));
 }
 
 }  // namespace afa

@@ -43,18 +43,6 @@ AFA_DEVICE void store_global(V* target, const V& value) {
     __builtin_assume(__isGlobal(target));
     *target = value;
 }
-// Counts this thread in and returns how many were counted before it. What the block wrote before a
-// barrier in front of this call may be read, behind a barrier, by the blocks that count themselves
-// in later: the addition releases at the scope of the GPU what the one before it is acquired with,
-// and the L1 cache keeps nothing from before.
-AFA_DEVICE uint32_t take_ticket(uint32_t* counter) {
-    uint32_t before;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
-                 : "=r"(before)
-                 : "l"(__cvta_generic_to_global(counter))
-                 : "memory");
-    return before;
-}
 
 template <typename V>
 AFA_DEVICE V load_shared(const void* source) {

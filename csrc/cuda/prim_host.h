@@ -42,9 +42,6 @@ void store_global(V* target, const V& value, AFA_SITE) {
     simt::check_global(target, sizeof(V), true, site);
     *target = value;
 }
-inline uint32_t take_ticket(uint32_t* counter, AFA_SITE) {
-    return simt::take_ticket(counter, site);
-}
 
 template <typename V>
 V load_shared(const void* source, AFA_SITE) {

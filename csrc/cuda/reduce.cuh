@@ -1,7 +1,7 @@
 // The small kernel: sums of partial results, in the order of their index.
 #pragma once
 
-#include "cuda/dz.cuh"
+#include "cuda/tile.cuh"
 
 namespace afa {
 
@@ -27,6 +27,23 @@ AFA_DEVICE Element sum_of(const float* partial, int count, int64_t stride) {
             add(sum, part[i]);
     }
     return sum;
+}
+
+// dz = scale * phi'(z) * dh and h = phi(z), where they are asked for, of columns col and col + 1 of
+// a row that exists.
+template <typename T>
+AFA_DEVICE void store_dz_and_h(const SumRowsJob& job, int64_t row, int col, float alpha_t,
+                               Float2 dh) {
+    const Float2 z = unpack<T>(load_pair(static_cast<const T*>(job.z), row, job.r, col));
+    const ValueSlope low = anneal_by_id(job.activation, z.x, alpha_t);
+    const ValueSlope high = anneal_by_id(job.activation, z.y, alpha_t);
+    const int64_t index = row * job.rank_class + col;
+    if (job.dz)
+        store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.dz) + index),
+                     pack<T>(job.scale * low.slope * dh.x, job.scale * high.slope * dh.y));
+    if (job.h)
+        store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.h) + index),
+                     pack<T>(low.value, high.value));
 }
 
 template <typename T>
@@ -65,11 +82,11 @@ AFA_DEVICE void sum_weight(const SumWeightJob& job, int64_t element) {
 
 // Grid: the blocks of the jobs on rows, then those of the weights.
 template <typename T>
-AFA_KERNEL(kReduceThreads)
+AFA_KERNEL(kSmallThreads)
 reduce_kernel(const ReduceParams p) {
     follow_previous_kernel();
     const auto thread = [](int block) {
-        return static_cast<int64_t>(block) * kReduceThreads + thread_index();
+        return static_cast<int64_t>(block) * kSmallThreads + thread_index();
     };
     if (block_x() < p.rows_blocks) {
         const SumRowsJob job = member_with(p.rows, block_x());

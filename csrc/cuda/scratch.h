@@ -15,29 +15,38 @@ struct Element {  // of T
     uint16_t bits;
 };
 
+// Room for every A, one below the other, and every B, whether they have to be packed or not.
+struct PackedWeights {
+    Element *a, *b[kMaxMembers] = {};
+
+    PackedWeights(const Shape& s, Workspace& w)
+        : a(w.take<Element>(static_cast<int64_t>(rank_class(s)) * s.k)) {
+        for (int i = 0; i < s.count; ++i)
+            b[i] = w.take<Element>(static_cast<int64_t>(s.members[i].n) * largest_rank_class(s));
+    }
+};
+
 struct ForwardScratch {
+    PackedWeights weights;
     float* partial;
 
     ForwardScratch(const Shape& s, const ForwardPlan& plan, Workspace& w)
-        : partial(plan.one_pass ? nullptr : w.take<float>(plan.splits * s.m * plan.rank)) {}
+        : weights(s, w),
+          partial(plan.one_pass ? nullptr : w.take<float>(plan.splits * s.m * plan.rank)) {}
 };
 
-// Of the x kernel, one for each thread of a slab's place, whether they are needed or not.
-inline int64_t counters(const BackwardPlan& plan) {
-    return (plan.x_slabs + plan.db_slabs) * plan.x.threads;
-}
-
-struct BackwardScratch {  // db and da for the whole call, the others for one round
+struct BackwardScratch {  // weights, db and da for the whole call, the others for one round
+    PackedWeights weights;
     Element *dz, *h;
     float *partial_z, *da;
-    uint32_t* arrived;  // counters of the x kernel
     Element* z[kMaxMembers] = {};
     float *dh[kMaxMembers] = {}, *db[kMaxMembers] = {};
 
     BackwardScratch(const Shape& s, const ForwardPlan& forward, const BackwardPlan& plan,
-                    bool recompute_z, Workspace& w) {
+                    bool recompute_z, Workspace& w)
+        : weights(s, w) {
         const int64_t rows = plan.rows;
-        dz = w.take<Element>(plan.x.dh_sums > 0 ? 0 : rows * plan.rank);
+        dz = w.take<Element>(rows * plan.rank);
         h = w.take<Element>(plan.one_pass_dy ? 0 : rows * plan.rank);
         for (int i = 0; i < s.count && recompute_z; ++i)
             z[i] = w.take<Element>(rows * s.members[i].r);
@@ -54,7 +63,6 @@ struct BackwardScratch {  // db and da for the whole call, the others for one ro
             db[i] =
                 w.take<float>(static_cast<int64_t>(plan.db_chunks) * s.members[i].n * plan.dy_rank);
         da = w.take<float>(static_cast<int64_t>(plan.da_chunks) * plan.rank * s.k);
-        arrived = w.take<uint32_t>(counters(plan));
     }
 };
 

@@ -13,27 +13,17 @@ constexpr int kWarpSize = 32;
 constexpr int kPad = 8;     // elements between the rows of a tile in shared memory
 constexpr int kVector = 8;  // elements of a 16-byte access
 constexpr int kMaxStages = 5;
-constexpr int kReduceThreads = 128;
+constexpr int kSmallThreads = 128;
 constexpr int kAllRegisters = 255;  // that a thread may have
 constexpr int kElementBytes = 2, kFloatBytes = 4;
 
 AFA_HOST_DEVICE constexpr int pitch(int cols) { return cols + kPad; }
 AFA_HOST_DEVICE constexpr int tile_elements(int rows, int cols) { return rows * pitch(cols); }
 
-// What a kernel keeps of a weight that it streams: a ring of tiles of T; two of them, where it
-// rounds a ring of floats; or two of them alone, where there is no room for that.
-enum class Streamed : int { tiles, staged, unstaged };
-
-constexpr int streamed_bytes(int tile, int staging, int stages, Streamed weights) {
-    const int tiles = (weights == Streamed::tiles ? stages : 2) * tile * kElementBytes;
-    return weights == Streamed::staged ? tiles + stages * staging * kFloatBytes : tiles;
-}
-
 constexpr int kTileRows = 64;  // of the kernels with a block for each tile of rows
 
 // Forward, expand and project kernels: each warp owns 16 rows. Each tile of rows reads A or B
-// again: with R rows in a tile that is as many bytes as of x or dy where weights have 16 bits, and
-// twice as many where they are float32.
+// again: with R rows in a tile that is as many bytes as of x or dy.
 template <int R>
 struct RowTile {
     static constexpr int kRows = kTileRows;
@@ -47,24 +37,16 @@ struct RowTile {
     static constexpr int kNarrowTransposed = tile_elements(kDepth, R);
     static constexpr int kB = tile_elements(kColumns, R);
     static constexpr int kZ = tile_elements(kRows, R);
-    static constexpr int kStaging = R * kDepth;  // floats of a tile of A or B before rounding
-    // The forward kernel reuses its rings: B in the one of x, z in the one of A, floats for floats.
+    // The forward kernel reuses its rings: B in the one of x, z in the one of A.
     static_assert(kB <= kWide && kZ <= 2 * kNarrow && kColumns == kDepth);
-    // The project_dy kernel (R = 64) reuses the one of dy for dh, in floats, with four rows in
-    // different banks.
-    static constexpr int kDhPitch = R + 8;
-    static_assert(R <= 32 || kRows * kDhPitch * kFloatBytes <= 2 * kWide * kElementBytes);
 
-    static constexpr int forward_bytes(int stages, Streamed weights) {
-        return stages * kWide * kElementBytes + streamed_bytes(kNarrow, kStaging, stages, weights);
+    static constexpr int forward_bytes(int stages) {
+        return stages * (kWide + kNarrow) * kElementBytes;
     }
-    static constexpr int dy_project_bytes(int stages, Streamed weights) {
-        return stages * kWide * kElementBytes +
-               streamed_bytes(kNarrowTransposed, kStaging, stages, weights);
+    static constexpr int dy_project_bytes(int stages) {
+        return stages * (kWide + kNarrowTransposed) * kElementBytes;
     }
-    static constexpr int expand_bytes(int stages, Streamed weights) {
-        return kZ * kElementBytes + streamed_bytes(kB, kStaging, stages, weights);
-    }
+    static constexpr int expand_bytes(int stages) { return (kZ + stages * kB) * kElementBytes; }
 };
 
 // The one-pass dy kernel (R <= 32): a slab is several tiles side by side, so that there are few
@@ -89,18 +71,16 @@ struct DyTile {
     }
 };
 
-// The x kernel: each warp owns a slice of columns.
+// The x kernel, and the dB kernel of R = 64: each warp owns a slice of columns.
 template <int R>
 struct OuterTile {
     static constexpr int kRows = R == 16 ? 32 : 64;
     static constexpr int kColumns = R == 16 ? 512 : R == 32 ? 256 : 128;
     static constexpr int kWarps = R == 16 ? 8 : 4;
     static constexpr int kThreads = kWarps * kWarpSize;
-    // Whether the x kernel can make dz from partial sums of dh, which every slab of columns reads
-    // again: at rank 16, where slabs are wide and the sums small, that costs less than a launch.
-    static constexpr bool kMakesDz = R == 16;
     static constexpr int kXRegisters = 248;
     static constexpr int kXBlocks = kThreads == 256 ? 1 : 2;
+    static constexpr int kDbRegisters = 168, kDbBlocks = 3;
     static constexpr int kSlice = kColumns / kWarps;
     static constexpr int kWide = tile_elements(kRows, kColumns);
     static constexpr int kNarrow = tile_elements(kRows, R);

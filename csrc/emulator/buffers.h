@@ -22,25 +22,18 @@ class BufferList {
         add(name, data, static_cast<size_t>((rows - 1) * stride + cols) * kElement, writable);
     }
     void weight(const char* name, const Weight& w) {
-        if (w.rows == 0)
-            return;
-        const int64_t last = (w.rows - 1) * w.row_stride + (w.cols - 1) * w.col_stride;
-        const size_t size = w.is_float ? sizeof(float) : kElement;
-        add(name, w.data, static_cast<size_t>(last + 1) * size, false);
+        matrix(name, w.data, w.rows, w.cols, w.row_stride);
     }
-    // The rows of A of a kernel of rank class R.
-    void rank_rows(const Weight (&a)[kMaxRank / kRankUnit], int rank_class) {
-        for (int i = 0; i < rank_class / kRankUnit; ++i)
-            weight("a", a[i]);
+    void packs(const PackJob& job) {
+        if (job.first == kNoMember)
+            return;
+        const int64_t last = (job.rows - 1) * job.row_stride + (job.cols - 1) * job.col_stride;
+        const size_t size = job.is_float ? sizeof(float) : kElement;
+        add("weight", job.data, static_cast<size_t>(last + 1) * size, false);
+        matrix("packed", job.out, job.out_rows, job.out_cols, job.out_cols, true);
     }
     void floats(const char* name, const float* data, int64_t count, bool writable = false) {
         add(name, data, static_cast<size_t>(count) * sizeof(float), writable);
-    }
-    // As many columns as it has, which is not said there.
-    void gradient(const char* name, const WeightGradient& g, int64_t cols) {
-        const size_t size = g.type == Output::fp32 ? sizeof(float) : kElement;
-        if (g.rows > 0)
-            add(name, g.out, static_cast<size_t>(g.rows * cols) * size, true);
     }
     void seed(const DropoutParams& dropout) {
         if (dropout.threshold > 0)
@@ -48,15 +41,11 @@ class BufferList {
     }
     // What a pass over x or dy sums over rows.
     template <int R>
-    void outer(const OuterPass& p, const SlabSums& sums) {
-        using Tile = OuterTile<R>;
+    void outer(const OuterPass& p) {
         const int64_t chunks = (p.m + p.rows_per_chunk - 1) / p.rows_per_chunk;
-        const int64_t slabs = (p.w + Tile::kColumns - 1) / Tile::kColumns;
         matrix("wide", p.wide, p.m, p.w, p.wide_stride);
         matrix("narrow", p.narrow, p.m, R, R);
-        floats("partial", p.partial, std::max<int64_t>(chunks, sums.count) * R * p.w, true);
-        if (sums.count > 1)
-            add("arrived", sums.arrived, slabs * Tile::kThreads * sizeof(uint32_t), true);
+        floats("partial", p.partial, chunks * R * p.w, true);
     }
     // What a job on rows reads and writes, its partial sums aside.
     void rows_job(const SumRowsJob& job) {
@@ -77,12 +66,12 @@ std::vector<simt::Buffer> emulated_buffers(const ForwardParams& p) {
     BufferList b;
     const ProjectParams& q = p.project;
     b.matrix("x", q.wide, q.m, q.w, q.wide_stride);
-    b.rank_rows(q.narrow, R);
+    b.weight("a", q.narrow);
     b.floats("partial", q.partial, q.splits * q.m * R);
     b.seed(q.dropout);
     for (int i = 0; i < p.count; ++i) {
         const ForwardMember& member = p.members[i];
-        const int n = member.b.rows, r = member.b.cols;
+        const int n = member.b.rows, r = member.z_cols;
         b.weight("b", member.b);
         b.matrix("y", member.y, q.m, n, member.y_stride, true);
         b.matrix("base", member.base, q.m, n, member.base_stride);
@@ -96,7 +85,7 @@ template <int R>
 std::vector<simt::Buffer> emulated_buffers(const ProjectParams& p) {
     BufferList b;
     b.matrix("wide", p.wide, p.m, p.w, p.wide_stride);
-    b.rank_rows(p.narrow, R);
+    b.weight("narrow", p.narrow);
     b.floats("partial", p.partial, p.splits * p.m * R, true);
     b.seed(p.dropout);
     return b.list;
@@ -109,48 +98,41 @@ std::vector<simt::Buffer> emulated_buffers(const DyParams& p) {
     for (const DyMember& member : p.members) {
         if (!member.dh && !member.db)
             continue;
-        const int64_t n = member.b.rows, r = member.b.cols, slabs = (n + kSlab - 1) / kSlab;
+        const int64_t n = member.b.rows, r = member.z_cols, slabs = (n + kSlab - 1) / kSlab;
         b.matrix("dy", member.dy, p.m, n, member.dy_stride);
         b.weight("b", member.b);
         b.matrix("z", member.z, p.m, r, r);
         b.floats("alpha_t", member.alpha_t, 1);
         b.floats("dh", member.dh, slabs * p.m * R, true);
         b.floats("db", member.db, chunks * n * R, true);
-        b.gradient("dB", member.result, r);
     }
-    b.add("arrived", p.arrived, static_cast<size_t>(p.arrived_count) * sizeof(uint32_t), true);
     return b.list;
 }
 
 template <int R>
-std::vector<simt::Buffer> emulated_buffers(const ProjectDyParams& p) {
+std::vector<simt::Buffer> emulated_buffers(const OuterPass& p) {
     BufferList b;
-    b.matrix("dy", p.project.wide, p.project.m, p.project.w, p.project.wide_stride);
-    b.weight("b", p.project.narrow[0]);
-    if (p.project.splits > 1)
-        b.floats("partial", p.project.partial, p.project.splits * p.project.m * R, true);
-    else
-        b.rows_job(p.rows);
-    b.add("arrived", p.arrived, static_cast<size_t>(p.arrived_count) * sizeof(uint32_t), true);
+    b.outer<R>(p);
     return b.list;
 }
 
 template <int R>
 std::vector<simt::Buffer> emulated_buffers(const OuterParams& p) {
     BufferList b;
-    b.outer<R>(p, p.sums);
-    b.floats("dh", p.dz.partial, p.dz.count * p.m * R);
-    b.matrix("z", p.dz.z, p.m, p.dz.r, p.dz.r);
-    b.floats("alpha_t", p.dz.alpha_t, 1);
-    b.rank_rows(p.a, R);
+    b.outer<R>(p);
+    b.weight("a", p.a);
     b.matrix("dx", p.dx, p.m, p.w, p.w, true);
-    for (const WeightGradient& rows : p.da)
-        b.gradient("dA", rows, p.w);
     b.seed(p.dropout);
-    if (p.db.columns > 0) {
-        b.outer<R>(p.db, p.db.sums);
-        b.gradient("dB", p.db.result, p.db.r);
-    }
+    return b.list;
+}
+
+template <int R>
+std::vector<simt::Buffer> emulated_buffers(const PackParams& p) {
+    BufferList b;
+    for (const PackJob& job : p.a)
+        b.packs(job);
+    for (const PackJob& job : p.b)
+        b.packs(job);
     return b.list;
 }
 

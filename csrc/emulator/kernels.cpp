@@ -4,4 +4,4 @@
 #include "cuda/rank16.cu"
 #include "cuda/rank32.cu"
 #include "cuda/rank64.cu"
-#include "cuda/reduce.cu"
+#include "cuda/small.cu"

@@ -180,20 +180,6 @@ void check_global(const void* address, size_t bytes, bool write, Site site) {
          bytes);
 }
 
-uint32_t take_ticket(uint32_t* counter, Site site) {
-    check_global(counter, sizeof(*counter), false, site);
-    check_global(counter, sizeof(*counter), true, site);
-    block.current->site = site;
-#if defined(SIMT_TSAN)
-    // Ordered for ThreadSanitizer as on the device; its race with a plain access is reported.
-    constexpr int kAcquireRelease = 4;
-    return static_cast<uint32_t>(
-        __tsan_atomic32_fetch_add(reinterpret_cast<volatile int*>(counter), 1, kAcquireRelease));
-#else
-    return (*counter)++;
-#endif
-}
-
 void copy_async(void* target, const void* source, bool valid, Site site) {
     check_shared(target, kCopyBytes, site);
     if (valid) {

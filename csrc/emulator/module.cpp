@@ -42,13 +42,13 @@ PYBIND11_MODULE(_emulator, module) {
     module.def("set_options", &set_options, py::arg("schedule"), py::arg("seed"));
     module.def(
         "set_device_limits",
-        [](int sm_count, int shared_per_block, int shared_per_sm, int chunk_limit, int round_limit,
-           bool reduces_all) {
+        [](int sm_count, int shared_per_block, int shared_per_sm, int chunk_limit,
+           int round_limit) {
             afa::set_emulated_device(
-                {sm_count, shared_per_block, shared_per_sm, chunk_limit, round_limit, reduces_all});
+                {sm_count, shared_per_block, shared_per_sm, chunk_limit, round_limit});
         },
         py::arg("sm_count"), py::arg("shared_per_block"), py::arg("shared_per_sm"),
-        py::arg("chunk_limit") = 0, py::arg("round_limit") = 0, py::arg("reduces_all") = false);
+        py::arg("chunk_limit") = 0, py::arg("round_limit") = 0);
     module.def("counters", &counters);
     module.def("reset_counters", &simt::reset_counters);
 }

@@ -75,7 +75,6 @@ void block_sync(Site site);
 void warp_sync(Site site);
 unsigned char* shared_array(int offset, int bytes, Site site);
 void check_global(const void* address, size_t bytes, bool write, Site site);
-uint32_t take_ticket(uint32_t* counter, Site site);
 void check_shared(const void* address, size_t bytes, Site site);
 void copy_async(void* target, const void* source, bool valid, Site site);
 void copy_commit();

@@ -29,10 +29,8 @@ constexpr int kThreads = 128;
 constexpr int kSharedBytes = 4096;
 
 struct Params {
-    const float* in;    // [kThreads]
-    float* out;         // [kThreads]
-    float* stored;      // [2 blocks, kThreads]
-    uint32_t* counter;  // [kThreads], zeros
+    const float* in;  // [kThreads]
+    float* out;       // [kThreads]
     bool fault;
 };
 
@@ -164,24 +162,6 @@ void blocks_share_output(const Params& p) {
         store_global(out, load_global(out) + 1.0f);
 }
 
-// Two blocks: of two threads of one place, the second one reads what the first one has stored.
-void last_thread_sums(const Params& p) {
-    const int t = thread_index();
-    uint32_t before = p.fault ? take_ticket(p.counter + t) : 0;
-    store_global(p.stored + block_x() * kThreads + t, load_global(p.in + t));
-    if (!p.fault)
-        before = take_ticket(p.counter + t);
-    if (before == 1)
-        store_global(p.out + t, load_global(p.stored + t) + load_global(p.stored + kThreads + t));
-}
-
-// Two blocks: one clears a counter that the other one may have counted in.
-void counter_cleared_late(const Params& p) {
-    if (p.fault && block_x() == 1)
-        store_global(p.counter + thread_index(), 0u);
-    take_ticket(p.counter + thread_index());
-}
-
 enum Build : int { plain = 1, address = 2, thread = 4, any = 7 };
 #if defined(SIMT_ASAN)
 constexpr Build kBuild = address;
@@ -200,15 +180,14 @@ struct Hazard {
 
 #define HAZARD(kernel, ...) {#kernel, kernel, __VA_ARGS__}
 const Hazard kHazards[] = {
-    HAZARD(exchange_in_block, any),      HAZARD(exchange_in_warp, any),
-    HAZARD(copy_without_wait, any),      HAZARD(refill_while_read, thread),
-    HAZARD(ends_with_copies, any),       HAZARD(reads_beyond_buffer, any),
-    HAZARD(writes_beyond_buffer, any),   HAZARD(writes_input, any),
-    HAZARD(misaligned_vector, any),      HAZARD(misaligned_pair, any),
-    HAZARD(beyond_shared_array, any),    HAZARD(takes_too_much, any),
-    HAZARD(barrier_of_some, any),        HAZARD(half_warp_collective, any),
-    HAZARD(divergent_collectives, any),  HAZARD(blocks_share_output, thread, 2),
-    HAZARD(last_thread_sums, thread, 2), HAZARD(counter_cleared_late, thread, 2),
+    HAZARD(exchange_in_block, any),     HAZARD(exchange_in_warp, any),
+    HAZARD(copy_without_wait, any),     HAZARD(refill_while_read, thread),
+    HAZARD(ends_with_copies, any),      HAZARD(reads_beyond_buffer, any),
+    HAZARD(writes_beyond_buffer, any),  HAZARD(writes_input, any),
+    HAZARD(misaligned_vector, any),     HAZARD(misaligned_pair, any),
+    HAZARD(beyond_shared_array, any),   HAZARD(takes_too_much, any),
+    HAZARD(barrier_of_some, any),       HAZARD(half_warp_collective, any),
+    HAZARD(divergent_collectives, any), HAZARD(blocks_share_output, thread, 2),
 };
 
 // In a child: whether the launch failed or left something that is not a number.
@@ -216,18 +195,13 @@ int run(const Hazard& hazard, bool fault) {
     float in[kThreads + 4], out[kThreads + 4];
     for (int i = 0; i < kThreads + 4; ++i)
         in[i] = out[i] = static_cast<float>(i);
-    float stored[2 * kThreads];
-    uint32_t counter[kThreads] = {};
-    const Params params{in, out, stored, counter, fault};
+    const Params params{in, out, fault};
     const simt::Launch launch{hazard.name,
                               hazard.blocks,
                               1,
                               kThreads,
                               kSharedBytes,
-                              {{"in", in, kThreads * 4, false},
-                               {"out", out, kThreads * 4, true},
-                               {"stored", stored, sizeof(stored), true},
-                               {"counter", counter, sizeof(counter), true}}};
+                              {{"in", in, kThreads * 4, false}, {"out", out, kThreads * 4, true}}};
     static const Hazard* current;
     current = &hazard;
     try {

@@ -37,14 +37,16 @@ std::vector<Allocation> buffers_of(const std::string& name, const void* paramete
     const int rank = mark == std::string::npos ? 0 : std::stoi(name.substr(mark + 3));
     if (has("14forward_kernelI") || has("13expand_kernelI"))
         return of_rank<afa::ForwardParams>(rank, parameters);
-    if (has("14project_kernelI"))
+    if (has("14project_kernelI") || has("17project_dy_kernelI"))
         return of_rank<afa::ProjectParams>(rank, parameters);
-    if (has("17project_dy_kernelI"))
-        return of_rank<afa::ProjectDyParams>(rank, parameters);
+    if (has("9db_kernelI"))
+        return of_rank<afa::OuterPass>(rank, parameters);
     if (has("8x_kernelI"))
         return of_rank<afa::OuterParams>(rank, parameters);
     if (has("9dy_kernelI"))
         return of_rank<afa::DyParams>(rank, parameters);
+    if (has("11pack_kernelI"))
+        return listed<afa::PackParams, 0>(parameters);
     if (has("13reduce_kernelI"))
         return listed<afa::ReduceParams, 0>(parameters);
     if (has("22primitive_check_kernelI"))

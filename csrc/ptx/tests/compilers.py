@@ -12,6 +12,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[3] / folder) for folder in ("", "python_tests")]
 
 import ptx_cuda  # noqa: E402
+from cuda_groups import Group  # noqa: E402
 from helpers import Problem, poisoned_memory  # noqa: E402
 from ptx_cuda import _cuda_on_ptx  # noqa: E402
 from ragged_calls import Ragged  # noqa: E402
@@ -81,8 +82,23 @@ def ragged_call(
     return run
 
 
+def group_call(dtype: torch.dtype, ranks: tuple[int, ...]) -> Callable[[], Results]:
+    """Return a forward and backward of layers that share x, on nvcc's kernels."""
+    torch.manual_seed(1)
+    group = Group(75, 136, (136, 264, 72)[: len(ranks)], ranks, dtype)
+
+    def run() -> Results:
+        with poisoned_memory():
+            ys, zs = group.forward(ptx_cuda.NAME)
+            dx, das, dbs = group.backward(zs, ptx_cuda.NAME)
+        return [*ys, dx, *das, *dbs]
+
+    return run
+
+
 class Nvcc:
-    """Of its dtype and class of ranks in one pass and split, with a mask and without, with full tiles and with none."""
+    """Of its dtype and class of ranks in one pass and split, with a mask and without, with full tiles and with none,
+    and of layers that share x."""
 
     shapes = (((64, 72, 80), 0), ((75, 136, 264), 77), ((64, 904, 136), 0), ((200, 520, 328), 0))
 
@@ -109,6 +125,7 @@ class Nvcc:
                 full, padded = (rank, dtype, dtype), (rank - 3, dtype, torch.float32)
                 for *shape, dropout in self.shapes:
                     calls.append(call(ptx_cuda.NAME, *shape, *(padded if dropout else full), dropout))
+            calls += [group_call(dtype, ranks) for ranks in ((16, 7), (16, 16, 13))]
         _cuda_on_ptx.take_launches()
         reached: dict[str, list] = {}
         needed: dict[str, dict[str, set[int]]] = {}

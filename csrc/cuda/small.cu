@@ -1,6 +1,14 @@
+// The kernels without a rank class.
 #include "cuda/launch.cuh"
 
 namespace afa {
+
+void launch_pack(DType dtype, const LaunchConfig& config, const PackParams& params) {
+    if (dtype == DType::bf16)
+        launch<pack_kernel<Bf16>, 0>(config, params);
+    else
+        launch<pack_kernel<Fp16>, 0>(config, params);
+}
 
 void launch_reduce(DType dtype, const LaunchConfig& config, const ReduceParams& params) {
     if (dtype == DType::bf16)
