@@ -62,15 +62,21 @@ def of_many_kernels():
     return problem(m=520, n=1032, r=64)
 
 
-def forward_and_backward(p, device=0, stream=0):
-    """Return the results of a call, and for each of its kernels whether it may start early."""
+def launched(p, device=0, stream=0):
+    """Return the results of a call, and its launches."""
     cuda_on_ptx.take_launches()
     y, z = forward(p, device, stream)
     with ptx_cuda.kernels.on(device, stream):
         gradients = ptx_cuda.kernels.backward(
             p.dy, p.x, p.lora_a, p.lora_b, z, ALPHA_T, None, SPEC, need_dx=True, need_da=True, need_db=True
         )  # fmt: skip
-    return (y, z, *gradients), [launch["overlaps"] for launch in cuda_on_ptx.take_launches()]
+    return (y, z, *gradients), cuda_on_ptx.take_launches()
+
+
+def forward_and_backward(p, device=0, stream=0):
+    """Return the results of a call, and for each of its kernels whether it may start early."""
+    results, launches = launched(p, device, stream)
+    return results, [launch["overlaps"] for launch in launches]
 
 
 def test_kernels_overlap_where_their_code_waits():
@@ -89,6 +95,17 @@ def test_a_build_of_older_ptx_does_not_overlap_on_a_new_card():
     """The code decides, not the card."""
     cuda_on_ptx.set_edit(lambda text: text.replace(".target sm_90", ".target sm_89"))
     assert not any(forward_and_backward(of_many_kernels(), new_device(major=9))[1])
+
+
+def test_every_kernel_may_have_all_shared_memory_and_prefers_it_to_the_cache():
+    """Whatever its first launch needs: threads whose launches need more and less may ask in any order, and no
+    multiprocessor is divided anew between two kernels."""
+    small, p = new_device(**RTX_4090), of_many_kernels()
+    for device, most in ((0, 163 << 10), (1, 227 << 10), (small, RTX_4090["shared_per_block"])):
+        _, launches = launched(p, device)
+        assert {launch["granted"] for launch in launches} == {most}
+        assert {launch["carveout"] for launch in launches} == {100}
+        assert min(launch["shared_bytes"] for launch in launches) == 0
 
 
 def test_memory_that_is_touched_before_the_wait_is_a_race():

@@ -204,16 +204,16 @@ def test_a_refused_grant_of_shared_memory_is_asked_for_again():
     assert torch.equal(forward(p, device)[0], forward(p)[0])
 
 
-def test_shared_memory_is_asked_for_once_per_device():
+def test_attributes_of_a_kernel_are_set_once_per_device():
     def asked(*arguments):
         before = runtime.calls("cudaFuncSetAttribute")
         forward(*arguments)
         return runtime.calls("cudaFuncSetAttribute") - before
 
     one, other, p = new_device(), new_device(), problem()
-    assert asked(p, one) == 1
+    assert asked(p, one) == 2
     assert max(launch["shared_bytes"] for launch in cuda_on_ptx.take_launches()) > 48 << 10
-    assert [asked(p, device) for device in (one, one, other, one, other)] == [0, 0, 1, 0, 0]
+    assert [asked(p, device) for device in (one, one, other, one, other)] == [0, 0, 2, 0, 0]
 
 
 def test_a_launch_that_fails_is_named_with_its_shape():
@@ -382,7 +382,7 @@ p, results = problem(), []
 for _ in range(2):
     before = runtime.calls("cudaFuncSetAttribute")
     results.append(forward(p, last)[0])
-    assert runtime.calls("cudaFuncSetAttribute") == before + 1
+    assert runtime.calls("cudaFuncSetAttribute") == before + 2
 assert torch.equal(*results) and all(launch["overlaps"] for launch in cuda_on_ptx.take_launches())
 """
 

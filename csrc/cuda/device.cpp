@@ -96,45 +96,46 @@ bool launches_wait() {
 // Of the innermost DeviceScope of this thread.
 thread_local int scope_device = -1;
 
-// What is remembered of the kernel on this device, 0: nothing. Of devices with higher numbers than
-// anybody has nothing is.
-int remembered(const std::atomic<int> (&values)[KernelRecord::kDevices]) {
+// What is remembered of the kernel on this device. Of devices with higher numbers than anybody has
+// nothing is.
+int remembered(const KernelRecord& record) {
     const bool fits = scope_device >= 0 && scope_device < KernelRecord::kDevices;
-    return fits ? values[scope_device].load() : 0;
+    return fits ? record.order[scope_device].load() : KernelRecord::kUnknown;
 }
-void remember(std::atomic<int> (&values)[KernelRecord::kDevices], int value) {
+void remember(KernelRecord& record, int order) {
     if (scope_device >= 0 && scope_device < KernelRecord::kDevices)
-        values[scope_device].store(value);
+        record.order[scope_device].store(order);
 }
 
-// Asks for the shared memory that a kernel needs, once per device.
-cudaError_t grant_shared_memory(const void* kernel, KernelRecord& record, int bytes) {
-    constexpr int kDefault = 48 * 1024;  // what every kernel has without asking
-    if (bytes <= kDefault || remembered(record.shared_bytes) >= bytes)
-        return cudaSuccess;
-    const cudaError_t refused =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (refused == cudaSuccess)
-        remember(record.shared_bytes, bytes);
-    return refused;
-}
-
-// Finds out whether a kernel may be started before the one before it in the stream has ended. Its
-// code has to wait for that (follow_previous_kernel, prim_device.cuh), and only code compiled for
-// 9.0 and later does: not the PTX of an older architecture that the driver translates for this
-// card.
-cudaError_t find_order(const void* kernel, KernelRecord& record, bool& overlaps) {
-    int order = remembered(record.order);
+// Readies a kernel for all launches on this device, before the first one.
+//
+// Whatever a launch needs, the kernel may have all shared memory that the device gives a block:
+// then it does not matter in which order threads ask. And the multiprocessors are to keep all that
+// they can for shared memory: where kernels want different shares, one that follows another may
+// have to wait until all blocks of that one have ended.
+//
+// `overlaps`: whether it may be started before the one before it in the stream has ended. Its code
+// has to wait for that (follow_previous_kernel, prim_device.cuh), and only code compiled for 9.0
+// and later does: not the PTX of an older architecture that the driver translates for this card.
+cudaError_t prepare(const void* kernel, KernelRecord& record, bool& overlaps) {
+    int order = remembered(record);
     if (order == KernelRecord::kUnknown) {
         constexpr int kCaptured = 12030;  // before, a stream could not capture such a launch
         cudaFuncAttributes code{};
-        const cudaError_t unknown = cudaFuncGetAttributes(&code, kernel);
-        if (unknown != cudaSuccess)
-            return unknown;
+        cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 device_limits(scope_device).shared_per_block);
+        if (error == cudaSuccess)
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                         cudaSharedmemCarveoutMaxShared);
+        if (error == cudaSuccess)
+            error = cudaFuncGetAttributes(&code, kernel);
+        if (error != cudaSuccess)
+            return error;
         order = code.ptxVersion >= 90 && cuda_versions().driver >= kCaptured
                     ? KernelRecord::kOverlaps
                     : KernelRecord::kInOrder;
-        remember(record.order, order);
+        remember(record, order);
     }
     overlaps = order == KernelRecord::kOverlaps;
     return cudaSuccess;
@@ -200,9 +201,7 @@ void launch_kernel(const void* kernel, KernelRecord& record, const LaunchConfig&
     const KernelPlan& plan = config.plan;
     const cudaError_t before = cudaPeekAtLastError();
     bool overlaps = false;
-    cudaError_t error = grant_shared_memory(kernel, record, plan.shared_bytes);
-    if (error == cudaSuccess)
-        error = find_order(kernel, record, overlaps);
+    cudaError_t error = prepare(kernel, record, overlaps);
     if (error == cudaSuccess) {
         cudaLaunchAttribute overlap{};
         overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -219,7 +218,7 @@ void launch_kernel(const void* kernel, KernelRecord& record, const LaunchConfig&
         error = cudaLaunchKernelExC(&launch, kernel, arguments);
         if (error == cudaErrorNotSupported && overlaps) {
             cudaGetLastError();
-            remember(record.order, KernelRecord::kInOrder);
+            remember(record, KernelRecord::kInOrder);
             launch.numAttrs = 0;
             error = cudaLaunchKernelExC(&launch, kernel, arguments);
         }

@@ -53,12 +53,12 @@ inline std::string kernel_failure(const LaunchConfig& config, const char* what) 
 
 // --- What device.cpp does on a device; the emulator has a DeviceScope and device_limits of its own
 
-// What is known of a kernel, by device, so that the runtime is asked once.
+// What is known of a kernel, by device, so that the runtime is asked once: whether it may start
+// before the kernel before it has ended.
 struct KernelRecord {
     static constexpr int kDevices = 64;
-    std::atomic<int> shared_bytes[kDevices];  // dynamic shared memory that it was granted
     enum : int { kUnknown, kInOrder, kOverlaps };
-    std::atomic<int> order[kDevices];  // whether it may start before the kernel before it has ended
+    std::atomic<int> order[kDevices];
 };
 
 // Launches a kernel of one parameter on the device of the DeviceScope. Raises std::runtime_error

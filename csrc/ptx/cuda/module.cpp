@@ -23,6 +23,8 @@ py::dict describe(const ptx::LaunchRecord& record) {
     d["grid"] = py::make_tuple(record.grid[0], record.grid[1], record.grid[2]);
     d["block"] = py::make_tuple(record.block[0], record.block[1], record.block[2]);
     d["shared_bytes"] = record.shared_bytes;
+    d["granted"] = record.granted;
+    d["carveout"] = record.carveout;
     d["overlaps"] = record.overlaps;
     return d;
 }

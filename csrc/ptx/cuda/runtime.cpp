@@ -21,7 +21,8 @@ void restart() {
     fresh.launches = std::move(state.launches);
     fresh.seed = state.seed;
     fresh.explain = state.explain;
-    fresh.granted = std::move(state.granted);  // the launch code asks for it once per process
+    fresh.granted = std::move(state.granted);  // the launch code asks for them once per process
+    fresh.carveouts = std::move(state.carveouts);
     state = std::move(fresh);
 }
 
@@ -103,6 +104,9 @@ cudaError_t run(const CapturedLaunch& captured) {
         std::copy(launch.grid, launch.grid + 3, record.grid);
         std::copy(launch.block, launch.block + 3, record.block);
         record.shared_bytes = launch.dynamic_shared_bytes;
+        const std::pair<int, const void*> key{captured.device, captured.function};
+        record.granted = state.granted.count(key) ? state.granted[key] : 0;
+        record.carveout = state.carveouts.count(key) ? state.carveouts[key] : -1;
         record.overlaps = launch.overlaps;
         state.launches.push_back(record);
         return cudaSuccess;
@@ -212,10 +216,15 @@ cudaError_t CUDARTAPI cudaFuncSetAttribute(const void* function, cudaFuncAttribu
     ptx::RuntimeState& state = runtime_state();
     if (!ptx::image(*kernel, state.current))
         return ends(cudaErrorNoKernelImageForDevice);
-    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
-        value > ptx::model_of(state.current).shared_per_block)
+    const int most = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize
+                         ? ptx::model_of(state.current).shared_per_block
+                     : attribute == cudaFuncAttributePreferredSharedMemoryCarveout ? 100
+                                                                                   : -1;
+    if (value < 0 || value > most)
         return ends(cudaErrorInvalidValue);
-    state.granted[{state.current, function}] = value;
+    (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize
+         ? state.granted
+         : state.carveouts)[{state.current, function}] = value;
     return cudaSuccess;
 }
 

@@ -20,6 +20,8 @@ struct LaunchRecord {
     std::string kernel;  // mangled
     int device;
     uint32_t grid[3], block[3], shared_bytes;
+    int granted,
+        carveout;   // shared memory that the kernel may have, and its preferred share; 0, -1
     bool overlaps;  // it may start before the launch before it has ended
     Counters counters;
 };
@@ -78,7 +80,8 @@ struct RuntimeState {
     int current = -1;                   // device of the driver's current context, -1: none
     cudaError_t last = cudaSuccess;
     std::string message;  // of the last launch that failed: what the machine found
-    std::map<std::pair<int, const void*>, int> granted;  // shared memory, by device and function
+    // Attributes by device and function: shared memory, and its preferred share of the cache.
+    std::map<std::pair<int, const void*>, int> granted, carveouts;
 };
 
 RuntimeState& runtime_state();
