@@ -4,8 +4,11 @@
 
 Compiles every kernel for every architecture and checks: no spills, registers and shared memory within the budget below,
 tensor-core instructions (HMMA), asynchronous copies (LDGSTS) and ldmatrix (LDSM) in the SASS, and from sm_90 on a wait
-for the kernel before it (ACQBULK) ahead of every access of global memory. Prints one table with the occupancy; exit
-status 1 if a check fails. cuobjdump comes from PATH, from the CUDA toolkit or from the triton package.
+for the kernel before it (ACQBULK) ahead of every access of global memory. Prints one table with the occupancy, and for
+each main loop the instructions of a warp in one turn, on the shortest path that makes all products and moves the whole
+tile: without dropout, and with the cheapest activation. "TB/s" is the rate of x, dy, y and dx that these allow where
+each scheduler of the card issues one instruction in two cycles. Exit status 1 if a check fails. cuobjdump and
+nvdisasm come from PATH, from the CUDA toolkit or from the triton package.
 """
 
 import argparse
@@ -22,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from tools.sass import main_loops
+
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 RANKS = (16, 32, 64)
 SOURCES = (*(f"rank{rank}" for rank in RANKS), "small")
@@ -37,17 +42,22 @@ class Gpu:
     shared_per_block: int
     shared_per_sm: int
     threads_per_sm: int
+    clock: float  # Hz, with boost
 
 
 GPUS = {
-    "80": Gpu("A100", 108, 163 << 10, 164 << 10, 2048),
-    "90": Gpu("H100", 132, 227 << 10, 228 << 10, 2048),
-    "100": Gpu("B200", 148, 227 << 10, 228 << 10, 2048),
-    "120": Gpu("RTX 5090", 170, 99 << 10, 100 << 10, 1536),
+    "80": Gpu("A100", 108, 163 << 10, 164 << 10, 2048, 1.410e9),
+    "90": Gpu("H100", 132, 227 << 10, 228 << 10, 2048, 1.755e9),
+    "100": Gpu("B200", 148, 227 << 10, 228 << 10, 2048, 1.850e9),
+    "120": Gpu("RTX 5090", 170, 99 << 10, 100 << 10, 1536, 2.407e9),
 }
 REGISTERS_PER_SM = 65536
 RESERVED_SHARED = 1024
 SMALL_THREADS = 128
+SCHEDULERS, ISSUED = 4, 0.5  # of an SM; instructions of each per cycle
+# How often the bytes of a tile pass in a turn of a main loop: y is read and written, and of the x kernel x and dx are
+# one tile each. The forward kernel has a loop of each kind.
+PASSES = {"forward": (1, 2), "project": (1,), "expand": (2,), "dy": (1,), "project_dy": (1,), "db": (1,), "x": (2,)}
 
 # From here on a kernel may start before the one before it has ended, so that it has to wait first.
 FIRST_OVERLAPPED = 90
@@ -83,6 +93,8 @@ class Row:
     blocks_per_sm: int = 0
     occupancy: float = 0.0
     opcodes: dict[str, int] = field(default_factory=dict)
+    instructions: list[int] = field(default_factory=list)  # of a warp in a turn of each main loop
+    rate: float = 0.0  # bytes per second that they allow, in the slowest of them
     faults: list[str] = field(default_factory=list)
 
 
@@ -169,6 +181,11 @@ def compile_one(source: str, arch: str, folder: Path, tool: str) -> list[Row]:
     for name, counts in count_opcodes(sass).items():
         if name in rows:
             rows[name].opcodes = counts
+    flow = subprocess.run([find_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True)
+    for part in re.split(r"\.section\s+\.text\.", flow.stdout)[1:]:
+        name = part.partition(",")[0]
+        if name in rows and rows[name].kernel not in SMALL_KERNELS:
+            rows[name].instructions = main_loops(part)
     return list(rows.values())
 
 
@@ -185,6 +202,12 @@ def add_launch(row: Row, plans: dict[tuple[str, str, int], dict]) -> None:
             plan["shared_bytes"],
         )
         row.register_budget = plan["registers"]
+        issued = gpu.sm_count * SCHEDULERS * ISSUED * gpu.clock / (row.threads // 32)
+        rates = [
+            passes * plan["tile_bytes"] * issued / count
+            for passes, count in zip(PASSES[row.kernel], row.instructions, strict=False)
+        ]
+        row.rate = min(rates, default=0.0)
     registers = -(-row.registers // 8) * 8 * row.threads
     row.blocks_per_sm = min(
         REGISTERS_PER_SM // max(registers, 1),
@@ -208,6 +231,8 @@ def check(row: Row) -> None:
         row.faults.append("no block fits an SM")
     if int(row.arch) >= FIRST_OVERLAPPED and (not row.opcodes.get(WAIT) or row.opcodes.get(EARLY)):
         row.faults.append("does not wait for the kernel before it, or touches memory first")
+    if row.kernel not in SMALL_KERNELS and len(row.instructions) != len(PASSES[row.kernel]):
+        row.faults.append(f"{len(row.instructions)} main loops, expected {len(PASSES[row.kernel])}")
     for opcode in SHOWN_OPCODES:
         if row.kernel not in SMALL_KERNELS and not row.opcodes.get(opcode):
             row.faults.append(f"no {opcode} in the SASS")
@@ -243,6 +268,8 @@ def print_table(rows: list[Row]) -> None:
         "blocks/SM": lambda row: row.blocks_per_sm,
         "occupancy": lambda row: f"{row.occupancy:.0%}",
         **{name: lambda row, name=name: row.opcodes.get(name, 0) for name in SHOWN_OPCODES},
+        "instructions": lambda row: " + ".join(map(str, row.instructions)) or "-",
+        "TB/s": lambda row: f"{row.rate / 1e12:.1f}" if row.rate else "-",
         "verdict": lambda row: "; ".join(row.faults) or "ok",
     }
     cells = [list(columns), *([str(value(row)) for value in columns.values()] for row in rows)]
@@ -277,7 +304,7 @@ def main() -> int:
     print_table(rows)
     faulty = [row for row in rows if row.faults]
     on = ", ".join(f"sm_{arch} ({GPUS[arch].card})" for arch in architectures)
-    print(f"{len(rows)} kernels on {on}: {len(faulty)} faulty")
+    print(f"{len(rows) // len(architectures)} kernels on each of {on}: {len(faulty)} faulty")
     if options.json:
         options.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     return int(bool(faulty) or not rows)
