@@ -24,7 +24,7 @@ from afa_kernels.backend import native
 
 HALF, FLOAT = 2, 4
 SUMS_AT_ONCE = 16  # partial results that a thread of the reduce kernel has under way (kSumsAtOnce)
-SLAB_RANK, SLAB = 32, 512  # ranks up to this one sum dy B by slabs of so many columns (kSlabRank, kSlab)
+SLAB = 512  # columns of dy of which a block makes a partial sum of dh, up to rank 32 (kSlab)
 
 
 class Range(NamedTuple):

@@ -13,8 +13,8 @@
 // launches (rounds): each adds to the partial results of the one before it.
 #pragma once
 
-#include "cuda/db.cuh"
 #include "cuda/forward.cuh"
+#include "cuda/outer.cuh"
 
 namespace afa {
 
@@ -53,11 +53,16 @@ AFA_DEVICE void store_dh(float* slab_dh, const float (&dh)[R / 8][4], int64_t ro
         }
 }
 
-// dh, into slab_dh, and dB of a member from one slab of kColumns columns of its dy and one chunk of
-// rows.
+// dh and dB of a member from one slab of kColumns columns of its dy and one chunk of rows. Grid:
+// (slabs of every dy, chunks).
 template <typename T, int R>
-AFA_DEVICE void dy_pass(const DyParams& p, const DyMember& member, float* slab_dh,
-                        SharedMemory& shared, int slab, int chunk) {
+AFA_KERNEL(DyTile<R>::kThreads, DyTile<R>::kBlocks)
+dy_kernel(const DyParams p) {
+    follow_previous_kernel();
+    const DyMember member = member_with(p.members, block_x());
+    const int slab = block_x() - member.first, chunk = block_y();
+    float* slab_dh = member.dh + slab * p.m * R;
+    SharedMemory shared;
     using Tile = DyTile<R>;
     constexpr int kWidePitch = pitch(Tile::kDepth), kNarrowPitch = pitch(R);
     constexpr int kPairs = Tile::kRows * R / 2 / Tile::kThreads;  // of z, per thread and step
@@ -143,17 +148,6 @@ AFA_DEVICE void dy_pass(const DyParams& p, const DyMember& member, float* slab_d
                                      p.adds);
 }
 
-// Grid: (slabs of every dy, chunks).
-template <typename T, int R>
-AFA_KERNEL(DyTile<R>::kThreads, DyTile<R>::kBlocks)
-dy_kernel(const DyParams p) {
-    follow_previous_kernel();
-    const DyMember member = member_with(p.members, block_x());
-    const int slab = block_x() - member.first;
-    SharedMemory shared;
-    dy_pass<T, R>(p, member, member.dh + slab * p.m * R, shared, slab, block_y());
-}
-
 // Grid: (tiles of rows, splits).
 template <typename T, int R>
 AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
@@ -162,6 +156,57 @@ project_dy_kernel(const ProjectParams p) {
     SharedMemory shared;
     project_rows<T, R, true>(p, shared, static_cast<int64_t>(block_x()) * RowTile<R>::kRows,
                              block_y());
+}
+
+// dB = dy^T h at R = 64, from one slab of kColumns columns of dy and one chunk of rows, in a pass
+// of its own: where one pass makes dh as well (dy_kernel), the partial sums of slabs for which
+// there is room take as many bytes as a second pass. Grid: (slabs, chunks).
+template <typename T, int R>
+AFA_KERNEL(OuterTile<R>::kThreads, OuterTile<R>::kDbBlocks)
+db_kernel(const OuterPass p) {
+    follow_previous_kernel();
+    const int slab = block_x(), chunk = block_y();
+    SharedMemory shared;
+    using Tile = OuterTile<R>;
+    constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R);
+    const int ahead = p.stages - 1;
+    T* wide_ring = shared.take<T>(p.stages * Tile::kWide);
+    T* narrow_ring = shared.take<T>(p.stages * Tile::kNarrow);
+    const int col0 = slab * Tile::kColumns;
+    const int64_t row_begin = chunk * p.rows_per_chunk;
+    const int64_t row_end = row_begin + p.rows_per_chunk < p.m ? row_begin + p.rows_per_chunk : p.m;
+    const int tiles = static_cast<int>((row_end - row_begin + Tile::kRows - 1) / Tile::kRows);
+
+    const auto load = [&](int t, int slot) {
+        if (t < tiles) {
+            const int64_t row0 = row_begin + t * Tile::kRows;
+            load_tile<Tile::kRows, Tile::kColumns, Tile::kThreads>(
+                wide_ring + slot * Tile::kWide, static_cast<const T*>(p.wide), p.wide_stride, row0,
+                row_end, col0, p.w);
+            load_tile<Tile::kRows, R, Tile::kThreads>(narrow_ring + slot * Tile::kNarrow,
+                                                      static_cast<const T*>(p.narrow), R, row0,
+                                                      row_end, 0, R);
+        }
+        copy_commit();
+    };
+    for (int s = 0; s < ahead; ++s)
+        load(s, s);
+    float db[Tile::kSlice / 16][R / 8][4];
+    zero(db);
+    int slot = 0;
+    AFA_ROLLED
+    for (int t = 0; t < tiles; ++t) {
+        wait_oldest(p.stages);
+        block_sync();
+        load(t + ahead, slot == 0 ? ahead : slot - 1);
+        add_outer<T, Tile::kRows, Tile::kSlice, R, kWidePitch, kNarrowPitch>(
+            db, wide_ring + slot * Tile::kWide + warp_index() * Tile::kSlice,
+            narrow_ring + slot * Tile::kNarrow);
+        slot = slot == ahead ? 0 : slot + 1;
+    }
+    copy_wait<0>();
+    store_outer<Tile::kSlice, R>(p.partial + static_cast<int64_t>(chunk) * p.w * R, db,
+                                 col0 + warp_index() * Tile::kSlice, p.w, 0, R, p.adds);
 }
 
 // dx = dz A for the columns of this warp: into `slice` of a tile in shared memory, then 16-byte
@@ -211,9 +256,13 @@ AFA_DEVICE void emit_dx(T* slice, const T* dz, const uint16_t* masks,
 }
 
 // dx and dA of one slab of kColumns columns of x and one chunk of rows. Each warp works on its own
-// slice of the slab, and reuses the place of its x for dx.
+// slice of the slab, and reuses the place of its x for dx. Grid: (slabs, chunks).
 template <typename T, int R>
-AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int chunk) {
+AFA_KERNEL(OuterTile<R>::kThreads, OuterTile<R>::kXBlocks)
+x_kernel(const OuterParams p) {
+    follow_previous_kernel();
+    const int slab = block_x(), chunk = block_y();
+    SharedMemory shared;
     using Tile = OuterTile<R>;
     constexpr int kWidePitch = pitch(Tile::kColumns), kNarrowPitch = pitch(R),
                   kSlice = Tile::kSlice, kRows = Tile::kRows;
@@ -284,15 +333,6 @@ AFA_DEVICE void x_pass(const OuterParams& p, SharedMemory& shared, int slab, int
     if (p.partial)
         store_outer<R, kSlice>(p.partial + static_cast<int64_t>(chunk) * R * p.w, da, 0, R,
                                col0 + slice0, p.w, p.adds);
-}
-
-// Grid: (slabs, chunks).
-template <typename T, int R>
-AFA_KERNEL(OuterTile<R>::kThreads, OuterTile<R>::kXBlocks)
-x_kernel(const OuterParams p) {
-    follow_previous_kernel();
-    SharedMemory shared;
-    x_pass<T, R>(p, shared, block_x(), block_y());
 }
 
 }  // namespace afa

@@ -19,7 +19,7 @@ inline ProjectParams project_x(const BranchCall& call, const ForwardPlan& plan,
     p.wide_stride = call.x_stride;
     p.narrow = call.weights.a;
     p.partial = partial;
-    p.m = p.partial_rows = call.shape.m;
+    p.m = call.shape.m;
     p.w = call.shape.k;
     p.segment = plan.segment;
     p.splits = plan.splits;
@@ -35,7 +35,7 @@ inline ProjectParams project_dy(const BackwardCall& call, const BackwardPlan& pl
     p.wide_stride = call.gradients[0].dy_stride;
     p.narrow = call.weights.b[0];
     p.partial = dh;
-    p.m = p.partial_rows = call.shape.m;
+    p.m = call.shape.m;
     p.w = call.shape.members[0].n;
     p.segment = plan.segment;
     p.splits = plan.dh_parts[0];

@@ -235,10 +235,14 @@ AFA_DEVICE void emit_columns(const T* tile, T* b_ring, int stages, const Forward
     copy_wait<0>();
 }
 
-// The work of one block: z and y of its kRows rows. x, A and B pass through shared memory once.
+// Grid: one block per kRows rows. x, A and B pass through shared memory once.
 template <typename T, int R>
-AFA_DEVICE void forward_rows(const ForwardParams& p, SharedMemory& shared, int64_t row0) {
+AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
+forward_kernel(const ForwardParams p) {
+    follow_previous_kernel();
     using Tile = RowTile<R>;
+    SharedMemory shared;
+    const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
     const int stages = p.project.stages;
     T* wide_ring = shared.take<T>(stages * Tile::kWide);
     T* narrow_ring = shared.take<T>(stages * Tile::kNarrow);
@@ -263,21 +267,12 @@ AFA_DEVICE void forward_rows(const ForwardParams& p, SharedMemory& shared, int64
     });
 }
 
-// Grid: one block per kRows rows.
-template <typename T, int R>
-AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
-forward_kernel(const ForwardParams p) {
-    follow_previous_kernel();
-    SharedMemory shared;
-    forward_rows<T, R>(p, shared, static_cast<int64_t>(block_x()) * RowTile<R>::kRows);
-}
-
 // Stores the 16 rows of this warp of a product, or of one segment of it.
 template <int R>
 AFA_DEVICE void store_partial(const float (&acc)[R / 8][4], const ProjectParams& p, int64_t row0,
                               int split) {
     const int64_t row = row0 + warp_index() * 16 + lane_index() / 4;
-    float* out = p.partial + (split * p.partial_rows + row) * R + lane_index() % 4 * 2;
+    float* out = p.partial + (split * p.m + row) * R + lane_index() % 4 * 2;
     AFA_UNROLL
     for (int half = 0; half < 2; ++half)
         if (row + 8 * half < p.m) {
@@ -312,13 +307,16 @@ project_kernel(const ProjectParams p) {
                               block_y());
 }
 
-// The work of one block: z and y of its kRows rows and one of column_blocks parts of the columns,
-// from the splits, summed in order. The first column block stores z.
+// z and y of kRows rows and one of column_blocks parts of the columns, from the splits, summed in
+// order. The first column block stores z. Grid: (tiles of rows, column blocks).
 template <typename T, int R>
-AFA_DEVICE void expand_rows(const ForwardParams& p, SharedMemory& shared, int64_t row0,
-                            int column_block) {
+AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
+expand_kernel(const ForwardParams p) {
+    follow_previous_kernel();
     using Tile = RowTile<R>;
-    const int stages = p.project.stages;
+    SharedMemory shared;
+    const int stages = p.project.stages, column_block = block_y();
+    const int64_t row0 = static_cast<int64_t>(block_x()) * Tile::kRows;
     T* tile = shared.take<T>(Tile::kZ);
     T* b_ring = shared.take<T>(stages * Tile::kB);
 
@@ -331,8 +329,8 @@ AFA_DEVICE void expand_rows(const ForwardParams& p, SharedMemory& shared, int64_
         AFA_UNROLL
         for (int s = 0; s < kMaxSegments; ++s)
             if (s < p.project.splits && row0 + row < p.project.m)
-                part[s] = load_global(
-                    reinterpret_cast<const Float2*>(partial + s * p.project.partial_rows * R));
+                part[s] =
+                    load_global(reinterpret_cast<const Float2*>(partial + s * p.project.m * R));
         Float2 sum{0.0f, 0.0f};
         AFA_UNROLL
         for (int s = 0; s < kMaxSegments; ++s) {
@@ -343,15 +341,6 @@ AFA_DEVICE void expand_rows(const ForwardParams& p, SharedMemory& shared, int64_
     };
     emit_columns<T, R>(tile, b_ring, stages, p, row0, first, last,
                        [&] { finish_rows<T, R>(tile, p, row0, column_block == 0, sum_of_splits); });
-}
-
-// Grid: (tiles of rows, column blocks).
-template <typename T, int R>
-AFA_KERNEL(RowTile<R>::kThreads, RowTile<R>::kBlocks)
-expand_kernel(const ForwardParams p) {
-    follow_previous_kernel();
-    SharedMemory shared;
-    expand_rows<T, R>(p, shared, static_cast<int64_t>(block_x()) * RowTile<R>::kRows, block_y());
 }
 
 }  // namespace afa

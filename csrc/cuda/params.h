@@ -13,10 +13,9 @@ namespace afa {
 constexpr int kMaxMembers = 3;
 constexpr int kRankUnit = 16;  // what one mma sums over
 constexpr int kMaxRank = 64;
-constexpr int kMaxSegments = 8;  // of a sum over K or N
-constexpr int kSumsAtOnce = 16;  // partial results that a thread has under way
-constexpr int kSlabRank = 32;    // ranks up to this one sum dy B by slabs of kSlab columns
-constexpr int kSlab = 512;
+constexpr int kMaxSegments = 8;       // of a sum over K or N
+constexpr int kSumsAtOnce = 16;       // partial results that a thread has under way
+constexpr int kSlab = 512;            // columns of dy of which a block makes a partial sum of dh
 constexpr int kNoMember = INT32_MAX;  // `first` of a place that no member takes
 
 // Dropout of x. threshold 0: none, and seed is not read.
@@ -41,8 +40,8 @@ struct ProjectParams {
     const void* wide;  // T [M, W], row stride wide_stride: x or dy
     int64_t wide_stride;
     Weight narrow;   // x pass: A (up to R, W), of all members. dy pass: B (W, up to R)
-    float* partial;  // [splits, partial_rows, R], from row 0 of wide on
-    int64_t m, partial_rows;
+    float* partial;  // [splits, M, R]
+    int64_t m;
     int w;
     int segment;  // columns, a multiple of the tiles' kDepth
     int splits;   // blocks: 1, or one per segment

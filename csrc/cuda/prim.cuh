@@ -25,10 +25,6 @@ struct alignas(16) Vec16 {
     uint32_t word[4];
 };
 
-struct alignas(8) Vec8 {
-    uint32_t word[2];
-};
-
 struct alignas(8) Float2 {
     float x, y;
 };
@@ -64,11 +60,5 @@ class SharedMemory {
   private:
     int offset_ = 0;
 };
-
-// The float value of x after rounding to T.
-template <typename T>
-AFA_DEVICE float round_to(float x) {
-    return unpack<T>(pack<T>(x, 0.0f)).x;
-}
 
 }  // namespace afa

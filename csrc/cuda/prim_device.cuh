@@ -6,7 +6,6 @@
 #define AFA_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define AFA_UNROLL _Pragma("unroll")
 #define AFA_ROLLED _Pragma("unroll 1")
-#define AFA_UNROLL_BY_2 _Pragma("unroll 2")
 
 namespace afa {
 

@@ -8,7 +8,6 @@
 #define AFA_KERNEL(...) void
 #define AFA_UNROLL
 #define AFA_ROLLED
-#define AFA_UNROLL_BY_2
 // The line of the kernel, for messages.
 #define AFA_SITE simt::Site site = {__builtin_FILE(), __builtin_LINE()}
 
