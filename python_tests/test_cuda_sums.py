@@ -9,8 +9,12 @@ import torch
 from conftest import skip_unless_available
 from emulator_helpers import forward_and_backward, kernel_names
 from helpers import Problem, assert_as_accurate_as_torch, eager, poisoned_memory
+from native_helpers import assert_accurate as assert_call
+from native_helpers import problem as operands_of
+from native_helpers import run, truth_of
 
-from afa_kernels.backend import registry
+from afa_kernels.backend import registry, torch_ops
+from afa_kernels.options import Spec
 
 H100 = (132, 227 << 10, 228 << 10)
 NAMES = [name for name in ("cuda_emulated", "cuda_ptx") if name in registry.names()]
@@ -122,3 +126,13 @@ def test_rounds_of_rows_against_float64(which, limits, save_z):
             got = forward_and_backward(problem, save_z=save_z)
     assert torch.equal(got[2], whole[2])
     assert_accurate(problem, list(got[2:]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(20, 4104, 72, 16), (20, 4104, 4104, 64), (6100, 648, 648, 16)], ids=str)
+def test_blocks_with_more_tiles_than_stages(name, shape):
+    """Of x, dy and y: in a segment of a sum, and where one block makes whole rows."""
+    operands, spec = operands_of(*shape, torch.bfloat16), Spec("silu", 1.5)
+    with poisoned_memory():
+        got = run(*operands, spec, backend=registry.get(name))
+    assert_call(got, run(*operands, spec, backend=torch_ops), truth_of(*operands, spec), torch.bfloat16)

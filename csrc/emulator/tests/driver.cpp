@@ -79,6 +79,10 @@ std::vector<Case> fixed_cases() {
         add({650, 72, 136, rank}, [&](Options& o) {
             o.round_limit = 256, o.threshold = rank == 64 ? 0 : 90, o.recompute_z = rank != 32;
         });
+    // More tiles of x, dy and y for a block than there are stages: in a segment, and in one pass.
+    add({20, 4104, 72, 16}, nothing);
+    add({20, 4104, 4104, 64}, nothing);
+    add({6100, 648, 648, 16}, nothing);
     return cases;
 }
 

@@ -20,7 +20,7 @@ from mutants import MUTANTS, Mutant
 
 import build
 
-CASES = "31"
+CASES = "32"
 QUICK = 7  # every so many mutants in the quick form
 
 
