@@ -80,7 +80,7 @@ def test_the_choice_does_not_depend_on_the_rows(table, m):
     "changed, reason",
     [
         ({"r": 65}, "cuda: takes ranks up to 64, got 65"),
-        ({"groups": 4}, "cuda: takes no rows that are sorted by group"),
+        ({"groups": 4}, "cuda: takes no rows by owner"),
         ({"k": 60}, "cuda: takes K and N that are multiples of 8, got K=60 and N=64"),
         ({"dtype": torch.float32}, "cuda: takes bfloat16 and float16, got float32"),
     ],

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import skip_where_torch_reads_past_rows
-from cuda_ragged import random_problem
 from helpers import Problem, eager, products_that_read_past_rows, run, torch_reads_past_rows
 from ptx_problems import LAYOUTS, RandomProblem, target
+from ragged_calls import random_problem
 from ragged_gpu_problems import RaggedProblem
 
 LEFT_BY_OTHERS = {

@@ -122,7 +122,7 @@ class _Kernels:
         dbs = [None if db is None else db.to(member.b.dtype) for db, member in zip(dbs, members, strict=True)]
         return dx, das, dbs
 
-    def forward(self, x, a, b, alpha_t, seed, spec, *, base, out, save_z):
+    def forward(self, x, a, b, alpha_t, seed, spec, rows=None, *, base, out, save_z):
         (m, k), (n, r) = x.shape, b.shape
         activation, scaling, dropout = spec
         z = x.new_empty(m, r) if save_z else None
@@ -134,7 +134,7 @@ class _Kernels:
         (z,) = self._forward_of_copies(x, members, seed, dropout, [base], [out], save_z)
         return z
 
-    def backward(self, dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
+    def backward(self, dy, x, a, b, z, alpha_t, seed, spec, rows=None, *, need_dx, need_da, need_db):
         (m, k), (n, r) = x.shape, b.shape
         activation, scaling, dropout = spec
         dx = x.new_empty(m, k) if need_dx else None
