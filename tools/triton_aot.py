@@ -19,10 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from afa_kernels.backend.triton import launch, passes
-from afa_kernels.backend.triton.backend import Groups
 from afa_kernels.backend.triton.configs import Device, Tiles
 from afa_kernels.backend.triton.launch import Launch
-from afa_kernels.backend.triton.ragged_launch import RaggedContext
+from afa_kernels.backend.triton.ragged_launch import Groups, RaggedContext
 from afa_kernels.options import Spec
 
 # Shared memory that one block may take, in bytes; registers and resident threads per multiprocessor

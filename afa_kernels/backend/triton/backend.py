@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import os
 from functools import cache
-from typing import NamedTuple
 
 import torch
 
@@ -19,17 +18,6 @@ from afa_kernels.backend.registry import Backend, BackendStatus, Call
 from afa_kernels.backend.triton.configs import MAX_RANK
 
 OLDEST_TRITON = (3, 2)
-
-
-class Groups(NamedTuple):
-    """The owners of rows and what each computes with, as the kernels take it."""
-
-    offsets: torch.Tensor
-    ranks: torch.Tensor | None
-    alpha_t: torch.Tensor | None
-    scaling: torch.Tensor | None
-
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 _MAX_RANK_FLOAT32_DROPOUT = 64
 _MAX_GROUPS = 65535 // 16 - 1  # with 16 parts each in the passes of the backward
@@ -130,7 +118,7 @@ def _ragged_context(x, a, b, groups, seed, spec):
     from afa_kernels.backend.triton import autotune, launch, ragged_launch
 
     tiles = autotune.tiles(launch.device_of(x), x, b)
-    return ragged_launch.RaggedContext(x, a, b, groups, seed, spec, tiles)
+    return ragged_launch.RaggedContext(x, a, b, ragged_launch.Groups(*groups), seed, spec, tiles)
 
 
 def ragged_forward(x, a, b, groups, seed, spec, *, base, out, save_z):
@@ -151,13 +139,13 @@ def ragged_backward(dy, x, a, b, groups, z, seed, spec, *, need_dx, need_da, nee
 def _forward(x, a, b, alpha_t, seed, spec, rows=None, **results):
     if rows is None:
         return forward(x, a, b, alpha_t, seed, spec, **results)
-    return ragged_forward(x, a, b, Groups(rows.offsets, rows.ranks, alpha_t, rows.scaling), seed, spec, **results)
+    return ragged_forward(x, a, b, (rows.offsets, rows.ranks, alpha_t, rows.scaling), seed, spec, **results)
 
 
 def _backward(dy, x, a, b, z, alpha_t, seed, spec, rows=None, *, dx=None, **needs):
     if rows is None:
         return backward(dy, x, a, b, z, alpha_t, seed, spec, **needs)
-    groups = Groups(rows.offsets, rows.ranks, alpha_t, rows.scaling)
+    groups = (rows.offsets, rows.ranks, alpha_t, rows.scaling)
     return ragged_backward(dy, x, a, b, groups, z, seed, spec, **needs, dx=dx)
 
 

@@ -1,13 +1,12 @@
 """The launches of a ragged call are those of passes.py, with kernels that find the group of their rows."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
 
 from afa_kernels.backend.triton import ragged_backward_kernels, ragged_forward_kernels
-from afa_kernels.backend.triton.backend import Groups
 from afa_kernels.backend.triton.configs import Tile, Tiles
 from afa_kernels.backend.triton.launch import Context, Kernels, Split
 from afa_kernels.options import Spec
@@ -15,6 +14,15 @@ from afa_kernels.options import Spec
 # From so many programs per multiprocessor on, X and D have one for each group and slab of columns; below, one for each
 # chunk of a group's rows, whose partial sums cost memory traffic.
 _PROGRAMS_PER_MULTIPROCESSOR = 2
+
+
+class Groups(NamedTuple):
+    """The owners of rows and what each computes with, as the kernels take it."""
+
+    offsets: Tensor
+    ranks: Tensor | None
+    alpha_t: Tensor | None
+    scaling: Tensor | None
 
 
 class RaggedContext(Context):
