@@ -3,21 +3,22 @@
 Import is silent: nothing is compiled, no device is touched, no other library is patched.
 """
 
-from afa_kernels.activation import activations
-from afa_kernels.alpha import set_alpha_t
-from afa_kernels.autograd import AFALoRAFunction
+from afa_kernels.alpha_t import set_alpha_t
 from afa_kernels.backend import builtin as _builtin  # noqa: F401 - registers the backends
-from afa_kernels.backend.registry import BackendStatus, BackendUnavailable, backends, use_backend
-from afa_kernels.checkpoint import load_adapter, save_adapter
+from afa_kernels.backend.choice import backends, use_backend
+from afa_kernels.backend.interface import BackendStatus, BackendUnavailable
 from afa_kernels.experts import AFAExpertLinear, AFAExpertStack
-from afa_kernels.functional import afa_linear, afa_lora
-from afa_kernels.group import AFALinearGroup
-from afa_kernels.layer import AFALinear
-from afa_kernels.model import inject, merge, unload, unmerge
-from afa_kernels.plan import Plan, plan
+from afa_kernels.layers.linear import AFALinear
+from afa_kernels.layers.shared_input import AFALinearGroup
+from afa_kernels.layers.stack import AFALinearStack, adapters_of, add_adapter, delete_adapter
+from afa_kernels.model.checkpoint import load_adapter, save_adapter
+from afa_kernels.model.inject import inject, merge, unload, unmerge
+from afa_kernels.model.sharing import share_inputs, unshare_inputs
+from afa_kernels.operator.activation import activations
+from afa_kernels.operator.autograd import AFALoRAFunction
+from afa_kernels.operator.functional import afa_linear, afa_lora
+from afa_kernels.operator.plan import Plan, plan
 from afa_kernels.schedule import AnnealSchedule
-from afa_kernels.shared_input import share_inputs, unshare_inputs
-from afa_kernels.stack import AFALinearStack, adapters_of, add_adapter, delete_adapter
 
 __version__ = "0.2.0"
 

@@ -11,7 +11,7 @@ import torch
 
 import afa_kernels
 from afa_kernels import self_test
-from afa_kernels.backend.registry import ENVIRONMENT_VARIABLE
+from afa_kernels.backend.choice import ENVIRONMENT_VARIABLE
 
 _OPTIONAL_PACKAGES = ("triton", "transformers", "peft", "safetensors")
 

@@ -26,10 +26,11 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from afa_kernels.base_layer import is_plain
-from afa_kernels.functional import LinearCall, linear, lora
-from afa_kernels.group import fitting, group_linear, is_hooked
-from afa_kernels.layer import AFALinear
+from afa_kernels.layers.base_layer import is_plain
+from afa_kernels.layers.linear import AFALinear
+from afa_kernels.layers.shared_input import is_hooked
+from afa_kernels.operator.functional import LinearCall, linear, lora
+from afa_kernels.operator.shared_input import fitting, linear_shared
 
 
 class _StyleAFA(ParallelStyle):
@@ -214,7 +215,7 @@ class _Shards:
         calls, _ = fitting([ColwiseAFA._call(layer) for layer in layers], local)
         if calls is None:
             return None
-        ys = group_linear(local, calls)
+        ys = linear_shared(local, calls)
         return [layer._parallel._output(_split_over_outputs(y, self.mesh)) for layer, y in zip(layers, ys, strict=True)]
 
     def _shares_input_with(self, layer: nn.Module) -> bool:

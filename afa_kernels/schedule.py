@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from afa_kernels import checks
-from afa_kernels.alpha import annealed_in, begin, places_of, set_alpha_t_of
+from afa_kernels.alpha_t import annealed_in, begin, places_of, set_alpha_t_of
+from afa_kernels.operator import checks
 
 Blend = Callable[[float], float]
 

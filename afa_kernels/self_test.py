@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from afa_kernels import _ops
-from afa_kernels.backend import registry
-from afa_kernels.dropout import threshold_of
-from afa_kernels.functional import afa_linear
-from afa_kernels.options import Spec
+from afa_kernels.backend import choice
+from afa_kernels.operator import ops
+from afa_kernels.operator.dropout import threshold_of
+from afa_kernels.operator.functional import afa_linear
+from afa_kernels.operator.options import Spec
 
 _RESULTS = ("y", "dx", "dA", "dB")
 
@@ -97,14 +97,14 @@ def _failures(case: Case, backend: str, device: str) -> list[str]:
 def _takes(case: Case, backend: str, device: str) -> bool:
     x, _, _, b = _operands(case, device)
     spec = Spec(case.activation, 1.0, threshold_of(case.dropout_p))
-    return registry.get(backend).why_not(_ops.call_of(x, b, spec)) is None
+    return choice.get(backend).why_not(ops.call_of(x, b, spec)) is None
 
 
 def run() -> int:
     """Print a line for each backend and return the exit status: 1 where a result is too far from float64."""
     failed = 0
-    for name, status in registry.backends().items():
-        backend = registry.get(name)
+    for name, status in choice.backends().items():
+        backend = choice.get(name)
         if not status or not backend.automatic:
             continue
         devices = [d for d in ("cpu", "cuda") if not backend.devices or d in backend.devices]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import afa_kernels
 from afa_kernels import torch_private
-from afa_kernels.activation import ACTIVATIONS
+from afa_kernels.operator.activation import ACTIVATIONS
 from bench.problem import SCALING
 from bench.providers import Provider
 from bench.shapes import DTYPES, Case, experts

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from afa_kernels.activation import phi, phi_slope
+from afa_kernels.operator.activation import phi, phi_slope
 from bench.shapes import DTYPES, Case
 
 SCALING = 2.0

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import afa_kernels
-from afa_kernels.activation import ACTIVATIONS
-from afa_kernels.backend import registry
+from afa_kernels.backend import choice, interface
+from afa_kernels.operator.activation import ACTIVATIONS
 from bench import whole_models
 from bench.problem import SCALING
 from bench.shapes import DTYPES, Case
@@ -238,8 +238,8 @@ def _afa(backend: str | None) -> Provider:
         if backend is None:
             return None
         device = torch.device(case.device)
-        return registry.get(backend).why_not(
-            registry.Call(
+        return choice.get(backend).why_not(
+            interface.Call(
                 device.type,
                 DTYPES[case.dtype],
                 case.m,
@@ -367,7 +367,7 @@ def providers() -> dict[str, Provider]:
 
 def one_backend() -> list[str]:
     """Return the backends that are providers of their own, under the name "afa." with theirs."""
-    return [name for name in registry.names() if registry.get(name).automatic]
+    return [name for name in choice.names() if choice.get(name).automatic]
 
 
 def by_default(device: str, scope: str) -> list[str]:

@@ -19,7 +19,7 @@ import helpers
 import ptx_cuda
 
 import afa_kernels
-from afa_kernels.backend import registry
+from afa_kernels.backend import choice, interface
 from bench.environment import available_bytes
 
 ptx_cuda.register()
@@ -27,8 +27,8 @@ ptx_cuda.register()
 # "sm_80", "sm_90": Triton compiles for this GPU, and the machine of csrc/ptx executes the PTX on CPU tensors.
 SIMULATED_GPU = os.environ.get("AFA_TEST_SIMULATED_GPU", "")
 REQUIRED = {name for name in os.environ.get("AFA_KERNELS_REQUIRE", "").split(",") if name}
-if not REQUIRED <= set(registry.names()):
-    raise pytest.UsageError(f"AFA_KERNELS_REQUIRE: expected names among {registry.names()}, got {sorted(REQUIRED)}")
+if not REQUIRED <= set(choice.names()):
+    raise pytest.UsageError(f"AFA_KERNELS_REQUIRE: expected names among {choice.names()}, got {sorted(REQUIRED)}")
 # Executed one element or one instruction at a time: right, but thousands of times slower than a
 # kernel.
 SIMULATED = {"cuda_emulated", "cuda_ptx"}
@@ -96,7 +96,7 @@ def _fast_tests_start_no_process(request, monkeypatch):
         monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
-@pytest.fixture(params=registry.names())
+@pytest.fixture(params=choice.names())
 def backend(request) -> str:
     skip_unless_available(request.param)
     return request.param
@@ -110,8 +110,8 @@ def device(backend) -> torch.device:
 @pytest.fixture
 def widest(backend) -> torch.dtype:
     """float32, or bfloat16 where the backend takes 16 bits only."""
-    call = registry.Call(device_of(backend).type, torch.float32, 8, 8, 8, 8, "silu")
-    return torch.float32 if registry.get(backend).why_not(call) is None else torch.bfloat16
+    call = interface.Call(device_of(backend).type, torch.float32, 8, 8, 8, 8, "silu")
+    return torch.float32 if choice.get(backend).why_not(call) is None else torch.bfloat16
 
 
 @pytest.fixture(autouse=True)

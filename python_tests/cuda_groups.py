@@ -4,10 +4,10 @@ import torch
 from emulator_helpers import held
 from helpers import eager
 
-from afa_kernels.activation import IDENTITY
-from afa_kernels.backend import registry
-from afa_kernels.backend.registry import Member
-from afa_kernels.options import Spec
+from afa_kernels.backend import choice
+from afa_kernels.backend.interface import Member
+from afa_kernels.operator.activation import IDENTITY
+from afa_kernels.operator.options import Spec
 
 
 class Group:
@@ -37,18 +37,18 @@ class Group:
 
     def forward(self, name="cuda_emulated", save_z=True):
         outs = [torch.full_like(dy, torch.nan) for dy in self.dys]
-        zs = registry.get(name).group_forward(self.x, self.members, bases=self.bases, outs=outs, save_z=save_z)
+        zs = choice.get(name).forward_shared(self.x, self.members, bases=self.bases, outs=outs, save_z=save_z)
         return outs, zs
 
     def backward(self, zs, name="cuda_emulated", *, need_dx=True, need_da=None, need_db=None):
-        return registry.get(name).group_backward(
+        return choice.get(name).backward_shared(
             self.dys, self.x, self.members, zs, need_dx=need_dx,
             need_da=need_da or self.need(), need_db=need_db or self.need(),
         )  # fmt: skip
 
     def alone(self, i: int, name="cuda_emulated"):
         """Return y, z, dx, da and db of member i."""
-        member, backend, y = self.members[i], registry.get(name), torch.empty_like(self.dys[i])
+        member, backend, y = self.members[i], choice.get(name), torch.empty_like(self.dys[i])
         a, b, alpha_t, spec = member
         z = backend.forward(self.x, a, b, alpha_t, None, spec, base=self.bases[i], out=y, save_z=True)
         needs = {"need_dx": True, "need_da": True, "need_db": True}

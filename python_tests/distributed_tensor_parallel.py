@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import afa_kernels as afa
-from afa_kernels.group import on_shards
+from afa_kernels.layers.shared_input import on_shards
 from afa_kernels.parallel import ColwiseAFA, RowwiseAFA
 
 

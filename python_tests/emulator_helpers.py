@@ -2,15 +2,15 @@
 
 import torch
 
-from afa_kernels.backend import registry
-from afa_kernels.options import Spec
+from afa_kernels.backend import choice
+from afa_kernels.operator.options import Spec
 
 
 def forward_and_backward(problem, *, seed=None, spec=None, save_z=True, need=(True, True, True), name="cuda_emulated"):
     """Call the backend itself, so that no autograd stands between; return (y, z, dx, da, db)."""
     spec = spec or Spec("silu", 1.5)
     alpha_t = torch.tensor(0.3)
-    backend = registry.get(name)
+    backend = choice.get(name)
     operands = (problem.x, problem.lora_a, problem.lora_b)
     y = torch.empty_like(problem.base)
     z = backend.forward(*operands, alpha_t, seed, spec, base=problem.base, out=y, save_z=save_z)

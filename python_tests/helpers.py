@@ -1,6 +1,7 @@
 """Problems, the plain PyTorch they are compared with, and the one measure of accuracy."""
 
 import contextlib
+import copy
 import math
 import os
 import subprocess
@@ -13,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from afa_kernels import dropout
-from afa_kernels.activation import ACTIVATIONS
+from afa_kernels.operator import dropout
+from afa_kernels.operator.activation import ACTIVATIONS
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 INPUTS = ("x", "weight", "bias", "lora_a", "lora_b", "base")
@@ -264,5 +265,12 @@ def run_python(script: str, **environment: str) -> None:
 
 def run_on_isa(isa: str, script: str) -> None:
     """Run ``script`` in a process of its own whose CPU is believed to have ``isa`` at best; fail if it fails."""
-    check = f"from afa_kernels.backend import native\nassert native._C.cpu_isa() == {isa!r}\n"
+    check = f"from afa_kernels.backend import compiled\nassert compiled._C.cpu_isa() == {isa!r}\n"
     run_python(check + script, AFA_CPU_ISA=isa)
+
+
+def altered(backend, **changes):
+    """Return a backend like ``backend`` but for some attributes and methods; these take no ``self``."""
+    other = copy.copy(backend)
+    vars(other).update(changes)
+    return other

@@ -2,13 +2,14 @@
 
 import torch
 
-from afa_kernels import reference
-from afa_kernels.activation import ACTIVATIONS
-from afa_kernels.backend import cpu, native, torch_ops
-from afa_kernels.options import Spec
+from afa_kernels.backend import compiled, cpu
+from afa_kernels.backend import torch as torch_ops
+from afa_kernels.operator import reference
+from afa_kernels.operator.activation import ACTIVATIONS
+from afa_kernels.operator.options import Spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = native._C.cpu_isas() if cpu.BACKEND.status() else []
+ISAS = compiled._C.cpu_isas() if cpu.BACKEND.status() else []
 NAN = float("nan")
 
 
@@ -24,7 +25,7 @@ def problem(m, k, n, r, dtype, *, ab_dtype=None, seed=0):
     return x, a, b, dy, base
 
 
-def run(x, a, b, dy, base, spec, *, alpha_t=0.3, seed=None, threads=2, backend=cpu):
+def run(x, a, b, dy, base, spec, *, alpha_t=0.3, seed=None, threads=2, backend=cpu.BACKEND):
     """Return y, z, dx, da, db; the output is poisoned first."""
     alpha_t = torch.tensor(alpha_t)
     out = torch.full((x.shape[0], b.shape[0]), NAN, dtype=x.dtype)
@@ -61,7 +62,7 @@ def assert_accurate(got, same_dtype, truth, dtype, context=""):
 
 def check(operands, spec, **options):
     got = run(*operands, spec, **options)
-    eager = run(*operands, spec, **options, backend=torch_ops)
+    eager = run(*operands, spec, **options, backend=torch_ops.BACKEND)
     options = {key: value for key, value in options.items() if key in ("alpha_t", "seed")}
     assert_accurate(got, eager, truth_of(*operands, spec, **options), operands[0].dtype, (spec, options))
 

@@ -2,10 +2,9 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 
-from afa_kernels.backend import cuda, registry
-from afa_kernels.backend.registry import BackendStatus, Call
+from afa_kernels.backend import choice, cuda
+from afa_kernels.backend.interface import BackendStatus, Call
 
 try:
     from afa_kernels import _cuda_on_ptx
@@ -17,12 +16,19 @@ NAME = "cuda_ptx"
 DEVICES = {"sm_80": 0, "sm_90": 1}
 
 
-class Kernels(cuda._Kernels):
+class Kernels(cuda.EmulatedBackend):
     """The backend's kernels on one simulated device and stream. Its tensors are the CPU's."""
 
+    name = NAME
+
     def __init__(self):
-        super().__init__(_cuda_on_ptx)
         self.device, self.stream = 0, 0
+
+    def _load(self):
+        return _cuda_on_ptx, ""
+
+    def status(self):
+        return BackendStatus(True)
 
     def _place(self, x):
         return self.device, self.stream
@@ -49,10 +55,4 @@ def register() -> None:
     if _cuda_on_ptx is None:
         return
     kernels = Kernels()
-    registry.register(
-        replace(
-            cuda.EMULATED, name=NAME, status=lambda: BackendStatus(True), forward=kernels.forward,
-            backward=kernels.backward, launches=kernels.launches, group_forward=kernels.group_forward,
-            group_backward=kernels.group_backward,
-        )
-    )  # fmt: skip
+    choice.register(kernels)

@@ -28,7 +28,7 @@ from helpers import (
 from torch import Tensor
 
 import afa_kernels as afa
-from afa_kernels.activation import ACTIVATIONS
+from afa_kernels.operator.activation import ACTIVATIONS
 
 INPUTS = ("x", "lora_a", "lora_b", "base")
 

@@ -9,16 +9,17 @@ import contextlib
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
+from helpers import altered
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase, expand_signature
 
 from afa_kernels import _ptx
-from afa_kernels.backend import registry
+from afa_kernels.backend import choice
 from afa_kernels.backend.triton import backend, configs
 
 # Shared memory of one block and multiprocessors, from the compute-capability table of NVIDIA's programming guide.
@@ -172,16 +173,16 @@ def simulated(arch: str, seed: int = 0) -> Iterator[Machine]:
     machine = Machine(arch, seed)
     config = triton.runtime.driver
     before, hook = config.__dict__.copy(), triton.knobs.runtime.add_stages_inspection_hook
-    record, device_of, device_type = registry.get("triton"), configs.device_of, backend._device_type
+    record, device_of, device_type = choice.get("triton"), configs.device_of, backend._device_type
     config.set_active(PtxDriver(machine))
     triton.knobs.runtime.add_stages_inspection_hook = _keep_ptx
     configs.device_of = lambda device: configs.Device(arch, DEVICES[arch][1], f"simulated {arch}")
     backend._device_type = lambda: "cpu"
-    registry.register(replace(record, devices=frozenset({"cpu"}), automatic=False))
+    choice.register(altered(record, devices=frozenset({"cpu"}), automatic=False))
     try:
         yield machine
     finally:
-        registry.register(record)
+        choice.register(record)
         backend._device_type, configs.device_of = device_type, device_of
         triton.knobs.runtime.add_stages_inspection_hook = hook
         config.__dict__.update(before)

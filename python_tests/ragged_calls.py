@@ -7,9 +7,9 @@ from helpers import assert_as_accurate_as_torch, eager, mask_and_p, poisoned_mem
 from ragged_helpers import Owners
 from torch import Tensor
 
-from afa_kernels.activation import ACTIVATIONS, IDENTITY
-from afa_kernels.backend import registry
-from afa_kernels.options import Spec
+from afa_kernels.backend import choice
+from afa_kernels.operator.activation import ACTIVATIONS, IDENTITY
+from afa_kernels.operator.options import Spec
 
 RESULTS = ("y", "z", "dx", "da", "db")
 
@@ -69,7 +69,7 @@ class Ragged:
 
     def forward(self, name: str, save_z=True) -> tuple[Tensor, Tensor | None]:
         out = self.base.clone() if self.accumulates else torch.full_like(self.dy, torch.nan)
-        z = registry.get(name).forward(
+        z = choice.get(name).forward(
             self.x, self.a, self.b, self.groups.alpha_t, self.seed, self.spec, self.groups.rows,
             base=out if self.accumulates else self.base, out=out, save_z=save_z,
         )  # fmt: skip
@@ -77,7 +77,7 @@ class Ragged:
 
     def backward(self, name: str, z: Tensor | None, need=(True, True, True), dx: Tensor | None = None):
         need = dict(zip(("need_dx", "need_da", "need_db"), need, strict=True))
-        return registry.get(name).backward(
+        return choice.get(name).backward(
             self.dy, self.x, self.a, self.b, z, self.groups.alpha_t, self.seed, self.spec, self.groups.rows, **need,
             dx=dx,
         )  # fmt: skip

@@ -23,7 +23,7 @@ from ptx_problems import INPUTS, LAYOUTS
 from torch import Tensor
 
 import afa_kernels as afa
-from afa_kernels.activation import ACTIVATIONS
+from afa_kernels.operator.activation import ACTIVATIONS
 
 SEED = 77
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import afa_kernels as afa
-from afa_kernels.backend import registry
-from afa_kernels.backend.registry import Call, Rows
+from afa_kernels.backend import choice
+from afa_kernels.backend.interface import Call, Rows
 
 # Those that run ragged calls on CPU tensors, natively or group by group.
 BACKENDS = ("cpu", "torch", "reference")
@@ -117,4 +117,4 @@ def alone(p: Ragged, group: int, rows: slice, **options) -> dict[str, Tensor]:
 
 def takes_ragged(name: str) -> bool:
     call = Call("cpu", torch.float32, 8, 8, 8, 8, "silu", owners=2)
-    return registry.get(name).why_not(call) is None
+    return choice.get(name).why_not(call) is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import afa_kernels as afa
-from afa_kernels.activation import ACTIVATIONS, COMPILED_IDS, IDENTITY, phi, phi_slope
+from afa_kernels.operator.activation import ACTIVATIONS, COMPILED_IDS, IDENTITY, phi, phi_slope
 
 pytestmark = pytest.mark.fast
 

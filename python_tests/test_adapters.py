@@ -11,7 +11,7 @@ from layer_helpers import BASES
 from torch import nn
 
 import afa_kernels as afa
-from afa_kernels import mixed
+from afa_kernels.layers import mixed
 
 pytestmark = pytest.mark.fast
 
@@ -158,8 +158,8 @@ def counted(monkeypatch):
             return _original(*args, **options)
 
         monkeypatch.setattr(mixed, name, call)
-    permute = mixed._Permuted.apply
-    monkeypatch.setattr(mixed._Permuted, "apply", lambda *args: (calls.append("permute"), permute(*args))[1])
+    permute = mixed.Gather.apply
+    monkeypatch.setattr(mixed.Gather, "apply", lambda *args: (calls.append("permute"), permute(*args))[1])
     return calls
 
 

@@ -6,7 +6,7 @@ from helpers import Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import afa_kernels as afa
-from afa_kernels import functional
+from afa_kernels.operator import functional
 
 pytestmark = pytest.mark.fast
 
@@ -52,7 +52,7 @@ def test_at_identity_nothing_is_made_for_alpha_t(training):
 
 
 def test_layers_and_adapters_have_one_kind_of_alpha_t():
-    from afa_kernels.alpha import Annealed
+    from afa_kernels.alpha_t import Annealed
 
     layer = afa.AFALinear(torch.nn.Linear(4, 3), r=2)
     assert (

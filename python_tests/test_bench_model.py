@@ -49,7 +49,7 @@ def test_another_alpha_t_is_found_wrong():
 
 def test_a_models_layers_have_the_names_that_groups_are_found_by(monkeypatch):
     attached = []
-    monkeypatch.setattr("afa_kernels.model.attach_groups", lambda model, kind: attached.append(model))
+    monkeypatch.setattr("afa_kernels.model.inject.attach_groups", lambda model, kind: attached.append(model))
     operands = Operands.of(MODEL, CASE)
     step = Step(providers()["afa"], CASE, operands)
     assert attached == [step.model]

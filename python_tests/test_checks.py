@@ -7,8 +7,8 @@ import torch
 from ragged_helpers import Ragged
 
 import afa_kernels as afa
-from afa_kernels import checks
-from afa_kernels.backend import native
+from afa_kernels.backend import compiled
+from afa_kernels.operator import checks
 
 pytestmark = pytest.mark.fast
 
@@ -23,7 +23,7 @@ def recognizer(request, monkeypatch):
     """Every test with and without the compiled module's recognition of operands that pass."""
     if request.param == "python":
         for name in RECOGNIZERS:
-            monkeypatch.setattr(native, name, native._recognizes_nothing)
+            monkeypatch.setattr(compiled, name, compiled._recognizes_nothing)
     return request.param
 
 
@@ -243,10 +243,10 @@ def test_what_is_right_passes_and_is_recognized(shape, dtype, recognizer):
         assert checks.linear(x, weight, right, a, b)
     layers = [(weight, bias, a, b), (weight, None, a, b)]
     assert checks.group(x, layers)
-    if recognizer == "native" and native._C is not None and native._C.has_exchange_table():
-        assert native.recognizes_lora(x, a, b, base) and native.recognizes_lora(x, a, b, None)
-        assert native.recognizes_linear(x, weight, bias, a, b) and native.recognizes_linear(x, weight, None, a, b)
-        assert native.recognizes_group(x, layers)
+    if recognizer == "native" and compiled._C is not None and compiled._C.has_exchange_table():
+        assert compiled.recognizes_lora(x, a, b, base) and compiled.recognizes_lora(x, a, b, None)
+        assert compiled.recognizes_linear(x, weight, bias, a, b) and compiled.recognizes_linear(x, weight, None, a, b)
+        assert compiled.recognizes_group(x, layers)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,13 @@
 """The backend of a call is chosen once: the one that runs the forward runs the backward, wherever that happens."""
 
-import dataclasses
 import threading
 
 import pytest
 import torch
-from helpers import Problem
+from helpers import Problem, altered
 
 import afa_kernels as afa
-from afa_kernels.backend import registry
+from afa_kernels.backend import choice
 
 pytestmark = pytest.mark.fast
 
@@ -28,12 +27,12 @@ def calls(monkeypatch):
         return call
 
     for name in ("cpu", "torch", "reference"):
-        backend = registry.get(name)
+        backend = choice.get(name)
         spy = {direction: recorded(backend, direction) for direction in ("forward", "backward")}
-        monkeypatch.setitem(registry._BACKENDS, name, dataclasses.replace(backend, **spy))
-    registry.forget_choices()
+        monkeypatch.setitem(choice._BACKENDS, name, altered(backend, **spy))
+    choice.forget_choices()
     yield seen
-    registry.forget_choices()
+    choice.forget_choices()
 
 
 def loss_of(problem: Problem, alpha_t=0.5, **options) -> torch.Tensor:
@@ -91,9 +90,9 @@ def test_a_request_holds_on_its_own_thread_only(calls):
 
 
 def test_an_environment_variable_holds_for_the_backward_too(calls, monkeypatch):
-    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "reference")
+    monkeypatch.setenv(choice.ENVIRONMENT_VARIABLE, "reference")
     y = loss_of(Problem.random(5, 24, 20, 4))
-    monkeypatch.delenv(registry.ENVIRONMENT_VARIABLE)
+    monkeypatch.delenv(choice.ENVIRONMENT_VARIABLE)
     y.backward()
     assert calls == [("forward", "reference"), ("backward", "reference")]
 

@@ -46,7 +46,7 @@ def test_opcheck_group(dtype):
     options = (a, b, alpha_t, ["gelu", "identity"], [1.5, 2.0])
     weights = [q.weight, k.weight]
     for save_z in (True, False):
-        opcheck(torch.ops.afa_kernels.group_forward, (q.x, weights, [q.bias, None], *options, save_z, None))
+        opcheck(torch.ops.afa_kernels.forward_shared, (q.x, weights, [q.bias, None], *options, save_z, None))
     zs = [q.x @ q.lora_a.T, q.x @ k.lora_a.T]
     for dys, needed in (
         ([q.dy, k.dy], (True, [True, True], [True, False])),
@@ -54,7 +54,7 @@ def test_opcheck_group(dtype):
         ([q.dy, k.dy], (False, [False, True], [False, False])),
     ):
         saved = (dys, q.x, weights, a, b, zs, *options[2:], None)
-        opcheck(torch.ops.afa_kernels.group_backward, (*saved, *needed))
+        opcheck(torch.ops.afa_kernels.backward_shared, (*saved, *needed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
@@ -89,8 +89,8 @@ def test_every_operator_is_opchecked():
         "linear_forward",
         "lora_backward",
         "linear_backward",
-        "group_forward",
-        "group_backward",
+        "forward_shared",
+        "backward_shared",
         "outer",
     }
     assert schemas == {f"afa_kernels::{name}" for name in checked}

@@ -1,16 +1,16 @@
 """The ``cuda`` backend as far as a machine without a GPU can see it: status, refusals, choice."""
 
-import dataclasses
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import altered
 
 import afa_kernels as afa
-from afa_kernels.backend import cuda, registry
-from afa_kernels.backend.registry import Backend, BackendStatus, Call
+from afa_kernels.backend import choice, cuda
+from afa_kernels.backend.interface import Backend, BackendStatus, Call
 
 
 def call(r=16, k=64, n=64, dtype=torch.bfloat16, m=128, groups=0):
@@ -19,15 +19,15 @@ def call(r=16, k=64, n=64, dtype=torch.bfloat16, m=128, groups=0):
 
 def fake_triton(available=True):
     status = BackendStatus(available, "" if available else "triton is not installed")
-    return Backend("triton", frozenset({"cuda"}), lambda: status, None, None)
+    return altered(Backend(), name="triton", devices=frozenset({"cuda"}), status=lambda: status)
 
 
 @pytest.fixture
 def empty_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_BACKENDS", {})
-    registry.forget_choices()
+    monkeypatch.setattr(choice, "_BACKENDS", {})
+    choice.forget_choices()
     yield
-    registry.forget_choices()
+    choice.forget_choices()
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def table(monkeypatch, empty_registry):
     def fill(capability, triton=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
         available = BackendStatus(True)
-        registry.register(dataclasses.replace(cuda.BACKEND, status=lambda: available, refuses=cuda._refuses_shape))
-        registry.register(fake_triton(triton))
+        choice.register(altered(cuda.BACKEND, status=lambda: available, refuses=cuda._refuses_shape))
+        choice.register(fake_triton(triton))
 
     return fill
 
@@ -55,8 +55,8 @@ def machine(monkeypatch, empty_registry):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_name", device_name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-        registry.register(cuda.BACKEND)
-        registry.register(fake_triton())
+        choice.register(cuda.BACKEND)
+        choice.register(fake_triton())
 
     cuda._refuses_device.cache_clear()
     yield fill
@@ -66,14 +66,14 @@ def machine(monkeypatch, empty_registry):
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
 def test_it_comes_first_on_every_gpu(table, capability):
     table(capability)
-    assert registry.select(call(r=64), None).backend.name == "cuda"
+    assert choice.select(call(r=64), None).backend.name == "cuda"
 
 
 @pytest.mark.parametrize("m", [1, 12288, 1 << 20])
 def test_the_choice_does_not_depend_on_the_rows(table, m):
     table((9, 0))
-    assert registry.select(call(r=64, m=m), None).backend.name == "cuda"
-    assert registry.select(call(r=65, m=m), None).backend.name == "triton"
+    assert choice.select(call(r=64, m=m), None).backend.name == "cuda"
+    assert choice.select(call(r=65, m=m), None).backend.name == "triton"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_choice_does_not_depend_on_the_rows(table, m):
 )
 def test_what_it_refuses_goes_to_triton_with_the_reason(table, changed, reason):
     table((8, 0))
-    chosen, told = registry.select(call(**changed), None)
+    chosen, told = choice.select(call(**changed), None)
     assert chosen.name == "triton"
     assert told.startswith(reason)
 
@@ -95,7 +95,7 @@ def test_what_it_refuses_goes_to_triton_with_the_reason(table, changed, reason):
 def test_an_old_gpu_is_refused_by_its_capability(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     cuda._refuses_device.cache_clear()
-    assert cuda._refuses(call()) == "takes GPUs of compute capability 8.0 and later, got 7.5"
+    assert cuda.BACKEND.refuses(call()) == "takes GPUs of compute capability 8.0 and later, got 7.5"
     cuda._refuses_device.cache_clear()
 
 
@@ -107,23 +107,23 @@ OLD_DRIVER = (
 
 def test_on_a_machine_that_can_it_comes_first(machine):
     machine()
-    assert registry.select(call(), None).backend.name == "cuda"
+    assert choice.select(call(), None).backend.name == "cuda"
 
 
 @pytest.mark.parametrize("failure", [("", ""), ("cudaErrorInsufficientDriver", "CUDA driver version is insufficient")])
 def test_an_old_driver_is_a_reason_and_the_call_falls_back(machine, failure):
     machine(failure, versions=(12040, 13000))
-    chosen, reason = registry.select(call(), None)
+    chosen, reason = choice.select(call(), None)
     assert chosen.name == "triton" and reason == f"cuda: {OLD_DRIVER}"
     with pytest.raises(afa.BackendUnavailable, match=re.escape(OLD_DRIVER)):
-        registry.select(call(), "cuda")
+        choice.select(call(), "cuda")
     status = afa.backends()["cuda"]
     assert not status.available and status.reason == OLD_DRIVER
 
 
 def test_a_driver_that_the_runtime_refuses_all_the_same_is_a_reason(machine):
     machine(("cudaErrorInsufficientDriver", "CUDA driver version is insufficient"), versions=(13000, 13010))
-    chosen, reason = registry.select(call(), None)
+    chosen, reason = choice.select(call(), None)
     assert chosen.name == "triton"
     assert reason.startswith("cuda: the driver (CUDA 13.0) is too old for CUDA 13.1")
 
@@ -143,13 +143,13 @@ def test_the_real_runtime_tells_its_error_and_raises_nothing():
 @pytest.mark.parametrize("error", ["cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction"])
 def test_a_gpu_without_an_image_is_a_reason(machine, error):
     machine((error, "no kernel image is available"))
-    chosen, reason = registry.select(call(), None)
+    chosen, reason = choice.select(call(), None)
     assert (chosen.name, reason) == ("triton", "cuda: this build has no kernels for compute capability 9.0")
 
 
 def test_any_other_error_of_the_runtime_is_a_reason(machine):
     machine(("cudaErrorSystemDriverMismatch", "system has unsupported display driver"))
-    chosen, reason = registry.select(call(), None)
+    chosen, reason = choice.select(call(), None)
     assert chosen.name == "triton"
     assert reason == (
         "cuda: the CUDA runtime cannot use this device: system has unsupported display driver "
@@ -162,7 +162,7 @@ def test_a_broken_gpu_beside_the_one_in_use_is_listed_and_no_error(machine):
         raise RuntimeError("uncorrectable ECC error")
 
     machine(device_name=broken)
-    assert registry.select(call(), None).backend.name == "cuda"
+    assert choice.select(call(), None).backend.name == "cuda"
     assert afa.backends()["cuda"].details["devices"] == ["unknown (uncorrectable ECC error)"]
 
 

@@ -15,8 +15,8 @@ from emulator_helpers import forward_and_backward, same
 from helpers import Problem
 
 import afa_kernels as afa
-from afa_kernels.backend import cuda, registry
-from afa_kernels.options import Spec
+from afa_kernels.backend import choice, cuda
+from afa_kernels.operator.options import Spec
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 RANKS = (5, 16, 32, 64)
@@ -177,14 +177,14 @@ def test_traffic_is_one_pass_over_each_large_matrix(emulator):
         None,
         Spec("silu", 1.5),
     )
-    z = registry.get("cuda_emulated").forward(*operands, base=None, out=y, save_z=True)
+    z = choice.get("cuda_emulated").forward(*operands, base=None, out=y, save_z=True)
     forward = emulator.counters()
     rows, weights = 2, 2 * (r * k + r * n)  # tiles of 64 rows, each of which reads A and B
     splits = 4 * 2 * m * r * 4  # partial z, written once per split and read per column block
     assert forward["async_copy_bytes"] == 2 * m * k + rows * weights
     assert 2 * m * (n + r) <= forward["global_write_bytes"] <= 2 * m * (n + r) + splits
     emulator.reset_counters()
-    registry.get("cuda_emulated").backward(
+    choice.get("cuda_emulated").backward(
         problem.dy, *operands[:3], z, *operands[3:], need_dx=True, need_da=True, need_db=True
     )
     backward = emulator.counters()

@@ -9,10 +9,10 @@ from cuda_groups import Group
 from emulator_helpers import kernel_names
 from helpers import assert_as_accurate_as_torch, poisoned_memory
 
-from afa_kernels.backend import cuda, registry
-from afa_kernels.backend.registry import Call
+from afa_kernels.backend import choice, cuda
+from afa_kernels.backend.interface import Call
 
-NAMES = [name for name in ("cuda_emulated", "cuda_ptx") if name in registry.names()]
+NAMES = [name for name in ("cuda_emulated", "cuda_ptx") if name in choice.names()]
 # The N and ranks of the members, and K: q, k and v; gate and up; odd ranks, edges of every tile; the largest.
 GROUPS = {
     "q, k, v": (136, (584, 72, 72), (16, 16, 16)),
@@ -91,7 +91,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_needed(need_dx, need_da,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_schedules_give_the_same_bits(name):
-    native = registry.get(name).group_forward.__self__._module if name == "cuda_ptx" else cuda._emulator_module()[0]
+    native = choice.get(name)._module if name == "cuda_ptx" else cuda._emulator_module()[0]
     group = Group(130, *GROUPS["wide"])
     results = []
     for seed in range(3):
@@ -154,8 +154,8 @@ def test_x_is_read_once_for_all_members():
 def test_refusals_say_why(calls, reason):
     calls = [Call("cpu", torch.bfloat16, 64, 64, 64, r, "silu") for r in calls]
     for name in NAMES:
-        assert re.search(reason, registry.get(name).refuses_group(calls))
-        assert registry.get(name).refuses_group([calls[0]] * 2) is None
+        assert re.search(reason, choice.get(name).refuses_together(calls))
+        assert choice.get(name).refuses_together([calls[0]] * 2) is None
 
 
 def test_limits_are_those_of_the_kernels():

@@ -10,8 +10,8 @@ from helpers import Problem, eager, relative_error
 from torch import nn
 
 import afa_kernels as afa
-from afa_kernels.backend import registry
-from afa_kernels.options import Spec
+from afa_kernels.backend import choice
+from afa_kernels.operator.options import Spec
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_z_may_be_columns_of_a_wider_matrix(r, rows):
     operands = (problem.dy, problem.x, problem.lora_a, problem.lora_b)
     rest = (torch.tensor(0.3), None, Spec("silu", 1.5))
     needs = {"need_dx": True, "need_da": True, "need_db": True}
-    backend = registry.get("cuda_emulated")
+    backend = choice.get("cuda_emulated")
     expected = backend.backward(*operands, z.clone(memory_format=torch.contiguous_format), *rest, **needs)
     assert same(backend.backward(*operands, z, *rest, **needs), expected)
 
@@ -77,7 +77,7 @@ def test_a_group_of_odd_and_even_ranks_trains_on_one_token():
 @pytest.mark.parametrize("columns", [slice(None), slice(8, 88), slice(0, 160, 2)], ids=["dense", "slice", "strided"])
 def test_out_may_be_any_view(columns):
     problem = Problem.random(37, 72, 80, 16, torch.bfloat16)
-    backend, alpha_t = registry.get("cuda_emulated"), torch.tensor(0.3)
+    backend, alpha_t = choice.get("cuda_emulated"), torch.tensor(0.3)
     operands = (problem.x, problem.lora_a, problem.lora_b, alpha_t, None, Spec("silu", 1.5))
     expected = torch.empty_like(problem.base)
     backend.forward(*operands, base=problem.base, out=expected, save_z=False)
@@ -131,7 +131,7 @@ def test_a_call_asks_torch_for_memory_and_nothing_else(weights):
     part of a call."""
     problem = Problem.random(9, 64, 72, 16, torch.bfloat16)
     x, a, b, dy, y = problem.x, problem.lora_a.to(weights), problem.lora_b.to(weights), problem.dy, problem.base.clone()
-    backend, rest = registry.get("cuda_emulated"), (torch.tensor(0.3), None, Spec("silu", 1.5))
+    backend, rest = choice.get("cuda_emulated"), (torch.tensor(0.3), None, Spec("silu", 1.5))
     needs = {"need_dx": True, "need_da": True, "need_db": True}
     z = backend.forward(x, a, b, *rest, base=problem.base, out=y, save_z=True)
 

@@ -13,11 +13,12 @@ from native_helpers import assert_accurate as assert_call
 from native_helpers import problem as operands_of
 from native_helpers import run, truth_of
 
-from afa_kernels.backend import registry, torch_ops
-from afa_kernels.options import Spec
+from afa_kernels.backend import choice
+from afa_kernels.backend import torch as torch_ops
+from afa_kernels.operator.options import Spec
 
 H100 = (132, 227 << 10, 228 << 10)
-NAMES = [name for name in ("cuda_emulated", "cuda_ptx") if name in registry.names()]
+NAMES = [name for name in ("cuda_emulated", "cuda_ptx") if name in choice.names()]
 # M, K, N, r; the chunks of rows in the passes over x and over dy.
 LAYERS = {
     "one chunk": ((40, 136, 264, 5), (1, 1)),
@@ -134,5 +135,5 @@ def test_blocks_with_more_tiles_than_stages(name, shape):
     """Of x, dy and y: in a segment of a sum, and where one block makes whole rows."""
     operands, spec = operands_of(*shape, torch.bfloat16), Spec("silu", 1.5)
     with poisoned_memory():
-        got = run(*operands, spec, backend=registry.get(name))
-    assert_call(got, run(*operands, spec, backend=torch_ops), truth_of(*operands, spec), torch.bfloat16)
+        got = run(*operands, spec, backend=choice.get(name))
+    assert_call(got, run(*operands, spec, backend=torch_ops.BACKEND), truth_of(*operands, spec), torch.bfloat16)

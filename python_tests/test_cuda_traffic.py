@@ -9,7 +9,7 @@ from cuda_groups import Group
 from emulator_helpers import forward_and_backward
 from helpers import Problem
 
-from afa_kernels.backend import registry
+from afa_kernels.backend import choice
 from bench.model import __main__ as command
 from bench.model.cuda_launches import H100, Layer, Range, decoding, kernels, overhead
 
@@ -25,7 +25,7 @@ def _planned():
     skip_unless_available("cuda_emulated")
 
 
-@pytest.mark.parametrize("name", [name for name in ("cuda_ptx", "cuda_emulated") if name in registry.names()])
+@pytest.mark.parametrize("name", [name for name in ("cuda_ptx", "cuda_emulated") if name in choice.names()])
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize(
     "shape",
@@ -50,7 +50,7 @@ def test_bytes_of_a_call(name, shape, weights):
     assert got == pytest.approx(modelled(Layer(*shape), weights) + base, rel=0.03)
 
 
-@pytest.mark.parametrize("name", [name for name in ("cuda_ptx", "cuda_emulated") if name in registry.names()])
+@pytest.mark.parametrize("name", [name for name in ("cuda_ptx", "cuda_emulated") if name in choice.names()])
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize(
     "layer",

@@ -6,11 +6,11 @@ from conftest import skip_unless_available
 from emulator_helpers import forward_and_backward, held, kernel_names, same
 from helpers import Problem, poisoned_memory
 
-from afa_kernels.activation import IDENTITY
-from afa_kernels.backend import registry
-from afa_kernels.options import Spec
+from afa_kernels.backend import choice
+from afa_kernels.operator.activation import IDENTITY
+from afa_kernels.operator.options import Spec
 
-NAMES = [name for name in ("cuda_emulated", "cuda_ptx") if name in registry.names()]
+NAMES = [name for name in ("cuda_emulated", "cuda_ptx") if name in choice.names()]
 RANKS = (1, 5, 8, 12, 16, 17, 32, 33, 60, 64)
 # (M, K, N): one pass, several tiles of K and N, edges of both; the split forward.
 SHAPES = ((70, 456, 328), (40, 904, 136))

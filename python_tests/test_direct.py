@@ -6,7 +6,8 @@ from helpers import Problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import afa_kernels as afa
-from afa_kernels import _ops, torch_private
+from afa_kernels import torch_private
+from afa_kernels.operator import ops
 
 pytestmark = pytest.mark.fast
 
@@ -21,7 +22,7 @@ class Recorder(TorchDispatchMode):
         self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == _ops.NAMESPACE:
+        if func.namespace == ops.NAMESPACE:
             self.names.append(func._schema.name.partition("::")[2])
         return func(*args, **(kwargs or {}))
 
@@ -63,7 +64,7 @@ def no_operators(monkeypatch):
         return call
 
     for name in ("lora_forward", "lora_forward_", "linear_forward", "lora_backward", "linear_backward"):
-        monkeypatch.setattr(_ops, name, only_direct(getattr(_ops, name)))
+        monkeypatch.setattr(ops, name, only_direct(getattr(ops, name)))
 
 
 def test_ordinary_calls_skip_the_dispatcher(problem, no_operators):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import afa_kernels as afa
-from afa_kernels import dropout
+from afa_kernels.operator import dropout
 
 pytestmark = pytest.mark.fast
 

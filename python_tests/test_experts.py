@@ -26,7 +26,7 @@ from expert_models import (
 from helpers import allowed_error, relative_error
 
 import afa_kernels as afa
-from afa_kernels import mixed
+from afa_kernels.layers import mixed
 
 
 def injected(architecture="Qwen3Moe", **options):

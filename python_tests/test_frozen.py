@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afa_kernels import _group_ops
+from afa_kernels.operator import shared_input_ops
 
 pytestmark = pytest.mark.fast
 
@@ -29,7 +29,7 @@ class Branches:
     def __init__(self, part, gemm_first):
         self.part, self.gemm_first = part, lambda *_: gemm_first
 
-    def group_backward(self, dys, x, members, zs, *, dx=None, **needs):
+    def backward_shared(self, dys, x, members, zs, *, dx=None, **needs):
         return (self.part.clone() if dx is None else dx + self.part), [], []
 
 
@@ -40,7 +40,7 @@ def test_the_backward_goes_from_the_last_layer_to_the_first(gemm_first):
     x, part = torch.randn(2, 5), torch.randn(2, 5)
     members = [SimpleNamespace(spec=None)] * 3
     with Products(weights) as products:
-        dx, _, _ = _group_ops._together(
+        dx, _, _ = shared_input_ops._together(
             Branches(part, gemm_first), dys, x, weights, members, dys, range(3), True, every, every
         )
     assert products.order == [2, 1, 0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import skip_unless_available
 
-from afa_kernels.backend import registry
+from afa_kernels.backend import choice
 from bench.model.cuda_launches import H100, Gpu, Layer, Range, decoding, overhead
 from tools import gpu_check, gpu_meter, gpu_model
 from tools.gpu_steps import Context, Step
@@ -173,7 +173,7 @@ def test_the_meter_of_a_card_runs_what_it_times(layer):
     ids=str,
 )
 def test_the_kernels_of_a_profile_have_the_names_of_the_model(layer):
-    if "cuda_ptx" not in registry.names():
+    if "cuda_ptx" not in choice.names():
         pytest.skip("built with nvcc only")
     from afa_kernels import _cuda_on_ptx
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from group_helpers import K, layer, members, run, separate
-from helpers import DTYPES, assert_as_accurate_as_torch
+from helpers import DTYPES, altered, assert_as_accurate_as_torch
 from torch import func, nn
 
 import afa_kernels as afa
-from afa_kernels import group as grouping
-from afa_kernels.backend import registry, torch_ops
+from afa_kernels.backend import choice, interface
+from afa_kernels.backend import torch as torch_ops
+from afa_kernels.layers import shared_input as grouping
 
 pytestmark = pytest.mark.fast
 
@@ -206,18 +207,16 @@ def spies(monkeypatch):
         return lambda *args, **kwargs: seen.append(name) or function(*args, **kwargs)
 
     def make(name, **fields):
-        passes = {"forward": torch_ops.forward, "backward": torch_ops.backward} | fields
-        passes |= {key: recorded(key, f) for key, f in passes.items() if key in PASSES}
-        spy = registry.Backend(name, frozenset(), torch_ops.BACKEND.status, automatic=False, **passes)
-        monkeypatch.setitem(registry._BACKENDS, name, spy)
-        registry.forget_choices()
+        passes = {key: recorded(key, getattr(torch_ops.BACKEND, key)) for key in PASSES}
+        spy = altered(torch_ops.BACKEND, name=name, automatic=False, **passes, **fields)
+        monkeypatch.setitem(choice._BACKENDS, name, spy)
+        choice.forget_choices()
 
     yield make, seen
-    registry.forget_choices()
+    choice.forget_choices()
 
 
-PASSES = ("forward", "backward", "group_forward", "group_backward")
-TOGETHER = {"group_forward": torch_ops.group_forward, "group_backward": torch_ops.group_backward}
+PASSES = ("forward", "backward", "forward_shared", "backward_shared")
 
 
 def step(layers):
@@ -227,14 +226,14 @@ def step(layers):
 
 def test_a_group_is_one_call_of_the_backend_in_each_direction(spies):
     make, seen = spies
-    make("spy", **TOGETHER)
+    make("spy")
     step([layer(n, backend="spy") for n in (32, 16)])
-    assert seen == ["group_forward", "group_backward"]
+    assert seen == ["forward_shared", "backward_shared"]
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, TOGETHER | {"refuses_group": lambda calls: f"takes less than {len(calls)} layers"}],
+    [{"takes_shared_input": False}, {"refuses_together": lambda calls: f"takes less than {len(calls)} layers"}],
     ids=["without group passes", "refusing"],
 )
 def test_members_of_another_backend_are_calls_of_their_own(spies, fields):
@@ -246,22 +245,22 @@ def test_members_of_another_backend_are_calls_of_their_own(spies, fields):
 
 def test_why_a_backend_does_not_take_layers_together(spies):
     make, _ = spies
-    make("alone")
-    make("choosy", refuses_group=lambda calls: f"takes less than {len(calls)} layers", **TOGETHER)
-    make("spy", **TOGETHER)
-    calls = tuple(registry.Call("cpu", torch.float32, 4, K, n, 4, "silu") for n in (32, 16))
-    assert registry.select_group(calls, "alone") == (None, "alone takes one layer at a time")
-    assert registry.select_group(calls, "choosy") == (None, "choosy takes less than 2 layers")
-    assert registry.select_group(calls, "spy")[0].name == "spy"
+    make("alone", takes_shared_input=False)
+    make("choosy", refuses_together=lambda calls: f"takes less than {len(calls)} layers")
+    make("spy")
+    calls = tuple(interface.Call("cpu", torch.float32, 4, K, n, 4, "silu") for n in (32, 16))
+    assert choice.select_together(calls, "alone") == (None, "alone takes one layer at a time")
+    assert choice.select_together(calls, "choosy") == (None, "choosy takes less than 2 layers")
+    assert choice.select_together(calls, "spy")[0].name == "spy"
     dropping = (calls[0], calls[1]._replace(dropout=True))
-    assert registry.select_group(dropping, "spy") == (None, "dropout draws one mask for each layer")
+    assert choice.select_together(dropping, "spy") == (None, "dropout draws one mask for each layer")
 
 
 def test_members_whose_backends_differ_run_one_by_one():
-    calls = tuple(registry.Call("cpu", torch.float32, 4, K, 8, r, "silu") for r in (4, 300))
-    if registry.select(calls[0], None).backend.name != "cpu":
+    calls = tuple(interface.Call("cpu", torch.float32, 4, K, 8, r, "silu") for r in (4, 300))
+    if choice.select(calls[0], None).backend.name != "cpu":
         pytest.skip("one backend takes all ranks")
-    together, reason = registry.select_group(calls, None)
+    together, reason = choice.select_together(calls, None)
     assert together is None and reason == "the members run on different backends (cpu, torch)"
     layers, x = [layer(8, 4), layer(8, 300)], torch.randn(4, K)
     for y, m in zip(afa.AFALinearGroup(layers)(x), layers, strict=True):

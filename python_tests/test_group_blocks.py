@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import afa_kernels as afa
-from afa_kernels import peft_format as fmt
-from afa_kernels import shared_input
+from afa_kernels.model import peft_format as fmt
+from afa_kernels.model import sharing as shared_input
 
 # --- blocks whose code calls the layers one by one
 
@@ -31,7 +31,7 @@ def block():
 def fused(monkeypatch):
     """Counts the calls of the fused operator."""
     calls = []
-    original = shared_input.group_linear
+    original = shared_input.linear_shared
 
     def counted(x, group, **how):
         calls.append(len(group.members))  # now: a recomputation may be stopped in the middle
@@ -40,7 +40,7 @@ def fused(monkeypatch):
             calls.pop()
         return ys
 
-    monkeypatch.setattr(shared_input, "group_linear", counted)
+    monkeypatch.setattr(shared_input, "linear_shared", counted)
     return calls
 
 

@@ -1,16 +1,16 @@
 """``python -m afa_kernels`` says what is here, what is not, and why."""
 
-import dataclasses
 import os
 import re
 import subprocess
 import sys
 
 import torch
+from helpers import altered
 
 import afa_kernels as afa
 from afa_kernels import __main__ as report
-from afa_kernels.backend import registry
+from afa_kernels.backend import choice
 
 
 def test_the_command_runs():
@@ -27,12 +27,12 @@ def test_the_command_runs():
 
 
 def test_every_backend_is_named_with_its_state(monkeypatch, capsys):
-    broken = dataclasses.replace(
-        registry.get("torch"),
+    broken = altered(
+        choice.get("torch"),
         name="broken",
         status=lambda: afa.BackendStatus(False, "the device is on fire"),
     )
-    monkeypatch.setitem(registry._BACKENDS, "broken", broken)
+    monkeypatch.setitem(choice._BACKENDS, "broken", broken)
     assert report.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name, status in afa.backends().items():
@@ -45,19 +45,19 @@ def test_the_self_test_runs_every_backend(capsys):
     assert report.main(["--self-test"]) == 0
     lines = capsys.readouterr().out.partition("self-test")[2].splitlines()
     for name, status in afa.backends().items():
-        if status and registry.get(name).automatic:
+        if status and choice.get(name).automatic:
             assert any(line.startswith(name) and ": ok; " in line for line in lines), lines
 
 
 def test_the_self_test_finds_a_wrong_result(monkeypatch, capsys):
-    torch_backend = registry.get("torch")
+    torch_backend = choice.get("torch")
 
     def forward(x, a, b, *rest, out, **options):
         z = torch_backend.forward(x, a, b, *rest, out=out, **options)
         out.mul_(1.01)
         return z
 
-    broken = dataclasses.replace(torch_backend, name="broken", forward=forward)
-    monkeypatch.setitem(registry._BACKENDS, "broken", broken)
+    broken = altered(torch_backend, name="broken", forward=forward)
+    monkeypatch.setitem(choice._BACKENDS, "broken", broken)
     assert report.main(["--self-test"]) == 1
     assert re.search(r"float32 .*: y is \d.\de-\d+ from float64, allowed", capsys.readouterr().out)

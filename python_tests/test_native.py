@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from native_helpers import DTYPES, accuracy_of_every_shape, assert_accurate, check, problem, run, truth_of
 
-from afa_kernels import _ops, afa_lora
-from afa_kernels.activation import ACTIVATIONS, phi
+from afa_kernels import afa_lora
 from afa_kernels.backend import cpu
-from afa_kernels.options import Options, Spec
+from afa_kernels.operator import ops
+from afa_kernels.operator.activation import ACTIVATIONS, phi
+from afa_kernels.operator.options import Options, Spec
 
 pytestmark = [
     pytest.mark.fast,
@@ -35,8 +36,8 @@ def test_linear_is_the_frozen_gemm_plus_the_branch(dtype, dropout):
     results = []
     for backend in ("cpu", "torch"):
         options = Options(spec, True, backend)
-        y, z = _ops.linear_forward(True, weight, bias, x, a, b, alpha_t, seed, options, None)
-        gradients = _ops.linear_backward(True, weight, dy, x, a, b, z, alpha_t, seed, options, None, True, True)
+        y, z = ops.linear_forward(True, weight, bias, x, a, b, alpha_t, seed, options, None)
+        gradients = ops.linear_backward(True, weight, dy, x, a, b, z, alpha_t, seed, options, None, True, True)
         results.append((y, z, *gradients))
     assert_accurate(*results, truth, dtype)
 
@@ -75,8 +76,8 @@ def test_activation_values_are_the_python_ones(activation):
     x = z[:, None].contiguous()
     y = torch.empty_like(x)
     spec = Spec(activation, 1.0)
-    z = cpu.forward(x, one, one, alpha_t, None, spec, base=None, out=y, save_z=True)
-    dx, _, _ = cpu.backward(
+    z = cpu.BACKEND.forward(x, one, one, alpha_t, None, spec, base=None, out=y, save_z=True)
+    dx, _, _ = cpu.BACKEND.backward(
         torch.ones_like(x), x, one, one, z, alpha_t, None, spec, need_dx=True, need_da=False, need_db=False
     )
     exact = x.double()

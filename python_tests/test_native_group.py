@@ -5,10 +5,11 @@ import torch
 from helpers import poisoned_memory, run_on_isa
 from native_helpers import DTYPES, ISAS, NAN, assert_accurate, problem, truth_of
 
-from afa_kernels.activation import COMPILED_IDS, IDENTITY
-from afa_kernels.backend import cpu, native, torch_ops
-from afa_kernels.backend.registry import Call, Member
-from afa_kernels.options import Spec
+from afa_kernels.backend import compiled, cpu
+from afa_kernels.backend import torch as torch_ops
+from afa_kernels.backend.interface import Call, Member
+from afa_kernels.operator.activation import COMPILED_IDS, IDENTITY
+from afa_kernels.operator.options import Spec
 
 pytestmark = [
     pytest.mark.fast,
@@ -31,26 +32,26 @@ class Group:
             self.dys.append(dy)
             self.bases.append(base if bases else None)
 
-    def forward(self, backend=cpu, threads=2):
+    def forward(self, backend=cpu.BACKEND, threads=2):
         """Return every y and every z."""
         outs = [torch.full_like(dy, NAN) for dy in self.dys]
         with threads_of_torch(threads):
-            zs = backend.group_forward(self.x, self.members, bases=self.bases, outs=outs, save_z=True)
+            zs = backend.forward_shared(self.x, self.members, bases=self.bases, outs=outs, save_z=True)
         return outs, zs
 
-    def forward_alone(self, i, backend=cpu):
+    def forward_alone(self, i, backend=cpu.BACKEND):
         m, out = self.members[i], torch.full_like(self.dys[i], NAN)
         z = backend.forward(self.x, m.a, m.b, m.alpha_t, None, m.spec, base=self.bases[i], out=out, save_z=True)
         return out, z
 
-    def backward(self, zs, backend=cpu, threads=2, need_dx=True, need_da=None, need_db=None, **into):
+    def backward(self, zs, backend=cpu.BACKEND, threads=2, need_dx=True, need_da=None, need_db=None, **into):
         """Return dx, every da and every db."""
         every = [True] * len(self.members)
         needs = {"need_dx": need_dx, "need_da": need_da or every, "need_db": need_db or every}
         with threads_of_torch(threads):
-            return backend.group_backward(self.dys, self.x, self.members, zs, **needs, **into)
+            return backend.backward_shared(self.dys, self.x, self.members, zs, **needs, **into)
 
-    def backward_alone(self, i, z, backend=cpu):
+    def backward_alone(self, i, z, backend=cpu.BACKEND):
         m, needs = self.members[i], {"need_dx": True, "need_da": True, "need_db": True}
         return backend.backward(self.dys[i], self.x, m.a, m.b, z, m.alpha_t, None, m.spec, **needs)
 
@@ -67,8 +68,8 @@ class Group:
             assert torch.equal(das[i], da) and torch.equal(dbs[i], db), f"gradients of member {i}"
             alpha_t = 0.0 if m.alpha_t is None else m.alpha_t.item()
             exact = truth_of(self.x, m.a, m.b, self.dys[i], self.bases[i], m.spec, alpha_t=alpha_t)
-            alone, z_torch = self.forward_alone(i, torch_ops)
-            dx_i, *gradients = self.backward_alone(i, z_torch, torch_ops)
+            alone, z_torch = self.forward_alone(i, torch_ops.BACKEND)
+            dx_i, *gradients = self.backward_alone(i, z_torch, torch_ops.BACKEND)
             assert_accurate(
                 (outs[i], zs[i], dx, das[i], dbs[i]), (alone, z_torch, dx, *gradients), (*exact[:2], dx, *exact[3:]),
                 self.dtype, f"member {i}",
@@ -178,7 +179,7 @@ def test_base_may_be_out():
     group = Group(70, 130, QKV, torch.float32)
     expected, _ = group.forward()
     outs = [base.clone() for base in group.bases]
-    assert cpu.group_forward(group.x, group.members, bases=outs, outs=outs, save_z=False) is None
+    assert cpu.BACKEND.forward_shared(group.x, group.members, bases=outs, outs=outs, save_z=False) is None
     assert all(map(torch.equal, outs, expected))
 
 
@@ -197,9 +198,9 @@ def test_results_that_are_written_past_the_cache(dtype):
 
 def test_ranks_beyond_the_limit_are_refused():
     calls = [Call("cpu", torch.float32, 4, 70, 90, r, "silu") for r in (100, 156)]
-    assert cpu.BACKEND.refuses_group(calls) is None
+    assert cpu.BACKEND.refuses_together(calls) is None
     calls[0] = calls[0]._replace(r=101)
-    assert cpu.BACKEND.refuses_group(calls) == "takes ranks up to 256 together, got 257"
+    assert cpu.BACKEND.refuses_together(calls) == "takes ranks up to 256 together, got 257"
 
 
 # --- what the module refuses
@@ -237,33 +238,39 @@ BAD_MEMBERS = [
 def test_a_bad_member_is_an_error(i, value, error, match):
     x, forward, backward = fields_of(Group(7, 70, QKV, torch.float32))
     with pytest.raises(error, match=match):
-        native._C.cpu_group_forward(x, 2, broken(forward, i, value))
+        compiled._C.cpu_group_forward(x, 2, broken(forward, i, value))
     with pytest.raises(error, match=match):
-        native._C.cpu_group_backward(x, 2, broken(backward, i, value), None, False)
+        compiled._C.cpu_group_backward(x, 2, broken(backward, i, value), None, False)
 
 
 def test_bad_groups_are_errors():
     x, forward, backward = fields_of(Group(7, 70, QKV, torch.float32))
     calls = (
-        (lambda: native._C.cpu_group_forward(x, 2, ()), "at least one"),
-        (lambda: native._C.cpu_group_forward(x, 2, (forward[0][:7],)), "tuples of 8"),
-        (lambda: native._C.cpu_group_forward(x, 2, (7,)), "tuples of 8"),
-        (lambda: native._C.cpu_group_forward(x, 2, 7), "incompatible"),
-        (lambda: native._C.cpu_group_forward(x.double(), 2, tuple(forward)), "do not take float64"),
-        (lambda: native._C.cpu_group_forward(x, 2, broken(forward, 6, None)), "out: expected a torch.Tensor"),
-        (lambda: native._C.cpu_group_forward(x, 2, broken(forward, 6, x[:, :3])), r"out: expected shape \(7, 70\)"),
-        (lambda: native._C.cpu_group_forward(x, 2, broken(forward, 7, x[:, :3])), "z: expected a contiguous tensor"),
-        (lambda: native._C.cpu_group_forward(x, 2, broken(forward, 5, x.double())), "base: expected the dtype"),
-        (lambda: native._C.cpu_group_backward(x, 2, broken(backward, 8, x)), r"incompatible"),
-        (lambda: native._C.cpu_group_backward(x, 2, broken(backward, 8, x), None, False), r"db: expected shape"),
-        (lambda: native._C.cpu_group_backward(x, 2, broken(backward, 5, None), None, False), "dy: expected"),
-        (lambda: native._C.cpu_group_backward(x, 2, broken(backward, 6, None), None, False), "all members or of none"),
-        (lambda: native._C.cpu_group_backward(x, 2, tuple(backward), x[:, :3], False), r"dx: expected shape \(7, 70\)"),
-        (lambda: native._C.cpu_group_backward(x, 2, tuple(backward), x.T.contiguous().T, False), "contiguous"),
+        (lambda: compiled._C.cpu_group_forward(x, 2, ()), "at least one"),
+        (lambda: compiled._C.cpu_group_forward(x, 2, (forward[0][:7],)), "tuples of 8"),
+        (lambda: compiled._C.cpu_group_forward(x, 2, (7,)), "tuples of 8"),
+        (lambda: compiled._C.cpu_group_forward(x, 2, 7), "incompatible"),
+        (lambda: compiled._C.cpu_group_forward(x.double(), 2, tuple(forward)), "do not take float64"),
+        (lambda: compiled._C.cpu_group_forward(x, 2, broken(forward, 6, None)), "out: expected a torch.Tensor"),
+        (lambda: compiled._C.cpu_group_forward(x, 2, broken(forward, 6, x[:, :3])), r"out: expected shape \(7, 70\)"),
+        (lambda: compiled._C.cpu_group_forward(x, 2, broken(forward, 7, x[:, :3])), "z: expected a contiguous tensor"),
+        (lambda: compiled._C.cpu_group_forward(x, 2, broken(forward, 5, x.double())), "base: expected the dtype"),
+        (lambda: compiled._C.cpu_group_backward(x, 2, broken(backward, 8, x)), r"incompatible"),
+        (lambda: compiled._C.cpu_group_backward(x, 2, broken(backward, 8, x), None, False), r"db: expected shape"),
+        (lambda: compiled._C.cpu_group_backward(x, 2, broken(backward, 5, None), None, False), "dy: expected"),
+        (
+            lambda: compiled._C.cpu_group_backward(x, 2, broken(backward, 6, None), None, False),
+            "all members or of none",
+        ),
+        (
+            lambda: compiled._C.cpu_group_backward(x, 2, tuple(backward), x[:, :3], False),
+            r"dx: expected shape \(7, 70\)",
+        ),
+        (lambda: compiled._C.cpu_group_backward(x, 2, tuple(backward), x.T.contiguous().T, False), "contiguous"),
     )
     for call, match in calls:
         with pytest.raises((TypeError, ValueError), match=match):
             call()
     wide = fields_of(Group(7, 70, ((9, 100), (9, 100)), torch.float32))[1]
     with pytest.raises(ValueError, match="ranks of at most 256 together"):
-        native._C.cpu_group_forward(x, 2, (*wide, *wide))
+        compiled._C.cpu_group_forward(x, 2, (*wide, *wide))

@@ -41,10 +41,10 @@ def test_the_cap_makes_a_machine_of_that_kind(isa):
     best = ISAS.index(isa) + 1
     run_on_isa(
         isa,
-        "import afa_kernels\nfrom afa_kernels.backend import native\n"
-        f"assert native._C.cpu_isas() == {ISAS[:best]!r}, native._C.cpu_isas()\n"
-        "assert afa_kernels.backends()['cpu'].details['isas'] == native._C.cpu_isas()\n"
-        "features = set(native._C.cpu_features())\n"
+        "import afa_kernels\nfrom afa_kernels.backend import compiled\n"
+        f"assert compiled._C.cpu_isas() == {ISAS[:best]!r}, compiled._C.cpu_isas()\n"
+        "assert afa_kernels.backends()['cpu'].details['isas'] == compiled._C.cpu_isas()\n"
+        "features = set(compiled._C.cpu_features())\n"
         f"assert features <= {FEATURES[isa]!r}, features\n"
         f"assert {isa!r} in ('generic', 'avx512bf16', 'amx', 'neonbf16') or {isa!r} in features, features\n",
     )
@@ -56,9 +56,9 @@ def test_impossible_instruction_set_is_an_error(name):
     if name != "mmx" and (name in ISAS or os.environ.get("AFA_CPU_ISA")):
         pytest.skip("this machine has it, or a cap hides whether it has")
     script = (
-        "from afa_kernels.backend import cpu, native\nstatus = cpu.BACKEND.status()\n"
+        "from afa_kernels.backend import cpu, compiled\nstatus = cpu.BACKEND.status()\n"
         f"assert not status and {name!r} in status.reason and 'generic' in status.reason, status\n"
-        "try:\n    native._C.cpu_isas()\n"
+        "try:\n    compiled._C.cpu_isas()\n"
         f"except ValueError as error:\n    assert {name!r} in str(error), error\n"
         "else:\n    raise AssertionError('no error')\n"
     )

@@ -5,8 +5,8 @@ import torch
 from conftest import skip_without_memory
 from native_helpers import DTYPES, NAN, SHAPES, problem, run
 
-from afa_kernels.backend import cpu, native
-from afa_kernels.options import Spec
+from afa_kernels.backend import compiled, cpu
+from afa_kernels.operator.options import Spec
 
 pytestmark = [
     pytest.mark.fast,
@@ -58,7 +58,7 @@ def test_base_is_read_and_out_alone_is_written(kind, dtype):
     spec, alpha_t = Spec("relu", 1.0), torch.tensor(0.5)
 
     def forward(base, out):
-        cpu.forward(x, a, b, alpha_t, None, spec, base=base, out=out, save_z=False)
+        cpu.BACKEND.forward(x, a, b, alpha_t, None, spec, base=base, out=out, save_z=False)
         return out
 
     expected = forward(base, torch.full_like(base, NAN))
@@ -90,7 +90,7 @@ def test_each_subset_of_gradients_has_the_same_bits(dtype):
     for subset in range(1, 8):
         needs = [bool(subset & bit) for bit in (1, 2, 4)]
         needed_ones = dict(zip(("need_dx", "need_da", "need_db"), needs, strict=True))
-        got = cpu.backward(dy, x, a, b, full[1], alpha_t, None, spec, **needed_ones)
+        got = cpu.BACKEND.backward(dy, x, a, b, full[1], alpha_t, None, spec, **needed_ones)
         for needed, one, other in zip(needs, got, full[2:], strict=True):
             assert torch.equal(one, other) if needed else one is None
 
@@ -99,14 +99,14 @@ def test_db_alone_over_many_blocks_of_rows():
     """Without dz a block of rows ends with dB: its h must stay until every thread has read it."""
     x, a, b = torch.randn(3001, 24), torch.randn(16, 24), torch.randn(1536, 16)
     dy, spec, alpha_t = torch.randn(3001, 1536), Spec("silu", 1.0), torch.tensor(0.5)
-    z = cpu.forward(x, a, b, alpha_t, None, spec, base=None, out=torch.empty_like(dy), save_z=True)
+    z = cpu.BACKEND.forward(x, a, b, alpha_t, None, spec, base=None, out=torch.empty_like(dy), save_z=True)
 
     def db(threads):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
             needs = {"need_dx": False, "need_da": False, "need_db": True}
-            return cpu.backward(dy, x, a, b, z, alpha_t, None, spec, **needs)[2]
+            return cpu.BACKEND.backward(dy, x, a, b, z, alpha_t, None, spec, **needs)[2]
         finally:
             torch.set_num_threads(before)
 
@@ -126,11 +126,11 @@ def test_more_than_2_31_elements():
     a, b = torch.randn(r, cols) / cols**0.5, torch.randn(3, r)
     alpha_t, seed, dy, spec = torch.tensor(0.5), torch.tensor(3), torch.randn(rows, 3).bfloat16(), Spec("silu", 1.0, 26)
     y = torch.empty(rows, 3, dtype=x.dtype)
-    z = cpu.forward(x, a, b, alpha_t, seed, spec, base=None, out=y, save_z=True)
-    dx, _, _ = cpu.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True)
+    z = cpu.BACKEND.forward(x, a, b, alpha_t, seed, spec, base=None, out=y, save_z=True)
+    dx, _, _ = cpu.BACKEND.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True)
     tail = slice(rows - 5, rows)  # beyond element 2^31
     mask = torch.empty(rows, cols, dtype=torch.uint8)
-    native._C.dropout_mask(mask.data_ptr(), rows, cols, 3, 26)
+    compiled._C.dropout_mask(mask.data_ptr(), rows, cols, 3, 26)
     expected = spec.inverse_keep * (x[tail].float() * mask[tail]) @ a.bfloat16().float().T
     torch.testing.assert_close(z[tail].float(), expected, rtol=1e-2, atol=1e-2)
     assert torch.equal(dx[tail] != 0, mask[tail].bool() & (dx[tail] != 0)) and (dx[tail] != 0).any()

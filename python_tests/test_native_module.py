@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import afa_kernels
-from afa_kernels.activation import COMPILED_IDS
-from afa_kernels.backend import cpu, native, registry
-from afa_kernels.backend.registry import Call
-from afa_kernels.dropout import keep_mask
+from afa_kernels.backend import choice, compiled, cpu
+from afa_kernels.backend.interface import Call
+from afa_kernels.operator.activation import COMPILED_IDS
+from afa_kernels.operator.dropout import keep_mask
 
 pytestmark = [
     pytest.mark.fast,
@@ -26,14 +26,14 @@ def test_dropout_mask_is_the_python_one():
     cases = ((3, 40, 128, 7), (17, 16, 1, -1), (5, 1, 255, 2**63 - 1), (2, 533, 26, -(2**63)))
     for rows, cols, threshold, seed in cases:
         mask = torch.empty(rows, cols, dtype=torch.uint8)
-        native._C.dropout_mask(mask.data_ptr(), rows, cols, seed, threshold)
+        compiled._C.dropout_mask(mask.data_ptr(), rows, cols, seed, threshold)
         assert torch.equal(mask.bool(), keep_mask(torch.tensor(seed), rows, cols, threshold))
 
 
 def test_activation_ids_are_the_python_ones(monkeypatch):
-    assert native._C.activation_ids() == COMPILED_IDS
+    assert compiled._C.activation_ids() == COMPILED_IDS
     monkeypatch.setitem(COMPILED_IDS, "silu", 77)
-    module, reason = native._load()
+    module, reason = compiled._load()
     assert module is None and "has other activations" in reason
 
 
@@ -45,14 +45,14 @@ def test_refusals_say_why():
 
 
 def test_a_missing_module_is_reported_not_raised(monkeypatch):
-    monkeypatch.setattr(native, "_C", None)
-    monkeypatch.setattr(native, "load_error", "no module named _C")
+    monkeypatch.setattr(compiled, "_C", None)
+    monkeypatch.setattr(compiled, "load_error", "no module named _C")
     status = cpu.BACKEND.status()
     assert not status and status.reason == "no module named _C"
 
 
 def test_cpu_comes_before_torch():
-    names = registry.names()
+    names = choice.names()
     assert names.index("cpu") < names.index("torch")
 
 
@@ -70,16 +70,16 @@ def test_cpu_comes_before_torch():
 )
 def test_what_torch_does_faster_is_left_to_it(monkeypatch, isa, features, dtype, m, r, dropout, wanted):
     machine = SimpleNamespace(cpu_isa=lambda: isa, cpu_isas=list, cpu_features=lambda: features, build_info=dict)
-    monkeypatch.setattr(native, "_C", machine)
+    monkeypatch.setattr(compiled, "_C", machine)
     call = Call("cpu", dtype, m, 4096, 4096, r, "silu", dropout)
-    registry.forget_choices()
+    choice.forget_choices()
     try:
-        chosen, reason = registry.select(call, None)
+        chosen, reason = choice.select(call, None)
         assert chosen.name == wanted
         assert ("torch's GEMMs" in reason) == (wanted == "torch"), reason
-        assert registry.select(call, "cpu").backend.name == "cpu", "forced, it takes the call"
+        assert choice.select(call, "cpu").backend.name == "cpu", "forced, it takes the call"
     finally:
-        registry.forget_choices()
+        choice.forget_choices()
 
 
 @pytest.mark.long
@@ -132,13 +132,13 @@ def test_a_module_of_another_version_is_reported_and_the_package_works_without_i
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.strip().startswith("cpu  "))
-    assert f"not available: {native.OTHER_VERSION} (it has no {missing})" in line
+    assert f"not available: {compiled.OTHER_VERSION} (it has no {missing})" in line
 
 
 def test_the_names_of_the_module_are_those_that_the_package_uses():
     package = Path(afa_kernels.__file__).parent
     sources = {file.name: file.read_text() for file in package.rglob("*.py") if file.name != "torch_private.py"}
     used = {name for text in sources.values() for name in re.findall(r"(?<!torch\.)\b_C\.(\w+)", text)}
-    assert used - {"cuda"} | {"use_torch", "activation_ids"} == set(native._NAMES)
+    assert used - {"cuda"} | {"use_torch", "activation_ids"} == set(compiled._NAMES)
     cuda = sources["cuda.py"]
-    assert set(re.findall(r"\b_?module\.(\w+)", cuda)) == set(native._CUDA_NAMES)
+    assert set(re.findall(r"\b_?module\.(\w+)", cuda)) == set(compiled._CUDA_NAMES)

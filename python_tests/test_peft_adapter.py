@@ -17,7 +17,7 @@ from peft import LoraConfig
 from peft_models import TARGETS, Net, adapted, assert_same, gradients
 
 import afa_kernels as afa
-from afa_kernels.activation import ACTIVATIONS
+from afa_kernels.operator.activation import ACTIVATIONS
 from afa_kernels.peft import AFALoraConfig, AFALoraLayer
 
 RELEASE = tuple(int(part) for part in peft.__version__.split(".")[:2])

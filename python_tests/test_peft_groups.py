@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from peft_models import assert_same, fill_adapters, gradients
 
 import afa_kernels as afa
-from afa_kernels import shared_input
 from afa_kernels.callbacks.annealer import Annealer
+from afa_kernels.model import sharing as shared_input
 from afa_kernels.peft import AFALoraConfig, accelerate, restore
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -35,14 +35,14 @@ class Attention(nn.Module):
 def shared(monkeypatch):
     """Counts the calls that computed several layers at once."""
     calls = []
-    original = shared_input.group_linear
+    original = shared_input.linear_shared
 
     def counted(x, group, **how):
         ys = original(x, group, **how)
         calls.extend([] if ys is None else [len(ys)])
         return ys
 
-    monkeypatch.setattr(shared_input, "group_linear", counted)
+    monkeypatch.setattr(shared_input, "linear_shared", counted)
     return calls
 
 

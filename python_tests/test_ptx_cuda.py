@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers import Problem, relative_error
 
-from afa_kernels.backend import registry
-from afa_kernels.backend.registry import Spec
+from afa_kernels.backend import choice
+from afa_kernels.backend.choice import Spec
 from tools import ptx_report
 
 _cuda_on_ptx = pytest.importorskip("afa_kernels._cuda_on_ptx", reason="built with nvcc and the emulator only")
@@ -44,7 +44,7 @@ def _name(launch) -> str:
 
 
 def forward_and_backward(name, problem, spec, *, seed=None, save_z=True):
-    backend = registry.get(name)
+    backend = choice.get(name)
     alpha_t, y = torch.tensor(0.3), torch.full_like(problem.base, torch.nan)
     operands = (problem.x, problem.lora_a, problem.lora_b)
     z = backend.forward(*operands, alpha_t, seed, spec, base=problem.base, out=y, save_z=save_z)

@@ -2,13 +2,12 @@
 its host code, on a simulated CUDA runtime (csrc/ptx/cuda) that plays it, with the compiled kernels."""
 
 import re
-from dataclasses import replace
 
 import ptx_cuda
 import ptx_runtime_helpers
 import pytest
 import torch
-from helpers import assert_matches, eager, run_python
+from helpers import altered, assert_matches, eager, run_python
 from ptx_runtime_helpers import (
     CAPABILITIES,
     RTX_4090,
@@ -21,8 +20,9 @@ from ptx_runtime_helpers import (
 )
 
 import afa_kernels as afa
-from afa_kernels.backend import cuda, registry
-from afa_kernels.backend.registry import Call, Spec
+from afa_kernels.backend import choice, cuda
+from afa_kernels.backend.choice import Spec
+from afa_kernels.backend.interface import Call
 
 LORA = ("x", "lora_a", "lora_b", "base")
 _a_sound_machine, kept_allocations = ptx_runtime_helpers.sound_machine, ptx_runtime_helpers.kept_allocations
@@ -39,27 +39,27 @@ def on_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "simulated")
     monkeypatch.setattr(torch.cuda, "get_device_capability", CAPABILITIES.get)
-    monkeypatch.setattr(registry, "_BACKENDS", {})
+    monkeypatch.setattr(choice, "_BACKENDS", {})
     everything = dict(cuda=cuda.BACKEND)
 
     def fill(device=0):
         def refuses(call):
-            return cuda._refuses(call._replace(device_index=device))
+            return cuda.BACKEND.refuses(call._replace(device_index=device))
 
-        here = replace(
-            everything["cuda"], devices=frozenset({"cpu"}), refuses=refuses, leaves=None,
+        here = altered(
+            everything["cuda"], devices=frozenset({"cpu"}), refuses=refuses,
             forward=ptx_cuda.kernels.forward, backward=ptx_cuda.kernels.backward,
         )  # fmt: skip
-        registry._BACKENDS.clear()
+        choice._BACKENDS.clear()
         for backend in (here, torch_backend):
-            registry.register(backend)
+            choice.register(backend)
         cuda._refuses_device.cache_clear()
 
-    from afa_kernels.backend.torch_ops import BACKEND as torch_backend
+    from afa_kernels.backend.torch import BACKEND as torch_backend
 
     yield fill
     cuda._refuses_device.cache_clear()
-    registry.forget_choices()
+    choice.forget_choices()
 
 
 def automatic(**tensors):
@@ -76,7 +76,7 @@ def check_fallback(why: str) -> None:
     assert_matches(automatic, plain, p, LORA)
     assert not cuda_on_ptx.take_launches()
     call = Call("cpu", torch.bfloat16, 75, 136, 264, 16, "relu")
-    assert registry.select(call, None) == (registry.get("torch"), f"cuda: {why}")
+    assert choice.select(call, None) == (choice.get("torch"), f"cuda: {why}")
     with pytest.raises(afa.BackendUnavailable, match=re.escape(why)):
         afa.afa_lora(p.x, p.lora_a, p.lora_b, 0.3, backend="cuda")
 

@@ -11,9 +11,11 @@ from ragged_helpers import BACKENDS, OF_BRANCH, OF_LINEAR, Owners, Ragged, alone
 
 import afa_kernels as afa
 from afa_kernels import torch_private
-from afa_kernels.activation import IDENTITY
-from afa_kernels.backend import frozen, oracle, torch_ops
-from afa_kernels.options import Spec
+from afa_kernels.backend import choice
+from afa_kernels.backend import torch as torch_ops
+from afa_kernels.operator import frozen
+from afa_kernels.operator.activation import IDENTITY
+from afa_kernels.operator.options import Spec
 from bench.memory import allocations
 
 pytestmark = pytest.mark.fast
@@ -362,7 +364,7 @@ def test_the_products_of_a_gpu_on_cpu_tensors(identity, dropout, monkeypatch):
     results = []
     monkeypatch.setattr(torch_ops, "_forward_in_loop", torch_ops._forward_grouped)
     monkeypatch.setattr(torch_ops, "_backward_in_loop", torch_ops._backward_grouped)
-    for backend, to in ((torch_ops, torch.float32), (oracle, torch.float64)):
+    for backend, to in ((torch_ops.BACKEND, torch.float32), (choice.get("reference"), torch.float64)):
         x, a, b, base, dy = (t.to(to) for t in (p.x, p.lora_a, p.lora_b, p.base, p.dy))
         out = torch.full_like(base, float("nan"))
         z = backend.forward(x, a, b, own.alpha_t, seed, spec, own.rows, base=base, out=out, save_z=True)

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import afa_kernels as afa
 from afa_kernels import torch_private
-from afa_kernels.backend import frozen
-from afa_kernels.backend.registry import Rows
+from afa_kernels.backend.interface import Rows
+from afa_kernels.operator import frozen
 
 pytestmark = pytest.mark.skipif(not torch_private.has_grouped_mm(), reason="needs grouped_mm")
 

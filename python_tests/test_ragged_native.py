@@ -8,11 +8,13 @@ from helpers import run_on_isa
 from native_helpers import DTYPES, ISAS, NAN, assert_accurate
 from ragged_helpers import Owners
 
-from afa_kernels.activation import ACTIVATIONS, IDENTITY
-from afa_kernels.backend import cpu, oracle, torch_ops
-from afa_kernels.backend.registry import Rows
-from afa_kernels.options import Spec
-from afa_kernels.reference import owners
+from afa_kernels.backend import cpu
+from afa_kernels.backend import reference as reference_backend
+from afa_kernels.backend import torch as torch_ops
+from afa_kernels.backend.interface import Rows
+from afa_kernels.operator.activation import ACTIVATIONS, IDENTITY
+from afa_kernels.operator.options import Spec
+from afa_kernels.operator.reference import owners
 
 pytestmark = [
     pytest.mark.fast,
@@ -84,18 +86,18 @@ class Problem:
     def by_torch(self, truth):
         """Return what torch gives in the dtype of x: of two orders of its sums the one that is further from the truth,
         since where terms cancel either may be near it by chance."""
-        y, z, dx, da, db = self.with_columns_reversed().run(torch_ops)
+        y, z, dx, da, db = self.with_columns_reversed().run(torch_ops.BACKEND)
         if not self.spec.dropout:
             dx, da = dx.flip(1), da.flip(2)
-        orders = zip(self.run(torch_ops), (y.flip(1), z, dx, da, db.flip(1)), truth, strict=True)
+        orders = zip(self.run(torch_ops.BACKEND), (y.flip(1), z, dx, da, db.flip(1)), truth, strict=True)
         return [max(one, other, key=lambda t: (t.double() - exact).abs().max()) for one, other, exact in orders]
 
     def check(self):
-        truth = self.run(oracle.BACKEND, to=torch.float64)
-        got = self.run(cpu)
+        truth = self.run(reference_backend.BACKEND, to=torch.float64)
+        got = self.run(cpu.BACKEND)
         assert_accurate(got, self.by_torch(truth), truth, self.x.dtype, self.describe())
         for threads in (1, 3):
-            for one, other in zip(got, self.run(cpu, threads=threads), strict=True):
+            for one, other in zip(got, self.run(cpu.BACKEND, threads=threads), strict=True):
                 assert torch.equal(one, other), (threads, self.describe())
 
     def describe(self):
@@ -145,7 +147,7 @@ def test_each_group_has_the_bits_of_a_call_of_its_own(dtype):
     draw = random.Random(1)
     p = Problem(draw, (5, 0, 400, 1, 70, 6, 48, 49), 530, 140, 12, dtype, 2)
     p.spec, p.base_is = p.spec._replace(dropout=0), "given"
-    out, z, dx, da, db = p.run(cpu)
+    out, z, dx, da, db = p.run(cpu.BACKEND)
     for group, rows, *_ in owners(p.groups.rows, 12, None, p.spec):
         others = [None if values is None else values[group : group + 1] for values in p.groups[1:]]
         one = Owners(torch.tensor([rows.stop - rows.start]).int(), *others)
@@ -154,7 +156,7 @@ def test_each_group_has_the_bits_of_a_call_of_its_own(dtype):
             "x": p.x[rows], "dy": p.dy[rows], "base": p.base[rows], "groups": one,
             "a": p.a[group : group + 1], "b": p.b[group : group + 1],
         })  # fmt: skip
-        want = alone.run(cpu)
+        want = alone.run(cpu.BACKEND)
         for got, value in zip((out[rows], z[rows], dx[rows], da[group], db[group]), want, strict=True):
             assert torch.equal(got, value.view_as(got)), group
 
@@ -166,8 +168,8 @@ def test_a_rank_below_r_leaves_gaps_in_db():
 
     def db(ranks, a, b):
         call = (torch.full((2,), 0.5), None, Spec("silu", 1.0), Rows(offsets, ranks, None))
-        z = cpu.forward(x, a, b, *call, base=None, out=torch.empty_like(dy), save_z=True)
-        return cpu.backward(dy, x, a, b, z, *call, **needs)[2]
+        z = cpu.BACKEND.forward(x, a, b, *call, base=None, out=torch.empty_like(dy), save_z=True)
+        return cpu.BACKEND.backward(dy, x, a, b, z, *call, **needs)[2]
 
     wide = db(torch.tensor([4, 4]).int(), a, b)
     assert torch.equal(wide[..., :4], db(None, a[:, :4].contiguous(), b[..., :4].contiguous()))
@@ -177,12 +179,12 @@ def test_a_rank_below_r_leaves_gaps_in_db():
 def test_dx_is_accumulated_into():
     p = Problem(random.Random(3), (5, 0, 60, 9), 64, 48, 6, torch.float32, 3)
     p.spec, p.groups = p.spec._replace(dropout=0), p.groups._replace(ranks=torch.tensor([3, 1, 6, 0]).int())
-    _, z, dx, _, _ = p.run(cpu)
+    _, z, dx, _, _ = p.run(cpu.BACKEND)
     start = torch.randn_like(dx)
     into = start.clone()
     needs = {"need_dx": True, "need_da": False, "need_db": False}
     call = (p.groups.alpha_t, None, p.spec, p.groups.rows)
-    got, da, db = cpu.backward(p.dy, p.x, p.a, p.b, z, *call, dx=into, **needs)
+    got, da, db = cpu.BACKEND.backward(p.dy, p.x, p.a, p.b, z, *call, dx=into, **needs)
     assert got is into and da is None and db is None
     torch.testing.assert_close(into, start + dx)
     assert torch.equal(into[65:], start[65:]), "rows without a branch were written"
@@ -191,11 +193,11 @@ def test_dx_is_accumulated_into():
 def test_strided_rows_and_base():
     p = Problem(random.Random(5), (20, 3, 0, 60), 70, 50, 8, torch.float32, 5)
     p.base_is = "given"
-    want = p.run(cpu)
+    want = p.run(cpu.BACKEND)
     wide = torch.full((len(p.x), 2 * 70), NAN)
     wide[:, ::2] = p.x
     p.x, p.dy, p.base = wide[:, ::2], p.dy.T.contiguous().T, p.base.T.contiguous().T
-    for got, value in zip(p.run(cpu), want, strict=True):
+    for got, value in zip(p.run(cpu.BACKEND), want, strict=True):
         assert torch.equal(got, value)
 
 
@@ -215,7 +217,9 @@ def test_the_module_leaves_no_tensor_whoever_calls(change, message):
     x, a, b, out = torch.randn(9, 8), torch.randn(3, 2, 8), torch.randn(3, 5, 2), torch.empty(9, 5)
     groups = Owners(torch.tensor([4, 5, 9]).int(), None, torch.ones(3), None)._replace(**change)
     with pytest.raises(ValueError, match=message):
-        cpu.forward(x, a, b, groups.alpha_t, None, Spec("silu", 1.0), groups.rows, base=None, out=out, save_z=False)
+        cpu.BACKEND.forward(
+            x, a, b, groups.alpha_t, None, Spec("silu", 1.0), groups.rows, base=None, out=out, save_z=False
+        )
 
 
 def test_all_shapes_are_checked_by_the_module():
@@ -224,4 +228,4 @@ def test_all_shapes_are_checked_by_the_module():
     for operands in ((x, a[:2], b), (x, a[:, :1], b), (x, a[..., :7], b), (x, a[0], b), (x, a, b[0])):
         with pytest.raises(ValueError, match="expected"):
             call = (groups.alpha_t, None, Spec("silu", 1.0), groups.rows)
-            cpu.forward(*operands, *call, base=None, out=out, save_z=False)
+            cpu.BACKEND.forward(*operands, *call, base=None, out=out, save_z=False)

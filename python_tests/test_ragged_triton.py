@@ -10,9 +10,9 @@ from ragged_gpu_problems import RaggedProblem
 from ragged_helpers import Owners
 
 import afa_kernels as afa
-from afa_kernels.backend.registry import Call
+from afa_kernels.backend.interface import Call
 from afa_kernels.backend.triton import backend
-from afa_kernels.options import Spec
+from afa_kernels.operator.options import Spec
 
 
 @pytest.fixture(autouse=True)

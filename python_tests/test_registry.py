@@ -1,13 +1,12 @@
 """Choice of a backend: a pure function of the call, the request and what the machine has."""
 
-import dataclasses
-
 import pytest
 import torch
+from helpers import altered
 
 import afa_kernels as afa
-from afa_kernels.backend import registry
-from afa_kernels.backend.registry import Backend, BackendStatus, Call
+from afa_kernels.backend import choice
+from afa_kernels.backend.interface import Backend, BackendStatus, Call
 
 pytestmark = pytest.mark.fast
 
@@ -17,7 +16,8 @@ def call(device="cpu", dtype=torch.float32, r=8, activation="silu"):
 
 
 def fake(name, *, devices=(), available=True, refuses=None, automatic=True):
-    return Backend(
+    return altered(
+        Backend(),
         name=name,
         devices=frozenset(devices),
         status=lambda: BackendStatus(available, "" if available else f"{name} is not installed"),
@@ -31,10 +31,10 @@ def fake(name, *, devices=(), available=True, refuses=None, automatic=True):
 @pytest.fixture
 def table(monkeypatch):
     """An empty registry to fill; the real one comes back afterwards."""
-    monkeypatch.setattr(registry, "_BACKENDS", {})
-    registry.forget_choices()
-    yield registry.register
-    registry.forget_choices()
+    monkeypatch.setattr(choice, "_BACKENDS", {})
+    choice.forget_choices()
+    yield choice.register
+    choice.forget_choices()
 
 
 def test_first_that_can_take_the_call_wins_and_says_why_the_others_did_not(table):
@@ -43,7 +43,7 @@ def test_first_that_can_take_the_call_wins_and_says_why_the_others_did_not(table
     table(fake("gpu_only", devices=["cuda"]))
     table(fake("picky", refuses="r=8 is too small"))
     table(fake("plain"))
-    chosen, reason = registry.select(call(), None)
+    chosen, reason = choice.select(call(), None)
     assert chosen.name == "plain"
     assert reason == (
         "missing: missing is not installed; gpu_only: runs on cuda tensors, got cpu; picky: r=8 is too small"
@@ -58,13 +58,13 @@ def test_request_is_strict(table):
         r"\(call: M=4, K=16, N=8, r=8, float32, silu, cpu\)"
     )
     with pytest.raises(afa.BackendUnavailable, match=message):
-        registry.select(call(), "picky")
+        choice.select(call(), "picky")
 
 
 def test_no_backend_at_all(table):
     table(fake("picky", refuses="never"))
     with pytest.raises(afa.BackendUnavailable, match="no backend can take this call: picky: never"):
-        registry.select(call(), None)
+        choice.select(call(), None)
 
 
 def test_calls_forget_their_choice_when_a_backend_is_registered(table):
@@ -72,23 +72,23 @@ def test_calls_forget_their_choice_when_a_backend_is_registered(table):
         def forward(x, a, b, alpha_t, seed, spec, rows=None, *, base, out, save_z):
             out.fill_(value)
 
-        return dataclasses.replace(fake(name), forward=forward)
+        return altered(fake(name), forward=forward)
 
     operands = torch.randn(2, 4), torch.randn(1, 4), torch.randn(3, 1)
     table(writing("one", 1.0))
     assert torch.equal(afa.afa_lora(*operands, 0.5), torch.full((2, 3), 1.0))
-    registry._BACKENDS.clear()
+    choice._BACKENDS.clear()
     table(writing("two", 2.0))
     assert torch.equal(afa.afa_lora(*operands, 0.5), torch.full((2, 3), 2.0))
 
 
 def test_order_of_requests(monkeypatch):
     monkeypatch.setenv("AFA_KERNELS_BACKEND", "reference")
-    assert registry.requested(None) == "reference"
+    assert choice.requested(None) == "reference"
     with afa.use_backend("torch"):
-        assert registry.requested(None) == "torch"
-        assert registry.requested("cpu") == "cpu"
-    assert registry.requested(None) == "reference"
+        assert choice.requested(None) == "torch"
+        assert choice.requested("cpu") == "cpu"
+    assert choice.requested(None) == "reference"
 
 
 def test_unknown_names_are_named(monkeypatch):
@@ -121,7 +121,7 @@ def test_plan_names_path_and_reason():
 
 
 def test_plan_sees_autocast(table):
-    table(dataclasses.replace(fake("plain"), refuses=lambda call: str(call.dtype)))
+    table(altered(fake("plain"), refuses=lambda call: str(call.dtype)))
     x, a, b = torch.randn(2, 4), torch.randn(1, 4), torch.randn(3, 1)
     with pytest.raises(afa.BackendUnavailable, match="torch.float32"):
         afa.plan(x, a, b, 0.5)

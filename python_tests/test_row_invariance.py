@@ -18,13 +18,13 @@ import torch
 from conftest import SIMULATED, device_of, skip_unless_available
 from helpers import DTYPES, run_on_isa
 
-from afa_kernels.backend import cpu, native, registry
-from afa_kernels.options import Spec
+from afa_kernels.backend import choice, compiled, cpu, interface
+from afa_kernels.operator.options import Spec
 
 pytestmark = pytest.mark.fast
 
-FUSED = [name for name in registry.names() if name not in ("torch", "reference")]
-ISAS = native._C.cpu_isas() if cpu.BACKEND.status() else []
+FUSED = [name for name in choice.names() if name not in ("torch", "reference")]
+ISAS = compiled._C.cpu_isas() if cpu.BACKEND.status() else []
 # Around the rows that the kernels take at once (3 or 6), a block of them (48, 64), and the blocks of the backward.
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 16, 17, 47, 48, 49, 64, 65, 97, 193, 257)
 
@@ -36,7 +36,7 @@ class Branch:
         def draw(rows, cols, scale=1.0, to=dtype):
             return (torch.randn(rows, cols) * scale).to(device_of(name), to)
 
-        self.backend, self.spec = registry.get(name), Spec(activation, 1.5)
+        self.backend, self.spec = choice.get(name), Spec(activation, 1.5)
         self.x, self.dy, self.base = draw(m, k), draw(m, n), draw(m, n)
         self.a, self.b = draw(r, k, k**-0.5, factors or dtype), draw(n, r, r**-0.5, factors or dtype)
         self.alpha_t = torch.tensor(0.3, device=self.x.device)
@@ -86,8 +86,8 @@ def test_cpu_rows_have_the_same_bits_in_any_call(isa):
 @pytest.mark.parametrize("name", [name for name in FUSED if name != "cpu"])
 def test_gpu_rows_have_the_same_bits_in_any_call(name, dtype):
     skip_unless_available(name)
-    call = registry.Call(device_of(name).type, DTYPES[dtype], 400, 264, 136, 16, "silu")
-    refused = registry.get(name).why_not(call)
+    call = interface.Call(device_of(name).type, DTYPES[dtype], 400, 264, 136, 16, "silu")
+    refused = choice.get(name).why_not(call)
     if refused is not None:
         pytest.skip(refused)
     if (name, dtype) == ("triton", "f32") and os.environ.get("TRITON_INTERPRET") == "1":

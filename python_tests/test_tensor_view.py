@@ -7,13 +7,13 @@ import torch
 from helpers import Problem
 
 import afa_kernels as afa
-from afa_kernels import checks
-from afa_kernels.backend import native
+from afa_kernels.backend import compiled
+from afa_kernels.operator import checks
 
 pytestmark = pytest.mark.fast
 
-if native._C is None:
-    pytest.skip(native.load_error, allow_module_level=True)
+if compiled._C is None:
+    pytest.skip(compiled.load_error, allow_module_level=True)
 
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
 
@@ -39,7 +39,7 @@ def tensors():
 @pytest.mark.parametrize("by_attributes", [False, True])
 def test_views_are_what_torch_says(by_attributes):
     for t in tensors():
-        data, sizes, strides, element = native._C.tensor_view(t, by_attributes)
+        data, sizes, strides, element = compiled._C.tensor_view(t, by_attributes)
         assert (sizes, strides) == (list(t.shape), list(t.stride()))
         assert element == (ELEMENTS.index(t.dtype) if t.dtype in ELEMENTS else len(ELEMENTS))
         assert data == t.data_ptr() or t.numel() == 0
@@ -48,13 +48,13 @@ def test_views_are_what_torch_says(by_attributes):
 @pytest.mark.parametrize("by_attributes", [False, True])
 def test_what_is_no_matrix_in_memory_is_refused(by_attributes):
     with pytest.raises(TypeError, match="tensor: expected a torch.Tensor, got float"):
-        native._C.tensor_view(0.5, by_attributes)
+        compiled._C.tensor_view(0.5, by_attributes)
     with pytest.raises(TypeError, match="tensor: expected a torch.Tensor, got NoneType"):
-        native._C.tensor_view(None, by_attributes)
+        compiled._C.tensor_view(None, by_attributes)
     with pytest.raises(ValueError, match="tensor: expected at most three dimensions, got 4"):
-        native._C.tensor_view(torch.zeros(2, 3, 4, 5), by_attributes)
+        compiled._C.tensor_view(torch.zeros(2, 3, 4, 5), by_attributes)
     with pytest.raises((ValueError, RuntimeError, BufferError)):
-        native._C.tensor_view(torch.zeros(2, 3, device="meta"), by_attributes)
+        compiled._C.tensor_view(torch.zeros(2, 3, device="meta"), by_attributes)
 
 
 @pytest.fixture
@@ -62,14 +62,14 @@ def no_exchange_table(monkeypatch):
     """Makes the module believe in a torch from before the table."""
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", None, raising=False)
-        native._C.use_torch(torch)
-        assert not native._C.has_exchange_table()
+        compiled._C.use_torch(torch)
+        assert not compiled._C.has_exchange_table()
         yield
-    native._C.use_torch(torch)
+    compiled._C.use_torch(torch)
 
 
 def test_this_torch_has_the_table_where_it_should():
-    assert native._C.has_exchange_table() == hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    assert compiled._C.has_exchange_table() == hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 
 
 def step(p: Problem) -> list[torch.Tensor]:
@@ -89,7 +89,7 @@ def test_either_way_gives_the_same_bits(request):
 def test_wrong_operands_are_named():
     p = Problem.random(5, 16, 12, 4)
     arguments = [p.x, p.lora_a, p.lora_b, torch.tensor(0.5), None, 1, 0, 1.0, 1, None, torch.empty(5, 12), None]
-    native._C.cpu_forward(*arguments)
+    compiled._C.cpu_forward(*arguments)
     for place, wrong, message in (
         (0, torch._efficientzerotensor((5, 16)), "x: expected a tensor that has memory"),
         (1, p.lora_a.T, r"lora_a: expected shape \(4, 16\)"),
@@ -102,20 +102,20 @@ def test_wrong_operands_are_named():
         (11, torch.empty(4, 5).T, "z: expected a contiguous tensor"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
-            native._C.cpu_forward(*arguments[:place], wrong, *arguments[place + 1 :])
+            compiled._C.cpu_forward(*arguments[:place], wrong, *arguments[place + 1 :])
 
 
 def test_values_are_read_from_memory_only_where_they_are_there():
-    assert native.value_of(torch.tensor([0.25, 0.5])[1]) == 0.5
-    assert native.value_of(torch.tensor(0.5)._neg_view()) == -0.5
-    assert native.value_of(torch._efficientzerotensor(())) == 0.0
+    assert compiled.value_of(torch.tensor([0.25, 0.5])[1]) == 0.5
+    assert compiled.value_of(torch.tensor(0.5)._neg_view()) == -0.5
+    assert compiled.value_of(torch._efficientzerotensor(())) == 0.0
 
 
 def test_environment_follows_os_environ(monkeypatch):
     monkeypatch.delenv("AFA_KERNELS_BACKEND", raising=False)
-    assert native.environment("AFA_KERNELS_BACKEND") is None
+    assert compiled.environment("AFA_KERNELS_BACKEND") is None
     monkeypatch.setenv("AFA_KERNELS_BACKEND", "torch")
-    assert native.environment("AFA_KERNELS_BACKEND") == "torch"
+    assert compiled.environment("AFA_KERNELS_BACKEND") == "torch"
 
 
 def strange_tensors():
@@ -149,13 +149,13 @@ def test_nothing_wrong_is_recognized(monkeypatch):
     recognizes passes the checks without it, and is what the checks say that it is, of torch's own types and in its
     memory."""
     for name in ("recognizes_lora", "recognizes_linear"):
-        monkeypatch.setattr(native, name, native._recognizes_nothing)
+        monkeypatch.setattr(compiled, name, compiled._recognizes_nothing)
     right = torch.ones(4, 4)
     three = [*strange_tensors(), right, right[0]]
     two = [*three, *tensors_without_memory()]
     for check, recognizes, count in (
-        (lambda *t: checks.lora(*t, inplace=False), native._C.recognizes_lora, 4),
-        (checks.linear, native._C.recognizes_linear, 5),
+        (lambda *t: checks.lora(*t, inplace=False), compiled._C.recognizes_lora, 4),
+        (checks.linear, compiled._C.recognizes_linear, 5),
     ):
         recognized = 0
         for candidates, repeat in ((three, 3), (two, 2)):
@@ -167,7 +167,7 @@ def test_nothing_wrong_is_recognized(monkeypatch):
                     if recognizes(*operands):
                         recognized += 1
                         assert may_skip_the_dispatcher(check, *operands)
-        assert recognized > 0 or not native._C.has_exchange_table()
+        assert recognized > 0 or not compiled._C.has_exchange_table()
 
 
 def test_a_group_is_recognized_where_each_layer_is():
@@ -176,11 +176,11 @@ def test_a_group_is_recognized_where_each_layer_is():
     for place in range(4):
         for t in (*strange_tensors(), *tensors_without_memory(), square, square[0], torch.ones(4, 5), None):
             other = (*good[:place], t, *good[place + 1 :])
-            recognized = native._C.recognizes_linear(x, *other)
+            recognized = compiled._C.recognizes_linear(x, *other)
             for layers in ([other], [good, other], [other, good]):
-                assert native._C.recognizes_group(x, layers) == recognized
+                assert compiled._C.recognizes_group(x, layers) == recognized
     for odd in (7, (), good[:3], list(good), (1, 2, 3, 4)):
-        assert not native._C.recognizes_group(x, [good, odd])
+        assert not compiled._C.recognizes_group(x, [good, odd])
 
 
 def test_subclasses_are_left_to_python():
@@ -188,6 +188,6 @@ def test_subclasses_are_left_to_python():
     plain = torch.ones(2, 4)
     odd = plain.as_subclass(Subclass)
     square = torch.ones(4, 4)
-    assert native._C.recognizes_lora(plain, square, square, plain) == native._C.has_exchange_table()
-    assert not native._C.recognizes_lora(odd, square, square, plain)
-    assert not native._C.recognizes_lora(plain, square, square, odd)
+    assert compiled._C.recognizes_lora(plain, square, square, plain) == compiled._C.has_exchange_table()
+    assert not compiled._C.recognizes_lora(odd, square, square, plain)
+    assert not compiled._C.recognizes_lora(plain, square, square, odd)

@@ -11,8 +11,8 @@ import torch
 from conftest import SIMULATED
 
 import afa_kernels as afa
-from afa_kernels.backend import registry
-from afa_kernels.backend.registry import Call
+from afa_kernels.backend import choice
+from afa_kernels.backend.interface import Call
 from afa_kernels.backend.triton import backend
 
 triton = pytest.importorskip("triton")
@@ -86,7 +86,7 @@ def test_the_interpreter_is_never_chosen_automatically():
 
 
 def test_is_registered_before_torch():
-    names = registry.names()
+    names = choice.names()
     assert names.index("triton") < names.index("torch")
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from afa_kernels.backend.triton import configs, launch, passes  # noqa: E402
 from afa_kernels.backend.triton.ragged_launch import Groups, RaggedContext  # noqa: E402
-from afa_kernels.options import Spec  # noqa: E402
+from afa_kernels.operator.options import Spec  # noqa: E402
 from tools import triton_aot, triton_report  # noqa: E402
 from tools.triton_aot import Problem, compile_launch, compiling_for, device_for  # noqa: E402
 

@@ -10,10 +10,11 @@ from helpers import DTYPES, assert_as_accurate_as_torch, relative_error
 from ptx_problems import LAYOUTS
 
 import afa_kernels as afa
-from afa_kernels import dropout
-from afa_kernels.backend import oracle, torch_ops
+from afa_kernels.backend import reference as reference_backend
+from afa_kernels.backend import torch as torch_ops
 from afa_kernels.backend.triton import backend
-from afa_kernels.options import Spec
+from afa_kernels.operator import dropout
+from afa_kernels.operator.options import Spec
 
 RESULTS = ("y", "z", "dx", "da", "db")
 
@@ -59,7 +60,7 @@ def run(module, spec, x, a, b, base, dy, *, out=None, alpha_t=0.3):
 def assert_accurate(got, spec, given):
     plain = run(torch_ops, spec, **given)
     wide = {name: t.double() for name, t in given.items()}
-    truth = run(oracle.BACKEND, spec, **wide)
+    truth = run(reference_backend.BACKEND, spec, **wide)
     for what in RESULTS:
         dtype = given["x"].dtype
         assert_as_accurate_as_torch(got[what], plain[what], truth[what], what, dtype)
@@ -191,7 +192,7 @@ def test_activations_keep_their_relative_accuracy_near_zero(activation):
     spec = Spec(activation, 1.0)
     wide = {name: t.double() for name, t in given.items()}
     got = run(backend, spec, **given, alpha_t=1.0)
-    truth = run(oracle.BACKEND, spec, **wide, alpha_t=1.0)
+    truth = run(reference_backend.BACKEND, spec, **wide, alpha_t=1.0)
     for what in RESULTS:
         assert relative_error(got[what], truth[what]) < 1e-6, what
 

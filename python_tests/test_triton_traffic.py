@@ -10,7 +10,7 @@ from ragged_calls import Ragged
 pytest.importorskip("triton")
 
 from afa_kernels.backend.triton import backend, configs, launch  # noqa: E402
-from afa_kernels.options import Spec  # noqa: E402
+from afa_kernels.operator.options import Spec  # noqa: E402
 from bench.model import layer_overhead, ragged_traffic, traffic  # noqa: E402
 from bench.model.traffic import H100  # noqa: E402
 from tools.triton_aot import Problem  # noqa: E402

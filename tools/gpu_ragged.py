@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import afa_kernels as afa
-from afa_kernels.backend import registry
+from afa_kernels.backend import choice
 from tools.gpu_steps import Context, Outcome, Step
 
 _WHAT = ("y", "dx", "dA", "dB")
@@ -52,7 +52,7 @@ def step(
 def check_ragged(context: Context) -> Outcome:
     """Compare with float64, to twice the error of torch in the same dtype plus one rounding, and each backend with
     itself."""
-    backends = [name for name in context.backends if registry.get(name).takes_owners]
+    backends = [name for name in context.backends if choice.get(name).takes_owners]
     if not backends:
         return Outcome.absent(f"none of {', '.join(context.backends)} takes rows sorted by group")
     rows = []

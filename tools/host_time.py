@@ -14,14 +14,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import afa_kernels as afa
-from afa_kernels.backend import registry
-from afa_kernels.options import Spec
+from afa_kernels.backend import choice
+from afa_kernels.backend.interface import Backend
+from afa_kernels.operator.options import Spec
 
 TESTS = Path(__file__).resolve().parents[1] / "python_tests"  # where the simulated GPUs are
 # So small that torch's GEMMs take next to no time.
@@ -44,8 +44,11 @@ def draw(rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> torch.Ten
     return torch.randn(rows, cols).to(dtype)
 
 
-class Nothing:
+class Nothing(Backend):
     """A backend that computes nothing: what a call takes above its backend, and in torch."""
+
+    name = "nothing"
+    automatic = False
 
     def __init__(self):
         self.z, self.gradients = draw(M, R), (draw(M, K), draw(R, K, torch.float32), draw(N, R, torch.float32))
@@ -154,9 +157,7 @@ def measure() -> dict[str, dict[str, float]]:
     if ptx_cuda.kernels is None:
         raise SystemExit("host-time: needs nvcc and the emulator (AFA_BUILD_EMULATOR=1) in the build")
     nothing, kernels, module = Nothing(), ptx_cuda.kernels, ptx_cuda._cuda_on_ptx
-    registry.register(
-        replace(registry.get(ptx_cuda.NAME), name="nothing", forward=nothing.forward, backward=nothing.backward)
-    )
+    choice.register(nothing)
     module.runtime.set_current_device(H100)  # as torch has it where a call's tensors are
     module.runtime.set_idle(True)
     torch.manual_seed(0)

@@ -21,10 +21,10 @@ TEMPLATES = ROOT / "tools/hub"
 PACKAGE = ROOT / "afa_kernels"
 NAME = "afa_kernels"
 # What the kernel offers; the modules that these import follow.
-ROOTS = ("functional", "plan", "backend.oracle", "backend.torch_ops", "backend.triton.backend")
+ROOTS = ("operator.functional", "operator.plan", "backend.reference", "backend.torch", "backend.triton.backend")
 # The name of the module that kernel-builder adds, with the namespace of the operators.
 GENERATED = "_ops"
-OURS = "operators"  # what afa_kernels/_ops.py is called there
+OPERATORS = "operator/ops.py"  # names that namespace
 
 
 def modules() -> dict[str, Path]:
@@ -58,9 +58,8 @@ def sources() -> dict[str, str]:
     texts = {}
     for file in modules().values():
         path = file.relative_to(PACKAGE)
-        name = OURS if path.stem == GENERATED else path.stem
-        texts[str(path.with_stem(name))] = _relative(file.read_text(), len(path.parts))
-    texts[f"{OURS}.py"] = _with_namespace(texts[f"{OURS}.py"])
+        texts[str(path)] = _relative(file.read_text(), len(path.parts))
+    texts[OPERATORS] = _with_namespace(texts[OPERATORS])
     texts["backend/builtin.py"] = (TEMPLATES / "builtin.py").read_text()
     for name in ("__init__.py", "layers.py"):
         texts[name] = (TEMPLATES / name).read_text()
@@ -71,17 +70,16 @@ def _relative(text: str, depth: int) -> str:
     """Return a module's text with relative imports; ``depth`` is 1 for a module of the package itself."""
     dots = "." * depth
     text = re.sub(rf"^(\s*)from {NAME}\.", rf"\1from {dots}", text, flags=re.MULTILINE)
-    text = re.sub(rf"^(\s*)from {NAME} import", rf"\1from {dots} import", text, flags=re.MULTILINE)
-    return re.sub(rf"\b{GENERATED}\b", OURS, text)
+    return re.sub(rf"^(\s*)from {NAME} import", rf"\1from {dots} import", text, flags=re.MULTILINE)
 
 
 def _with_namespace(text: str) -> str:
     fixed = f'NAMESPACE = "{NAME}"\n'
     if text.count(fixed) != 1:
-        raise ValueError(f"afa_kernels/_ops.py: expected one line {fixed!r}")
+        raise ValueError(f"{OPERATORS}: expected one line {fixed!r}")
     text = text.replace(fixed, 'NAMESPACE = add_op_namespace_prefix("").removesuffix("::")\n')
     first = re.search(r"^from \.", text, re.MULTILINE).start()
-    return f"{text[:first]}from .{GENERATED} import add_op_namespace_prefix\n{text[first:]}"
+    return f"{text[:first]}from ..{GENERATED} import add_op_namespace_prefix\n{text[first:]}"
 
 
 def generated(namespace: str) -> str:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from afa_kernels.backend import registry
-from afa_kernels.options import Spec
+from afa_kernels.backend import choice
+from afa_kernels.operator.options import Spec
 
 TESTS = Path(__file__).resolve().parents[1] / "python_tests"  # where the simulated GPUs are
 COLUMNS = ("kernel", "launches", "instr.", "loads by width", "stores by width", "copied", "sectors", "wanted",
@@ -29,7 +29,7 @@ def call(backend: str, m: int, k: int, n: int, r: int) -> None:
     def draw(rows: int, cols: int) -> torch.Tensor:
         return torch.randn(rows, cols).to(torch.bfloat16)
 
-    kernels, spec, alpha_t = registry.get(backend), Spec("silu", 1.0), torch.tensor(0.5)
+    kernels, spec, alpha_t = choice.get(backend), Spec("silu", 1.0), torch.tensor(0.5)
     operands, base, dy = (draw(m, k), draw(r, k), draw(n, r)), draw(m, n), draw(m, n)
     z = kernels.forward(*operands, alpha_t, None, spec, base=base, out=torch.empty_like(base), save_z=True)
     kernels.backward(dy, *operands, z, alpha_t, None, spec, need_dx=True, need_da=True, need_db=True)

@@ -22,7 +22,7 @@ from afa_kernels.backend.triton import launch, passes
 from afa_kernels.backend.triton.configs import Device, Tiles
 from afa_kernels.backend.triton.launch import Launch
 from afa_kernels.backend.triton.ragged_launch import Groups, RaggedContext
-from afa_kernels.options import Spec
+from afa_kernels.operator.options import Spec
 
 # Shared memory that one block may take, in bytes; registers and resident threads per multiprocessor
 # are 65536 and 2048 on these, from the compute-capability table of NVIDIA's CUDA C++ programming

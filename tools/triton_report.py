@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from afa_kernels.backend.registry import Call
+from afa_kernels.backend.interface import Call
 from afa_kernels.backend.triton import configs
 from afa_kernels.backend.triton.backend import BACKEND
 from afa_kernels.backend.triton.launch import Launch

@@ -1,2 +1,1 @@
-"""The implementations of the operator, one module each, and the registry that chooses between
-them."""
+"""The implementations of the operator, one module each, what each of them is, and which one takes a call."""

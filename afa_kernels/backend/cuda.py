@@ -8,15 +8,15 @@ chosen by name.
 """
 
 import importlib
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from afa_kernels.activation import COMPILED_IDS
-from afa_kernels.backend import native
+from afa_kernels.backend import compiled
 from afa_kernels.backend.cuda_operands import (
     VECTOR,
     readable,
@@ -25,7 +25,8 @@ from afa_kernels.backend.cuda_operands import (
     readable_weight,
     readable_z,
 )
-from afa_kernels.backend.registry import Backend, BackendStatus, Call, Member
+from afa_kernels.backend.interface import Backend, BackendStatus, Call, Member
+from afa_kernels.operator.activation import COMPILED_IDS
 from afa_kernels.torch_private import current_stream
 
 _MAX_RANK = 64
@@ -43,19 +44,145 @@ def _readable_members(x: Tensor, members: list[Member]) -> list[Member]:
     return [Member(readable_weight(a, x), readable_weight(b, x), *rest) for a, b, *rest in members]
 
 
-class _Kernels:
-    """The forward and backward of a native module (``_C.cuda`` or ``_emulator``).
+def _refuses_shape(call: Call) -> str | None:
+    if call.dtype not in _DTYPES:
+        return f"takes bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
+    if call.r > _MAX_RANK:
+        return f"takes ranks up to {_MAX_RANK}, got {call.r}"
+    if call.k % VECTOR or call.n % VECTOR:
+        return f"takes K and N that are multiples of {VECTOR}, got K={call.k} and N={call.n}"
+    return None
 
-    A lone layer is a group of one, in a form of its own that costs a third less. The module reads tensors itself,
+
+@lru_cache(maxsize=1)
+def _device_module() -> tuple[ModuleType | None, str]:
+    """Return the module with the CUDA kernels, or None and the reason."""
+    if compiled._C is None:
+        return None, compiled.load_error
+    if not hasattr(compiled._C, "cuda"):
+        return None, "this build has no CUDA kernels (no nvcc was found, or AFA_BUILD_CUDA=0)"
+    return compiled._C.cuda, ""
+
+
+@lru_cache(maxsize=1)
+def _emulator_module() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("afa_kernels._emulator"), ""
+    except ImportError:
+        return (
+            None,
+            "the emulator is not part of this build (it is built with AFA_BUILD_EMULATOR=ON)",
+        )
+
+
+def _old_driver(driver: int, runtime: int) -> str:
+    """Return what to do about a driver; versions are 1000 * major + 10 * minor."""
+    can_build = _OLDEST_RUNTIME <= driver and driver // 1000 < runtime // 1000
+    builds = f", build the package with an nvcc of CUDA {driver // 1000}" if can_build else ""
+    return (
+        f"the driver ({_cuda(driver)}) is too old for {_cuda(runtime)}, which this wheel was built with; update the "
+        f"driver{builds}, or install triton"
+    )
+
+
+def _cuda(version: int) -> str:
+    return f"CUDA {version // 1000}.{version % 1000 // 10}"
+
+
+def _device_name(index: int) -> str:
+    try:
+        return torch.cuda.get_device_name(index)
+    except RuntimeError as error:  # a call on another device need not fail because of this one
+        return f"unknown ({error})"
+
+
+@lru_cache(maxsize=64)
+def _refuses_device(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _MIN_CAPABILITY:
+        return f"takes GPUs of compute capability 8.0 and later, got {capability[0]}.{capability[1]}"
+    module = _device_module()[0]
+    error, text = module.kernel_image_failure(index)
+    if error == "cudaErrorInsufficientDriver":
+        return _old_driver(*module.versions())
+    if error == "cudaErrorUnsupportedPtxVersion":  # code for this card is translated by the driver, unlike cubins
+        driver, runtime = map(_cuda, module.versions())
+        return (
+            f"this build has PTX of {runtime} for compute capability {capability[0]}.{capability[1]}, which the driver "
+            f"({driver}) cannot translate; update the driver, or build the package with "
+            f"AFA_CUDA_ARCHITECTURES={capability[0]}{capability[1]}-real"
+        )
+    if error in ("cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction"):
+        return f"this build has no kernels for compute capability {capability[0]}.{capability[1]}"
+    return f"the CUDA runtime cannot use this device: {text} ({error})" if error else None
+
+
+class CUDABackend(Backend):
+    """The kernels of ``afa_kernels._C.cuda``.
+
+    A lone layer is a list of one member, in a form of its own that costs a third less. The module reads tensors itself,
     because Python takes longer for their attributes than the module for all the rest. Where it finds one that the
     kernels cannot read, it returns False, and the call starts again with copies.
     """
 
-    def __init__(self, module: ModuleType):
-        self._module = module
+    name = "cuda"
+    devices = frozenset({"cuda"})
+    takes_owners = False
+    takes_shared_input = True
+
+    def _load(self) -> tuple[ModuleType | None, str]:
+        return _device_module()
+
+    @cached_property
+    def _module(self) -> ModuleType:
+        module, _ = self._load()
         module.use_torch(torch)
-        self._forward_workspace = lru_cache(maxsize=1024)(module.forward_workspace)
-        self._backward_workspace = lru_cache(maxsize=1024)(module.backward_workspace)
+        return module
+
+    @cached_property
+    def _forward_workspace(self) -> Callable[[tuple], int]:
+        return lru_cache(maxsize=1024)(self._module.forward_workspace)
+
+    @cached_property
+    def _backward_workspace(self) -> Callable[[tuple, bool], int]:
+        return lru_cache(maxsize=1024)(self._module.backward_workspace)
+
+    def status(self) -> BackendStatus:
+        module, reason = self._load()
+        if module is None:
+            return BackendStatus(False, reason)
+        info = compiled._C.build_info()
+        details = {
+            "nvcc": info["cuda"],
+            "architectures": info["cuda_architectures"],
+            "max_rank": _MAX_RANK,
+        }
+        if torch.version.hip is not None:
+            return BackendStatus(False, "the kernels are for NVIDIA GPUs, and this torch is built for AMD", details)
+        if not torch.cuda.is_available():
+            return BackendStatus(False, "torch sees no CUDA device", details)
+        driver, runtime = module.versions()
+        if driver // 1000 < runtime // 1000:  # a driver runs every runtime of its own major version
+            return BackendStatus(False, _old_driver(driver, runtime), details)
+        details["devices"] = [_device_name(i) for i in range(torch.cuda.device_count())]
+        return BackendStatus(True, details=details)
+
+    def refuses(self, call: Call) -> str | None:
+        return _refuses_shape(call) or _refuses_device(call.device_index or 0)
+
+    def refuses_together(self, calls: list[Call]) -> str | None:
+        if len(calls) > _MAX_MEMBERS:
+            return f"takes up to {_MAX_MEMBERS} layers that share x, got {len(calls)}"
+        largest = max(call.r for call in calls)
+        if largest > _MAX_MEMBER_RANK:
+            return f"takes ranks up to {_MAX_MEMBER_RANK} of layers that share x, got {largest}"
+        together = sum(-(-call.r // _RANK_UNIT) * _RANK_UNIT for call in calls)
+        if len(calls) > 1 and together > _MAX_RANK:
+            return (
+                f"takes ranks of layers that share x up to {_MAX_RANK} together, each rounded up to a multiple of "
+                f"{_RANK_UNIT}, got {together}"
+            )
+        return None
 
     def _place(self, x: Tensor) -> tuple[int, int]:
         """Return the device and the stream to launch on."""
@@ -148,11 +275,11 @@ class _Kernels:
         dx, (da,), (db,) = self._backward_of_copies([dy], x, members, [z], seed, dropout, *needs)
         return dx, da, db
 
-    def group_forward(self, x, members, *, bases, outs, save_z):
+    def forward_shared(self, x, members, *, bases, outs, save_z):
         zs = self._forward(x, members, None, 0, bases, outs, save_z)
         return zs if save_z else None
 
-    def group_backward(self, dys, x, members, zs, *, need_dx, need_da, need_db):
+    def backward_shared(self, dys, x, members, zs, *, need_dx, need_da, need_db):
         return self._backward(dys, x, members, zs, None, 0, need_dx, need_da, need_db)
 
     def launches(self, call: Call) -> list[dict[str, Any]]:
@@ -162,158 +289,23 @@ class _Kernels:
         return self._module.launch_plan((call.m, call.k, call.n, call.r), *limits)
 
 
-def _refuses_shape(call: Call) -> str | None:
-    if call.dtype not in _DTYPES:
-        return f"takes bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
-    if call.r > _MAX_RANK:
-        return f"takes ranks up to {_MAX_RANK}, got {call.r}"
-    if call.k % VECTOR or call.n % VECTOR:
-        return f"takes K and N that are multiples of {VECTOR}, got K={call.k} and N={call.n}"
-    return None
+class EmulatedBackend(CUDABackend):
+    """The kernels' source as C++ on CPU tensors."""
+
+    name = "cuda_emulated"
+    devices = frozenset({"cpu"})
+    automatic = False
+
+    def _load(self) -> tuple[ModuleType | None, str]:
+        return _emulator_module()
+
+    def status(self) -> BackendStatus:
+        module, reason = self._load()
+        return BackendStatus(module is not None, reason, {"max_rank": _MAX_RANK} if module else {})
+
+    def refuses(self, call: Call) -> str | None:
+        return _refuses_shape(call)
 
 
-def _refuses_group(calls: list[Call]) -> str | None:
-    if len(calls) > _MAX_MEMBERS:
-        return f"takes up to {_MAX_MEMBERS} layers that share x, got {len(calls)}"
-    largest = max(call.r for call in calls)
-    if largest > _MAX_MEMBER_RANK:
-        return f"takes ranks up to {_MAX_MEMBER_RANK} of layers that share x, got {largest}"
-    together = sum(-(-call.r // _RANK_UNIT) * _RANK_UNIT for call in calls)
-    if len(calls) > 1 and together > _MAX_RANK:
-        return (
-            f"takes ranks of layers that share x up to {_MAX_RANK} together, each rounded up to a multiple of "
-            f"{_RANK_UNIT}, got {together}"
-        )
-    return None
-
-
-@lru_cache(maxsize=1)
-def _device_module() -> tuple[ModuleType | None, str]:
-    """Return the module with the CUDA kernels, or None and the reason."""
-    if native._C is None:
-        return None, native.load_error
-    if not hasattr(native._C, "cuda"):
-        return None, "this build has no CUDA kernels (no nvcc was found, or AFA_BUILD_CUDA=0)"
-    return native._C.cuda, ""
-
-
-@lru_cache(maxsize=1)
-def _emulator_module() -> tuple[ModuleType | None, str]:
-    try:
-        return importlib.import_module("afa_kernels._emulator"), ""
-    except ImportError:
-        return (
-            None,
-            "the emulator is not part of this build (it is built with AFA_BUILD_EMULATOR=ON)",
-        )
-
-
-@lru_cache(maxsize=1)
-def _device_kernels() -> _Kernels:
-    return _Kernels(_device_module()[0])
-
-
-@lru_cache(maxsize=1)
-def _emulator_kernels() -> _Kernels:
-    return _Kernels(_emulator_module()[0])
-
-
-def _status() -> BackendStatus:
-    module, reason = _device_module()
-    if module is None:
-        return BackendStatus(False, reason)
-    info = native._C.build_info()
-    details = {
-        "nvcc": info["cuda"],
-        "architectures": info["cuda_architectures"],
-        "max_rank": _MAX_RANK,
-    }
-    if torch.version.hip is not None:
-        return BackendStatus(False, "the kernels are for NVIDIA GPUs, and this torch is built for AMD", details)
-    if not torch.cuda.is_available():
-        return BackendStatus(False, "torch sees no CUDA device", details)
-    driver, runtime = module.versions()
-    if driver // 1000 < runtime // 1000:  # a driver runs every runtime of its own major version
-        return BackendStatus(False, _old_driver(driver, runtime), details)
-    details["devices"] = [_device_name(i) for i in range(torch.cuda.device_count())]
-    return BackendStatus(True, details=details)
-
-
-def _old_driver(driver: int, runtime: int) -> str:
-    """Return what to do about a driver; versions are 1000 * major + 10 * minor."""
-    can_build = _OLDEST_RUNTIME <= driver and driver // 1000 < runtime // 1000
-    builds = f", build the package with an nvcc of CUDA {driver // 1000}" if can_build else ""
-    return (
-        f"the driver ({_cuda(driver)}) is too old for {_cuda(runtime)}, which this wheel was built with; update the "
-        f"driver{builds}, or install triton"
-    )
-
-
-def _cuda(version: int) -> str:
-    return f"CUDA {version // 1000}.{version % 1000 // 10}"
-
-
-def _device_name(index: int) -> str:
-    try:
-        return torch.cuda.get_device_name(index)
-    except RuntimeError as error:  # a call on another device need not fail because of this one
-        return f"unknown ({error})"
-
-
-@lru_cache(maxsize=64)
-def _refuses_device(index: int) -> str | None:
-    capability = torch.cuda.get_device_capability(index)
-    if capability < _MIN_CAPABILITY:
-        return f"takes GPUs of compute capability 8.0 and later, got {capability[0]}.{capability[1]}"
-    module = _device_module()[0]
-    error, text = module.kernel_image_failure(index)
-    if error == "cudaErrorInsufficientDriver":
-        return _old_driver(*module.versions())
-    if error == "cudaErrorUnsupportedPtxVersion":  # code for this card is translated by the driver, unlike cubins
-        driver, runtime = map(_cuda, module.versions())
-        return (
-            f"this build has PTX of {runtime} for compute capability {capability[0]}.{capability[1]}, which the driver "
-            f"({driver}) cannot translate; update the driver, or build the package with "
-            f"AFA_CUDA_ARCHITECTURES={capability[0]}{capability[1]}-real"
-        )
-    if error in ("cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction"):
-        return f"this build has no kernels for compute capability {capability[0]}.{capability[1]}"
-    return f"the CUDA runtime cannot use this device: {text} ({error})" if error else None
-
-
-def _refuses(call: Call) -> str | None:
-    return _refuses_shape(call) or _refuses_device(call.device_index or 0)
-
-
-def _emulator_status() -> BackendStatus:
-    module, reason = _emulator_module()
-    return BackendStatus(module is not None, reason, {"max_rank": _MAX_RANK} if module else {})
-
-
-BACKEND = Backend(
-    name="cuda",
-    devices=frozenset({"cuda"}),
-    status=_status,
-    refuses=_refuses,
-    forward=lambda *args, **kwargs: _device_kernels().forward(*args, **kwargs),
-    backward=lambda *args, **kwargs: _device_kernels().backward(*args, **kwargs),
-    launches=lambda call: _device_kernels().launches(call),
-    group_forward=lambda *args, **kwargs: _device_kernels().group_forward(*args, **kwargs),
-    group_backward=lambda *args, **kwargs: _device_kernels().group_backward(*args, **kwargs),
-    refuses_group=_refuses_group,
-    takes_owners=False,
-)
-EMULATED = Backend(
-    name="cuda_emulated",
-    devices=frozenset({"cpu"}),
-    status=_emulator_status,
-    refuses=_refuses_shape,
-    forward=lambda *args, **kwargs: _emulator_kernels().forward(*args, **kwargs),
-    backward=lambda *args, **kwargs: _emulator_kernels().backward(*args, **kwargs),
-    launches=lambda call: _emulator_kernels().launches(call),
-    group_forward=lambda *args, **kwargs: _emulator_kernels().group_forward(*args, **kwargs),
-    group_backward=lambda *args, **kwargs: _emulator_kernels().group_backward(*args, **kwargs),
-    refuses_group=_refuses_group,
-    takes_owners=False,
-    automatic=False,
-)
+BACKEND = CUDABackend()
+EMULATED = EmulatedBackend()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from afa_kernels.alpha import Place, begin, places_of, takes_alpha_t
+from afa_kernels.alpha_t import Place, begin, places_of, takes_alpha_t
 from afa_kernels.schedule import AnnealSchedule, change_at
 
 FINISH = ("force", "warn")

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from afa_kernels import checks
-from afa_kernels.alpha import places_of
+from afa_kernels.alpha_t import places_of
 from afa_kernels.callbacks.annealer import Annealer
+from afa_kernels.operator import checks
 
 try:
     from transformers import TrainerCallback

@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from afa_kernels.branch import Branch, BranchOptions
-from afa_kernels.experts import seam
+from afa_kernels.experts.forward import attach, detach
 from afa_kernels.experts.parameters import local, weight_of, why_unsupported
-from afa_kernels.merging import Mergeable, plus
-from afa_kernels.mixed import AdapterCall, Assignment
-from afa_kernels.stack import AdapterStack
+from afa_kernels.layers.branch import Branch, BranchOptions
+from afa_kernels.layers.merging import Mergeable, plus
+from afa_kernels.layers.mixed import AdapterCall, Assignment
+from afa_kernels.layers.stack import AdapterStack
 
 EXPERT_RANKS = ("same", "per_active")
 
@@ -94,13 +94,13 @@ class AFAExperts(nn.ModuleDict):
 
     def attach(self, experts: nn.Module) -> None:
         """Let ``experts`` compute with these branches."""
-        seam.attach(experts, self)
+        attach(experts, self)
         self._hook = experts.register_load_state_dict_pre_hook(_note_weights)
 
     def detach(self, experts: nn.Module) -> None:
         """Undo :meth:`attach`."""
         self._hook.remove()
-        seam.detach(experts)
+        detach(experts)
 
     def assignment(self) -> Assignment | None:
         for layer in self.values():

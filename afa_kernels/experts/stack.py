@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from afa_kernels.branch import BranchOptions
 from afa_kernels.experts.layer import AFAExperts, BesideExperts, ExpertBranch, check_parameter
-from afa_kernels.mixed import AdapterCall
-from afa_kernels.stack import AdapterStack
+from afa_kernels.layers.branch import BranchOptions
+from afa_kernels.layers.mixed import AdapterCall
+from afa_kernels.layers.stack import AdapterStack
 
 
 class AFAExpertStack(BesideExperts, AdapterStack):

@@ -5,7 +5,7 @@ from afa_kernels.peft._version import require_peft
 
 require_peft()
 
-from afa_kernels.alpha import preparations  # noqa: E402
+from afa_kernels.alpha_t import preparations  # noqa: E402
 from afa_kernels.peft.config import AFALoraConfig  # noqa: E402 - needs the PEFT that was checked
 from afa_kernels.peft.layer import AFALoraLayer  # noqa: E402
 from afa_kernels.peft.model import (  # noqa: E402

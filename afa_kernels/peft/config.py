@@ -17,8 +17,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from afa_kernels import checks
-from afa_kernels import peft_format as fmt
+from afa_kernels.model import peft_format as fmt
+from afa_kernels.operator import checks
 from afa_kernels.peft.experts import TAKES_CONFIG, ParamWrapper, is_router, router_wrapper
 from afa_kernels.peft.layer import install
 from afa_kernels.peft.state import AdapterState

@@ -15,12 +15,11 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from afa_kernels import checks
-from afa_kernels.base_layer import is_conv1d
-from afa_kernels.experts import seam
-from afa_kernels.experts.parameters import why_unsupported
-from afa_kernels.experts.peft_names import from_matrices
-from afa_kernels.mixed import AdapterCall
+from afa_kernels.experts.forward import attach, detach
+from afa_kernels.experts.parameters import from_matrices, why_unsupported
+from afa_kernels.layers.base_layer import is_conv1d
+from afa_kernels.layers.mixed import AdapterCall
+from afa_kernels.operator import checks
 from afa_kernels.peft.layer import AFALoraLayer, dropout_of
 from afa_kernels.peft.state import add_state, is_annealed
 
@@ -106,7 +105,7 @@ class ParamWrapper(AFALoraLayer, lora.ParamWrapper):
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
         experts = super().unload_and_optionally_merge_module(*args, **kwargs)
-        seam.detach(experts)
+        detach(experts)
         return experts
 
 
@@ -195,7 +194,7 @@ def release(layer: ParamWrapper) -> None:
     experts = layer.get_base_layer()
     del experts.afa.wrappers[layer.parameter_name]
     if not experts.afa.wrappers:
-        seam.detach(experts)
+        detach(experts)
     del layer.lora_afa
     layer.__class__ = lora.ParamWrapper
 
@@ -203,7 +202,7 @@ def release(layer: ParamWrapper) -> None:
 def _register(wrapper: ParamWrapper) -> None:
     experts = wrapper.get_base_layer()
     if not hasattr(experts, "afa"):
-        seam.attach(experts, WrappedParameters())
+        attach(experts, WrappedParameters())
     experts.afa.wrappers[wrapper.parameter_name] = wrapper
 
 

@@ -14,10 +14,9 @@ from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from afa_kernels import checks, torch_private
-from afa_kernels.activation import phi
-from afa_kernels.alpha import normal
-from afa_kernels.base_layer import (
+from afa_kernels import torch_private
+from afa_kernels.alpha_t import normal
+from afa_kernels.layers.base_layer import (
     IN_FULL_PRECISION,
     REPACKED,
     check_gives_gradient,
@@ -27,9 +26,11 @@ from afa_kernels.base_layer import (
     quantized_anew,
     why_not_written,
 )
-from afa_kernels.functional import LinearCall, linear, lora
-from afa_kernels.merging import write
-from afa_kernels.mixed import BASE, AdapterCall, Assignment, mixed_linear, mixed_lora
+from afa_kernels.layers.merging import write
+from afa_kernels.layers.mixed import BASE, AdapterCall, Assignment, mixed_linear, mixed_lora
+from afa_kernels.operator import checks
+from afa_kernels.operator.activation import phi
+from afa_kernels.operator.functional import LinearCall, linear, lora
 from afa_kernels.peft.state import AdapterState, add_state, is_annealed
 from afa_kernels.peft.tuner import not_linear
 from afa_kernels.schedule import AnnealSchedule

@@ -8,11 +8,11 @@ from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from afa_kernels.model.sharing import attach_groups, detach_groups
 from afa_kernels.peft import experts
 from afa_kernels.peft.config import AFALoraConfig
 from afa_kernels.peft.layer import AFALoraLayer, install, release, why_not
 from afa_kernels.peft.tuner import adopt_tuners
-from afa_kernels.shared_input import attach_groups, detach_groups
 
 
 def accelerate(model: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from afa_kernels.alpha import Annealed
+from afa_kernels.alpha_t import Annealed
 from afa_kernels.peft.tuner import own_config
 
 

@@ -3,7 +3,7 @@
 PEFT shows a layer its configuration and nothing of the model. What needs more is here: each adapter has a configuration
 of its own; adapters are merged all or not at all; nothing that is right for linear branches alone is done to others;
 and ``adapter_names`` may be given in training, where layers compute all adapters of a batch in one call
-(:mod:`afa_kernels.mixed`).
+(:mod:`afa_kernels.layers.mixed`).
 """
 
 import sys
@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from afa_kernels.mixed import BASE, recomputed_within
+from afa_kernels.layers.mixed import BASE, recomputed_within
 
 
 class AFALoraModel(LoraModel):

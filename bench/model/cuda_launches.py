@@ -20,7 +20,7 @@ import importlib
 import math
 from typing import NamedTuple
 
-from afa_kernels.backend import native
+from afa_kernels.backend import compiled
 
 HALF, FLOAT = 2, 4
 SUMS_AT_ONCE = 16  # partial results that a thread of the reduce kernel has under way (kSumsAtOnce)
@@ -139,8 +139,8 @@ def rank_class(r: int) -> int:
 
 def planner():
     """Return the compiled module that plans launches: the CUDA kernels', or the emulator's."""
-    if native._C is not None and hasattr(native._C, "cuda"):
-        return native._C.cuda
+    if compiled._C is not None and hasattr(compiled._C, "cuda"):
+        return compiled._C.cuda
     try:
         return importlib.import_module("afa_kernels._emulator")
     except ImportError:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afa_kernels import _ops
-from afa_kernels.options import Options, Spec
+from afa_kernels.operator import ops
+from afa_kernels.operator.options import Options, Spec
 from bench.model.traffic import H100, Cost, Gpu, cost
 from tools.triton_aot import Problem
 
@@ -89,9 +89,9 @@ def torch_backend_costs(problem: Problem) -> tuple[list[Cost], list[Cost]]:
     a, b = (_meta(*shape, dtype=problem.weight_dtype or problem.dtype) for shape in ((r, k), (n, r)))
     alpha_t, options = _meta(dtype=torch.float32), Options(Spec("silu", 2.0, 0), True, "torch")
     with _OpCosts(weight) as forward:
-        _, z = _ops.linear_forward(True, weight, None, x, a, b, alpha_t, None, options, None)
+        _, z = ops.linear_forward(True, weight, None, x, a, b, alpha_t, None, options, None)
     with _OpCosts(weight) as backward:
-        _ops.linear_backward(True, weight, dy, x, a, b, z, alpha_t, None, options, None, True, True)
+        ops.linear_backward(True, weight, dy, x, a, b, z, alpha_t, None, options, None, True, True)
     return forward.costs, backward.costs
 
 

@@ -5,7 +5,7 @@
 //
 // To add an activation, write its name at the end of AFA_ACTIVATIONS and its formula into
 // activate(). The bindings, the CPU, CUDA and emulated kernels and their drivers follow from these
-// two. Its id is its place in the list, and stands in afa_kernels/activation.py too (a test
+// two. Its id is its place in the list, and stands in afa_kernels/operator/activation.py too (a test
 // compares the two).
 //
 // Conventions at kinks are torch's: relu'(0) = 0.

@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al., SC 2011) and the dropout mask made from it: afa_kernels/dropout.py
+// Philox4x32-10 (Salmon et al., SC 2011) and the dropout mask made from it: afa_kernels/operator/dropout.py
 // states the contract.
 #pragma once
 

@@ -5,11 +5,12 @@ adds CPU and CUDA kernels, layers with parameters, PEFT, schedules and checkpoin
 """
 
 from . import layers
-from .activation import activations
 from .backend import builtin as _builtin  # noqa: F401 - registers the backends
-from .backend.registry import BackendUnavailable, backends, use_backend
-from .functional import afa_linear, afa_lora
-from .plan import plan
+from .backend.choice import backends, use_backend
+from .backend.interface import BackendUnavailable
+from .operator.activation import activations
+from .operator.functional import afa_linear, afa_lora
+from .operator.plan import plan
 
 __all__ = [
     "BackendUnavailable",

@@ -1,7 +1,8 @@
 """Registers the backends in the order of choice; ``reference`` and ``torch`` can take any call."""
 
-from . import oracle, registry, torch_ops
+from . import choice, reference
+from . import torch as torch_backend
 from .triton import backend as triton
 
-for _backend in (triton.BACKEND, torch_ops.BACKEND, oracle.BACKEND):
-    registry.register(_backend)
+for _backend in (triton.BACKEND, torch_backend.BACKEND, reference.BACKEND):
+    choice.register(_backend)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .functional import afa_linear
+from .operator.functional import afa_linear
 
 
 class AFALinear(nn.Module):

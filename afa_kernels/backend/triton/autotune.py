@@ -22,7 +22,7 @@ from triton.runtime import errors
 
 from afa_kernels.backend.triton import configs, launch, passes
 from afa_kernels.backend.triton.configs import Device, Tile, Tiles
-from afa_kernels.options import Spec
+from afa_kernels.operator.options import Spec
 
 ENABLE_VARIABLE = "AFA_KERNELS_AUTOTUNE"
 CACHE_VARIABLE = "AFA_KERNELS_CACHE_DIR"

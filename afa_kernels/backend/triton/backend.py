@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-from afa_kernels.backend.registry import Backend, BackendStatus, Call
+from afa_kernels.backend.interface import Backend, BackendStatus, Call
 from afa_kernels.backend.triton.configs import MAX_RANK
 
 OLDEST_TRITON = (3, 2)
@@ -149,12 +149,22 @@ def _backward(dy, x, a, b, z, alpha_t, seed, spec, rows=None, *, dx=None, **need
     return ragged_backward(dy, x, a, b, groups, z, seed, spec, **needs, dx=dx)
 
 
-BACKEND = Backend(
-    name="triton",
-    devices=frozenset({"cpu"} if INTERPRETED else {"cuda", "xpu"}),
-    status=status,
-    refuses=_refuses,
-    forward=_forward,
-    backward=_backward,
-    automatic=not INTERPRETED,
-)
+class TritonBackend(Backend):
+    name = "triton"
+    devices = frozenset({"cpu"} if INTERPRETED else {"cuda", "xpu"})
+    automatic = not INTERPRETED
+
+    def status(self) -> BackendStatus:
+        return status()
+
+    def refuses(self, call: Call) -> str | None:
+        return _refuses(call)
+
+    def forward(self, *operands, **results):
+        return _forward(*operands, **results)
+
+    def backward(self, *operands, **needs):
+        return _backward(*operands, **needs)
+
+
+BACKEND = TritonBackend()

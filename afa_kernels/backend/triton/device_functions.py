@@ -104,7 +104,7 @@ def keep_mask(
     seed, threshold, first_row, first_col, calls_per_row, BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """Return the (BLOCK_M, BLOCK_K) dropout mask of afa_kernels/dropout.py; ``first_col`` is a
+    """Return the (BLOCK_M, BLOCK_K) dropout mask of afa_kernels/operator/dropout.py; ``first_col`` is a
     multiple of 16."""
     GROUPS: tl.constexpr = BLOCK_K // _COLUMNS_PER_CALL
     rows = first_row + tl.arange(0, BLOCK_M)  # int64: the counter has 64 bits

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from afa_kernels.backend.triton import backward_kernels, configs, forward_kernels
 from afa_kernels.backend.triton.configs import Device, Tile, Tiles, padded_rank
-from afa_kernels.dropout import COLUMNS_PER_CALL
-from afa_kernels.options import Spec
+from afa_kernels.operator.dropout import COLUMNS_PER_CALL
+from afa_kernels.operator.options import Spec
 
 INTERPRETED = not isinstance(forward_kernels.pack_kernel, triton.runtime.JITFunction)
 _PACK_BLOCK = 1024

@@ -9,7 +9,7 @@ from torch import Tensor
 from afa_kernels.backend.triton import ragged_backward_kernels, ragged_forward_kernels
 from afa_kernels.backend.triton.configs import Tile, Tiles
 from afa_kernels.backend.triton.launch import Context, Kernels, Split
-from afa_kernels.options import Spec
+from afa_kernels.operator.options import Spec
 
 # From so many programs per multiprocessor on, X and D have one for each group and slab of columns; below, one for each
 # chunk of a group's rows, whose partial sums cost memory traffic.

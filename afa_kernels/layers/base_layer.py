@@ -1,0 +1,185 @@
+"""What layers, groups and the variant for PEFT ask of the frozen layer beside a branch."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from afa_kernels.operator import checks
+
+_ORDINARY = (nn.Parameter, Tensor)
+IN_FULL_PRECISION = "Save the adapter and merge it into the model in full precision"
+REPACKED = (
+    "bitsandbytes repacked its weight for inference on this processor (AVX512-BF16), in an evaluation whose x needed "
+    "no gradient. Load the model again, and set support_avx512bf16_for_cpu = False on its Linear4bit layers before the "
+    "first evaluation"
+)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' Conv1D, a linear layer with its weight as (K, N)."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor) and weight.dim() == 2
+    )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether ``module(x)`` is ``x @ W.T + bias`` and nothing else sees or changes it on the way.
+
+    Sharding, offloading and tensor parallelism hook into a layer; its weight may then be whole during a call only.
+    """
+    own = module.__dict__
+    return (
+        (type(module) is nn.Linear or is_conv1d(module))
+        and "forward" not in own
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and not own["_backward_hooks"]
+        and not own["_backward_pre_hooks"]
+    )
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Return the weight of a linear layer or a Conv1D as ``(N, K)``."""
+    return module.weight if isinstance(module, nn.Linear) else module.weight.T
+
+
+def plain_weight(module: nn.Module) -> Tensor | None:
+    """Return the weight as ``(N, K)`` of a layer that computes ``x @ W.T + bias`` from an ordinary tensor, or None
+    where the layer has to be called."""
+    weight = weight_of(module) if is_plain(module) else None
+    return weight if type(weight) in _ORDINARY else None
+
+
+def why_not_written(module: nn.Module) -> str | None:
+    """Return why the weight of a layer cannot be overwritten by a sum, or None if it can."""
+    weight = module.weight
+    if weight.is_meta and hasattr(module, "_hf_hook"):
+        return "accelerate has offloaded the weight; accelerate.hooks.remove_hook_from_submodules(model) first"
+    if is_dense(weight):
+        return None
+    return (
+        f"{type(module).__name__} has a quantized weight ({type(weight).__name__}), into which no sum can be written. "
+        f"{IN_FULL_PRECISION}"
+    )
+
+
+def is_dense(weight: Tensor) -> bool:
+    """Whether a weight holds floating-point numbers, whole or sharded. What is written into a quantized tensor that
+    poses as one of these, as those of torchao and quanto do, is lost or refused."""
+    return weight.dtype in checks.FLOATING and (type(weight) in _ORDINARY or hasattr(weight, "device_mesh"))
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer whose weight is not in floating point. Quantization libraries have no base
+    class for these in common."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return weight.dtype not in checks.FLOATING and not weight.is_complex()
+    if not any(isinstance(getattr(module, name, None), int) for name in ("in_features", "infeatures")):
+        return False
+    own = (*module._parameters.values(), *module._buffers.values())
+    return any(t is not None and t.dim() >= 2 and t.dtype not in checks.FLOATING for t in own)
+
+
+def is_repacked(module: nn.Module) -> bool:
+    """Whether bitsandbytes has brought a 4-bit weight into a layout that its inference on a CPU alone understands: its
+    forward then gives x no gradient, and dequantizing gives noise."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def check_gives_gradient(module: nn.Module, x: Tensor, y: Tensor | None = None) -> None:
+    """Raise where a layer, with y its output if it has run, would leave its part out of the gradient of x.
+
+    Raises:
+        RuntimeError: x needs a gradient, and the layer cannot give one.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return
+    if is_repacked(module):
+        raise RuntimeError(f"x: it needs a gradient, which {type(module).__name__} cannot give: {REPACKED}")
+    if y is not None and not y.requires_grad:
+        weight = type(getattr(module, "weight", None)).__name__
+        raise RuntimeError(
+            f"x: it needs a gradient, and the output of {type(module).__name__} (weight: {weight}) has none: the layer "
+            "is for inference only. Train on a base that is quantized in another way"
+        )
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """Return the weight of a layer of bitsandbytes, HQQ or torchao in floating point."""
+    if hasattr(module, "W_q"):
+        return module.dequantize()
+    weight = module.weight
+    if type(weight).__name__ not in ("Params4bit", "Int8Params"):
+        return weight.dequantize()
+    from bitsandbytes import functional
+
+    if type(weight).__name__ == "Params4bit":
+        return functional.dequantize_4bit(weight.data, weight.quant_state)
+    scales = weight.SCB if module.state.SCB is None else module.state.SCB
+    return functional.int8_vectorwise_dequant(weight.data, scales)
+
+
+def quantized_like(module: nn.Module, weight: Tensor) -> Tensor | None:
+    """Return ``weight`` as a layer of bitsandbytes or HQQ would hold it, in floating point; None of other layers."""
+    if hasattr(module, "W_q"):
+        config = copy.deepcopy(module.quant_config)
+        options = {"compute_dtype": module.compute_dtype, "device": module.device}
+        anew = type(module)(None, {**config, "offload_meta": module.offload_meta}, **options)
+        anew.quantize(weight, **config)
+        return anew.dequantize()
+    own = module.weight
+    if type(own).__name__ not in ("Params4bit", "Int8Params"):
+        return None
+    from bitsandbytes import functional
+
+    if type(own).__name__ == "Int8Params":
+        return functional.int8_vectorwise_dequant(*functional.int8_vectorwise_quant(weight.half())[:2])
+    names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    return functional.dequantize_4bit(*functional.quantize_4bit(weight, **{n: getattr(own, n) for n in names}))
+
+
+@contextmanager
+def quantized_anew(owner: nn.Module, merged: Tensor) -> Iterator[None]:
+    """Check that ``owner.base_layer``, which is quantized anew in the meantime, holds ``merged`` as well as that
+    quantization can.
+
+    Raises:
+        RuntimeError: it does not. The base layer is then what it was.
+    """
+    base, merged = owner.base_layer, merged.detach().float()
+    parts = (base, base._parameters.get("weight"), getattr(base, "state", None))  # bitsandbytes changes all three
+    held = [base._parameters, *(vars(part) for part in parts if part is not None)]
+    before = [dict(each) for each in held]
+    yield
+    best = quantized_like(owner.base_layer, merged)
+    if best is None:
+        return
+    error, least = (torch.dist(weight.float(), merged) for weight in (dequantized(owner.base_layer), best))
+    # The bound of this project's tests: kernels of a GPU may add in another order the second time.
+    if not error <= 2 * least + torch.finfo(torch.float32).eps * merged.norm():
+        owner.base_layer = base
+        for each, values in zip(held, before, strict=True):
+            each.update(values)
+        raise RuntimeError(
+            f"merge: {type(base).__name__} is {error:.2e} away from the sum that it should hold, and the sum quantized "
+            f"anew {least:.2e}; the layer is left as it was. {IN_FULL_PRECISION}"
+        )
+
+
+class LikeItsBase:
+    """Base of the layers that stand in for ``base_layer``: what code that inspects a linear layer expects to find."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the base layer."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias

@@ -1,0 +1,415 @@
+"""AFA-LoRA over a whole model: inject, anneal, merge, unmerge, unload."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from afa_kernels.experts import AFAExpertLinear, AFAExperts, AFAExpertStack
+from afa_kernels.experts.layer import BesideExperts, check_expert_rank, rank_of_expert
+from afa_kernels.experts.parameters import Target, find_parameters
+from afa_kernels.experts.stack import check_names_of, check_no_names_of, check_whole
+from afa_kernels.layers.base_layer import is_conv1d
+from afa_kernels.layers.branch import Branch, BranchOptions
+from afa_kernels.layers.linear import AFALinear
+from afa_kernels.layers.stack import AdapterStack, AFALinearStack, check_name
+from afa_kernels.model.sharing import attach_groups, groups_of, nothing_to_share, unshare_inputs
+from afa_kernels.model.targets import (
+    ALL_LINEAR,
+    Candidate,
+    check_no_peft,
+    find_targets,
+    first_layer_of_peft,
+    trainable_modules,
+)
+
+_TRAINABLE_MARK = "_afa_trainable"
+_FAST_PATH_MARK = "_afa_fast_path"
+LAYERS = (AFALinear, AFALinearStack)
+_ADAPTED = (AFALinear, AFAExpertLinear, AdapterStack)
+
+
+def inject(
+    model: nn.Module,
+    target_modules: str | Iterable[str] | None = None,
+    *,
+    target_parameters: Iterable[str] = (),
+    r: int = 8,
+    lora_alpha: float = 16,
+    activation: str = "silu",
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    trainable: str | Iterable[str] = (),
+    exclude_modules: str | Iterable[str] = (),
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    group: bool | None = None,
+    adapters: Mapping[str, Mapping[str, Any]] | None = None,
+    expert_rank: str = "same",
+) -> nn.Module:
+    """Replace linear layers of ``model`` in place by :class:`AFALinear`, give the experts of a mixture their branches,
+    and freeze everything else.
+
+    Args:
+        target_modules: names (a module matches that is called so or ends in ``"." + name``), a
+            regular expression (a string, matched against whole names), or ``"all-linear"``: every
+            supported layer except the output head (``get_output_embeddings()``, or modules called
+            lm_head, score or classifier) and layers that cannot be adapted (tied weights, inside
+            ``nn.MultiheadAttention``). By default ``"all-linear"``, or none where ``target_parameters`` are given.
+        target_parameters: names of fused expert parameters of a model of transformers 5, such as
+            ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``, matched as names of modules are. Each expert gets
+            its own A and B (:class:`AFAExpertLinear`); routers and shared experts stay as they are.
+        expert_rank: ``"same"``: each expert has rank r; ``"per_active"``: ``max(1, r // num_experts_per_tok)``, so that
+            a token meets about r columns of A in all.
+        trainable: names or regular expression of modules to train in full, a classification head
+            for example. No layer inside them is adapted; :func:`save_adapter` saves them (PEFT's
+            ``modules_to_save``).
+        exclude_modules: names or regular expression of modules not to adapt.
+        group: let q, k and v, and gate and up, of the common transformer blocks share their passes over x where a
+            backend takes them together (see :func:`afa_kernels.share_inputs`). None: where there are such layers and no
+            dropout; True: it is an error if there are none; False: not at all.
+        adapters: give each layer a stack of adapters (:class:`AFALinearStack`, :class:`AFAExpertStack`): their names,
+            and for each the options of the next line in which it differs. :func:`adapters_of` says which one computes
+            which sample.
+        r, lora_alpha, activation, dropout, use_rslora, dtype, backend: as in
+            :class:`AFALinear`.
+
+    Returns:
+        ``model``, at ``alpha_t = 1`` with ``lora_b = 0``: its outputs are unchanged.
+
+    Raises:
+        TypeError: a named module or parameter is of another kind.
+        ValueError: nothing matches, ``"all-linear"`` would leave out quantized layers, the model has AFA layers or
+            adapters of PEFT already, or a named module shares its weight, is registered twice, or is read by its
+            parent without being called; ``group=True`` with nothing to group, or with dropout, which leaves nothing to
+            share. The model is then unchanged.
+    """
+    options = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "activation": activation,
+        "dropout": dropout,
+        "use_rslora": use_rslora,
+        "dtype": dtype,
+        "backend": backend,
+    }
+    if adapters is None:
+        BranchOptions(**options)
+    else:
+        adapters = _each(adapters, options)
+    check_expert_rank(expert_rank)
+    if any(isinstance(m, _ADAPTED) for m in model.modules()):
+        raise ValueError("model: it has AFA layers already; unload(model) first")
+    check_no_peft(model)
+    trained = trainable_modules(model, trainable)
+    parameters = find_parameters(model, target_parameters, trained)
+    targets = []
+    if target_modules or not parameters:
+        wanted = ALL_LINEAR if target_modules is None else target_modules
+        targets = find_targets(model, wanted, exclude_modules, trained)
+    of_experts = [_of_experts(target, adapters, options, expert_rank) for target in parameters]
+    if group:
+        if adapters is not None:
+            raise ValueError("group: layers with a stack of adapters compute on their own; got group=True")
+        _check_group(model, targets, dropout)
+
+    def make(_name: str, module: nn.Module) -> nn.Module:
+        return AFALinear(module, **options) if adapters is None else AFALinearStack(module, adapters)
+
+    replace(model, targets, trained, make)
+    for target, own in zip(parameters, of_experts, strict=True):
+        add_to_experts(model, target, own, stack=adapters is not None)
+    if adapters is None and group is not False and not dropout:
+        attach_groups(model, AFALinear)
+    return model
+
+
+def _each(adapters: Mapping[str, Mapping[str, Any]], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the checked options of each adapter in full."""
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise TypeError(f"adapters: expected the options of each adapter by its name, got {adapters!r}")
+    full = {}
+    for name, own in adapters.items():
+        check_name(name)
+        unknown = own.keys() - options.keys()
+        if unknown:
+            raise TypeError(f"adapters: {name!r} has {min(unknown)}; expected some of {', '.join(options)}")
+        full[name] = {**options, **own}
+        try:
+            BranchOptions(**full[name])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"adapters: {name!r}: {error}") from None
+    return full
+
+
+def _of_experts(
+    target: Target, adapters: Mapping[str, dict[str, Any]] | None, options: dict[str, Any], expert_rank: str
+) -> dict[str, Any]:
+    """Return the options of one branch of experts, or of each adapter by its name."""
+    if adapters is not None:
+        check_whole(target.experts)
+        return {name: _of_experts(target, None, own, expert_rank) for name, own in adapters.items()}
+    return {**options, "r": rank_of_expert(target.experts, options["r"], expert_rank)}
+
+
+def _check_group(model: nn.Module, targets: list[Candidate], dropout: float) -> None:
+    if dropout > 0.0:
+        raise ValueError(
+            f"group: dropout draws one mask for each layer, so no product over x can be shared; got dropout={dropout}"
+        )
+    children: dict[nn.Module, dict[str, int]] = {}
+    for target in targets:
+        in_features = target.module.weight.shape[0 if is_conv1d(target.module) else 1]
+        children.setdefault(target.parent, {})[target.attribute] = in_features
+    if not any(list(groups_of(sizes)) for sizes in children.values()):
+        raise ValueError(nothing_to_share(model))
+
+
+def replace(
+    model: nn.Module,
+    targets: list[Candidate],
+    trained: list[str],
+    make: Callable[[str, nn.Module], nn.Module],
+) -> None:
+    """Freeze ``model`` but for ``trained``, and put ``make(name, module)`` at each target."""
+    model.requires_grad_(False)
+    for name in trained:
+        module = model.get_submodule(name)
+        module.requires_grad_(True)
+        setattr(module, _TRAINABLE_MARK, True)
+    for target in targets:
+        setattr(target.parent, target.attribute, make(target.name, target.module))
+    _leave_fast_paths(model)
+    _guard_save_pretrained(model)
+
+
+def add_to_experts(model: nn.Module, target: Target, options: Mapping[str, Any], *, stack: bool) -> None:
+    """Let a fused parameter of ``model`` have a branch with these options or, as a stack, adapters with options by
+    their names."""
+    where = target.experts, target.parameter
+    layer = AFAExpertStack(*where, options) if stack else AFAExpertLinear(*where, **options)
+    if not hasattr(target.experts, "afa"):
+        AFAExperts().attach(target.experts)
+        *block, experts, _ = ["", *target.name.split(".")]
+        if stack and experts:  # no module that is a model itself
+            check_names_of(model.get_submodule(".".join(block[1:])))
+    target.experts.afa[target.parameter] = layer
+
+
+def merge(model: nn.Module, *, keep_original: bool = False) -> nn.Module:
+    """Merge every AFA layer of ``model``: it then costs what the frozen model costs.
+
+    Args:
+        keep_original: keep a copy of each weight for a bit-exact :func:`unmerge` (see
+            :meth:`AFALinear.merge`).
+
+    Raises:
+        ValueError: a layer cannot be merged (``alpha_t`` is not 0, say, its weight is quantized, or it has a stack of
+            adapters). No layer is changed then.
+        RuntimeError: a weight did not take its sum. No layer is merged then; those before it are unmerged as
+            :func:`unmerge` does it.
+    """
+    layers = _layers(model)
+    for name, layer in layers:
+        if not layer.merged:
+            # Computed here to be checked and again to be written, so that no copy of the whole
+            # model is held.
+            _named(name, layer.check_merge)
+        elif keep_original:
+            _named(name, lambda layer=layer: layer.merge(keep_original=True))
+    done = []
+    try:
+        for name, layer in layers:
+            if not layer.merged:
+                _named(name, lambda layer=layer: layer.merge_checked(keep_original))
+                done.append(layer)
+    except Exception:
+        for layer in done:
+            layer.unmerge()
+        raise
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo :func:`merge`: bit for bit if it kept the originals, by subtraction otherwise."""
+    for _, layer in _layers(model):
+        layer.unmerge()
+    return model
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take the AFA layers out of ``model`` and put their base layers back.
+
+    After :func:`merge` the base layers hold the merged weights, so the model keeps what it learned;
+    without it the branches are dropped, and the model is the one that was injected. Parameters stay
+    frozen as they are.
+
+    Raises:
+        ValueError: the model has no AFA layer, only some of them are merged, or one is sharded for
+            tensor parallelism. The model is unchanged then.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _ADAPTED)]
+    if not layers:
+        raise _nothing_found(model)
+    if len({layer.merged for _, layer in layers}) > 1:
+        name = next(name for name, layer in layers if not layer.merged)
+        raise ValueError(f"model: some layers are merged and {name} is not; merge(model) or unmerge(model) first")
+    sharded = next((name for name, layer in layers if getattr(layer, "_parallel", None) is not None), None)
+    if sharded is not None:
+        raise ValueError(
+            f"model: {sharded} is sharded by a style of afa_kernels.parallel, which its base layer "
+            "does not know; save_adapter(model) and load it into a whole model"
+        )
+    if isinstance(model, LAYERS):
+        return model.base_layer
+    unshare_inputs(model)
+    for parent in list(model.modules()):
+        for attribute, child in list(parent._modules.items()):
+            if isinstance(child, LAYERS):
+                child.base_layer.train(child.training)
+                setattr(parent, attribute, child.base_layer)
+            elif isinstance(child, AFAExperts):
+                child.detach(parent)
+        check_no_names_of(parent)
+        for attribute, value in parent.__dict__.pop(_FAST_PATH_MARK, {}).items():
+            setattr(parent, attribute, value)
+        parent.__dict__.pop(_TRAINABLE_MARK, None)
+    model.__dict__.pop("save_pretrained", None)
+    return model
+
+
+def named_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Branch]]:
+    """Yield the AFA layers of ``model`` with the names of the modules and parameters that they adapt; with ``adapter``,
+    the branches of that adapter."""
+    for name, module in _named_adapted(model):
+        if not isinstance(module, AdapterStack):
+            if adapter is None:
+                yield name, module
+        elif adapter in module.adapters:
+            yield name, module.adapters[adapter]
+
+
+def named_stacks(model: nn.Module) -> Iterator[tuple[str, AdapterStack]]:
+    """Yield the stacks of ``model``, named as in :func:`named_layers`."""
+    return ((name, module) for name, module in _named_adapted(model) if isinstance(module, AdapterStack))
+
+
+def _named_adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, BesideExperts):
+            yield name.removesuffix(f"afa.{module.parameter}") + module.parameter, module
+        elif isinstance(module, _ADAPTED):
+            yield name, module
+
+
+def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that train beside the branches, marked by :func:`inject` or unfrozen.
+
+    Raises:
+        ValueError: a parameter trains that belongs to a module around AFA layers, or to the base of
+            one.
+    """
+    covered: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in covered):
+            continue
+        if isinstance(module, AFAExperts):
+            covered.append(f"{name}.")
+            continue
+        if isinstance(module, LAYERS):
+            covered.append(f"{name}.")
+            own = module.base_layer.named_parameters(f"{name}.base_layer")
+        elif getattr(module, _TRAINABLE_MARK, False):
+            covered.append(f"{name}.")
+            yield name, module
+            continue
+        else:
+            own = module.named_parameters(name, recurse=False)
+        trains = [parameter_name for parameter_name, p in own if p.requires_grad]
+        if not trains:
+            continue
+        if not name or any(isinstance(m, _ADAPTED) for m in module.modules()):
+            raise ValueError(
+                f"{trains[0]} trains, but a LoRA checkpoint holds, beside the branches, only whole "
+                "modules without AFA layers"
+            )
+        covered.append(f"{name}.")
+        yield name, module
+
+
+def marked_modules(model: nn.Module) -> list[str]:
+    """Return the names of the modules that :func:`inject` was told to train in full."""
+    return [name for name, module in model.named_modules() if getattr(module, _TRAINABLE_MARK, False)]
+
+
+def _layers(model: nn.Module) -> list[tuple[str, AFALinear | AFAExpertLinear]]:
+    layers = list(named_layers(model))
+    if not layers:
+        raise _nothing_found(model)
+    return layers
+
+
+def _nothing_found(model: nn.Module) -> ValueError:
+    if first_layer_of_peft(model) is not None:
+        return ValueError(
+            f"model: expected AFA layers, found those of PEFT in {type(model).__name__}; use its own methods "
+            "(merge_adapter(), unmerge_adapter(), merge_and_unload(), unload())"
+        )
+    if any(isinstance(module, AdapterStack) for module in model.modules()):
+        return ValueError(
+            "model: its layers have a stack of adapters, and no weight equals several branches; save_adapter(model, "
+            "path, adapter) and load that into a model of its own"
+        )
+    return ValueError(f"model: expected AFA layers, found none in {type(model).__name__}; inject(model) adds them")
+
+
+def _named(name: str, action) -> None:
+    try:
+        action()
+    except (ValueError, RuntimeError) as error:
+        if type(error) not in (ValueError, RuntimeError):  # torch's, such as one of memory, keep their kind
+            raise
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Make torch's encoder call its linear layers in evaluation too: its fused path reads their
+    weights instead."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            attribute, off = "use_nested_tensor", False
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            attribute, off = "activation_relu_or_gelu", 0
+        else:
+            continue
+        if any(isinstance(m, LAYERS) for m in module.modules()):
+            setattr(module, _FAST_PATH_MARK, {attribute: getattr(module, attribute, off)})
+            setattr(module, attribute, off)
+
+
+def _guard_save_pretrained(model: nn.Module) -> None:
+    """Let a model of transformers refuse to write files that ``from_pretrained`` would read without the AFA layers."""
+    if callable(getattr(model, "save_pretrained", None)):
+        model.save_pretrained = MethodType(save_pretrained, model)
+
+
+def save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """``model.save_pretrained`` while the model has AFA layers. Checkpoints of a Trainer are written, because the
+    Trainer loads them into the same layers.
+
+    Raises:
+        ValueError: ``from_pretrained`` could not read what would be written.
+    """
+    of_trainer = re.fullmatch(r"checkpoint-\d+", Path(save_directory).name)
+    if not of_trainer and any(isinstance(module, _ADAPTED) for module in model.modules()):
+        raise ValueError(
+            "save_pretrained: the model has AFA layers, and from_pretrained would initialize their weights at random; "
+            "afa_kernels.save_adapter(model, path) writes the adapter, and after afa_kernels.merge(model) and "
+            "afa_kernels.unload(model) save_pretrained writes the whole model"
+        )
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)

@@ -1,0 +1,96 @@
+"""``plan``: what a call would do, without doing it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from afa_kernels.backend import choice, interface
+from afa_kernels.operator import checks, frozen, ops
+from afa_kernels.operator.functional import alpha_of, autocast, of_owners, options_of
+from afa_kernels.operator.options import Options, at_identity
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call does.
+
+    Attributes:
+        backend: name of the backend that runs the branch; ``"torch"`` where the frozen GEMM is all
+            there is.
+        path: ``"fused"`` (branch with its activation), ``"gemm"`` (alpha_t is 0: the two products
+            alone, by torch's GEMMs or in the kernels of the backend) or ``"merged"`` (the branch is
+            part of the frozen weight: that one GEMM).
+        reason: why this backend and path, with what stood against the ones before it.
+        launches: the kernels of a forward and a backward with their launch parameters, where the
+            backend tells them.
+        frozen: of a call by owner with a weight, how the rows of each owner are multiplied with it, and why:
+            "grouped_mm: it reads the offsets on the device".
+    """
+
+    backend: str
+    path: str
+    reason: str
+    launches: tuple[dict[str, Any], ...] = ()
+    frozen: str = ""
+
+
+def plan(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    alpha_t: float | Tensor,
+    *,
+    activation: str = "silu",
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+    offsets: Tensor | None = None,
+    ranks: Tensor | None = None,
+    weight: Tensor | None = None,
+    **_shared: object,
+) -> Plan:
+    """Return what :func:`afa_lora` (or :func:`afa_linear`) would do with these arguments.
+
+    Args:
+        x, lora_a, lora_b, alpha_t, activation, scaling, dropout_p, backend, offsets, ranks, weight: as in these;
+            ``weight`` changes nothing without ``offsets``.
+        **_shared: ``base``, ``inplace``, ``dropout_seed`` and ``bias`` are accepted and change nothing.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as the call itself would.
+    """
+    unknown = _shared.keys() - {"base", "inplace", "dropout_seed", "bias"}
+    if unknown:
+        raise TypeError(f"plan: unexpected arguments {', '.join(sorted(unknown))}")
+    if offsets is None:
+        options = options_of(activation, scaling, dropout_p, backend, ranks)
+        return plan_of(x, lora_a, lora_b, alpha_of(alpha_t) is None, options)
+    x = autocast("x", x.detach())
+    checks.by_owner(x, lora_a, lora_b, offsets, ranks)
+    alpha_t, options, _ = of_owners(x, alpha_t, scaling, activation, dropout_p, backend, offsets, ranks)
+    way = ""
+    if weight is not None:
+        weight = autocast("weight", weight.detach())
+        checks.frozen_by_owner(x, weight, None, *lora_b.shape[:2])
+        ways = frozen.way_of(x, weight.mT), frozen.way_of(x, weight)
+        way = ": ".join(ways[0])
+        if ways[1] != ways[0]:
+            way = f"forward {way}; backward {': '.join(ways[1])}"
+    options = at_identity(options) if alpha_t is None else options
+    return _planned(ops.call_of(x, lora_b, options.spec), alpha_t is None, options, way)
+
+
+def plan_of(x: Tensor, lora_a: Tensor, lora_b: Tensor, identity: bool, options: Options) -> Plan:
+    """:func:`plan` with options that are checked already: what layers call."""
+    checks.branch(x, lora_a, lora_b)
+    rows = autocast("x", x.detach()).reshape(-1, x.shape[-1])
+    if identity:
+        options = at_identity(options)
+    return _planned(ops.call_of(rows, lora_b, options.spec), identity, options)
+
+
+def _planned(call: interface.Call, identity: bool, options: Options, way: str = "") -> Plan:
+    chosen, reason = choice.select(call, choice.requested(options.backend))
+    launches = () if chosen.launches is None or call.m == 0 else tuple(chosen.launches(call))
+    return Plan(chosen.name, "gemm" if identity else "fused", reason, launches, way)
