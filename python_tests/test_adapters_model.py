@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import afa_kernels as afa
 from afa_kernels.callbacks.annealer import Annealer
-from afa_kernels.model.inject import named_layers
+from afa_kernels.model.adapted import named_layers
 
 ADAPTERS = {"a": {"r": 4}, "b": {"r": 2, "activation": "tanh", "lora_alpha": 4}}
 LAYERS = ["blocks.0.query", "blocks.0.value", "blocks.1.query", "blocks.1.value"]

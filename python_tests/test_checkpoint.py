@@ -9,7 +9,7 @@ from checkpoint_helpers import CONFIG, Net, X, net, outputs, wake
 from torch import nn
 
 import afa_kernels as afa
-from afa_kernels.model.inject import named_layers
+from afa_kernels.model.adapted import named_layers
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 

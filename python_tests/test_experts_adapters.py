@@ -16,7 +16,7 @@ from test_experts import Largest, call, experts_of, run
 
 import afa_kernels as afa
 from afa_kernels.layers import mixed
-from afa_kernels.model.inject import named_layers
+from afa_kernels.model.adapted import named_layers
 
 ADAPTERS = {
     "ann": {"r": 3, "lora_alpha": 5},

@@ -11,7 +11,7 @@ from test_experts import experts_of
 from test_experts_adapters import ALPHAS, stacked
 
 import afa_kernels as afa
-from afa_kernels.model.inject import named_layers
+from afa_kernels.model.adapted import named_layers
 
 
 @pytest.mark.filterwarnings("error::UserWarning:peft")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import afa_kernels as afa
-from afa_kernels.model.inject import named_layers
+from afa_kernels.model.adapted import named_layers
 
 
 class Block(nn.Module):

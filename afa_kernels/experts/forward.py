@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from afa_kernels.experts.parameters import Branches, local, projections, weight_of
-from afa_kernels.layers.mixed import AdapterCall, Gather, linear_in_passes, passes_of
+from afa_kernels.layers.branch import AdapterCall
+from afa_kernels.layers.mixed import Gather, linear_in_passes, passes_of
 from afa_kernels.operator import checks
 from afa_kernels.operator.frozen import ends_of
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from afa_kernels.experts.forward import attach, detach
 from afa_kernels.experts.parameters import local, weight_of, why_unsupported
-from afa_kernels.layers.branch import Branch, BranchOptions
+from afa_kernels.layers.branch import AdapterCall, Branch, BranchOptions
 from afa_kernels.layers.merging import Mergeable, plus
-from afa_kernels.layers.mixed import AdapterCall, Assignment
+from afa_kernels.layers.mixed import Assignment
 from afa_kernels.layers.stack import AdapterStack
 
 EXPERT_RANKS = ("same", "per_active")

@@ -9,7 +9,8 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from afa_kernels.layers.base_layer import is_dense
-from afa_kernels.layers.mixed import AdapterCall, Assignment
+from afa_kernels.layers.branch import AdapterCall
+from afa_kernels.layers.mixed import Assignment
 
 _NEEDED = "an experts module of transformers 5 (a class under its decorator use_experts_implementation)"
 

@@ -6,8 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from afa_kernels.experts.layer import AFAExperts, BesideExperts, ExpertBranch, check_parameter
-from afa_kernels.layers.branch import BranchOptions
-from afa_kernels.layers.mixed import AdapterCall
+from afa_kernels.layers.branch import AdapterCall, BranchOptions
 from afa_kernels.layers.stack import AdapterStack
 
 

@@ -3,14 +3,23 @@
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from afa_kernels.alpha_t import Annealed
-from afa_kernels.layers.mixed import AdapterCall
 from afa_kernels.operator import checks
 from afa_kernels.operator.options import Options, without_dropout
+
+
+class AdapterCall(NamedTuple):
+    """What an adapter computes with: the arguments of :func:`afa_kernels.operator.functional.lora` beside x."""
+
+    lora_a: Tensor  # (r, K), or of all experts (E, r, K)
+    lora_b: Tensor  # (N, r) or (E, N, r)
+    alpha_t: Tensor | None  # None at identity
+    options: Options
 
 
 @dataclass(frozen=True)

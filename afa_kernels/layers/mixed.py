@@ -11,28 +11,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from afa_kernels.layers.branch import AdapterCall
 from afa_kernels.operator import checks
 from afa_kernels.operator.functional import afa_linear, afa_lora, on_device
-from afa_kernels.operator.options import Options
 
 BASE = "__base__"  # PEFT's name for "no adapter"
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps its function of activation checkpointing
-
-
-class AdapterCall(NamedTuple):
-    """What an adapter computes with: the arguments of :func:`afa_kernels.operator.functional.lora` beside x."""
-
-    lora_a: Tensor  # (r, K), or of all experts (E, r, K)
-    lora_b: Tensor  # (N, r) or (E, N, r)
-    alpha_t: Tensor | None  # None at identity
-    options: Options
 
 
 class Assignment:

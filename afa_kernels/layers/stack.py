@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from afa_kernels.alpha_t import normal
 from afa_kernels.layers.base_layer import LikeItsBase, check_gives_gradient, is_conv1d, plain_weight, weight_of
-from afa_kernels.layers.branch import Branch, BranchOptions
+from afa_kernels.layers.branch import AdapterCall, Branch, BranchOptions
 from afa_kernels.layers.linear import SUPPORTED, why_unsupported
-from afa_kernels.layers.mixed import BASE, AdapterCall, Assignment, mixed_linear, mixed_lora, recomputed_within
+from afa_kernels.layers.mixed import BASE, Assignment, mixed_linear, mixed_lora, recomputed_within
 from afa_kernels.operator import checks
 
 

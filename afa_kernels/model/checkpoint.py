@@ -27,14 +27,8 @@ from afa_kernels.layers.branch import Branch, BranchOptions
 from afa_kernels.layers.linear import AFALinear, why_unsupported
 from afa_kernels.layers.stack import AdapterStack, AFALinearStack, adapters_in, check_name
 from afa_kernels.model import peft_format as fmt
-from afa_kernels.model.inject import (
-    add_to_experts,
-    marked_modules,
-    named_layers,
-    named_stacks,
-    named_trainable_modules,
-    replace,
-)
+from afa_kernels.model.adapted import marked_modules, named_layers, named_stacks, named_trainable_modules
+from afa_kernels.model.inject import add_to_experts, replace
 from afa_kernels.model.targets import Candidate, check_no_peft, find_targets
 
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from afa_kernels.experts import AFAExpertLinear, AFAExperts, AFAExpertStack
-from afa_kernels.experts.layer import BesideExperts, check_expert_rank, rank_of_expert
+from afa_kernels.experts.layer import check_expert_rank, rank_of_expert
 from afa_kernels.experts.parameters import Target, find_parameters
 from afa_kernels.experts.stack import check_names_of, check_no_names_of, check_whole
 from afa_kernels.layers.base_layer import is_conv1d
-from afa_kernels.layers.branch import Branch, BranchOptions
+from afa_kernels.layers.branch import BranchOptions
 from afa_kernels.layers.linear import AFALinear
 from afa_kernels.layers.stack import AdapterStack, AFALinearStack, check_name
+from afa_kernels.model.adapted import ADAPTED, LAYERS, TRAINABLE_MARK, named_layers
 from afa_kernels.model.sharing import attach_groups, groups_of, nothing_to_share, unshare_inputs
 from afa_kernels.model.targets import (
     ALL_LINEAR,
@@ -28,10 +29,7 @@ from afa_kernels.model.targets import (
     trainable_modules,
 )
 
-_TRAINABLE_MARK = "_afa_trainable"
 _FAST_PATH_MARK = "_afa_fast_path"
-LAYERS = (AFALinear, AFALinearStack)
-_ADAPTED = (AFALinear, AFAExpertLinear, AdapterStack)
 
 
 def inject(
@@ -103,7 +101,7 @@ def inject(
     else:
         adapters = _each(adapters, options)
     check_expert_rank(expert_rank)
-    if any(isinstance(m, _ADAPTED) for m in model.modules()):
+    if any(isinstance(m, ADAPTED) for m in model.modules()):
         raise ValueError("model: it has AFA layers already; unload(model) first")
     check_no_peft(model)
     trained = trainable_modules(model, trainable)
@@ -181,7 +179,7 @@ def replace(
     for name in trained:
         module = model.get_submodule(name)
         module.requires_grad_(True)
-        setattr(module, _TRAINABLE_MARK, True)
+        setattr(module, TRAINABLE_MARK, True)
     for target in targets:
         setattr(target.parent, target.attribute, make(target.name, target.module))
     _leave_fast_paths(model)
@@ -253,7 +251,7 @@ def unload(model: nn.Module) -> nn.Module:
         ValueError: the model has no AFA layer, only some of them are merged, or one is sharded for
             tensor parallelism. The model is unchanged then.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _ADAPTED)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, ADAPTED)]
     if not layers:
         raise _nothing_found(model)
     if len({layer.merged for _, layer in layers}) > 1:
@@ -278,73 +276,9 @@ def unload(model: nn.Module) -> nn.Module:
         check_no_names_of(parent)
         for attribute, value in parent.__dict__.pop(_FAST_PATH_MARK, {}).items():
             setattr(parent, attribute, value)
-        parent.__dict__.pop(_TRAINABLE_MARK, None)
+        parent.__dict__.pop(TRAINABLE_MARK, None)
     model.__dict__.pop("save_pretrained", None)
     return model
-
-
-def named_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, Branch]]:
-    """Yield the AFA layers of ``model`` with the names of the modules and parameters that they adapt; with ``adapter``,
-    the branches of that adapter."""
-    for name, module in _named_adapted(model):
-        if not isinstance(module, AdapterStack):
-            if adapter is None:
-                yield name, module
-        elif adapter in module.adapters:
-            yield name, module.adapters[adapter]
-
-
-def named_stacks(model: nn.Module) -> Iterator[tuple[str, AdapterStack]]:
-    """Yield the stacks of ``model``, named as in :func:`named_layers`."""
-    return ((name, module) for name, module in _named_adapted(model) if isinstance(module, AdapterStack))
-
-
-def _named_adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, BesideExperts):
-            yield name.removesuffix(f"afa.{module.parameter}") + module.parameter, module
-        elif isinstance(module, _ADAPTED):
-            yield name, module
-
-
-def named_trainable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules that train beside the branches, marked by :func:`inject` or unfrozen.
-
-    Raises:
-        ValueError: a parameter trains that belongs to a module around AFA layers, or to the base of
-            one.
-    """
-    covered: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in covered):
-            continue
-        if isinstance(module, AFAExperts):
-            covered.append(f"{name}.")
-            continue
-        if isinstance(module, LAYERS):
-            covered.append(f"{name}.")
-            own = module.base_layer.named_parameters(f"{name}.base_layer")
-        elif getattr(module, _TRAINABLE_MARK, False):
-            covered.append(f"{name}.")
-            yield name, module
-            continue
-        else:
-            own = module.named_parameters(name, recurse=False)
-        trains = [parameter_name for parameter_name, p in own if p.requires_grad]
-        if not trains:
-            continue
-        if not name or any(isinstance(m, _ADAPTED) for m in module.modules()):
-            raise ValueError(
-                f"{trains[0]} trains, but a LoRA checkpoint holds, beside the branches, only whole "
-                "modules without AFA layers"
-            )
-        covered.append(f"{name}.")
-        yield name, module
-
-
-def marked_modules(model: nn.Module) -> list[str]:
-    """Return the names of the modules that :func:`inject` was told to train in full."""
-    return [name for name, module in model.named_modules() if getattr(module, _TRAINABLE_MARK, False)]
 
 
 def _layers(model: nn.Module) -> list[tuple[str, AFALinear | AFAExpertLinear]]:
@@ -406,7 +340,7 @@ def save_pretrained(model: nn.Module, save_directory: str | os.PathLike[str], *a
         ValueError: ``from_pretrained`` could not read what would be written.
     """
     of_trainer = re.fullmatch(r"checkpoint-\d+", Path(save_directory).name)
-    if not of_trainer and any(isinstance(module, _ADAPTED) for module in model.modules()):
+    if not of_trainer and any(isinstance(module, ADAPTED) for module in model.modules()):
         raise ValueError(
             "save_pretrained: the model has AFA layers, and from_pretrained would initialize their weights at random; "
             "afa_kernels.save_adapter(model, path) writes the adapter, and after afa_kernels.merge(model) and "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from afa_kernels.experts.forward import attach, detach
 from afa_kernels.experts.parameters import from_matrices, why_unsupported
 from afa_kernels.layers.base_layer import is_conv1d
-from afa_kernels.layers.mixed import AdapterCall
+from afa_kernels.layers.branch import AdapterCall
 from afa_kernels.operator import checks
 from afa_kernels.peft.layer import AFALoraLayer, dropout_of
 from afa_kernels.peft.state import add_state, is_annealed

@@ -26,8 +26,9 @@ from afa_kernels.layers.base_layer import (
     quantized_anew,
     why_not_written,
 )
+from afa_kernels.layers.branch import AdapterCall
 from afa_kernels.layers.merging import write
-from afa_kernels.layers.mixed import BASE, AdapterCall, Assignment, mixed_linear, mixed_lora
+from afa_kernels.layers.mixed import BASE, Assignment, mixed_linear, mixed_lora
 from afa_kernels.operator import checks
 from afa_kernels.operator.activation import phi
 from afa_kernels.operator.functional import LinearCall, linear, lora
