@@ -103,6 +103,8 @@ void set_results(const afa::cpu::CommonParams& p, afa::cpu::BackwardMember& one,
     one.db = dense(db, "db", one.n, one.r, one.b.dtype);
     if (one.dy.data == nullptr)
         throw py::type_error("dy: expected a torch.Tensor, got None");
+    if (one.z.data == nullptr)
+        throw py::type_error("z: expected a torch.Tensor, got None");
 }
 
 // base and z may be None. out may be base.
@@ -118,8 +120,7 @@ void cpu_forward(py::handle x, py::handle a, py::handle b, py::handle alpha_t, p
     afa::cpu::forward(p);
 }
 
-// z, dx, da and db are contiguous or None. Without z it is recomputed; a gradient that is None is
-// not wanted.
+// z, dx, da and db are contiguous; dx, da and db may be None: not wanted.
 void cpu_backward(py::handle x, py::handle a, py::handle b, py::handle alpha_t, py::handle seed,
                   int activation, int dropout, float scaling, int threads, py::handle dy,
                   py::handle z, py::handle dx, py::handle da, py::handle db, bool accumulate_dx) {
@@ -170,14 +171,11 @@ void cpu_group_forward(py::handle x, int threads, const py::tuple& tuples) {
     afa::cpu::forward(p);
 }
 
-// Members: (a, b, alpha_t, activation, scaling, dy, z, da, db); z of all of them or of none.
+// Members: (a, b, alpha_t, activation, scaling, dy, z, da, db).
 void cpu_group_backward(py::handle x, int threads, const py::tuple& tuples, py::handle dx,
                         bool accumulate_dx) {
     auto p = common<afa::cpu::BackwardParams>(x, py::none(), 0, threads);
     const auto members = members_of<afa::cpu::BackwardMember, 9>(p, tuples);
-    for (const auto& one : members)
-        if ((one.z.data == nullptr) != (members[0].z.data == nullptr))
-            throw std::invalid_argument("z: expected of all members or of none");
     set_dx(p, dx, accumulate_dx);
     p.members = members.data();
     p.count = static_cast<int64_t>(members.size());

@@ -105,6 +105,16 @@ def test_wrong_operands_are_named():
             compiled._C.cpu_forward(*arguments[:place], wrong, *arguments[place + 1 :])
 
 
+def test_a_backward_takes_the_z_of_the_forward():
+    p = Problem.random(5, 16, 12, 4)
+    options = (1, 0, 1.0, 1, p.dy, None, None, None, None, False)
+    with pytest.raises(TypeError, match="z: expected a torch.Tensor, got None"):
+        native._C.cpu_backward(p.x, p.lora_a, p.lora_b, torch.tensor(0.5), None, *options)
+    owned = (p.lora_a[None], p.lora_b[None], torch.tensor([5]).int(), None, torch.ones(1), None, None)
+    with pytest.raises(TypeError, match="z: expected a torch.Tensor, got None"):
+        native._C.cpu_ragged_backward(p.x, *owned, *options)
+
+
 def test_values_are_read_from_memory_only_where_they_are_there():
     assert compiled.value_of(torch.tensor([0.25, 0.5])[1]) == 0.5
     assert compiled.value_of(torch.tensor(0.5)._neg_view()) == -0.5

@@ -107,8 +107,7 @@ void ragged_forward(py::handle x, py::handle a, py::handle b, py::handle offsets
     forward(p);
 }
 
-// z, dx, da and db are contiguous or None. Without z it is recomputed; a gradient that is None is
-// not wanted.
+// z, dx, da and db are contiguous; dx, da and db may be None: not wanted.
 void ragged_backward(py::handle x, py::handle a, py::handle b, py::handle offsets, py::handle ranks,
                      py::handle alpha_t, py::handle scalings, py::handle seed, int activation,
                      int dropout, float scaling, int threads, py::handle dy, py::handle z,
@@ -121,6 +120,8 @@ void ragged_backward(py::handle x, py::handle a, py::handle b, py::handle offset
     p.db = gradient(db, "db", p.groups, p.n, p.r, p.b.first.dtype);
     if (p.dy.data == nullptr)
         throw py::type_error("dy: expected a torch.Tensor, got None");
+    if (p.z.data == nullptr)
+        throw py::type_error("z: expected a torch.Tensor, got None");
     set_dx(p, dx, accumulate_dx);
     const py::gil_scoped_release unlocked;
     backward(p);

@@ -58,7 +58,7 @@ struct ForwardParams : CommonParams {
 
 struct BackwardMember : Member {
     Matrix dy;  // (M, N)
-    Matrix z;   // (M, r); absent, of all members: recomputed
+    Matrix z;   // (M, r), that of the forward
     Matrix da;  // (r, K), dense, any dtype, written if present
     Matrix db;  // (N, r), columns adjacent, any dtype, written if present
 };

@@ -47,7 +47,7 @@ struct RaggedForwardParams : RaggedParams {
 
 struct RaggedBackwardParams : RaggedParams {
     Matrix dy;                   // (M, N)
-    Matrix z;                    // (M, r), dense; absent: recomputed
+    Matrix z;                    // (M, r), dense, that of the forward
     Matrix dx;                   // (M, K), dense, written if present
     bool accumulate_dx = false;  // add to what dx holds; not with dropout
     Stack da;  // (G, r, K), dense, written if present, zero where there is no branch

@@ -33,12 +33,9 @@ class Backward {
         run_team(plan.threads, 1 + 2 * blocks, [&](Team team) {
             [[maybe_unused]] typename E::Scope scope;
             pack(team);
-            if (plan.recompute_z)
-                team.barrier();
             for (int64_t row = 0; row < p.m; row += plan.super_rows) {
                 const int64_t count = min_of(plan.super_rows, p.m - row);
-                by_rows(team, count,
-                        [&](int64_t i, int64_t rows) { activate(team, row, i, rows); });
+                by_rows(team, count, [&](int64_t i, int64_t rows) { activate(row, i, rows); });
                 team.barrier();
                 dy_slabs(team, row, count);
                 // The next rows of h overwrite what these products read.
@@ -97,16 +94,15 @@ class Backward {
     }
 
     void pack(Team& team) {
-        const int64_t a_count = plan.need_a_dot || plan.need_dx ? plan.k_slabs : 0;
+        const int64_t a_count = plan.need_dx ? plan.k_slabs : 0;
         team.share(a_count + (plan.need_dz ? plan.n_slabs : 0), [&](int64_t i) {
             for (int64_t j = 0; j < p.count; ++j) {
                 const View one = member(j);
                 const int64_t slab = i - a_count - one.plan.first_slab;
                 if (i < a_count)
                     pack_slab<T, E>(one.of.a, false, i * E::kSlab, slab_cols<E>(p.k, i), one.of.r,
-                                    {one.plan.first_rank, one.plan.rp, rp},
-                                    plan.need_a_dot ? a_dot_panel(i) : nullptr,
-                                    plan.need_dx ? a_expand_panel(i) : nullptr);
+                                    {one.plan.first_rank, one.plan.rp, rp}, nullptr,
+                                    a_expand_panel(i));
                 else if (slab >= 0 && slab < one.plan.n_slabs)
                     pack_slab<T, E>(one.of.b, true, slab * E::kSlab, slab_cols<E>(one.of.n, slab),
                                     one.of.r, all_rows(one.plan.rp), b_panel(one, slab), nullptr);
@@ -115,32 +111,16 @@ class Backward {
     }
 
     // z, h and the slope of rows [row + i, row + i + count), of every member.
-    void activate(Team& team, int64_t row, int64_t i, int64_t count) {
-        float* sums = scratch[plan.projected] + team.id() * E::kBlockRows * rp;
-        if (plan.recompute_z) {
-            memset(sums, 0, round_up(count, E::kRowStep) * rp * sizeof(float));
-            for (int64_t slab = 0; slab < plan.k_slabs; ++slab) {
-                const int64_t cols = slab_cols<E>(p.k, slab);
-                const Block<E> x = stage<E, T>(p.x, row + i, count, slab * E::kSlab, cols, dropout,
-                                               stage_of(team));
-                E::dot(x.data, x.ld, count, a_dot_panel(slab), rp, ceil_div(cols, E::kTile), sums,
-                       rp);
-            }
-        }
+    void activate(int64_t row, int64_t i, int64_t count) {
         for (int64_t j = 0; j < p.count; ++j)
-            activate_member(member(j), row, i, count, sums + plan.of[j].first_rank);
+            activate_member(member(j), row, i, count);
     }
-    void activate_member(const View& one, int64_t row, int64_t i, int64_t count,
-                         const float* sums) {
+    void activate_member(const View& one, int64_t row, int64_t i, int64_t count) {
         const int64_t own = one.plan.rp, r = one.of.r;
         float* zs = scratch[one.plan.z] + i * own;
-        if (plan.recompute_z)
-            round_z<T>(sums, rp, count, own, inverse_keep, zs);
-        else
-            for (int64_t m = 0; m < count; ++m)
-                for (int64_t j = 0; j < own; ++j)
-                    zs[m * own + j] =
-                        j < r ? to_float(*element<T>(one.of.z, row + i + m, j)) : 0.0f;
+        for (int64_t m = 0; m < count; ++m)
+            for (int64_t j = 0; j < own; ++j)
+                zs[m * own + j] = j < r ? to_float(*element<T>(one.of.z, row + i + m, j)) : 0.0f;
         float* hs = scratch[one.plan.h] + i * own;
         phi(one.of.activation, zs, count * own, alpha_of(one.of), hs,
             plan.need_dz ? scratch[one.plan.slope] + i * own : nullptr);
@@ -342,7 +322,6 @@ class Backward {
     Coefficients<E> dz_of(int64_t i, int64_t rows) {
         return E::view_coefficients(scratch[plan.dz] + i * rp, rows, rp, packed_dz(i));
     }
-    Elem* a_dot_panel(int64_t i) { return scratch[plan.a_dot] + i * plan.panel_elements; }
     Elem* a_expand_panel(int64_t i) { return scratch[plan.a_expand] + i * plan.expand_elements; }
     Elem* b_panel(const View& one, int64_t i) {
         return scratch[one.plan.b_panels] + i * one.plan.panel_elements;

@@ -173,7 +173,6 @@ struct BackwardPlan {
 
     explicit BackwardPlan(const BackwardParams& p)
         : threads(threads_for(p)), k_slabs(ceil_div(p.k, E::kSlab)), need_dx(p.dx.data != nullptr),
-          recompute_z(p.members[0].z.data == nullptr),
           streams(need_dx && p.dropout == 0 && !p.accumulate_dx && can_stream<T>(p.dx, p.m, p.k)) {
         const Totals all = place_members<E>(p, of);
         rp = all.rp, r = all.r, n_slabs = all.n_slabs, most_rp = all.most_rp;
@@ -190,15 +189,11 @@ struct BackwardPlan {
         staged = layout.reserve<Elem>(threads * E::kBlockRows * staged_ld<E>());
         outer_tiles = layout.reserve<Elem>(threads * 2 * E::kBlockRows * E::kTile);
         db_tile = layout.reserve<float>(threads * most_rp * E::kTile);
-        projected = layout.reserve<float>(recompute_z ? threads * E::kBlockRows * rp : 0);
         dz = layout.reserve<float>(need_dz ? super_rows * rp : 0);
         dz_packed =
             layout.reserve<char>(super_blocks_for(rp) * E::coefficient_bytes(E::kBlockRows, rp));
         dots = layout.reserve<float>(need_dz ? E::kBlockRows * all.most_rp : 0);
-        need_a_dot = recompute_z || (E::kOnePanel && need_dx);
-        a_dot = layout.reserve<Elem>(need_a_dot ? k_slabs * panel_elements : 0);
-        a_expand =
-            E::kOnePanel ? a_dot : layout.reserve<Elem>(need_dx ? k_slabs * expand_elements : 0);
+        a_expand = layout.reserve<Elem>(need_dx ? k_slabs * expand_elements : 0);
         da_sums = layout.reserve<float>(need_da && !da_in_place ? k_slabs * panel_elements : 0);
         for (int64_t i = 0; i < p.count; ++i)
             plan_member(p.members[i], of[i]);
@@ -206,27 +201,25 @@ struct BackwardPlan {
 
     int threads;
     int64_t k_slabs;
-    bool need_dx, need_da = false, need_dz, recompute_z;
+    bool need_dx, need_da = false, need_dz;
     // dX bypasses the cache. Not with dropout, which reads dX again to drop elements.
     bool streams;
     int64_t rp, r, n_slabs, most_rp;          // see Totals
     int64_t super_rows;                       // rows that go through all phases at once
-    int64_t panel_elements, expand_elements;  // of a panel of A for dot or outer, for expand
+    int64_t panel_elements, expand_elements;  // of the sums of dA, and of a panel of A
     bool da_in_place;                         // the sums of dA lie where the result goes
-    bool need_a_dot;
-    std::vector<Of> of;  // of each member
+    std::vector<Of> of;                       // of each member
 
     Layout layout;
     Piece<Elem> staged;       // of each thread: [kBlockRows][staged_ld]
     Piece<Elem> outer_tiles;  // of each thread: [2][kBlockRows][kTile]
     Piece<float> db_tile;     // of each thread: [kTile][rp], a tile of dB's sums transposed
-    Piece<float> projected;   // of each thread: x A^T, [kBlockRows][rp]
 
-    Piece<float> dz;              // [super_rows][rp]
-    Piece<char> dz_packed;        // of each block: E::Coefficients
-    Piece<float> dots;            // [kBlockRows][rp], one slab's part of the first thread's run
-    Piece<Elem> a_dot, a_expand;  // of each slab of K
-    Piece<float> da_sums;         // of each slab of K: [tile][rp][kTile]
+    Piece<float> dz;        // [super_rows][rp]
+    Piece<char> dz_packed;  // of each block: E::Coefficients
+    Piece<float> dots;      // [kBlockRows][rp], one slab's part of the first thread's run
+    Piece<Elem> a_expand;   // of each slab of K
+    Piece<float> da_sums;   // of each slab of K: [tile][rp][kTile]
 
   private:
     void plan_member(const BackwardMember& member, Of& of) {

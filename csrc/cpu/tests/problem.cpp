@@ -45,7 +45,7 @@ struct Problem {
     int64_t m, k, key;
     Dtype dtype;
     double eps;  // four roundings; the kernels round factors to the dtype of x as well
-    bool with_base, with_z, need_dx;
+    bool with_base, need_dx;
     Operand x, dx;
     std::vector<OneMember> members;
     std::vector<ForwardMember> forward_members;
@@ -75,7 +75,7 @@ Problem::Problem(uint64_t problem_seed) : seed(problem_seed) {
     const auto factor_dtype = [&] { return draw(0, 1) ? dtype : static_cast<Dtype>(draw(0, 3)); };
     key = static_cast<int64_t>(bits());
     x = operand(m, k, dtype, 1), dx = operand(m, k, dtype, 0, true);
-    with_base = draw(0, 1), with_z = draw(0, 1), need_dx = draw(0, 1);
+    with_base = draw(0, 1), need_dx = draw(0, 1);
 
     members.resize(draw(0, 1) ? 1 : draw(2, 4));
     const bool alone = members.size() == 1;
@@ -100,9 +100,7 @@ Problem::Problem(uint64_t problem_seed) : seed(problem_seed) {
         forward_one.out = one.out.matrix, forward_one.z = one.z.matrix;
         if (with_base)
             forward_one.base = one.base.matrix;
-        backward_one.dy = one.dy.matrix;
-        if (with_z)
-            backward_one.z = one.z.matrix;
+        backward_one.dy = one.dy.matrix, backward_one.z = one.z.matrix;
         if (one.need_da)
             backward_one.da = one.da.matrix;
         if (one.need_db)

@@ -48,7 +48,6 @@ struct RaggedProblem {
     std::vector<float> alphas, scalings;
     int64_t key;
     Base base_is;
-    bool recompute_z;
     Operand x, dy, base, start, a, b;  // dx is added to `start`
     Results got;
     RaggedForwardParams f;
@@ -92,7 +91,7 @@ RaggedProblem::RaggedProblem(uint64_t seed) {
     f.threads = static_cast<int>(draw(1, 4));
     key = static_cast<int64_t>(bits());
     f.seed = &key, f.dropout = draw(0, 2) ? 0 : static_cast<int>(draw(1, 200));
-    base_is = static_cast<Base>(draw(0, 2)), recompute_z = draw(0, 1);
+    base_is = static_cast<Base>(draw(0, 2));
     g.accumulate_dx = f.dropout == 0 && draw(0, 1);
 
     const Dtype factors = draw(0, 1) ? f.dtype : static_cast<Dtype>(draw(0, 3));
@@ -114,10 +113,8 @@ RaggedProblem::RaggedProblem(uint64_t seed) {
     if (base_is != Base::absent)
         f.base = base_is == Base::out ? got.out.matrix : base.matrix;
     f.out = got.out.matrix, f.z = got.z.matrix;
-    g.dy = dy.matrix, g.dx = got.dx.matrix;
+    g.dy = dy.matrix, g.z = f.z, g.dx = got.dx.matrix;
     g.da = stack_of(got.da, f.r), g.db = stack_of(got.db, f.n);
-    if (!recompute_z)
-        g.z = f.z;
 }
 
 void RaggedProblem::run() {

@@ -33,7 +33,7 @@ struct RowsProblem {
     Operand x, dx;
     std::vector<RowsMember> members;
     CommonParams common;
-    bool with_base, accumulate_dx, recompute_z;
+    bool with_base, accumulate_dx;
 
     // Forward and backward of rows [first, first + count) of members [begin, end), on random
     // threads.
@@ -61,9 +61,7 @@ struct RowsProblem {
             forward_one.out = got.out.back().matrix, forward_one.z = got.z.back().matrix;
             if (with_base)
                 forward_one.base = rows(one.base);
-            backward_one.dy = rows(one.dy);
-            if (!recompute_z)
-                backward_one.z = forward_one.z;
+            backward_one.dy = rows(one.dy), backward_one.z = forward_one.z;
             forward_members.push_back(forward_one);
             backward_members.push_back(backward_one);
         }
@@ -94,7 +92,7 @@ RowsProblem random_problem(uint64_t seed) {
     c.k = length();
     c.dtype = static_cast<Dtype>(draw(0, 2));
     p.x = operand(kRows, c.k, c.dtype, 1), p.dx = operand(kRows, c.k, c.dtype, 1, true);
-    p.with_base = draw(0, 1), p.accumulate_dx = draw(0, 1), p.recompute_z = draw(0, 1);
+    p.with_base = draw(0, 1), p.accumulate_dx = draw(0, 1);
     p.members.resize(draw(1, 3));
     for (RowsMember& one : p.members) {
         Member& params = one.params;
