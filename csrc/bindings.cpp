@@ -21,7 +21,7 @@
 
 namespace py = pybind11;
 
-void bind_ragged(py::module_& module);  // csrc/cpu/bind_ragged.cpp
+void bind_by_owner(py::module_& module);  // csrc/cpu/bind_by_owner.cpp
 #if defined(AFA_WITH_CUDA)
 void bind_cuda(py::module_& module);  // csrc/cuda/bindings.cpp
 #endif
@@ -238,7 +238,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("cpu_backward", &cpu_backward);
     module.def("cpu_group_forward", &cpu_group_forward);
     module.def("cpu_group_backward", &cpu_group_backward);
-    bind_ragged(module);
+    bind_by_owner(module);
     module.def("activation_ids", &activation_ids, "Name -> id of every activation.");
     module.def("dropout_mask", &dropout_mask, py::arg("out"), py::arg("rows"), py::arg("cols"),
                py::arg("seed"), py::arg("threshold"), "Write the keep mask as bytes (for tests).");

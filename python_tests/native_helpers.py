@@ -69,7 +69,7 @@ def check(operands, spec, **options):
 
 SHAPES = (
     (1, 70, 90, 4),  # one row: slabs of columns
-    (5, 1030, 1100, 24),  # few rows, several slabs, ragged tiles; still worth several threads
+    (5, 1030, 1100, 24),  # few rows, several slabs, tiles that are not whole; still worth several threads
     (48, 64, 64, 8),  # exactly one block of rows and whole tiles
     (49, 100, 129, 7),  # one row more than a block; odd rank
     (390, 70, 66, 33),  # more rows than a super block

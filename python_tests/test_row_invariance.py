@@ -68,7 +68,7 @@ def check_cpu():
     for dtype in DTYPES.values():
         for k, n, r, factors, activation in (
             (640, 512, 8, None, "silu"),  # whole tiles; A is read where it lies for a few rows
-            (1100, 700, 20, torch.float32, "gelu"),  # ragged tiles in several slabs
+            (1100, 700, 20, torch.float32, "gelu"),  # tiles that are not whole, in several slabs
             (1100, 700, 33, None, "tanh"),  # a rank that is padded
         ):
             Branch("cpu", dtype, 400, k, n, r, factors=factors, activation=activation).check(COUNTS)

@@ -112,7 +112,7 @@ def test_a_backward_takes_the_z_of_the_forward():
         native._C.cpu_backward(p.x, p.lora_a, p.lora_b, torch.tensor(0.5), None, *options)
     owned = (p.lora_a[None], p.lora_b[None], torch.tensor([5]).int(), None, torch.ones(1), None, None)
     with pytest.raises(TypeError, match="z: expected a torch.Tensor, got None"):
-        native._C.cpu_ragged_backward(p.x, *owned, *options)
+        native._C.cpu_backward_by_owner(p.x, *owned, *options)
 
 
 def test_values_are_read_from_memory_only_where_they_are_there():

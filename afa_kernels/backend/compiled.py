@@ -17,8 +17,8 @@ OTHER_VERSION = "the compiled module afa_kernels._C is of another version of thi
 # All that the package uses of the module, and of its CUDA part where it has one.
 _NAMES = (
     "activation_ids", "are_plain", "build_info", "cpu_features", "cpu_group_backward", "cpu_group_forward",
-    "cpu_backward", "cpu_forward", "cpu_isa", "cpu_isas", "cpu_ragged_backward", "cpu_ragged_forward", "environment",
-    "float_at", "recognizes_group", "recognizes_linear", "recognizes_lora", "use_torch",
+    "cpu_backward", "cpu_backward_by_owner", "cpu_forward", "cpu_forward_by_owner", "cpu_isa", "cpu_isas",
+    "environment", "float_at", "recognizes_group", "recognizes_linear", "recognizes_lora", "use_torch",
 )  # fmt: skip
 _CUDA_NAMES = (
     "backward", "backward_workspace", "device_limits", "forward", "forward_workspace", "kernel_image_failure",

@@ -80,7 +80,7 @@ class CPUBackend(Backend):
         if rows is None:
             compiled._C.cpu_forward(x, a, b, alpha_t, seed, *results)
         else:
-            compiled._C.cpu_ragged_forward(x, a, b, rows.offsets, rows.ranks, alpha_t, rows.scaling, seed, *results)
+            compiled._C.cpu_forward_by_owner(x, a, b, rows.offsets, rows.ranks, alpha_t, rows.scaling, seed, *results)
         return z
 
     def backward(self, dy, x, a, b, z, alpha_t, seed, spec, rows=None, *, need_dx, need_da, need_db, dx=None):
@@ -93,7 +93,7 @@ class CPUBackend(Backend):
         if rows is None:
             compiled._C.cpu_backward(x, a, b, alpha_t, seed, *results)
         else:
-            compiled._C.cpu_ragged_backward(x, a, b, rows.offsets, rows.ranks, alpha_t, rows.scaling, seed, *results)
+            compiled._C.cpu_backward_by_owner(x, a, b, rows.offsets, rows.ranks, alpha_t, rows.scaling, seed, *results)
         return dx, da, db
 
     def refuses_together(self, calls: list[Call]) -> str | None:

@@ -14,7 +14,7 @@ int check_problem(uint64_t seed);
 // of y and z whatever other members are in the call.
 int check_rows(uint64_t seed);
 
-// Ragged calls: random groups, ranks and rows of no group give the bits of calls of each group.
-int check_ragged(uint64_t seed);
+// Rows by owner: random owners, ranks and rows of no owner give the bits of calls of each owner.
+int check_by_owner(uint64_t seed);
 
 }  // namespace afa::cpu::test

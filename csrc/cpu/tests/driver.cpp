@@ -39,7 +39,7 @@ int run(uint64_t problems, uint64_t first) {
         if (seed % 16 == 0)  // it takes as long as these many of the others
             failures += afa::cpu::test::check_rows(seed);
         if (seed % 4 == 0)
-            failures += afa::cpu::test::check_ragged(seed);
+            failures += afa::cpu::test::check_by_owner(seed);
     }
     std::printf("%s: %llu problems, %d failures\n", isa, static_cast<unsigned long long>(problems),
                 failures);

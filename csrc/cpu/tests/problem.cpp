@@ -67,7 +67,7 @@ Problem::Problem(uint64_t problem_seed) : seed(problem_seed) {
     seed_draws(seed);
     const int64_t limits[] = {3, 20, 70, 600};
     const auto size = [&] { return draw(1, limits[draw(0, 3)]); };
-    // Whole tiles take other ways than ragged ones.
+    // Whole tiles take other ways than those that are not.
     const auto length = [&] { return draw(0, 2) ? size() : 64 * draw(1, 10); };
     m = size(), k = length();
     dtype = static_cast<Dtype>(draw(0, 2));

@@ -59,7 +59,7 @@ std::vector<Case> fixed_cases() {
     add({90, 136, 136, 13}, [](Options& o) { o.need_da = false, o.threshold = 60; });
     add({90, 136, 136, 8}, [](Options& o) { o.need_db = false; });
     add({90, 136, 136, 40}, [](Options& o) { o.need_dx = o.need_da = false; });
-    // Layers that share x: two and three, full ranks and ragged ones; the last one in one pass.
+    // Layers that share x: two and three, full ranks and others; the last one in one pass.
     add({130, 136, {{264, 16}, {72, 16}, {72, 16}}}, nothing);
     add({70, 712, {{8, 3}, {584, 17}, {136, 16}}},
         [](Options& o) { o.float_weights = o.recompute_z = true; });

@@ -1,7 +1,7 @@
 """All that the PTX machine proves of the compiled kernels: random problems and planted faults.
 
-``python csrc/ptx/tests/check.py --problems 300 --ragged 100 --planted 144``, for each compiler and architecture (or for
-those that are named; rows sorted by group are Triton's alone). ``--only`` runs one of the two. Ends with a line of
+``python csrc/ptx/tests/check.py --problems 300 --by-owner 100 --planted 144``, for each compiler and architecture (or
+for those that are named; rows by owner are Triton's alone). ``--only`` runs one of the two. Ends with a line of
 figures; exit status 1 if anything was wrong.
 """
 
@@ -45,7 +45,7 @@ def commands(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
     problems = [
         ("problems.py", target, "--first", str(first), "--count", str(min(PART, count - first)), *kind)
         for target in arguments.targets
-        for count, *kind in ((arguments.problems,), (arguments.ragged, "--ragged"))
+        for count, *kind in ((arguments.problems,), (arguments.by_owner, "--by-owner"))
         if not kind or target.startswith("triton")
         for first in range(0, count, PART)
     ]
@@ -61,11 +61,9 @@ def main() -> int:
     targets = present()
     parser.add_argument("targets", nargs="*", default=targets, help="of " + ", ".join(TARGETS))
     parser.add_argument("--problems", type=int, default=300, help="per target")
-    parser.add_argument(
-        "--ragged", type=int, default=100, help="problems of rows sorted by group, per target of Triton"
-    )
+    parser.add_argument("--by-owner", type=int, default=100, help="problems of rows by owner, per target of Triton")
     parser.add_argument("--planted", type=int, default=144, help="per target")
-    parser.add_argument("--quick", action="store_true", help="20 problems, 8 ragged ones and 12 faults per target")
+    parser.add_argument("--quick", action="store_true", help="20 problems, 8 by owner and 12 faults per target")
     parser.add_argument("--seed", type=int, default=0, help="of the places of faults")
     parser.add_argument("--only", choices=("", "problems", "mutation"), default="")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
@@ -74,7 +72,7 @@ def main() -> int:
         if target not in targets:
             print(f"{target}: not part of this build, which found no nvcc")
     if arguments.quick:
-        arguments.problems, arguments.ragged, arguments.planted = 20, 8, 12
+        arguments.problems, arguments.by_owner, arguments.planted = 20, 8, 12
     with ThreadPoolExecutor(arguments.jobs) as pool:
         done = list(pool.map(lambda command: run(*command), commands(arguments)))
     every = [figures for _, figures in done]

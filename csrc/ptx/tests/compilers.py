@@ -62,11 +62,11 @@ def call(backend: str, shape: tuple[int, int, int], rank: int, dtype: torch.dtyp
     return run
 
 
-def ragged_call(
+def call_by_owner(
     backend: str, sizes: tuple[int, ...], width: tuple[int, int], rank: int, dtype: torch.dtype, adapter: torch.dtype,
     dropout: int,
 ):  # fmt: skip
-    """Return the same of rows sorted by group, and with a dx that is added to. Under dropout groups have ranks of their
+    """Return the same of rows by owner, and with a dx that is added to. Under dropout each owner has a rank of its
     own."""
     torch.manual_seed(1)
     ranks = [max(1, rank // (1 + g)) for g in range(len(sizes))] if dropout else None
@@ -158,13 +158,13 @@ class Nvcc:
 
 class Triton:
     """16 bits and tf32, in the tiles of the architecture: loops of several steps in one chunk of rows, full tiles and
-    ragged ones, for a device that the rows fill and for one that they do not.
+    others, for a device that the rows fill and for one that they do not.
 
     Where Triton's pipeline has a race (ptx_problems.RACE), no kernel is sound, and no such tiles are taken.
     """
 
     shapes = (((64, 256, 256), 0), ((330, 528, 272), 0), ((75, 137, 200), 77))
-    ragged = (((64, 0, 100), (264, 272), 0), ((40, 35), (137, 200), 77))
+    by_owner = (((64, 0, 100), (264, 272), 0), ((40, 35), (137, 200), 77))
     types = (
         ("bf16", torch.bfloat16, 16), ("f16", torch.float16, 64), ("bf16", torch.bfloat16, 128),
         ("tf32", torch.float32, 32),
@@ -206,7 +206,7 @@ class Triton:
     def kernels(self) -> list[Kernel]:
         self.machine.explain = True
         found: dict[str, Kernel] = {}
-        uses = [(call, *shape) for shape in self.shapes] + [(ragged_call, *shape) for shape in self.ragged]
+        uses = [(call, *shape) for shape in self.shapes] + [(call_by_owner, *shape) for shape in self.by_owner]
         for name, dtype, rank in self.types:
             for make, *shape, dropout in uses:
                 for multiprocessors in (1, 108):

@@ -25,12 +25,12 @@ def main() -> int:
     parser.add_argument("target", choices=ptx_problems.TARGETS)
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--first", type=int, default=0, help="the number of the first problem")
-    parser.add_argument("--ragged", action="store_true", help="of rows sorted by group, for a target of Triton")
+    parser.add_argument("--by-owner", action="store_true", help="of rows by owner, for a target of Triton")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # several of these processes run side by side
     ptx_cuda.register()
     where = ptx_problems.target(arguments.target)
-    kind = RandomRaggedProblem if arguments.ragged else ptx_problems.RandomProblem
+    kind = RandomRaggedProblem if arguments.by_owner else ptx_problems.RandomProblem
     kernels, schedules, known, wrong = set(), 0, 0, 0
     with where.running():
         for number in range(arguments.first, arguments.first + arguments.count):

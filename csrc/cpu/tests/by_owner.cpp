@@ -1,11 +1,11 @@
-// Ragged calls against calls of their groups alone, bit for bit; problem.cpp checks those.
+// Rows by owner against calls of each owner alone, bit for bit; problem.cpp checks those.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 
 #include "common/activation.h"
-#include "cpu/ragged.h"
+#include "cpu/by_owner.h"
 #include "cpu/tests/checks.h"
 #include "cpu/tests/operand.h"
 
@@ -43,35 +43,35 @@ struct Results {
     Operand out, z, dx, da, db;
 };
 
-struct RaggedProblem {
+struct ByOwnerProblem {
     std::vector<int32_t> offsets, ranks;
     std::vector<float> alphas, scalings;
     int64_t key;
     Base base_is;
     Operand x, dy, base, start, a, b;  // dx is added to `start`
     Results got;
-    RaggedForwardParams f;
-    RaggedBackwardParams g;
+    ByOwnerForwardParams f;
+    ByOwnerBackwardParams g;
 
-    void draw_groups();
-    explicit RaggedProblem(uint64_t seed);
+    void draw_owners();
+    explicit ByOwnerProblem(uint64_t seed);
     void run();
-    Results alone(int64_t group, int64_t first, int64_t count, int64_t rank) const;
+    Results alone(int64_t owner, int64_t first, int64_t count, int64_t rank) const;
 };
 
-// Many small groups, which have a thread each, perhaps among them a large one, which has all.
-void RaggedProblem::draw_groups() {
-    f.groups = draw(1, 12), f.r = draw(1, draw(0, 4) ? 24 : 80);
+// Many owners of few rows, which have a thread each, perhaps among them one of many, which has all.
+void ByOwnerProblem::draw_owners() {
+    f.owners = draw(1, 12), f.r = draw(1, draw(0, 4) ? 24 : 80);
     const bool ranks_differ = draw(0, 1), alphas_differ = draw(0, 1), with_scalings = draw(0, 1);
-    const int64_t large = draw(0, 2 * f.groups);
-    for (int64_t i = 0; i < f.groups; ++i) {
+    const int64_t large = draw(0, 2 * f.owners);
+    for (int64_t i = 0; i < f.owners; ++i) {
         f.m += i == large ? draw(100, 300) : draw(0, 2) ? draw(1, 50) : 0;
         offsets.push_back(static_cast<int32_t>(f.m));
         ranks.push_back(static_cast<int32_t>(draw(0, f.r)));
         alphas.push_back(static_cast<float>(draw(0, 10)) / 10);
         scalings.push_back(static_cast<float>(draw(1, 8)) / 4);
     }
-    f.m += f.m == 0 || draw(0, 2) == 0 ? draw(1, 70) : 0;  // rows of no group
+    f.m += f.m == 0 || draw(0, 2) == 0 ? draw(1, 70) : 0;  // rows of no owner
     f.offsets = {offsets.data(), 1};
     f.alpha_t = {alphas.data(), alphas_differ};
     if (ranks_differ)
@@ -81,10 +81,10 @@ void RaggedProblem::draw_groups() {
     f.scaling = 1.5f;
 }
 
-RaggedProblem::RaggedProblem(uint64_t seed) {
+ByOwnerProblem::ByOwnerProblem(uint64_t seed) {
     seed_draws(seed);
     const auto length = [] { return draw(0, 1) ? draw(1, 700) : 64 * draw(1, 10); };
-    draw_groups();
+    draw_owners();
     f.k = length(), f.n = length();
     f.dtype = static_cast<Dtype>(draw(0, 2));
     f.activation = static_cast<int>(draw(0, kActivationCount - 1));
@@ -97,19 +97,19 @@ RaggedProblem::RaggedProblem(uint64_t seed) {
     const Dtype factors = draw(0, 1) ? f.dtype : static_cast<Dtype>(draw(0, 3));
     x = operand(f.m, f.k, f.dtype, 1), dy = operand(f.m, f.n, f.dtype, 1);
     base = operand(f.m, f.n, f.dtype, 1), start = operand(f.m, f.k, f.dtype, 1, true);
-    a = operand(f.groups * f.r, f.k, factors, 1 / std::sqrt(f.k));
-    b = operand(f.groups * f.n, f.r, factors, 1 / std::sqrt(f.r));
+    a = operand(f.owners * f.r, f.k, factors, 1 / std::sqrt(f.k));
+    b = operand(f.owners * f.n, f.r, factors, 1 / std::sqrt(f.r));
     got.out = operand(f.m, f.n, f.dtype, 0), got.z = operand(f.m, f.r, f.dtype, 0, true);
     got.dx = operand(f.m, f.k, f.dtype, 0, true);
-    got.da = operand(f.groups * f.r, f.k, factors, 0, true);
-    got.db = operand(f.groups * f.n, f.r, factors, 0, true);
+    got.da = operand(f.owners * f.r, f.k, factors, 0, true);
+    got.db = operand(f.owners * f.n, f.r, factors, 0, true);
     if (base_is == Base::out)
         copy(base, got.out);
     if (g.accumulate_dx)
         copy(start, got.dx);
 
     f.x = x.matrix, f.a = stack_of(a, f.r), f.b = stack_of(b, f.n);
-    static_cast<RaggedParams&>(g) = f;
+    static_cast<ByOwnerParams&>(g) = f;
     if (base_is != Base::absent)
         f.base = base_is == Base::out ? got.out.matrix : base.matrix;
     f.out = got.out.matrix, f.z = got.z.matrix;
@@ -117,14 +117,14 @@ RaggedProblem::RaggedProblem(uint64_t seed) {
     g.da = stack_of(got.da, f.r), g.db = stack_of(got.db, f.n);
 }
 
-void RaggedProblem::run() {
+void ByOwnerProblem::run() {
     forward(f);
     backward(g);
 }
 
-// What the ragged call has to give `count` rows and their group, from calls of an A and B of the
-// rank of the group.
-Results RaggedProblem::alone(int64_t group, int64_t first, int64_t count, int64_t rank) const {
+// What the call has to give `count` rows and their owner, from calls of an A and B of the
+// rank of the owner.
+Results ByOwnerProblem::alone(int64_t owner, int64_t first, int64_t count, int64_t rank) const {
     Results whole{zeros(count, f.n, f.dtype), zeros(count, f.r, f.dtype),
                   zeros(count, f.k, f.dtype), zeros(f.r, f.k, f.a.first.dtype),
                   zeros(f.n, f.r, f.b.first.dtype)};
@@ -139,10 +139,10 @@ Results RaggedProblem::alone(int64_t group, int64_t first, int64_t count, int64_
 
     ForwardMember forward_one;
     forward_one.n = f.n, forward_one.r = rank;
-    forward_one.a = f.a.at(group), forward_one.b = f.b.at(group);
-    forward_one.alpha_t = f.alpha_t.at(group);
+    forward_one.a = f.a.at(owner), forward_one.b = f.b.at(owner);
+    forward_one.alpha_t = f.alpha_t.at(owner);
     forward_one.activation = f.activation;
-    forward_one.scaling = f.scalings.data ? *f.scalings.at(group) : f.scaling;
+    forward_one.scaling = f.scalings.data ? *f.scalings.at(owner) : f.scaling;
     BackwardMember backward_one;
     static_cast<Member&>(backward_one) = forward_one;
     const Operand z = operand(count, rank, f.dtype, 0, true);
@@ -172,30 +172,30 @@ Results RaggedProblem::alone(int64_t group, int64_t first, int64_t count, int64_
 
 }  // namespace
 
-int check_ragged(uint64_t seed) {
-    RaggedProblem p(seed);
+int check_by_owner(uint64_t seed) {
+    ByOwnerProblem p(seed);
     p.run();
     int failures = 0;
-    for (int64_t group = 0, first = 0; group <= p.f.groups; ++group) {
-        const bool is_group = group < p.f.groups;  // else the rows behind the last
-        const int64_t end = is_group ? p.offsets[group] : p.f.m;
-        const Results want = p.alone(group, first, end - first, is_group ? p.f.rank_of(group) : 0);
+    for (int64_t owner = 0, first = 0; owner <= p.f.owners; ++owner) {
+        const bool is_owner = owner < p.f.owners;  // else the rows behind the last
+        const int64_t end = is_owner ? p.offsets[owner] : p.f.m;
+        const Results want = p.alone(owner, first, end - first, is_owner ? p.f.rank_of(owner) : 0);
         const auto expect = [&](const char* what, const Operand& wanted, const Operand& got,
                                 int64_t from) {
             const int64_t found = differences(wanted, got, from);
             if (found == 0)
                 return;
             ++failures;
-            std::printf("seed %llu: %lld elements of %s differ in group %lld of %lld\n",
+            std::printf("seed %llu: %lld elements of %s differ in owner %lld of %lld\n",
                         static_cast<unsigned long long>(seed), static_cast<long long>(found), what,
-                        static_cast<long long>(group), static_cast<long long>(p.f.groups));
+                        static_cast<long long>(owner), static_cast<long long>(p.f.owners));
         };
         expect("y", want.out, p.got.out, first);
         expect("z", want.z, p.got.z, first);
         expect("dx", want.dx, p.got.dx, first);
-        if (is_group) {
-            expect("dA", want.da, p.got.da, group * p.f.r);
-            expect("dB", want.db, p.got.db, group * p.f.n);
+        if (is_owner) {
+            expect("dA", want.da, p.got.da, owner * p.f.r);
+            expect("dB", want.db, p.got.db, owner * p.f.n);
         }
         first = end;
     }

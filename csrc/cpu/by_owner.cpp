@@ -1,6 +1,6 @@
-// Each group is an ordinary call of the kernels: a large one on all threads, one after the other;
-// the small ones on one thread each, which take them as they come.
-#include "cpu/ragged.h"
+// The rows of an owner are an ordinary call of the kernels: many on all threads, one owner after
+// the other; few on one thread, and the threads take such owners as they come.
+#include "cpu/by_owner.h"
 
 #include <algorithm>
 #include <cstring>
@@ -54,25 +54,25 @@ void copy(const Matrix& from, const Matrix& to, int64_t rows, int64_t cols) {
                 source == nullptr ? Bits{0} : source[row * from.row_stride + col * from.col_stride];
 }
 
-// Neighbouring rows: those of a group, or rows without a branch.
+// Neighbouring rows: those of an owner, or rows without a branch.
 struct Rows {
-    int64_t group, begin, count;
+    int64_t owner, begin, count;
     int64_t rank;
     int64_t products;  // multiply-adds
 };
 
-// Who takes what. A group on all threads has a barrier or two, and one on a single thread may be
-// the last that is still running: with groups of at most a quarter of a thread's share that is
+// Who takes what. An owner on all threads has a barrier or two, and one on a single thread may be
+// the last that is still running: with owners of at most a quarter of a thread's share that is
 // little.
 class Work {
   public:
-    explicit Work(const RaggedParams& p) {
+    explicit Work(const ByOwnerParams& p) {
         int64_t begin = 0, products = 0;
-        for (int64_t g = 0; g < p.groups; ++g) {
-            const int64_t end = *p.offsets.at(g), rank = p.rank_of(g);
-            const Rows rows{g, begin, end - begin, rank, (end - begin) * rank * (p.k + p.n)};
+        for (int64_t owner = 0; owner < p.owners; ++owner) {
+            const int64_t end = *p.offsets.at(owner), rank = p.rank_of(owner);
+            const Rows rows{owner, begin, end - begin, rank, (end - begin) * rank * (p.k + p.n)};
             if (rows.products == 0) {
-                idle.push_back(g);
+                idle.push_back(owner);
                 add_bare(begin, end);
             } else {
                 alone.push_back(rows);
@@ -82,7 +82,7 @@ class Work {
         }
         add_bare(begin, p.m);
         threads = products < kWorthThreads ? 1 : p.threads;
-        // The largest first: the later a group begins, the less there is to wait for at the end.
+        // The largest first: the later an owner begins, the less there is to wait for at the end.
         std::stable_sort(alone.begin(), alone.end(),
                          [](const Rows& a, const Rows& b) { return a.products > b.products; });
         const auto is_small = [&](const Rows& rows) {
@@ -95,9 +95,9 @@ class Work {
     }
 
     int threads;
-    std::vector<Rows> together, alone;  // groups with a branch: on all threads, on one each
+    std::vector<Rows> together, alone;  // owners with a branch: on all threads, on one each
     std::vector<Rows> bare;             // rows without a branch, a few at a time
-    std::vector<int64_t> idle;          // groups without rows or without a rank
+    std::vector<int64_t> idle;          // owners without rows or without a rank
 
   private:
     void add_bare(int64_t begin, int64_t end) {
@@ -116,7 +116,7 @@ void share(int threads, int64_t count, F&& f) {
             f(i);
         } catch (...) {
 #if defined(_OPENMP)
-#pragma omp critical(afa_ragged_failure)
+#pragma omp critical(afa_by_owner_failure)
 #endif
             failure = std::current_exception();
         }
@@ -132,19 +132,19 @@ void share(int threads, int64_t count, F&& f) {
         std::rethrow_exception(failure);
 }
 
-// Calls of_group(rows, threads) for each group with a branch, of_bare(rows) for the rows without
-// one and of_idle(group) for the groups without one.
-template <class OfGroup, class OfBare, class OfIdle>
-void run(const RaggedParams& p, OfGroup&& of_group, OfBare&& of_bare, OfIdle&& of_idle) {
+// Calls of_owner(rows, threads) for each owner with a branch, of_bare(rows) for the rows without
+// one and of_idle(owner) for the owners without one.
+template <class OfOwner, class OfBare, class OfIdle>
+void run(const ByOwnerParams& p, OfOwner&& of_owner, OfBare&& of_bare, OfIdle&& of_idle) {
     const Work work(p);
     for (const Rows& rows : work.together)
-        of_group(rows, work.threads);
+        of_owner(rows, work.threads);
     const auto alone = static_cast<int64_t>(work.alone.size());
     const auto bare = static_cast<int64_t>(work.bare.size());
     const auto idle = static_cast<int64_t>(work.idle.size());
     share(work.threads, alone + bare + idle, [&](int64_t i) {
         if (i < alone)
-            of_group(work.alone[i], 1);
+            of_owner(work.alone[i], 1);
         else if (i < alone + bare)
             of_bare(work.bare[i - alone]);
         else
@@ -152,9 +152,10 @@ void run(const RaggedParams& p, OfGroup&& of_group, OfBare&& of_bare, OfIdle&& o
     });
 }
 
-// What an ordinary call and its only member get from a group, in both directions.
+// What an ordinary call and its only member get from an owner, in both directions.
 template <class Params, class Member>
-void set_group(const RaggedParams& p, const Rows& rows, int threads, Params& call, Member& member) {
+void set_owner(const ByOwnerParams& p, const Rows& rows, int threads, Params& call,
+               Member& member) {
     static_cast<CommonParams&>(call) = p;
     call.m = rows.count;
     call.x = from_row(p.x, rows.begin);
@@ -164,29 +165,29 @@ void set_group(const RaggedParams& p, const Rows& rows, int threads, Params& cal
     call.count = 1;
     member.n = p.n;
     member.r = rows.rank;
-    member.a = p.a.at(rows.group);
-    member.b = p.b.at(rows.group);
-    member.alpha_t = p.alpha_t.data ? p.alpha_t.at(rows.group) : nullptr;
+    member.a = p.a.at(rows.owner);
+    member.b = p.b.at(rows.owner);
+    member.alpha_t = p.alpha_t.data ? p.alpha_t.at(rows.owner) : nullptr;
     member.activation = p.activation;
-    member.scaling = p.scalings.data ? *p.scalings.at(rows.group) : p.scaling;
+    member.scaling = p.scalings.data ? *p.scalings.at(rows.owner) : p.scaling;
 }
 
 }  // namespace
 
-Matrix Stack::at(int64_t group) const {
+Matrix Stack::at(int64_t owner) const {
     Matrix own = first;
     if (present())
-        own.data = address(first, group * stride);
+        own.data = address(first, owner * stride);
     return own;
 }
 
-void forward(const RaggedForwardParams& p) {
+void forward(const ByOwnerForwardParams& p) {
     run(
         p,
         [&](const Rows& rows, int threads) {
             ForwardParams call;
             ForwardMember member;
-            set_group(p, rows, threads, call, member);
+            set_owner(p, rows, threads, call, member);
             member.base = from_row(p.base, rows.begin);
             member.out = from_row(p.out, rows.begin);
             member.z = from_row(p.z, rows.begin);
@@ -208,19 +209,19 @@ void forward(const RaggedForwardParams& p) {
         [](int64_t) {});
 }
 
-void backward(const RaggedBackwardParams& p) {
+void backward(const ByOwnerBackwardParams& p) {
     run(
         p,
         [&](const Rows& rows, int threads) {
             BackwardParams call;
             BackwardMember member;
-            set_group(p, rows, threads, call, member);
+            set_owner(p, rows, threads, call, member);
             call.dx = from_row(p.dx, rows.begin);
             call.accumulate_dx = p.accumulate_dx;
             member.dy = from_row(p.dy, rows.begin);
             member.z = from_row(p.z, rows.begin);
-            member.da = p.da.at(rows.group);
-            member.db = p.db.at(rows.group);
+            member.da = p.da.at(rows.owner);
+            member.db = p.db.at(rows.owner);
             backward(call);
             if (p.da.present())
                 clear(from_row(member.da, rows.rank), p.r - rows.rank, 0, p.k);
@@ -231,11 +232,11 @@ void backward(const RaggedBackwardParams& p) {
             if (p.dx.data != nullptr && !p.accumulate_dx)
                 clear(from_row(p.dx, rows.begin), rows.count, 0, p.k);
         },
-        [&](int64_t group) {
+        [&](int64_t owner) {
             if (p.da.present())
-                clear(p.da.at(group), p.r, 0, p.k);
+                clear(p.da.at(owner), p.r, 0, p.k);
             if (p.db.present())
-                clear(p.db.at(group), p.n, 0, p.r);
+                clear(p.db.at(owner), p.n, 0, p.r);
         });
 }
 

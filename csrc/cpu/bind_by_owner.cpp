@@ -1,7 +1,7 @@
-// The ragged calls of the CPU kernels, bound to Python.
+// The calls of the CPU kernels for rows by owner, bound to Python.
 #include "common/activation.h"
 #include "cpu/bind_operands.h"
-#include "cpu/ragged.h"
+#include "cpu/by_owner.h"
 
 namespace py = pybind11;
 
@@ -9,26 +9,26 @@ namespace afa::cpu {
 
 namespace {
 
-// (groups, rows, cols), of any strides.
-Stack stack(const TensorView& view, const char* name, int64_t groups, int64_t rows, int64_t cols) {
-    if (view.dimensions != 3 || view.sizes[0] != groups || view.sizes[1] != rows ||
+// (owners, rows, cols), of any strides.
+Stack stack(const TensorView& view, const char* name, int64_t owners, int64_t rows, int64_t cols) {
+    if (view.dimensions != 3 || view.sizes[0] != owners || view.sizes[1] != rows ||
         view.sizes[2] != cols)
-        throw py::value_error(std::string(name) + ": expected shape (" + std::to_string(groups) +
+        throw py::value_error(std::string(name) + ": expected shape (" + std::to_string(owners) +
                               ", " + std::to_string(rows) + ", " + std::to_string(cols) + ")");
     return {{data_of(view, name), view.strides[1], view.strides[2], dtype_of(view, name)},
             view.strides[0]};
 }
 
 // The gradient of a stack of factors, contiguous. None: absent.
-Stack gradient(py::handle tensor, const char* name, int64_t groups, int64_t rows, int64_t cols,
+Stack gradient(py::handle tensor, const char* name, int64_t owners, int64_t rows, int64_t cols,
                Dtype dtype) {
     if (tensor.is_none())
         return {};
-    const Stack found = stack(view_of(tensor, name), name, groups, rows, cols);
+    const Stack found = stack(view_of(tensor, name), name, owners, rows, cols);
     const Stack dense{{found.first.data, cols, 1, dtype}, rows * cols};
     const bool adjacent = (cols == 1 || found.first.col_stride == 1) &&
                           (rows == 1 || found.first.row_stride == dense.first.row_stride) &&
-                          (groups == 1 || found.stride == dense.stride);
+                          (owners == 1 || found.stride == dense.stride);
     if (!adjacent || found.first.dtype != dtype)
         throw py::value_error(std::string(name) +
                               ": expected a contiguous tensor in the dtype of its factor");
@@ -36,27 +36,27 @@ Stack gradient(py::handle tensor, const char* name, int64_t groups, int64_t rows
 }
 
 template <class T>
-PerGroup<T> per_group(py::handle tensor, const char* name, int64_t groups, Element element) {
+PerOwner<T> per_owner(py::handle tensor, const char* name, int64_t owners, Element element) {
     if (tensor.is_none())
         return {};
     const TensorView view = view_of(tensor, name);
-    if (view.dimensions != 1 || view.sizes[0] != groups || view.element != element ||
+    if (view.dimensions != 1 || view.sizes[0] != owners || view.element != element ||
         view.data == nullptr)
         throw py::value_error(std::string(name) + ": expected one " +
                               (element == Element::i32 ? "int32" : "float32") +
-                              " for each of the " + std::to_string(groups) + " groups");
+                              " for each of the " + std::to_string(owners) + " owners");
     return {static_cast<const T*>(view.data), view.strides[0]};
 }
 
 // The kernels must not leave the tensors, whoever calls.
-void check_groups(const RaggedParams& p) {
+void check_owners(const ByOwnerParams& p) {
     if (p.offsets.data == nullptr)
         throw py::type_error("offsets: expected a torch.Tensor, got None");
     int64_t before = 0;
-    for (int64_t g = 0; g < p.groups; ++g) {
-        const int64_t end = *p.offsets.at(g), rank = p.rank_of(g);
+    for (int64_t owner = 0; owner < p.owners; ++owner) {
+        const int64_t end = *p.offsets.at(owner), rank = p.rank_of(owner);
         if (end < before || end > p.m)
-            throw py::value_error("offsets: expected ends of groups from 0 to " +
+            throw py::value_error("offsets: expected ends of owners from 0 to " +
                                   std::to_string(p.m) + " that do not decrease");
         if (rank < 0 || rank > p.r)
             throw py::value_error("ranks: expected values from 0 to " + std::to_string(p.r));
@@ -72,32 +72,32 @@ Params operands(py::handle x, py::handle a, py::handle b, py::handle offsets, py
     if (activation < 0 || activation >= kActivationCount)
         throw std::invalid_argument("activation: unknown id");
     const TensorView view = view_of(b, "lora_b");
-    p.groups = view.sizes[0], p.n = view.sizes[1], p.r = view.sizes[2];
-    p.b = stack(view, "lora_b", p.groups, p.n, p.r);
-    if (p.groups < 1 || p.n < 1 || p.r < 1 || p.r > kMaxRank)
+    p.owners = view.sizes[0], p.n = view.sizes[1], p.r = view.sizes[2];
+    p.b = stack(view, "lora_b", p.owners, p.n, p.r);
+    if (p.owners < 1 || p.n < 1 || p.r < 1 || p.r > kMaxRank)
         throw std::invalid_argument("sizes: expected G, N >= 1 and 1 <= r <= 256");
-    p.a = stack(view_of(a, "lora_a"), "lora_a", p.groups, p.r, p.k);
-    p.offsets = per_group<int32_t>(offsets, "offsets", p.groups, Element::i32);
-    p.ranks = per_group<int32_t>(ranks, "ranks", p.groups, Element::i32);
-    p.scalings = per_group<float>(scalings, "scaling", p.groups, Element::f32);
+    p.a = stack(view_of(a, "lora_a"), "lora_a", p.owners, p.r, p.k);
+    p.offsets = per_owner<int32_t>(offsets, "offsets", p.owners, Element::i32);
+    p.ranks = per_owner<int32_t>(ranks, "ranks", p.owners, Element::i32);
+    p.scalings = per_owner<float>(scalings, "scaling", p.owners, Element::f32);
     if (activation != static_cast<int>(Activation::identity)) {
-        p.alpha_t = per_group<float>(alpha_t, "alpha_t", p.groups, Element::f32);
+        p.alpha_t = per_owner<float>(alpha_t, "alpha_t", p.owners, Element::f32);
         if (p.alpha_t.data == nullptr)
             throw py::type_error("alpha_t: expected a torch.Tensor, got None");
     }
     p.activation = activation;
     p.scaling = scaling;
-    check_groups(p);
+    check_owners(p);
     return p;
 }
 
 // ranks, alpha_t, scalings, base and z may be None. out may be base.
-void ragged_forward(py::handle x, py::handle a, py::handle b, py::handle offsets, py::handle ranks,
-                    py::handle alpha_t, py::handle scalings, py::handle seed, int activation,
-                    int dropout, float scaling, int threads, py::handle base, py::handle out,
-                    py::handle z) {
-    auto p = operands<RaggedForwardParams>(x, a, b, offsets, ranks, alpha_t, scalings, seed,
-                                           activation, dropout, scaling, threads);
+void forward_by_owner(py::handle x, py::handle a, py::handle b, py::handle offsets,
+                      py::handle ranks, py::handle alpha_t, py::handle scalings, py::handle seed,
+                      int activation, int dropout, float scaling, int threads, py::handle base,
+                      py::handle out, py::handle z) {
+    auto p = operands<ByOwnerForwardParams>(x, a, b, offsets, ranks, alpha_t, scalings, seed,
+                                            activation, dropout, scaling, threads);
     p.base = matrix(base, "base", p.m, p.n, p.dtype);
     p.out = matrix(out, "out", p.m, p.n, p.dtype);
     p.z = dense(z, "z", p.m, p.r, p.dtype);
@@ -108,16 +108,17 @@ void ragged_forward(py::handle x, py::handle a, py::handle b, py::handle offsets
 }
 
 // z, dx, da and db are contiguous; dx, da and db may be None: not wanted.
-void ragged_backward(py::handle x, py::handle a, py::handle b, py::handle offsets, py::handle ranks,
-                     py::handle alpha_t, py::handle scalings, py::handle seed, int activation,
-                     int dropout, float scaling, int threads, py::handle dy, py::handle z,
-                     py::handle dx, py::handle da, py::handle db, bool accumulate_dx) {
-    auto p = operands<RaggedBackwardParams>(x, a, b, offsets, ranks, alpha_t, scalings, seed,
-                                            activation, dropout, scaling, threads);
+void backward_by_owner(py::handle x, py::handle a, py::handle b, py::handle offsets,
+                       py::handle ranks, py::handle alpha_t, py::handle scalings, py::handle seed,
+                       int activation, int dropout, float scaling, int threads, py::handle dy,
+                       py::handle z, py::handle dx, py::handle da, py::handle db,
+                       bool accumulate_dx) {
+    auto p = operands<ByOwnerBackwardParams>(x, a, b, offsets, ranks, alpha_t, scalings, seed,
+                                             activation, dropout, scaling, threads);
     p.dy = matrix(dy, "dy", p.m, p.n, p.dtype);
     p.z = dense(z, "z", p.m, p.r, p.dtype);
-    p.da = gradient(da, "da", p.groups, p.r, p.k, p.a.first.dtype);
-    p.db = gradient(db, "db", p.groups, p.n, p.r, p.b.first.dtype);
+    p.da = gradient(da, "da", p.owners, p.r, p.k, p.a.first.dtype);
+    p.db = gradient(db, "db", p.owners, p.n, p.r, p.b.first.dtype);
     if (p.dy.data == nullptr)
         throw py::type_error("dy: expected a torch.Tensor, got None");
     if (p.z.data == nullptr)
@@ -131,7 +132,7 @@ void ragged_backward(py::handle x, py::handle a, py::handle b, py::handle offset
 
 }  // namespace afa::cpu
 
-void bind_ragged(py::module_& module) {
-    module.def("cpu_ragged_forward", &afa::cpu::ragged_forward);
-    module.def("cpu_ragged_backward", &afa::cpu::ragged_backward);
+void bind_by_owner(py::module_& module) {
+    module.def("cpu_forward_by_owner", &afa::cpu::forward_by_owner);
+    module.def("cpu_backward_by_owner", &afa::cpu::backward_by_owner);
 }
