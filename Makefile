@@ -11,7 +11,7 @@ RUN := $(BIN)/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 BUILD_FOLDER := $(VENV)/build
 PYTHON_CODE := afa_kernels python_tests bench tools examples experiments setup.py
-CPP_CODE = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh'
+CPP_CODE = find csrc python_tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh'
 SAY := @printf '\n== %s\n'
 
 .PHONY: help
@@ -160,7 +160,7 @@ else
 sanitize-aarch64: $(VENV)/.tests  ## CPU kernels for aarch64 under HWASan and UBSan in qemu, where a cross-compiler is
 	$(SAY) 'CPU kernels for aarch64 under HWASan and UBSan, in qemu'
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize-aarch64 -G Ninja -DAFA_SANITIZE=ON \
-		-DCMAKE_TOOLCHAIN_FILE=csrc/cpu/tests/aarch64.cmake
+		-DCMAKE_TOOLCHAIN_FILE=python_tests/cpu_kernels/aarch64.cmake
 	$(BIN)/cmake --build build/sanitize-aarch64
 	QEMU_CPU=max $(AARCH64_TESTS)
 	$(SAY) 'Those of NEON on an ARMv8-A without extensions; those for BF16 are skipped there'
@@ -169,17 +169,17 @@ endif
 
 sanitize-quick: sanitize-cpu  ## sanitize with few random shapes
 	$(SAY) 'The PTX machine under ASan and UBSan'
-	$(RUN) csrc/ptx/tests/sanitize.py
+	$(RUN) python_tests/ptx_machine/tests/sanitize.py
 	$(SAY) 'CUDA kernels on the emulator, under ASan, UBSan and ThreadSanitizer'
 	$(RUN) csrc/emulator/tests/sanitize.py --quick
 
 sanitize: sanitize-cpu  ## kernels and PTX machine under ASan, UBSan and ThreadSanitizer, random shapes and schedules
-	$(RUN) csrc/ptx/tests/sanitize.py
+	$(RUN) python_tests/ptx_machine/tests/sanitize.py
 	$(RUN) csrc/emulator/tests/sanitize.py $(ARGS)
 
 mutation: build-tests  ## plants faults in the source of the CUDA kernels and in all PTX; each one has to be caught
 	$(RUN) csrc/emulator/tests/mutation.py $(ARGS)
-	$(RUN) csrc/ptx/tests/check.py --only mutation $(filter --quick,$(ARGS))
+	$(RUN) python_tests/ptx_machine/tests/check.py --only mutation $(filter --quick,$(ARGS))
 
 .PHONY: ptx-check
 ptx-check: build-tests  ## compiled kernels on the PTX machine: random problems, schedules, faults planted in the PTX
@@ -187,7 +187,7 @@ ptx-check: build-tests  ## compiled kernels on the PTX machine: random problems,
 	for arch in sm_80 sm_90; do \
 		OMP_NUM_THREADS=1 AFA_TEST_SIMULATED_GPU=$$arch $(RUN) -m pytest python_tests/test_numerics.py -k triton || exit 1; \
 	done
-	$(RUN) csrc/ptx/tests/check.py $(ARGS)
+	$(RUN) python_tests/ptx_machine/tests/check.py $(ARGS)
 
 reports-quick: build-tests
 	$(SAY) 'Machine code of the CUDA and Triton kernels'

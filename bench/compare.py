@@ -66,7 +66,7 @@ def check_out(commit: str, folder: Path) -> None:
         subprocess.CalledProcessError: the commit is unknown, or does not build.
     """
     _run("git", "-C", str(ROOT), "worktree", "add", "--detach", "--quiet", str(folder), commit)
-    if not (folder / "csrc" / "bindings.cpp").exists():
+    if not (folder / "CMakeLists.txt").exists():
         return
     python = f"-DPython_EXECUTABLE={sys.executable}"
     configure = ["cmake", "-S", ".", "-B", "build", "-DAFA_INPLACE=ON", python]

@@ -24,7 +24,7 @@ from bench.environment import available_bytes
 
 ptx_cuda.register()
 
-# "sm_80", "sm_90": Triton compiles for this GPU, and the machine of csrc/ptx executes the PTX on CPU tensors.
+# "sm_80", "sm_90": Triton compiles for this GPU, and the machine in ptx_machine executes the PTX on CPU tensors.
 SIMULATED_GPU = os.environ.get("AFA_TEST_SIMULATED_GPU", "")
 REQUIRED = {name for name in os.environ.get("AFA_KERNELS_REQUIRE", "").split(",") if name}
 if not REQUIRED <= set(choice.names()):

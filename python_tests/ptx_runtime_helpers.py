@@ -1,4 +1,4 @@
-"""The simulated CUDA runtime (csrc/ptx/cuda) with the compiled kernels, for the tests that let it fail or overlap."""
+"""The simulated CUDA runtime (ptx_machine/cuda) and the compiled kernels, for tests that let it fail or overlap."""
 
 import ptx_cuda
 import pytest

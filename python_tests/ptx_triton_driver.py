@@ -1,5 +1,5 @@
 """Triton on a GPU that is not there: kernels compile for it as for a real one, and their PTX runs on the machine of
-``csrc/ptx``, on CPU tensors.
+``python_tests/ptx_machine``, on CPU tensors.
 
 Everything between ``kernel[grid](...)`` and the driver's launch is Triton's own: specialization, the kernel cache, the
 compiler, the order of arguments.

@@ -1,5 +1,5 @@
 """The CUDA backend where the driver, the runtime or another kernel is not as it should be: its Python, its binding and
-its host code, on a simulated CUDA runtime (csrc/ptx/cuda) that plays it, with the compiled kernels."""
+its host code, on a simulated CUDA runtime (python_tests/ptx_machine/cuda) that plays it, with the compiled kernels."""
 
 import re
 

@@ -170,7 +170,7 @@ def compile_one(source: str, arch: str, folder: Path, tool: str) -> list[Row]:
     cubin = folder / f"{source}.{arch}.cubin"
     command = ["nvcc", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", f"-I{CSRC}"]
     done = subprocess.run(
-        [*command, str(CSRC / "cuda" / f"{source}.cu"), "-o", str(cubin)],
+        [*command, str(CSRC / "cuda" / "kernels" / f"{source}.cu"), "-o", str(cubin)],
         capture_output=True,
         text=True,
     )

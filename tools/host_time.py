@@ -2,10 +2,10 @@
 
     python -m tools.host_time [--json FILE]
 
-A layer is called on the simulated CUDA runtime of the tests (csrc/ptx/cuda). Its launches are counted and do nothing,
-and its device memory is the CPU's. So these figures leave out what a GPU adds: the driver's part of each launch, the
-look-up of the current stream, and what torch's CUDA allocator takes longer than its CPU one. Each figure is the median
-of repetitions, in microseconds of this thread's processor time.
+A layer is called on the simulated CUDA runtime of the tests (python_tests/ptx_machine/cuda). Its launches are counted
+and do nothing, and its device memory is the CPU's. So these figures leave out what a GPU adds: the driver's part of
+each launch, the look-up of the current stream, and what torch's CUDA allocator takes longer than its CPU one. Each
+figure is the median of repetitions, in microseconds of this thread's processor time.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """The ``cuda`` backend: compiled kernels for NVIDIA GPUs, and ``cuda_emulated``, the same source
 run on the CPU.
 
-This file allocates results and scratch memory; csrc/cuda/bind_ops.cpp turns tensors into pointers and strides, and
-csrc/cuda/ops.cpp decides what is launched. What the kernels cannot read in place (columns that are not adjacent, rows
-that do not start at 16 bytes) is copied. ``cuda_emulated`` takes CPU tensors, is slow, and exists for tests: it is only
-chosen by name.
+This file allocates results and scratch memory; csrc/python/cuda_ops.cpp turns tensors into pointers and strides, and
+csrc/cuda/host/ops.cpp decides what is launched. What the kernels cannot read in place (columns that are not adjacent,
+rows that do not start at 16 bytes) is copied. ``cuda_emulated`` takes CPU tensors, is slow, and exists for tests: it is
+only chosen by name.
 """
 
 import importlib

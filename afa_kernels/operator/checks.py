@@ -1,8 +1,8 @@
 """Every check of what a caller passes, once: each error names the argument, what came and what is wanted.
 
-Operands that pass cost more to check in Python than a small call's kernels take on a CPU. csrc/checks.cpp recognizes
-the common ones, on the CPU and on CUDA devices; what it does not recognize is checked here, and only here are errors
-made.
+Operands that pass cost more to check in Python than a small call's kernels take on a CPU. csrc/python/checks.cpp
+recognizes the common ones, on the CPU and on CUDA devices; what it does not recognize is checked here, and only here
+are errors made.
 """
 
 import math

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "cuda/params.h"
-#include "cuda/prim_check.cuh"
+#include "cuda/kernels/params.h"
+#include "cuda/kernels/prim_check.cuh"
 #include "emulator/simt.h"
 
 namespace afa {

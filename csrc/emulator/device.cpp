@@ -1,6 +1,6 @@
 #include "emulator/device.h"
 
-#include "cuda/launch.h"
+#include "cuda/host/device.h"
 
 namespace afa {
 namespace {

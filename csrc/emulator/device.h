@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cuda/plan.h"
+#include "cuda/host/plan.h"
 
 namespace afa {
 

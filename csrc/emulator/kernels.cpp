@@ -1,7 +1,7 @@
 // The kernels, compiled for the emulator: every .cu file that instantiates some is plain C++
 // without nvcc.
-#include "cuda/prim_check.cu"
-#include "cuda/rank16.cu"
-#include "cuda/rank32.cu"
-#include "cuda/rank64.cu"
-#include "cuda/small.cu"
+#include "cuda/kernels/prim_check.cu"
+#include "cuda/kernels/rank16.cu"
+#include "cuda/kernels/rank32.cu"
+#include "cuda/kernels/rank64.cu"
+#include "cuda/kernels/small.cu"

@@ -2,9 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cuda/bind_ops.h"
 #include "emulator/device.h"
 #include "emulator/simt.h"
+#include "python/cuda_ops.h"
 
 namespace py = pybind11;
 

@@ -65,7 +65,7 @@ void set_options(const Options& options);
 Counters counters();
 void reset_counters();
 
-// --- Called by kernels, through cuda/prim_host.h
+// --- Called by kernels, through cuda/kernels/prim_host.h
 // -------------------------------------------------------------------
 
 int thread_index();

@@ -25,7 +25,7 @@ ELEMENTWISE = Tile(0, 0, 4, 1)  # warps and stages of a kernel without a streame
 # Rows per multiprocessor from which one pass over x has enough bytes in flight: a tile of 64 on
 # three of four. A tile of 128 rows occupies half as many, with twice the bytes.
 _FULL_DEVICE_ROWS = 48
-# The sums over K and N: at most so many segments, each a whole number of so many columns, as in csrc/cuda/plan.h.
+# The sums over K and N: at most so many segments, each a whole number of so many columns, as in csrc/cuda/host/plan.h.
 _MAX_SEGMENTS, _SEGMENT_UNIT = 8, 256
 
 

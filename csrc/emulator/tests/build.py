@@ -16,8 +16,8 @@ CORE = ("fiber", "simt", "memory", "collectives")
 KERNELS = "emulator/kernels.cpp"
 HOST = (
     "emulator/device.cpp",
-    "cuda/ops.cpp",
-    "cuda/plan.cpp",
+    "cuda/host/ops.cpp",
+    "cuda/host/plan.cpp",
     "emulator/tests/problem.cpp",
     "emulator/tests/driver.cpp",
 )

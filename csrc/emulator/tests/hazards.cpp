@@ -13,7 +13,7 @@
 #include <cstring>
 #include <string>
 
-#include "cuda/prim.cuh"
+#include "cuda/kernels/prim.cuh"
 
 #if defined(SIMT_ASAN)
 extern "C" const char* __asan_default_options() {

@@ -6,7 +6,7 @@ from typing import NamedTuple
 class Mutant(NamedTuple):
     kind: str
     what: str
-    file: str  # under csrc/cuda
+    file: str  # under csrc/cuda/kernels
     old: str
     new: str
     nth: int = 0  # which occurrence of `old`

@@ -26,7 +26,7 @@ QUICK = 7  # every so many mutants in the quick form
 
 def apply(mutant: Mutant, csrc: Path) -> None:
     """Change the copy in ``csrc``."""
-    path = csrc / "cuda" / mutant.file
+    path = csrc / "cuda" / "kernels" / mutant.file
     text = path.read_text()
     # The formatter may break a line anywhere: white space stands for any white space.
     pattern = r"\s+".join(re.escape(word) for word in mutant.old.split())

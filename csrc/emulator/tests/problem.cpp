@@ -4,6 +4,7 @@
 
 #include "common/activation.h"
 #include "common/philox.h"
+#include "cuda/host/device.h"
 #include "emulator/simt.h"
 
 namespace afa::test {

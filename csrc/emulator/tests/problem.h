@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/ops.h"
+#include "cuda/host/ops.h"
 
 namespace afa::test {
 

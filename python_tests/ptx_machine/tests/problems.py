@@ -1,0 +1,52 @@
+"""Random problems on the PTX machine, compared with float64.
+
+``python python_tests/ptx_machine/tests/problems.py nvcc-sm_80 --count 300``: kernels of one compiler for one
+architecture. A problem whose results are not as accurate as they have to be, or at which the machine reports something,
+is printed with its number, and the exit status is 1. The last line holds the figures as JSON.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: it compiles
+sys.path[:0] = [str(Path(__file__).resolve().parents[3] / folder) for folder in ("", "python_tests")]
+
+import ptx_cuda  # noqa: E402
+import ptx_problems  # noqa: E402
+import torch  # noqa: E402
+from ptx_ragged_problems import RandomRaggedProblem  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=ptx_problems.TARGETS)
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first problem")
+    parser.add_argument("--by-owner", action="store_true", help="of rows by owner, for a target of Triton")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # several of these processes run side by side
+    ptx_cuda.register()
+    where = ptx_problems.target(arguments.target)
+    kind = RandomRaggedProblem if arguments.by_owner else ptx_problems.RandomProblem
+    kernels, schedules, known, wrong = set(), 0, 0, 0
+    with where.running():
+        for number in range(arguments.first, arguments.first + arguments.count):
+            problem = kind(where, number)
+            try:
+                known += problem.check_or_known()
+            except (AssertionError, RuntimeError) as error:
+                wrong += 1
+                print(f"WRONG  {problem}\n    {error}", flush=True)
+            launched = where.take_kernels()
+            kernels |= set(launched)
+            schedules += len(launched)
+    figures = {"problems": arguments.count, "wrong": wrong, "schedules": schedules, "known": known}
+    print(json.dumps(figures | {"kernels": sorted(f"{arguments.target} {name}" for name in kernels)}))
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
