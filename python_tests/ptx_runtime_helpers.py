@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import Problem
 
-from afa_kernels.backend.choice import Spec
+from afa_kernels.operator.options import Spec
 
 cuda_on_ptx = pytest.importorskip("afa_kernels._cuda_on_ptx", reason="built with nvcc and the emulator only")
 runtime = cuda_on_ptx.runtime

@@ -11,7 +11,7 @@ import torch
 from helpers import Problem, relative_error
 
 from afa_kernels.backend import choice
-from afa_kernels.backend.choice import Spec
+from afa_kernels.operator.options import Spec
 from tools import ptx_report
 
 _cuda_on_ptx = pytest.importorskip("afa_kernels._cuda_on_ptx", reason="built with nvcc and the emulator only")

@@ -21,8 +21,8 @@ from ptx_runtime_helpers import (
 
 import afa_kernels as afa
 from afa_kernels.backend import choice, cuda
-from afa_kernels.backend.choice import Spec
 from afa_kernels.backend.interface import Call
+from afa_kernels.operator.options import Spec
 
 LORA = ("x", "lora_a", "lora_b", "base")
 _a_sound_machine, kept_allocations = ptx_runtime_helpers.sound_machine, ptx_runtime_helpers.kept_allocations

@@ -109,10 +109,10 @@ def test_a_backward_takes_the_z_of_the_forward():
     p = Problem.random(5, 16, 12, 4)
     options = (1, 0, 1.0, 1, p.dy, None, None, None, None, False)
     with pytest.raises(TypeError, match="z: expected a torch.Tensor, got None"):
-        native._C.cpu_backward(p.x, p.lora_a, p.lora_b, torch.tensor(0.5), None, *options)
+        compiled._C.cpu_backward(p.x, p.lora_a, p.lora_b, torch.tensor(0.5), None, *options)
     owned = (p.lora_a[None], p.lora_b[None], torch.tensor([5]).int(), None, torch.ones(1), None, None)
     with pytest.raises(TypeError, match="z: expected a torch.Tensor, got None"):
-        native._C.cpu_backward_by_owner(p.x, *owned, *options)
+        compiled._C.cpu_backward_by_owner(p.x, *owned, *options)
 
 
 def test_values_are_read_from_memory_only_where_they_are_there():

@@ -18,7 +18,7 @@ from ptx_cuda import _cuda_on_ptx  # noqa: E402
 from ragged_calls import Ragged  # noqa: E402
 
 from afa_kernels.backend import choice  # noqa: E402
-from afa_kernels.backend.choice import Spec  # noqa: E402
+from afa_kernels.operator.options import Spec  # noqa: E402
 
 Results = list[torch.Tensor]
 
