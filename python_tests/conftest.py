@@ -47,6 +47,13 @@ def skip_unless_available(name: str) -> None:
     pytest.skip(reason)
 
 
+def skip_unless_taken(name: str, dtype: torch.dtype) -> None:
+    """Skip where the backend takes no x of this dtype, with its reason."""
+    refused = registry.get(name).why_not(registry.Call(device_of(name).type, dtype, 8, 8, 8, 8, "silu"))
+    if refused is not None:
+        pytest.skip(refused)
+
+
 def skip_without_memory(gib: int) -> None:
     free = available_bytes("cpu")
     if free < gib << 30:

@@ -140,7 +140,9 @@ class Ragged:
         return old, new
 
 
-def random_problem(number: int, sizes=(0, 1, 3, 17, 64, 65, 100)) -> Ragged:
+def random_problem(
+    number: int, sizes=(0, 1, 3, 17, 64, 65, 100), dtypes=(torch.bfloat16, torch.float16)
+) -> Ragged:  # fmt: skip
     draw = random.Random(number)
     torch.manual_seed(number)
     largest = (16, 32, 64, 128)[number % 4]
@@ -151,7 +153,7 @@ def random_problem(number: int, sizes=(0, 1, 3, 17, 64, 65, 100)) -> Ragged:
     names, apart = sorted(ACTIVATIONS), tuple(LAYOUTS)[:-1]
     return Ragged(
         [draw.choice(sizes) for _ in range(count - 1)] + [draw.choice(sizes[1:])], width(), width(), r,
-        draw.choice((torch.bfloat16, torch.float16)), behind=draw.choice((0, 0, 5, 70)),
+        draw.choice(dtypes), behind=draw.choice((0, 0, 5, 70)),
         ranks=[draw.randint(0, r) for _ in range(count)] if own_ranks else None,
         weights=draw.choice((None, torch.float32)),
         layouts=(draw.choice(apart), draw.choice(apart)) if number % 5 else ("one for all",) * 2,
@@ -166,12 +168,14 @@ def assert_bits(got: dict, expected: dict, why: object) -> None:
         assert torch.equal(got[what], value), (why, what)
 
 
-def assert_rounded_with_dx(name: str) -> None:
-    """256 + (1 + 2^-10) is 258 in bfloat16. Rounded before, the product is 1, and the sum 256."""
-    p = Ragged([40], 16, 24, 2, activation=IDENTITY)
+def assert_rounded_with_dx(name: str, dtype: torch.dtype) -> None:
+    """256 + (1 + 2^-9) is 258 in bfloat16. Rounded before, the product is 1, and the sum 256. Likewise 2048 in
+    float16."""
+    eps = torch.finfo(dtype).eps
+    p = Ragged([40], 16, 24, 2, dtype, activation=IDENTITY)
     p.spec = p.spec._replace(scaling=1.0)
     p.dy[:, 0], p.dy[:, 1:], p.a[:] = 1.0, 0.0, 1.0
-    p.b[0, 0] = torch.tensor([1.0, 2.0**-10])
-    into = torch.full_like(p.x, 256.0)
+    p.b[0, 0] = torch.tensor([1.0, eps / 4])
+    into = torch.full_like(p.x, 2 / eps)
     p.backward(name, p.forward(name)[1], dx=into)
-    assert (into == 258).all()
+    assert (into == 2 / eps + 2).all()

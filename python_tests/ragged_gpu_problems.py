@@ -53,10 +53,13 @@ def sizes_of_groups(draw: random.Random, rows: int) -> list[int]:
 
 
 class RaggedProblem:
-    def __init__(self, number: int, rows: int, columns: int, ranks: tuple[int, ...], *, backend: str = "triton"):
+    def __init__(
+        self, number: int, rows: int, columns: int, ranks: tuple[int, ...], *, backend: str = "triton",
+        dtypes: tuple[str, ...] = tuple(sorted(DTYPES)),
+    ):  # fmt: skip
         self.number, self.backend = number, backend
         self.draw = draw = random.Random(number)
-        self.dtype = DTYPES[sorted(DTYPES)[number % len(DTYPES)]]
+        self.dtype = DTYPES[dtypes[number % len(dtypes)]]
         self.activation = sorted(ACTIVATIONS)[number % len(ACTIVATIONS)]
         rows = draw.choice((1, rows // 3, rows, draw.randint(1, rows)))
         self.sizes = sizes_of_groups(draw, rows)

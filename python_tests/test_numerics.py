@@ -3,7 +3,7 @@ dropout."""
 
 import pytest
 import torch
-from conftest import SIMULATED, skip_where_torch_reads_past_rows
+from conftest import SIMULATED, skip_unless_taken, skip_where_torch_reads_past_rows
 from helpers import DTYPES, Problem, assert_matches, eager, mask_and_p, run
 
 import afa_kernels as afa
@@ -116,13 +116,15 @@ def test_float32_adapters_beside_16_bit_x(backend, device, dtype):
     assert gradients["dlora_a"].dtype == gradients["dlora_b"].dtype == torch.float32
 
 
-def test_16_bit_adapters_beside_float32_x(backend, device):
-    problem = Problem.random(21, 48, 40, 8, torch.float32, device, adapter_dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_16_bit_adapters_beside_float32_x(backend, device, dtype):
+    skip_unless_taken(backend, dtype)
+    problem = Problem.random(21, 48, 40, 8, torch.float32, device, adapter_dtype=dtype)
     takes(backend, problem)
     got = run(lambda **t: afa.afa_lora(**t, alpha_t=0.5, backend=backend), problem, LORA)
     truth = run(lambda **t: eager(**t, alpha_t=0.5), problem, LORA, torch.float64)
     for what, value in got.items():
-        bound = 2**-8 if value.dtype == torch.bfloat16 else 1e-6
+        bound = torch.finfo(dtype).eps / 2 if value.dtype == dtype else 1e-6
         assert (value.double() - truth[what]).norm() <= bound * truth[what].norm(), what
 
 

@@ -4,7 +4,7 @@ at identity."""
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import skip_unless_available, skip_without_memory
+from conftest import skip_unless_available, skip_unless_taken, skip_without_memory
 from helpers import Problem, eager, relative_error
 from torch import func
 from torch.autograd import forward_ad
@@ -252,6 +252,7 @@ def test_double_backward_on_every_backend(backend, problem):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_autocast(backend, device, dtype):
+    skip_unless_taken(backend, dtype)
     problem = Problem.random(12, 16, 24, 4, torch.float32, device)
     leaves, plain = problem.leaves(), problem.leaves()
     with torch.autocast(problem.x.device.type, dtype):

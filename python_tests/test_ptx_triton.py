@@ -18,7 +18,7 @@ import torch
 from conftest import SIMULATED_GPU
 from helpers import Problem, poisoned_memory, relative_error, run
 from ptx_ragged_problems import RandomRaggedProblem
-from ragged_calls import random_problem
+from ragged_calls import assert_rounded_with_dx, random_problem
 
 pytest.importorskip("triton")
 _ptx = pytest.importorskip("afa_kernels._ptx", reason="built with the emulator only (AFA_BUILD_EMULATOR=1)")
@@ -32,15 +32,29 @@ RAGGED_COUNT = 12
 COUNT = 16  # random problems: each dtype with each class of ranks; make ptx-check runs more
 
 
+# Among them what Triton's interpreter cannot show of bfloat16.
+TESTS_OF_OTHER_FILES = (
+    "test_triton_traffic.py::test_the_model_counts_every_byte",
+    "test_triton_traffic.py::test_the_model_counts_every_byte_of_a_ragged_call",
+    "test_row_invariance.py::test_triton_rows_by_one_program_or_several",
+    *(f"test_numerics.py::test_shapes[triton-{shape}-bf16]" for shape in (
+        "M1-K64-N48-r8", "M5-K16-N24-r1", "M37-K130-N51-r8", "M16-K128-N136-r33", "M19-K264-N72-r128",
+    )),
+    "test_numerics.py::test_dropout[triton-0.5-bf16]",
+    "test_numerics.py::test_identity[triton-48-bf16]",
+    "test_numerics.py::test_16_bit_adapters_beside_float32_x[triton-bf16]",
+    "test_operator.py::test_autocast[triton-bf16]",
+    *(f"test_triton_interpreter.py::test_nothing_beside_the_operands_is_read_or_written[{shape}-dropout-bf16]"
+      for shape in ("(37, 70, 67, 5)", "(65, 97, 35, 40)")),
+    "test_triton_interpreter.py::test_a_and_b_are_rounded_and_padded_where_they_are_read["
+    "37-70-67-5-rows at odd places-f32-bf16]",
+)  # fmt: skip
+
+
 @pytest.mark.long
 @pytest.mark.skipif(bool(SIMULATED_GPU), reason="this process simulates a GPU")
 def test_on_simulated_gpus():
-    folder = os.path.dirname(__file__)
-    others = [
-        os.path.join(folder, "test_triton_traffic.py::test_the_model_counts_every_byte"),
-        os.path.join(folder, "test_triton_traffic.py::test_the_model_counts_every_byte_of_a_ragged_call"),
-        os.path.join(folder, "test_row_invariance.py::test_triton_rows_by_one_program_or_several"),
-    ]
+    others = (os.path.join(os.path.dirname(__file__), test) for test in TESTS_OF_OTHER_FILES)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *others]
     runs = {}
     for arch in ("sm_80", "sm_90"):
@@ -73,6 +87,12 @@ def test_random_ragged_problems(number, simulated_gpu):
 def test_random_ragged_problems_that_add_to_dx(number, simulated_gpu):
     simulated_gpu.seed = number
     random_problem(number, sizes=(0, 1, 17, 65)).check_adding("triton")
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_what_is_added_to_dx_is_rounded_with_it(dtype, simulated_gpu):
+    assert_rounded_with_dx("triton", dtype)
 
 
 @here

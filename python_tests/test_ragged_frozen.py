@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import skip_unless_available
+from conftest import skip_unless_available, skip_unless_taken
 from helpers import assert_as_accurate_as_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,8 +56,10 @@ def test_no_rows_are_multiplied(on_device, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_every_backend_of_a_gpu_adds_to_the_product(on_device, monkeypatch, backend, dropout_p):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_every_backend_of_a_gpu_adds_to_the_product(on_device, monkeypatch, backend, dropout_p, dtype):
     skip_unless_available(backend)
+    skip_unless_taken(backend, dtype)
     torch.manual_seed(1)
     sizes, k, n, r = (30, 0, 65, 2), 72, 80, 12
     x, dy, weight = torch.randn(97, k), torch.randn(97, n), torch.randn(4, n, k) * k**-0.5
@@ -65,15 +67,15 @@ def test_every_backend_of_a_gpu_adds_to_the_product(on_device, monkeypatch, back
     offsets = torch.tensor(sizes).cumsum(0).int()
     ranks = torch.tensor([12, 5, 7, 0], dtype=torch.int32)
 
-    def gradients(name, dtype):
-        leaves = [t.bfloat16().to(dtype).requires_grad_() for t in (x, a, b)]
+    def gradients(name, wide):
+        leaves = [t.to(dtype).to(wide).requires_grad_() for t in (x, a, b)]
         own = {"ranks": ranks, "dropout_p": dropout_p, "dropout_seed": 77, "backend": name}
-        frozen_part = weight.bfloat16().to(dtype), None
+        frozen_part = weight.to(dtype).to(wide), None
         y = afa.afa_linear(leaves[0], *frozen_part, *leaves[1:], 0.4, offsets=offsets, **own)
-        return torch.autograd.grad(y, leaves, dy.bfloat16().to(dtype))
+        return torch.autograd.grad(y, leaves, dy.to(dtype).to(wide))
 
-    got = gradients(backend, torch.bfloat16)
+    got = gradients(backend, dtype)
     monkeypatch.undo()
-    plain, truth = gradients("torch", torch.bfloat16), gradients("reference", torch.float64)
+    plain, truth = gradients("torch", dtype), gradients("reference", torch.float64)
     for what, *values in zip(("dx", "da", "db"), got, plain, truth, strict=True):
-        assert_as_accurate_as_torch(*values, what, torch.bfloat16)
+        assert_as_accurate_as_torch(*values, what, dtype)

@@ -15,10 +15,10 @@ import os
 
 import pytest
 import torch
-from conftest import SIMULATED, device_of, skip_unless_available
+from conftest import SIMULATED, device_of, skip_unless_available, skip_unless_taken
 from helpers import DTYPES, run_on_isa
 
-from afa_kernels.backend import choice, compiled, cpu, interface
+from afa_kernels.backend import choice, compiled, cpu
 from afa_kernels.operator.options import Spec
 
 pytestmark = pytest.mark.fast
@@ -86,10 +86,7 @@ def test_cpu_rows_have_the_same_bits_in_any_call(isa):
 @pytest.mark.parametrize("name", [name for name in FUSED if name != "cpu"])
 def test_gpu_rows_have_the_same_bits_in_any_call(name, dtype):
     skip_unless_available(name)
-    call = interface.Call(device_of(name).type, DTYPES[dtype], 400, 264, 136, 16, "silu")
-    refused = choice.get(name).why_not(call)
-    if refused is not None:
-        pytest.skip(refused)
+    skip_unless_taken(name, DTYPES[dtype])
     if (name, dtype) == ("triton", "f32") and os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("numpy's float32 GEMM, not the kernel's")
     rows, counts = (70, (1, 17)) if name in SIMULATED else (400, COUNTS)
@@ -111,6 +108,7 @@ def test_cuda_rows_by_one_block_or_several(name, r):
 @pytest.mark.parametrize("r", [16, 64])
 def test_triton_rows_by_one_program_or_several(r, dtype, monkeypatch):
     skip_unless_available("triton")
+    skip_unless_taken("triton", DTYPES[dtype])
     from afa_kernels.backend.triton import launch
 
     branch = Branch("triton", DTYPES[dtype], 40, 776, 520, r)

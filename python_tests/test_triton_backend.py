@@ -24,7 +24,7 @@ from afa_kernels.backend.triton import autotune, configs, launch  # noqa: E402
 from afa_kernels.backend.triton.configs import Device, Tile  # noqa: E402
 from tools.triton_aot import Problem  # noqa: E402
 
-CALL = Call("cpu", torch.bfloat16, 64, 128, 128, 16, "silu")
+CALL = Call("cpu", torch.float16, 64, 128, 128, 16, "silu")
 
 
 def python(code: str, **environment: str) -> str:
@@ -68,6 +68,32 @@ def test_an_old_triton_is_the_reason(monkeypatch):
 def test_refuses_with_the_reason(change, reason):
     assert reason in backend.BACKEND.refuses(CALL._replace(**change))
     assert backend.BACKEND.refuses(CALL) is None
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+
+
+def test_the_interpreter_refuses_bfloat16(interpreter, monkeypatch):
+    call = CALL._replace(dtype=torch.bfloat16)
+    assert "has no bfloat16: float32 and float16 only" in backend.BACKEND.refuses(call)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    assert backend.BACKEND.refuses(call) is None
+
+
+@pytest.mark.parametrize("narrow", ["lora_a", "lora_b"])
+def test_the_interpreter_refuses_bfloat16_weights_beside_another_x(narrow):
+    if "triton" not in SIMULATED or not backend.INTERPRETED:
+        pytest.skip("not in the interpreter: TRITON_INTERPRET is not 1")
+    given = {"x": torch.randn(4, 32), "lora_a": torch.randn(8, 32), "lora_b": torch.randn(16, 8)}
+    given[narrow] = given[narrow].bfloat16()
+    with pytest.raises(afa.BackendUnavailable, match="A and B in bfloat16"):
+        afa.afa_lora(**given, alpha_t=0.5, backend="triton")
+    for name in ("lora_a", "lora_b"):
+        given[name] = given[name].expand(2, -1, -1)
+    with pytest.raises(afa.BackendUnavailable, match="A and B in bfloat16"):
+        afa.afa_lora(**given, offsets=torch.tensor([1, 4], dtype=torch.int32), alpha_t=0.5, backend="triton")
 
 
 def test_rank_256_goes_to_torch_and_the_plan_says_why():

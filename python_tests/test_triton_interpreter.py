@@ -1,11 +1,12 @@
 """The Triton kernels in Triton's interpreter: every path, inputs between NaN guards, the dropout
-mask. What the interpreter cannot show is in test_triton_compile.py and test_triton_gpu.py."""
+mask. What the interpreter cannot show is in test_triton_compile.py and test_triton_gpu.py, and bfloat16, which it does
+not have, in test_ptx_triton.py, which runs a few of these tests too."""
 
 from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import SIMULATED, skip_unless_available
+from conftest import SIMULATED, skip_unless_available, skip_unless_taken
 from helpers import DTYPES, assert_as_accurate_as_torch, relative_error
 from ptx_problems import LAYOUTS
 
@@ -70,6 +71,7 @@ def assert_accurate(got, spec, given):
 @pytest.mark.parametrize("p", [0, 77], ids=["no-dropout", "dropout"])
 @pytest.mark.parametrize("shape", [(37, 70, 67, 5), (65, 97, 35, 40)], ids=str)
 def test_nothing_beside_the_operands_is_read_or_written(shape, p, dtype):
+    skip_unless_taken("triton", dtype)
     given = operands(*shape, dtype)
     inside = {name: guarded(t)[0] for name, t in given.items()}
     out, around = guarded(torch.full_like(given["base"], torch.nan))
@@ -133,6 +135,7 @@ def test_rows_too_far_apart_for_int32_are_copied(monkeypatch, inplace):
         torch.testing.assert_close(got[what], want[what])
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("weights", ["f32", "dtype of x"])
 @pytest.mark.parametrize(
     "m, k, n, r, layout",
@@ -143,23 +146,23 @@ def test_rows_too_far_apart_for_int32_are_copied(monkeypatch, inplace):
         (33, 40, 24, 8, "packed"),
     ],
 )
-def test_a_and_b_are_rounded_and_padded_where_they_are_read(m, k, n, r, layout, weights):
+def test_a_and_b_are_rounded_and_padded_where_they_are_read(m, k, n, r, layout, weights, dtype):
     """The bits of a call whose a and b the caller has rounded, and padded to a rank that needs no mask."""
-    for dtype in DTYPES.values():
-        given, spec = operands(m, k, n, r, dtype), Spec("silu", 0.5, 60)
-        a, b = torch.randn(r, k) * k**-0.5, torch.randn(n, r) * r**-0.5
-        if weights != "f32":
-            a, b = a.to(dtype), b.to(dtype)
-        padded = max(16, 1 << (r - 1).bit_length())
-        ready = {
-            "a": torch.cat([a, torch.zeros(padded - r, k)]).to(dtype),
-            "b": torch.cat([b, torch.zeros(n, padded - r)], 1).to(dtype),
-        }
-        want = run(backend, spec, **given | ready)
-        got = run(backend, spec, **given | {"a": LAYOUTS[layout](a), "b": LAYOUTS[layout](b)})
-        want |= {"z": want["z"][:, :r], "da": want["da"][:r], "db": want["db"][:, :r]}
-        for what in RESULTS:
-            assert torch.equal(got[what].to(dtype), want[what]), (what, dtype)
+    skip_unless_taken("triton", dtype)
+    given, spec = operands(m, k, n, r, dtype), Spec("silu", 0.5, 60)
+    a, b = torch.randn(r, k) * k**-0.5, torch.randn(n, r) * r**-0.5
+    if weights != "f32":
+        a, b = a.to(dtype), b.to(dtype)
+    padded = max(16, 1 << (r - 1).bit_length())
+    ready = {
+        "a": torch.cat([a, torch.zeros(padded - r, k)]).to(dtype),
+        "b": torch.cat([b, torch.zeros(n, padded - r)], 1).to(dtype),
+    }
+    want = run(backend, spec, **given | ready)
+    got = run(backend, spec, **given | {"a": LAYOUTS[layout](a), "b": LAYOUTS[layout](b)})
+    want |= {"z": want["z"][:, :r], "da": want["da"][:r], "db": want["db"][:, :r]}
+    for what in RESULTS:
+        assert torch.equal(got[what].to(dtype), want[what]), (what, dtype)
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63), 123456789012345])

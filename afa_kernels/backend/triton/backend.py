@@ -14,11 +14,14 @@ from functools import cache
 
 import torch
 
-from afa_kernels.backend.interface import Backend, BackendStatus, Call
+from afa_kernels.backend.interface import Backend, BackendStatus, BackendUnavailable, Call
 from afa_kernels.backend.triton.configs import MAX_RANK
 
 OLDEST_TRITON = (3, 2)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+_NO_BFLOAT16 = (
+    "Triton's interpreter (TRITON_INTERPRET=1) computes with numpy, which has no bfloat16: float32 and float16 only"
+)
 _MAX_RANK_FLOAT32_DROPOUT = 64
 _MAX_GROUPS = 65535 // 16 - 1  # with 16 parts each in the passes of the backward
 _OLDEST_CAPABILITY = (8, 0)
@@ -70,6 +73,8 @@ def status() -> BackendStatus:
 def _refuses(call: Call) -> str | None:
     if call.dtype == torch.float64:
         return "float64 has no tensor-core path here: float32, bfloat16 and float16 only"
+    if INTERPRETED and call.dtype == torch.bfloat16:
+        return _NO_BFLOAT16
     if call.r > MAX_RANK:
         return f"rank {call.r} is above {MAX_RANK}: compute-bound, which torch's GEMMs do faster"
     if call.dtype == torch.float32 and call.dropout and call.r > _MAX_RANK_FLOAT32_DROPOUT:
@@ -91,7 +96,14 @@ def _on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.xpu.device(x.device) if x.device.type == "xpu" else contextlib.nullcontext()
 
 
+def _refuse_bfloat16_weights(a, b):
+    """What ``_refuses`` cannot see, as a call says of A and B only what x is."""
+    if INTERPRETED and torch.bfloat16 in (a.dtype, b.dtype):
+        raise BackendUnavailable(f"backend 'triton' cannot take A and B in bfloat16: {_NO_BFLOAT16}")
+
+
 def _context(x, a, b, alpha_t, seed, spec):
+    _refuse_bfloat16_weights(a, b)
     # Here and below: these modules import Triton, which a process that never runs it need not have.
     from afa_kernels.backend.triton import autotune, launch
 
@@ -115,6 +127,7 @@ def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
 
 
 def _ragged_context(x, a, b, groups, seed, spec):
+    _refuse_bfloat16_weights(a, b)
     from afa_kernels.backend.triton import autotune, launch, ragged_launch
 
     tiles = autotune.tiles(launch.device_of(x), x, b)

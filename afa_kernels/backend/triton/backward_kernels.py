@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from afa_kernels.backend.triton.device_functions import (
-    dot,
     keep_mask,
     load_alpha,
     load_small,
@@ -13,7 +12,6 @@ from afa_kernels.backend.triton.device_functions import (
     phi,
     phi_slope,
     project,
-    round_to,
     sum_partials,
 )
 
@@ -21,12 +19,12 @@ from afa_kernels.backend.triton.device_functions import (
 @triton.jit
 def store_dz(
     dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor,
-    ACT: tl.constexpr, BLOCK_M: tl.constexpr, R: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    ACT: tl.constexpr, BLOCK_M: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     z = load_z(z_ptr, first_row, rows_left, r, BLOCK_M, R)
     dz = factor * dh * phi_slope(z, alpha_t, ACT)
-    dz = round_to(dz, dz_ptr.dtype.element_ty, EMULATE_BF16)
+    dz = dz.to(dz_ptr.dtype.element_ty)
     target = dz_ptr + first_row * R + row[:, None] * R + rank[None, :]
     tl.store(target, dz, mask=(row < rows_left)[:, None])
 
@@ -35,7 +33,7 @@ def store_dz(
 def dyb_dphi_backward_kernel(
     dy_ptr, b_ptr, z_ptr, dz_ptr, alpha_ptr, M, N, r, stride_dym, stride_bn, stride_br, factor, segment_tiles,
     ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """D1: ``dz = factor * (dy b) * phi'(z)`` as (M, R) in one pass over dy. Grid: (M /
     BLOCK_M,)."""
@@ -43,34 +41,34 @@ def dyb_dphi_backward_kernel(
     rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
     dh = project(
         dy_ptr, b_ptr, first_row, rows_left, 0, tl.cdiv(N, BLOCK_L), segment_tiles, N, r, stride_dym, stride_br,
-        stride_bn, 0, 0, 0, BLOCK_M, BLOCK_L, R, RANK_STEP, False, PRECISION, EMULATE_BF16,
+        stride_bn, 0, 0, 0, BLOCK_M, BLOCK_L, R, RANK_STEP, False, PRECISION,
     )  # fmt: skip
     alpha_t = load_alpha(alpha_ptr, ACT)
-    store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
+    store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R)
 
 
 @triton.jit(do_not_specialize=["M", "count", "alpha_ptr"])
 def dphi_backward_kernel(
     partial_ptr, z_ptr, dz_ptr, alpha_ptr, M, r, count, factor,
-    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """R, first job: ``dz = factor * sum(dh partials) * phi'(z)``. Grid: (M / BLOCK_M,)."""
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
     dh = sum_partials(partial_ptr, first_row, rows_left, M, count, BLOCK_M, R)
     alpha_t = load_alpha(alpha_ptr, ACT)
-    store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
+    store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R)
 
 
 @triton.jit
 def load_slab(
     small_ptr, slab, r, length, stride_rank, stride_col, dtype: tl.constexpr,
-    R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_L: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Return the (R, BLOCK_L) slab of a, or of b transposed, that stays on the chip while a pass goes over rows."""
     rank, col = tl.arange(0, R), slab * BLOCK_L + tl.arange(0, BLOCK_L)
     return load_small(
-        small_ptr, rank[:, None], col[None, :], r, length, stride_rank, stride_col, dtype, R, RANK_STEP, EMULATE_BF16
+        small_ptr, rank[:, None], col[None, :], r, length, stride_rank, stride_col, dtype, R, RANK_STEP
     )  # fmt: skip
 
 
@@ -78,7 +76,7 @@ def load_slab(
 def dy_tile(
     db, dy_ptr, b, z_ptr, dh_ptr, db_ptr, alpha_t, first_row, rows_left, slab, M, N, r, stride_dym,
     ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Read one tile of dy: store its part of dh and return ``db + h^T dy``, each if wanted.
 
@@ -92,10 +90,10 @@ def dy_tile(
     )  # fmt: skip
     if db_ptr is not None:
         z = load_z(z_ptr, first_row, rows_left, r, BLOCK_M, R)
-        h = round_to(phi(z, alpha_t, ACT), dy_ptr.dtype.element_ty, EMULATE_BF16)
-        db = dot(tl.trans(h), dy, db, PRECISION, EMULATE_BF16)
+        h = phi(z, alpha_t, ACT).to(dy_ptr.dtype.element_ty)
+        db = tl.dot(tl.trans(h), dy, db, input_precision=PRECISION)
     if dh_ptr is not None:
-        dh = dot(b, tl.trans(dy), tl.zeros((R, BLOCK_M), tl.float32), PRECISION, EMULATE_BF16)
+        dh = tl.dot(b, tl.trans(dy), tl.zeros((R, BLOCK_M), tl.float32), input_precision=PRECISION)
         target = dh_ptr + (slab.to(tl.int64) * M + first_row) * R + row[None, :] * R + rank[:, None]
         tl.store(target, dh, mask=(row < rows_left)[None, :])
     return db
@@ -106,7 +104,7 @@ def dy_pass_backward_kernel(
     dy_ptr, b_ptr, z_ptr, dh_ptr, db_ptr, alpha_ptr, M, N, r, rows_per_chunk,
     stride_dym, stride_bn, stride_br,
     ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """D: in one pass over dy, ``dh = dy b`` as partials (slabs, M, R) and ``db^T = h^T dy`` as
     partials (chunks, R, N).
@@ -121,7 +119,7 @@ def dy_pass_backward_kernel(
     if dh_ptr is not None:
         b = load_slab(
             b_ptr, slab, r, N, stride_br, multiple(stride_bn, RANK_STEP), dy_ptr.dtype.element_ty,
-            R, RANK_STEP, BLOCK_L, EMULATE_BF16,
+            R, RANK_STEP, BLOCK_L,
         )  # fmt: skip
     else:
         b = None
@@ -131,7 +129,7 @@ def dy_pass_backward_kernel(
         rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
         db = dy_tile(
             db, dy_ptr, b, z_ptr, dh_ptr, db_ptr, alpha_t, first_row, rows_left, slab, M, N, r, stride_dym,
-            ACT, R, BLOCK_M, BLOCK_L, PRECISION, EMULATE_BF16,
+            ACT, R, BLOCK_M, BLOCK_L, PRECISION,
         )  # fmt: skip
     if db_ptr is not None:
         tl.store(db_ptr + (chunk * R + rank[:, None]).to(tl.int64) * N + col[None, :], db, mask=(col < N)[None, :])
@@ -141,7 +139,7 @@ def dy_pass_backward_kernel(
 def x_tile(
     da, dz_ptr, a, x_ptr, dx_ptr, da_ptr, first_row, rows_left, slab, K, stride_xm, seed, threshold, calls_per_row,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr, ADDS_DX: tl.constexpr = False,
+    PRECISION: tl.constexpr, ADDS_DX: tl.constexpr = False,
 ):  # fmt: skip
     """Store a tile ``drop(dz a)`` of dx, or add it to the one that is there, read the one of x, and return
     ``da + dz^T drop(x)``, each if wanted, under one mask."""
@@ -159,14 +157,14 @@ def x_tile(
         )  # fmt: skip
         if DROPOUT:
             x = tl.where(keep, x, 0.0).to(x.dtype)
-        da = dot(tl.trans(dz), x, da, PRECISION, EMULATE_BF16)
+        da = tl.dot(tl.trans(dz), x, da, input_precision=PRECISION)
     if dx_ptr is not None:
-        dx = dot(dz, a, tl.zeros((BLOCK_M, BLOCK_L), tl.float32), PRECISION, EMULATE_BF16)
+        dx = tl.dot(dz, a, tl.zeros((BLOCK_M, BLOCK_L), tl.float32), input_precision=PRECISION)
         if DROPOUT:
             dx = tl.where(keep, dx, 0.0)
         if ADDS_DX:
             dx += old_dx.to(tl.float32)
-        dx = round_to(dx, dx_ptr.dtype.element_ty, EMULATE_BF16)
+        dx = dx.to(dx_ptr.dtype.element_ty)
         tl.store(dx_ptr + first_row * K + row[:, None] * K + col[None, :], dx, mask=mask)
     return da
 
@@ -176,7 +174,7 @@ def x_pass_backward_kernel(
     dz_ptr, a_ptr, x_ptr, dx_ptr, da_ptr, seed_ptr, M, K, r, rows_per_chunk,
     stride_ar, stride_ak, stride_xm, threshold, calls_per_row,
     R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X: ``dx = drop(dz a)``, written, and ``da = dz^T drop(x)`` as partials (chunks, R, K).
 
@@ -189,7 +187,7 @@ def x_pass_backward_kernel(
     da = tl.zeros((R, BLOCK_L), tl.float32)
     if dx_ptr is not None:
         a = load_slab(
-            a_ptr, slab, r, K, stride_ar, stride_ak, dz_ptr.dtype.element_ty, R, RANK_STEP, BLOCK_L, EMULATE_BF16
+            a_ptr, slab, r, K, stride_ar, stride_ak, dz_ptr.dtype.element_ty, R, RANK_STEP, BLOCK_L
         )  # fmt: skip
     else:
         a = None
@@ -199,7 +197,7 @@ def x_pass_backward_kernel(
         rows_left = tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
         da = x_tile(
             da, dz_ptr, a, x_ptr, dx_ptr, da_ptr, first_row, rows_left, slab, K, stride_xm, seed, threshold,
-            calls_per_row, R, BLOCK_M, BLOCK_L, DROPOUT, PRECISION, EMULATE_BF16,
+            calls_per_row, R, BLOCK_M, BLOCK_L, DROPOUT, PRECISION,
         )  # fmt: skip
     if da_ptr is not None:
         tl.store(da_ptr + (chunk * R + rank[:, None]).to(tl.int64) * K + col[None, :], da, mask=(col < K)[None, :])
@@ -226,8 +224,7 @@ def sum_chunks(
 @triton.jit(do_not_specialize=["chunks_a", "chunks_b", "blocks_a"])
 def weight_gradients_kernel(
     da_partial_ptr, db_partial_ptr, da_ptr, db_ptr, K, N, r, chunks_a, chunks_b, blocks_a, scaling,
-    R: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, EMULATE_A: tl.constexpr,
-    EMULATE_B: tl.constexpr,
+    R: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """R, second job: ``da (r, K)`` and ``db (N, r) = scaling * sum``, rounded once, to their own
     dtypes.
@@ -242,11 +239,11 @@ def weight_gradients_kernel(
         if block < blocks_a:
             col = block * BLOCK + tl.arange(0, BLOCK)
             da = sum_chunks(da_partial_ptr, rank, col, K, chunks_a, R, RANKS, BLOCK)
-            da = round_to(da, da_ptr.dtype.element_ty, EMULATE_A)
+            da = da.to(da_ptr.dtype.element_ty)
             tl.store(da_ptr + rank[:, None] * K + col[None, :], da, mask=rank_mask & (col < K)[None, :])
     if db_ptr is not None:
         if block >= blocks_a:
             col = (block - blocks_a) * BLOCK + tl.arange(0, BLOCK)
             db = scaling * sum_chunks(db_partial_ptr, rank, col, N, chunks_b, R, RANKS, BLOCK)
-            db = round_to(db, db_ptr.dtype.element_ty, EMULATE_B)
+            db = db.to(db_ptr.dtype.element_ty)
             tl.store(db_ptr + col[None, :] * r + rank[:, None], db, mask=rank_mask & (col < N)[None, :])

@@ -1,10 +1,4 @@
-"""Device functions that the kernels share: rounding, the activation, the dropout mask, and the
-streamed product.
-
-EMULATE_BF16 is True only where Triton's interpreter runs a bfloat16 call. Its ``tl.dot`` multiplies
-the raw 16-bit patterns and its conversion from float32 truncates (both in Triton 3.2 to 3.9), so
-both are done by hand there.
-"""
+"""Device functions that the kernels share: the activation, the dropout mask, and the streamed product."""
 
 import triton
 import triton.language as tl
@@ -16,25 +10,6 @@ _SQRT_2_OVER_PI = tl.constexpr(0.79788456080286535588)
 _INV_SQRT_2PI = tl.constexpr(0.39894228040143267794)
 _GELU_TANH_CUBIC = tl.constexpr(0.044715)
 _LEAKY_SLOPE = tl.constexpr(0.01)
-
-
-@triton.jit
-def round_to(value, dtype: tl.constexpr, EMULATE_BF16: tl.constexpr):
-    """Round float32 to ``dtype``, ties to even."""
-    if EMULATE_BF16:
-        bits = value.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(value == value, rounded, 0x7FC0)
-        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return value.to(dtype)
-
-
-@triton.jit
-def dot(left, right, accumulator, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr):
-    if EMULATE_BF16:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, accumulator, input_precision=PRECISION)
 
 
 @triton.jit
@@ -139,7 +114,7 @@ def multiple(value, STEP: tl.constexpr):
 @triton.jit
 def load_small(
     small_ptr, rank, col, r, length, stride_rank, stride_col, dtype: tl.constexpr,
-    R: tl.constexpr, RANK_STEP: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    R: tl.constexpr, RANK_STEP: tl.constexpr,
 ):  # fmt: skip
     """Return a tile of a, or of b transposed, rounded to ``dtype``, with zeros beyond rank ``r`` and column ``length``.
 
@@ -151,7 +126,7 @@ def load_small(
         mask = mask & (rank < multiple(r, RANK_STEP))
     value = tl.load(small_ptr + rank * stride_rank + col * stride_col, mask=mask, other=0.0)
     if value.dtype != dtype:
-        value = round_to(value.to(tl.float32), dtype, EMULATE_BF16)
+        value = value.to(tl.float32).to(dtype)
     return value
 
 
@@ -160,7 +135,7 @@ def project(
     left_ptr, small_ptr, first_row, rows_left, first_tile, tiles, segment_tiles, length, r, stride_row,
     stride_rank, stride_small, seed, threshold, calls_per_row,
     BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return the rows ``first_row ...`` of ``left @ small.T`` as a float32 (BLOCK_M, R) tile, summed over ``tiles``
     tiles of BLOCK_L columns from ``first_tile`` on.
@@ -182,12 +157,12 @@ def project(
         left = tl.load(left_rows + col[None, :], mask=row_mask & col_mask[None, :], other=0.0)
         small = load_small(
             small_ptr, rank[None, :], col[:, None], r, length, stride_rank, stride_small, left.dtype, R,
-            RANK_STEP, EMULATE_BF16,
+            RANK_STEP,
         )  # fmt: skip
         if DROPOUT:
             keep = keep_mask(seed, threshold, first_row, start, calls_per_row, BLOCK_M, BLOCK_L)
             left = tl.where(keep, left, 0.0).to(left.dtype)
-        segment = dot(left, small, segment, PRECISION, EMULATE_BF16)
+        segment = tl.dot(left, small, segment, input_precision=PRECISION)
         left_in_segment -= 1
         if left_in_segment == 0:
             total += segment

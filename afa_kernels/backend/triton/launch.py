@@ -140,7 +140,6 @@ class Context:
         self.dtype = x.dtype
         self.tiles = tiles or configs.table_tiles(self.device.arch, x.element_size(), self.r)
         self.precision = "tf32" if x.dtype == torch.float32 and self.device.has_tf32 and _allow_tf32() else "ieee"
-        self.emulate = INTERPRETED and x.dtype == torch.bfloat16
         self.act = spec.activation
         self.spec, self.alpha_t, self.seed = spec, alpha_t, seed if spec.dropout else None
         self.x = addressable(x)
@@ -155,9 +154,7 @@ class Context:
 
     def dots(self) -> dict[str, Any]:
         """The constants of every kernel with a product."""
-        return {
-            "R": self.padded, "RANK_STEP": self.rank_step, "PRECISION": self.precision, "EMULATE_BF16": self.emulate,
-        }  # fmt: skip
+        return {"R": self.padded, "RANK_STEP": self.rank_step, "PRECISION": self.precision}
 
     def own_rank_step(self) -> int:
         """Return how many ranks of b, which lie side by side, the kernels may take together: a power of two, up to R,
@@ -258,7 +255,7 @@ class Context:
             "a_padded_ptr": a_padded, "b_padded_ptr": b_padded, "blocks_a": blocks_a, "K": self.k, "N": self.n,
             "r": self.r, **self.packing(),
         }  # fmt: skip
-        constants = {"R": self.padded, "BLOCK": _PACK_BLOCK, "EMULATE_BF16": self.emulate}
+        constants = {"R": self.padded, "BLOCK": _PACK_BLOCK}
         submit(self.kernels.pack, (blocks_a + blocks_b, *self.groups), arguments, constants, ELEMENTWISE)
         return a_padded, b_padded
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from afa_kernels.backend.triton import configs
 from afa_kernels.backend.triton.launch import (
     ELEMENTWISE,
-    INTERPRETED,
     Context,
     addressable,
     int32_offsets,
@@ -141,7 +140,7 @@ def _dz_from_partials(ctx: Context, dh_partial: Tensor, z: Tensor) -> Tensor:
     dz, arguments = _dz_arguments(ctx, z)
     arguments |= {"partial_ptr": dh_partial, "count": dh_partial.shape[0]}
     rows = max(_REDUCE_ELEMENTS // ctx.padded, _REDUCE_MIN_ROWS)
-    constants = {"ACT": ctx.act, "R": ctx.padded, "BLOCK_M": rows, "EMULATE_BF16": ctx.emulate}
+    constants = {"ACT": ctx.act, "R": ctx.padded, "BLOCK_M": rows}
     submit(ctx.kernels.dz, (ctx.row_tiles(rows),), arguments, constants, ELEMENTWISE)
     return dz
 
@@ -202,11 +201,7 @@ def _weight_gradients(
         "K": ctx.k, "N": ctx.n, "r": ctx.r, "blocks_a": blocks_a, **ctx.scaling(),
         **ctx.reduction(da_partial, db_partial),
     }  # fmt: skip
-    constants = {
-        "R": ctx.padded, "RANKS": _REDUCE_RANKS, "BLOCK": _REDUCE_COLS,
-        "EMULATE_A": INTERPRETED and a_dtype == torch.bfloat16,
-        "EMULATE_B": INTERPRETED and b_dtype == torch.bfloat16,
-    }  # fmt: skip
+    constants = {"R": ctx.padded, "RANKS": _REDUCE_RANKS, "BLOCK": _REDUCE_COLS}
     grid = (blocks_a + blocks_b, ctx.padded // _REDUCE_RANKS, *ctx.groups)
     submit(ctx.kernels.weight_gradients, grid, arguments, constants, ELEMENTWISE)
     return da, db

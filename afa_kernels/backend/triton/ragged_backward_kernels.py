@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from afa_kernels.backend.triton.backward_kernels import dy_tile, load_slab, store_dz, sum_chunks, x_tile
-from afa_kernels.backend.triton.device_functions import multiple, project, round_to, sum_partials
+from afa_kernels.backend.triton.device_functions import multiple, project, sum_partials
 from afa_kernels.backend.triton.ragged_functions import (
     OF_GROUPS,
     OF_ROWS,
@@ -24,7 +24,7 @@ def ragged_dyb_dphi_backward_kernel(
     dy_ptr, b_ptr, z_ptr, dz_ptr, ends_ptr, ranks_ptr, alpha_ptr, scaling_ptr, M, G, N, r,
     stride_dym, stride_bg, stride_bn, stride_br, stride_alpha, stride_scaling, factor, threshold, segment_tiles,
     ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """D1. Grid: (tiles of rows,). Here and below: rows without a branch get no dz, and nothing reads it."""
     group, rank, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
@@ -35,16 +35,16 @@ def ragged_dyb_dphi_backward_kernel(
     dh = project(
         dy_ptr, own(b_ptr, group, stride_bg), first_row, rows_left, 0, tl.cdiv(N, BLOCK_L), segment_tiles, N, rank,
         stride_dym, stride_br, stride_bn, 0, 0, 0,
-        BLOCK_M, BLOCK_L, R, RANK_STEP, False, PRECISION, EMULATE_BF16,
+        BLOCK_M, BLOCK_L, R, RANK_STEP, False, PRECISION,
     )  # fmt: skip
-    store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
+    store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R)
 
 
 @triton.jit(do_not_specialize=[*OF_ROWS, *OF_GROUPS, "count", "threshold"])
 def ragged_dphi_backward_kernel(
     partial_ptr, z_ptr, dz_ptr, ends_ptr, ranks_ptr, alpha_ptr, scaling_ptr, M, G, r, count,
     stride_alpha, stride_scaling, factor, threshold,
-    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """R, first job. Grid: (tiles of rows,)."""
     group, rank, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
@@ -53,7 +53,7 @@ def ragged_dphi_backward_kernel(
     dh = sum_partials(partial_ptr, first_row, rows_left, M, count, BLOCK_M, R)
     alpha_t = own_alpha(alpha_ptr, group, stride_alpha, ACT)
     factor = own_factor(scaling_ptr, group, stride_scaling, factor, threshold)
-    store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R, EMULATE_BF16)
+    store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R)
 
 
 @triton.jit(do_not_specialize=[*OF_ROWS, "parts", "chunks", "chunks_per_part", "alpha_ptr", "stride_alpha"])
@@ -61,7 +61,7 @@ def ragged_dy_pass_backward_kernel(
     dy_ptr, b_ptr, z_ptr, dh_ptr, db_ptr, ends_ptr, ranks_ptr, alpha_ptr, M, G, N, r, parts, chunks, chunks_per_part,
     stride_dym, stride_bg, stride_bn, stride_br, stride_alpha,
     ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-    PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """D, with ``db^T`` as partials (G, parts, R, N). Grid: (N / BLOCK_L slabs, parts of groups).
 
@@ -77,7 +77,7 @@ def ragged_dy_pass_backward_kernel(
     if dh_ptr is not None:
         b = load_slab(
             own(b_ptr, group, stride_bg), slab, rank, N, stride_br, multiple(stride_bn, RANK_STEP),
-            dy_ptr.dtype.element_ty, R, RANK_STEP, BLOCK_L, EMULATE_BF16,
+            dy_ptr.dtype.element_ty, R, RANK_STEP, BLOCK_L,
         )  # fmt: skip
     else:
         b = None
@@ -89,7 +89,7 @@ def ragged_dy_pass_backward_kernel(
         rows_left = tl.minimum(end - first - start, BLOCK_M)
         chunk = dy_tile(
             chunk, dy_ptr, b, z_ptr, dh_ptr, db_ptr, alpha_t, first_row, rows_left, slab, M, N, r, stride_dym,
-            ACT, R, BLOCK_M, BLOCK_L, PRECISION, EMULATE_BF16,
+            ACT, R, BLOCK_M, BLOCK_L, PRECISION,
         )  # fmt: skip
         left_in_chunk -= 1
         if left_in_chunk == 0:
@@ -112,7 +112,7 @@ def ragged_x_pass_backward_kernel(
     dz_ptr, a_ptr, x_ptr, dx_ptr, da_ptr, ends_ptr, ranks_ptr, seed_ptr, M, G, K, r, parts, chunks, chunks_per_part,
     stride_ag, stride_ar, stride_ak, stride_xm, threshold, calls_per_row,
     R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-    DROPOUT: tl.constexpr, ADDS_DX: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    DROPOUT: tl.constexpr, ADDS_DX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X, with ``da`` as partials (G, parts, R, K), in parts as D has them. Grid: (K / BLOCK_L slabs, parts of groups
     and of the rows behind them).
@@ -132,7 +132,7 @@ def ragged_x_pass_backward_kernel(
     if dx_ptr is not None:
         a = load_slab(
             own(a_ptr, group, stride_ag), slab, rank, K, stride_ar, stride_ak, dz_ptr.dtype.element_ty,
-            R, RANK_STEP, BLOCK_L, EMULATE_BF16,
+            R, RANK_STEP, BLOCK_L,
         )  # fmt: skip
     else:
         a = None
@@ -144,7 +144,7 @@ def ragged_x_pass_backward_kernel(
         rows_left = tl.minimum(end - first - start, BLOCK_M)
         chunk = x_tile(
             chunk, dz_ptr, a, x_ptr, dx_ptr, da_ptr, first_row, rows_left, slab, K, stride_xm, seed,
-            threshold, calls_per_row, R, BLOCK_M, BLOCK_L, DROPOUT, PRECISION, EMULATE_BF16, ADDS_DX,
+            threshold, calls_per_row, R, BLOCK_M, BLOCK_L, DROPOUT, PRECISION, ADDS_DX,
         )  # fmt: skip
         left_in_chunk -= 1
         if left_in_chunk == 0:
@@ -182,8 +182,7 @@ def ragged_weight_gradients_kernel(
     da_partial_ptr, db_partial_ptr, da_ptr, db_ptr, ends_ptr, ranks_ptr, scaling_ptr, M, G, K, N, r, blocks_a,
     chunks, parts_a, chunks_per_part_a, rows_per_tile_a, parts_b, chunks_per_part_b, rows_per_tile_b, stride_scaling,
     scaling,
-    R: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, EMULATE_A: tl.constexpr,
-    EMULATE_B: tl.constexpr,
+    R: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """R, second job: ``da (G, r, K)`` and ``db (G, N, r)``, zero beyond the rank of a group and where it has no rows.
 
@@ -200,7 +199,7 @@ def ragged_weight_gradients_kernel(
             count = parts_with_rows(first, end, chunks, chunks_per_part_a, rows_per_tile_a)
             partial_ptr = da_partial_ptr + group.to(tl.int64) * parts_a * R * K
             da = sum_chunks(partial_ptr, column, col, K, count, R, RANKS, BLOCK)
-            da = round_to(tl.where(in_rank, da, 0.0), da_ptr.dtype.element_ty, EMULATE_A)
+            da = tl.where(in_rank, da, 0.0).to(da_ptr.dtype.element_ty)
             target = da_ptr + (group.to(tl.int64) * r + column)[:, None] * K + col[None, :]
             tl.store(target, da, mask=mask & (col < K)[None, :])
     if db_ptr is not None:
@@ -210,6 +209,6 @@ def ragged_weight_gradients_kernel(
             partial_ptr = db_partial_ptr + group.to(tl.int64) * parts_b * R * N
             scaling = own_scaling(scaling_ptr, group, stride_scaling, scaling)
             db = scaling * sum_chunks(partial_ptr, column, col, N, count, R, RANKS, BLOCK)
-            db = round_to(tl.where(in_rank, db, 0.0), db_ptr.dtype.element_ty, EMULATE_B)
+            db = tl.where(in_rank, db, 0.0).to(db_ptr.dtype.element_ty)
             target = db_ptr + (group.to(tl.int64) * N + col)[None, :] * r + column[:, None]
             tl.store(target, db, mask=mask & (col < N)[None, :])

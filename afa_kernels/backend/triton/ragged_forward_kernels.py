@@ -4,7 +4,7 @@ all of them stands. Here a is (G, r, K) and b (G, N, r), and each program finds 
 import triton
 import triton.language as tl
 
-from afa_kernels.backend.triton.device_functions import phi, project, round_to, sum_partials
+from afa_kernels.backend.triton.device_functions import phi, project, sum_partials
 from afa_kernels.backend.triton.forward_kernels import copy_padded, store_y, store_z
 from afa_kernels.backend.triton.ragged_functions import (
     OF_GROUPS,
@@ -21,7 +21,7 @@ from afa_kernels.backend.triton.ragged_functions import (
 def ragged_pack_kernel(
     a_ptr, b_ptr, a_padded_ptr, b_padded_ptr, ends_ptr, ranks_ptr, blocks_a, M, G, K, N, r,
     stride_ag, stride_ar, stride_ak, stride_bg, stride_bn, stride_br,
-    R: tl.constexpr, BLOCK: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Round the a and b of each group that has rows, with zeros where its rank ends. Grid: (blocks of a, then of b;
     G)."""
@@ -33,12 +33,12 @@ def ragged_pack_kernel(
     if block < blocks_a:
         copy_padded(
             a_ptr + group * stride_ag, a_padded_ptr + group * K * R, block, rank, K, R, K, stride_ar, stride_ak,
-            BLOCK, EMULATE_BF16,
+            BLOCK,
         )  # fmt: skip
     else:
         copy_padded(
             b_ptr + group * stride_bg, b_padded_ptr + group * N * R, block - blocks_a, N, rank, N, R, stride_bn,
-            stride_br, BLOCK, EMULATE_BF16,
+            stride_br, BLOCK,
         )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def ragged_xa_phi_hb_forward_kernel(
     stride_xm, stride_ag, stride_ar, stride_ak, stride_bg, stride_bn, stride_br, stride_base_m, stride_base_n,
     stride_ym, stride_yn, stride_alpha, stride_scaling, scaling, inverse_keep, segment_tiles, threshold, calls_per_row,
     ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    BLOCK_N: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """F. Grid: (tiles of rows,). Rows without a branch get the base, or zeros, and a z of zeros."""
     group, rank, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
@@ -84,21 +84,21 @@ def ragged_xa_phi_hb_forward_kernel(
     z = project(
         x_ptr, own(a_ptr, group, stride_ag), first_row, rows_left, 0, tl.cdiv(K, BLOCK_L), segment_tiles, K, rank,
         stride_xm, stride_ar, stride_ak, seed, threshold, calls_per_row,
-        BLOCK_M, BLOCK_L, R, RANK_STEP, DROPOUT, PRECISION, EMULATE_BF16,
+        BLOCK_M, BLOCK_L, R, RANK_STEP, DROPOUT, PRECISION,
     )  # fmt: skip
-    z = round_to(z * inverse_keep, x_ptr.dtype.element_ty, EMULATE_BF16)
+    z = (z * inverse_keep).to(x_ptr.dtype.element_ty)
     if z_ptr is not None:
         store_z(z_ptr, z, first_row, rows_left, r, BLOCK_M, R)
     if y_ptr is not None:
         alpha_t = own_alpha(alpha_ptr, group, stride_alpha, ACT)
         scaling = own_scaling(scaling_ptr, group, stride_scaling, scaling)
-        h = round_to(phi(z.to(tl.float32), alpha_t, ACT), x_ptr.dtype.element_ty, EMULATE_BF16)
+        h = phi(z.to(tl.float32), alpha_t, ACT).to(x_ptr.dtype.element_ty)
         b_ptr = own(b_ptr, group, stride_bg)
         for start in range(0, N, BLOCK_N):
             store_y(
                 h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, rank, stride_bn, stride_br,
                 stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
-                BLOCK_M, BLOCK_N, R, RANK_STEP, PRECISION, EMULATE_BF16,
+                BLOCK_M, BLOCK_N, R, RANK_STEP, PRECISION,
             )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def ragged_project_partial_kernel(
     left_ptr, small_ptr, partial_ptr, ends_ptr, ranks_ptr, seed_ptr, M, G, length, r, segment_tiles,
     stride_row, stride_group, stride_rank, stride_small, threshold, calls_per_row,
     R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """F1, and D1 of few rows. Grid: (tiles of rows, segments). Rows without a branch get no partial, and nothing reads
     it."""
@@ -121,7 +121,7 @@ def ragged_project_partial_kernel(
     partial = project(
         left_ptr, own(small_ptr, group, stride_group), first_row, rows_left, first, tiles, segment_tiles, length,
         rank, stride_row, stride_rank, stride_small, seed, threshold, calls_per_row,
-        BLOCK_M, BLOCK_L, R, RANK_STEP, DROPOUT, PRECISION, EMULATE_BF16,
+        BLOCK_M, BLOCK_L, R, RANK_STEP, DROPOUT, PRECISION,
     )  # fmt: skip
     row, column = tl.arange(0, BLOCK_M), tl.arange(0, R)
     target = partial_ptr + (segment.to(tl.int64) * M + first_row) * R + row[:, None] * R + column[None, :]
@@ -134,7 +134,7 @@ def ragged_phi_hb_forward_kernel(
     tiles, stride_bg, stride_bn, stride_br, stride_base_m, stride_base_n, stride_ym, stride_yn, stride_alpha,
     stride_scaling, scaling, inverse_keep,
     ACT: tl.constexpr, R: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """F2. Grid: (tiles of rows, columns of programs), ``tiles`` tiles of y in each."""
     group, rank, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
@@ -154,17 +154,17 @@ def ragged_phi_hb_forward_kernel(
             )  # fmt: skip
         return
     z = sum_partials(partial_ptr, first_row, rows_left, M, segments, BLOCK_M, R)
-    z = round_to(z * inverse_keep, DTYPE, EMULATE_BF16)
+    z = (z * inverse_keep).to(DTYPE)
     if z_ptr is not None:
         store_z(z_ptr, z, first_row, z_rows, r, BLOCK_M, R)
     if y_ptr is not None:
         alpha_t = own_alpha(alpha_ptr, group, stride_alpha, ACT)
         scaling = own_scaling(scaling_ptr, group, stride_scaling, scaling)
-        h = round_to(phi(z.to(tl.float32), alpha_t, ACT), DTYPE, EMULATE_BF16)
+        h = phi(z.to(tl.float32), alpha_t, ACT).to(DTYPE)
         b_ptr = own(b_ptr, group, stride_bg)
         for start in range(first, end, BLOCK_N):
             store_y(
                 h, b_ptr, base_ptr, y_ptr, first_row, rows_left, start, N, rank, stride_bn, stride_br,
                 stride_base_m, stride_base_n, stride_ym, stride_yn, scaling,
-                BLOCK_M, BLOCK_N, R, RANK_STEP, PRECISION, EMULATE_BF16,
+                BLOCK_M, BLOCK_N, R, RANK_STEP, PRECISION,
             )  # fmt: skip
