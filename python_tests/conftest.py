@@ -49,7 +49,7 @@ def skip_unless_available(name: str) -> None:
 
 def skip_unless_taken(name: str, dtype: torch.dtype) -> None:
     """Skip where the backend takes no x of this dtype, with its reason."""
-    refused = registry.get(name).why_not(registry.Call(device_of(name).type, dtype, 8, 8, 8, 8, "silu"))
+    refused = choice.get(name).why_not(interface.Call(device_of(name).type, dtype, 8, 8, 8, 8, "silu"))
     if refused is not None:
         pytest.skip(refused)
 

@@ -14,16 +14,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from afa_kernels.backend.triton import configs, launch, passes  # noqa: E402
-from afa_kernels.backend.triton.ragged_launch import Groups, RaggedContext  # noqa: E402
+from afa_kernels.backend.interface import Rows  # noqa: E402
+from afa_kernels.backend.triton import backend, configs, launch, passes  # noqa: E402
 from afa_kernels.operator.options import Spec  # noqa: E402
 from tools import triton_aot, triton_report  # noqa: E402
 from tools.triton_aot import Problem, compile_launch, compiling_for, device_for  # noqa: E402
 
-compiles = pytest.mark.skipif(launch.INTERPRETED, reason="run by test_in_a_process_that_compiles")
+compiles = pytest.mark.skipif(backend.INTERPRETED, reason="run by test_in_a_process_that_compiles")
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="this process compiles")
+@pytest.mark.skipif(not backend.INTERPRETED, reason="this process compiles")
 def test_in_a_process_that_compiles():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
@@ -76,10 +76,10 @@ def test_one_compilation_for_every_number_of_groups_and_rows():
         x, dy = torch.zeros(m, k), torch.zeros(m, n)
         a, b = torch.zeros(count, r, k), torch.zeros(count, n, r)
         alpha_t = (numbers[step].expand(count), numbers[:count], numbers[: 2 * count : 2])[step % 3]
-        groups = Groups(offsets[:count], offsets[step : step + 1].expand(count), alpha_t, numbers[:count])
+        rows = Rows(offsets[:count], offsets[step : step + 1].expand(count), numbers[:count])
         with launch.recording(device_for("sm_90")) as launches:
             for backward in (False, True):
-                context = RaggedContext(x, a, b, groups, seeds[step], Spec("silu", 1.0, 1 + step))
+                context = launch.Context(x, a, b, alpha_t, seeds[step], Spec("silu", 1.0, 1 + step), rows=rows)
                 if backward:
                     needs = {"need_dx": True, "need_da": True, "need_db": True}
                     passes.backward(context, dy, torch.zeros(m, r), a.dtype, b.dtype, **needs)
@@ -123,8 +123,8 @@ def test_unaligned_rows_compile():
 
 
 @compiles
-@pytest.mark.parametrize("groups, prefix", [(0, ""), (8, "ragged_")], ids=["one", "groups"])
-def test_machine_code_of_one_row(groups, prefix):
+@pytest.mark.parametrize("groups", [0, 8], ids=["one", "groups"])
+def test_machine_code_of_one_row(groups):
     variant = triton_report.Variant("sm_80", "sm_80", "bf16", 16, 0, 16384, groups)
     found = {}
     for entry in variant.record():
@@ -134,10 +134,10 @@ def test_machine_code_of_one_row(groups, prefix):
         assert triton_report.faults(variant, entry, code._replace(spills=0)) == []
         found[entry.name] = code
     for name in ("xa_phi_hb_forward_kernel", "dy_pass_backward_kernel", "x_pass_backward_kernel"):
-        code = found[prefix + name]
+        code = found[name]
         assert code.tensor_core["HMMA"] > 0 and code.async_copies > 0, name
         assert 0 < code.registers <= 255 and code.instructions > 100
-    assert found[f"{prefix}weight_gradients_kernel"].tensor_core == {}
+    assert found["weight_gradients_kernel"].tensor_core == {}
 
 
 def test_the_report_finds_faults():

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from afa_kernels.backend.triton import backend, configs, launch  # noqa: E402
 from afa_kernels.operator.options import Spec  # noqa: E402
-from bench.model import layer_overhead, ragged_traffic, traffic  # noqa: E402
+from bench.model import layer_overhead, traffic  # noqa: E402
 from bench.model.traffic import H100  # noqa: E402
 from tools.triton_aot import Problem  # noqa: E402
 
@@ -77,7 +77,7 @@ def test_the_model_counts_every_byte_of_a_ragged_call(
     p.backward("triton", z, dx=torch.zeros_like(p.x))
     assert len(counted) >= 12
     for entry, made in counted:
-        assert_counted(entry, made, ragged_traffic.FINDING)
+        assert_counted(entry, made, traffic.FINDING)
 
 
 def counting(monkeypatch, simulated_gpu) -> list:

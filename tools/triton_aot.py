@@ -18,10 +18,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from afa_kernels.backend.interface import Rows
 from afa_kernels.backend.triton import launch, passes
 from afa_kernels.backend.triton.configs import Device, Tiles
 from afa_kernels.backend.triton.launch import Launch
-from afa_kernels.backend.triton.ragged_launch import Groups, RaggedContext
 from afa_kernels.operator.options import Spec
 
 # Shared memory that one block may take, in bytes; registers and resident threads per multiprocessor
@@ -98,7 +98,7 @@ class Problem:
     save_z: bool = True
     weight_dtype: torch.dtype | None = None  # of a and b; None: that of x
     groups: int = 0  # of rows, each with its own a and b, rank, alpha_t and scaling; 0: all rows have the same
-    adds_dx: bool = False  # to a dx that is there (of groups only)
+    adds_dx: bool = False  # to a dx that is there
 
     def record(
         self, device: Device, *, tiles: Tiles | None = None, forward: bool = True, backward: bool = True
@@ -117,12 +117,13 @@ class Problem:
         spec = Spec(self.activation, 2.0, self.dropout)
         base = meta(self.n).expand_as(dy) if self.base else None
 
-        def context() -> launch.Context:
-            if not self.groups:
-                return launch.Context(x, a, b, alpha_t, seed, spec, tiles)
+        rows = None
+        if self.groups:
             ends, ranks = (meta(self.groups, dtype=torch.int32) for _ in range(2))
-            groups = Groups(ends, ranks, alpha_t, meta(self.groups, dtype=torch.float32))
-            return RaggedContext(x, a, b, groups, seed, spec, tiles)
+            rows = Rows(ends, ranks, meta(self.groups, dtype=torch.float32))
+
+        def context() -> launch.Context:
+            return launch.Context(x, a, b, alpha_t, seed, spec, tiles, rows)
 
         with launch.recording(device) as launches:
             if forward:

@@ -68,7 +68,7 @@ class Variant(NamedTuple):
     rank: int
     dropout: int
     rows: int  # M: few rows take the split kernels
-    groups: int = 0  # 0: not a ragged call
+    groups: int = 0  # of rows, each with its own a and b; 0: all rows have the same
     operands: str = "f32"
 
     def is_taken(self) -> bool:
@@ -143,11 +143,7 @@ def faults(variant: Variant, launch: Launch, code: MachineCode) -> list[str]:
     limit = _DEFAULT_SHARED if variant.row == configs.DEFAULT else SHARED_MEMORY[variant.arch]
     if code.shared > limit:
         found.append(f"{code.shared} bytes of shared memory, {limit} available")
-    if (
-        variant.dtype in ("bf16", "fp16")
-        and launch.name.removeprefix("ragged_").startswith(_PRODUCTS)
-        and not code.tensor_core
-    ):
+    if variant.dtype in ("bf16", "fp16") and launch.name.startswith(_PRODUCTS) and not code.tensor_core:
         found.append("no tensor-core instruction")
     return found
 
@@ -179,7 +175,7 @@ def report(archs: Collection[str], dtypes: Collection[str], quick: bool) -> Iter
 
 
 _HEADER = (
-    f"{'arch':7}{'row':8}{'dtype':6}{'r':>4} {'A, B':8}{'drop':5}{'kernel':26}{'tile':>9}{'warps':>6}"
+    f"{'arch':7}{'row':8}{'dtype':6}{'r':>4} {'A, B':8}{'drop':5}{'kernel':38}{'tile':>9}{'warps':>6}"
     f"{'stages':>7}{'regs':>5}{'spill':>6}{'smem KB':>8}{'CTA/SM':>7}{'occup.':>7}  "
     f"{'tensor core':22}{'async':>6}{'LDG':>5}{'SASS':>6}"
 )
@@ -189,6 +185,7 @@ def _line(row: Row) -> str:
     variant, launch, code = row.variant, row.launch, row.code
     constants = launch.constants
     name = launch.name.removesuffix("_kernel") + (" +=" if constants.get("ADDS_DX") else "")
+    name += " by owner" if variant.groups else ""
     tile = f"{constants.get('BLOCK_M', '-')}x{constants.get('BLOCK_L', constants.get('BLOCK_N', '-'))}"
     tensor_core = " ".join(f"{name} {count}" for name, count in sorted(code.tensor_core.items())) or "-"
     if variant.arch in AMD:
@@ -197,7 +194,7 @@ def _line(row: Row) -> str:
         resident, occupancy = str(code.blocks_per_multiprocessor), f"{code.occupancy:.0%}"
     return (
         f"{variant.arch:7}{variant.row:8}{variant.dtype:6}{variant.rank:>4} {variant.operands:8}"
-        f"{'yes' if variant.dropout else 'no':5}{name:26}{tile:>9}"
+        f"{'yes' if variant.dropout else 'no':5}{name:38}{tile:>9}"
         f"{launch.warps:>6}{launch.stages:>7}{code.registers:>5}{code.spills:>6}"
         f"{code.shared / 1024:>8.1f}{resident:>7}{occupancy:>7}  {tensor_core:22}"
         f"{code.async_copies:>6}{code.plain_loads:>5}{code.instructions:>6}"

@@ -14,15 +14,15 @@ partial sums, and every repeated read) counts as L2. The GEMM that accumulates i
 behind its products, which is counted as free.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
+from triton import cdiv
 
 from afa_kernels.backend.triton.configs import Device
 from afa_kernels.backend.triton.launch import Launch
-from bench.model import ragged_traffic
-from bench.model.ragged_traffic import Elements, ranks_read
 
 
 class Gpu(NamedTuple):
@@ -62,6 +62,9 @@ class Cost(NamedTuple):
         )  # fmt: skip
 
 
+Elements = tuple[dict[str, int], dict[str, int]]  # read and written, by argument
+# What a program reads to find its rows, and what they compute with; not counted by owner.
+FINDING = frozenset({"ends_ptr", "ranks_ptr", "alpha_ptr", "scaling_ptr", "seed_ptr"})
 _HBM = frozenset({"x_ptr", "y_ptr", "base_ptr", "dy_ptr", "dx_ptr", "z_ptr", "left_ptr"})
 
 
@@ -72,7 +75,8 @@ def _bytes(t: Tensor | None, elements: int) -> int:
 def accesses(launch: Launch) -> dict[str, Access]:
     """Return the bytes that the whole grid of a launch reads and writes, by argument, masked lanes
     left out. What several lanes of a warp read at once counts once; each warp reads a scalar for
-    itself."""
+    itself. Those of owners depend on their rows: the offsets of such a launch have values, and what finds them
+    (FINDING) is left out."""
     tensors = launch.arguments
     read, written = _ELEMENTS[launch.name](launch)
     found = {}
@@ -87,105 +91,141 @@ def _present(launch: Launch, name: str) -> bool:
     return launch.arguments[name] is not None
 
 
-def _y_elements(launch: Launch, row_tiles: int) -> Elements:
-    m, n = launch.arguments["M"], launch.arguments["N"]
+def _branches(launch: Launch) -> list[tuple[int, int]]:
+    """Return the rows and the rank of each owner that has both."""
+    arguments = launch.arguments
+    if arguments["ends_ptr"] is None:
+        return [(arguments["M"], arguments["r"])]
+    ends, ranks = arguments["ends_ptr"].tolist(), arguments["ranks_ptr"]
+    ranks = [arguments["r"]] * len(ends) if ranks is None else ranks.tolist()
+    each = zip([0, *ends], ends, ranks, strict=False)
+    return [(end - start, rank) for start, end, rank in each if end > start and rank > 0]
+
+
+def _own(launch: Launch) -> int:
+    """Return how many rows have a branch."""
+    return sum(rows for rows, _ in _branches(launch))
+
+
+def _tiles(launch: Launch) -> list[int]:
+    return [cdiv(rows, launch.constants["BLOCK_M"]) for rows, _ in _branches(launch)]
+
+
+def _parts(launch: Launch, rows_per_tile: int, chunks_per_part: int) -> list[int]:
+    """Return how many programs of a slab have rows of each owner (``parts_with_rows`` in device_functions.py)."""
+    tiles = [cdiv(rows, rows_per_tile) for rows, _ in _branches(launch)]
+    return [cdiv(each, chunks_per_part * cdiv(each, launch.arguments["chunks"])) for each in tiles]
+
+
+def _parts_of_pass(launch: Launch) -> list[int]:
+    if not _present(launch, "ends_ptr"):
+        return [launch.grid[1]]
+    return _parts(launch, launch.constants["BLOCK_M"], launch.arguments["chunks_per_part"])
+
+
+def _read(launch: Launch, programs: list[int]) -> int:
+    """Return how many rows of a, or columns of b, so many programs of each owner read: those of a packed copy are R."""
+    constants = launch.constants
+    packed = constants["RANK_STEP"] == constants["R"]
+    ranks = [constants["R"] if packed else rank for _, rank in _branches(launch)]
+    return sum(count * rank for count, rank in zip(programs, ranks, strict=True))
+
+
+def _scalar(launch: Launch, name: str) -> dict[str, int]:
+    """Return how often alpha_t or the seed is read: once by each warp. By owner it is left out, with all that a program
+    reads to find its rows."""
+    return {} if _present(launch, "ends_ptr") else {name: math.prod(launch.grid) * launch.warps}
+
+
+def _y(launch: Launch) -> Elements:
     if not _present(launch, "y_ptr"):
         return {}, {}
-    return {"b_ptr": row_tiles * n * ranks_read(launch), "base_ptr": m * n}, {"y_ptr": m * n}
+    m, n = launch.arguments["M"], launch.arguments["N"]
+    read = {"b_ptr": _read(launch, _tiles(launch)) * n, "base_ptr": m * n}
+    return read | _scalar(launch, "alpha_ptr"), {"y_ptr": m * n}
 
 
 def _forward(launch: Launch) -> Elements:
-    arguments, tiles = launch.arguments, launch.grid[0]
-    m, k = arguments["M"], arguments["K"]
-    read, written = _y_elements(launch, tiles)
-    read |= {
-        "x_ptr": m * k,
-        "a_ptr": tiles * ranks_read(launch) * k,
-        "alpha_ptr": tiles * launch.warps if _present(launch, "y_ptr") else 0,
-    }
-    return read | {"seed_ptr": tiles * launch.warps}, written | {"z_ptr": m * arguments["r"]}
+    k = launch.arguments["K"]
+    read, written = _y(launch)
+    read |= {"x_ptr": _own(launch) * k, "a_ptr": _read(launch, _tiles(launch)) * k} | _scalar(launch, "seed_ptr")
+    return read, written | {"z_ptr": launch.arguments["M"] * launch.arguments["r"]}
 
 
 def _project_partial(launch: Launch) -> Elements:
-    arguments, rank, (tiles, segments) = launch.arguments, launch.constants["R"], launch.grid
-    m, length = arguments["M"], arguments["length"]
-    read = {
-        "left_ptr": m * length,
-        "small_ptr": tiles * ranks_read(launch) * length,
-        "seed_ptr": tiles * segments * launch.warps,
-    }
-    if not launch.constants["DROPOUT"]:
-        del read["seed_ptr"]
-    return read, {"partial_ptr": segments * m * rank}
+    length, rank = launch.arguments["length"], launch.constants["R"]
+    read = {"left_ptr": _own(launch) * length, "small_ptr": _read(launch, _tiles(launch)) * length}
+    if launch.constants["DROPOUT"]:
+        read |= _scalar(launch, "seed_ptr")
+    return read, {"partial_ptr": launch.grid[1] * _own(launch) * rank}
 
 
 def _phi_hb(launch: Launch) -> Elements:
-    arguments, rank, (tiles, columns) = launch.arguments, launch.constants["R"], launch.grid
-    read, written = _y_elements(launch, tiles)
-    read |= {"partial_ptr": columns * arguments["segments"] * arguments["M"] * rank}
-    read |= {"alpha_ptr": tiles * columns * launch.warps if _present(launch, "y_ptr") else 0}
+    arguments, columns = launch.arguments, launch.grid[1]
+    read, written = _y(launch)
+    read |= {"partial_ptr": columns * arguments["segments"] * _own(launch) * launch.constants["R"]}
     return read, written | {"z_ptr": arguments["M"] * arguments["r"]}
 
 
+def _dz(launch: Launch) -> Elements:
+    own = _own(launch)
+    read = {"z_ptr": own * launch.arguments["r"]} | _scalar(launch, "alpha_ptr")
+    return read, {"dz_ptr": own * launch.constants["R"]}
+
+
 def _dyb_dphi(launch: Launch) -> Elements:
-    arguments, rank, tiles = launch.arguments, launch.constants["R"], launch.grid[0]
-    m, n = arguments["M"], arguments["N"]
-    read = {
-        "dy_ptr": m * n,
-        "b_ptr": tiles * ranks_read(launch) * n,
-        "z_ptr": m * arguments["r"],
-        "alpha_ptr": tiles * launch.warps,
-    }
-    return read, {"dz_ptr": m * rank}
+    n, (read, written) = launch.arguments["N"], _dz(launch)
+    return read | {"dy_ptr": _own(launch) * n, "b_ptr": _read(launch, _tiles(launch)) * n}, written
 
 
 def _dphi(launch: Launch) -> Elements:
-    arguments, rank, tiles = launch.arguments, launch.constants["R"], launch.grid[0]
-    m = arguments["M"]
-    read = {
-        "partial_ptr": arguments["count"] * m * rank,
-        "z_ptr": m * arguments["r"],
-        "alpha_ptr": tiles * launch.warps,
-    }
-    return read, {"dz_ptr": m * rank}
+    read, written = _dz(launch)
+    return read | {"partial_ptr": launch.arguments["count"] * _own(launch) * launch.constants["R"]}, written
 
 
 def _dy_pass(launch: Launch) -> Elements:
-    arguments, rank, (slabs, chunks) = launch.arguments, launch.constants["R"], launch.grid
-    m, n = arguments["M"], arguments["N"]
-    read = {"dy_ptr": m * n}
+    arguments, rank, slabs, own = launch.arguments, launch.constants["R"], launch.grid[0], _own(launch)
+    n, parts = arguments["N"], _parts_of_pass(launch)
+    read = {"dy_ptr": own * n}
     if _present(launch, "dh_ptr"):
-        read["b_ptr"] = chunks * ranks_read(launch) * n
+        read["b_ptr"] = _read(launch, parts) * n
     if _present(launch, "db_ptr"):
-        read |= {"z_ptr": slabs * m * arguments["r"], "alpha_ptr": slabs * chunks * launch.warps}
-    return read, {"dh_ptr": slabs * m * rank, "db_ptr": chunks * rank * n}
+        read |= {"z_ptr": slabs * own * arguments["r"]} | _scalar(launch, "alpha_ptr")
+    return read, {"dh_ptr": slabs * own * rank, "db_ptr": sum(parts) * rank * n}
 
 
 def _x_pass(launch: Launch) -> Elements:
-    arguments, rank, (slabs, chunks) = launch.arguments, launch.constants["R"], launch.grid
-    m, k = arguments["M"], arguments["K"]
-    read = {"dz_ptr": slabs * m * rank, "seed_ptr": slabs * chunks * launch.warps}
+    arguments, rank, slabs, own = launch.arguments, launch.constants["R"], launch.grid[0], _own(launch)
+    k, parts = arguments["K"], _parts_of_pass(launch)
+    read = {"dz_ptr": slabs * own * rank} | _scalar(launch, "seed_ptr")
     if _present(launch, "dx_ptr"):
-        read["a_ptr"] = chunks * ranks_read(launch) * k
+        read["a_ptr"] = _read(launch, parts) * k
     if _present(launch, "da_ptr"):
-        read["x_ptr"] = m * k
-    return read, {"dx_ptr": m * k, "da_ptr": chunks * rank * k}
+        read["x_ptr"] = own * k
+    rows_of_dx = arguments["M"]
+    if launch.constants["ADDS_DX"]:
+        rows_of_dx = own
+        read["dx_ptr"] = own * k
+    return read, {"dx_ptr": rows_of_dx * k, "da_ptr": sum(parts) * rank * k}
 
 
 def _weight_gradients(launch: Launch) -> Elements:
     arguments, rank = launch.arguments, launch.constants["R"]
-    k, n, r = arguments["K"], arguments["N"], arguments["r"]
-    read = {
-        "da_partial_ptr": arguments["chunks_a"] * rank * k,
-        "db_partial_ptr": arguments["chunks_b"] * rank * n,
-    }
-    return read, {"da_ptr": r * k, "db_ptr": n * r}
+    read, written = {}, {}
+    for name, suffix, width in (("da", "_a", arguments["K"]), ("db", "_b", arguments["N"])):
+        parts = [arguments[f"parts{suffix}"]]
+        if _present(launch, "ends_ptr"):
+            parts = _parts(launch, arguments[f"rows_per_tile{suffix}"], arguments[f"chunks_per_part{suffix}"])
+        read[f"{name}_partial_ptr"] = sum(parts) * rank * width
+        written[f"{name}_ptr"] = (arguments["G"] or 1) * arguments["r"] * width
+    return read, written
 
 
 def _pack(launch: Launch) -> Elements:
-    arguments, rank = launch.arguments, launch.constants["R"]
-    k, n, r = arguments["K"], arguments["N"], arguments["r"]
-    return {"a_ptr": r * k, "b_ptr": n * r}, {"a_padded_ptr": rank * k, "b_padded_ptr": n * rank}
+    k, n, rank = launch.arguments["K"], launch.arguments["N"], launch.constants["R"]
+    own = [each for _, each in _branches(launch)]
+    padded = len(own) * rank
+    return {"a_ptr": sum(own) * k, "b_ptr": sum(own) * n}, {"a_padded_ptr": padded * k, "b_padded_ptr": padded * n}
 
 
 _ELEMENTS: dict[str, Callable[[Launch], Elements]] = {
@@ -198,7 +238,7 @@ _ELEMENTS: dict[str, Callable[[Launch], Elements]] = {
     "x_pass_backward_kernel": _x_pass,
     "weight_gradients_kernel": _weight_gradients,
     "pack_kernel": _pack,
-} | ragged_traffic.ELEMENTS
+}
 
 
 def _flops(launch: Launch) -> int:

@@ -23,7 +23,7 @@ _NO_BFLOAT16 = (
     "Triton's interpreter (TRITON_INTERPRET=1) computes with numpy, which has no bfloat16: float32 and float16 only"
 )
 _MAX_RANK_FLOAT32_DROPOUT = 64
-_MAX_GROUPS = 65535 // 16 - 1  # with 16 parts each in the passes of the backward
+_MAX_OWNERS = 65535 // 16 - 1  # in the second dimension of a grid, with 16 parts each in the passes of the backward
 _OLDEST_CAPABILITY = (8, 0)
 
 
@@ -52,42 +52,6 @@ def _device_type() -> str | None:
     return "xpu" if torch.xpu.is_available() else None
 
 
-def status() -> BackendStatus:
-    version = _triton_version()
-    if version is None:
-        return BackendStatus(False, "triton is not installed")
-    details = {"triton": version, "interpreter": INTERPRETED}
-    numbers = version.split(".")[:2]
-    if version != "unknown" and tuple(int(number) for number in numbers) < OLDEST_TRITON:
-        return BackendStatus(
-            False,
-            f"needs triton {'.'.join(map(str, OLDEST_TRITON))} or later, got {version}",
-            details,
-        )
-    device_type = _device_type()
-    if device_type is None:
-        return BackendStatus(False, "no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)", details)
-    return BackendStatus(True, details=details | {"device": device_type})
-
-
-def _refuses(call: Call) -> str | None:
-    if call.dtype == torch.float64:
-        return "float64 has no tensor-core path here: float32, bfloat16 and float16 only"
-    if INTERPRETED and call.dtype == torch.bfloat16:
-        return _NO_BFLOAT16
-    if call.r > MAX_RANK:
-        return f"rank {call.r} is above {MAX_RANK}: compute-bound, which torch's GEMMs do faster"
-    if call.dtype == torch.float32 and call.dropout and call.r > _MAX_RANK_FLOAT32_DROPOUT:
-        return f"float32 with dropout above rank {_MAX_RANK_FLOAT32_DROPOUT} overflows the registers"
-    if call.owners > _MAX_GROUPS:
-        return f"{call.owners} owners of rows are above {_MAX_GROUPS}, what a grid may have beside its first dimension"
-    if call.device == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(call.device_index)
-        if capability < _OLDEST_CAPABILITY:
-            return f"needs compute capability 8.0 or later, got {capability[0]}.{capability[1]}"
-    return None
-
-
 def _on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Make the device of ``x`` the current one: that is where Triton launches, on its current
     stream."""
@@ -96,70 +60,14 @@ def _on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.xpu.device(x.device) if x.device.type == "xpu" else contextlib.nullcontext()
 
 
-def _refuse_bfloat16_weights(a, b):
-    """What ``_refuses`` cannot see, as a call says of A and B only what x is."""
-    if INTERPRETED and torch.bfloat16 in (a.dtype, b.dtype):
+def _context(x, a, b, alpha_t, seed, spec, rows):
+    if INTERPRETED and torch.bfloat16 in (a.dtype, b.dtype):  # of which a Call says nothing
         raise BackendUnavailable(f"backend 'triton' cannot take A and B in bfloat16: {_NO_BFLOAT16}")
-
-
-def _context(x, a, b, alpha_t, seed, spec):
-    _refuse_bfloat16_weights(a, b)
     # Here and below: these modules import Triton, which a process that never runs it need not have.
     from afa_kernels.backend.triton import autotune, launch
 
     tiles = autotune.tiles(launch.device_of(x), x, b)
-    return launch.Context(x, a, b, alpha_t, seed, spec, tiles)
-
-
-def forward(x, a, b, alpha_t, seed, spec, *, base, out, save_z):
-    from afa_kernels.backend.triton import passes
-
-    with _on_device(x):
-        return passes.forward(_context(x, a, b, alpha_t, seed, spec), base, out, save_z)
-
-
-def backward(dy, x, a, b, z, alpha_t, seed, spec, *, need_dx, need_da, need_db):
-    from afa_kernels.backend.triton import passes
-
-    with _on_device(x):
-        context = _context(x, a, b, alpha_t, seed, spec)
-        return passes.backward(context, dy, z, a.dtype, b.dtype, need_dx=need_dx, need_da=need_da, need_db=need_db)
-
-
-def _ragged_context(x, a, b, groups, seed, spec):
-    _refuse_bfloat16_weights(a, b)
-    from afa_kernels.backend.triton import autotune, launch, ragged_launch
-
-    tiles = autotune.tiles(launch.device_of(x), x, b)
-    return ragged_launch.RaggedContext(x, a, b, ragged_launch.Groups(*groups), seed, spec, tiles)
-
-
-def ragged_forward(x, a, b, groups, seed, spec, *, base, out, save_z):
-    from afa_kernels.backend.triton import passes
-
-    with _on_device(x):
-        return passes.forward(_ragged_context(x, a, b, groups, seed, spec), base, out, save_z)
-
-
-def ragged_backward(dy, x, a, b, groups, z, seed, spec, *, need_dx, need_da, need_db, dx=None):
-    from afa_kernels.backend.triton import passes
-
-    needs = {"need_dx": need_dx, "need_da": need_da, "need_db": need_db}
-    with _on_device(x):
-        return passes.backward(_ragged_context(x, a, b, groups, seed, spec), dy, z, a.dtype, b.dtype, **needs, dx=dx)
-
-
-def _forward(x, a, b, alpha_t, seed, spec, rows=None, **results):
-    if rows is None:
-        return forward(x, a, b, alpha_t, seed, spec, **results)
-    return ragged_forward(x, a, b, (rows.offsets, rows.ranks, alpha_t, rows.scaling), seed, spec, **results)
-
-
-def _backward(dy, x, a, b, z, alpha_t, seed, spec, rows=None, *, dx=None, **needs):
-    if rows is None:
-        return backward(dy, x, a, b, z, alpha_t, seed, spec, **needs)
-    groups = (rows.offsets, rows.ranks, alpha_t, rows.scaling)
-    return ragged_backward(dy, x, a, b, groups, z, seed, spec, **needs, dx=dx)
+    return launch.Context(x, a, b, alpha_t, seed, spec, tiles, rows)
 
 
 class TritonBackend(Backend):
@@ -168,16 +76,52 @@ class TritonBackend(Backend):
     automatic = not INTERPRETED
 
     def status(self) -> BackendStatus:
-        return status()
+        version = _triton_version()
+        if version is None:
+            return BackendStatus(False, "triton is not installed")
+        details = {"triton": version, "interpreter": INTERPRETED}
+        numbers = version.split(".")[:2]
+        if version != "unknown" and tuple(int(number) for number in numbers) < OLDEST_TRITON:
+            return BackendStatus(
+                False,
+                f"needs triton {'.'.join(map(str, OLDEST_TRITON))} or later, got {version}",
+                details,
+            )
+        device_type = _device_type()
+        if device_type is None:
+            return BackendStatus(False, "no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)", details)
+        return BackendStatus(True, details=details | {"device": device_type})
 
     def refuses(self, call: Call) -> str | None:
-        return _refuses(call)
+        if call.dtype == torch.float64:
+            return "float64 has no tensor-core path here: float32, bfloat16 and float16 only"
+        if INTERPRETED and call.dtype == torch.bfloat16:
+            return _NO_BFLOAT16
+        if call.r > MAX_RANK:
+            return f"rank {call.r} is above {MAX_RANK}: compute-bound, which torch's GEMMs do faster"
+        if call.dtype == torch.float32 and call.dropout and call.r > _MAX_RANK_FLOAT32_DROPOUT:
+            return f"float32 with dropout above rank {_MAX_RANK_FLOAT32_DROPOUT} overflows the registers"
+        if call.owners > _MAX_OWNERS:
+            return f"{call.owners} owners of rows are above {_MAX_OWNERS}, what a grid has room for"
+        if call.device == "cuda" and torch.version.hip is None:
+            capability = torch.cuda.get_device_capability(call.device_index)
+            if capability < _OLDEST_CAPABILITY:
+                return f"needs compute capability 8.0 or later, got {capability[0]}.{capability[1]}"
+        return None
 
-    def forward(self, *operands, **results):
-        return _forward(*operands, **results)
+    def forward(self, x, a, b, alpha_t, seed, spec, rows=None, *, base, out, save_z):
+        from afa_kernels.backend.triton import passes
 
-    def backward(self, *operands, **needs):
-        return _backward(*operands, **needs)
+        with _on_device(x):
+            return passes.forward(_context(x, a, b, alpha_t, seed, spec, rows), base, out, save_z)
+
+    def backward(self, dy, x, a, b, z, alpha_t, seed, spec, rows=None, *, need_dx, need_da, need_db, dx=None):
+        from afa_kernels.backend.triton import passes
+
+        needs = {"need_dx": need_dx, "need_da": need_da, "need_db": need_db}
+        with _on_device(x):
+            context = _context(x, a, b, alpha_t, seed, spec, rows)
+            return passes.backward(context, dy, z, a.dtype, b.dtype, **needs, dx=dx)
 
 
 BACKEND = TritonBackend()

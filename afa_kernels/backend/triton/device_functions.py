@@ -1,4 +1,11 @@
-"""Device functions that the kernels share: the activation, the dropout mask, and the streamed product."""
+"""Device functions that the kernels share: which rows a program takes and what their owner brings, the activation, the
+dropout mask, and the streamed product.
+
+``ends_ptr`` points to the offsets of a call by owner, (G,) int32: where the rows of each owner end. They are read here
+and nowhere on the host. Values that break their contract give wrong results, but no access outside of x. Where one
+owner has all rows ``ends_ptr`` is None, and so are G, ``ranks_ptr`` and the strides from owner to owner: what is None
+is a constant to the compiler, so that such a call pays for nothing that owners need.
+"""
 
 import triton
 import triton.language as tl
@@ -10,6 +17,130 @@ _SQRT_2_OVER_PI = tl.constexpr(0.79788456080286535588)
 _INV_SQRT_2PI = tl.constexpr(0.39894228040143267794)
 _GELU_TANH_CUBIC = tl.constexpr(0.044715)
 _LEAKY_SLOPE = tl.constexpr(0.01)
+_ENDS_AT_A_TIME = tl.constexpr(256)
+
+# Arguments of any kernel whose other value, alignment or stride must not compile another one: neither a new alpha_t nor
+# a new M does.
+UNSPECIALIZED = (
+    "M", "G", "ends_ptr", "ranks_ptr", "alpha_ptr", "stride_alpha", "scaling_ptr", "stride_scaling", "seed_ptr",
+    "threshold", "segment_tiles", "segments", "tiles", "count", "blocks_a", "rows_per_chunk", "parts", "chunks",
+    "chunks_per_part", "parts_a", "chunks_per_part_a", "parts_b", "chunks_per_part_b",
+)  # fmt: skip
+
+
+@triton.jit
+def rows_of(owner, ends_ptr, ranks_ptr, M, G, r):
+    """Return the first row of an owner, the row behind its last one, and its rank. Owner G is the rows behind the last
+    offset, whose rank is 0."""
+    first = tl.load(ends_ptr + owner - 1, mask=owner > 0, other=0)
+    end = tl.load(ends_ptr + owner, mask=owner < G, other=M)
+    first, end = tl.maximum(first, 0), tl.minimum(end, M)
+    if ranks_ptr is not None:
+        rank = tl.minimum(tl.load(ranks_ptr + owner, mask=owner < G, other=0), r)
+    else:
+        rank = tl.where(owner < G, r, 0)
+    return first, end, rank
+
+
+@triton.jit
+def find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M: tl.constexpr):
+    """Return the tile of rows that this program takes: its owner, the rank of that, which is 0 for rows without a
+    branch, its first row (int64) and its rows.
+
+    The tiles of an owner begin at its first row, as in a call with that owner alone. Its first tile has the number
+    ``first row // BLOCK_M + owner``: then no two owners share a number, M // BLOCK_M + G + 1 programs are enough, and a
+    program finds its owner by counting those that begin no later. Numbers between two owners have no rows (0 or less).
+    """
+    tile = tl.program_id(0)
+    if ends_ptr is None:
+        first_row = tile.to(tl.int64) * BLOCK_M
+        return 0, r, first_row, tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
+    else:
+        owner = 0
+        for start in range(0, G, _ENDS_AT_A_TIME):
+            earlier = start + tl.arange(0, _ENDS_AT_A_TIME)
+            end = tl.load(ends_ptr + earlier, mask=earlier < G, other=M)
+            owner += tl.sum((end // BLOCK_M + earlier + 1 <= tile).to(tl.int32))
+        first, end, rank = rows_of(owner, ends_ptr, ranks_ptr, M, G, r)
+        number = tile - (first // BLOCK_M + owner)
+        first_row = first + number * BLOCK_M
+        rows_left = tl.where(number >= 0, tl.minimum(end - first_row, BLOCK_M), 0)
+        return owner, rank, first_row.to(tl.int64), rows_left
+
+
+@triton.jit
+def find_chunks(
+    ends_ptr, ranks_ptr, M, G, r, rows_per_chunk, parts, chunks, chunks_per_part, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """Return what this program goes over for a sum over rows: owner, rank, first row (int64), rows (0 or less: none),
+    and by owner the tiles of a chunk.
+
+    One owner: a chunk of ``rows_per_chunk`` rows. By owner: one of the ``parts`` of an owner's rows, which are cut into
+    chunks as those of a call with that owner alone, at most ``chunks``.
+    """
+    place = tl.program_id(1)
+    if ends_ptr is None:
+        first = place.to(tl.int64) * rows_per_chunk
+        return 0, r, first, tl.minimum(rows_per_chunk, M - first).to(tl.int32), 0
+    else:
+        owner, part = place // parts, place % parts
+        first, end, rank = rows_of(owner, ends_ptr, ranks_ptr, M, G, r)
+        tiles_per_chunk = tl.cdiv(tl.cdiv(end - first, BLOCK_M), chunks)
+        rows_per_part = chunks_per_part * tiles_per_chunk * BLOCK_M
+        first += part * rows_per_part
+        end = tl.minimum(first + rows_per_part, end)
+        return owner, rank, first.to(tl.int64), end - first, tiles_per_chunk
+
+
+@triton.jit
+def rows_left_in(ends_ptr, M, first_row, rows, start, BLOCK_M: tl.constexpr):
+    """Return how many rows the tile has that begins ``start`` rows into what :func:`find_chunks` found."""
+    if ends_ptr is None:
+        # In 64 bits: from ``rows`` the x pass of rank 64 has fewer instructions on sm_90, but 130 registers in place of
+        # 122, and one program is resident where two were.
+        return tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
+    else:
+        return tl.minimum(rows - start, BLOCK_M)
+
+
+@triton.jit
+def parts_with_rows(first, end, chunks, chunks_per_part, rows_per_tile):
+    """Return for how many parts of an owner :func:`find_chunks` finds rows."""
+    tiles = tl.cdiv(end - first, rows_per_tile)
+    tiles_per_part = chunks_per_part * tl.cdiv(tiles, chunks)
+    return tl.cdiv(tiles, tl.maximum(tiles_per_part, 1))
+
+
+@triton.jit
+def own(ptr, owner, stride):
+    """Return a pointer to what an owner has of it; without a stride one owner has all."""
+    if stride is not None:
+        ptr += owner.to(tl.int64) * stride
+    return ptr
+
+
+@triton.jit
+def load_own(ptr, owner, stride):
+    """Return an owner's number; without a stride the one of the only owner."""
+    if stride is not None:
+        ptr += owner * stride
+    return tl.load(ptr)
+
+
+@triton.jit
+def own_scaling(scaling_ptr, owner, stride_scaling, scaling):
+    """Return the scaling of an owner: ``scaling`` without ``scaling_ptr``."""
+    if scaling_ptr is not None:
+        scaling = load_own(scaling_ptr, owner, stride_scaling)
+    return scaling
+
+
+@triton.jit
+def own_factor(scaling_ptr, owner, stride_scaling, factor, threshold):
+    """Return the scaling of an owner over what dropout keeps, rounded once, as ``factor`` was on the host."""
+    if scaling_ptr is not None:
+        factor = tl.div_rn(load_own(scaling_ptr, owner, stride_scaling) * 256.0, 256.0 - threshold)
+    return factor
 
 
 @triton.jit
@@ -48,12 +179,12 @@ def _value_and_slope(z, ACT: tl.constexpr):
 
 
 @triton.jit
-def load_alpha(alpha_ptr, ACT: tl.constexpr):
-    """Return alpha_t; at identity there is none, and 0.0 stands for it."""
+def load_alpha(alpha_ptr, owner, stride_alpha, ACT: tl.constexpr):
+    """Return alpha_t of an owner; at identity there is none, and 0.0 stands for it."""
     if ACT == "identity":
         return 0.0
     else:
-        return tl.load(alpha_ptr)
+        return load_own(alpha_ptr, owner, stride_alpha)
 
 
 @triton.jit

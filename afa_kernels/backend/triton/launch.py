@@ -8,23 +8,27 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from afa_kernels.backend.triton import backward_kernels, configs, forward_kernels
+from afa_kernels.backend.interface import Rows
+from afa_kernels.backend.triton import configs, forward_kernels
 from afa_kernels.backend.triton.configs import Device, Tile, Tiles, padded_rank
 from afa_kernels.operator.dropout import COLUMNS_PER_CALL
 from afa_kernels.operator.options import Spec
 
-INTERPRETED = not isinstance(forward_kernels.pack_kernel, triton.runtime.JITFunction)
 _PACK_BLOCK = 1024
 ELEMENTWISE = Tile(0, 0, 4, 1)  # warps and stages of a kernel without a streamed product
 # Rows per multiprocessor from which one pass over x has enough bytes in flight: a tile of 64 on
 # three of four. A tile of 128 rows occupies half as many, with twice the bytes.
 _FULL_DEVICE_ROWS = 48
+# From so many programs per multiprocessor on, X and D have one for each owner and slab of columns; below, one for each
+# chunk of an owner's rows, whose partial sums cost memory traffic.
+_PROGRAMS_PER_MULTIPROCESSOR = 2
 # The sums over K and N: at most so many segments, each a whole number of so many columns, as in csrc/cuda/host/plan.h.
 _MAX_SEGMENTS, _SEGMENT_UNIT = 8, 256
 
@@ -90,52 +94,28 @@ def device_of(x: Tensor) -> Device:
     return configs.device_of(x.device) if recorder is None else recorder.device
 
 
-class Kernels(NamedTuple):
-    """The kernels of a call, by the names that the docstrings of forward_kernels.py and backward_kernels.py give."""
-
-    pack: Any
-    f: Any
-    f1: Any
-    f2: Any
-    d: Any
-    d1: Any
-    x: Any
-    dz: Any
-    weight_gradients: Any
-
-
 class Split(NamedTuple):
     """How a pass over rows with a sum over them is split."""
 
     programs: int
     partials: int
-    arguments: dict[str, int]  # of the pass
+    arguments: dict[str, int | None]  # of the pass
 
 
 class Context:
     """What every launch of one call shares: operands made ready for the kernels, tiles (by default
-    those of the table), and constants. ragged_launch.py has the one of a ragged call."""
-
-    kernels = Kernels(
-        forward_kernels.pack_kernel,
-        forward_kernels.xa_phi_hb_forward_kernel,
-        forward_kernels.project_partial_kernel,
-        forward_kernels.phi_hb_forward_kernel,
-        backward_kernels.dy_pass_backward_kernel,
-        backward_kernels.dyb_dphi_backward_kernel,
-        backward_kernels.x_pass_backward_kernel,
-        backward_kernels.dphi_backward_kernel,
-        backward_kernels.weight_gradients_kernel,
-    )
-    groups: tuple[int, ...] = ()  # the leading dimension of a and b in a ragged call
+    those of the table), and constants. With ``rows``, ``a`` is (G, r, K), ``b`` (G, N, r) and ``alpha_t`` (G,)."""
 
     def __init__(
-        self, x: Tensor, a: Tensor, b: Tensor, alpha_t: Tensor, seed: Tensor | None, spec: Spec,
-        tiles: Tiles | None = None,
+        self, x: Tensor, a: Tensor, b: Tensor, alpha_t: Tensor | None, seed: Tensor | None, spec: Spec,
+        tiles: Tiles | None = None, rows: Rows | None = None,
     ):  # fmt: skip
         self.device = device_of(x)
         self.rows, self.k = x.shape
         self.n, self.r = b.shape[-2:]
+        self.owners = a.shape[:-2]  # (G,), or () where one owner has all rows
+        ends, ranks, self.scalings = (None, None, None) if rows is None else rows
+        self.ends, self.ranks = (None if t is None else t.contiguous() for t in (ends, ranks))
         self.padded = padded_rank(self.r)
         self.dtype = x.dtype
         self.tiles = tiles or configs.table_tiles(self.device.arch, x.element_size(), self.r)
@@ -144,7 +124,9 @@ class Context:
         self.spec, self.alpha_t, self.seed = spec, alpha_t, seed if spec.dropout else None
         self.x = addressable(x)
         self.a, self.b = (t if int32_offsets(t) else t.contiguous() for t in (a, b))
-        self.rank_step = self.own_rank_step()
+        # How many ranks of b, which lie side by side, the kernels may take together: a power of two, up to R, that
+        # divides the rank and the distance of the rows of b.
+        self.rank_step = math.gcd(self.padded, self.r, self.b.stride(-2)) if self.ranks is None else 1
         if self.packing_needed():
             self.a, self.b = self._pack()
             self.rank_step = self.padded
@@ -156,11 +138,6 @@ class Context:
         """The constants of every kernel with a product."""
         return {"R": self.padded, "RANK_STEP": self.rank_step, "PRECISION": self.precision}
 
-    def own_rank_step(self) -> int:
-        """Return how many ranks of b, which lie side by side, the kernels may take together: a power of two, up to R,
-        that divides the rank and the distance of the rows of b."""
-        return math.gcd(self.padded, self.r, self.b.stride(-2))
-
     def mask(self) -> dict[str, Any]:
         """The arguments of a dropout mask."""
         return {
@@ -169,54 +146,84 @@ class Context:
             "calls_per_row": -(-self.k // COLUMNS_PER_CALL),
         }
 
+    def per_owner(self, t: Tensor | None) -> int | None:
+        """Return the stride from what one owner has in ``t`` to what the next one has."""
+        return t.stride(0) if self.owners and t is not None else None
+
     def operand_a(self) -> dict[str, Any]:
-        return {"a_ptr": self.a, "stride_ar": self.a.stride(-2), "stride_ak": self.a.stride(-1)}
+        a = self.a
+        return {"a_ptr": a, "stride_ag": self.per_owner(a), "stride_ar": a.stride(-2), "stride_ak": a.stride(-1)}
 
     def operand_b(self) -> dict[str, Any]:
-        return {"b_ptr": self.b, "stride_bn": self.b.stride(-2), "stride_br": self.b.stride(-1)}
+        b = self.b
+        return {"b_ptr": b, "stride_bg": self.per_owner(b), "stride_bn": b.stride(-2), "stride_br": b.stride(-1)}
 
     def small_operand(self, name: str) -> dict[str, Any]:
         """The arguments of a product that takes a, or b transposed, by the name of its operand."""
         t, rank, column = (self.a, -2, -1) if name == "a" else (self.b, -1, -2)
-        return {"small_ptr": t, "r": self.r, "stride_rank": t.stride(rank), "stride_small": t.stride(column)}
+        return {
+            "small_ptr": t, "r": self.r, "stride_owner": self.per_owner(t), "stride_rank": t.stride(rank),
+            "stride_small": t.stride(column),
+        }  # fmt: skip
 
-    def row_groups(self) -> dict[str, Any]:
+    def whose_rows(self) -> dict[str, Any]:
         """The arguments by which a program finds its rows."""
-        return {"M": self.rows}
+        count = self.owners[0] if self.owners else None
+        return {"M": self.rows, "G": count, "ends_ptr": self.ends, "ranks_ptr": self.ranks}
 
     def alpha(self) -> dict[str, Any]:
-        return {"alpha_ptr": self.alpha_t}
+        return {"alpha_ptr": self.alpha_t, "stride_alpha": self.per_owner(self.alpha_t)}
 
     def scaling(self) -> dict[str, Any]:
-        return {"scaling": self.spec.scaling}
+        return {"scaling": self.spec.scaling} | self._scalings()
 
     def factor(self) -> dict[str, Any]:
         """The arguments of what dz is scaled by."""
-        return {"factor": self.spec.scaling * self.spec.inverse_keep}
+        factor = self.spec.scaling * self.spec.inverse_keep
+        return {"factor": factor, "threshold": self.spec.dropout} | self._scalings()
+
+    def _scalings(self) -> dict[str, Any]:
+        return {"scaling_ptr": self.scalings, "stride_scaling": self.per_owner(self.scalings)}
 
     def split(self, tile: Tile, slabs: int) -> Split:
         """Return how a pass over rows in ``slabs`` slabs of columns is split, whose sum over rows is."""
         row_tiles = triton.cdiv(self.rows, tile.rows)
-        tiles_per_chunk = triton.cdiv(row_tiles, min(row_tiles, self.tiles.chunks))
-        chunks = triton.cdiv(row_tiles, tiles_per_chunk)
-        return Split(chunks, chunks, {"rows_per_chunk": tiles_per_chunk * tile.rows})
+        most = min(row_tiles, self.tiles.chunks)
+        if not self.owners:
+            tiles_per_chunk = triton.cdiv(row_tiles, most)
+            chunks = triton.cdiv(row_tiles, tiles_per_chunk)
+            arguments = {"rows_per_chunk": tiles_per_chunk * tile.rows, "parts": None, "chunks": None}
+            return Split(chunks, chunks, arguments | {"chunks_per_part": None})
+        owners = self.owners[0]
+        fills_device = slabs * owners >= _PROGRAMS_PER_MULTIPROCESSOR * self.device.multiprocessors
+        parts = 1 if fills_device else most
+        arguments = {"rows_per_chunk": None, "parts": parts} | self._chunks(parts)
+        return Split((owners + 1) * parts, owners * parts, arguments)
+
+    def _chunks(self, parts: int, suffix: str = "") -> dict[str, int]:
+        chunks = self.tiles.chunks
+        return {"chunks": chunks, f"chunks_per_part{suffix}": chunks if parts == 1 else 1}
 
     def reduction(self, da_partial: Tensor | None, db_partial: Tensor | None) -> dict[str, Any]:
         """The arguments by which partial sums over rows are summed."""
-        chunks = [0 if partial is None else partial.shape[0] for partial in (da_partial, db_partial)]
-        return {"chunks_a": chunks[0], "chunks_b": chunks[1]}
+        arguments = self.whose_rows()
+        for suffix, partial, tile in (("_a", da_partial, self.x_tile()), ("_b", db_partial, self.dy_tile())):
+            parts = 0 if partial is None else partial.shape[0] // math.prod(self.owners)
+            arguments |= {f"parts{suffix}": parts, f"rows_per_tile{suffix}": tile.rows} | self._chunks(parts, suffix)
+        return arguments
 
     def dy_tile(self) -> Tile:
         return self.tiles.dy_pass
 
     def x_tile(self) -> Tile:
-        return self.tiles.x_pass_dropout if self.spec.dropout else self.tiles.x_pass
-
-    def adding(self, adds_dx: bool) -> dict[str, Any]:
-        """The constants by which the pass over x adds to dx: here it never does."""
-        return {}
+        """The tile of X; by owner with half its columns: a second accumulator takes the registers of the other half."""
+        tile = self.tiles.x_pass_dropout if self.spec.dropout else self.tiles.x_pass
+        return replace(tile, cols=tile.cols // 2) if self.owners else tile
 
     def row_tiles(self, rows_per_tile: int) -> int:
+        """Return the most numbers that tiles of rows may have (``find_tile`` in device_functions.py)."""
+        if self.owners:
+            return self.rows // rows_per_tile + self.owners[0] + 1
         return triton.cdiv(self.rows, rows_per_tile)
 
     def row_programs(self) -> int:
@@ -243,20 +250,16 @@ class Context:
             self.rank_step == self.padded and all(t.dtype == self.dtype and t.stride(-1) == 1 for t in (self.a, self.b))
         )
 
-    def packing(self) -> dict[str, Any]:
-        """The arguments by which a program of the packing kernel finds what it packs."""
-        return {**self.operand_a(), **self.operand_b()}
-
     def _pack(self) -> tuple[Tensor, Tensor]:
-        a_padded = self.empty(*self.groups, self.padded, self.k, dtype=self.dtype)
-        b_padded = self.empty(*self.groups, self.n, self.padded, dtype=self.dtype)
+        a_padded = self.empty(*self.owners, self.padded, self.k, dtype=self.dtype)
+        b_padded = self.empty(*self.owners, self.n, self.padded, dtype=self.dtype)
         blocks_a, blocks_b = (triton.cdiv(length * self.padded, _PACK_BLOCK) for length in (self.k, self.n))
         arguments = {
             "a_padded_ptr": a_padded, "b_padded_ptr": b_padded, "blocks_a": blocks_a, "K": self.k, "N": self.n,
-            "r": self.r, **self.packing(),
+            "r": self.r, **self.operand_a(), **self.operand_b(), **self.whose_rows(),
         }  # fmt: skip
         constants = {"R": self.padded, "BLOCK": _PACK_BLOCK}
-        submit(self.kernels.pack, (blocks_a + blocks_b, *self.groups), arguments, constants, ELEMENTWISE)
+        submit(forward_kernels.pack_kernel, (blocks_a + blocks_b, *self.owners), arguments, constants, ELEMENTWISE)
         return a_padded, b_padded
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from afa_kernels.backend.triton import configs
+from afa_kernels.backend.triton import backward_kernels, configs, forward_kernels
 from afa_kernels.backend.triton.launch import (
     ELEMENTWISE,
     Context,
@@ -48,7 +48,7 @@ def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool)
     z = ctx.empty(ctx.rows, ctx.r, dtype=ctx.dtype) if save_z else None
     tile = ctx.tiles.project
     shared = {
-        "z_ptr": z, "N": ctx.n, "r": ctx.r, "inverse_keep": ctx.spec.inverse_keep, **ctx.row_groups(),
+        "z_ptr": z, "N": ctx.n, "r": ctx.r, "inverse_keep": ctx.spec.inverse_keep, **ctx.whose_rows(),
         **ctx.operand_b(), **ctx.alpha(), **ctx.scaling(), **_base_arguments(base, out),
     }  # fmt: skip
     constants = {"ACT": ctx.act, "BLOCK_M": tile.rows, "BLOCK_N": ctx.tiles.out_cols, **ctx.dots()}
@@ -58,14 +58,14 @@ def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool)
             **ctx.operand_a(), **ctx.mask(), **shared,
         }  # fmt: skip
         constants |= {"BLOCK_L": tile.cols, "DROPOUT": ctx.spec.dropout > 0}
-        submit(ctx.kernels.f, (ctx.row_programs(),), arguments, constants, tile)
+        submit(forward_kernels.xa_phi_hb_forward_kernel, (ctx.row_programs(),), arguments, constants, tile)
         return z
     partial = _project_partials(ctx, ctx.x, "a", dropout=ctx.spec.dropout > 0)
     constants["DTYPE"] = _triton_dtype(ctx.dtype)
     columns, tiles = (1, 0) if out is None else ctx.spread(triton.cdiv(ctx.n, ctx.tiles.out_cols))
     arguments = {"partial_ptr": partial, "segments": partial.shape[0], "tiles": tiles, **shared}
     grid = (ctx.row_programs(), columns)
-    submit(ctx.kernels.f2, grid, arguments, constants, tile)
+    submit(forward_kernels.phi_hb_forward_kernel, grid, arguments, constants, tile)
     return z
 
 
@@ -81,10 +81,10 @@ def _project_partials(ctx: Context, left: Tensor, small: str, *, dropout: bool) 
     partial = ctx.empty(segments, ctx.rows, ctx.padded)
     arguments = {
         "left_ptr": left, "partial_ptr": partial, "length": length, "segment_tiles": ctx.segment_tiles(length),
-        "stride_row": left.stride(0), **ctx.row_groups(), **ctx.small_operand(small), **ctx.mask(),
+        "stride_row": left.stride(0), **ctx.whose_rows(), **ctx.small_operand(small), **ctx.mask(),
     }  # fmt: skip
     constants = {"BLOCK_M": tile.rows, "BLOCK_L": tile.cols, "DROPOUT": dropout, **ctx.dots()}
-    submit(ctx.kernels.f1, (ctx.row_programs(), segments), arguments, constants, tile)
+    submit(forward_kernels.project_partial_kernel, (ctx.row_programs(), segments), arguments, constants, tile)
     return partial
 
 
@@ -124,16 +124,16 @@ def _dy_pass(
     db = ctx.empty(split.partials, ctx.padded, ctx.n) if need_db else None
     arguments = {
         "dy_ptr": dy, "z_ptr": z, "dh_ptr": dh, "db_ptr": db, "N": ctx.n, "r": ctx.r, "stride_dym": dy.stride(0),
-        **ctx.row_groups(), **ctx.operand_b(), **ctx.alpha(), **split.arguments,
+        **ctx.whose_rows(), **ctx.operand_b(), **ctx.alpha(), **split.arguments,
     }  # fmt: skip
     constants = {"ACT": ctx.act, "BLOCK_M": tile.rows, "BLOCK_L": tile.cols, **ctx.dots()}
-    submit(ctx.kernels.d, (slabs, split.programs), arguments, constants, tile)
+    submit(backward_kernels.dy_pass_backward_kernel, (slabs, split.programs), arguments, constants, tile)
     return dh, db
 
 
 def _dz_arguments(ctx: Context, z: Tensor) -> tuple[Tensor, dict[str, Any]]:
     dz = ctx.empty(ctx.rows, ctx.padded, dtype=ctx.dtype)
-    return dz, {"z_ptr": z, "dz_ptr": dz, "r": ctx.r, **ctx.row_groups(), **ctx.alpha(), **ctx.factor()}
+    return dz, {"z_ptr": z, "dz_ptr": dz, "r": ctx.r, **ctx.whose_rows(), **ctx.alpha(), **ctx.factor()}
 
 
 def _dz_from_partials(ctx: Context, dh_partial: Tensor, z: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def _dz_from_partials(ctx: Context, dh_partial: Tensor, z: Tensor) -> Tensor:
     arguments |= {"partial_ptr": dh_partial, "count": dh_partial.shape[0]}
     rows = max(_REDUCE_ELEMENTS // ctx.padded, _REDUCE_MIN_ROWS)
     constants = {"ACT": ctx.act, "R": ctx.padded, "BLOCK_M": rows}
-    submit(ctx.kernels.dz, (ctx.row_tiles(rows),), arguments, constants, ELEMENTWISE)
+    submit(backward_kernels.dphi_backward_kernel, (ctx.row_tiles(rows),), arguments, constants, ELEMENTWISE)
     return dz
 
 
@@ -157,7 +157,7 @@ def _dz(ctx: Context, dy: Tensor, z: Tensor) -> Tensor:
         **ctx.operand_b(),
     }  # fmt: skip
     constants = {"ACT": ctx.act, "BLOCK_M": tile.rows, "BLOCK_L": tile.cols, **ctx.dots()}
-    submit(ctx.kernels.d1, (ctx.row_programs(),), arguments, constants, tile)
+    submit(backward_kernels.dyb_dphi_backward_kernel, (ctx.row_programs(),), arguments, constants, tile)
     return dz
 
 
@@ -173,11 +173,12 @@ def _x_pass(
     da = ctx.empty(split.partials, ctx.padded, ctx.k) if need_da else None
     arguments = {
         "dz_ptr": dz, "x_ptr": ctx.x, "dx_ptr": dx, "da_ptr": da, "K": ctx.k, "stride_xm": ctx.x.stride(0),
-        "r": ctx.r, **ctx.row_groups(), **ctx.operand_a(), **ctx.mask(), **split.arguments,
+        "r": ctx.r, **ctx.whose_rows(), **ctx.operand_a(), **ctx.mask(), **split.arguments,
     }  # fmt: skip
-    constants = {"BLOCK_M": tile.rows, "BLOCK_L": tile.cols, "DROPOUT": ctx.spec.dropout > 0, **ctx.dots()}
-    constants |= ctx.adding(adds_dx)
-    submit(ctx.kernels.x, (slabs, split.programs), arguments, constants, tile)
+    constants = {
+        "BLOCK_M": tile.rows, "BLOCK_L": tile.cols, "DROPOUT": ctx.spec.dropout > 0, "ADDS_DX": adds_dx, **ctx.dots(),
+    }  # fmt: skip
+    submit(backward_kernels.x_pass_backward_kernel, (slabs, split.programs), arguments, constants, tile)
     return dx, da
 
 
@@ -192,8 +193,8 @@ def _weight_gradients(
     accumulators."""
     if da_partial is None and db_partial is None:
         return None, None
-    da = None if da_partial is None else ctx.empty(*ctx.groups, ctx.r, ctx.k, dtype=a_dtype)
-    db = None if db_partial is None else ctx.empty(*ctx.groups, ctx.n, ctx.r, dtype=b_dtype)
+    da = None if da_partial is None else ctx.empty(*ctx.owners, ctx.r, ctx.k, dtype=a_dtype)
+    db = None if db_partial is None else ctx.empty(*ctx.owners, ctx.n, ctx.r, dtype=b_dtype)
     blocks_a = 0 if da is None else triton.cdiv(ctx.k, _REDUCE_COLS)
     blocks_b = 0 if db is None else triton.cdiv(ctx.n, _REDUCE_COLS)
     arguments = {
@@ -202,6 +203,6 @@ def _weight_gradients(
         **ctx.reduction(da_partial, db_partial),
     }  # fmt: skip
     constants = {"R": ctx.padded, "RANKS": _REDUCE_RANKS, "BLOCK": _REDUCE_COLS}
-    grid = (blocks_a + blocks_b, ctx.padded // _REDUCE_RANKS, *ctx.groups)
-    submit(ctx.kernels.weight_gradients, grid, arguments, constants, ELEMENTWISE)
+    grid = (blocks_a + blocks_b, ctx.padded // _REDUCE_RANKS, *ctx.owners)
+    submit(backward_kernels.weight_gradients_kernel, grid, arguments, constants, ELEMENTWISE)
     return da, db
