@@ -67,15 +67,15 @@ class Ragged:
         self.spec = Spec(activation, 1.5, round(256 * dropout))
         self.seed = torch.tensor(77) if dropout else None
 
-    def forward(self, name: str, save_z=True) -> tuple[Tensor, Tensor | None]:
+    def forward(self, name: str) -> tuple[Tensor, Tensor]:
         out = self.base.clone() if self.accumulates else torch.full_like(self.dy, torch.nan)
         z = choice.get(name).forward(
             self.x, self.a, self.b, self.groups.alpha_t, self.seed, self.spec, self.groups.rows,
-            base=out if self.accumulates else self.base, out=out, save_z=save_z,
+            base=out if self.accumulates else self.base, out=out, save_z=True,
         )  # fmt: skip
         return out, z
 
-    def backward(self, name: str, z: Tensor | None, need=(True, True, True), dx: Tensor | None = None):
+    def backward(self, name: str, z: Tensor, need=(True, True, True), dx: Tensor | None = None):
         need = dict(zip(("need_dx", "need_da", "need_db"), need, strict=True))
         return choice.get(name).backward(
             self.dy, self.x, self.a, self.b, z, self.groups.alpha_t, self.seed, self.spec, self.groups.rows, **need,

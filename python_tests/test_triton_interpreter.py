@@ -182,7 +182,8 @@ def test_the_mask_is_the_one_of_the_contract(seed):
     a[0], b[0, 0] = 1, 1
     dy = torch.zeros(m, 8)
     dy[:, 0] = 1
-    dx, da, _ = backend.backward(dy, x, a, b, None, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=False)
+    z, alpha_t = torch.zeros(m, 16), torch.tensor(0.0)  # phi' is 1
+    dx, da, _ = backend.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=False)
     torch.testing.assert_close(dx, keep)
     torch.testing.assert_close(da[0], keep.sum(0))
 

@@ -45,7 +45,7 @@ def test_the_model_counts_every_byte(monkeypatch, simulated_gpu, m, k, n, r, dty
     out = torch.empty_like(base)
     z = backend.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=True)
     backend.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True)
-    backend.backward(dy, x, a, b, None, alpha_t, seed, spec, need_dx=True, need_da=False, need_db=False)
+    backend.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=False, need_db=False)
     assert len(counted) >= 8
     for entry, made in counted:
         assert_counted(entry, made)
@@ -73,7 +73,7 @@ def test_the_model_counts_every_byte_of_a_ragged_call(
     counted = counting(monkeypatch, simulated_gpu)
     _, z = p.forward("triton")
     p.backward("triton", z)
-    p.backward("triton", None, need=(True, False, False))
+    p.backward("triton", z, need=(True, False, False))
     p.backward("triton", z, dx=torch.zeros_like(p.x))
     assert len(counted) >= 12
     for entry, made in counted:

@@ -138,8 +138,6 @@ def _scalar(launch: Launch, name: str) -> dict[str, int]:
 
 
 def _y(launch: Launch) -> Elements:
-    if not _present(launch, "y_ptr"):
-        return {}, {}
     m, n = launch.arguments["M"], launch.arguments["N"]
     read = {"b_ptr": _read(launch, _tiles(launch)) * n, "base_ptr": m * n}
     return read | _scalar(launch, "alpha_ptr"), {"y_ptr": m * n}
@@ -246,7 +244,7 @@ def _flops(launch: Launch) -> int:
     one = 2 * arguments.get("M", 0) * rank  # of one product, per column
     name = launch.name
     if name == "xa_phi_hb_forward_kernel":
-        return one * (arguments["K"] + (arguments["N"] if _present(launch, "y_ptr") else 0))
+        return one * (arguments["K"] + arguments["N"])
     if name == "project_partial_kernel":
         return one * arguments["length"]
     if name in ("phi_hb_forward_kernel", "dyb_dphi_backward_kernel"):

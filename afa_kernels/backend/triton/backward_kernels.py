@@ -35,9 +35,9 @@ def store_dz(
 ):  # fmt: skip
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     z = load_z(z_ptr, first_row, rows_left, r, BLOCK_M, R)
-    dz = factor * dh * phi_slope(z, alpha_t, ACT)
+    dz = (factor * dh * phi_slope(z, alpha_t, ACT)).to(dz_ptr.dtype.element_ty)
     target = dz_ptr + first_row * R + row[:, None] * R + rank[None, :]
-    tl.store(target, dz.to(dz_ptr.dtype.element_ty), mask=(row < rows_left)[:, None])
+    tl.store(target, dz, mask=(row < rows_left)[:, None])
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -48,7 +48,7 @@ def dyb_dphi_backward_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """D1: ``dz = factor * (dy b) * phi'(z)`` as (M, R) in one pass over dy. Grid: (tiles of rows,)."""
-    owner, rank, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
+    owner, rank, first_row, rows_left = find_tile(tl.program_id(0), ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
     if ends_ptr is not None:
         if (rows_left <= 0) | (rank == 0):
             return
@@ -68,7 +68,7 @@ def dphi_backward_kernel(
     ACT: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """R, first job: ``dz = factor * sum(dh partials) * phi'(z)``. Grid: (tiles of rows,)."""
-    owner, rank, first_row, rows_left = find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
+    owner, rank, first_row, rows_left = find_tile(tl.program_id(0), ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
     if ends_ptr is not None:
         if (rows_left <= 0) | (rank == 0):
             return
@@ -309,8 +309,8 @@ def weight_gradients_kernel(
             da = sum_chunks(da_partial_ptr, column, col, K, count, R, RANKS, BLOCK)
             if ends_ptr is not None:
                 da = tl.where(in_rank, da, 0.0)
-            target = da_ptr + column[:, None] * K + col[None, :]
-            tl.store(target, da.to(da_ptr.dtype.element_ty), mask=mask & (col < K)[None, :])
+            da = da.to(da_ptr.dtype.element_ty)
+            tl.store(da_ptr + column[:, None] * K + col[None, :], da, mask=mask & (col < K)[None, :])
     if db_ptr is not None:
         if block >= blocks_a:
             col = (block - blocks_a) * BLOCK + tl.arange(0, BLOCK)
@@ -323,5 +323,5 @@ def weight_gradients_kernel(
             db = scaling * sum_chunks(db_partial_ptr, column, col, N, count, R, RANKS, BLOCK)
             if ends_ptr is not None:
                 db = tl.where(in_rank, db, 0.0)
-            target = db_ptr + col[None, :] * r + column[:, None]
-            tl.store(target, db.to(db_ptr.dtype.element_ty), mask=mask & (col < N)[None, :])
+            db = db.to(db_ptr.dtype.element_ty)
+            tl.store(db_ptr + col[None, :] * r + column[:, None], db, mask=mask & (col < N)[None, :])

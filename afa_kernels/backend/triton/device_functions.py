@@ -43,15 +43,14 @@ def rows_of(owner, ends_ptr, ranks_ptr, M, G, r):
 
 
 @triton.jit
-def find_tile(ends_ptr, ranks_ptr, M, G, r, BLOCK_M: tl.constexpr):
-    """Return the tile of rows that this program takes: its owner, the rank of that, which is 0 for rows without a
+def find_tile(tile, ends_ptr, ranks_ptr, M, G, r, BLOCK_M: tl.constexpr):
+    """Return what the tile of rows with this number is: its owner, the rank of that, which is 0 for rows without a
     branch, its first row (int64) and its rows.
 
     The tiles of an owner begin at its first row, as in a call with that owner alone. Its first tile has the number
     ``first row // BLOCK_M + owner``: then no two owners share a number, M // BLOCK_M + G + 1 programs are enough, and a
     program finds its owner by counting those that begin no later. Numbers between two owners have no rows (0 or less).
     """
-    tile = tl.program_id(0)
     if ends_ptr is None:
         first_row = tile.to(tl.int64) * BLOCK_M
         return 0, r, first_row, tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
@@ -96,8 +95,8 @@ def find_chunks(
 def rows_left_in(ends_ptr, M, first_row, rows, start, BLOCK_M: tl.constexpr):
     """Return how many rows the tile has that begins ``start`` rows into what :func:`find_chunks` found."""
     if ends_ptr is None:
-        # In 64 bits: from ``rows`` the x pass of rank 64 has fewer instructions on sm_90, but 130 registers in place of
-        # 122, and one program is resident where two were.
+        # In 64 bits: from ``rows`` the x pass of rank 64 has fewer instructions on sm_90, but more than the 128
+        # registers with which two programs are resident.
         return tl.minimum(M - first_row, BLOCK_M).to(tl.int32)
     else:
         return tl.minimum(rows - start, BLOCK_M)
@@ -121,10 +120,7 @@ def own(ptr, owner, stride):
 
 @triton.jit
 def load_own(ptr, owner, stride):
-    """Return an owner's number; without a stride the one of the only owner."""
-    if stride is not None:
-        ptr += owner * stride
-    return tl.load(ptr)
+    return tl.load(own(ptr, owner, stride))
 
 
 @triton.jit

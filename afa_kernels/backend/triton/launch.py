@@ -180,7 +180,8 @@ class Context:
     def factor(self) -> dict[str, Any]:
         """The arguments of what dz is scaled by."""
         factor = self.spec.scaling * self.spec.inverse_keep
-        return {"factor": factor, "threshold": self.spec.dropout} | self._scalings()
+        threshold = None if self.scalings is None else self.spec.dropout
+        return {"factor": factor, "threshold": threshold} | self._scalings()
 
     def _scalings(self) -> dict[str, Any]:
         return {"scaling_ptr": self.scalings, "stride_scaling": self.per_owner(self.scalings)}
@@ -192,15 +193,18 @@ class Context:
         if not self.owners:
             tiles_per_chunk = triton.cdiv(row_tiles, most)
             chunks = triton.cdiv(row_tiles, tiles_per_chunk)
-            arguments = {"rows_per_chunk": tiles_per_chunk * tile.rows, "parts": None, "chunks": None}
-            return Split(chunks, chunks, arguments | {"chunks_per_part": None})
+            arguments = {"rows_per_chunk": tiles_per_chunk * tile.rows, "parts": None} | self._chunks(chunks)
+            return Split(chunks, chunks, arguments)
         owners = self.owners[0]
         fills_device = slabs * owners >= _PROGRAMS_PER_MULTIPROCESSOR * self.device.multiprocessors
         parts = 1 if fills_device else most
         arguments = {"rows_per_chunk": None, "parts": parts} | self._chunks(parts)
         return Split((owners + 1) * parts, owners * parts, arguments)
 
-    def _chunks(self, parts: int, suffix: str = "") -> dict[str, int]:
+    def _chunks(self, parts: int, suffix: str = "") -> dict[str, int | None]:
+        """How many chunks the rows of an owner are cut into, and how many of them are a part."""
+        if not self.owners:
+            return {"chunks": None, f"chunks_per_part{suffix}": None}
         chunks = self.tiles.chunks
         return {"chunks": chunks, f"chunks_per_part{suffix}": chunks if parts == 1 else 1}
 
@@ -209,7 +213,9 @@ class Context:
         arguments = self.whose_rows()
         for suffix, partial, tile in (("_a", da_partial, self.x_tile()), ("_b", db_partial, self.dy_tile())):
             parts = 0 if partial is None else partial.shape[0] // math.prod(self.owners)
-            arguments |= {f"parts{suffix}": parts, f"rows_per_tile{suffix}": tile.rows} | self._chunks(parts, suffix)
+            rows_per_tile = tile.rows if self.owners else None
+            arguments |= {f"parts{suffix}": parts, f"rows_per_tile{suffix}": rows_per_tile}
+            arguments |= self._chunks(parts, suffix)
         return arguments
 
     def dy_tile(self) -> Tile:

@@ -22,12 +22,11 @@ _REDUCE_ELEMENTS, _REDUCE_MIN_ROWS = 1024, 16
 _REDUCE_RANKS, _REDUCE_COLS = 16, 32
 
 
-def _base_arguments(base: Tensor | None, out: Tensor | None) -> dict[str, Any]:
+def _base_arguments(base: Tensor | None, out: Tensor) -> dict[str, Any]:
     base_strides = (0, 1) if base is None else base.stride()
-    out_strides = (0, 1) if out is None else out.stride()
     return {
         "base_ptr": base, "stride_base_m": base_strides[0], "stride_base_n": base_strides[1],
-        "y_ptr": out, "stride_ym": out_strides[0], "stride_yn": out_strides[1],
+        "y_ptr": out, "stride_ym": out.stride(0), "stride_yn": out.stride(1),
     }  # fmt: skip
 
 
@@ -35,12 +34,11 @@ def _tile_fits(t: Tensor) -> bool:
     return int32_offsets(t, configs.MAX_TILE_ROWS)
 
 
-def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool) -> Tensor | None:
-    """Write y into ``out`` (None: only z is wanted) and return z if asked for: F, or F1 and F2
-    where rows are few."""
+def forward(ctx: Context, base: Tensor | None, out: Tensor, save_z: bool) -> Tensor | None:
+    """Write y into ``out`` and return z if asked for: F, or F1 and F2 where rows are few."""
     if base is not None and base is not out and not _tile_fits(base):
         base = base.contiguous()
-    if out is not None and not _tile_fits(out):
+    if not _tile_fits(out):
         y = torch.empty_like(out, memory_format=torch.contiguous_format)
         z = forward(ctx, base.contiguous() if base is out else base, y, save_z)
         out.copy_(y)
@@ -62,7 +60,7 @@ def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool)
         return z
     partial = _project_partials(ctx, ctx.x, "a", dropout=ctx.spec.dropout > 0)
     constants["DTYPE"] = _triton_dtype(ctx.dtype)
-    columns, tiles = (1, 0) if out is None else ctx.spread(triton.cdiv(ctx.n, ctx.tiles.out_cols))
+    columns, tiles = ctx.spread(triton.cdiv(ctx.n, ctx.tiles.out_cols))
     arguments = {"partial_ptr": partial, "segments": partial.shape[0], "tiles": tiles, **shared}
     grid = (ctx.row_programs(), columns)
     submit(forward_kernels.phi_hb_forward_kernel, grid, arguments, constants, tile)
@@ -89,14 +87,14 @@ def _project_partials(ctx: Context, left: Tensor, small: str, *, dropout: bool) 
 
 
 def backward(
-    ctx: Context, dy: Tensor, z: Tensor | None, a_dtype: torch.dtype, b_dtype: torch.dtype,
+    ctx: Context, dy: Tensor, z: Tensor, a_dtype: torch.dtype, b_dtype: torch.dtype,
     *, need_dx: bool, need_da: bool, need_db: bool, dx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return dx, da and db: D, R, X, R for small ranks; D1, D2, X, R for large ones."""
     if not (need_dx or need_da or need_db):
         return None, None, None
     dy = addressable(dy)
-    z = forward(ctx, None, None, True) if z is None else z.contiguous()
+    z = z.contiguous()
     need_dz = need_dx or need_da
     one_pass = need_dz and ctx.padded <= configs.ONE_PASS_RANK
     dz = da_partial = db_partial = None

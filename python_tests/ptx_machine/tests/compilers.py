@@ -17,7 +17,6 @@ from helpers import Problem, poisoned_memory  # noqa: E402
 from ptx_cuda import _cuda_on_ptx  # noqa: E402
 from ragged_calls import Ragged  # noqa: E402
 
-from afa_kernels.backend import choice  # noqa: E402
 from afa_kernels.operator.options import Spec  # noqa: E402
 
 Results = list[torch.Tensor]
@@ -54,8 +53,8 @@ def call(backend: str, shape: tuple[int, int, int], rank: int, dtype: torch.dtyp
     operands = (p.x, p.lora_a, p.lora_b)
 
     def run() -> Results:
-        kernels, y = choice.get(backend), torch.full_like(p.base, torch.nan)
-        z = kernels.forward(*operands, alpha_t, seed, spec, base=p.base, out=y, save_z=dropout == 0)
+        kernels, y = registry.get(backend), torch.full_like(p.base, torch.nan)
+        z = kernels.forward(*operands, alpha_t, seed, spec, base=p.base, out=y, save_z=True)
         gradients = kernels.backward(p.dy, *operands, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True)
         return [y, *gradients]
 
@@ -76,7 +75,7 @@ def call_by_owner(
 
     def run() -> Results:
         with poisoned_memory():
-            y, z = p.forward(backend, save_z=dropout == 0)
+            y, z = p.forward(backend)
             return [y, *p.backward(backend, z), *p.backward(backend, z, dx=old_dx.clone())]
 
     return run
@@ -222,7 +221,8 @@ class Triton:
                         text = launch["text"]
                         if text not in found:
                             ((_, first, last),) = entries(text)
-                            found[text] = Kernel(kernel_name, text, first, last)
+                            owners = " by owner" if "ends_ptr" in launch["traffic"] else ""
+                            found[text] = Kernel(kernel_name + owners, text, first, last)
                         kernel = found[text]
                         if one not in kernel.calls and len(kernel.calls) < 2:
                             kernel.calls.append(one)
