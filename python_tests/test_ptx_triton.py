@@ -28,14 +28,14 @@ from afa_kernels.backend.triton import configs  # noqa: E402
 
 here = pytest.mark.skipif(not SIMULATED_GPU, reason="run by test_on_simulated_gpus")
 LORA = ("x", "lora_a", "lora_b", "base")
-RAGGED_COUNT = 12
+BY_OWNER_COUNT = 12
 COUNT = 16  # random problems: each dtype with each class of ranks; make ptx-check runs more
 
 
 # Among them what Triton's interpreter cannot show of bfloat16.
 TESTS_OF_OTHER_FILES = (
     "test_triton_traffic.py::test_the_model_counts_every_byte",
-    "test_triton_traffic.py::test_the_model_counts_every_byte_of_a_ragged_call",
+    "test_triton_traffic.py::test_the_model_counts_every_byte_of_rows_by_owner",
     "test_row_invariance.py::test_triton_rows_by_one_program_or_several",
     *(f"test_numerics.py::test_shapes[triton-{shape}-bf16]" for shape in (
         "M1-K64-N48-r8", "M5-K16-N24-r1", "M37-K130-N51-r8", "M16-K128-N136-r33", "M19-K264-N72-r128",
@@ -76,15 +76,15 @@ def test_random_problems(number, simulated_gpu):
 
 
 @here
-@pytest.mark.parametrize("number", range(RAGGED_COUNT))
-def test_random_ragged_problems(number, simulated_gpu):
+@pytest.mark.parametrize("number", range(BY_OWNER_COUNT))
+def test_random_problems_by_owner(number, simulated_gpu):
     where = ptx_problems.TritonTarget(SIMULATED_GPU, simulated_gpu)
     RandomRaggedProblem(where, number).check_or_known()
 
 
 @here
 @pytest.mark.parametrize("number", range(8))
-def test_random_ragged_problems_that_add_to_dx(number, simulated_gpu):
+def test_random_problems_by_owner_that_add_to_dx(number, simulated_gpu):
     simulated_gpu.seed = number
     random_problem(number, sizes=(0, 1, 17, 65)).check_adding("triton")
 
@@ -157,8 +157,8 @@ def lone_call(**tensors):
     return afa.afa_lora(**tensors, alpha_t=0.4, backend="triton")
 
 
-def ragged_call(lora_a, lora_b, **tensors):
-    """Two groups with the same A and B, and an empty one."""
+def call_by_owner(lora_a, lora_b, **tensors):
+    """Two owners with the same A and B, and one without rows."""
     a, b = (torch.stack([t] * 3) for t in (lora_a, lora_b))
     offsets = torch.tensor([70, 70, 130], dtype=torch.int32)
     return afa.afa_lora(**tensors, offsets=offsets, lora_a=a, lora_b=b, alpha_t=0.4, backend="triton")
@@ -180,7 +180,7 @@ def faulty(machine, edit, call=lone_call) -> bool:
 
 
 @here
-@pytest.mark.parametrize("call", [lone_call, ragged_call])
+@pytest.mark.parametrize("call", [lone_call, call_by_owner])
 @pytest.mark.parametrize("pattern", ["bar.sync", "cp.async.wait_group", "cp.async.commit_group"])
 def test_a_removed_synchronization_is_noticed(simulated_gpu, pattern, call):
     assert not faulty(simulated_gpu, lambda name, text: text, call)
@@ -188,15 +188,15 @@ def test_a_removed_synchronization_is_noticed(simulated_gpu, pattern, call):
 
 
 @here
-def test_a_tile_of_another_group_is_noticed(simulated_gpu):
-    """A program finds its group by quotients by 64 rows, which are shifts by 6 bits: with 5, where a thread has two
-    groups' offsets both of them, as Triton may put the one that matters here first or last."""
+def test_a_tile_of_another_owner_is_noticed(simulated_gpu):
+    """A program finds the owner of its rows by quotients by 64, which are shifts by 6 bits: with 5, where a thread has
+    two owners' offsets both of them, as Triton may put the one that matters here first or last."""
 
     def edit(name: str, text: str) -> str:
         return re.sub(r"(shr\.s32.*), 6;", r"\1, 5;", text) if name.startswith("project") else text
 
     with poisoned_memory():
-        assert faulty(simulated_gpu, edit, ragged_call)
+        assert faulty(simulated_gpu, edit, call_by_owner)
 
 
 @here

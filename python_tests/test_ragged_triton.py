@@ -1,4 +1,4 @@
-"""Ragged calls of the Triton backend in Triton's interpreter. What it compiles is in test_triton_compile.py, and what
+"""Rows by owner of the Triton backend in Triton's interpreter. What it compiles is in test_triton_compile.py, and what
 that computes in test_ptx_triton.py."""
 
 import pytest
@@ -49,26 +49,26 @@ def test_what_is_added_to_dx_is_rounded_with_it():
 
 @pytest.fixture
 def large_device(monkeypatch):
-    """A device that the groups of a test do not fill."""
+    """A device that the owners of a test do not fill."""
     from afa_kernels.backend.triton import configs
 
     monkeypatch.setattr(configs, "device_of", lambda _: configs.Device(configs.INTERPRETER, 108))
 
 
 def operands(sizes, behind, k, n, r, dtype=torch.float32):
-    rows, groups = sum(sizes) + behind, len(sizes)
+    rows, owners = sum(sizes) + behind, len(sizes)
     offsets = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     x, dy = torch.randn(rows, k, dtype=dtype), torch.randn(rows, n, dtype=dtype)
-    a, b = torch.randn(groups, r, k, dtype=dtype), torch.randn(groups, n, r, dtype=dtype)
-    return x, dy, a * k**-0.5, b * r**-0.5, Owners(offsets, None, torch.full((1,), 0.3).expand(groups), None)
+    a, b = torch.randn(owners, r, k, dtype=dtype), torch.randn(owners, n, r, dtype=dtype)
+    return x, dy, a * k**-0.5, b * r**-0.5, Owners(offsets, None, torch.full((1,), 0.3).expand(owners), None)
 
 
-def forward_and_backward(x, dy, a, b, groups):
+def forward_and_backward(x, dy, a, b, owners):
     spec = Spec("silu", 2.0)
     y = torch.full_like(dy, torch.nan)
-    z = backend.BACKEND.forward(x, a, b, groups.alpha_t, None, spec, groups.rows, base=None, out=y, save_z=True)
+    z = backend.BACKEND.forward(x, a, b, owners.alpha_t, None, spec, owners.rows, base=None, out=y, save_z=True)
     needs = {"need_dx": True, "need_da": True, "need_db": True}
-    return y, z, *backend.BACKEND.backward(dy, x, a, b, z, groups.alpha_t, None, spec, groups.rows, **needs)
+    return y, z, *backend.BACKEND.backward(dy, x, a, b, z, owners.alpha_t, None, spec, owners.rows, **needs)
 
 
 # Names of the kernels of a forward and a backward, by whether the rows fill the device.
@@ -89,20 +89,20 @@ def test_launches(r, ranks):
     """As many as those of a call with one A and B, and the same where rows fill the device as where they do not."""
     from afa_kernels.backend.triton import configs, launch
 
-    x, dy, a, b, groups = operands((40, 0, 30), 2, 300, 270, r)
+    x, dy, a, b, owners = operands((40, 0, 30), 2, 300, 270, r)
     if ranks is not None:
-        groups = groups._replace(ranks=torch.tensor(ranks, dtype=torch.int32))
+        owners = owners._replace(ranks=torch.tensor(ranks, dtype=torch.int32))
     for multiprocessors, paths in ((1, PATHS), (108, SPLIT_PATHS)):
         with launch.recording(configs.Device(configs.INTERPRETER, multiprocessors)) as launches:
-            forward_and_backward(x.half(), dy.half(), a, b, groups)
+            forward_and_backward(x.half(), dy.half(), a, b, owners)
         names = [entry.name.removesuffix("_kernel").removesuffix("_backward").removesuffix("_forward")
                  for entry in launches]  # fmt: skip
         assert names == list(paths[r])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
-def test_a_program_for_a_group_or_for_each_of_its_chunks(dtype, large_device):
-    """Bits do not depend on how the sums over a group's rows are spread over programs: 200 rows in tiles of 32 are two
+def test_a_program_for_an_owner_or_for_each_of_its_chunks(dtype, large_device):
+    """Bits do not depend on how the sums over an owner's rows are spread over programs: 200 rows in tiles of 32 are two
     chunks of four and three tiles."""
     from afa_kernels.backend.triton import configs, launch
 
@@ -119,26 +119,26 @@ def test_a_program_for_a_group_or_for_each_of_its_chunks(dtype, large_device):
         assert torch.equal(one, other)
 
 
-def test_groups_are_found_among_more_than_one_program_reads_at_a_time():
-    groups = 300  # 256 offsets at a time
-    sizes = [g % 3 if g % 7 else 0 for g in range(groups)]
+def test_owners_are_found_among_more_than_one_program_reads_at_a_time():
+    owners = 300  # 256 offsets at a time
+    sizes = [g % 3 if g % 7 else 0 for g in range(owners)]
     x, dy, a, b, given = operands(sizes, 4, 4, 3, 2)
     y, z, dx, da, db = forward_and_backward(x, dy, a, b, given)
     first = 0
-    for group, size in enumerate(sizes):
+    for owner, size in enumerate(sizes):
         rows, first = slice(first, first + size), first + size
-        torch.testing.assert_close(z[rows], x[rows] @ a[group].T, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(z[rows], x[rows] @ a[owner].T, rtol=1e-5, atol=1e-5)
         if size == 0:
-            assert not da[group].any() and not db[group].any()
+            assert not da[owner].any() and not db[owner].any()
     assert not z[first:].any() and not y[first:].any() and not dx[first:].any()
 
 
 def test_offsets_that_break_their_contract_write_nothing_outside():
     """On a GPU nothing checks their values. Guards of NaN around y and dx stay."""
-    x, dy, a, b, groups = operands((10, 20, 10), 0, 24, 16, 16)
+    x, dy, a, b, owners = operands((10, 20, 10), 0, 24, 16, 16)
     around = torch.full((60, 16), torch.nan)
     for offsets in ((100, 7, 2000), (-50, 20, 10), (30, 10, -1), (2**31 - 1, -(2**31), 40)):
-        broken = groups._replace(offsets=torch.tensor(offsets, dtype=torch.int32))
+        broken = owners._replace(offsets=torch.tensor(offsets, dtype=torch.int32))
         out = around[10:50]
         z = backend.BACKEND.forward(
             x, a, b, broken.alpha_t, None, Spec("silu", 2.0), broken.rows, base=None, out=out, save_z=True
@@ -147,16 +147,16 @@ def test_offsets_that_break_their_contract_write_nothing_outside():
 
 
 @pytest.mark.parametrize("scaling", [0.1, 1 / 3, 3e-5, 7.0])
-def test_the_factor_of_dz_is_that_of_a_scaling_for_all_groups(scaling):
+def test_the_factor_of_dz_is_that_of_a_scaling_for_all_owners(scaling):
     """A scaling on the device is divided by what dropout keeps there, with the bits that the host gives."""
-    x, dy, a, b, groups = operands((10, 30), 0, 24, 16, 16)
+    x, dy, a, b, owners = operands((10, 30), 0, 24, 16, 16)
     scaling = torch.tensor(scaling).item()  # exact in float32
     for threshold in (1, 26, 100, 255):
         seed, results = torch.tensor(5), []
         for each in (None, torch.full((2,), scaling)):
             spec = Spec("silu", scaling if each is None else 1.0, threshold)
             needs = {"need_dx": True, "need_da": True, "need_db": True}
-            own = groups._replace(scaling=each)
+            own = owners._replace(scaling=each)
             call = (own.alpha_t, seed, spec, own.rows)
             z = backend.BACKEND.forward(x, a, b, *call, base=None, out=torch.empty_like(dy), save_z=True)
             results.append(backend.BACKEND.backward(dy, x, a, b, z, *call, **needs))
@@ -164,13 +164,13 @@ def test_the_factor_of_dz_is_that_of_a_scaling_for_all_groups(scaling):
             assert torch.equal(one, other)
 
 
-def test_too_many_groups_are_refused_with_the_reason():
+def test_too_many_owners_are_refused_with_the_reason():
     call = Call("cpu", torch.float32, 8, 8, 8, 8, "silu", owners=5000)
     assert "5000 owners" in backend.BACKEND.refuses(call)
     assert backend.BACKEND.refuses(call._replace(owners=4000)) is None
 
 
 def test_a_rank_that_is_too_large_is_refused():
-    x, dy, a, b, groups = operands((3, 4), 0, 8, 8, 200)
+    x, dy, a, b, owners = operands((3, 4), 0, 8, 8, 200)
     with pytest.raises(afa.BackendUnavailable, match="rank 200 is above 128"):
-        afa.afa_lora(x, a, b, 0.5, offsets=groups.offsets, backend="triton")
+        afa.afa_lora(x, a, b, 0.5, offsets=owners.offsets, backend="triton")

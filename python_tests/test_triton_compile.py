@@ -65,9 +65,9 @@ def test_one_compilation_for_every_alpha_seed_scaling_and_m():
 
 
 @compiles
-def test_one_compilation_for_every_number_of_groups_and_rows():
-    """And any offsets, ranks, alpha_t and scalings, which no host reads; one alpha_t for all groups has a stride of 0,
-    and that of every other group one of 2."""
+def test_one_compilation_for_every_number_of_owners_and_rows():
+    """And any offsets, ranks, alpha_t and scalings, which no host reads; one alpha_t for all owners has a stride of 0,
+    and that of every other owner one of 2."""
     k, n, r = 512, 64, 16
     offsets, numbers, seeds = torch.arange(64, dtype=torch.int32), torch.linspace(0, 1, 64), torch.arange(64)
     kernels = set()
@@ -123,9 +123,9 @@ def test_unaligned_rows_compile():
 
 
 @compiles
-@pytest.mark.parametrize("groups", [0, 8], ids=["one", "groups"])
-def test_machine_code_of_one_row(groups):
-    variant = triton_report.Variant("sm_80", "sm_80", "bf16", 16, 0, 16384, groups)
+@pytest.mark.parametrize("owners", [0, 8], ids=["lone", "owners"])
+def test_machine_code_of_one_row(owners):
+    variant = triton_report.Variant("sm_80", "sm_80", "bf16", 16, 0, 16384, owners)
     found = {}
     for entry in variant.record():
         with compiling_for("sm_80"):
@@ -154,6 +154,7 @@ def test_the_report_finds_faults():
     assert triton_report.faults(default, with_product, good._replace(shared=70 * 1024))
 
 
+@compiles  # the interpreter takes no bfloat16
 def test_quick_report_is_a_subset_and_the_full_one_has_every_row():
     full = set(triton_report.variants(triton_report.NVIDIA + triton_report.AMD))
     quick = set(triton_report.variants(triton_report.NVIDIA + triton_report.AMD, quick=True))

@@ -52,21 +52,21 @@ def test_the_model_counts_every_byte(monkeypatch, simulated_gpu, m, k, n, r, dty
 
 
 @pytest.mark.skipif(not SIMULATED_GPU, reason="run by test_ptx_triton.py")
-@pytest.mark.parametrize("multiprocessors", [1, 108])  # a program for a group's rows, or for each of its chunks
+@pytest.mark.parametrize("multiprocessors", [1, 108])  # a program for an owner's rows, or for each of its chunks
 @pytest.mark.parametrize(
     "sizes, behind, k, n, r, dtype, weight_dtype, ranks",
     [
         ((64, 64, 64), 0, 256, 136, 16, torch.bfloat16, torch.bfloat16, None),  # even
         ((0, 300, 3, 0, 40), 5, 300, 264, 16, torch.float16, torch.float16, None),  # skewed, some empty
         ((33, 70), 0, 264, 300, 40, torch.bfloat16, torch.float32, (40, 7)),  # packed operands, two passes over dy
-        ((20, 0, 30, 9), 3, 72, 50, 12, torch.float32, torch.float32, (0, 5, 12, 3)),  # a group without a branch
+        ((20, 0, 30, 9), 3, 72, 50, 12, torch.float32, torch.float32, (0, 5, 12, 3)),  # an owner without a branch
         ((300, 3, 40), 5, 300, 264, 24, torch.bfloat16, torch.float32, (24, 7, 16)),  # rounded where they are read
     ],
 )
-def test_the_model_counts_every_byte_of_a_ragged_call(
+def test_the_model_counts_every_byte_of_rows_by_owner(
     monkeypatch, simulated_gpu, sizes, behind, k, n, r, dtype, weight_dtype, ranks, multiprocessors
 ):
-    """But for those by which a program finds its group."""
+    """But for those by which a program finds the owner of its rows."""
     device = replace(configs.device_of(torch.device("cpu")), multiprocessors=multiprocessors)
     monkeypatch.setattr(configs, "device_of", lambda _: device)
     p = Ragged(sizes, k, n, r, dtype, behind=behind, ranks=ranks, weights=weight_dtype)

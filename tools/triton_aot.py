@@ -97,7 +97,7 @@ class Problem:
     base: bool = True
     save_z: bool = True
     weight_dtype: torch.dtype | None = None  # of a and b; None: that of x
-    groups: int = 0  # of rows, each with its own a and b, rank, alpha_t and scaling; 0: all rows have the same
+    owners: int = 0  # of rows, each with its own a and b, rank, alpha_t and scaling; 0: one owner has all rows
     adds_dx: bool = False  # to a dx that is there
 
     def record(
@@ -111,16 +111,16 @@ class Problem:
 
         weight_dtype = self.weight_dtype or self.dtype
         x, dy, z = meta(self.m, self.k), meta(self.m, self.n), meta(self.m, self.r)
-        leading = (self.groups,) if self.groups else ()
+        leading = (self.owners,) if self.owners else ()
         a, b = (meta(*leading, *shape, dtype=weight_dtype) for shape in ((self.r, self.k), (self.n, self.r)))
         alpha_t, seed = meta(*leading, dtype=torch.float32), meta(dtype=torch.int64)
         spec = Spec(self.activation, 2.0, self.dropout)
         base = meta(self.n).expand_as(dy) if self.base else None
 
         rows = None
-        if self.groups:
-            ends, ranks = (meta(self.groups, dtype=torch.int32) for _ in range(2))
-            rows = Rows(ends, ranks, meta(self.groups, dtype=torch.float32))
+        if self.owners:
+            ends, ranks = (meta(self.owners, dtype=torch.int32) for _ in range(2))
+            rows = Rows(ends, ranks, meta(self.owners, dtype=torch.float32))
 
         def context() -> launch.Context:
             return launch.Context(x, a, b, alpha_t, seed, spec, tiles, rows)

@@ -47,7 +47,7 @@ _DROPPED = 26  # of 256
 _TOKENS = (16384, 512)  # one pass over x, and the split kernels
 # The dtype of a and b (None: that of x), and by how much their rank is below the padded one, which takes masks.
 _OPERANDS = {"f32": (torch.float32, 0), "masked": (torch.float32, 1), "as x": (None, 0)}
-_GROUPS = (0, 8)  # of rows, each with its own a and b
+_OWNERS = (0, 8)  # of rows, each with its own a and b
 _PRODUCTS = (
     "project",
     "xa_phi",
@@ -68,7 +68,7 @@ class Variant(NamedTuple):
     rank: int
     dropout: int
     rows: int  # M: few rows take the split kernels
-    groups: int = 0  # of rows, each with its own a and b; 0: all rows have the same
+    owners: int = 0  # of rows, each with its own a and b; 0: one owner has all rows
     operands: str = "f32"
 
     def is_taken(self) -> bool:
@@ -83,14 +83,14 @@ class Variant(NamedTuple):
             r=self.rank - below,
             dtype=_DTYPES[self.dtype],
             dropout=self.dropout,
-            groups=self.groups,
+            owners=self.owners,
             weight_dtype=weight_dtype,
         )
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = self.dtype == "tf32"
         try:
             launches = problem.record(device_for(self.arch), tiles=tiles)
-            if self.groups:
+            if self.owners:
                 adding = replace(problem, adds_dx=True)
                 launches += adding.record(device_for(self.arch), tiles=tiles, forward=False)
             return launches
@@ -112,16 +112,16 @@ def variants(
     16 and 64 on sm_90 and 16 elsewhere."""
     for arch in archs:
         rows = (arch,) if arch in AMD else (arch, configs.DEFAULT)
-        for use in itertools.product(rows, dtypes, configs.RANKS, (0, _DROPPED), _TOKENS, _GROUPS):
+        for use in itertools.product(rows, dtypes, configs.RANKS, (0, _DROPPED), _TOKENS, _OWNERS):
             for operands in _operands(*use[1:3], use[-1]):
                 variant = Variant(arch, *use, operands)
                 if variant.is_taken() and not (quick and not _is_quick(variant)):
                     yield variant
 
 
-def _operands(dtype: str, rank: int, groups: int) -> tuple[str, ...]:
-    """Return which a and b make kernels of their own. Those of groups, each with its rank, are always masked."""
-    if rank > configs.UNPACKED_RANK or groups:
+def _operands(dtype: str, rank: int, owners: int) -> tuple[str, ...]:
+    """Return which a and b make kernels of their own. Those of owners, each with its rank, are always masked."""
+    if rank > configs.UNPACKED_RANK or owners:
         return ("f32",)
     return ("f32", "masked") if _DTYPES[dtype] == torch.float32 else tuple(_OPERANDS)
 
@@ -129,7 +129,7 @@ def _operands(dtype: str, rank: int, groups: int) -> tuple[str, ...]:
 def _is_quick(variant: Variant) -> bool:
     if variant.dtype != "bf16" or variant.row == configs.DEFAULT or variant.operands != "f32":
         return False
-    if variant.groups and (variant.arch in AMD or variant.dropout):
+    if variant.owners and (variant.arch in AMD or variant.dropout):
         return False
     ranks = (16, 64) if variant.arch == "sm_90" else (16,)
     return variant.rank in ranks and (variant.dropout == 0 or variant.rows > 512)
@@ -185,7 +185,7 @@ def _line(row: Row) -> str:
     variant, launch, code = row.variant, row.launch, row.code
     constants = launch.constants
     name = launch.name.removesuffix("_kernel") + (" +=" if constants.get("ADDS_DX") else "")
-    name += " by owner" if variant.groups else ""
+    name += " by owner" if variant.owners else ""
     tile = f"{constants.get('BLOCK_M', '-')}x{constants.get('BLOCK_L', constants.get('BLOCK_N', '-'))}"
     tensor_core = " ".join(f"{name} {count}" for name, count in sorted(code.tensor_core.items())) or "-"
     if variant.arch in AMD:
