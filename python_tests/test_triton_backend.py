@@ -49,12 +49,12 @@ def test_without_a_gpu_the_reason_says_so():
 
 def test_a_missing_triton_is_the_reason(monkeypatch):
     monkeypatch.setattr(backend, "_triton_version", lambda: None)
-    assert backend.status().reason == "triton is not installed"
+    assert backend.BACKEND.status().reason == "triton is not installed"
 
 
 def test_an_old_triton_is_the_reason(monkeypatch):
     monkeypatch.setattr(backend, "_triton_version", lambda: "3.1.0")
-    assert backend.status().reason == "needs triton 3.2 or later, got 3.1.0"
+    assert backend.BACKEND.status().reason == "needs triton 3.2 or later, got 3.1.0"
 
 
 @pytest.mark.parametrize(

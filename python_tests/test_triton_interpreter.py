@@ -59,7 +59,7 @@ def run(module, spec, x, a, b, base, dy, *, out=None, alpha_t=0.3):
 
 
 def assert_accurate(got, spec, given):
-    plain = run(torch_ops, spec, **given)
+    plain = run(torch_ops.BACKEND, spec, **given)
     wide = {name: t.double() for name, t in given.items()}
     truth = run(reference_backend.BACKEND, spec, **wide)
     for what in RESULTS:
@@ -76,7 +76,7 @@ def test_nothing_beside_the_operands_is_read_or_written(shape, p, dtype):
     inside = {name: guarded(t)[0] for name, t in given.items()}
     out, around = guarded(torch.full_like(given["base"], torch.nan))
     spec = Spec("gelu", 1.7, p)
-    assert_accurate(run(backend, spec, **inside, out=out), spec, given)
+    assert_accurate(run(backend.BACKEND, spec, **inside, out=out), spec, given)
     assert around.isnan().sum() == around.numel() - out.numel()
 
 
@@ -103,19 +103,19 @@ def test_paths(path):
     shape, names = PATHS[path]
     given, spec = operands(*shape, torch.float32), Spec("silu", 0.5)
     with launch.recording(configs.device_of(given["x"].device)) as launches:
-        run(backend, spec, **given)
+        run(backend.BACKEND, spec, **given)
     assert len(launches) == len(names), [entry.name for entry in launches]
     for entry, name in zip(launches, names, strict=True):
         assert entry.name.startswith(name), (entry.name, name)
-    assert_accurate(run(backend, spec, **given), spec, given)
+    assert_accurate(run(backend.BACKEND, spec, **given), spec, given)
 
 
 @pytest.mark.parametrize("m", [20, 70], ids=["segments", "one pass"])
 def test_accumulating_into_the_base_itself(m):
     given, spec = operands(m, 300, 140, 16, torch.float32), Spec("silu", 0.5)
-    want = run(backend, spec, **given)["y"]
+    want = run(backend.BACKEND, spec, **given)["y"]
     base = given["base"].clone()
-    got = run(backend, spec, **given | {"base": base}, out=base)["y"]
+    got = run(backend.BACKEND, spec, **given | {"base": base}, out=base)["y"]
     assert got is base and torch.equal(got, want)
 
 
@@ -125,12 +125,12 @@ def test_rows_too_far_apart_for_int32_are_copied(monkeypatch, inplace):
 
     given, spec = operands(20, 40, 24, 16, torch.float32), Spec("silu", 0.5)
     far = {name: guarded(t)[0] for name, t in given.items()}
-    want = run(backend, spec, **given)
+    want = run(backend.BACKEND, spec, **given)
     near = launch.int32_offsets
     for module in (launch, passes):
         monkeypatch.setattr(module, "int32_offsets", lambda t, *rows: t.is_contiguous() and near(t))
     out = far["base"] if inplace else guarded(torch.full_like(given["base"], torch.nan))[0]
-    got = run(backend, spec, **far, out=out)
+    got = run(backend.BACKEND, spec, **far, out=out)
     for what in RESULTS:
         torch.testing.assert_close(got[what], want[what])
 
@@ -158,8 +158,8 @@ def test_a_and_b_are_rounded_and_padded_where_they_are_read(m, k, n, r, layout, 
         "a": torch.cat([a, torch.zeros(padded - r, k)]).to(dtype),
         "b": torch.cat([b, torch.zeros(n, padded - r)], 1).to(dtype),
     }
-    want = run(backend, spec, **given | ready)
-    got = run(backend, spec, **given | {"a": LAYOUTS[layout](a), "b": LAYOUTS[layout](b)})
+    want = run(backend.BACKEND, spec, **given | ready)
+    got = run(backend.BACKEND, spec, **given | {"a": LAYOUTS[layout](a), "b": LAYOUTS[layout](b)})
     want |= {"z": want["z"][:, :r], "da": want["da"][:r], "db": want["db"][:, :r]}
     for what in RESULTS:
         assert torch.equal(got[what].to(dtype), want[what]), (what, dtype)
@@ -175,7 +175,7 @@ def test_the_mask_is_the_one_of_the_contract(seed):
     x, b = torch.ones(m, k), torch.zeros(8, 16)
     for first in (0, 16, k - 16):
         a = torch.eye(k)[first : first + 16]
-        z = backend.forward(x, a, b, alpha_t, seed, spec, base=None, out=torch.empty(m, 8), save_z=True)
+        z = backend.BACKEND.forward(x, a, b, alpha_t, seed, spec, base=None, out=torch.empty(m, 8), save_z=True)
         torch.testing.assert_close(z, keep[:, first : first + 16])
     # In the backward dz is 1 in one column, and a is 1 there: dx is the mask.
     a, b = torch.zeros(16, k), torch.zeros(8, 16)
@@ -183,7 +183,7 @@ def test_the_mask_is_the_one_of_the_contract(seed):
     dy = torch.zeros(m, 8)
     dy[:, 0] = 1
     z, alpha_t = torch.zeros(m, 16), torch.tensor(0.0)  # phi' is 1
-    dx, da, _ = backend.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=False)
+    dx, da, _ = backend.BACKEND.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=False)
     torch.testing.assert_close(dx, keep)
     torch.testing.assert_close(da[0], keep.sum(0))
 
@@ -195,7 +195,7 @@ def test_activations_keep_their_relative_accuracy_near_zero(activation):
     given["base"] *= 0
     spec = Spec(activation, 1.0)
     wide = {name: t.double() for name, t in given.items()}
-    got = run(backend, spec, **given, alpha_t=1.0)
+    got = run(backend.BACKEND, spec, **given, alpha_t=1.0)
     truth = run(reference_backend.BACKEND, spec, **wide, alpha_t=1.0)
     for what in RESULTS:
         assert relative_error(got[what], truth[what]) < 1e-6, what
@@ -216,7 +216,7 @@ def test_a_call_without_backward_needs_compiles_no_gradient():
         flags = dict(zip(("need_dx", "need_da", "need_db"), needs, strict=True))
         operand = (given["dy"], given["x"], given["a"], given["b"], torch.empty(33, 16))
         with launch.recording(configs.device_of(given["x"].device)) as launches:
-            got = backend.backward(*operand, alpha_t, None, spec, **flags)
+            got = backend.BACKEND.backward(*operand, alpha_t, None, spec, **flags)
         assert [t is not None for t in got] == list(needs)
         assert tuple(e.name.removesuffix("_kernel").removesuffix("_backward") for e in launches) == names
 

@@ -43,9 +43,9 @@ def test_the_model_counts_every_byte(monkeypatch, simulated_gpu, m, k, n, r, dty
     alpha_t, seed, spec = torch.tensor(0.5), torch.tensor(3), Spec("silu", 2.0, dropout)
     counted = counting(monkeypatch, simulated_gpu)
     out = torch.empty_like(base)
-    z = backend.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=True)
-    backend.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True)
-    backend.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=False, need_db=False)
+    z = backend.BACKEND.forward(x, a, b, alpha_t, seed, spec, base=base, out=out, save_z=True)
+    backend.BACKEND.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True)
+    backend.BACKEND.backward(dy, x, a, b, z, alpha_t, seed, spec, need_dx=True, need_da=False, need_db=False)
     assert len(counted) >= 8
     for entry, made in counted:
         assert_counted(entry, made)

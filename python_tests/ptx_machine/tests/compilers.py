@@ -17,6 +17,7 @@ from helpers import Problem, poisoned_memory  # noqa: E402
 from ptx_cuda import _cuda_on_ptx  # noqa: E402
 from ragged_calls import Ragged  # noqa: E402
 
+from afa_kernels.backend import choice  # noqa: E402
 from afa_kernels.operator.options import Spec  # noqa: E402
 
 Results = list[torch.Tensor]
@@ -53,7 +54,7 @@ def call(backend: str, shape: tuple[int, int, int], rank: int, dtype: torch.dtyp
     operands = (p.x, p.lora_a, p.lora_b)
 
     def run() -> Results:
-        kernels, y = registry.get(backend), torch.full_like(p.base, torch.nan)
+        kernels, y = choice.get(backend), torch.full_like(p.base, torch.nan)
         z = kernels.forward(*operands, alpha_t, seed, spec, base=p.base, out=y, save_z=True)
         gradients = kernels.backward(p.dy, *operands, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True)
         return [y, *gradients]
