@@ -38,6 +38,41 @@ def configure(folder: Path, version: str, **options: str) -> subprocess.Complete
     )  # fmt: skip
 
 
+SMI = "#!/bin/sh\nprintf '{capabilities}'\n"
+
+
+@pytest.fixture(autouse=True)
+def cards(tmp_path, monkeypatch):
+    """Let CMake find the cards of a machine: none, until a test names their compute capabilities."""
+
+    def have(capabilities: str) -> None:
+        program = tmp_path / "bin" / "nvidia-smi"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(SMI.format(capabilities=capabilities) if capabilities else "#!/bin/sh\nexit 9\n")
+        program.chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    have("")
+    return have
+
+
+@pytest.mark.parametrize(
+    "capabilities, asked, architectures",
+    [
+        (r"9.0\n9.0\n", "", "90-real"),
+        (r"8.6\n7.5\n9.0\n", "", "86-real;90-real"),  # a card that the kernels do not run on
+        (r"9.0\n", "all", "80-real;90-real;100-real;120"),  # a wheel for others
+        (r"99.0\n", "", "80-real;90-real;100-real;120"),  # a card that this nvcc does not know
+        (r"7.5\n", "", "80-real;90-real;100-real;120"),
+    ],
+)
+def test_from_source_for_the_cards_of_this_machine(tmp_path, cards, capabilities, asked, architectures):
+    cards(capabilities)
+    done = configure(tmp_path, "13.0", AFA_CUDA_ARCHITECTURES=asked)
+    assert done.returncode == 0, done.stderr
+    assert f" for {architectures}\n" in done.stdout
+
+
 @pytest.mark.parametrize("version, architectures", [("12.7", "80-real;90"), ("12.8", "80-real;90-real;100-real;120")])
 def test_every_architecture_that_the_compiler_knows(tmp_path, version, architectures):
     done = configure(tmp_path, version)

@@ -54,7 +54,8 @@ def build(destination: Path) -> Path:
         (source,) = Path(work, "source").glob("*.tar.gz")
         run(
             sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", f"{work}/built", source, cwd=work,
-            env=os.environ | {"LDFLAGS": flags, "CMAKE_ARGS": "-DAFA_OLD_GLIBC=ON", "AFA_BUILD_EMULATOR": "0"},
+            env={"AFA_CUDA_ARCHITECTURES": "all"} | os.environ
+            | {"LDFLAGS": flags, "CMAKE_ARGS": "-DAFA_OLD_GLIBC=ON", "AFA_BUILD_EMULATOR": "0"},
         )  # fmt: skip
         (built,) = Path(work, "built").glob("*.whl")
         run(
