@@ -241,7 +241,7 @@ _ELEMENTS: dict[str, Callable[[Launch], Elements]] = {
 
 def _flops(launch: Launch) -> int:
     arguments, rank = launch.arguments, launch.constants["R"]
-    one = 2 * arguments.get("M", 0) * rank  # of one product, per column
+    one = 2 * arguments["M"] * rank  # of one product, per column
     name = launch.name
     if name == "xa_phi_hb_forward_kernel":
         return one * (arguments["K"] + arguments["N"])
