@@ -42,7 +42,7 @@ class Annealed(nn.Module):
 
     def coefficient(self) -> Tensor | None:
         """Return what the operator takes: None at identity, where there is no activation."""
-        return None if self.identity else self.alpha_t_buffer
+        return None if self.identity else self._buffers["alpha_t_buffer"]
 
     def annealed(self, adapter: str | None = None) -> "dict[str | None, Annealed]":
         """Return what has an alpha_t here, by the name of its adapter. A layer with several adapters has one for

@@ -42,9 +42,17 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
+def parameter_of(module: nn.Module, name: str) -> Tensor | None:
+    """Return a parameter of a module, without ``nn.Module.__getattr__``, which takes several times as long as a look
+    into a dictionary; an attribute that sharding has put in its place, too."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """Return the weight of a linear layer or a Conv1D as ``(N, K)``."""
-    return module.weight if isinstance(module, nn.Linear) else module.weight.T
+    weight = parameter_of(module, "weight")
+    return weight if isinstance(module, nn.Linear) else weight.T
 
 
 def plain_weight(module: nn.Module) -> Tensor | None:

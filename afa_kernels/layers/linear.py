@@ -10,6 +10,7 @@ from afa_kernels.layers.base_layer import (
     check_gives_gradient,
     is_conv1d,
     is_quantized,
+    parameter_of,
     plain_weight,
     weight_of,
     why_not_written,
@@ -118,12 +119,12 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
         or sharded, or its base layer cannot be left out."""
         if self._merged or self._parallel is not None:
             return None
-        weight = plain_weight(self.base_layer)
+        base = self._modules["base_layer"]
+        weight = plain_weight(base)
         if weight is None:
             return None
-        return LinearCall(
-            weight, self.base_layer.bias, self.lora_a, self.lora_b, self.coefficient(), self.options
-        )  # fmt: skip
+        bias, a, b = parameter_of(base, "bias"), parameter_of(self, "lora_a"), parameter_of(self, "lora_b")
+        return LinearCall(weight, bias, a, b, self.coefficient(), self.options)
 
     def plan(self, x: Tensor) -> Plan:
         """Return what ``self(x)`` would do."""

@@ -22,6 +22,7 @@ from afa_kernels.layers.base_layer import (
     check_gives_gradient,
     dequantized,
     is_repacked,
+    parameter_of,
     plain_weight,
     quantized_anew,
     why_not_written,
@@ -95,8 +96,9 @@ class AFALoraVariant(LoraVariant):
 
 def _branch(module: LoraLayer, name: str) -> AdapterCall | None:
     """Return A, B, alpha_t and the options of an adapter, or None where its layers have to be called."""
-    state, a, b = module.lora_afa[name], plain_weight(module.lora_A[name]), plain_weight(module.lora_B[name])
-    scaling = module.scaling[name]
+    parts = module._modules  # past nn.Module.__getattr__ and ModuleDict.__getitem__, which a small call would notice
+    a, b = plain_weight(parts["lora_A"]._modules[name]), plain_weight(parts["lora_B"]._modules[name])
+    state, scaling = parts[_STATES]._modules[name], module.scaling[name]
     # PEFT makes the scaling a tensor where adapters are to be swapped in a compiled model.
     if a is None or b is None or isinstance(scaling, Tensor):
         return None
@@ -107,7 +109,7 @@ def _branch(module: LoraLayer, name: str) -> AdapterCall | None:
 
 def dropout_of(module: LoraLayer, name: str) -> float:
     """Return the dropout probability of a call of an adapter."""
-    dropout = module.lora_dropout[name]
+    dropout = module._modules["lora_dropout"]._modules[name]
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
@@ -150,15 +152,18 @@ class AFALoraLayer:
     def linear_call(self) -> LinearCall | None:
         """Return what ``linear(x, ...)`` takes beside x, or None where PEFT's forward has to run: it is merged or
         disabled, another number of adapters than one is active, or a layer cannot be left out."""
-        adapters, base = self.lora_A, self.base_layer
+        parts = self._modules
+        adapters, base = parts["lora_A"]._modules, parts["base_layer"]
         names = [name for name in self.active_adapters if name in adapters]
         if len(names) != 1 or self.merged_adapters or self.disable_adapters:
             return None
         name, weight = names[0], plain_weight(base)
         if weight is None or self.lora_variant.get(name).__class__ is not AFALoraVariant:
             return None
-        branch = None if self.lora_B[name].bias is not None else _branch(self, name)
-        return None if branch is None else LinearCall(weight, base.bias, *branch)
+        branch = _branch(self, name)
+        if branch is None or parameter_of(parts["lora_B"]._modules[name], "bias") is not None:
+            return None
+        return LinearCall(weight, parameter_of(base, "bias"), *branch)
 
     @property
     def alpha_t(self) -> float:
