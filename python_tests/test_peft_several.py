@@ -365,3 +365,11 @@ def test_a_model_of_peft_is_not_injected():
     with pytest.raises(ValueError, match="q_proj is a layer of PEFT; .*add_activation"):
         afa.inject(model)
     assert [name for name, _ in model.named_modules()] == names
+
+
+def test_a_plain_adapter_has_no_activation():
+    """Beside an annealed one, in what a layer says of itself and in what its branch computes with."""
+    model = accelerate(get_peft_model(Net(), config(LoraConfig)))
+    layer = model.q_proj
+    assert layer.lora_afa["default"].activation == "identity" and "relu" not in repr(layer)
+    assert layer.linear_call().options.spec.activation == "identity"

@@ -17,7 +17,7 @@ from afa_kernels.backend import compiled
 from afa_kernels.backend.choice import check_name, remembered
 from afa_kernels.operator.activation import ACTIVATIONS
 from afa_kernels.operator.dropout import threshold_of
-from afa_kernels.operator.options import Options, Spec
+from afa_kernels.operator.options import Options, Spec, at_identity
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FLOATING_NAMES = "float64, float32, bfloat16 or float16"
@@ -217,6 +217,11 @@ def options(activation: str, scaling: float, dropout_p: float, backend: str | No
         except TypeError:  # an argument is of a wrong type or cannot be hashed: checked below
             pass
     return _checked_options(activation, scaling, dropout_p, backend)
+
+
+def options_of_lora(scaling: float, dropout_p: float) -> Options:
+    """Return the options of a plain LoRA, which has no activation, checked."""
+    return at_identity(options(next(iter(ACTIVATIONS)), scaling, dropout_p, None))
 
 
 def _checked_options(activation, scaling, dropout_p, backend) -> Options:

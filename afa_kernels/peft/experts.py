@@ -97,11 +97,9 @@ class ParamWrapper(AFALoraLayer, lora.ParamWrapper):
             b, scaling = b * scaling.to(b), 1.0
         b = b.contiguous()  # once, because in PEFT's layout the B of one expert touches the memory of all
         if name not in self.lora_afa:
-            options = checks.options("relu", scaling, dropout_of(self, name), None)
-            return AdapterCall(a, b, None, options)
+            return AdapterCall(a, b, None, checks.options_of_lora(scaling, dropout_of(self, name)))
         state = self.lora_afa[name]
-        options = checks.options(state.activation, scaling, dropout_of(self, name), None)
-        return AdapterCall(a, b, state.coefficient(), options)
+        return AdapterCall(a, b, state.coefficient(), state.options(scaling, dropout_of(self, name)))
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
         experts = super().unload_and_optionally_merge_module(*args, **kwargs)

@@ -103,8 +103,7 @@ def _branch(module: LoraLayer, name: str) -> AdapterCall | None:
     if a is None or b is None or isinstance(scaling, Tensor):
         return None
     # PEFT owns the scaling and the dropout, and may change them between two calls.
-    options = checks.options(state.activation, scaling, dropout_of(module, name), None)
-    return AdapterCall(a, b, state.coefficient(), options)
+    return AdapterCall(a, b, state.coefficient(), state.options(scaling, dropout_of(module, name)))
 
 
 def dropout_of(module: LoraLayer, name: str) -> float:

@@ -6,6 +6,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from afa_kernels.alpha_t import Annealed
+from afa_kernels.operator import checks
+from afa_kernels.operator.activation import IDENTITY
+from afa_kernels.operator.options import Options
 from afa_kernels.peft.tuner import own_config
 
 
@@ -22,7 +25,7 @@ class AdapterState(Annealed):
         super().__init__()
         self.config = config
         self.layer_name = layer_name
-        self.activation = "relu" if config is None else config.activation
+        self.activation = IDENTITY if config is None else config.activation
         start = start or config
         alpha_t, is_fresh = (0.0, False) if start is None else (start.alpha_t, start.is_fresh)
         self.start_alpha_t(alpha_t, device, persistent=False, is_fresh=is_fresh)
@@ -35,6 +38,12 @@ class AdapterState(Annealed):
     def _tell_config(self) -> None:
         if self.config is not None:
             self.config.describe(self)
+
+    def options(self, scaling: float, dropout_p: float) -> Options:
+        """Return the options of a call of this adapter."""
+        if self.config is None:
+            return checks.options_of_lora(scaling, dropout_p)
+        return checks.options(self.activation, scaling, dropout_p, None)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}, alpha_t={self.alpha_t:g}"
