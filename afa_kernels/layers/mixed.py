@@ -220,7 +220,7 @@ def _of_owners(x: Tensor, own: list[AdapterCall | None], r: int) -> dict[str, An
     ranks = [0 if call is None else call.lora_a.shape[-2] for call in own]
     return {
         "alpha_t": alpha_t,
-        "activation": spec.activation,
+        **({"activation": spec.activation} if annealed else {}),
         "scaling": spec.scaling if same_scaling else constant(tuple(scalings) * experts, torch.float32, x.device),
         "dropout_p": spec.dropout / 256,
         "backend": backend,
