@@ -95,7 +95,7 @@ build-tests: $(VENV)/.tests
 	$(call BUILD,-DAFA_BUILD_EMULATOR=ON -DAFA_BUILD_CUDA=auto -DAFA_CUDA_ARCHITECTURES=90-real)
 
 # --- Targets --------------------------------------------------------------------------------------------------------
-.PHONY: demo test test-experiments test-fast lint format bench
+.PHONY: demo test test-experiments test-fast lint format bench bench-pytest
 demo: build-$(LEVEL)  ## fine-tune a real model, anneal, merge, load in stock PEFT (ARGS=--quick: shorter)
 	$(SAY) 'Fine-tuning a pretrained transformer'
 	$(RUN) -m examples.demo $(ARGS)
@@ -109,10 +109,11 @@ endif
 # Processes that share the tests: most of these use one core.
 WORKERS ?= 2
 
+# Of bench, the benchmarks of pytest-benchmark: each runs once and is not timed.
 test: lint reports-quick  ## lint, the tests of the package, machine code: 11 minutes; .ci/run has what takes longer
 	$(SAY) 'Tests of the package'
 	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-$(REQUIRED)} \
-		$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" python_tests $(ARGS)
+		$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --benchmark-disable python_tests bench $(ARGS)
 
 test-experiments: build-tests  ## the tests of experiments/, which train small models
 	$(SAY) 'Tests of the experiments'
@@ -137,6 +138,11 @@ format: $(VENV)/.tests  ## rewrite the sources as lint wants them
 
 bench: build-tests  ## time every provider of this machine (ARGS=--quick: within two minutes)
 	$(RUN) -m bench $(ARGS)
+
+# Results that are saved are compared with later ones: --benchmark-save=NAME, then --benchmark-compare.
+bench-pytest: build-tests  ## some of its cases under pytest-benchmark (ARGS="-k decoding")
+	$(RUN) -m pytest bench --benchmark-only --benchmark-storage=outputs/bench/pytest \
+		--benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 .PHONY: sanitize-cpu sanitize-quick sanitize mutation reports-quick cuda-report triton-report gpu-check wheel wheel-check
 .PHONY: clean
