@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import allocator, goals, grouped, grouped_suite, suite, table, transformer_suite, verdicts
+from bench import allocator, goals, grouped, grouped_suite, suite, table, transformer_suite
 from bench.cases import PRESETS, cases
 from bench.environment import available_bytes, environment, roofs
 from bench.providers import Provider, by_default, providers
@@ -116,11 +116,10 @@ def main(argv: list[str] | None = None) -> int:
     _print_roof(roof)
     wrong = _run(arguments, todo, chosen, roof, writer)
     rows = [record for record in read(writer.path) if record["kind"] == "row"]
-    checked = verdicts.self_check(rows)
+    checked = goals.self_check(rows)
     if checked:
         writer.write(checked)
-    for text in goals.report(rows):
-        print(text)
+        print(goals.self_check_text(checked))
     print(f"\nwritten to {writer.path}")
     if not arguments.no_pictures:
         _pictures(writer.path)

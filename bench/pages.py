@@ -1,42 +1,41 @@
-"""What the documents quote from files of results: the tables, and the outcome in a few sentences."""
+"""``python -m bench.pages``: the measured tables of the documents, and how the project stands beside its goals.
 
+Made from files of results. ``--write`` writes the tables and the outcome into README.md and docs/performance.md, and
+draws the pictures of bench/results again.
+"""
+
+import argparse
 import re
+import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.providers import measured_again
-from bench.results import RESULTS, read
-from bench.verdicts import (
+from bench.goals import (
     BRANCH,
     DECODE,
     DTYPE_NAMES,
     LAYER,
     OURS,
     STEP,
-    Goal,
     Measured,
+    Table,
     geometric_mean,
-    interval_text,
     measured,
+    self_check,
+    self_check_text,
+    standing,
 )
+from bench.providers import measured_again
+from bench.results import RESULTS, read, recorded
 
 _ROOT = Path(__file__).resolve().parent.parent
 README, PERFORMANCE = _ROOT / "README.md", _ROOT / "docs" / "performance.md"
 FILES = tuple(RESULTS / f"{preset}.jsonl" for preset in ("step", "goals", "decode"))
-_NAMES = {
-    "peft": "PEFT LoRA",
-    "torchtune": "torchtune LoRA",
-    "eager": "eager AFA-LoRA",
-    "compiled": "compiled AFA-LoRA",
-    "afa.torch": "`torch` backend",
-    OURS: "afa_kernels",
-}
+_PLAIN = {"peft": "PEFT LoRA", "torchtune": "torchtune LoRA", "eager": "eager AFA-LoRA"}
+_NAMES = _PLAIN | {"compiled": "compiled AFA-LoRA", "afa.torch": "`torch` backend", OURS: "afa_kernels"}
 # In a training step of a model: this package by what its users call.
-_STEP_NAMES = {
-    "peft": "PEFT LoRA",
-    "torchtune": "torchtune LoRA",
-    "eager": "eager AFA-LoRA",
+_STEP_NAMES = _PLAIN | {
     "afa.torch": "`torch` backend",
     "afa.separate": "`group=False`",
     OURS: "`inject`",
@@ -46,82 +45,84 @@ _STEP_NAMES = {
 
 
 def step_table(rows: list[dict]) -> list[str]:
-    problems = [(title, problem) for title, problem in measured(rows, STEP) if "tax" in problem[OURS]]
-    names = [name for name in _STEP_NAMES if any(name in problem for _, problem in problems)]
+    problems = _taxed(rows, STEP)
+    names = _present(_STEP_NAMES, problems)
     lines = []
     for _, problem in problems:
-        own = problem[OURS]
-        taxes = {name: problem[name]["tax"] for name in names if "tax" in problem.get(name, {})}
-        least = min(taxes, key=taxes.get)
+        own, pairs = problem[OURS], [row for name, row in problem.items() if measured_again(name) in row["ratio"]]
+        distances = [100 * abs(row["ratio"][measured_again(row["provider"])] - 1) for row in pairs]
         cells = [DTYPE_NAMES[own["dtype"]], f"{own['alpha_t']:g}", f"{problem['frozen']['p50_ms']:.0f}"]
-        for name in names:
-            cell = _percent(taxes.get(name), 1)
-            interval = problem[name]["tax_interval"] if name in taxes else None
-            cells.append((f"**{cell}**" if name == least else cell) + interval_text(interval, 100, 1))
-        lines.append([*cells, _largest_error(problem)])
-    head = ["dtype", "alpha_t", "frozen ms", *(_STEP_NAMES[name] for name in names), "repeat"]
-    return _markdown(head, lines)
-
-
-def _largest_error(problem: Measured) -> str:
-    """Return the largest distance of a provider that was measured twice from itself, in percent."""
-    pairs = [row for name, row in problem.items() if measured_again(name) in row["ratio"]]
-    if not pairs:
-        return "-"
-    return f"{max(100 * abs(row['ratio'][measured_again(row['provider'])] - 1) for row in pairs):.1f}"
+        cells += _tax_cells(problem, names, intervals=names)
+        lines.append([*cells, f"{max(distances):.1f}" if distances else "-"])
+    return _markdown(["dtype", "alpha_t", "frozen ms", *map(_STEP_NAMES.get, names), "repeat"], lines)
 
 
 def layer_table(rows: list[dict]) -> list[str]:
-    problems = list(measured(rows, LAYER))
-    names = [name for name in _NAMES if any(name in problem for _, problem in problems)]
+    problems = _taxed(rows, LAYER)
+    names = _present(_NAMES, problems)
     lines = []
     for title, problem in problems:
-        if "tax" not in problem[OURS]:
-            continue
-        taxes = {name: problem[name]["tax"] for name in names if name in problem}
-        least = min(taxes, key=taxes.get)
-        cells = [title, f"{problem['frozen']['p50_ms']:.0f}"]
-        for name in names:
-            cell = _percent(taxes.get(name), 1)
-            cells.append(f"**{cell}**" if name == least else cell)
-        cells[-1] += interval_text(problem[OURS]["tax_interval"], 100, 1)
+        cells = [title, f"{problem['frozen']['p50_ms']:.0f}", *_tax_cells(problem, names, intervals=[OURS])]
         lines.append([*cells, f"{100 * problem[OURS]['floor_tax']:.1f}", _error(problem)])
-    head = ["dtype M K N r", "frozen ms", *(_NAMES[name] for name in names), "floor", "repeat"]
-    return _markdown(head, lines)
+    return _markdown(["dtype M K N r", "frozen ms", *map(_NAMES.get, names), "floor", "repeat"], lines)
 
 
-def _percent(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{100 * value:.{digits}f}"
+def short_layer_table(rows: list[dict]) -> list[str]:
+    """Return the adapter tax without its errors, for the README."""
+    names = ("peft", "eager", "compiled", OURS)
+    lines = []
+    for title, problem in _taxed(rows, LAYER):
+        cells = [*title.split(), f"{problem['frozen']['p50_ms']:.0f} ms", *_tax_cells(problem, names, unit="%")]
+        lines.append([*cells, f"{100 * problem[OURS]['floor_tax']:.1f}%"])
+    return _markdown(["dtype", *"MKNr", "frozen layer", *map(_NAMES.get, names), "floor"], lines)
+
+
+def _taxed(rows: list[dict], table: Table) -> list[tuple[str, Measured]]:
+    return [(title, problem) for title, problem in measured(rows, table) if "tax" in problem[OURS]]
+
+
+def _present(names: Iterable[str], problems: list[tuple[str, Measured]]) -> list[str]:
+    return [name for name in names if any(name in problem for _, problem in problems)]
+
+
+def _tax_cells(problem: Measured, names: Iterable[str], intervals: Iterable[str] = (), unit: str = "") -> list[str]:
+    """Return the taxes of a line in percent, the least one bold, those of ``intervals`` with theirs."""
+    taxes = {name: problem[name]["tax"] for name in names if "tax" in problem.get(name, {})}
+    least = min(taxes, key=taxes.get)
+    cells = []
+    for name in names:
+        cell = f"{100 * taxes[name]:.1f}{unit}" if name in taxes else "-"
+        cell = f"**{cell}**" if name == least else cell
+        shown = name in intervals and name in taxes
+        cells.append(cell + (_interval(problem[name]["tax_interval"], 100, 1) if shown else ""))
+    return cells
 
 
 def branch_table(rows: list[dict]) -> list[str]:
-    return _ratio_table(rows, BRANCH, BRANCH.others)
+    return _ratio_table(rows, BRANCH)
 
 
 def decode_table(rows: list[dict]) -> list[str]:
-    return _ratio_table(rows, DECODE, ("eager", "afa.torch"))
+    return _ratio_table(rows, DECODE)
 
 
-def _ratio_table(rows: list[dict], goal: Goal, others: tuple[str, ...]) -> list[str]:
+def _ratio_table(rows: list[dict], table: Table) -> list[str]:
     """Return the time of others over ours, with geometric means."""
-    lines = []
-    ratios: dict[str, list[float]] = {name: [] for name in others}
-    for title, problem in measured(rows, goal):
+    lines, ratios = [], {name: [] for name in table.others}
+    for title, problem in measured(rows, table):
         cells = [title, f"{problem[OURS]['p50_ms']:.3g}"]
-        for name in others:
-            row = problem.get(name)
-            known = row is not None and OURS in row["ratio"]
-            cells.append(_ratio(row) if known else "-")
-            ratios[name] += [row["ratio"][OURS]] if known else []
+        for name, values in ratios.items():
+            row = problem.get(name, {"ratio": {}})
+            cell = "-"
+            if OURS in row["ratio"]:
+                values.append(row["ratio"][OURS])
+                cell = f"{values[-1]:.2f}{_interval(row['ratio_interval'][OURS], 1, 2)}"
+            cells.append(cell)
         lines.append([*cells, _error(problem)])
     if lines:
-        means = [f"{geometric_mean(v):.2f}" if v else "-" for v in ratios.values()]
+        means = [f"{geometric_mean(values):.2f}" if values else "-" for values in ratios.values()]
         lines.append(["geometric mean", "", *means, ""])
-    return _markdown(["dtype M K N r", "afa_kernels ms", *(_NAMES[name] for name in others), "repeat"], lines)
-
-
-def _ratio(row: dict) -> str:
-    return f"{row['ratio'][OURS]:.2f}{interval_text(row['ratio_interval'][OURS], 1, 2)}"
+    return _markdown(["dtype M K N r", "afa_kernels ms", *map(_NAMES.get, table.others), "repeat"], lines)
 
 
 def _error(problem: Measured) -> str:
@@ -130,76 +131,45 @@ def _error(problem: Measured) -> str:
     if again is None:
         return "-"
     around_zero = [value - 1 for value in again["ratio_interval"][OURS]]
-    return f"{100 * (again['ratio'][OURS] - 1):+.1f}{interval_text(around_zero, 100, 1)}"
+    return f"{100 * (again['ratio'][OURS] - 1):+.1f}{_interval(around_zero, 100, 1)}"
+
+
+def _interval(interval: list[float], factor: float, digits: int) -> str:
+    low, high = (f"{factor * value:.{digits}f}" for value in interval)
+    return f" [{low}, {high}]"
 
 
 def _markdown(head: list[str], lines: list[list[str]]) -> list[str]:
-    if not lines:
-        return []
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)] if lines else []
 
 
-def summary(rows: list[dict]) -> str:
-    """Return the outcome in a few sentences, which the README begins with: as much of it as ``rows`` has."""
-    return textwrap.fill(" ".join([*_step_summary(rows), *_layer_summary(rows)]), 120, break_on_hyphens=False)
-
-
-def _step_summary(rows: list[dict]) -> list[str]:
+def outcome(rows: list[dict]) -> str:
+    """Return the outcome in a few sentences, which the README begins with; empty unless ``rows`` has all of it."""
     steps = [p for _, p in measured(rows, STEP) if all("tax" in p.get(name, {}) for name in (OURS, "peft", "eager"))]
-    if not steps:
-        return []
+    layers = [problem for _, problem in _taxed(rows, LAYER) if problem.keys() >= {"peft", "eager"}]
+    faster = [problem["eager"]["ratio"][OURS] for _, problem in measured(rows, BRANCH) if "eager" in problem]
+    if not (steps and layers and faster):
+        return ""
+
+    def taxes(problems: list[Measured], name: str) -> str:
+        values = [100 * problem[name]["tax"] for problem in problems]
+        return f"{min(values):.1f}% to {max(values):.1f}%"
+
     own = steps[0][OURS]
-    peft, eager, ours = (_taxes(steps, name) for name in ("peft", "eager", OURS))
-    return [
-        f"On a {_device(own)} a training step of a Llama block (forward and backward, hidden size {own['k']}, "
-        f"{own['m']} tokens, rank {own['r']}) takes {ours} longer with AFA-LoRA adapters in all linear layers than the "
-        f"frozen block does. PEFT's plain LoRA takes {peft} longer, and AFA-LoRA in ordinary PyTorch code {eager}."
-    ]
+    device = "CPU" if own["device"] == "cpu" else "GPU"
+    text = (
+        f"On a {device} a training step of a Llama block (forward and backward, hidden size {own['k']}, {own['m']} "
+        f"tokens, rank {own['r']}) takes {taxes(steps, OURS)} longer with AFA-LoRA adapters in all linear layers than "
+        f"the frozen block does. PEFT's plain LoRA takes {taxes(steps, 'peft')} longer, and AFA-LoRA in ordinary "
+        f"PyTorch code {taxes(steps, 'eager')}. On a {device} an AFA-LoRA adapter adds {taxes(layers, OURS)} to the "
+        f"time that its frozen linear layer takes for forward and backward. The same adapter in ordinary PyTorch code "
+        f"adds {taxes(layers, 'eager')}, and PEFT's plain LoRA adds {taxes(layers, 'peft')}. The branch alone, without "
+        f"the frozen layer, runs {min(faster):.1f} to {max(faster):.1f} times as fast as ordinary PyTorch code."
+    )
+    return textwrap.fill(text, 120, break_on_hyphens=False)
 
 
-def _layer_summary(rows: list[dict]) -> list[str]:
-    layers = [problem for _, problem in measured(rows, LAYER) if problem.keys() >= {"peft", "eager"}]
-    branches = [problem for _, problem in measured(rows, BRANCH) if "eager" in problem]
-    if not layers or not branches:
-        return []
-    peft, eager, ours = (_taxes(layers, name) for name in ("peft", "eager", OURS))
-    faster = _range([p["eager"]["ratio"][OURS] for p in branches], "")
-    return [
-        f"On a {_device(layers[0][OURS])} an AFA-LoRA adapter adds {ours} to the time that its frozen linear layer "
-        f"takes for forward and backward. The same adapter in ordinary PyTorch code adds {eager}, and PEFT's plain "
-        f"LoRA adds {peft}. The branch alone, without the frozen layer, runs {faster} times as fast as ordinary "
-        "PyTorch code."
-    ]
-
-
-def _device(row: dict) -> str:
-    return "CPU" if row["device"] == "cpu" else "GPU"
-
-
-def _taxes(problems: list[Measured], name: str) -> str:
-    return _range([100 * problem[name]["tax"] for problem in problems], "%")
-
-
-def _range(values: list[float], unit: str) -> str:
-    return f"{min(values):.1f}{unit} to {max(values):.1f}{unit}"
-
-
-def short_layer_table(rows: list[dict]) -> list[str]:
-    """Return the adapter tax without its errors, for the README."""
-    names = ("peft", "eager", "compiled", OURS)
-    lines = []
-    for title, problem in measured(rows, LAYER):
-        if "tax" in problem[OURS]:
-            taxes = {name: problem[name]["tax"] for name in names if name in problem}
-            least = min(taxes, key=taxes.get)
-            cells = [f"{100 * taxes[name]:.1f}%" if name in taxes else "-" for name in names]
-            cells[names.index(least)] = f"**{cells[names.index(least)]}**"
-            floor = f"{100 * problem[OURS]['floor_tax']:.1f}%"
-            lines.append([*title.split(), f"{problem['frozen']['p50_ms']:.0f} ms", *cells, floor])
-    return _markdown(["dtype", *"MKNr", "frozen layer", *(_NAMES[name] for name in names), "floor"], lines)
-
-
-TABLES = (
+SECTIONS = (
     (PERFORMANCE, STEP.title, step_table),
     (README, LAYER.title, short_layer_table),
     (PERFORMANCE, LAYER.title, layer_table),
@@ -213,23 +183,19 @@ def sections(files: Iterable[Path]) -> dict[Path, dict[str, str]]:
     result: dict[Path, dict[str, str]] = {README: {}, PERFORMANCE: {}}
     everything = []
     for path in files:
-        records = read(path)
-        rows = [record for record in records if record["kind"] == "row"]
+        environment, rows = read(path)[0], _rows([path])
         everything += rows
-        environment = records[0]
-        isa, torch_version = environment["isa"]["afa_kernels"], environment["packages"]["torch"]
         how = (
             f"Measured by `{environment['command'].partition(' --out')[0]}`, {environment['cpu']}, "
-            f"{environment['threads']} threads, {isa}, torch {torch_version}, "
-            f"commit {environment['commit'][:7]}."
+            f"{environment['threads']} threads, {environment['isa']['afa_kernels']}, "
+            f"torch {environment['packages']['torch']}, commit {environment['commit'][:7]}."
         )
-        for page, title, make in TABLES:
+        for page, title, make in SECTIONS:
             table = make(rows)
             if table:
                 result[page][title] = "\n".join([how, "", *table])
-    outcome = summary(everything)
-    if outcome:
-        result[README]["outcome"] = outcome
+    if outcome(everything):
+        result[README]["outcome"] = outcome(everything)
     return result
 
 
@@ -246,3 +212,35 @@ def written(page: str, texts: dict[str, str]) -> str:
             raise ValueError(f"expected one {begin.strip()} ... {end.strip()} in the page")
         page = pattern.sub(lambda _, new=begin + text + end: new, page)
     return page
+
+
+def _rows(files: Iterable[Path]) -> list[dict]:
+    return [record for path in files for record in read(path) if record["kind"] == "row"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.pages", description=__doc__)
+    parser.add_argument("results", type=Path, nargs="*", help="default: those of bench/results")
+    parser.add_argument("--write", action="store_true", help="also write the tables and draw the pictures again")
+    arguments = parser.parse_args(argv)
+    files = arguments.results or FILES
+    found = sections(files)
+    for title, text in found[PERFORMANCE].items():
+        print(f"{title}: {text}\n")
+    rows = _rows(files)
+    print(*standing(rows), sep="\n")
+    check = self_check(rows)
+    if check:
+        print(self_check_text(check))
+    if arguments.write:
+        from bench import plot
+
+        for page, texts in found.items():
+            page.write_text(written(page.read_text(), texts))
+        for path in (*found, *plot.draw(recorded(), RESULTS)):
+            print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,14 +1,13 @@
-"""``python -m bench.plot``: pictures of results.
+"""Pictures of results.
 
 The adapter tax against tokens, rank and the number of experts, per provider, with the intervals of the medians; and a
 roofline with the measured points of the branch.
 """
 
-import argparse
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -17,7 +16,7 @@ import matplotlib.pyplot as plt
 
 from bench import cost
 from bench.providers import measured_again
-from bench.results import RESULTS, read, recorded
+from bench.results import read
 from bench.shapes import DTYPES, Case, experts
 
 _STYLE = {
@@ -41,20 +40,41 @@ _STYLE = {
 }
 
 
+class _Sweep(NamedTuple):
+    """A picture of the adapter tax: rows of ``scope`` that differ in ``variable`` alone."""
+
+    variable: str
+    scope: str
+    label: str
+    title: str
+    picture: str
+    scale: str = "linear"  # of the tax
+
+
+_SWEEPS = (
+    _Sweep("m", "layer", "tokens M", "K={k}, N={n}, r={r}, {dtype}, {device}", "tax_tokens"),
+    _Sweep("r", "layer", "rank r", "K={k}, N={n}, M={m}, {dtype}, {device}", "tax_rank"),
+    _Sweep(
+        "experts",
+        "grouped",
+        "experts",
+        "M={m}, K={k}, N={n}, r={r}, {dtype}, {routing} routing",
+        "tax_experts",
+        "symlog",
+    ),
+)
+
+
 def draw(results: list[Path], folder: Path) -> list[Path]:
     """Write the pictures that the rows in ``results`` allow into ``folder``; return their paths."""
     files = [read(path) for path in results]
     by_file = [[record for record in records if record["kind"] == "row"] for records in files]
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for variable, label in (("m", "tokens M"), ("r", "rank r")):
-        sweeps = [sweep for rows in by_file for sweep in _sweeps(rows, variable)]
-        if sweeps:
-            figure = _tax_figure(sweeps, label)
-            written.append(_save(figure, folder, f"tax_{'tokens' if variable == 'm' else 'rank'}"))
-    sweeps = [sweep for rows in by_file for sweep in _expert_sweeps(rows)]
-    if sweeps:
-        written.append(_save(_tax_figure(sweeps, "experts", "symlog"), folder, "tax_experts"))
+    for sweep in _SWEEPS:
+        panels = [panel for rows in by_file for panel in _panels(rows, sweep)]
+        if panels:
+            written.append(_save(_tax_figure(panels, sweep), folder, sweep.picture))
     points = [row for rows in by_file for row in rows if _on_roofline(row)]
     if points:
         roofs = [record for records in files for record in records if record["kind"] == "roof"]
@@ -62,50 +82,33 @@ def draw(results: list[Path], folder: Path) -> list[Path]:
     return written
 
 
-def _sweeps(rows: list[dict], variable: str) -> Iterator[tuple[str, dict[str, list[tuple]]]]:
-    """Yield a title and each provider's points (the variable, the tax and its interval) where a set of rows differs in
-    ``variable`` alone, in at least three values."""
-    fixed = [name for name in Case._fields if name != variable] + ["cache", "launch"]
+def _panels(rows: list[dict], sweep: _Sweep) -> Iterator[tuple[str, dict[str, list[tuple]]]]:
+    """Yield a title and each provider's points (the variable, the tax and its interval) where the variable has at
+    least three values."""
     groups: dict[tuple, dict[str, dict[int, tuple]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row["pass"] == "both" and row["scope"] == "layer" and "tax" in row:
-            group = groups[tuple(row[name] for name in fixed)]
-            group[row["provider"]][row[variable]] = (row["tax"], *row["tax_interval"])
-            group["floor"][row[variable]] = (row["floor_tax"],) * 3
-    for values, group in groups.items():
-        if len(group["floor"]) >= 3:
-            named = dict(zip(fixed, values, strict=True))
-            free = f"r={named['r']}" if variable == "m" else f"M={named['m']}"
-            title = f"K={named['k']}, N={named['n']}, {free}, {named['dtype']}, {named['device']}"
-            order = sorted(group, key=[*_STYLE, *group].index)
-            yield title, {name: [(x, *y) for x, y in sorted(group[name].items())] for name in order}
-
-
-def _expert_sweeps(rows: list[dict]) -> Iterator[tuple[str, dict[str, list[tuple]]]]:
-    """As :func:`_sweeps`, where rows of the scope "grouped" differ in the number of experts alone."""
-    fixed = [name for name in Case._fields if name != "layer"]
-    groups: dict[tuple, dict[str, dict[int, tuple]]] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        if row["pass"] == "both" and row["scope"] == "grouped" and "tax" in row:
-            shape = experts(row["layer"])
-            key = (shape.is_skewed, *(row[name] for name in fixed))
-            groups[key][row["provider"]][shape.count] = (row["tax"], *row["tax_interval"])
-    for (skewed, *values), group in groups.items():
+        if row["pass"] != "both" or row["scope"] != sweep.scope or "tax" not in row:
+            continue
+        named = {name: row[name] for name in (*Case._fields, "cache", "launch")}
+        if sweep.scope == "grouped":
+            shape = experts(named.pop("layer"))
+            named |= {"experts": shape.count, "routing": "skewed" if shape.is_skewed else "even"}
+        x = named.pop(sweep.variable)
+        group = groups[tuple(named.items())]
+        group[row["provider"]][x] = (row["tax"], *row["tax_interval"])
+        if "floor_tax" in row:
+            group["floor"][x] = (row["floor_tax"],) * 3
+    for named, group in groups.items():
         if max(map(len, group.values())) >= 3:
-            named = dict(zip(fixed, values, strict=True))
-            routing = "skewed" if skewed else "even"
-            title = (
-                f"M={named['m']}, K={named['k']}, N={named['n']}, r={named['r']}, {named['dtype']}, {routing} routing"
-            )
             order = sorted(group, key=[*_STYLE, *group].index)
-            yield title, {name: [(x, *y) for x, y in sorted(group[name].items())] for name in order}
+            points = {name: [(x, *y) for x, y in sorted(group[name].items())] for name in order}
+            yield sweep.title.format(**dict(named)), points
 
 
-def _tax_figure(sweeps: list, label: str, scale: str = "linear"):
-    """Draw each sweep; ``scale`` is that of the tax."""
-    width = 5.2 * len(sweeps) + 2.6
-    figure, axes = plt.subplots(1, len(sweeps), figsize=(width, 4.4), squeeze=False, layout="constrained")
-    for axis, (title, group) in zip(axes[0], sweeps, strict=True):
+def _tax_figure(panels: list, sweep: _Sweep):
+    width = 5.2 * len(panels) + 2.6
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 4.4), squeeze=False, layout="constrained")
+    for axis, (title, group) in zip(axes[0], panels, strict=True):
         for name, points in group.items():
             x, *values = zip(*points, strict=True)
             middle, low, high = ([100 * value for value in line] for line in values)
@@ -117,11 +120,11 @@ def _tax_figure(sweeps: list, label: str, scale: str = "linear"):
             (line,) = axis.plot(x, middle, color=color, marker=marker, linestyle=style, label=legend)
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set_xscale("log", base=2)
-        axis.set_yscale(scale, **({"linthresh": 10} if scale == "symlog" else {}))
+        axis.set_yscale(sweep.scale, **({"linthresh": 10} if sweep.scale == "symlog" else {}))
         axis.set_xticks(x, [str(value) for value in x])
         axis.axhline(0, color="black", linewidth=0.5)
         axis.grid(alpha=0.3)
-        axis.set_xlabel(label)
+        axis.set_xlabel(sweep.label)
         axis.set_ylabel("adapter tax, % of the frozen layer's time")
         axis.set_title(f"forward and backward, {title}", fontsize=9)
     _legend_beside(figure, axes[0])
@@ -196,20 +199,3 @@ def _save(figure, folder: Path, name: str) -> Path:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
-    parser.add_argument("results", type=Path, nargs="*", help="default: all in bench/results")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the pictures")
-    arguments = parser.parse_args(argv)
-    paths = arguments.results or recorded()
-    if not paths:
-        parser.error(f"no results in {RESULTS}")
-    for path in draw(paths, arguments.out):
-        print(f"written to {path}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

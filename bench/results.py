@@ -76,24 +76,6 @@ FIELDS: dict[str, dict[str, object]] = {
     "wrong": {**_CASE, **_PROVIDER, "error": _NUMBER, "error_ratio": _NUMBER},
     "skipped": {**_CASE, "reason": str},
     "self_check": {"pairs": int, "include_one": int, "largest": _NUMBER},
-    "exponent": {
-        "provider": str,
-        "variable": str,
-        "values": list,
-        "p50_ms": list,
-        "exponent": _NUMBER,
-        "log_residual": _NUMBER,
-        "at": dict,
-    },
-    "modelled": {
-        "case": str,
-        "gpu": str,
-        "gpus": int,
-        "implementation": str,
-        "milliseconds": _NUMBER,
-        "overhead": _NUMBER,
-        "assumptions": dict,
-    },
 }
 OPTIONAL: dict[str, dict[str, object]] = {
     "environment": {"gpu": dict, "clock": str, "allocator": str},

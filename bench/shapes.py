@@ -11,10 +11,6 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "f16": torch.float16,
 }
-DECODE_TOKENS = (1, 2, 4, 8, 16)
-TRAINING_TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
-RANKS = (8, 16, 32, 64, 128)
-ALPHAS = (1.0, 0.5, 0.0)
 
 
 class Linear(NamedTuple):

@@ -79,14 +79,12 @@ class Work:
     total: str | None = None  # the name for the sum of the steps
     samples: dict[str, list[float]] = field(default_factory=dict)
     calls: int = 1
-    warm: bool = False  # whether a sample of several calls begins with one that is not timed
 
 
 def sample(work: Work, clock: Clock, calls: int) -> dict[str, float]:
     """Return the mean milliseconds of each step, and of their sum, over ``calls`` calls."""
     marks = []
-    warm_ups = int(work.warm and calls > 1)
-    for _ in range(warm_ups + calls):
+    for _ in range(calls):
         state = work.prepare()
         row = [clock.mark()]
         for step in work.steps.values():
@@ -96,7 +94,7 @@ def sample(work: Work, clock: Clock, calls: int) -> dict[str, float]:
         del state  # freed between calls, outside of the next call's time
     clock.wait()
     result = {
-        name: statistics.fmean(clock.milliseconds(row[i], row[i + 1]) for row in marks[warm_ups:])
+        name: statistics.fmean(clock.milliseconds(row[i], row[i + 1]) for row in marks)
         for i, name in enumerate(work.steps)
     }
     if work.total:

@@ -28,7 +28,7 @@ def test_saved_bytes_count_a_storage_once_and_no_operand():
 
 def test_no_call_does_more_than_recorded():
     worse, _ = counts.compare(counts.measure(), json.loads(counts.RECORDED.read_text()))
-    assert not worse, "\n".join([*worse, "if this is meant: python -m bench.model.counts --write"])
+    assert not worse, "\n".join([*worse, "if this is meant: python -m bench.model --write-counts"])
 
 
 def test_the_counts_see_one_gemm_and_one_saved_tensor_more():

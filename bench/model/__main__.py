@@ -1,7 +1,6 @@
 """``python -m bench.model``: what the branch of a layer would add on an H100, kernel by kernel, MODELLED.
 
-Nothing here was measured: it serves to compare designs. ``--check`` prints how many kernels a call launches at most,
-how long the last waves leave the GPU idle and how much is under way, and exits with 1 where one of these is off.
+Nothing here was measured: it serves to compare designs. ``--write-counts`` is about calls on this machine, and exact.
 """
 
 import argparse
@@ -9,21 +8,12 @@ import math
 import sys
 from collections.abc import Iterator
 
-from bench.model.cuda_launches import (
-    H100,
-    Kernel,
-    Layer,
-    Range,
-    kernels,
-    overhead,
-)
+import torch
 
-# (K, N) of the linear layers of Llama 8B and 70B and of Qwen3 4B.
-LAYERS = (
-    (4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192),
-    (2560, 4096), (2560, 9728), (9728, 2560),
-)  # fmt: skip
-ROWS = (1, 64, 512, 2048, 8192, 32768, 131072)
+from bench.model import counts
+from bench.model.cuda_launches import H100, Kernel, Layer, Range, kernels, overhead
+
+LONE = {"m": 8192, "k": 4096, "n": 4096}
 RANKS = (8, 16, 32, 64)
 # Layers that share x, of Llama 8B and of an attention whose heads are not grouped.
 GROUPS = {
@@ -31,10 +21,6 @@ GROUPS = {
     "q, k, v of one size": (4096, (4096,) * 3),
     "gate, up": (4096, (14336,) * 2),
 }
-MOST_TAIL = 0.10  # of the time of a large call
-MOST_FORWARD, MOST_ROUND = 3, 6  # launches beside the frozen products
-# Bytes that a pass over x or dy of a large call has under way on a multiprocessor: rate x latency / multiprocessors.
-LEAST_UNDER_WAY = H100.memory.good * H100.latency.bad / H100.multiprocessors
 
 
 def assumptions() -> Iterator[str]:
@@ -60,7 +46,8 @@ def table(layer: Layer, float_weights: bool) -> Iterator[str]:
     n, r = (", ".join(map(str, size)) for size in zip(*layer.members, strict=True))
     yield (
         f"\nM={layer.m} K={layer.k} N={n} r={r}, A and B in {_dtype(float_weights)}: "
-        f"{shown(whole.forward)} forward, {shown(whole.backward)} backward, {shown(whole.both)} of the frozen GEMMs"
+        f"{shown(whole.forward)} forward, {shown(whole.backward)} backward, {shown(whole.both)} of the frozen GEMMs' "
+        f"{2e6 * layer.gemm_flops / H100.gemm:.0f} us"
     )
     yield _HEAD
     for direction in kernels(layer, float_weights=float_weights):
@@ -85,76 +72,78 @@ def shown(percent: Range) -> str:
     return f"{percent.good:.1f}% to {percent.bad:.1f}%"
 
 
-def check() -> bool:
-    """Print each figure with its bound and return whether all hold."""
-    holds = True
-
-    def figure(text: str, value: float, most: float, told: str = "") -> None:
-        nonlocal holds
-        holds &= value <= most
-        print(f"{'ok    ' if value <= most else 'MISSED'} {text}: {value:.2f}, at most {most:.2f}{told}")
-
-    every = [Layer(m, k, n, r) for k, n in LAYERS for m in ROWS for r in RANKS]
-    every += [
-        Layer(m, k, n, (r,) * len(n)) for k, n in GROUPS.values() for m in ROWS for r in RANKS if takes(len(n), r)
-    ]
-    figure("launches of a forward, most of all calls", max(map(forward_launches, every)), MOST_FORWARD)
-    figure(
-        "launches of a backward, in each round of rows, most of all calls", max(map(round_launches, every)), MOST_ROUND
-    )
-    for r in RANKS:
-        large = [Layer(m, k, n, r) for k, n in LAYERS for m in ROWS if m >= 8192]
-        worst = max((idle(layer), layer) for layer in large)
-        figure(f"time in tails, r={r}, worst of the large calls {worst[1][:3]}, %", 100 * worst[0], 100 * MOST_TAIL)
-        least = min((under_way(layer), layer) for layer in large)
-        text = f"under way, r={r}, least of the large calls {least[1][:3]}, % of what memory asks for, missing"
-        figure(text, max(0.0, 100 - 100 * least[0] / LEAST_UNDER_WAY), 0.0)
-    return holds
-
-
 def takes(members: int, r: int) -> bool:
     """Return whether the kernels take so many layers of that rank together."""
     return r <= 32 and members * math.ceil(r / 16) * 16 <= 64
 
 
-def under_way(layer: Layer) -> int:
-    """Return the bytes under way on a multiprocessor in the kernel that has least of them, small kernels aside."""
-    return min(kernel.under_way for direction in kernels(layer) for kernel in direction if kernel.under_way)
+def triton_launches(m: int, k: int, n: int, r: int, weights: torch.dtype) -> tuple[list, list]:
+    """Return the launches of the ``triton`` backend in a forward and in a backward of a lone layer, x in bfloat16."""
+    from afa_kernels.backend.triton.backend import BACKEND
+    from afa_kernels.backend.triton.launch import recording
+    from afa_kernels.operator.options import Spec
+    from bench.model import traffic
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    operands = (meta(m, k), meta(r, k, dtype=weights), meta(n, r, dtype=weights))
+    alpha_t, spec = meta(dtype=torch.float32), Spec("silu", 2.0, 0)
+    with recording(traffic.H100.device) as forward:
+        BACKEND.forward(*operands, alpha_t, None, spec, base=None, out=meta(m, n), save_z=True)
+    with recording(traffic.H100.device) as backward:
+        needs = {"need_dx": True, "need_da": True, "need_db": True}
+        BACKEND.backward(meta(m, n), *operands, meta(m, r), alpha_t, None, spec, **needs)
+    return forward, backward
 
 
-def forward_launches(layer: Layer) -> int:
-    return sum(kernel.launches for kernel in kernels(layer)[0])
+def triton_table(m: int, k: int, n: int, r: int, float_weights: bool) -> Iterator[str]:
+    from bench.model import traffic
 
-
-def round_launches(layer: Layer) -> float:
-    """Return the launches of a backward for each part of the rows that it takes at once, of which the last one sums."""
-    backward = kernels(layer)[1]
-    return sum(kernel.launches for kernel in backward) / max(kernel.launches for kernel in backward)
-
-
-def idle(layer: Layer) -> float:
-    """Return the share of the modelled time of a branch in which the last waves of its kernels leave the GPU idle."""
-    each = [kernel for direction in kernels(layer) for kernel in direction]
-    spent = sum(kernel.seconds(H100, "bad")[0] for kernel in each)
-    return 1 - sum(kernel._replace(busy=1.0).seconds(H100, "bad")[0] for kernel in each) / spent
+    gpu = traffic.H100
+    launches = triton_launches(m, k, n, r, torch.float32 if float_weights else torch.bfloat16)
+    forward, backward = ([traffic.cost(launch) for launch in each] for each in launches)
+    gemm = 2 * m * k * n / gpu.gemm
+    seconds = [sum(cost.seconds(gpu) for cost in each) for each in (forward, backward)]
+    percent = [f"{100 * value / gemm:.1f}%" for value in (*seconds, sum(seconds) / 2)]
+    yield (
+        f"\nM={m} K={k} N={n} r={r}, A and B in {_dtype(float_weights)}: {percent[0]} forward, {percent[1]} backward, "
+        f"{percent[2]} of the frozen GEMMs' {2e6 * gemm:.0f} us"
+    )
+    yield f"  {'kernel':30}{'HBM MB':>8}{'L2 MB':>7}{'GFLOP':>7}{'us':>7}"
+    for cost in (*forward, *backward):
+        yield (
+            f"  {cost.name.removesuffix('_kernel'):30}{cost.hbm / 1e6:>8.1f}{cost.l2 / 1e6:>7.1f}"
+            f"{cost.flops / 1e9:>7.2f}{cost.seconds(gpu) * 1e6:>7.1f}"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__)
-    for name, default in (("m", 8192), ("k", 4096), ("n", 4096)):
+    for name, default in LONE.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--r", type=int, nargs="+", default=[16])
     parser.add_argument("--half", action="store_true", help="A and B in 16 bits; by default float32, as PEFT has them")
-    parser.add_argument("--check", action="store_true", help="launches, tails, bytes under way; exit 1 if one is off")
+    parser.add_argument("--backend", choices=["cuda", "triton"], default="cuda", help="whose launches (default: cuda)")
+    parser.add_argument(
+        "--write-counts",
+        action="store_true",
+        help=f"instead, count what calls run and allocate on this machine, and record it in {counts.RECORDED.name}",
+    )
     options = parser.parse_args(arguments)
+    if options.write_counts:
+        print(*counts.write(), sep="\n")
+        return 0
+    shape = tuple(getattr(options, name) for name in LONE)
     print("MODELLED, not measured")
+    if options.backend == "triton":
+        for r in options.r:
+            print(*triton_table(*shape, r, not options.half), sep="\n")
+        return 0
     print(*assumptions(), sep="\n")
-    if options.check:
-        return 0 if check() else 1
-    lone = {"m": 8192, "k": 4096, "n": 4096}
     for r in options.r:
-        print(*table(Layer(options.m, options.k, options.n, r), not options.half), sep="\n")
-    if {name: getattr(options, name) for name in lone} == lone:
+        print(*table(Layer(*shape, r), not options.half), sep="\n")
+    if shape == tuple(LONE.values()):
         for k, n in GROUPS.values():
             for r in options.r:
                 if takes(len(n), r):

@@ -1,13 +1,10 @@
-"""``python -m bench.model.counts``: what a call does, counted rather than timed, against a recorded file.
+"""What a call does, counted rather than timed, beside what counts.json records.
 
-Counts do not depend on the machine's speed or load, so a test can hold them: calls of torch's GEMMs
-and of our operators, bytes allocated, the peak and the bytes saved for the backward. More than
-recorded fails; fewer is reported, and ``--write`` records it.
+Counts do not depend on the machine's speed or load, so a test holds them: calls of torch's GEMMs and of our operators,
+bytes allocated, the peak and the bytes saved for the backward. ``python -m bench.model --write-counts`` records them.
 """
 
-import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -119,25 +116,12 @@ def compare(measured: dict, recorded: dict) -> tuple[list[str], list[str]]:
     return worse, better
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.model.counts", description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"record in {RECORDED.name}")
-    arguments = parser.parse_args(argv)
+def write() -> list[str]:
+    """Record what this machine counts; return what is more or less than was recorded before. Backends that this machine
+    lacks keep what another one recorded."""
     measured = measure()
     recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    merged = {title: recorded.get(title, {}) | backends for title, backends in measured.items()}
+    RECORDED.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
     worse, better = compare(measured, recorded)
-    for label, texts in (("worse", worse), ("better", better)):
-        for text in texts:
-            print(f"{label}: {text}")
-    if arguments.write:
-        # Backends that this machine lacks keep what another machine recorded.
-        merged = {title: recorded.get(title, {}) | backends for title, backends in measured.items()}
-        RECORDED.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
-        print(f"recorded in {RECORDED}")
-        return 0
-    print(f"{len(worse)} worse, {len(better)} better than {RECORDED.name}")
-    return 1 if worse else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return [*worse, *better, f"recorded in {RECORDED}"]
