@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import allocator, goals, grouped, grouped_suite, suite, table, transformer_suite
+from bench import allocator, goals, grouped, step_suite, suite, table
 from bench.cases import PRESETS, cases
 from bench.environment import available_bytes, environment, roofs
 from bench.providers import Provider, by_default, providers
@@ -199,10 +199,9 @@ def _why_skip(case: Case, arguments: argparse.Namespace, elapsed: float) -> str 
 
 
 def _records(case, arguments, chosen, roof) -> Iterable[dict[str, object]]:
-    trained = {"model": transformer_suite, "grouped": grouped_suite}
-    if case.scope in trained:
+    if case.scope in ("model", "grouped"):
         options = suite.Options(*_effort(case, arguments), True, False, clock=arguments.clock)
-        yield from trained[case.scope].run_case(case, chosen, options, roof, _say)
+        yield from step_suite.run_case(case, chosen, options, roof, _say)
         return
     for options in _options(case, arguments):
         yield from suite.run_case(case, chosen, options, roof, _say)

@@ -6,6 +6,7 @@ A provider turns the operands into a function of x, A and B. ``frozen``, over wh
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,11 @@ from torch import Tensor
 import afa_kernels
 from afa_kernels import torch_private
 from afa_kernels.operator.activation import ACTIVATIONS
-from bench.problem import SCALING
+from bench.cost import Cost
+from bench.memory import Memory, memory_of
+from bench.problem import SCALING, relative_error
 from bench.providers import Provider
+from bench.runner import Check, compared
 from bench.shapes import DTYPES, Case, experts
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, A, B -> y
@@ -79,6 +83,63 @@ def plain(o: Operands, function: str, dtype: torch.dtype) -> Call:
         return torch.cat(pieces)
 
     return call
+
+
+class Step:
+    """Forward and backward of a function of x, A and B; the frozen experts have a gradient of x alone."""
+
+    def __init__(self, o: Operands, call: Call, function: str):
+        self.case, self.weight, self.dy, self.call = o.case, o.weight, o.dy, call
+        self.operands = [t.detach().requires_grad_() for t in (o.x, o.lora_a, o.lora_b)]
+        self.inputs = self.operands[:1] if function == "frozen" else self.operands
+
+    def prepare(self) -> None:
+        pass
+
+    def forward(self, state: None = None) -> Tensor:
+        return self.call(*self.operands)
+
+    def backward(self, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return y, torch.autograd.grad(y, self.inputs, self.dy.to(y.dtype))
+
+    def results(self) -> dict[str, Tensor]:
+        y, gradients = self.backward(self.forward())
+        return {"y": y.detach()} | dict(zip(("dx", "da", "db"), gradients, strict=False))
+
+    def memory(self) -> Memory:
+        operands = (*self.operands, self.weight, self.dy)
+        return memory_of(self.forward, lambda: self.backward(self.forward()), operands, str(self.dy.device))
+
+    def least(self, step: str) -> Cost:
+        """Return the arithmetic of "forward", "backward" or "both", and the bytes of the large operands."""
+        m, k, n, count = self.case.m, self.case.k, self.case.n, len(self.weight)
+        size, ranks = self.weight.element_size(), self.case.r if len(self.inputs) > 1 else 0
+        forward = Cost(2 * m * (k * n + ranks * (k + n)), size * (m * (k + n) + count * (k * n + ranks * (k + n))))
+        flop, nbytes = forward.flop + 2 * m * ranks * (k + n), forward.nbytes + size * (m * k + count * ranks * (k + n))
+        backward = Cost(flop, nbytes)
+        return {"forward": forward, "backward": backward, "both": forward + backward}[step]
+
+
+def checking(case: Case) -> Callable[[Provider], tuple[Step, Check]]:
+    """Return what makes the step of a provider and compares its output and gradients with float64, beside plain torch
+    in the same dtype."""
+    o = Operands.of(case)
+    # A mask is random and differs between providers: accuracy is that of the call without it.
+    unmasked = Operands.of(case._replace(dropout=0.0)) if case.dropout else o
+
+    @cache
+    def reference(function: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+        truth, same = (
+            Step(unmasked, plain(unmasked, function, dtype), function).results() for dtype in (torch.float64, o.x.dtype)
+        )
+        return truth, {name: relative_error(same[name], value) for name, value in truth.items()}
+
+    def checked(provider: Provider) -> tuple[Step, Check]:
+        got = Step(unmasked, provider.grouped(unmasked), provider.function).results()
+        check = compared(got, *reference(provider.function), o.x.dtype)
+        return Step(o, provider.grouped(o), provider.function), check
+
+    return checked
 
 
 def _frozen(o: Operands) -> Call:

@@ -1,7 +1,9 @@
 """Forward and backward of a stack of transformer blocks whose linear layers all carry an adapter."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,9 @@ from torch import Tensor, nn
 from bench import cost
 from bench.memory import Memory, memory_of
 from bench.problem import relative_error
-from bench.providers import Provider
+from bench.providers import Provider, providers
 from bench.runner import Check, compared
-from bench.shapes import DTYPES, Case, Transformer
+from bench.shapes import DTYPES, Case, Transformer, transformer
 from bench.whole_models import Weights
 
 _SEQUENCE = 256
@@ -157,23 +159,24 @@ class Step:
         return self._cost[step]
 
 
-class Checker:
-    """Compares a model's output and gradients with float64, beside plain torch in the same dtype."""
+def checking(case: Case) -> Callable[[Provider], tuple[Step, Check]]:
+    """Return what makes the step of a provider and compares its output and gradients with float64, beside plain torch
+    in the same dtype."""
+    operands = Operands.of(transformer(case.layer), case)
+    wide, known = operands.wide(), providers()
+    # A mask is random and differs between providers: accuracy is that of the call without it.
+    plain = case._replace(dropout=0.0)
 
-    def __init__(self, eager: Provider, frozen: Provider, case: Case, operands: Operands):
-        self._providers = {"frozen": frozen, "lora": eager, "afa": eager}
-        self._case, self._operands = case, operands
-        self._wide = operands.wide()
-        self._references: dict[str, tuple[dict[str, Tensor], dict[str, float]]] = {}
+    @cache
+    def reference(function: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+        at = plain._replace(alpha_t=case.alpha_t if function == "afa" else 0.0)
+        provider = known["frozen" if function == "frozen" else "eager"]
+        expected, same = (Step(provider, at, each).results() for each in (wide, operands))
+        return expected, {name: relative_error(same[name], value) for name, value in expected.items()}
 
-    def _reference(self, function: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-        if function not in self._references:
-            case = self._case._replace(alpha_t=self._case.alpha_t if function == "afa" else 0.0)
-            expected, plain = (
-                Step(self._providers[function], case, operands).results() for operands in (self._wide, self._operands)
-            )
-            self._references[function] = expected, {n: relative_error(plain[n], v) for n, v in expected.items()}
-        return self._references[function]
+    def checked(provider: Provider) -> tuple[Step, Check]:
+        step = Step(provider, case, operands)
+        unmasked = Step(provider, plain, operands) if case.dropout else step
+        return step, compared(unmasked.results(), *reference(provider.function), operands.x.dtype)
 
-    def check(self, step: Step, function: str) -> Check:
-        return compared(step.results(), *self._reference(function), self._operands.x.dtype)
+    return checked

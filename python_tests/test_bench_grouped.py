@@ -8,7 +8,7 @@ import pytest
 from bench_rows import ROOF
 
 from bench import __main__ as command
-from bench import grouped, grouped_suite, shapes, timing
+from bench import grouped, shapes, step_suite, timing
 from bench.results import read
 from bench.shapes import Case
 
@@ -55,7 +55,7 @@ def test_peft_stays_out_with_dropout():
     case = next(cases_of("4x24x16"))._replace(dropout=0.1)
     chosen = {name: provider for name, provider in grouped.providers().items() if name in ("frozen", "peft", "afa")}
     options = command.suite.Options(0.01, 0.1, True, False)
-    records = list(grouped_suite.run_case(case, chosen, options, ROOF))
+    records = list(step_suite.run_case(case, chosen, options, ROOF))
     assert [r["provider"] for r in records if r["kind"] == "absent"] == ["peft"]
     assert {r["provider"] for r in records if r["kind"] == "row"} == {"frozen", "afa"}
 
@@ -69,11 +69,11 @@ def test_a_peer_that_raises_stays_out_and_one_of_ours_does_not():
     known = grouped.providers()
     peer, own = (dataclasses.replace(known[name], grouped=raises) for name in ("grouped_mm", "afa"))
     options = command.suite.Options(0.01, 0.1, True, False)
-    records = list(grouped_suite.run_case(case, {"grouped_mm": peer}, options, ROOF))
+    records = list(step_suite.run_case(case, {"grouped_mm": peer}, options, ROOF))
     if known["grouped_mm"].absent(case) is None:
         assert [r["reason"] for r in records] == ["RuntimeError: no kernel for this shape"]
     with pytest.raises(RuntimeError, match="no kernel for this shape"):
-        list(grouped_suite.run_case(case, {"afa": own}, options, ROOF))
+        list(step_suite.run_case(case, {"afa": own}, options, ROOF))
 
 
 def cases_of(names: str) -> Iterator[Case]:

@@ -1,20 +1,23 @@
 """The scope "model": a training step of transformer blocks, adapted as the users of each package do it."""
 
+import dataclasses
+
 import pytest
 import torch
 from bench_rows import TINY
 
 from afa_kernels import AFALinear
 from bench.providers import providers
-from bench.shapes import Transformer
-from bench.transformer import Checker, Operands, Step
+from bench.shapes import TRANSFORMERS, Transformer
+from bench.transformer import Operands, Step, checking
 
 MODEL = Transformer("tiny", 2, 48, 72, 2)
 CASE = TINY._replace(scope="model", layer="tiny", m=40, k=48, n=72, bias=False)
 
 
-def checker_of(case, operands) -> Checker:
-    return Checker(providers()["eager"], providers()["frozen"], case, operands)
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setitem(TRANSFORMERS, "tiny", MODEL)
 
 
 @pytest.mark.parametrize(
@@ -23,10 +26,9 @@ def checker_of(case, operands) -> Checker:
 )
 def test_every_provider_is_right(dtype, adapter_dtype, alpha_t):
     case = CASE._replace(dtype=dtype, adapter_dtype=adapter_dtype, alpha_t=alpha_t)
-    operands = Operands.of(MODEL, case)
-    checker = checker_of(case, operands)
+    checked = checking(case)
     here = {name: p for name, p in providers().items() if name != "compiled" and p.absent(case) is None}
-    checks = {name: checker.check(Step(provider, case, operands), provider.function) for name, provider in here.items()}
+    checks = {name: checked(provider)[1] for name, provider in here.items()}
     assert all(check.right for check in checks.values()), checks
     assert {"frozen", "eager", "afa", "afa.torch", "afa.separate"} <= here.keys()
     assert ("peft" in here) == ("afa.peft" in here) == ("afa.accelerate" in here)
@@ -34,9 +36,9 @@ def test_every_provider_is_right(dtype, adapter_dtype, alpha_t):
 
 
 def test_another_alpha_t_is_found_wrong():
-    operands = Operands.of(MODEL, CASE)
-    step = Step(providers()["afa"], CASE._replace(alpha_t=0.4), operands)
-    assert not checker_of(CASE, operands).check(step, "afa").right
+    ours = providers()["afa"]
+    other = dataclasses.replace(ours, model=lambda *given: ours.model(*given[:2], CASE._replace(alpha_t=0.4)))
+    assert checking(CASE)(ours)[1].right and not checking(CASE)(other)[1].right
 
 
 def test_a_models_layers_have_the_names_that_groups_are_found_by():

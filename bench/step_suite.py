@@ -1,15 +1,14 @@
-"""The rows of the scope "model": forward and backward of a model per provider, and the optimizer's step."""
+"""The rows of the scopes "model" and "grouped": forward and backward of each provider, checked against float64 and
+timed; of a model the optimizer's step too."""
 
 from collections.abc import Callable, Iterator
 
-from bench import optimizer, rows
+from bench import grouped, optimizer, rows, transformer
 from bench.entrants import Entrant, enter
-from bench.providers import Provider, providers
-from bench.runner import Check
-from bench.shapes import Case, transformer
+from bench.providers import Provider
+from bench.shapes import Case
 from bench.suite import FROZEN, Options
 from bench.timing import Work, clock_of, measure, ratio
-from bench.transformer import Checker, Operands, Step
 
 # All providers have the same adapters, so the optimizer is timed for one of ours and one peer.
 _PEFT = "peft"
@@ -25,40 +24,32 @@ def run_case(
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[dict[str, object]]:
     """Yield the rows of each provider, and why a provider is absent or wrong."""
-    operands = Operands.of(transformer(case.layer), case)
-    known = providers()
-    checker = Checker(known["eager"], known[FROZEN], case._replace(dropout=0.0), operands)
-
-    def checked(provider: Provider) -> tuple[Step, Check]:
-        step = Step(provider, case, operands)
-        # A mask is random and differs between providers: accuracy is that of the call without it.
-        unmasked = Step(provider, case._replace(dropout=0.0), operands) if case.dropout else step
-        return step, checker.check(unmasked, provider.function)
-
-    entrants = yield from enter(case, chosen, checked, Step.memory, say)
+    is_model = case.scope == "model"
+    checked = (transformer if is_model else grouped).checking(case)
+    entrants = yield from enter(case, chosen, checked, lambda step: step.memory(), say)
+    del checked  # and the results in float64
     if not entrants:
         return
-    works = {name: _training(entrant.step) for name, entrant in entrants.items()}
+    works = {
+        name: Work(step.prepare, {"forward": step.forward, "backward": step.backward}, "both")
+        for name, (_, step, _, _) in entrants.items()
+    }
     say(f"timing {', '.join(works)}")
     rounds = measure(works, clock_of(case.device, options.clock), options.seconds, options.precision)
-    for step in next(iter(works.values())).samples:
-        for name, (provider, model, check, memory) in entrants.items():
-            row = rows.row(case, step, provider, works, model.least(step), check, memory, roof)
+    for name_of_step in next(iter(works.values())).samples:
+        for name, (provider, step, check, memory) in entrants.items():
+            row = rows.row(case, name_of_step, provider, works, step.least(name_of_step), check, memory, roof)
             row |= {"cache": "hot", "launch": "eager", "rounds": rounds}
             if FROZEN in works and provider.function != FROZEN:
-                own, frozen = works[name].samples[step], works[FROZEN].samples[step]
+                own, frozen = works[name].samples[name_of_step], works[FROZEN].samples[name_of_step]
                 row |= rows.tax(own, frozen)
-                if _PEFT in works and name != _PEFT:
-                    row |= rows.peft_share(own, works[_PEFT].samples[step], frozen)
+                if is_model and _PEFT in works and name != _PEFT:
+                    row |= rows.peft_share(own, works[_PEFT].samples[name_of_step], frozen)
             yield row
-    optimized = {name: entrants[name] for name in _OPTIMIZED if name in entrants}
+    optimized = {name: entrants[name] for name in _OPTIMIZED if is_model and name in entrants}
     if optimized:
         say("timing AdamW")
         yield from _optimizer_rows(case, optimized, options, roof)
-
-
-def _training(step: Step) -> Work:
-    return Work(step.prepare, {"forward": step.forward, "backward": step.backward}, "both")
 
 
 def _optimizer_rows(
