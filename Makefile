@@ -243,4 +243,4 @@ docs: build-tests  ## the documentation as a site, into build/site (ARGS=--serve
 	$(RUN) -m tools.docs_site $(ARGS)
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) build dist outputs *.egg-info afa_kernels/*.so .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist outputs *.egg-info afa_kernels/*.so .pytest_cache .ruff_cache .benchmarks
