@@ -29,7 +29,7 @@ class AFALoRAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options: Options, inplace, direct, *rows):
-        need_x, need_weight, _, need_a, need_b, _ = ctx.needs_input_grad[:6]
+        need_x, need_weight, need_bias, need_a, need_b, _ = ctx.needs_input_grad[:6]
         save_z = need_x or need_a or need_b
         if save_z != options.save_z:
             options = Options(options.spec, save_z, options.backend)
@@ -53,8 +53,10 @@ class AFALoRAFunction(torch.autograd.Function):
             *rows,
         )
         ctx.options, ctx.direct = options, direct
-        ctx.weight = None if weight is None else (weight.shape, weight.dtype)
-        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        if need_weight:
+            ctx.weight = weight.shape, weight.dtype
+        if need_bias:
+            ctx.bias = bias.shape, bias.dtype
         return y
 
     @staticmethod

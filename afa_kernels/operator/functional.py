@@ -211,7 +211,8 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """:func:`afa_linear` with options that are checked already, and ``alpha_t`` None at identity: what layers call.
     With ``rows``, all tensors are checked too."""
-    x, weight = autocast("x", x), autocast("weight", weight)
+    if torch_private.autocast_may_be_on():
+        x, weight = autocast("x", x), autocast("weight", weight)
     if rows is None:
         direct = checks.linear(x, weight, bias, lora_a, lora_b)
     else:
