@@ -1,6 +1,8 @@
 """bench/model/cuda_launches.py: the bytes of its formulas are those that the compiled kernels move on the PTX machine,
 and, where there is no nvcc, those that their source moves on the emulator."""
 
+import json
+
 import pytest
 import torch
 from conftest import skip_unless_available
@@ -81,6 +83,22 @@ def test_a_kernel_with_little_under_way_or_a_short_last_wave_takes_longer():
     assert slow > 2 * seconds and bound == "latency"
     late, bound = forward._replace(busy=0.55).seconds(H100, "bad")
     assert late > 1.5 * seconds and bound == "tail"
+
+
+def test_instructions_bound_a_kernel_where_a_report_says_so(tmp_path, capsys):
+    report = tmp_path / "report.json"
+    rows = [{"arch": "90", "kernel": "dy", "rank": 16, "rate": rate} for rate in (2e12, 1e12)]
+    rows += [
+        {"arch": "80", "kernel": "dy", "rank": 16, "rate": 1.0},
+        {"arch": "90", "kernel": "pack", "rank": 0, "rate": 0},
+    ]
+    report.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gpu = H100._replace(allowed=command.allowed(report))
+    dy = next(kernel for kernel in kernels(Layer(8192, 4096, 4096, 16), gpu)[1] if kernel.name == "dy")
+    seconds, bound = dy.seconds(gpu, "bad")
+    assert bound == "instructions" and seconds >= dy.hbm / 1e12 > dy.seconds(H100, "bad")[0]
+    assert command.main(["--m", "8192", "--r", "16", "--instructions", str(report)]) == 0
+    assert "instructions" in capsys.readouterr().out
 
 
 def test_float32_weights_cost_a_small_launch_in_each_direction():

@@ -71,9 +71,9 @@ class CPUBackend(Backend):
         """Whether the frozen GEMM had better run before the branch.
 
         Forward: oneDNN's bfloat16 GEMM with beta = 1 takes 3 to 9% longer than with beta = 0 (Zen 5, shapes of
-        bench.goals), more than the read of y that the other order saves; in float32 the two orders are within 1% of
+        bench.cases), more than the read of y that the other order saves; in float32 the two orders are within 1% of
         each other. Backward: with dropout the mask falls on the branch's part of dx alone, so that part has to be
-        written first. In float32 that order is the faster one anyway (by 1 to 2% on the shapes of bench.goals), in 16
+        written first. In float32 that order is the faster one anyway (by 1 to 2% on the shapes of bench.cases), in 16
         bits the slower one.
         """
         return not backward or not (spec.dropout or dtype == torch.float32)

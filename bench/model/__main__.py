@@ -1,17 +1,24 @@
 """``python -m bench.model``: what the branch of a layer would add on an H100, kernel by kernel, MODELLED.
 
+    python -m tools.cuda_report --arch 90 --json report.json
+    python -m bench.model --instructions report.json
+
+also holds each kernel to the rate that the instructions of its main loop allow.
+
 Nothing here was measured: it serves to compare designs. ``--write-counts`` is about calls on this machine, and exact.
 """
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from bench.model import counts
-from bench.model.cuda_launches import H100, Kernel, Layer, Range, kernels, overhead
+from bench.model.cuda_launches import H100, Gpu, Kernel, Layer, Range, kernels, overhead
 
 LONE = {"m": 8192, "k": 4096, "n": 4096}
 RANKS = (8, 16, 32, 64)
@@ -41,8 +48,8 @@ _HEAD = (
 )
 
 
-def table(layer: Layer, float_weights: bool) -> Iterator[str]:
-    whole = overhead(layer, float_weights=float_weights)
+def table(layer: Layer, gpu: Gpu, float_weights: bool) -> Iterator[str]:
+    whole = overhead(layer, gpu, float_weights=float_weights)
     n, r = (", ".join(map(str, size)) for size in zip(*layer.members, strict=True))
     yield (
         f"\nM={layer.m} K={layer.k} N={n} r={r}, A and B in {_dtype(float_weights)}: "
@@ -50,16 +57,16 @@ def table(layer: Layer, float_weights: bool) -> Iterator[str]:
         f"{2e6 * layer.gemm_flops / H100.gemm:.0f} us"
     )
     yield _HEAD
-    for direction in kernels(layer, float_weights=float_weights):
-        yield from map(line, direction)
+    for direction in kernels(layer, gpu, float_weights=float_weights):
+        yield from (line(kernel, gpu) for kernel in direction)
 
 
 def _dtype(float_weights: bool) -> str:
     return "float32" if float_weights else "16 bits"
 
 
-def line(kernel: Kernel) -> str:
-    (good, bound), (bad, bad_bound) = (kernel.seconds(H100, which) for which in ("good", "bad"))
+def line(kernel: Kernel, gpu: Gpu) -> str:
+    (good, bound), (bad, bad_bound) = (kernel.seconds(gpu, which) for which in ("good", "bad"))
     grid = "x".join(map(str, kernel.grid))
     return (
         f"  {kernel.name:12}{kernel.launches:>8}{grid:>12}{kernel.stages:>7}{kernel.blocks:>10}"
@@ -70,6 +77,17 @@ def line(kernel: Kernel) -> str:
 
 def shown(percent: Range) -> str:
     return f"{percent.good:.1f}% to {percent.bad:.1f}%"
+
+
+def allowed(report: Path) -> dict[tuple[str, int], float]:
+    """Return the rates of sm_90 in a report of tools.cuda_report, by kernel and class of ranks; of two dtypes the lower
+    one."""
+    rates: dict[tuple[str, int], float] = {}
+    for row in map(json.loads, report.read_text().splitlines()):
+        if row["arch"] == "90" and row["rate"]:
+            key = row["kernel"], row["rank"]
+            rates[key] = min(row["rate"], rates.get(key, row["rate"]))
+    return rates
 
 
 def takes(members: int, r: int) -> bool:
@@ -125,6 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--r", type=int, nargs="+", default=[16])
     parser.add_argument("--half", action="store_true", help="A and B in 16 bits; by default float32, as PEFT has them")
     parser.add_argument("--backend", choices=["cuda", "triton"], default="cuda", help="whose launches (default: cuda)")
+    parser.add_argument("--instructions", type=Path, metavar="FILE", help="a report of tools.cuda_report, as JSON")
     parser.add_argument(
         "--write-counts",
         action="store_true",
@@ -140,14 +159,15 @@ def main(arguments: list[str] | None = None) -> int:
         for r in options.r:
             print(*triton_table(*shape, r, not options.half), sep="\n")
         return 0
+    gpu = H100 if options.instructions is None else H100._replace(allowed=allowed(options.instructions))
     print(*assumptions(), sep="\n")
     for r in options.r:
-        print(*table(Layer(*shape, r), not options.half), sep="\n")
+        print(*table(Layer(*shape, r), gpu, not options.half), sep="\n")
     if shape == tuple(LONE.values()):
         for k, n in GROUPS.values():
             for r in options.r:
                 if takes(len(n), r):
-                    print(*table(Layer(options.m, k, n, (r,) * len(n)), not options.half), sep="\n")
+                    print(*table(Layer(options.m, k, n, (r,) * len(n)), gpu, not options.half), sep="\n")
     print("\nAt identity the same kernels are launched.")
     return 0
 

@@ -9,6 +9,7 @@ those that the compiled kernels move, as counted on the PTX machine (python_test
         L2          (HBM + L2 bytes) / L2 rate, or that of the multiprocessors that have a block
         latency     HBM bytes / (bytes under way on all multiprocessors / latency), at least one latency for each load
                     that waits for another one
+        instructions  HBM bytes / the rate that the instructions of the compiled kernel allow, where it is given
     the second term divided by the full share of the last wave
     gap              launch; behind another kernel of this package less what programmatic dependent launch hides of it,
                      but at least one latency: the kernel waits until it can see what the one before it wrote
@@ -18,6 +19,8 @@ HBM counts x, dy, y, dx and z; everything else (A, B, dz, partial sums, and ever
 
 import importlib
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from afa_kernels.backend import compiled
@@ -49,6 +52,9 @@ class Gpu(NamedTuple):
     gemm: float  # FLOP/s of the frozen layer's GEMM
     unhidden: Range  # share of the time of reading its third operand that a GEMM with beta = 1 takes longer
     l2_alone: float  # bytes per second that one multiprocessor takes from L2
+    # Bytes of x, dy, y and dx per second that the instructions of a kernel allow, by its name and class of ranks: what
+    # `python -m tools.cuda_report` reads from the machine code. Empty: not known.
+    allowed: Mapping[tuple[str, int], float] = MappingProxyType({})
 
 
 # 3.0 TB/s and 798 TFLOP/s were measured on such a card, by others. So were 0.96 us hidden between two empty kernels at
@@ -75,6 +81,7 @@ class Kernel(NamedTuple):
     waits: int = 1  # loads that wait for each other, in a launch
     behind: int = 0  # launches right behind another kernel of this package
     busy: float = 1.0  # share of its time in which the places for blocks are busy, from the first full wave on
+    rank: int = 0  # class of the ranks that it is compiled for
 
     def gaps(self, gpu: Gpu, which: str) -> float:
         """Return the modelled time in which the kernel before has ended and this one has not begun."""
@@ -90,6 +97,8 @@ class Kernel(NamedTuple):
 
         times = {"memory": self.hbm / value(gpu.memory), "L2": (self.hbm + self.l2) / value(gpu.l2)}
         times["latency"] = self.launches * self.waits * value(gpu.latency)
+        if (self.name, self.rank) in gpu.allowed:
+            times["instructions"] = self.hbm / gpu.allowed[self.name, self.rank]
         if self.under_way:
             busy = min(gpu.multiprocessors, self.grid[0] * self.grid[1])
             times["L2"] = max(times["L2"], (self.hbm + self.l2) / (busy * gpu.l2_alone))
@@ -182,7 +191,7 @@ class _Call:
         under_way = resident * row["stage_bytes"] * (row["stages"] - 1)
         return Kernel(
             name, row["grid"], row["launches"], row["stages"], row["blocks_per_sm"], row["waves"], hbm, l2, under_way,
-            waits, busy=row["busy"],
+            waits, busy=row["busy"], rank=self.layer.rank,
         )  # fmt: skip
 
 
