@@ -230,3 +230,23 @@ def test_identity_asked_for_by_name_is_the_linear_branch():
 
 def test_no_context_is_needed_for_the_cpu():
     assert isinstance(backend._on_device(torch.empty(1)), nullcontext)
+
+
+@pytest.mark.parametrize("r", [3, 16, 17, 70])
+@pytest.mark.parametrize("owners", [False, True], ids=["lone", "owners"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_infinity_goes_where_the_sums_go_and_nowhere_else(r, owners):
+    """No zero of a padded rank may meet it: infinity times 0 is NaN."""
+    x, dy = torch.randn(40, 72), torch.randn(40, 48)
+    x[3, 7], dy[20, 4] = torch.inf, torch.inf
+    a, b = torch.rand(2, r, 72) + 0.1, torch.rand(2, 48, r) + 0.1
+    more = {"offsets": torch.tensor([15, 40]).int(), "ranks": torch.tensor([r, 2]).int()} if owners else {}
+    leaves = [t.requires_grad_() for t in ((x, a, b) if owners else (x, a[0], b[0]))]
+    found = []
+    for name in ("triton", "reference"):
+        y = afa.afa_lora(*leaves, 0.5, activation="relu", backend=name, **more)
+        (dx,) = torch.autograd.grad(y, leaves[0], dy)
+        found.append([y.isnan(), y.isinf(), dx.isnan(), dx.isinf()])
+    for got, wanted in zip(*found, strict=True):
+        assert torch.equal(got, wanted)
+    assert found[0][1][3].all() and found[0][3][20].all()

@@ -105,6 +105,7 @@ def store_branch(
     # The backward recomputes h from the stored z, so it is rounded first: otherwise y and dB would
     # use two different h.
     z = (z * inverse_keep).to(DTYPE)
+    z = tl.where((tl.arange(0, R) < rank)[None, :], z, 0.0)  # an infinity in x times the zeros beyond the rank is NaN
     if z_ptr is not None:
         store_z(z_ptr, z, first_row, z_rows, r, BLOCK_M, R)
     alpha_t = load_alpha(alpha_ptr, owner, stride_alpha, ACT)
