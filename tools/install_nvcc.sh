@@ -1,16 +1,13 @@
 #!/usr/bin/env bash
-# Installs NVIDIA's compiler in a manylinux_2_28 container: install_nvcc.sh 12-8
+# Installs NVIDIA's compiler from PyPI into a folder: install_nvcc.sh PYTHON FOLDER. nvcc is then
+# FOLDER/nvidia/cu13/bin/nvcc. The wheels of a release are built with it, and the tests execute what it compiles. Its code
+# loads on drivers of CUDA 13, from 580 on.
 set -euo pipefail
-version=$1
-case $(uname -m) in
-x86_64) machine=x86_64 ;;
-aarch64) machine=sbsa ;;
-*)
-    echo "no CUDA compiler for $(uname -m)" >&2
-    exit 1
-    ;;
-esac
-dnf install -y dnf-plugins-core
-dnf config-manager --add-repo "https://developer.download.nvidia.com/compute/cuda/repos/rhel8/$machine/cuda-rhel8.repo"
-dnf install -y "cuda-nvcc-$version" "cuda-cudart-devel-$version"
-ln -sfn "/usr/local/cuda-${version/-/.}" /usr/local/cuda
+version="13.0.*"
+"$1" -m pip --disable-pip-version-check install --upgrade --target "$2" \
+    "nvidia-cuda-nvcc==$version" "nvidia-cuda-crt==$version" "nvidia-nvvm==$version" "nvidia-cuda-runtime==$version"
+# Where nvcc looks for its libraries, and CMake for the runtime and for headers that these kernels do without.
+toolkit=$2/nvidia/cu13
+ln -sfn libcudart.so.13 "$toolkit/lib/libcudart.so"
+ln -sfn lib "$toolkit/lib64"
+mkdir -p "$toolkit/include/cccl"
