@@ -84,15 +84,29 @@ define BUILD
 	$(BIN)/cmake --install $(BUILD_FOLDER) --prefix .
 endef
 
+# NVIDIA's compiler, where the machine has none. Where it cannot be had, there are no CUDA kernels, and their tests are
+# skipped.
+NVCC := $(abspath $(VENV))/nvcc/nvidia/cu13/bin/nvcc
+ifeq ($(shell command -v nvcc)$(filter 0,$(AFA_BUILD_CUDA)),)
+NVCC_OF_TESTS := $(VENV)/.nvcc
+export PATH := $(PATH):$(dir $(NVCC))
+endif
+
+$(VENV)/.nvcc: tools/install_nvcc.sh | $(VENV)/.torch
+	$(SAY) "Installing NVIDIA's compiler"
+	if tools/install_nvcc.sh $(RUN) $(VENV)/nvcc; then touch $@; else echo 'no nvcc: the CUDA kernels are not tested'; fi
+
 .PHONY: build-demo build-tests
 build-demo: $(VENV)/.demo
 	$(SAY) 'Compiling the CPU kernels: minutes at first, later what has changed'
-	$(call BUILD,-DAFA_BUILD_EMULATOR=OFF -DAFA_BUILD_CUDA=0)
+	$(call BUILD,-DAFA_BUILD_PTX_MACHINE=OFF -DAFA_BUILD_CUDA=0)
 
-# Of the CUDA architectures only one: the tests run the kernels on the emulator, and the reports compile all of them.
-build-tests: $(VENV)/.tests
-	$(SAY) 'Compiling the CPU and CUDA kernels and the emulator: minutes at first, later what has changed'
-	$(call BUILD,-DAFA_BUILD_EMULATOR=ON -DAFA_BUILD_CUDA=auto -DAFA_CUDA_ARCHITECTURES=90-real)
+# Machine code for one CUDA architecture only: the tests execute PTX, and the reports compile for all of them. CMake
+# remembers that it found no compiler, unless it is told of one.
+build-tests: $(VENV)/.tests $(NVCC_OF_TESTS)
+	$(SAY) 'Compiling the CPU and CUDA kernels and the PTX machine: minutes at first, later what has changed'
+	$(call BUILD,-DAFA_BUILD_PTX_MACHINE=ON -DAFA_BUILD_CUDA=auto -DAFA_CUDA_ARCHITECTURES=90-real \
+		$(if $(NVCC_OF_TESTS),$$(test -x $(NVCC) && echo -DCMAKE_CUDA_COMPILER=$(NVCC))))
 
 # --- Targets --------------------------------------------------------------------------------------------------------
 .PHONY: demo test test-experiments test-fast lint format bench bench-pytest
@@ -101,10 +115,8 @@ demo: build-$(LEVEL)  ## fine-tune a real model, anneal, merge, load in stock PE
 	$(RUN) -m examples.demo $(ARGS)
 
 # Backends that a run of all tests may not skip. nvcc brings the compiled CUDA kernels on the PTX machine.
-REQUIRED := cpu,cuda_emulated
-ifneq ($(shell command -v nvcc),)
-REQUIRED := $(REQUIRED),cuda_ptx
-endif
+COMMA := ,
+REQUIRED = cpu$(if $(shell PATH="$(PATH)" command -v nvcc),$(COMMA)cuda_ptx)
 
 # Processes that share the tests: most of these use one core.
 WORKERS ?= 2
@@ -144,10 +156,10 @@ bench-pytest: build-tests  ## some of its cases under pytest-benchmark (ARGS="-k
 	$(RUN) -m pytest bench --benchmark-only --benchmark-storage=outputs/bench/pytest \
 		--benchmark-columns=min,median,iqr,rounds $(ARGS)
 
-.PHONY: sanitize-cpu sanitize-quick sanitize mutation reports-quick cuda-report triton-report gpu-check wheel wheel-check
+.PHONY: sanitize-cpu sanitize mutation reports-quick cuda-report triton-report gpu-check wheel wheel-check
 .PHONY: clean
 sanitize-cpu: $(VENV)/.tests
-	$(SAY) 'CPU kernels under ASan and UBSan, with every instruction set that this machine has'
+	$(SAY) 'CPU kernels, and the host code of the CUDA kernels, under ASan and UBSan'
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DAFA_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
@@ -173,19 +185,12 @@ sanitize-aarch64: $(VENV)/.tests  ## CPU kernels for aarch64 under HWASan and UB
 	QEMU_CPU=cortex-a53 $(AARCH64_TESTS) -R neon
 endif
 
-sanitize-quick: sanitize-cpu  ## sanitize with few random shapes
+sanitize: sanitize-cpu  ## CPU kernels, host code of the CUDA kernels and PTX machine under ASan and UBSan
 	$(SAY) 'The PTX machine under ASan and UBSan'
 	$(RUN) python_tests/ptx_machine/tests/sanitize.py
-	$(SAY) 'CUDA kernels on the emulator, under ASan, UBSan and ThreadSanitizer'
-	$(RUN) csrc/emulator/tests/sanitize.py --quick
-
-sanitize: sanitize-cpu  ## kernels and PTX machine under ASan, UBSan and ThreadSanitizer, random shapes and schedules
-	$(RUN) python_tests/ptx_machine/tests/sanitize.py
-	$(RUN) csrc/emulator/tests/sanitize.py $(ARGS)
 
 mutation: build-tests  ## plants faults in the source of the CUDA kernels and in all PTX; each one has to be caught
-	$(RUN) csrc/emulator/tests/mutation.py $(ARGS)
-	$(RUN) python_tests/ptx_machine/tests/check.py --only mutation $(filter --quick,$(ARGS))
+	$(RUN) python_tests/ptx_machine/tests/check.py --only mutation $(ARGS)
 
 .PHONY: ptx-check
 ptx-check: build-tests  ## compiled kernels on the PTX machine: random problems, schedules, faults planted in the PTX
@@ -197,7 +202,7 @@ ptx-check: build-tests  ## compiled kernels on the PTX machine: random problems,
 
 reports-quick: build-tests
 	$(SAY) 'Machine code of the CUDA and Triton kernels'
-	$(if $(shell command -v nvcc),$(RUN) -m tools.cuda_report --quick,@echo "no nvcc: the CUDA machine code is not checked")
+	if command -v nvcc > /dev/null; then $(RUN) -m tools.cuda_report --quick; else echo 'no nvcc: no CUDA machine code'; fi
 	env -u TRITON_INTERPRET $(RUN) -m tools.triton_report --quick
 
 cuda-report: build-tests  ## registers, spills, shared memory and instructions of every CUDA kernel

@@ -31,7 +31,7 @@ if not REQUIRED <= set(choice.names()):
     raise pytest.UsageError(f"AFA_KERNELS_REQUIRE: expected names among {choice.names()}, got {sorted(REQUIRED)}")
 # Executed one element or one instruction at a time: right, but thousands of times slower than a
 # kernel.
-SIMULATED = {"cuda_emulated", "cuda_ptx"}
+SIMULATED = {ptx_cuda.NAME}
 if SIMULATED_GPU or os.environ.get("TRITON_INTERPRET") == "1":
     SIMULATED.add("triton")
 

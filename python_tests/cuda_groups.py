@@ -1,13 +1,30 @@
 """Layers that share x, as the CUDA backend's group kernels take them, beside the same layers alone and in torch ops."""
 
 import torch
-from emulator_helpers import held
 from helpers import eager
+from ptx_cuda import kernels
 
-from afa_kernels.backend import choice
 from afa_kernels.backend.interface import Member
 from afa_kernels.operator.activation import IDENTITY
 from afa_kernels.operator.options import Spec
+
+
+def held(weight: torch.Tensor, how: str) -> torch.Tensor:
+    """Return a float32 weight that lies in memory in another way, between NaN that belong to nobody."""
+    weight = weight.float()
+    rows, cols = weight.shape
+    around = torch.full((rows + 1, cols + 9), torch.nan)
+    if how == "rows apart":  # rows of whole vectors
+        around = torch.full((rows, (cols + 7) // 4 * 4), torch.nan)
+        place = around[:, :cols]
+    elif how == "misaligned":
+        place = around[1:, 3 : 3 + cols]
+    elif how == "transposed":
+        place = torch.full((cols, rows + 5), torch.nan)[:, :rows].T
+    else:
+        assert how == "dense"
+        return weight.clone()
+    return place.copy_(weight)
 
 
 class Group:
@@ -35,24 +52,24 @@ class Group:
     def need(self, what=True) -> list[bool]:
         return [what] * len(self.members)
 
-    def forward(self, name="cuda_emulated", save_z=True):
+    def forward(self, save_z=True):
         outs = [torch.full_like(dy, torch.nan) for dy in self.dys]
-        zs = choice.get(name).forward_shared(self.x, self.members, bases=self.bases, outs=outs, save_z=save_z)
+        zs = kernels.forward_shared(self.x, self.members, bases=self.bases, outs=outs, save_z=save_z)
         return outs, zs
 
-    def backward(self, zs, name="cuda_emulated", *, need_dx=True, need_da=None, need_db=None):
-        return choice.get(name).backward_shared(
+    def backward(self, zs, *, need_dx=True, need_da=None, need_db=None):
+        return kernels.backward_shared(
             self.dys, self.x, self.members, zs, need_dx=need_dx,
             need_da=need_da or self.need(), need_db=need_db or self.need(),
         )  # fmt: skip
 
-    def alone(self, i: int, name="cuda_emulated"):
+    def alone(self, i: int):
         """Return y, z, dx, da and db of member i."""
-        member, backend, y = self.members[i], choice.get(name), torch.empty_like(self.dys[i])
+        member, y = self.members[i], torch.empty_like(self.dys[i])
         a, b, alpha_t, spec = member
-        z = backend.forward(self.x, a, b, alpha_t, None, spec, base=self.bases[i], out=y, save_z=True)
+        z = kernels.forward(self.x, a, b, alpha_t, None, spec, base=self.bases[i], out=y, save_z=True)
         needs = {"need_dx": True, "need_da": True, "need_db": True}
-        return y, z, *backend.backward(self.dys[i], self.x, a, b, z, alpha_t, None, spec, **needs)
+        return y, z, *kernels.backward(self.dys[i], self.x, a, b, z, alpha_t, None, spec, **needs)
 
     def plain(self, dtype: torch.dtype):
         """Return every y, dx, every da and every db in torch ops, all in ``dtype``."""

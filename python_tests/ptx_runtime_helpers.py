@@ -7,7 +7,7 @@ from helpers import Problem
 
 from afa_kernels.operator.options import Spec
 
-cuda_on_ptx = pytest.importorskip("afa_kernels._cuda_on_ptx", reason="built with nvcc and the emulator only")
+cuda_on_ptx = pytest.importorskip("afa_kernels._cuda_on_ptx", reason="built with nvcc and AFA_BUILD_PTX_MACHINE=1 only")
 runtime = cuda_on_ptx.runtime
 
 SPEC, ALPHA_T = Spec("relu", 1.5), torch.tensor(0.3)

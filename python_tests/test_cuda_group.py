@@ -6,13 +6,12 @@ import pytest
 import torch
 from conftest import skip_unless_available
 from cuda_groups import Group
-from emulator_helpers import kernel_names
 from helpers import assert_as_accurate_as_torch, poisoned_memory
+from ptx_cuda import NAME, kernel_names, kernels, launches_of
 
-from afa_kernels.backend import choice, cuda
+from afa_kernels.backend import cuda
 from afa_kernels.backend.interface import Call
 
-NAMES = [name for name in ("cuda_emulated", "cuda_ptx") if name in choice.names()]
 # The N and ranks of the members, and K: q, k and v; gate and up; odd ranks, edges of every tile; the largest.
 GROUPS = {
     "q, k, v": (136, (584, 72, 72), (16, 16, 16)),
@@ -26,7 +25,7 @@ ROWS = (1, 75, 200)
 
 @pytest.fixture(autouse=True)
 def _available():
-    skip_unless_available("cuda_emulated")
+    skip_unless_available(NAME)
 
 
 def flat(results) -> list[torch.Tensor]:
@@ -38,17 +37,13 @@ def same(left, right) -> bool:
     return all(torch.equal(a, b) for a, b in zip(flat(left), flat(right), strict=True))
 
 
-@pytest.mark.parametrize("float_weights", [None, True, False], ids=["mixed", "f32", "x's dtype"])
-@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize(("m", "float_weights"), [(1, False), (75, None), (200, True)], ids=str)
 @pytest.mark.parametrize("which", GROUPS)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_group_against_float64(name, which, m, float_weights):
-    if name == "cuda_ptx" and (m, float_weights) not in ((75, None), (200, True)):
-        pytest.skip("some suffice")
+def test_a_group_against_float64(which, m, float_weights):
     group = Group(m, *GROUPS[which], float_weights=float_weights)
     with poisoned_memory():
-        ys, zs = group.forward(name)
-        dx, das, dbs = group.backward(zs, name)
+        ys, zs = group.forward()
+        dx, das, dbs = group.backward(zs)
     truth, torch_ops = group.plain(torch.float64), group.plain(group.x.dtype)
     got = (ys, [dx], das, dbs)
     for what, some, exact, yardstick in zip(("y", "dx", "da", "db"), got, truth, torch_ops, strict=True):
@@ -89,20 +84,13 @@ def test_a_gradient_does_not_depend_on_which_others_are_needed(need_dx, need_da,
         assert all(torch.equal(t, full) for t, full in zip(some, every, strict=True) if t is not None)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_schedules_give_the_same_bits(name):
-    native = choice.get(name)._module if name == "cuda_ptx" else cuda._emulator_module()[0]
+def test_schedules_give_the_same_bits():
     group = Group(130, *GROUPS["wide"])
     results = []
     for seed in range(3):
-        if name == "cuda_ptx":
-            native.set_seed(1000 * seed)
-        else:
-            native.set_options(("random", "warp_priority", "descending")[seed], seed)
-        ys, zs = group.forward(name)
-        results.append([ys[0], [*ys, *zs], *group.backward(zs, name)[1:]])
-    if name != "cuda_ptx":
-        native.set_options("random", 1)
+        kernels._module.set_seed(1000 * seed)
+        ys, zs = group.forward()
+        results.append([ys[0], [*ys, *zs], *group.backward(zs)[1:]])
     assert all(same(results[0], other) for other in results[1:])
 
 
@@ -115,32 +103,25 @@ def test_schedules_give_the_same_bits(name):
 )
 def test_what_a_group_launches(m, expected):
     """As many kernels as a lone layer has."""
-    if "cuda_ptx" not in NAMES:
-        pytest.skip("built with nvcc only")
-    from afa_kernels import _cuda_on_ptx
-
     k, widths = (904, (264, 72, 72)) if m < 1000 else (16, (16, 8, 8))
     group = Group(m, k, widths, (16, 8, 5), float_weights=True)
-    _cuda_on_ptx.take_launches()
-    _, zs = group.forward("cuda_ptx")
-    group.backward(zs, "cuda_ptx")
-    assert kernel_names(_cuda_on_ptx.take_launches()) == expected
+    assert kernel_names(launches_of(lambda: group.backward(group.forward()[1]))) == expected
 
 
 def test_x_is_read_once_for_all_members():
-    from afa_kernels import _emulator
-
     m, k, widths, ranks = 128, 512, (256, 64, 64), (16, 16, 16)
     group = Group(m, k, widths, ranks, float_weights=False)
-    _emulator.reset_counters()
-    _, zs = group.forward()
+    zs: list[torch.Tensor] = []
+
+    def copied(call) -> int:
+        return sum(launch["async_copy_bytes"] for launch in launches_of(call))
+
     weights = 2 * (64 * k + 16 * sum(widths))  # packed: the rows of every A fill the class of ranks
-    assert _emulator.counters()["async_copy_bytes"] == 2 * m * k + 2 * weights  # two tiles of rows read A and B
-    _emulator.reset_counters()
-    group.backward(zs)
+    # Two tiles of rows read A and B.
+    assert copied(lambda: zs.extend(group.forward()[1])) == 2 * m * k + 2 * weights
     slabs = k // 128  # of the x pass, each of which reads dz
     expected = 2 * m * (k + sum(widths)) + slabs * 2 * m * 64 + weights
-    assert _emulator.counters()["async_copy_bytes"] == expected
+    assert copied(lambda: group.backward(zs)) == expected
 
 
 @pytest.mark.parametrize(
@@ -153,13 +134,12 @@ def test_x_is_read_once_for_all_members():
 )
 def test_refusals_say_why(calls, reason):
     calls = [Call("cpu", torch.bfloat16, 64, 64, 64, r, "silu") for r in calls]
-    for name in NAMES:
-        assert re.search(reason, choice.get(name).refuses_together(calls))
-        assert choice.get(name).refuses_together([calls[0]] * 2) is None
+    assert re.search(reason, kernels.refuses_together(calls))
+    assert kernels.refuses_together([calls[0]] * 2) is None
 
 
 def test_limits_are_those_of_the_kernels():
-    module = cuda._emulator_module()[0]
+    module = kernels._module
     limits = (module.MAX_RANK, module.MAX_MEMBERS, module.MAX_MEMBER_RANK)
     assert limits == (cuda._MAX_RANK, cuda._MAX_MEMBERS, cuda._MAX_MEMBER_RANK)
     with pytest.raises(ValueError, match="layers that share x have ranks up to 32: M=64, K=64, N=64,64, r=16,33"):
@@ -170,7 +150,7 @@ def test_limits_are_those_of_the_kernels():
 
 @pytest.mark.parametrize("r", [8, 16, 32])
 def test_scratch_memory_stays_small(r):
-    module = cuda._emulator_module()[0]
+    module = kernels._module
     for k, widths in ((4096, (4096, 1024, 1024)), (4096, (4096,) * 3), (4096, (14336,) * 2), (8192, (28672,) * 2)):
         if len(widths) * r > 64:
             continue

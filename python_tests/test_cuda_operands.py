@@ -1,22 +1,21 @@
-"""Operands of the CUDA kernels as callers hold them, on the emulator: any strides, addresses and dtypes."""
+"""Operands of the CUDA kernels as callers hold them, on the PTX machine: any strides, addresses and dtypes."""
 
 import sys
 
 import pytest
 import torch
 from conftest import skip_unless_available
-from emulator_helpers import forward_and_backward, same
 from helpers import Problem, eager, relative_error
+from ptx_cuda import NAME, forward_and_backward, kernels, same
 from torch import nn
 
 import afa_kernels as afa
-from afa_kernels.backend import choice
 from afa_kernels.operator.options import Spec
 
 
 @pytest.fixture(autouse=True)
-def _emulator():
-    skip_unless_available("cuda_emulated")
+def _available():
+    skip_unless_available(NAME)
 
 
 def variants(problem):
@@ -59,16 +58,15 @@ def test_z_may_be_columns_of_a_wider_matrix(r, rows):
     operands = (problem.dy, problem.x, problem.lora_a, problem.lora_b)
     rest = (torch.tensor(0.3), None, Spec("silu", 1.5))
     needs = {"need_dx": True, "need_da": True, "need_db": True}
-    backend = choice.get("cuda_emulated")
-    expected = backend.backward(*operands, z.clone(memory_format=torch.contiguous_format), *rest, **needs)
-    assert same(backend.backward(*operands, z, *rest, **needs), expected)
+    expected = kernels.backward(*operands, z.clone(memory_format=torch.contiguous_format), *rest, **needs)
+    assert same(kernels.backward(*operands, z, *rest, **needs), expected)
 
 
 def test_a_group_of_odd_and_even_ranks_trains_on_one_token():
     layers = [afa.AFALinear(nn.Linear(64, 32, dtype=torch.bfloat16), r) for r in (3, 8)]
     group = afa.AFALinearGroup(layers)
     x = torch.randn(1, 64).bfloat16()
-    with afa.use_backend("cuda_emulated"):
+    with afa.use_backend(NAME):
         sum(y.float().sum() for y in group(x)).backward()
     for member in layers:
         assert member.lora_b.grad.abs().sum() > 0
@@ -77,14 +75,14 @@ def test_a_group_of_odd_and_even_ranks_trains_on_one_token():
 @pytest.mark.parametrize("columns", [slice(None), slice(8, 88), slice(0, 160, 2)], ids=["dense", "slice", "strided"])
 def test_out_may_be_any_view(columns):
     problem = Problem.random(37, 72, 80, 16, torch.bfloat16)
-    backend, alpha_t = choice.get("cuda_emulated"), torch.tensor(0.3)
+    alpha_t = torch.tensor(0.3)
     operands = (problem.x, problem.lora_a, problem.lora_b, alpha_t, None, Spec("silu", 1.5))
     expected = torch.empty_like(problem.base)
-    backend.forward(*operands, base=problem.base, out=expected, save_z=False)
+    kernels.forward(*operands, base=problem.base, out=expected, save_z=False)
     storage = torch.full((37, 160 if columns != slice(None) else 80), 7.0, dtype=torch.bfloat16)
     out = storage[:, columns]
     out.copy_(problem.base)
-    backend.forward(*operands, base=out, out=out, save_z=False)
+    kernels.forward(*operands, base=out, out=out, save_z=False)
     assert torch.equal(out, expected)
     out.fill_(7.0)
     assert (storage == 7.0).all(), "something beside the view was written"
@@ -102,7 +100,7 @@ def test_gradients_of_float32_weights_keep_their_accumulators():
 
 def test_identity_is_plain_lora():
     problem = Problem.random(33, 64, 72, 8, torch.bfloat16)
-    got = afa.afa_lora(problem.x, problem.lora_a, problem.lora_b, 0.0, backend="cuda_emulated")
+    got = afa.afa_lora(problem.x, problem.lora_a, problem.lora_b, 0.0, backend=NAME)
     double = [t.double() for t in (problem.x, problem.lora_a, problem.lora_b)]
     assert relative_error(got, eager(*double, 0.0)) < 1e-2
 
@@ -131,12 +129,12 @@ def test_a_call_asks_torch_for_memory_and_nothing_else(weights):
     part of a call."""
     problem = Problem.random(9, 64, 72, 16, torch.bfloat16)
     x, a, b, dy, y = problem.x, problem.lora_a.to(weights), problem.lora_b.to(weights), problem.dy, problem.base.clone()
-    backend, rest = choice.get("cuda_emulated"), (torch.tensor(0.3), None, Spec("silu", 1.5))
+    rest = (torch.tensor(0.3), None, Spec("silu", 1.5))
     needs = {"need_dx": True, "need_da": True, "need_db": True}
-    z = backend.forward(x, a, b, *rest, base=problem.base, out=y, save_z=True)
+    z = kernels.forward(x, a, b, *rest, base=problem.base, out=y, save_z=True)
 
     def forward():
-        backend.forward(x, a, b, *rest, base=problem.base, out=y, save_z=True)
+        kernels.forward(x, a, b, *rest, base=problem.base, out=y, save_z=True)
 
     assert torch_calls(forward) == ["new_empty"] * 2  # z and scratch memory
-    assert torch_calls(lambda: backend.backward(dy, x, a, b, z, *rest, **needs)) == ["new_empty"] * 4
+    assert torch_calls(lambda: kernels.backward(dy, x, a, b, z, *rest, **needs)) == ["new_empty"] * 4

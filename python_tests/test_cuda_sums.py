@@ -2,23 +2,20 @@
 else is needed."""
 
 import itertools
-from contextlib import contextmanager
 
 import pytest
 import torch
 from conftest import skip_unless_available
-from emulator_helpers import forward_and_backward, kernel_names
 from helpers import Problem, assert_as_accurate_as_torch, eager, poisoned_memory
 from native_helpers import assert_accurate as assert_call
 from native_helpers import problem as operands_of
 from native_helpers import run, truth_of
+from ptx_cuda import NAME, forward_and_backward, kernel_names, kernels, launches_of, limited
 
-from afa_kernels.backend import choice
 from afa_kernels.backend import torch as torch_ops
 from afa_kernels.operator.options import Spec
 
 H100 = (132, 227 << 10, 228 << 10)
-NAMES = [name for name in ("cuda_emulated", "cuda_ptx") if name in choice.names()]
 # M, K, N, r; the chunks of rows in the passes over x and over dy.
 LAYERS = {
     "one chunk": ((40, 136, 264, 5), (1, 1)),
@@ -31,27 +28,13 @@ LAYERS = {
 
 @pytest.fixture(autouse=True)
 def _available():
-    skip_unless_available("cuda_emulated")
-
-
-@contextmanager
-def limited(**limits):
-    """Let the emulated device have other limits."""
-    from afa_kernels import _emulator
-
-    try:
-        _emulator.set_device_limits(*H100, **limits)
-        yield
-    finally:
-        _emulator.set_device_limits(*H100)
+    skip_unless_available(NAME)
 
 
 @pytest.mark.parametrize("which", LAYERS)
 def test_chunks(which):
-    from afa_kernels import _emulator
-
     layer, chunks = LAYERS[which]
-    plan = {row["kernel"]: row for row in _emulator.launch_plan(layer, *H100)}
+    plan = {row["kernel"]: row for row in kernels._module.launch_plan(layer, *H100)}
     of_db = plan["db"] if "db" in plan else plan["dy"]
     assert (plan["x"]["grid"][1], of_db["grid"][1]) == chunks
 
@@ -71,16 +54,10 @@ def expected_launches(r: int, need: tuple[bool, bool, bool]) -> list[str]:
 def test_a_backward_launches_what_is_needed(which, need):
     """And a gradient has the same bits whatever else is needed."""
     layer, _ = LAYERS[which]
-    if "cuda_ptx" not in NAMES:
-        pytest.skip("built with nvcc only")
-    from afa_kernels import _cuda_on_ptx
-
     problem = Problem.random(*layer, torch.bfloat16)
-    full = forward_and_backward(problem, name="cuda_ptx")
-    _cuda_on_ptx.take_launches()
+    full, got = forward_and_backward(problem), []
     with poisoned_memory():
-        got = forward_and_backward(problem, name="cuda_ptx", need=need)
-    launches = kernel_names(_cuda_on_ptx.take_launches())
+        launches = kernel_names(launches_of(lambda: got.extend(forward_and_backward(problem, need=need))))
     backward = [name for name in launches if name not in ("pack", "forward", "project", "expand")]
     assert backward == expected_launches(layer[3], need)
     for gradient, every, needed in zip(got[2:], full[2:], need, strict=True):
@@ -103,14 +80,13 @@ def assert_accurate(problem: Problem, got: list[torch.Tensor]) -> None:
         assert_as_accurate_as_torch(value.to(yardstick.dtype), yardstick, exact, what, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("which", LAYERS)
-def test_gradients_against_float64(name, which, weights):
+def test_gradients_against_float64(which, weights):
     layer, _ = LAYERS[which]
     problem = Problem.random(*layer, torch.bfloat16, adapter_dtype=weights)
     with poisoned_memory():
-        _, _, dx, da, db = forward_and_backward(problem, name=name)
+        _, _, dx, da, db = forward_and_backward(problem)
     assert da.dtype == db.dtype == weights
     assert_accurate(problem, [dx, da, db])
 
@@ -129,11 +105,10 @@ def test_rounds_of_rows_against_float64(which, limits, save_z):
     assert_accurate(problem, list(got[2:]))
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(20, 4104, 72, 16), (20, 4104, 4104, 64), (6100, 648, 648, 16)], ids=str)
-def test_blocks_with_more_tiles_than_stages(name, shape):
+def test_blocks_with_more_tiles_than_stages(shape):
     """Of x, dy and y: in a segment of a sum, and where one block makes whole rows."""
     operands, spec = operands_of(*shape, torch.bfloat16), Spec("silu", 1.5)
     with poisoned_memory():
-        got = run(*operands, spec, backend=choice.get(name))
+        got = run(*operands, spec, backend=kernels)
     assert_call(got, run(*operands, spec, backend=torch_ops.BACKEND), truth_of(*operands, spec), torch.bfloat16)

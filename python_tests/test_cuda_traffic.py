@@ -1,17 +1,14 @@
-"""bench/model/cuda_launches.py: the bytes of its formulas are those that the compiled kernels move on the PTX machine,
-and, where there is no nvcc, those that their source moves on the emulator."""
+"""bench/model/cuda_launches.py: the bytes of its formulas are those that the kernels move on the PTX machine."""
 
 import json
 
 import pytest
 import torch
 from conftest import skip_unless_available
-from cuda_bytes import moved
 from cuda_groups import Group
-from emulator_helpers import forward_and_backward
 from helpers import Problem
+from ptx_cuda import NAME, bytes_moved, forward_and_backward, launches_of
 
-from afa_kernels.backend import choice
 from bench.model import __main__ as command
 from bench.model.cuda_launches import H100, Layer, Range, decoding, kernels, overhead
 
@@ -23,11 +20,10 @@ def modelled(layer: Layer, weights: torch.dtype) -> int:
 
 @pytest.fixture(autouse=True)
 def _planned():
-    """Without CUDA kernels in the build, the emulator plans the launches."""
-    skip_unless_available("cuda_emulated")
+    """The kernels' own host code plans the launches."""
+    skip_unless_available(NAME)
 
 
-@pytest.mark.parametrize("name", [name for name in ("cuda_ptx", "cuda_emulated") if name in choice.names()])
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize(
     "shape",
@@ -44,15 +40,13 @@ def _planned():
     ],
     ids=str,
 )
-def test_bytes_of_a_call(name, shape, weights):
-    skip_unless_available(name)
+def test_bytes_of_a_call(shape, weights):
     problem = Problem.random(*shape, torch.bfloat16, adapter_dtype=weights)
     base = 2 * shape[0] * shape[2]  # read here; in a layer the frozen GEMM accumulates instead
-    got = moved(name, lambda name: forward_and_backward(problem, name=name))
+    got = bytes_moved(launches_of(lambda: forward_and_backward(problem)))
     assert got == pytest.approx(modelled(Layer(*shape), weights) + base, rel=0.03)
 
 
-@pytest.mark.parametrize("name", [name for name in ("cuda_ptx", "cuda_emulated") if name in choice.names()])
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize(
     "layer",
@@ -63,16 +57,12 @@ def test_bytes_of_a_call(name, shape, weights):
     ],
     ids=str,
 )
-def test_bytes_of_layers_that_share_x(name, layer, weights):
-    skip_unless_available(name)
+def test_bytes_of_layers_that_share_x(layer, weights):
     group = Group(*layer, float_weights=weights == torch.float32, layouts=("dense",) * 3)
     group.bases = [None] * len(layer.n)
-
-    def call(name: str) -> None:
-        _, zs = group.forward(name)
-        group.backward(zs, name)
-
-    assert moved(name, call) == pytest.approx(modelled(layer, weights), rel=0.03)
+    assert bytes_moved(launches_of(lambda: group.backward(group.forward()[1]))) == pytest.approx(
+        modelled(layer, weights), rel=0.03
+    )
 
 
 def test_a_kernel_with_little_under_way_or_a_short_last_wave_takes_longer():

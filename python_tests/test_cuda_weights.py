@@ -3,14 +3,13 @@
 import pytest
 import torch
 from conftest import skip_unless_available
-from emulator_helpers import forward_and_backward, held, kernel_names, same
+from cuda_groups import held
 from helpers import Problem, poisoned_memory
+from ptx_cuda import NAME, forward_and_backward, kernel_names, launches_of, same
 
-from afa_kernels.backend import choice
 from afa_kernels.operator.activation import IDENTITY
 from afa_kernels.operator.options import Spec
 
-NAMES = [name for name in ("cuda_emulated", "cuda_ptx") if name in choice.names()]
 RANKS = (1, 5, 8, 12, 16, 17, 32, 33, 60, 64)
 # (M, K, N): one pass, several tiles of K and N, edges of both; the split forward.
 SHAPES = ((70, 456, 328), (40, 904, 136))
@@ -18,16 +17,7 @@ SHAPES = ((70, 456, 328), (40, 904, 136))
 
 @pytest.fixture(autouse=True)
 def _available():
-    skip_unless_available("cuda_emulated")
-
-
-def launched(name: str, problem: Problem, **options) -> list[str]:
-    """Return the kernels that a forward and a backward launch on the PTX machine."""
-    from afa_kernels import _cuda_on_ptx
-
-    _cuda_on_ptx.take_launches()
-    forward_and_backward(problem, name=name, **options)
-    return kernel_names(_cuda_on_ptx.take_launches())
+    skip_unless_available(NAME)
 
 
 @pytest.mark.parametrize("how", ["dense", "rows apart", "misaligned", "transposed"])
@@ -53,16 +43,15 @@ def test_one_weight_in_float32_beside_one_in_the_dtype_of_x(r, which):
     assert same(forward_and_backward(mixed)[:3], forward_and_backward(plain)[:3])
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("r", [5, 16, 33])
-def test_what_is_packed_holds_nothing_of_what_lies_around_it(name, r):
+def test_what_is_packed_holds_nothing_of_what_lies_around_it(r):
     """Between the rows of A and B lies NaN, and scratch memory holds NaN before."""
     plain = Problem.random(70, 136, 264, r, torch.bfloat16)
     around = {key: held(getattr(plain, key), "rows apart").bfloat16() for key in ("lora_a", "lora_b")}
     for weights in (around, {key: held(getattr(plain, key), "misaligned") for key in around}):
         with poisoned_memory():
-            got = forward_and_backward(Problem(**(vars(plain) | weights)), name=name)
-        assert same(got[:3], forward_and_backward(plain, name=name)[:3])
+            got = forward_and_backward(Problem(**(vars(plain) | weights)))
+        assert same(got[:3], forward_and_backward(plain)[:3])
 
 
 @pytest.mark.parametrize("activation", ["silu", IDENTITY])
@@ -78,11 +67,9 @@ def test_what_is_packed_holds_nothing_of_what_lies_around_it(name, r):
 )
 def test_what_a_call_launches(r, m, expected, dtype, activation):
     """A launch that packs A and B in each direction, unless they are 16-bit vectors; the same at identity."""
-    if "cuda_ptx" not in NAMES:
-        pytest.skip("built with nvcc only")
     k, n = (904, 264) if m < 1000 else (16, 8)
     problem = Problem.random(m, k, n, r, torch.bfloat16, adapter_dtype=dtype)
-    kernels = launched("cuda_ptx", problem, spec=Spec(activation, 1.5))
+    kernels = kernel_names(launches_of(lambda: forward_and_backward(problem, spec=Spec(activation, 1.5))))
     packs = dtype == torch.float32 or r % 8 > 0
     passes = [name for name in kernels if name != "pack"]
     assert passes == expected

@@ -1,4 +1,4 @@
-"""gpu_check without a GPU: it says what it would do, and the same code runs on the emulator."""
+"""gpu_check without a GPU: it says what it would do, and the same code runs on the PTX machine."""
 
 import dataclasses
 import json
@@ -26,8 +26,8 @@ def test_an_unknown_step_is_an_error(capsys):
     assert "expected some of backends, primitives" in capsys.readouterr().err
 
 
-def test_the_rehearsal_runs_the_steps_on_the_emulator(capsys, tmp_path):
-    skip_unless_available("cuda_emulated")
+def test_the_rehearsal_runs_the_steps_on_the_machine(capsys, tmp_path):
+    skip_unless_available(gpu_steps.MACHINE)
     steps = [
         "backends",
         "primitives",

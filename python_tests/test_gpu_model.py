@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from conftest import skip_unless_available
 
-from afa_kernels.backend import choice
 from bench.model.cuda_launches import H100, Gpu, Layer, Range, decoding, overhead
 from tools import gpu_check, gpu_meter, gpu_model
 from tools.gpu_steps import Context, Step
@@ -20,7 +19,7 @@ CARD = "NVIDIA H100 80GB HBM3"
 RANGES = ("memory", "l2", "latency", "launch", "hidden", "unhidden")
 # In the middle of every range: the model is right there.
 SOUND = H100._replace(**{name: Range(*[sum(getattr(H100, name)) / 2] * 2) for name in RANGES})
-SMALL = Context("cpu", ("cuda_emulated",), small=True)
+SMALL = Context("cpu", ("cuda_ptx",), small=True)
 
 
 class Synthetic:
@@ -63,8 +62,8 @@ class Synthetic:
 
 @pytest.fixture(autouse=True)
 def _planned():
-    """Without CUDA kernels in the build, the emulator plans the launches."""
-    skip_unless_available("cuda_emulated")
+    """The kernels' own host code plans the launches."""
+    skip_unless_available("cuda_ptx")
 
 
 def checked(meter: Synthetic, folder: Path, monkeypatch, card: str = CARD) -> tuple[int, dict, str]:
@@ -173,8 +172,6 @@ def test_the_meter_of_a_card_runs_what_it_times(layer):
     ids=str,
 )
 def test_the_kernels_of_a_profile_have_the_names_of_the_model(layer):
-    if "cuda_ptx" not in choice.names():
-        pytest.skip("built with nvcc only")
     from afa_kernels import _cuda_on_ptx
 
     class OnPtx(gpu_meter.CardMeter):

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-_ptx = pytest.importorskip("afa_kernels._ptx", reason="built with the emulator only (AFA_BUILD_EMULATOR=1)")
+_ptx = pytest.importorskip("afa_kernels._ptx", reason="built with AFA_BUILD_PTX_MACHINE=1 only")
 
 from ptx_helpers import HEADER, PLACES, kernel, launch  # noqa: E402
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-_ptx = pytest.importorskip("afa_kernels._ptx", reason="built with the emulator only (AFA_BUILD_EMULATOR=1)")
+_ptx = pytest.importorskip("afa_kernels._ptx", reason="built with AFA_BUILD_PTX_MACHINE=1 only")
 
 from ptx_helpers import COMPARISONS, bits, per_lane  # noqa: E402
 

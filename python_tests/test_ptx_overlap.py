@@ -10,7 +10,7 @@ import pytest
 import torch
 from ptx_runtime_helpers import ALPHA_T, RTX_4090, SPEC, cuda_on_ptx, failure, forward, new_device, problem, runtime
 
-_ptx = pytest.importorskip("afa_kernels._ptx", reason="built with the emulator only (AFA_BUILD_EMULATOR=1)")
+_ptx = pytest.importorskip("afa_kernels._ptx", reason="built with AFA_BUILD_PTX_MACHINE=1 only")
 
 from ptx_helpers import PLACES, kernel, launch  # noqa: E402
 

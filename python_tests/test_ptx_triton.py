@@ -21,7 +21,7 @@ from ptx_ragged_problems import RandomRaggedProblem
 from ragged_calls import assert_rounded_with_dx, random_problem
 
 pytest.importorskip("triton")
-_ptx = pytest.importorskip("afa_kernels._ptx", reason="built with the emulator only (AFA_BUILD_EMULATOR=1)")
+_ptx = pytest.importorskip("afa_kernels._ptx", reason="built with AFA_BUILD_PTX_MACHINE=1 only")
 
 import afa_kernels as afa  # noqa: E402
 from afa_kernels.backend.triton import configs  # noqa: E402

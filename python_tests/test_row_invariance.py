@@ -95,7 +95,7 @@ def test_gpu_rows_have_the_same_bits_in_any_call(name, dtype):
 
 
 @pytest.mark.parametrize("r", [16, 64])
-@pytest.mark.parametrize("name", ["cuda_emulated", "cuda"])
+@pytest.mark.parametrize("name", ["cuda_ptx", "cuda"])
 def test_cuda_rows_by_one_block_or_several(name, r):
     """Few rows have a block for each of the four segments of K; 48 tiles of rows have one that goes through all of
     them; and from 96 on it makes y too. Above rank 32 the sum over N has blocks as that over K has."""

@@ -115,14 +115,14 @@ def find_tool(name: str) -> str:
 
 def planner():
     """Return the module whose launch_plan says how a kernel is launched."""
-    for name, attribute in (("afa_kernels._C", "cuda"), ("afa_kernels._emulator", None)):
+    for name, attribute in (("afa_kernels._C", "cuda"), ("afa_kernels._cuda_on_ptx", None)):
         try:
             module = importlib.import_module(name)
         except ImportError:
             continue
         if attribute is None or hasattr(module, attribute):
             return module if attribute is None else getattr(module, attribute)
-    raise SystemExit("cuda-report: build the package with AFA_BUILD_EMULATOR=1 (or with nvcc) first")
+    raise SystemExit("cuda-report: this build has no CUDA kernels; build the package where nvcc is")
 
 
 def identify(mangled: str) -> tuple[str, int, str] | None:

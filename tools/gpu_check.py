@@ -8,7 +8,7 @@ what was checked and measured. The step ``model`` holds bench.model to the card:
 figure is outside of its modelled range, and writes the table of all as Markdown beside that file.
 A step that cannot run (a tool or a peer that is not installed) is listed as absent with the reason,
 never passed over. Without a GPU it prints what it would have done. ``--rehearse`` runs the same
-code on the CPU, small, with the emulator in the place of the device.
+code on the CPU, small, with the PTX machine in the place of the device.
 
 Exit status: 0 all right, 1 a step failed, 77 no GPU.
 """
@@ -80,7 +80,7 @@ def print_plan(steps: list[Step]) -> None:
     print("gpu-check: torch sees no CUDA device. With one, these steps would have run:")
     for number, step in enumerate(steps, 1):
         print(f"{number:3}. {step.name:12} {step.what}")
-    print("Nothing was checked. `--rehearse` runs the same code on the CPU and the emulator.")
+    print("Nothing was checked. `--rehearse` runs the same code on the CPU and the PTX machine.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     names = [step.name for step in STEPS]
     parser.add_argument("--only", help=f"comma-separated steps out of {', '.join(names)}")
-    parser.add_argument("--rehearse", action="store_true", help="run on the CPU and the emulator")
+    parser.add_argument("--rehearse", action="store_true", help="run on the CPU and the PTX machine")
     parser.add_argument("--out", type=Path, default=_OUTPUT, help="folder of the results file")
     options = parser.parse_args(argv)
     wanted = options.only.split(",") if options.only else names

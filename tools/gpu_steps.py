@@ -18,6 +18,7 @@ import afa_kernels as afa
 from afa_kernels.backend import cuda as cuda_backend
 
 ROOT = Path(__file__).resolve().parents[1]
+MACHINE = "cuda_ptx"  # the backend that executes the PTX of the cuda backend's kernels, of the tests
 _SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _SANITIZER_ERROR = 86
 
@@ -45,12 +46,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Context:
-    """Where the steps run: on the GPU, or in rehearsal on the CPU with the emulator as the
-    device."""
+    """Where the steps run: on the GPU, or in rehearsal on the CPU with the PTX machine as the device."""
 
     device: str
     backends: tuple[str, ...]
-    small: bool  # shapes that an emulator can take
+    small: bool  # shapes that a simulated device can take
 
     @staticmethod
     def on_gpu() -> "Context":
@@ -58,16 +58,27 @@ class Context:
 
     @staticmethod
     def rehearsal() -> "Context":
-        return Context("cpu", ("cuda_emulated",), small=True)
+        _machine()
+        return Context("cpu", (MACHINE,), small=True)
 
     @property
     def native(self):
         """The module with the compiled kernels of the device."""
-        find = cuda_backend._device_module if self.device == "cuda" else cuda_backend._emulator_module
-        module, reason = find()
+        module, reason = cuda_backend._device_module() if self.device == "cuda" else (_machine(), "no PTX machine")
         if module is None:
             raise RuntimeError(reason)
         return module
+
+
+def _machine():
+    """Register the backend of the PTX machine and return its module, or None where it is not part of the build."""
+    tests = str(ROOT / "python_tests")
+    if tests not in sys.path:
+        sys.path.insert(0, tests)
+    import ptx_cuda
+
+    ptx_cuda.register()
+    return ptx_cuda._cuda_on_ptx
 
 
 class Step(NamedTuple):
@@ -164,13 +175,13 @@ def _primitives(module, device: str, dtype: torch.dtype) -> Tensor:
 
 
 def check_primitives(context: Context) -> Outcome:
-    """Compare ldmatrix, mma, cp.async and the conversions of the device with the emulator's."""
-    emulator, reason = cuda_backend._emulator_module()
-    if emulator is None:
-        return Outcome.absent(reason)
+    """Compare ldmatrix, mma, cp.async and the conversions of the device with those of the PTX machine."""
+    machine = _machine()
+    if machine is None:
+        return Outcome.absent("the PTX machine is not part of this build (AFA_BUILD_PTX_MACHINE=1)")
     for dtype in (torch.bfloat16, torch.float16):
         got = _primitives(context.native, context.device, dtype)
-        expected = _primitives(emulator, "cpu", dtype)
+        expected = _primitives(machine, "cpu", dtype)
         # The tensor cores group and truncate their sums; everything else must agree bit for bit.
         product = slice(256, 384)
         error = (got[product].view(torch.float32) - expected[product].view(torch.float32)).abs().max()
@@ -180,12 +191,11 @@ def check_primitives(context: Context) -> Outcome:
         if not torch.equal(got, expected):
             first = (got != expected).nonzero()[0].item()
             return Outcome.failed(f"word {first} of prim_check.cuh's output differs in {dtype}")
-    return Outcome.ok("device and emulator agree")
+    return Outcome.ok("the device and the PTX machine agree")
 
 
 def check_kernels(context: Context) -> Outcome:
-    """Compare every backend with the emulator's result (torch's for large shapes), and with
-    itself."""
+    """Compare every backend with torch and with itself, and ``cuda`` with the same kernels on the PTX machine."""
     rows = []
     for shape in shapes(context):
         layer = Layer.random(shape, context.device)
@@ -200,18 +210,10 @@ def check_kernels(context: Context) -> Outcome:
                     "same bits twice": equal(first, layer.step(backend)),
                 }
             )
-    emulated = cuda_backend._emulator_module()[0] is not None
-    if emulated and not context.small:
+    if not context.small and _machine() is not None:
         layer = Layer.random((100, 136, 264, 16), context.device)
-        difference = worst_difference(layer.step("cuda"), layer.to("cpu").step("cuda_emulated"))
-        rows.append(
-            {
-                "shape": "emulated",
-                "backend": "cuda",
-                "difference": difference,
-                "same bits twice": True,
-            }
-        )
+        difference = worst_difference(layer.step("cuda"), layer.to("cpu").step(MACHINE))
+        rows.append({"shape": "PTX machine", "backend": "cuda", "difference": difference, "same bits twice": True})
     wrong = [row for row in rows if row["difference"] > 2e-2 or not row["same bits twice"]]
     message = f"{len(rows) - len(wrong)} of {len(rows)} agree and repeat"
     return Outcome.failed(message, wrong) if wrong else Outcome.ok(message, rows)
@@ -220,7 +222,7 @@ def check_kernels(context: Context) -> Outcome:
 def check_tests(context: Context) -> Outcome:
     """Run the tests with the backends of the device required, so that none of them is skipped."""
     names = ",".join(context.backends)
-    select = "cuda_emulated and test_shapes and bf16" if context.small else "cuda or triton"
+    select = f"{MACHINE} and test_shapes and bf16" if context.small else "cuda or triton"
     command = [
         sys.executable,
         "-m",
@@ -346,10 +348,10 @@ def check_sanitizer(context: Context) -> Outcome:
 
 STEPS = (
     Step("backends", "cuda and triton are available on this machine", check_backends),
-    Step("primitives", "each PTX wrapper on the device against its emulated twin", check_primitives),
+    Step("primitives", "each PTX wrapper on the device against the PTX machine", check_primitives),
     Step(
         "kernels",
-        "every kernel against torch and the emulator, twice for the same bits",
+        "every kernel against torch and the PTX machine, twice for the same bits",
         check_kernels,
     ),
     Step("tests", "all numeric tests on the real cuda and triton backends, none skipped", check_tests),

@@ -154,8 +154,8 @@ def measure() -> dict[str, dict[str, float]]:
     import ptx_cuda
 
     ptx_cuda.register()
-    if ptx_cuda.kernels is None:
-        raise SystemExit("host-time: needs nvcc and the emulator (AFA_BUILD_EMULATOR=1) in the build")
+    if not ptx_cuda.kernels.status():
+        raise SystemExit("host-time: needs nvcc and the PTX machine (AFA_BUILD_PTX_MACHINE=1) in the build")
     nothing, kernels, module = Nothing(), ptx_cuda.kernels, ptx_cuda._cuda_on_ptx
     choice.register(nothing)
     module.runtime.set_current_device(H100)  # as torch has it where a call's tensors are

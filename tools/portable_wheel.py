@@ -55,7 +55,7 @@ def build(destination: Path) -> Path:
         run(
             sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", f"{work}/built", source, cwd=work,
             env={"AFA_CUDA_ARCHITECTURES": "all"} | os.environ
-            | {"LDFLAGS": flags, "CMAKE_ARGS": "-DAFA_OLD_GLIBC=ON", "AFA_BUILD_EMULATOR": "0"},
+            | {"LDFLAGS": flags, "CMAKE_ARGS": "-DAFA_OLD_GLIBC=ON", "AFA_BUILD_PTX_MACHINE": "0"},
         )  # fmt: skip
         (built,) = Path(work, "built").glob("*.whl")
         run(

@@ -39,7 +39,7 @@ def of_nvcc(arch: str, shape: tuple[int, int, int, int]) -> list[tuple[str, dict
     import ptx_cuda
 
     ptx_cuda.register()
-    if ptx_cuda.kernels is None:
+    if not ptx_cuda.kernels.status():
         return []
     ptx_cuda._cuda_on_ptx.take_launches()
     with ptx_cuda.kernels.on(ptx_cuda.DEVICES[arch]):

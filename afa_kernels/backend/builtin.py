@@ -10,6 +10,5 @@ for _backend in (
     cpu.BACKEND,
     torch_backend.BACKEND,
     reference.BACKEND,
-    cuda.EMULATED,
 ):
     choice.register(_backend)

@@ -1,13 +1,10 @@
-"""The ``cuda`` backend: compiled kernels for NVIDIA GPUs, and ``cuda_emulated``, the same source
-run on the CPU.
+"""The ``cuda`` backend: compiled kernels for NVIDIA GPUs.
 
 This file allocates results and scratch memory; csrc/python/cuda_ops.cpp turns tensors into pointers and strides, and
 csrc/cuda/host/ops.cpp decides what is launched. What the kernels cannot read in place (columns that are not adjacent,
-rows that do not start at 16 bytes) is copied. ``cuda_emulated`` takes CPU tensors, is slow, and exists for tests: it is
-only chosen by name.
+rows that do not start at 16 bytes) is copied.
 """
 
-import importlib
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from types import ModuleType
@@ -62,17 +59,6 @@ def _device_module() -> tuple[ModuleType | None, str]:
     if not hasattr(compiled._C, "cuda"):
         return None, "this build has no CUDA kernels (no nvcc was found, or AFA_BUILD_CUDA=0)"
     return compiled._C.cuda, ""
-
-
-@lru_cache(maxsize=1)
-def _emulator_module() -> tuple[ModuleType | None, str]:
-    try:
-        return importlib.import_module("afa_kernels._emulator"), ""
-    except ImportError:
-        return (
-            None,
-            "the emulator is not part of this build (it is built with AFA_BUILD_EMULATOR=ON)",
-        )
 
 
 def _old_driver(driver: int, runtime: int) -> str:
@@ -186,8 +172,6 @@ class CUDABackend(Backend):
 
     def _place(self, x: Tensor) -> tuple[int, int]:
         """Return the device and the stream to launch on."""
-        if not x.is_cuda:
-            return 0, 0
         device = x.device.index
         return device, current_stream(device)
 
@@ -289,23 +273,4 @@ class CUDABackend(Backend):
         return self._module.launch_plan((call.m, call.k, call.n, call.r), *limits)
 
 
-class EmulatedBackend(CUDABackend):
-    """The kernels' source as C++ on CPU tensors."""
-
-    name = "cuda_emulated"
-    devices = frozenset({"cpu"})
-    automatic = False
-
-    def _load(self) -> tuple[ModuleType | None, str]:
-        return _emulator_module()
-
-    def status(self) -> BackendStatus:
-        module, reason = self._load()
-        return BackendStatus(module is not None, reason, {"max_rank": _MAX_RANK} if module else {})
-
-    def refuses(self, call: Call) -> str | None:
-        return _refuses_shape(call)
-
-
 BACKEND = CUDABackend()
-EMULATED = EmulatedBackend()

@@ -147,15 +147,13 @@ def rank_class(r: int) -> int:
 
 
 def planner():
-    """Return the compiled module that plans launches: the CUDA kernels', or the emulator's."""
+    """Return the compiled module that plans launches: the CUDA kernels', or the PTX machine's."""
     if compiled._C is not None and hasattr(compiled._C, "cuda"):
         return compiled._C.cuda
     try:
-        return importlib.import_module("afa_kernels._emulator")
+        return importlib.import_module("afa_kernels._cuda_on_ptx")
     except ImportError:
-        raise SystemExit(
-            "bench.model: this build has neither CUDA kernels nor the emulator; run make build-tests"
-        ) from None
+        raise SystemExit("bench.model: this build has no CUDA kernels; run make build-tests where nvcc is") from None
 
 
 def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tuple[list[Kernel], list[Kernel]]:

@@ -4,8 +4,8 @@
 //   phi'(z) = (1 - alpha_t) + alpha_t * act'(z)
 //
 // To add an activation, write its name at the end of AFA_ACTIVATIONS and its formula into
-// activate(). The bindings, the CPU, CUDA and emulated kernels and their drivers follow from these
-// two. Its id is its place in the list, and stands in afa_kernels/operator/activation.py too (a test
+// activate(). The bindings, the CPU and CUDA kernels and their drivers follow from these two. Its
+// id is its place in the list, and stands in afa_kernels/operator/activation.py too (a test
 // compares the two).
 //
 // Conventions at kinks are torch's: relu'(0) = 0.

@@ -1,5 +1,4 @@
-// The Python face of ops.h, for both modules that have one: afa_kernels._C (device) and
-// afa_kernels._emulator.
+// The Python face of ops.h.
 #include "python/cuda_ops.h"
 
 #include <pybind11/stl.h>

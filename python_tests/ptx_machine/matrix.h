@@ -43,7 +43,7 @@ void read_fragment_a(const Warp& warp, const uint32_t (&places)[4],
     }
 }
 
-// In float32 and in the order of k, as the emulator sums. Products of these types are exact in
+// In float32 and in the order of k. Products of these types are exact in
 // float32, so that it makes no difference whether they are fused.
 template <int kK, int kColumns>
 void accumulate(const float (&a)[16][kK], const float (&b)[kK][kColumns],

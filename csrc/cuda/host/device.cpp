@@ -116,7 +116,7 @@ void remember(KernelRecord& record, int order) {
 // have to wait until all blocks of that one have ended.
 //
 // `overlaps`: whether it may be started before the one before it in the stream has ended. Its code
-// has to wait for that (follow_previous_kernel, prim_device.cuh), and only code compiled for 9.0
+// has to wait for that (follow_previous_kernel, prim.cuh), and only code compiled for 9.0
 // and later does: not the PTX of an older architecture that the driver translates for this card.
 cudaError_t prepare(const void* kernel, KernelRecord& record, bool& overlaps) {
     int order = remembered(record);

@@ -1,5 +1,4 @@
-// The device of a call, and what it is asked. The emulator has a DeviceScope and device_limits of
-// its own.
+// The device of a call, and what it is asked.
 #pragma once
 
 #include <string>

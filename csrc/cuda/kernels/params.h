@@ -174,4 +174,12 @@ struct ReduceParams {
     int rows_blocks;  // the other blocks do the weights
 };
 
+// Of the kernel of prim_check.cuh.
+constexpr int kPrimitiveCheckWords = 608;
+struct PrimitiveCheckParams {
+    const uint16_t* in;   // T [32, 16]: two 16 x 16 matrices
+    const float* values;  // [128]
+    uint32_t* out;        // [kPrimitiveCheckWords]
+};
+
 }  // namespace afa

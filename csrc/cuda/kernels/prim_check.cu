@@ -11,9 +11,9 @@ void launch_primitive_check(DType dtype, const void* in, const float* values, ui
     config.plan.shared_bytes = tile_elements(32, 16) * kElementBytes + 4 * kWarpSize * 4;
     const PrimitiveCheckParams params{static_cast<const uint16_t*>(in), values, out};
     if (dtype == DType::bf16)
-        launch<primitive_check_kernel<Bf16>, 0>(config, params);
+        launch<primitive_check_kernel<Bf16>>(config, params);
     else
-        launch<primitive_check_kernel<Fp16>, 0>(config, params);
+        launch<primitive_check_kernel<Fp16>>(config, params);
 }
 
 }  // namespace afa

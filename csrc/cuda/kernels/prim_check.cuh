@@ -1,19 +1,14 @@
-// One warp runs every primitive once, so that the device can be compared with the emulator, and the
-// emulator with the layouts that the PTX ISA documents.
+// One warp runs every primitive once, so that a device can be compared with the machine on which
+// the tests execute PTX, and both with the layouts that the PTX ISA documents.
 #pragma once
 
 #include "cuda/kernels/tile.cuh"
 
 namespace afa {
 
-struct PrimitiveCheckParams {
-    const uint16_t* in;   // T [32, 16]: two 16 x 16 matrices
-    const float* values;  // [128]
-    uint32_t* out;        // [kPrimitiveCheckWords], see the offsets below
-};
-
+// Where each result lies in `out`.
 constexpr int kCheckMatrices = 0, kCheckTransposed = 128, kCheckProduct = 256, kCheckPack = 384,
-              kCheckUnpack = 416, kCheckCopy = 480, kPrimitiveCheckWords = 608;
+              kCheckUnpack = 416, kCheckCopy = 480;
 
 template <typename T>
 AFA_KERNEL(kWarpSize)

@@ -80,6 +80,14 @@ void bind_runtime(py::module_& m) {
     m.def("add_device", &add_device, py::arg("major"), py::arg("minor"),
           py::arg("multiprocessors") = 108, py::arg("shared_per_block") = 163 << 10,
           py::arg("shared_per_multiprocessor") = 164 << 10, "Returns the index of a new device.");
+    m.def(
+        "set_limits",
+        [](int chunks, int rounds) {
+            runtime_state().chunk_limit = chunks;
+            runtime_state().round_limit = rounds;
+        },
+        py::arg("chunk_limit") = 0, py::arg("round_limit") = 0,
+        "The most chunks of rows, and the most rows of a round, that a call is cut into; 0: any.");
     m.def("install_driver", [](int version, bool too_old) {
         runtime_state().faults.driver_version = version;
         runtime_state().faults.driver_is_too_old = too_old;

@@ -63,6 +63,8 @@ struct RuntimeState {
     // From the compute-capability table of NVIDIA's programming guide: an A100 and an H100.
     std::vector<DeviceModel> devices{{8, 0, 108, 163 * 1024, 164 * 1024},
                                      {9, 0, 132, 227 * 1024, 228 * 1024}};
+    // Most chunks of rows and most rows of a round in the host code's plans (cuda/host/plan.h).
+    int chunk_limit = 0, round_limit = 0;
     uint64_t seed = 0;  // of the next launch; each adds 1
     // See ptx::Launch; the line is of one kernel.
     bool explain = false;

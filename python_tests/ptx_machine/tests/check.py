@@ -1,8 +1,8 @@
-"""All that the PTX machine proves of the compiled kernels: random problems and planted faults.
+"""All that the PTX machine proves of the compiled kernels: random problems, and faults planted in PTX and in source.
 
 ``python python_tests/ptx_machine/tests/check.py --problems 300 --by-owner 100 --planted 144``, for each compiler and
 architecture (or for those that are named; rows by owner are Triton's alone). ``--only`` runs one of the two. Ends with
-a line of figures; exit status 1 if anything was wrong.
+figures; exit status 1 if anything was wrong.
 """
 
 import argparse
@@ -14,9 +14,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mutants import MUTANTS
+
 HERE = Path(__file__).resolve().parent
 TARGETS = ("triton-sm_90", "triton-sm_80", "nvcc-sm_90", "nvcc-sm_80")  # the slow ones first
 PART = 100  # problems of one process
+SOURCE_FAULTS, SOURCE_PART = len(MUTANTS), 14  # of one process
 
 
 def present() -> list[str]:
@@ -53,6 +56,12 @@ def commands(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
         ("mutation.py", target, "--count", str(arguments.planted), "--seed", str(arguments.seed))
         for target in arguments.targets
     ]
+    if any(target.startswith("nvcc") for target in arguments.targets):
+        step = ("--step", "7") if arguments.quick else ()
+        faults += [
+            ("source_mutation.py", "--first", str(first), "--count", str(SOURCE_PART), *step)
+            for first in range(0, SOURCE_FAULTS, SOURCE_PART)
+        ]
     return {"problems": problems, "mutation": faults, "": faults + problems}[arguments.only]
 
 
@@ -63,7 +72,9 @@ def main() -> int:
     parser.add_argument("--problems", type=int, default=300, help="per target")
     parser.add_argument("--by-owner", type=int, default=100, help="problems of rows by owner, per target of Triton")
     parser.add_argument("--planted", type=int, default=144, help="per target")
-    parser.add_argument("--quick", action="store_true", help="20 problems, 8 by owner and 12 faults per target")
+    parser.add_argument(
+        "--quick", action="store_true", help="20 problems, 8 by owner and 12 faults per target, 8 in the source"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the places of faults")
     parser.add_argument("--only", choices=("", "problems", "mutation"), default="")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
@@ -86,6 +97,7 @@ def main() -> int:
         f"{total('wrong')} wrong and {total('known')} with the known report, {total('planted')} planted, "
         f"{total('caught')} caught"
     )
+    print(f"source of the CUDA kernels: {total('planted in the source')} planted, {total('told')} caught")
     return not all(content for content, _ in done)
 
 

@@ -22,7 +22,7 @@ ON_A_GPU = ["python_tests/test_ptx_triton.py", "-k", "random_problems or removed
 def build() -> None:
     tools = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    options = ["-DAFA_BUILD_EMULATOR=ON", "-DAFA_BUILD_CUDA=0", "-DAFA_PTX_SANITIZE=ON"]
+    options = ["-DAFA_BUILD_PTX_MACHINE=ON", "-DAFA_BUILD_CUDA=0", "-DAFA_PTX_SANITIZE=ON"]
     configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
     subprocess.run([*configure, *options], check=True, env=environment, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", str(BUILD), "--target", "_ptx"], check=True, env=environment)

@@ -1,4 +1,4 @@
-"""The faults that mutation.py plants in the source of the CUDA kernels: what is changed, and into what."""
+"""The faults that source_mutation.py plants in the source of the CUDA kernels: what is changed, and into what."""
 
 from typing import NamedTuple
 
