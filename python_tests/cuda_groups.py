@@ -52,9 +52,9 @@ class Group:
     def need(self, what=True) -> list[bool]:
         return [what] * len(self.members)
 
-    def forward(self, save_z=True):
+    def forward(self):
         outs = [torch.full_like(dy, torch.nan) for dy in self.dys]
-        zs = kernels.forward_shared(self.x, self.members, bases=self.bases, outs=outs, save_z=save_z)
+        zs = kernels.forward_shared(self.x, self.members, bases=self.bases, outs=outs, save_z=True)
         return outs, zs
 
     def backward(self, zs, *, need_dx=True, need_da=None, need_db=None):

@@ -137,7 +137,7 @@ void call(const Shape& shape, const DeviceLimits& device) {
     }
     forward(f);
     static_cast<BranchCall&>(b) = f;
-    b.workspace = allocated(backward_workspace(shape, false));
+    b.workspace = allocated(backward_workspace(shape));
     backward(b);
     require(rows_seen == shape.m, "some rows have no pass over x, or several");
 }

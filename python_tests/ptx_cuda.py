@@ -66,13 +66,13 @@ def register() -> None:
 # --- A call, and what it launches ---
 
 
-def forward_and_backward(problem, *, seed=None, spec=None, save_z=True, need=(True, True, True)) -> tuple:
-    """Call the backend itself, so that no autograd stands between; return (y, z, dx, da, db)."""
+def forward_and_backward(problem, *, seed=None, spec=None, need=(True, True, True), backend=kernels) -> tuple:
+    """Call a backend itself, so that no autograd stands between; return (y, z, dx, da, db)."""
     rest = (torch.tensor(0.3), seed, spec or Spec("silu", 1.5))
     operands, y = (problem.x, problem.lora_a, problem.lora_b), torch.full_like(problem.base, torch.nan)
-    z = kernels.forward(*operands, *rest, base=problem.base, out=y, save_z=save_z)
+    z = backend.forward(*operands, *rest, base=problem.base, out=y, save_z=True)
     needs = dict(zip(("need_dx", "need_da", "need_db"), need, strict=True))
-    return (y, z, *kernels.backward(problem.dy, *operands, z, *rest, **needs))
+    return (y, z, *backend.backward(problem.dy, *operands, z, *rest, **needs))
 
 
 def same(left, right) -> bool:

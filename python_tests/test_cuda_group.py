@@ -158,4 +158,4 @@ def test_scratch_memory_stays_small(r):
             sizes = (m, k, widths, (r,) * len(widths))
             bound = max(64 << 20, (k + sum(widths)) * m * 2 // 50)
             assert module.forward_workspace(sizes) <= bound, sizes
-            assert module.backward_workspace(sizes, True) <= bound, sizes
+            assert module.backward_workspace(sizes) <= bound, sizes

@@ -130,7 +130,7 @@ class CUDABackend(Backend):
         return lru_cache(maxsize=1024)(self._module.forward_workspace)
 
     @cached_property
-    def _backward_workspace(self) -> Callable[[tuple, bool], int]:
+    def _backward_workspace(self) -> Callable[[tuple], int]:
         return lru_cache(maxsize=1024)(self._module.backward_workspace)
 
     def status(self) -> BackendStatus:
@@ -180,8 +180,8 @@ class CUDABackend(Backend):
     def _forward_scratch(self, x: Tensor, sizes: tuple) -> Tensor:
         return x.new_empty(self._forward_workspace(sizes) // _ELEMENT_BYTES)
 
-    def _backward_scratch(self, x: Tensor, sizes: tuple, recompute_z: bool) -> Tensor:
-        return x.new_empty(self._backward_workspace(sizes, recompute_z) // _ELEMENT_BYTES)
+    def _backward_scratch(self, x: Tensor, sizes: tuple) -> Tensor:
+        return x.new_empty(self._backward_workspace(sizes) // _ELEMENT_BYTES)
 
     def _forward(self, x, members, seed, dropout, bases, outs, save_z) -> list[Tensor | None]:
         m, k = x.shape
@@ -220,13 +220,13 @@ class CUDABackend(Backend):
             das.append(da)
             dbs.append(db)
             widths, ranks = (*widths, n), (*ranks, r)
-        workspace = self._backward_scratch(x, (m, k, widths, ranks), zs[0] is None)
+        workspace = self._backward_scratch(x, (m, k, widths, ranks))
         if self._module.backward(x, described, dx, gradients, seed, dropout, workspace, *self._place(x)):
             return dx, das, dbs
         return self._backward_of_copies(dys, x, members, zs, seed, dropout, need_dx, need_da, need_db)
 
     def _backward_of_copies(self, dys, x, members, zs, seed, dropout, *needs):
-        zs = [None if z is None else readable_z(z) for z in zs]
+        zs = [readable_z(z) for z in zs]
         dys, own = [readable(dy) for dy in dys], _readable_members(x, members)
         dx, das, dbs = self._backward(dys, readable(x), own, zs, seed, dropout, *needs)
         das = [None if da is None else da.to(member.a.dtype) for da, member in zip(das, members, strict=True)]
@@ -251,7 +251,7 @@ class CUDABackend(Backend):
         dx = x.new_empty(m, k) if need_dx else None
         da = a.new_empty(r, k) if need_da else None
         db = b.new_empty(n, r) if need_db else None
-        workspace = self._backward_scratch(x, (m, k, n, r), z is None)
+        workspace = self._backward_scratch(x, (m, k, n, r))
         member = (a, b, alpha_t, COMPILED_IDS[activation], scaling)
         if self._module.backward(x, [member], dx, [(dy, z, da, db)], seed, dropout, workspace, *self._place(x)):
             return dx, da, db

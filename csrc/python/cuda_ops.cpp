@@ -133,9 +133,8 @@ void bind_ops(py::module_& module) {
     module.attr("MAX_MEMBER_RANK") = kMaxMemberRank;
     module.def("forward_workspace",
                [](const Sizes& sizes) { return forward_workspace(shape_of(sizes)); });
-    module.def("backward_workspace", [](const Sizes& sizes, bool recompute_z) {
-        return backward_workspace(shape_of(sizes), recompute_z);
-    });
+    module.def("backward_workspace",
+               [](const Sizes& sizes) { return backward_workspace(shape_of(sizes)); });
     module.def("use_torch", &use_torch, "Learn torch's types, before forward and backward.");
     module.def("forward", &bound_forward, py::call_guard<py::gil_scoped_release>(),
                "Returns False, and does nothing, where an operand is not as the kernels read it.");

@@ -25,17 +25,6 @@ LaunchConfig tiles_config(KernelPlan plan, const BranchCall& call) {
     return config_of(plan, call);
 }
 
-// z as the forward computed it, bit for bit: the same segments, summed in the same order.
-void recompute_z(const BranchCall& call, const ForwardPlan& plan, const BackwardScratch& scratch) {
-    rank_kernels(call.dtype, plan.rank)
-        .project(tiles_config(plan.project, call),
-                 project_x(call, plan, plan.project, scratch.partial_z));
-    Reduction reduction;
-    for (int i = 0; i < call.shape.count; ++i)
-        reduction.add(z_job(call, plan, scratch, i));
-    reduction.launch(call);
-}
-
 void launch_dy(const BackwardCall& call, const BackwardPlan& plan, const BackwardScratch& scratch) {
     DyParams p{};
     KernelPlan kernel = plan.dy;
@@ -88,9 +77,8 @@ const void* at(const void* matrix, int64_t element) {
     return matrix ? static_cast<const char*>(matrix) + element * kElementBytes : nullptr;
 }
 
-// The rows [first, first + count) of a call; z that has to be made is made in scratch memory.
-BackwardCall rows_of(const BackwardCall& call, int64_t first, int64_t count,
-                     const BackwardScratch& scratch) {
+// The rows [first, first + count) of a call.
+BackwardCall rows_of(const BackwardCall& call, int64_t first, int64_t count) {
     BackwardCall part = call;
     part.shape.m = count;
     part.first_row = first;
@@ -99,12 +87,12 @@ BackwardCall rows_of(const BackwardCall& call, int64_t first, int64_t count,
     for (int i = 0; i < call.shape.count; ++i) {
         MemberGradients& member = part.gradients[i];
         member.dy = at(member.dy, first * member.dy_stride);
-        member.z = member.z ? at(member.z, first * call.shape.members[i].r) : scratch.z[i];
+        member.z = at(member.z, first * call.shape.members[i].r);
     }
     return part;
 }
 
-// One round, after z. Sums over rows are added to those of the rounds before it, and the last one
+// One round. Sums over rows are added to those of the rounds before it, and the last one
 // leaves them to the reduce kernel.
 void backward_round(const BackwardCall& call, const BackwardPlan& plan,
                     const BackwardScratch& scratch, bool last) {
@@ -153,10 +141,9 @@ int64_t forward_workspace(const Shape& shape) {
     return count.used();
 }
 
-int64_t backward_workspace(const Shape& shape, bool recompute_z) {
+int64_t backward_workspace(const Shape& shape) {
     Workspace count(nullptr);
-    BackwardScratch scratch(shape, plan_forward(shape, kAnyDevice),
-                            plan_backward(shape, kAnyDevice), recompute_z, count);
+    BackwardScratch scratch(shape, plan_backward(shape, kAnyDevice), count);
     return count.used();
 }
 
@@ -205,23 +192,22 @@ void forward(const ForwardCall& given) {
 void backward(const BackwardCall& given) {
     BackwardCall call = given;
     const Shape& shape = call.shape;
-    const ForwardPlan forward = plan_forward(shape, call.device);
     const BackwardPlan plan = plan_backward(shape, call.device);
     check_call(call);
     check_matrix("dx", call.dx, shape.k, shape);
     for (int i = 0; i < shape.count; ++i) {
         check_matrix("dy", call.gradients[i].dy, call.gradients[i].dy_stride, shape);
         check_z(call.gradients[i].z, shape.members[i].r, shape);
+        if (!call.gradients[i].z)
+            throw std::invalid_argument("z: expected that of the forward, got None (" +
+                                        describe(shape) + ")");
     }
-    const bool remake_z = !call.gradients[0].z;
     Workspace workspace(call.workspace);
-    const BackwardScratch scratch(shape, forward, plan, remake_z, workspace);
+    const BackwardScratch scratch(shape, plan, workspace);
     call.weights = ready_weights(call, scratch.weights);
     for (int64_t first = 0; first < shape.m; first += plan.rows) {
         const int64_t count = std::min(plan.rows, shape.m - first);
-        const BackwardCall part = rows_of(call, first, count, scratch);
-        if (remake_z)
-            recompute_z(part, forward, scratch);
+        const BackwardCall part = rows_of(call, first, count);
         backward_round(part, plan, scratch, first + count == shape.m);
     }
 }

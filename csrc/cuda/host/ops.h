@@ -61,7 +61,7 @@ struct ForwardCall : BranchCall {
 struct MemberGradients {
     const void* dy;  // T [M, N], row stride dy_stride
     int64_t dy_stride;
-    const void* z;  // T [M, r]; null for all members: recomputed
+    const void* z;  // T [M, r], that of the forward
     void* da;       // float or T [r, K]; null: not needed
     void* db;       // float or T [N, r]; null: not needed
     bool da_is_float, db_is_float;
@@ -74,7 +74,7 @@ struct BackwardCall : BranchCall {
 
 // Bytes of scratch memory.
 int64_t forward_workspace(const Shape& shape);
-int64_t backward_workspace(const Shape& shape, bool recompute_z);
+int64_t backward_workspace(const Shape& shape);
 
 // Raise std::invalid_argument for what the kernels cannot take, std::runtime_error where a launch
 // fails.

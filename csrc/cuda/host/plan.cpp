@@ -78,15 +78,13 @@ int dh_parts_of(int64_t m, int n) {
         return dy_splits<R>(m, n);
 }
 
-// Bytes of a round for each of its rows: dh, dz, h and z.
+// Bytes of a round for each of its rows: dh, dz and h.
 template <int R>
 int64_t row_bytes(const Shape& shape) {
-    int64_t parts = 0, ranks = 0;
-    for (int i = 0; i < shape.count; ++i) {
+    int64_t parts = 0;
+    for (int i = 0; i < shape.count; ++i)
         parts += dh_parts_of<R>(shape.m, shape.members[i].n);
-        ranks += shape.members[i].r;
-    }
-    return kFloatBytes * R * parts + kElementBytes * (rank_class(shape) + (R > 32 ? R : 0) + ranks);
+    return kFloatBytes * R * parts + kElementBytes * (rank_class(shape) + (R > 32 ? R : 0));
 }
 
 // Bytes of scratch memory: of the rows that a backward takes at once, which should stay in the L2

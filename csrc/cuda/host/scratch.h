@@ -1,8 +1,6 @@
 // What a forward and a backward keep in their scratch memory.
 #pragma once
 
-#include <algorithm>
-
 #include "cuda/host/plan.h"
 #include "cuda/host/workspace.h"
 
@@ -38,25 +36,17 @@ struct ForwardScratch {
 struct BackwardScratch {  // weights, db and da for the whole call, the others for one round
     PackedWeights weights;
     Element *dz, *h;
-    float *partial_z, *da;
-    Element* z[kMaxMembers] = {};
+    float* da;
     float *dh[kMaxMembers] = {}, *db[kMaxMembers] = {};
 
-    BackwardScratch(const Shape& s, const ForwardPlan& forward, const BackwardPlan& plan,
-                    bool recompute_z, Workspace& w)
-        : weights(s, w) {
+    BackwardScratch(const Shape& s, const BackwardPlan& plan, Workspace& w) : weights(s, w) {
         const int64_t rows = plan.rows;
         dz = w.take<Element>(rows * plan.rank);
         h = w.take<Element>(plan.one_pass_dy ? 0 : rows * plan.rank);
-        for (int i = 0; i < s.count && recompute_z; ++i)
-            z[i] = w.take<Element>(rows * s.members[i].r);
         int64_t parts = 0;
         for (int i = 0; i < s.count; ++i)
             parts += plan.dh_parts[i];
-        const int64_t sums = parts * rows * plan.dy_rank;
-        const int64_t sums_z = recompute_z ? forward.splits * rows * plan.rank : 0;
-        // The partial sums of a recomputed z are dead before those of dh exist.
-        partial_z = dh[0] = w.take<float>(std::max(sums, sums_z));
+        dh[0] = w.take<float>(parts * rows * plan.dy_rank);
         for (int i = 1; i < s.count; ++i)
             dh[i] = dh[0] ? dh[i - 1] + plan.dh_parts[i - 1] * rows * plan.dy_rank : nullptr;
         for (int i = 0; i < s.count; ++i)

@@ -116,22 +116,6 @@ class Reduction {
 // Whether dh of a member is needed.
 inline bool needs_dz(const BackwardCall& call, int i) { return call.dx || call.gradients[i].da; }
 
-// z of a member from its partial sums.
-inline SumRowsJob z_job(const BranchCall& call, const ForwardPlan& plan,
-                        const BackwardScratch& scratch, int i) {
-    SumRowsJob job{};
-    job.partial = scratch.partial_z + call.shape.rank0(i);
-    job.count = plan.splits;
-    job.partial_stride = plan.rank;
-    job.z_out = scratch.z[i];
-    job.m = call.shape.m;
-    job.r = call.shape.members[i].r;
-    job.cols = call.shape.ranks(i);
-    job.rank_class = plan.rank;
-    job.scale = inverse_keep(call.threshold);
-    return job;
-}
-
 // dz of a member, with the columns up to the next one's, or h, from the partial sums of dh.
 inline SumRowsJob dz_job(const BackwardCall& call, const BackwardPlan& plan,
                          const BackwardScratch& scratch, int i) {

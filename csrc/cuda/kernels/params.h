@@ -101,14 +101,13 @@ struct DyParams {
     int stages;
 };
 
-// Per row of (M, cols), any subset of: z = scale * sum; dz = scale * phi'(z) * sum; h = phi(z).
+// Per row of (M, cols): dz = scale * phi'(z) * sum, or h = phi(z), or both.
 struct SumRowsJob {
     int first;             // of its blocks (reduce kernel)
     const float* partial;  // [count, M, partial_stride]; null: no sum, h only
     int count;
     int partial_stride;  // the sum is 0 in columns beyond it
-    void* z_out;         // T [M, r]: then z comes from the sum
-    const void* z;       // T [M, r]: else it is read
+    const void* z;       // T [M, r]
     void* dz;            // T [M, cols], row stride R; null: not needed
     void* h;             // T [M, cols], row stride R; null: not needed
     const float* alpha_t;

@@ -57,11 +57,6 @@ AFA_DEVICE void sum_rows(const SumRowsJob& job, int64_t pair) {
     if (job.partial && col < job.partial_stride)
         sum = sum_of<Float2>(job.partial + row * job.partial_stride + col, job.count,
                              job.m * job.partial_stride);
-    if (job.z_out) {
-        store_pair(static_cast<T*>(job.z_out), row, job.r, col,
-                   pack<T>(job.scale * sum.x, job.scale * sum.y));
-        return;
-    }
     store_dz_and_h<T>(job, row, col, alpha_of(job.alpha_t), sum);
 }
 

@@ -48,7 +48,6 @@ class BufferList {
     }
     // What a job on rows reads and writes, its partial sums aside.
     void rows_job(const SumRowsJob& job) {
-        matrix("z_out", job.z_out, job.m, job.r, job.r, true);
         matrix("z", job.z, job.m, job.r, job.r);
         matrix("dz", job.dz, job.m, job.cols, job.rank_class, true);
         matrix("h", job.h, job.m, job.cols, job.rank_class, true);

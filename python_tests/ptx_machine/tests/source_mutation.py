@@ -67,8 +67,8 @@ def compiled(file: str, mutant: Mutant | None = None) -> str:
 class Case:
     """A forward and a backward of one layer, or of several that share x."""
 
-    def __init__(self, m, k, n, r, dtype=torch.bfloat16, weights=None, dropout=0, save_z=True, row=False, **limits):
-        self.shape, self.dropout, self.save_z, self.limits = (m, k, n, r), dropout, save_z, limits
+    def __init__(self, m, k, n, r, dtype=torch.bfloat16, weights=None, dropout=0, row=False, **limits):
+        self.shape, self.dropout, self.limits = (m, k, n, r), dropout, limits
         self.right: Results = []
         torch.manual_seed(1)
         if isinstance(n, tuple):
@@ -86,7 +86,7 @@ class Case:
                 dx, das, dbs = self.problem.backward(zs)
                 return [*ys, *zs, dx, *das, *dbs]
             seed, spec = torch.tensor(5) if self.dropout else None, Spec("silu", 1.5, self.dropout)
-            return forward_and_backward(self.problem, seed=seed, spec=spec, save_z=self.save_z)
+            return forward_and_backward(self.problem, seed=seed, spec=spec)
 
 
 def cases() -> list[Case]:
