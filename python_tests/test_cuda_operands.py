@@ -10,6 +10,7 @@ from ptx_cuda import NAME, forward_and_backward, kernels, same
 from torch import nn
 
 import afa_kernels as afa
+from afa_kernels.backend import reference
 from afa_kernels.operator.options import Spec
 
 
@@ -96,6 +97,20 @@ def test_gradients_of_float32_weights_keep_their_accumulators():
     _, _, _, da16, db16 = forward_and_backward(Problem(**(vars(problem) | rounded)))
     assert torch.equal(da.bfloat16(), da16) and torch.equal(db.bfloat16(), db16)
     assert not torch.equal(da, da.bfloat16().float())
+
+
+@pytest.mark.parametrize("which", ["x", "dy"])
+@pytest.mark.parametrize("r", [3, 16, 17, 40])
+def test_an_infinite_element_does_what_it_does_in_torch(r, which):
+    """It is multiplied by no zero that only pads a rank."""
+    problem = Problem.random(20, 64, 72, r, torch.bfloat16)
+    problem.lora_a, problem.lora_b = problem.lora_a.abs(), problem.lora_b.abs()
+    getattr(problem, which)[5, 3] = torch.inf
+    got = forward_and_backward(problem, spec=Spec("relu", 1.5))
+    expected = forward_and_backward(problem, spec=Spec("relu", 1.5), backend=reference.BACKEND)
+    for what, value, truth in zip(("y", "z", "dx", "da", "db"), got, expected, strict=True):
+        assert torch.equal(value.isinf(), truth.isinf()) and torch.equal(value.isnan(), truth.isnan()), what
+    assert any(value.isinf().any() for value in got)
 
 
 def test_identity_is_plain_lora():

@@ -121,7 +121,7 @@ AFA_DEVICE void finish_rows(T* tile, const ForwardParams& p, int64_t row0, bool 
         AFA_ROLLED
         for (int j = lane_index(); j < 16 * pairs; j += kWarpSize) {
             const int row = warp_index() * 16 + j / pairs, col = j % pairs * 2;
-            const uint32_t pair = pair_of(row, member.rank0 + col);
+            const uint32_t pair = within_rank(pair_of(row, member.rank0 + col), col, member.z_cols);
             if (store_z && member.z && row0 + row < p.project.m)
                 store_pair(static_cast<T*>(member.z), row0 + row, member.z_cols, col, pair);
             // h comes from the rounded z: the backward has only that one.

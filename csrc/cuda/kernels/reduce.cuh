@@ -39,8 +39,10 @@ AFA_DEVICE void store_dz_and_h(const SumRowsJob& job, int64_t row, int col, floa
     const ValueSlope high = anneal_by_id(job.activation, z.y, alpha_t);
     const int64_t index = row * job.rank_class + col;
     if (job.dz)
-        store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.dz) + index),
-                     pack<T>(job.scale * low.slope * dh.x, job.scale * high.slope * dh.y));
+        store_global(
+            reinterpret_cast<uint32_t*>(static_cast<T*>(job.dz) + index),
+            within_rank(pack<T>(job.scale * low.slope * dh.x, job.scale * high.slope * dh.y), col,
+                        job.r));
     if (job.h)
         store_global(reinterpret_cast<uint32_t*>(static_cast<T*>(job.h) + index),
                      pack<T>(low.value, high.value));

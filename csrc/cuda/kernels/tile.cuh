@@ -168,6 +168,12 @@ AFA_DEVICE uint32_t load_pair(const T* matrix, int64_t row, int r, int col) {
     return low | high << 16;
 }
 
+// A pair of columns col and col + 1 with zeros for those from r on. What pads a rank has to be zero
+// on both sides of a product: zero times what an infinite x or dy has made of it is NaN.
+AFA_DEVICE uint32_t within_rank(uint32_t pair, int col, int r) {
+    return col + 1 < r ? pair : col < r ? pair & 0xFFFFu : 0u;
+}
+
 template <typename T>
 AFA_DEVICE void store_pair(T* matrix, int64_t row, int r, int col, uint32_t pair) {
     T* p = matrix + row * r + col;
