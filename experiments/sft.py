@@ -1,213 +1,198 @@
 """Compare ways to fine-tune a pretrained model: LoRA, AFA-LoRA, full fine-tuning.
 
     python -m experiments.sft --config experiments/configs/sft_lm.yaml
+    python -m experiments.sft --config experiments/configs/sft_classification.yaml
     python -m experiments.sft --config experiments/configs/sft_lm.yaml --tune    choose the learning rates
     torchrun --nproc-per-node 2 -m experiments.sft --config experiments/configs/sft_lm.yaml
 
-Every method and seed is a cell: a finished cell is not run again, an interrupted one goes on from its last checkpoint
-with the same numbers. A merged model that does not agree with its adapter ends the command with exit code 1.
+A merged model that does not agree with its adapter ends the command with exit code 1.
 """
 
-import argparse
-import os
+import random
+import re
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-# Before transformers is imported: --model and --data may name things on the hub.
-os.environ.setdefault("HF_HUB_OFFLINE", "0")
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer
 
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from examples.demo import data as functions
+from examples.demo.classifier import Batch, Classifier, Encoded, packaged_model
+from examples.demo.data import Example
+from experiments import data
+from experiments.comparison import command
+from experiments.settings import Settings, setting
+from experiments.training import Task, device, digest
 
-from examples.demo.report import environment, write_json
-from experiments.harness import picture, report, sft_config, sft_tasks, sft_training, statistics
-from experiments.harness.adaptation import METHODS
-from experiments.harness.sft_config import Settings
-from experiments.harness.sft_tasks import Task
-from experiments.harness.speculative import OutputMismatch
+SOURCE_MODEL = Path("outputs/source")
+# The words of which one is hidden.
+WORDS = "False None True and as def else for from if in is isinstance len not or raise return try with".split()
+LEFT_OUT = {"test", "site-packages", "pydoc_data", "idlelib", "lib2to3", "turtledemo", "__phello__"}
+LARGEST_SHARE = 2.0  # of a label, over an equal share
 
-BASELINE = "lora"
-CEILINGS = ("full", "full_adapted")
+
+@dataclass
+class SFTSettings(Settings):
+    task: Literal["lm", "classification"] = setting("lm", "next-token prediction, or classification with a new head")
+    keep_layers: int | None = setting(None, "only the first layers of an encoder, for classification; default: all")
+    head_learning_rate: float = setting(1e-2, "of a new head, in every method that trains more")
+    output: str = setting("outputs/sft", "folder of all results")
+
+
+def make_task(settings: SFTSettings) -> Task:
+    return (LanguageModelling if settings.task == "lm" else Classification)(settings)
+
+
+class LanguageModelling(Task):
+    """A causal language model; the score is the mean loss of the next token."""
+
+    def __init__(self, settings: Settings, path: str | Path | None = None):
+        self.path = path or settings.model or data.existing(SOURCE_MODEL)
+        self.length = settings.length
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        if settings.data:
+            parts = data.rows_of(settings.data, (settings.text_column,))
+            texts = {part: "\n".join(str(row[settings.text_column]) for row in rows) for part, rows in parts.items()}
+        else:
+            texts = data.topic_texts()
+        bytewise = isinstance(self.tokenizer, type(data.tokenizer()))
+        self.metric = "nats per byte" if bytewise else "nats per token"
+        self.parts = {part: data.encode(text) if bytewise else self._tokens(text) for part, text in texts.items()}
+        for part, ids in self.parts.items():
+            if len(ids) < self.length:
+                raise ValueError(f"data: expected at least {self.length} tokens to {part}, got {len(ids)}")
+        self.data_digest = digest(*(ids.numpy().tobytes() for ids in self.parts.values()))
+
+    def _tokens(self, text: str) -> Tensor:
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def batch(self, size: int, seed: int, step: int) -> dict[str, Tensor]:
+        return {"input_ids": data.batch(self.parts["train"], size, self.length, seed, step)}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return data.loss(model, batch["input_ids"])
+
+    def score(self, model: nn.Module, part: str, limit: int | None = None) -> dict[str, float]:
+        return {self.metric: data.nats_per_token(model, self.parts[part], self.length, limit)}
+
+    @torch.no_grad()
+    def logits(self, model: nn.Module) -> Tensor:
+        rows = next(data.windows(self.parts["test"], self.length, limit=8))
+        return model.eval()(input_ids=rows.to(device(model)), use_cache=False).logits.float().cpu()
+
+
+class Classification(Task):
+    """An encoder and a new linear head; the score is the cross-entropy, accuracy stands beside it."""
+
+    head = "head"
+    metric = "nats per label"
+    higher_is_better = ("accuracy",)
+
+    def __init__(self, settings: SFTSettings):
+        self.path = settings.model or packaged_model()
+        self.keep_layers = settings.keep_layers
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        if settings.data:
+            columns = (settings.text_column, settings.label_column)
+            rows = data.rows_of(settings.data, columns)
+            examples = {
+                part: [Example(*(str(row[column]) for column in columns), ("", "")) for row in own]
+                for part, own in rows.items()
+            }
+        else:
+            examples = hidden_words(self.tokenizer.mask_token or "_")
+        self.labels = sorted({e.label for own in examples.values() for e in own})
+        self.parts = {part: Encoded(own, self.labels, self.path, settings.length) for part, own in examples.items()}
+        self.data_digest = digest(*(f"{e.label}:{e.text}".encode() for own in examples.values() for e in own))
+
+    def model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)  # of the head
+        model = Classifier(self.path, len(self.labels))
+        if self.keep_layers is not None:
+            model.keep_layers(self.keep_layers)
+        return model
+
+    def batch(self, size: int, seed: int, step: int) -> dict[str, Tensor]:
+        """Return random examples; none is repeated before all were used."""
+        return vars(self.parts["train"].training_batch(size, seed, step))
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = model(batch["input_ids"], batch["attention_mask"])
+        return nn.functional.cross_entropy(logits.float(), batch["labels"])
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, part: str, limit: int | None = None) -> dict[str, float]:
+        training, total, right, count = model.training, 0.0, 0, 0
+        model.eval()
+        for batch in self.parts[part].evaluation_batches(limit=limit):
+            logits = self._logits(model, batch)
+            total += nn.functional.cross_entropy(logits, batch.labels, reduction="sum").item()
+            right += (logits.argmax(1) == batch.labels).sum().item()
+            count += len(batch)
+        model.train(training)
+        return {self.metric: total / count, "accuracy": right / count}
+
+    @torch.no_grad()
+    def logits(self, model: nn.Module) -> Tensor:
+        batches = self.parts["test"].evaluation_batches(limit=64)
+        return torch.cat([self._logits(model.eval(), batch) for batch in batches])
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        on = device(model)
+        return model(batch.input_ids.to(on), batch.attention_mask.to(on)).float().cpu()
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the encoder as transformers loads it, and the head beside it."""
+        super().save(model.encoder, folder)
+        save_file(model.head.state_dict(), folder / "head.safetensors", metadata={"labels": ",".join(self.labels)})
+
+    def load(self, folder: Path) -> nn.Module:
+        model = Classifier(folder, len(self.labels))
+        model.head.load_state_dict(load_file(folder / "head.safetensors"))
+        return model
+
+
+def hidden_words(mask: str, seed: int = 0) -> dict[str, list[Example]]:
+    """Return functions of the standard library with one word replaced by ``mask``, and that word as the label.
+
+    A sentence encoder's mean vector says what a text is about, hardly which word is missing, so a frozen encoder does
+    badly here and fine-tuning has something to learn. Whole definitions are held out; each function occurs once.
+    """
+    root = functions.standard_library()
+    names = {p.stem for p in root.glob("*.py")} | {p.parent.name for p in root.glob("*/__init__.py")}
+    splits = functions.load(sorted(names - LEFT_OUT), seed=seed)
+    return {part: hide(getattr(splits, part), mask, seed) for part in data.PARTS}
+
+
+def hide(examples: Sequence[Example], mask: str, seed: int) -> list[Example]:
+    """Return each example that has one of ``WORDS`` after its first, with one of them hidden.
+
+    The rarest word so far is taken, and frequent ones are dropped beyond ``LARGEST_SHARE``: no label is much more
+    likely than another.
+    """
+    generator, counts, made = random.Random(seed), defaultdict(int), []
+    for example in examples:
+        found = [m for m in re.finditer(r"\w+", example.text) if m[0] in WORDS and m.start() > 0]
+        if not found:
+            continue
+        rarest = min(counts[m[0]] for m in found)
+        chosen = generator.choice([m for m in found if counts[m[0]] == rarest])
+        if rarest >= LARGEST_SHARE * (len(made) + len(WORDS)) / len(WORDS):
+            continue
+        counts[chosen[0]] += 1
+        text = example.text[: chosen.start()] + mask + example.text[chosen.end() :]
+        made.append(Example(text, chosen[0], example.group))
+    return made
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command("sft", argv, __doc__)
-
-
-def command(
-    name: str,
-    argv: list[str] | None,
-    description: str,
-    kind: type[Settings] = Settings,
-    make_task: Callable[[Settings], Task] = sft_tasks.make,
-    run: Callable[..., dict] = sft_training.run,
-) -> int:
-    """Run the command ``name``: its settings are a ``kind``, ``run`` runs one cell of them."""
-    chosen = arguments(argv, description, kind)
-    try:
-        settings = sft_config.from_flags(chosen, kind)
-        task = make_task(settings)
-    except ValueError as error:
-        raise SystemExit(f"{name}.py: {error}") from None
-    accelerator = Accelerator(mixed_precision="bf16" if settings.bf16 else "no", cpu=not _has_accelerator())
-    if settings.batch_size % accelerator.num_processes:
-        raise SystemExit(
-            f"{name}.py: batch_size: expected a multiple of {accelerator.num_processes} processes, "
-            f"got {settings.batch_size}"
-        )
-    set_seed(0)
-    try:
-        if chosen.tune:
-            return tune(settings, task, accelerator, chosen.quiet, run)
-        return compare(settings, task, accelerator, chosen.quiet, run, name)
-    except (sft_training.MergeMismatch, OutputMismatch) as error:
-        print(f"FAILED: {error}", file=sys.stderr)
-        return 1
-
-
-def arguments(
-    argv: list[str] | None, description: str = __doc__, kind: type[Settings] = Settings
-) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    sft_config.add_flags(parser, kind)
-    parser.add_argument("--tune", action="store_true", help="run the grids of the file on the validation split")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    return parser.parse_args(argv)
-
-
-def compare(
-    settings: Settings, task: Task, accelerator: Accelerator, quiet: bool, run: Callable[..., dict], name: str
-) -> int:
-    """Run every method with every seed, print the table, write JSON and picture."""
-    missing = [m for m in settings.methods if m not in settings.learning_rates and not _needs_no_rate(m, task)]
-    if missing:
-        raise SystemExit(f"{name}.py: learning_rates: none for {', '.join(missing)}; --tune chooses them")
-    runs = []
-    for seed in range(settings.seeds):
-        for method in settings.methods:
-            rate = settings.learning_rates.get(method, 0.0)
-            cell = sft_training.Cell(method, seed, rate, settings)
-            runs.append(run(cell, task, accelerator, quiet, save_merged=seed == 0))
-    if not accelerator.is_main_process:
-        return 0
-    metrics = [task.metric, *(other for other in runs[0]["score"] if other != task.metric)]
-    by_method = {m: [r for r in runs if r["method"] == m] for m in settings.methods}
-    summary = {
-        metric: statistics.compare(
-            {m: [r["score"][metric] for r in own] for m, own in by_method.items()},
-            BASELINE,
-            CEILINGS,
-            metric in task.higher_is_better,
-        )
-        for metric in metrics
-    }
-    output = Path(settings.output)
-    result = {
-        "environment": environment(),
-        "settings": settings.as_dict(),
-        "fingerprint": task.fingerprint(),
-        "summary": summary,
-        "runs": [_short(r) for r in runs],
-    }
-    write_json(output / f"{name}.json", result)
-    picture.draw_runs(
-        {_title(m, task): own for m, own in by_method.items()},
-        f"validation: {task.metric}",
-        output / f"{name}.png",
-    )
-    print("\n" + table(summary, runs, task))
-    print(f"\nWritten: {output}/{name}.json, {name}.png, and of seed 0: adapter/, merged/")
-    return 0
-
-
-def tune(settings: Settings, task: Task, accelerator: Accelerator, quiet: bool, run: Callable[..., dict]) -> int:
-    """Run the grids on the validation split, print and write them and the best rates."""
-    rows = []
-    tuned = replace(settings, test_examples=None)
-    for method in settings.methods:
-        for rate in settings.grids.get(method, ()):
-            scores = []
-            for seed in range(settings.tuning_seed, settings.tuning_seed + settings.tuning_seeds):
-                cell = sft_training.Cell(method, seed, rate, tuned, part="validation")
-                scores.append(run(cell, task, accelerator, quiet)["score"])
-            means = {name: statistics.mean([score[name] for score in scores]) for name in scores[0]}
-            rows.append({"method": method, "learning_rate": rate, **means})
-            if accelerator.is_main_process:
-                print(f"{method:<14} {rate:<8g} {means[task.metric]:.4f}", flush=True)
-    if not accelerator.is_main_process:
-        return 0
-    best = best_rates(rows, task.metric, task.metric in task.higher_is_better)
-    for method, rate in best.items():
-        grid = settings.grids[method]
-        edge = " (an end of the grid)" if len(grid) > 1 and rate in (min(grid), max(grid)) else ""
-        print(f"{method}: {rate:g}{edge}")
-    result = {"environment": environment(), "settings": settings.as_dict(), "rows": rows, "best": best}
-    write_json(Path(settings.output) / "tune.json", result)
-    return 0
-
-
-def best_rates(rows: list[dict], metric: str, higher_is_better: bool = False) -> dict[str, float]:
-    """Return the rate with the best score of each method; what diverged (not a number) is never the best."""
-    sign = -1 if higher_is_better else 1
-    best: dict[str, dict] = {}
-    for row in rows:
-        held = best.get(row["method"])
-        if row[metric] == row[metric] and (held is None or sign * row[metric] < sign * held[metric]):
-            best[row["method"]] = row
-    return {method: row["learning_rate"] for method, row in best.items()}
-
-
-def table(summary: dict, runs: list[dict], task: Task) -> str:
-    """Return mean and spread of every method and the gaps closed, as a Markdown table."""
-    rows = []
-    metric = task.metric
-    others = [name for name in summary if name != metric]
-    for method, row in summary[metric].items():
-        own = [r for r in runs if r["method"] == method]
-        cells = [_title(method, task), *(_with_spread(summary[name][method]) for name in (metric, *others))]
-        cells.append(_with_interval(row, "minus_baseline", "{:+.4f}"))
-        cells.append(f"{row['better_seeds']} of {row['seeds']}" if "better_seeds" in row else "")
-        cells += [_with_interval(row, f"gap_closed_to_{ceiling}", "{:+.1%}") for ceiling in CEILINGS]
-        cells += [f"{own[0]['learning_rate']:g}", f"{own[0]['trainable_parameters']:,}"]
-        cells.append(f"{statistics.mean([r['progress']['cpu_seconds'] for r in own]):.0f}")
-        rows.append(cells)
-    header = ["method", metric, *others, "minus LoRA", "better seeds", *(f"gap to {c} closed" for c in CEILINGS)]
-    return report.markdown((*header, "peak lr", "trained", "cpu s"), rows)
-
-
-def _title(method: str, task: Task) -> str:
-    return "frozen" if _needs_no_rate(method, task) else METHODS[method].title
-
-
-def _with_spread(row: dict) -> str:
-    return f"{row['mean']:.4f}" if row["spread"] is None else f"{row['mean']:.4f} ± {row['spread']:.4f}"
-
-
-def _with_interval(row: dict, name: str, form: str) -> str:
-    if name not in row:
-        return ""
-    low, high = row[f"{name}_interval"]
-    return f"{form.format(row[name])} [{form.format(low)}, {form.format(high)}]"
-
-
-def _needs_no_rate(method: str, task: Task) -> bool:
-    return METHODS[method].trains == "head" and task.head is None
-
-
-def _short(run: dict) -> dict:
-    """Return a run without its values of every step, which stay in its cell."""
-    progress = {name: run["progress"][name] for name in ("steps", "scores", "cpu_seconds", "seconds")}
-    rounded = [round(score, 5) for score in progress["scores"]]
-    kept = {name: value for name, value in run.items() if name not in ("identity", "progress")}
-    return kept | {"progress": progress | {"scores": rounded}}
-
-
-def _has_accelerator() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+    return command("sft", argv, __doc__, SFTSettings, make_task)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A small Llama that reads bytes, and text that every Python brings.
+"""Text that every Python brings, as bytes, and data of one's own.
 
 The tokenizer is ByT5's: a byte ``b`` is the token ``b + 3``; 0 pads, 1 ends a document. Nothing has to be downloaded or
 trained for it, and a loss in nats per byte compares models of any size.
@@ -6,34 +6,24 @@ trained for it, and a loss in nats per byte compares models of any size.
 
 import random
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import ByT5Tokenizer
 
 from examples.demo.data import standard_library
 
 OFFSET = 3  # tokens before the first byte: padding, end of document, unknown
 END = 1
 VOCABULARY = OFFSET + 256
-HEAD_SIZE = 32
+PARTS = ("train", "validation", "test")
 # pydoc_data is the English text that a model of the standard library's source is later adapted to.
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "pydoc_data", "lib2to3", "__pycache__"}
 HELD_OUT_FILES = 40  # one file of so many is held out
 HELD_OUT_TOPICS = {"validation": 0.15, "test": 0.2}  # of the bytes
-DEFAULT_FOLDER = Path("outputs/pretrained")
-
-
-@dataclass(frozen=True)
-class Text:
-    """Token ids ``(tokens,)``, int64, of the three parts of a text."""
-
-    train: Tensor
-    validation: Tensor
-    test: Tensor
 
 
 def tokenizer() -> ByT5Tokenizer:
@@ -42,58 +32,20 @@ def tokenizer() -> ByT5Tokenizer:
 
 def encode(text: str) -> Tensor:
     """Return the ids of ``text``, ``(bytes,)``, without an end."""
-    raw = torch.frombuffer(bytearray(text.encode("utf-8")), dtype=torch.uint8) if text else torch.empty(0)
-    return raw.long() + OFFSET
-
-
-def config(hidden: int = 160, layers: int = 4) -> LlamaConfig:
-    """Return the configuration of a Llama over bytes; 160 and 4 make 1.26 million parameters.
-
-    Raises:
-        ValueError: ``hidden`` is no positive multiple of 32, or ``layers`` is less than 1.
-    """
-    if hidden < HEAD_SIZE or hidden % HEAD_SIZE:
-        raise ValueError(f"hidden: expected a positive multiple of {HEAD_SIZE}, got {hidden}")
-    if layers < 1:
-        raise ValueError(f"layers: expected at least 1, got {layers}")
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=hidden * 5 // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // HEAD_SIZE,
-        num_key_value_heads=hidden // HEAD_SIZE,
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        eos_token_id=END,
-        bos_token_id=None,
-        tie_word_embeddings=False,
-    )
-
-
-def new_model(hidden: int, layers: int, seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(config(hidden, layers))
+    return torch.tensor(list(text.encode("utf-8")), dtype=torch.long) + OFFSET
 
 
 def standard_library_source(root: Path | None = None) -> tuple[Tensor, Tensor]:
-    """Return the ids of the standard library's source, tests left out: to train, and held-out files.
-
-    Raises:
-        ValueError: there is no source to train on under ``root``.
-    """
+    """Return the ids of the standard library's source, tests left out: to train, and held-out files."""
     root = root or standard_library()
     parts: list[list[Tensor]] = [[], []]
     for file in sorted(root.rglob("*.py")):
         name = file.relative_to(root)
-        if LEFT_OUT & set(name.parts):
-            continue
-        held_out = zlib.crc32(name.as_posix().encode()) % HELD_OUT_FILES == 0
-        text = file.read_text(encoding="utf-8", errors="replace")
-        parts[held_out] += [encode(text), torch.tensor([END])]
-    if not parts[0]:
-        raise ValueError(f"root: expected Python source files in {root}")
-    train, held_out = (torch.cat(part) if part else torch.empty(0, dtype=torch.long) for part in parts)
+        if not LEFT_OUT & set(name.parts):
+            held_out = zlib.crc32(name.as_posix().encode()) % HELD_OUT_FILES == 0
+            text = file.read_text(encoding="utf-8", errors="replace")
+            parts[held_out] += [encode(text), torch.tensor([END])]
+    train, held_out = (torch.cat(part) for part in parts)
     return train, held_out
 
 
@@ -108,7 +60,7 @@ def topic_texts(seed: int = 0) -> dict[str, str]:
     names = sorted(texts)
     random.Random(seed).shuffle(names)
     room = {name: share * sum(map(len, texts.values())) for name, share in HELD_OUT_TOPICS.items()}
-    chosen: dict[str, list[str]] = {"train": [], **{name: [] for name in room}}
+    chosen: dict[str, list[str]] = {part: [] for part in PARTS}
     for topic in names:
         part = next((p for p in room if len(texts[topic]) <= room[p]), "train")
         chosen[part].append(topic)
@@ -121,11 +73,6 @@ def topic_texts(seed: int = 0) -> dict[str, str]:
         joined[part] = "\n\n".join(p for p in own if p not in seen)
         seen |= {paragraph for paragraph in own if paragraph}
     return joined
-
-
-def topics(seed: int = 0) -> Text:
-    """Return the ids of :func:`topic_texts`."""
-    return Text(**{part: encode(text) for part, text in topic_texts(seed).items()})
 
 
 def batch(ids: Tensor, size: int, length: int, seed: int, step: int) -> Tensor:
@@ -144,22 +91,50 @@ def windows(ids: Tensor, length: int, size: int = 32, limit: int | None = None) 
     yield from rows.split(size)
 
 
-def loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the next token in nats; tokens are ``(batch, length)``."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+def loss(model: nn.Module, tokens: Tensor, first: int = 1) -> Tensor:
+    """Return the mean cross-entropy of the tokens from place ``first`` on in nats; tokens are ``(batch, length)``."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, first - 1 : -1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, first:].flatten())
 
 
 @torch.no_grad()
-def nats_per_byte(model: nn.Module, ids: Tensor, length: int = 128, limit: int | None = None) -> float:
+def nats_per_token(model: nn.Module, ids: Tensor, length: int, limit: int | None = None) -> float:
     """Return the mean loss over ``windows(ids, length)``; the model's mode is left as it was."""
-    training = model.training
+    training, total, count = model.training, 0.0, 0
     model.eval()
-    total, count = 0.0, 0
     for rows in windows(ids, length, limit=limit):
-        total += loss(model, rows).item() * len(rows)
+        total += loss(model, rows.to(next(model.parameters()).device)).item() * len(rows)
         count += len(rows)
     model.train(training)
-    if not count:
-        raise ValueError(f"ids: expected at least {length} tokens, got {len(ids)}")
     return total / count
+
+
+def rows_of(source: str, columns: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of each part of a text, CSV or JSON-lines file or of a data set of the hub. A part that the data
+    do not have is the last tenth of what there is to train on.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    from datasets import load_dataset
+
+    kind = {".txt": "text", ".md": "text", ".csv": "csv", ".jsonl": "json"}.get(Path(source).suffix)
+    loaded = load_dataset(kind, data_files=source) if kind else load_dataset(source)
+    missing = [column for column in columns if column not in loaded["train"].column_names]
+    if missing:
+        raise ValueError(f"data: expected a column {missing[0]!r} in {source}, got {loaded['train'].column_names}")
+    rows = {part: list(loaded[part]) for part in PARTS if part in loaded}
+    held_out = max(1, len(rows["train"]) // 10)
+    for part in ("test", "validation"):
+        if part not in rows:
+            rows["train"], rows[part] = rows["train"][:-held_out], rows["train"][-held_out:]
+    return rows
+
+
+def existing(folder: Path) -> Path:
+    """Return the folder of a model that pretrain.py makes."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model: {folder} is missing: run python -m experiments.pretrain (experiments/README.md), or give a model"
+        )
+    return folder

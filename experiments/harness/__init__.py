@@ -1,1 +1,0 @@
-"""What the experiments are made of: tasks and their data, methods, resumable trainings, statistics, tables."""
