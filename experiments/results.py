@@ -109,8 +109,8 @@ def with_spread(row: dict) -> str:
 def with_interval(row: dict, name: str, form: str) -> str:
     if name not in row:
         return ""
-    low, high = row[f"{name}_interval"]
-    return f"{form.format(row[name])} [{form.format(low)}, {form.format(high)}]"
+    ends = ", ".join(map(form.format, row.get(f"{name}_interval", ())))  # one seed has none
+    return form.format(row[name]) + (f" [{ends}]" if ends else "")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -250,6 +250,9 @@ def test_the_studies_of_annealing_run_and_compare_seed_by_seed(config_file, sett
     assert all(row["size"] > 0 and 0 <= row["share"] <= 1 for row in studies["inputs"])
     assert "| silu, never annealed |" in capsys.readouterr().out
     assert not list(Path(settings.output).rglob("checkpoint-*"))
+    assert annealing.main(["kept", "--config", config_file, "--seeds", "1", "--quiet"]) == 0
+    one = rows["silu, annealed"]
+    assert f"| LoRA | {one['differences'][0]:+.4f} |" in capsys.readouterr().out  # one seed has no interval
 
 
 def test_a_study_compares_each_variant_with_one_of_its_own_and_is_drawn(settings, tmp_path):
