@@ -63,7 +63,6 @@ def cards(tmp_path, monkeypatch):
         (r"8.6\n7.5\n9.0\n", "", "86-real;90-real"),  # a card that the kernels do not run on
         (r"9.0\n", "all", "80-real;90-real;100-real;120"),  # a wheel for others
         (r"99.0\n", "", "80-real;90-real;100-real;120"),  # a card that this nvcc does not know
-        (r"7.5\n", "", "80-real;90-real;100-real;120"),
     ],
 )
 def test_from_source_for_the_cards_of_this_machine(tmp_path, cards, capabilities, asked, architectures):

@@ -101,7 +101,7 @@ def assert_counted(entry: launch.Launch, made: dict, without=frozenset()) -> Non
 @pytest.mark.parametrize("r", [16, 32, 64, 128])
 def test_launches(r):
     """One launch forward and four backward, at any rank, where rows fill the device."""
-    forward, backward = command.triton_launches(8192, 4096, 4096, r, torch.bfloat16)
+    forward, backward = command.triton_launches(8192, 4096, 4096, r, torch.float16)
     assert (len(forward), len(backward)) == (1, 4)
 
 

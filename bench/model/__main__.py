@@ -96,13 +96,13 @@ def takes(members: int, r: int) -> bool:
 
 
 def triton_launches(m: int, k: int, n: int, r: int, weights: torch.dtype) -> tuple[list, list]:
-    """Return the launches of the ``triton`` backend in a forward and in a backward of a lone layer, x in bfloat16."""
+    """Return the launches of the ``triton`` backend in a forward and in a backward of a lone layer, x in 16 bits."""
     from afa_kernels.backend.triton.backend import BACKEND
     from afa_kernels.backend.triton.launch import recording
     from afa_kernels.operator.options import Spec
     from bench.model import traffic
 
-    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     operands = (meta(m, k), meta(r, k, dtype=weights), meta(n, r, dtype=weights))
@@ -119,7 +119,7 @@ def triton_table(m: int, k: int, n: int, r: int, float_weights: bool) -> Iterato
     from bench.model import traffic
 
     gpu = traffic.H100
-    launches = triton_launches(m, k, n, r, torch.float32 if float_weights else torch.bfloat16)
+    launches = triton_launches(m, k, n, r, torch.float32 if float_weights else torch.float16)
     forward, backward = ([traffic.cost(launch) for launch in each] for each in launches)
     gemm = 2 * m * k * n / gpu.gemm
     seconds = [sum(cost.seconds(gpu) for cost in each) for each in (forward, backward)]
