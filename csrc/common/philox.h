@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al., SC 2011) and the dropout mask made from it: afa_kernels/operator/dropout.py
-// states the contract.
+// Philox4x32-10 (Salmon et al., SC 2011) and the dropout mask made from it:
+// afa_kernels/operator/dropout.py states the contract.
 #pragma once
 
 #include <cstdint>

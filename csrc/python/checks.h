@@ -1,7 +1,7 @@
-// Recognizes operands that pass the checks of afa_kernels/operator/checks.py, since in Python those checks
-// take longer than the kernels of a small call. True means that everything is in order. False means
-// only that the operands are not of the common kind: Python then checks them itself, and raises the
-// error if there is one.
+// Recognizes operands that pass the checks of afa_kernels/operator/checks.py, since in Python those
+// checks take longer than the kernels of a small call. True means that everything is in order.
+// False means only that the operands are not of the common kind: Python then checks them itself,
+// and raises the error if there is one.
 #pragma once
 
 #include <pybind11/pybind11.h>
