@@ -30,14 +30,12 @@ from afa_kernels.backend.triton.device_functions import (
 
 @triton.jit
 def store_dz(
-    dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, own_rank, factor,
+    dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor,
     ACT: tl.constexpr, BLOCK_M: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     z = load_z(z_ptr, first_row, rows_left, r, BLOCK_M, R)
-    dz = factor * dh * phi_slope(z, alpha_t, ACT)
-    # An infinity in dy times the zeros beyond the rank is NaN.
-    dz = tl.where((rank < own_rank)[None, :], dz, 0.0).to(dz_ptr.dtype.element_ty)
+    dz = (factor * dh * phi_slope(z, alpha_t, ACT)).to(dz_ptr.dtype.element_ty)
     target = dz_ptr + first_row * R + row[:, None] * R + rank[None, :]
     tl.store(target, dz, mask=(row < rows_left)[:, None])
 
@@ -60,7 +58,8 @@ def dyb_dphi_backward_kernel(
         dy_ptr, own(b_ptr, owner, stride_bg), first_row, rows_left, 0, tl.cdiv(N, BLOCK_L), segment_tiles, N, rank,
         stride_dym, stride_br, stride_bn, 0, 0, 0, BLOCK_M, BLOCK_L, R, RANK_STEP, False, PRECISION,
     )  # fmt: skip
-    store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, rank, factor, ACT, BLOCK_M, R)
+    dh = tl.where((tl.arange(0, R) < rank)[None, :], dh, 0.0)  # an infinity in dy times the zeros beyond is NaN
+    store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -74,10 +73,10 @@ def dphi_backward_kernel(
     if ends_ptr is not None:
         if (rows_left <= 0) | (rank == 0):
             return
-    dh = sum_partials(partial_ptr, first_row, rows_left, M, count, BLOCK_M, R)
+    dh = sum_partials(partial_ptr, first_row, rows_left, M, rank, count, BLOCK_M, R)
     alpha_t = load_alpha(alpha_ptr, owner, stride_alpha, ACT)
     factor = own_factor(scaling_ptr, owner, stride_scaling, factor, threshold)
-    store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, rank, factor, ACT, BLOCK_M, R)
+    store_dz(dh, z_ptr, dz_ptr, alpha_t, first_row, rows_left, r, factor, ACT, BLOCK_M, R)
 
 
 @triton.jit

@@ -299,11 +299,13 @@ def project(
 
 
 @triton.jit
-def sum_partials(partial_ptr, first_row, rows_left, M, count, BLOCK_M: tl.constexpr, R: tl.constexpr):
+def sum_partials(partial_ptr, first_row, rows_left, M, ranks, count, BLOCK_M: tl.constexpr, R: tl.constexpr):
     row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     source = partial_ptr + first_row * R + row[:, None] * R + rank[None, :]
     total = tl.zeros((BLOCK_M, R), tl.float32)
     plane = M.to(tl.int64) * R
+    # Beyond the rank a partial is NaN where an infinity met its zeros.
+    mask = (row < rows_left)[:, None] & (rank < ranks)[None, :]
     for index in range(count):
-        total += tl.load(source + index * plane, mask=(row < rows_left)[:, None], other=0.0)
+        total += tl.load(source + index * plane, mask=mask, other=0.0)
     return total

@@ -217,7 +217,7 @@ def phi_hb_forward_kernel(
                 stride_ym, stride_yn, DTYPE, BLOCK_M, BLOCK_N, R,
             )  # fmt: skip
             return
-    z = sum_partials(partial_ptr, first_row, rows_left, M, segments, BLOCK_M, R)
+    z = sum_partials(partial_ptr, first_row, rows_left, M, r, segments, BLOCK_M, R)
     store_branch(
         z, b_ptr, base_ptr, y_ptr, z_ptr, alpha_ptr, scaling_ptr, owner, rank, first_row, rows_left, z_rows, first, end,
         N, r, stride_bg, stride_bn, stride_br, stride_base_m, stride_base_n, stride_ym, stride_yn, stride_alpha,
