@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 # In the interpreter a constexpr times a tensor is no tensor: the tensor goes first.
-_COLUMNS_PER_CALL = tl.constexpr(16)  # afa_kernels.dropout.COLUMNS_PER_CALL
+_COLUMNS_PER_CALL = tl.constexpr(16)  # afa_kernels.operator.dropout.COLUMNS_PER_CALL
 _SQRT_HALF = tl.constexpr(0.70710678118654752440)
 _SQRT_2_OVER_PI = tl.constexpr(0.79788456080286535588)
 _INV_SQRT_2PI = tl.constexpr(0.39894228040143267794)
@@ -299,13 +299,13 @@ def project(
 
 
 @triton.jit
-def sum_partials(partial_ptr, first_row, rows_left, M, ranks, count, BLOCK_M: tl.constexpr, R: tl.constexpr):
-    row, rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
-    source = partial_ptr + first_row * R + row[:, None] * R + rank[None, :]
+def sum_partials(partial_ptr, first_row, rows_left, M, rank, count, BLOCK_M: tl.constexpr, R: tl.constexpr):
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, R)
+    source = partial_ptr + first_row * R + row[:, None] * R + column[None, :]
     total = tl.zeros((BLOCK_M, R), tl.float32)
     plane = M.to(tl.int64) * R
     # Beyond the rank a partial is NaN where an infinity met its zeros.
-    mask = (row < rows_left)[:, None] & (rank < ranks)[None, :]
+    mask = (row < rows_left)[:, None] & (column < rank)[None, :]
     for index in range(count):
         total += tl.load(source + index * plane, mask=mask, other=0.0)
     return total

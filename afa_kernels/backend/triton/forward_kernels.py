@@ -105,7 +105,6 @@ def store_branch(
     # The backward recomputes h from the stored z, so it is rounded first: otherwise y and dB would
     # use two different h.
     z = (z * inverse_keep).to(DTYPE)
-    z = tl.where((tl.arange(0, R) < rank)[None, :], z, 0.0)  # an infinity in x times the zeros beyond the rank is NaN
     if z_ptr is not None:
         store_z(z_ptr, z, first_row, z_rows, r, BLOCK_M, R)
     alpha_t = load_alpha(alpha_ptr, owner, stride_alpha, ACT)
@@ -157,6 +156,7 @@ def xa_phi_hb_forward_kernel(
         stride_xm, stride_ar, stride_ak, seed, threshold, calls_per_row,
         BLOCK_M, BLOCK_L, R, RANK_STEP, DROPOUT, PRECISION,
     )  # fmt: skip
+    z = tl.where((tl.arange(0, R) < rank)[None, :], z, 0.0)  # an infinity in x times the zeros beyond the rank is NaN
     store_branch(
         z, b_ptr, base_ptr, y_ptr, z_ptr, alpha_ptr, scaling_ptr, owner, rank, first_row, rows_left, rows_left, 0, N,
         N, r, stride_bg, stride_bn, stride_br, stride_base_m, stride_base_n, stride_ym, stride_yn, stride_alpha,
@@ -217,7 +217,7 @@ def phi_hb_forward_kernel(
                 stride_ym, stride_yn, DTYPE, BLOCK_M, BLOCK_N, R,
             )  # fmt: skip
             return
-    z = sum_partials(partial_ptr, first_row, rows_left, M, r, segments, BLOCK_M, R)
+    z = sum_partials(partial_ptr, first_row, rows_left, M, rank, segments, BLOCK_M, R)
     store_branch(
         z, b_ptr, base_ptr, y_ptr, z_ptr, alpha_ptr, scaling_ptr, owner, rank, first_row, rows_left, z_rows, first, end,
         N, r, stride_bg, stride_bn, stride_br, stride_base_m, stride_base_n, stride_ym, stride_yn, stride_alpha,
