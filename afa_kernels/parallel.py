@@ -216,6 +216,8 @@ class _Shards:
         if calls is None:
             return None
         ys = linear_shared(local, calls)
+        if ys is None:
+            return None
         return [layer._parallel._output(_split_over_outputs(y, self.mesh)) for layer, y in zip(layers, ys, strict=True)]
 
     def _shares_input_with(self, layer: nn.Module) -> bool:

@@ -183,7 +183,7 @@ class SharedInput:
         elif not _may_be_shared(x, calls.members):
             return None
         else:
-            ys = linear_shared(x, calls, only_together=True)
+            ys = linear_shared(x, calls)
         return None if ys is None else _Pending(x, version, modes, dict(zip(self.layers, ys, strict=True)))
 
     def __getstate__(self) -> dict:

@@ -74,11 +74,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def linear_shared(x: Tensor, calls: Calls, *, only_together: bool = False) -> list[Tensor] | None:
-    """Return the output of each member on x.
-
-    ``only_together``: None where no backend takes them together, so that each layer may as well compute by itself.
-    """
+def linear_shared(x: Tensor, calls: Calls) -> list[Tensor] | None:
+    """Return the output of each member on x; None where no backend takes them together, so that each layer has to
+    compute by itself. In a trace of torch.compile, where no backend is chosen yet, the operator does that."""
     x = autocast("x", x)
     rows = as_rows(x)
     weights, biases, a, b, alpha_t, options = zip(*calls.members, strict=True)
@@ -93,7 +91,7 @@ def linear_shared(x: Tensor, calls: Calls, *, only_together: bool = False) -> li
         x.requires_grad or any([t.requires_grad for t in a]) or any([t.requires_grad for t in b])
     )
     choice = shared_input_ops.resolved(rows, b, options, identities, differentiated)
-    if only_together and choice.together is None and not torch.compiler.is_compiling():
+    if choice.together is None and not torch.compiler.is_compiling():
         return None
     tensors = (*weights, *biases, *a, *b, *alpha_t)
     if differentiated:
