@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 
@@ -29,12 +30,14 @@ class Kernels(cuda.CUDABackend):
     def __init__(self):
         self.device, self.stream = 0, 0
 
-    def _load(self):
-        return _cuda_on_ptx, "not part of this build (AFA_BUILD_PTX_MACHINE=1, and an nvcc)"
+    @cached_property
+    def _module(self):
+        _cuda_on_ptx.use_torch(torch)
+        return _cuda_on_ptx
 
     def status(self):
-        module, reason = self._load()
-        return BackendStatus(module is not None, "" if module else reason)
+        reason = "" if _cuda_on_ptx else "not part of this build (AFA_BUILD_PTX_MACHINE=1, and an nvcc)"
+        return BackendStatus(not reason, reason)
 
     def refuses(self, call: Call):
         return cuda._refuses_shape(call)

@@ -116,12 +116,9 @@ class CUDABackend(Backend):
     takes_owners = False
     takes_shared_input = True
 
-    def _load(self) -> tuple[ModuleType | None, str]:
-        return _device_module()
-
     @cached_property
     def _module(self) -> ModuleType:
-        module, _ = self._load()
+        module, _ = _device_module()
         module.use_torch(torch)
         return module
 
@@ -134,7 +131,7 @@ class CUDABackend(Backend):
         return lru_cache(maxsize=1024)(self._module.backward_workspace)
 
     def status(self) -> BackendStatus:
-        module, reason = self._load()
+        module, reason = _device_module()
         if module is None:
             return BackendStatus(False, reason)
         info = compiled._C.build_info()

@@ -105,27 +105,27 @@ class Order:
         adapters: the number of adapters.
         adapter: ``(tokens,)``, the adapter of each token, where there are several.
 
-    ``group`` is that of each row, ``expert * adapters + adapter``.
+    ``owner`` is that of each row, ``expert * adapters + adapter``.
     """
 
     def __init__(self, top_k_index: Tensor, adapters: int = 1, adapter: Tensor | None = None):
         self.top_k, self.adapters = top_k_index.shape[1], adapters
-        groups = top_k_index if adapter is None else top_k_index * adapters + adapter[:, None]
-        self.group, self.pairs = torch.sort(groups.reshape(-1), stable=True)
+        owners = top_k_index if adapter is None else top_k_index * adapters + adapter[:, None]
+        self.owner, self.pairs = torch.sort(owners.reshape(-1), stable=True)
         self.places = torch.empty_like(self.pairs)
         self.places[self.pairs] = torch.arange(self.pairs.shape[0], device=self.pairs.device)
 
     @property
     def expert(self) -> Tensor:
         """The expert of each row."""
-        return self.group if self.adapters == 1 else self.group // self.adapters
+        return self.owner if self.adapters == 1 else self.owner // self.adapters
 
     def ends(self, experts: int) -> Tensor:
-        """Return where the rows of each group end, without waiting for the device."""
+        """Return where the rows of each owner end, without waiting for the device."""
         # histc as in transformers: bincount cannot be captured in a CUDA graph. It takes no integers on a CPU, and no
         # floats on a GPU when it has to be deterministic.
         count = experts * self.adapters
-        values = self.group.float() if self.group.device.type in ("cpu", "mps") else self.group.int()
+        values = self.owner.float() if self.owner.device.type in ("cpu", "mps") else self.owner.int()
         return torch.cumsum(torch.histc(values, bins=count, min=0, max=count - 1), 0, dtype=torch.int32)
 
     def by_expert(self, tokens: Tensor) -> Tensor:

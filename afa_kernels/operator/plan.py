@@ -92,5 +92,5 @@ def plan_of(x: Tensor, lora_a: Tensor, lora_b: Tensor, identity: bool, options: 
 
 def _planned(call: interface.Call, identity: bool, options: Options, way: str = "") -> Plan:
     chosen, reason = choice.select(call, choice.requested(options.backend))
-    launches = () if chosen.launches is None or call.m == 0 else tuple(chosen.launches(call))
+    launches = () if call.m == 0 else tuple(chosen.launches(call))
     return Plan(chosen.name, "gemm" if identity else "fused", reason, launches, way)
