@@ -7,7 +7,6 @@ replacement and the two can never disagree. ``adapter_config.json`` is PEFT's an
 compute another function, refuses it.
 """
 
-import json
 import math
 import os
 import re
@@ -117,15 +116,7 @@ def _write(
             stacklevel=3,
         )
         config = fmt.unfinished(config, state, largest)
-
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", fmt.METADATA_KEY: json.dumps(state, sort_keys=True)}
-    with fmt.replacing(folder / fmt.WEIGHTS_FILE) as temporary:
-        fmt.load_safetensors().torch.save_file(tensors, temporary, metadata=metadata)
-    with fmt.replacing(folder / fmt.CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / fmt.AFA_CONFIG_FILE).unlink(missing_ok=True)  # it described the adapter that was here
+    fmt.write(Path(path), config, tensors, state)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = None) -> nn.Module:
@@ -145,13 +136,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], adapter: str | 
             layers, shapes, ranks, scaling or activation. The message names the file and the key;
             the model is unchanged.
     """
-    folder = Path(path)
-    checkpoint = _Checkpoint(
-        folder,
-        *fmt.read_config(folder / fmt.CONFIG_FILE),
-        *fmt.read_weights(folder / fmt.WEIGHTS_FILE),
-        model,
-    )
+    checkpoint = _Checkpoint(Path(path), model)
     _check_adapter(model, adapter)
     layers, stacks = dict(named_layers(model, adapter)), dict(named_stacks(model))
     if layers:
@@ -195,18 +180,11 @@ def _check_adapter(model: nn.Module, adapter: str | None) -> None:
 class _Checkpoint:
     """The content of a checkpoint, checked in itself, and the checks of a model against it."""
 
-    def __init__(
-        self,
-        folder: Path,
-        config: dict[str, Any],
-        state_in_config: dict[str, Any],
-        tensors: dict[str, Tensor],
-        state: dict[str, Any],
-        model: nn.Module,
-    ):
+    def __init__(self, folder: Path, model: nn.Module):
         self._config_file = folder / fmt.CONFIG_FILE
         self._weights_file = folder / fmt.WEIGHTS_FILE
-        self._config = config
+        self._config, state_in_config = fmt.read_config(self._config_file)
+        tensors, state = fmt.read_weights(self._weights_file)
         self.branches, self._other = fmt.split(self._weights_file, tensors)
         self._experts = self._parameters(model)
         in_config = fmt.checked_layers(self._config_file, state_in_config, self.branches)

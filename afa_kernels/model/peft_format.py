@@ -273,8 +273,19 @@ def split(file: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tenso
     return branches, other
 
 
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write a checkpoint: what :func:`read_config` and :func:`read_weights` read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(state, sort_keys=True)}
+    with _replacing(folder / WEIGHTS_FILE) as temporary:
+        load_safetensors().torch.save_file(tensors, temporary, metadata=metadata)
+    with _replacing(folder / CONFIG_FILE) as temporary:
+        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / AFA_CONFIG_FILE).unlink(missing_ok=True)  # it described the adapter that was here
+
+
 @contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def _replacing(file: Path) -> Iterator[Path]:
     """Yield a temporary file that takes the place of ``file`` once it is complete and on disk."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
