@@ -126,3 +126,13 @@ def bits(dtype, *edges) -> np.ndarray:
     rest = _RANDOM.integers(0, np.iinfo(integer).max, 32 - len(ends), dtype=integer, endpoint=True)
     values = np.concatenate([np.array(ends, dtype=integer), rest])
     return _RANDOM.permutation(values).view(dtype)
+
+
+def layout(shape, stride):
+    """Return the offsets of a CuTe layout given as flat shapes and strides, first mode fastest."""
+    offsets = np.zeros(shape[::-1], dtype=int)
+    for axis, step in enumerate(stride):
+        view = [1] * len(shape)
+        view[len(shape) - 1 - axis] = shape[axis]
+        offsets = offsets + np.arange(shape[axis]).reshape(view) * step
+    return offsets.reshape(-1)

@@ -4,7 +4,6 @@ tests of test_numerics.py run on ``cuda_ptx`` as well."""
 import re
 from collections import Counter
 
-import numpy as np
 import ptx_cuda
 import ptx_problems
 import pytest
@@ -18,6 +17,8 @@ from tools import ptx_report
 _cuda_on_ptx = pytest.importorskip(
     "afa_kernels._cuda_on_ptx", reason="built with nvcc and AFA_BUILD_PTX_MACHINE=1 only"
 )
+
+from ptx_helpers import layout  # noqa: E402
 
 RANKS = (16, 32, 64)
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -206,16 +207,6 @@ def primitive_check(dtype):
     out = torch.zeros(608, dtype=torch.int32)
     _cuda_on_ptx.primitive_check(bits[dtype], matrices.data_ptr(), values.data_ptr(), out.data_ptr(), 0, 0)
     return matrices, values, out
-
-
-def layout(shape, stride):
-    """Return the offsets of a CuTe layout given as flat shapes and strides, first mode fastest."""
-    offsets = np.zeros(shape[::-1], dtype=int)
-    for axis, step in enumerate(stride):
-        view = [1] * len(shape)
-        view[len(shape) - 1 - axis] = shape[axis]
-        offsets = offsets + np.arange(shape[axis]).reshape(view) * step
-    return offsets.reshape(-1)
 
 
 # SM80_16x8x16: (thread (4, 8), value (2, 2, 2)) -> column-major offset in A (16 x 16), B (8 x 16)

@@ -7,7 +7,7 @@ import torch
 
 _ptx = pytest.importorskip("afa_kernels._ptx", reason="built with AFA_BUILD_PTX_MACHINE=1 only")
 
-from ptx_helpers import EXECUTED, HEADER, kernel, launch, per_lane  # noqa: E402
+from ptx_helpers import EXECUTED, HEADER, kernel, launch, layout, per_lane  # noqa: E402
 
 RANDOM = np.random.default_rng(6)
 TYPES = {"b16": 2, "u16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8}
@@ -213,16 +213,6 @@ def test_initialized_global_arrays():
 
 
 # --- Fragments ---
-
-
-def layout(shape, stride):
-    """Return the offsets of a CuTe layout given as flat shapes and strides, first mode fastest."""
-    offsets = np.zeros(shape[::-1], dtype=int)
-    for axis, step in enumerate(stride):
-        view = [1] * len(shape)
-        view[len(shape) - 1 - axis] = shape[axis]
-        offsets = offsets + np.arange(shape[axis]).reshape(view) * step
-    return offsets.reshape(-1)
 
 
 # CuTe's SM80_16x8x16 and SM80_16x8x8 (tf32): (thread, value) -> column-major offset in A, B (N x K) and C.
