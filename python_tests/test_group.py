@@ -239,8 +239,11 @@ def test_a_group_is_one_call_of_the_backend_in_each_direction(spies):
 def test_members_of_another_backend_are_calls_of_their_own(spies, fields):
     make, seen = spies
     make("spy", **fields)
-    step([layer(n, backend="spy") for n in (32, 16)])
+    layers = [layer(n, backend="spy") for n in (32, 16)]
+    step(layers)
     assert seen == ["forward"] * 2 + ["backward"] * 2
+    ys = afa.AFALinearGroup(layers)(torch.randn(6, K))
+    assert len({y.grad_fn for y in ys}) == 2  # each layer's own
 
 
 def test_why_a_backend_does_not_take_layers_together(spies):
