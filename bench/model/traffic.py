@@ -104,6 +104,11 @@ def _own(launch: Launch) -> int:
     return sum(rows for rows, _ in _branches(launch))
 
 
+def _own_ranks(launch: Launch) -> int:
+    """Return how many values z has: those of the rows of each owner, of its own rank."""
+    return sum(rows * rank for rows, rank in _branches(launch))
+
+
 def _tiles(launch: Launch) -> list[int]:
     return [cdiv(rows, launch.constants["BLOCK_M"]) for rows, _ in _branches(launch)]
 
@@ -158,7 +163,7 @@ def _project_partial(launch: Launch) -> Elements:
 def _phi_hb(launch: Launch) -> Elements:
     arguments, columns = launch.arguments, launch.grid[1]
     read, written = _y(launch)
-    read |= {"partial_ptr": columns * arguments["segments"] * _own(launch) * launch.constants["R"]}
+    read |= {"partial_ptr": columns * arguments["segments"] * _own_ranks(launch)}
     return read, written | {"z_ptr": arguments["M"] * arguments["r"]}
 
 
@@ -175,7 +180,7 @@ def _dyb_dphi(launch: Launch) -> Elements:
 
 def _dphi(launch: Launch) -> Elements:
     read, written = _dz(launch)
-    return read | {"partial_ptr": launch.arguments["count"] * _own(launch) * launch.constants["R"]}, written
+    return read | {"partial_ptr": launch.arguments["count"] * _own_ranks(launch)}, written
 
 
 def _dy_pass(launch: Launch) -> Elements:
