@@ -1,0 +1,1 @@
+"""What every backend promises, tested on every backend: problems, targets and properties."""

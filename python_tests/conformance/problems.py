@@ -1,0 +1,370 @@
+"""Random calls of a backend, each drawn from a number, and the same calls in torch ops.
+
+A problem is of one of three kinds: one branch on all rows (``lone``), a branch for the rows of each owner (``owners``),
+and layers that share x (``shared``). Operands have any strides, with NaN between what belongs to them; where ranks
+differ from owner to owner, with NaN beyond them; and so have rows that no owner has.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from helpers import DTYPES, ORDERS, assert_accurate, eager, mask_and_p, packed, poisoned_memory
+from torch import Tensor
+
+from afa_kernels.backend.interface import Backend, Member, Rows
+from afa_kernels.operator.activation import ACTIVATIONS, IDENTITY
+from afa_kernels.operator.options import Spec
+
+KINDS = ("lone", "owners", "shared")
+SEED = 77  # of dropout
+
+# How a matrix, or those of all owners, may lie in memory: the shape of the memory, and which of it they are.
+LAYOUTS = {
+    "packed": lambda n, rows, cols: ((*n, rows, cols), lambda t: t),
+    "rows apart": lambda n, rows, cols: ((*n, rows, cols + 24), lambda t: t[..., :cols]),
+    "rows at odd places": lambda n, rows, cols: ((*n, rows, cols + 3), lambda t: t[..., 3:]),
+    "columns apart": lambda n, rows, cols: ((*n, cols, rows + 5), lambda t: t[..., :rows].mT),
+    "every other row": lambda n, rows, cols: ((*n, 2 * rows, cols), lambda t: t[..., ::2, :]),
+    "every third element": lambda n, rows, cols: ((*n, rows, 3 * cols), lambda t: t[..., ::3]),
+}
+OF_OWNERS = LAYOUTS | {
+    "owners fastest": lambda n, rows, cols: ((rows, cols, *n), lambda t: t.permute(2, 0, 1)),
+    "every other owner": lambda n, rows, cols: ((2 * n[0], rows, cols), lambda t: t[::2]),
+}
+
+
+def placed(t: Tensor, layout: str) -> Tensor:
+    """Return ``t`` in memory of its own that holds NaN around it."""
+    *owners, rows, cols = t.shape
+    shape, of_memory = OF_OWNERS[layout](owners, rows, cols)
+    return of_memory(torch.full(shape, torch.nan, dtype=t.dtype, device=t.device)).copy_(t)
+
+
+def memory_of(t: Tensor) -> Tensor:
+    return t if t._base is None else t._base
+
+
+def bits(t: Tensor) -> Tensor:
+    return packed(t).reshape(-1).view(torch.uint8)
+
+
+@dataclass
+class Output:
+    """One result and what makes it beside x: the operands of :meth:`Backend.forward`."""
+
+    a: Tensor
+    b: Tensor
+    alpha_t: Tensor | None
+    spec: Spec
+    base: Tensor | None
+    accumulates: bool  # into the base
+    dy: Tensor
+    layout: str = "packed"  # of the result
+
+
+@dataclass
+class Problem:
+    kind: str
+    x: Tensor
+    outputs: list[Output]
+    rows: Rows | None = None
+    tf32: bool = False
+    number: int = 0
+    title: str = ""
+
+    def __str__(self) -> str:
+        shapes = "; ".join(
+            f"N={o.dy.shape[1]} r={o.a.shape[-2]} of {o.a.dtype} {o.spec} base={o.base is not None}" for o in self.outputs
+        )
+        return f"{self.title}: {self.kind} {self.x.dtype} {tuple(self.x.shape)} {shapes} {self.rows or ''}"
+
+    @classmethod
+    def random(cls, where, kind: str, number: int, *, dropout: bool | None = None) -> "Problem":
+        """Return the problem of a number for a target (targets.py), with or without dropout where that is given."""
+        draw = random.Random(f"{kind} {number}")
+        torch.manual_seed(number)
+        name = where.dtypes[number % len(where.dtypes)]
+        dtype = DTYPES["f32" if name == "tf32" else name]
+        rank, m, k = where.rank(draw, number), where.rows(draw), where.width(draw)
+        masked = kind != "shared" and (number % 3 == 0 if dropout is None else dropout)
+        if masked and not where.takes(dtype, rank, True):
+            rank = min(rank, where.rank_classes[0])
+        threshold = draw.choice((13, 77, 230)) if masked else 0
+        lay = _Layouts(draw, where.layouts(dtype))
+        normal = _Normal(dtype)
+        problem = cls(kind, normal(m, k), [], tf32=name == "tf32", number=number, title=f"problem {number} on {where.name}")
+        count = {"lone": 1, "owners": draw.choice(where.owners), "shared": draw.choice((1, 2, 3))}[kind]
+        if kind == "owners":
+            problem.rows = _rows(draw, m, count, rank)
+        ranks = where.shared_ranks(draw, count) if kind == "shared" else [rank]
+        for i, r in enumerate(ranks):
+            weights = normal.to(draw.choice((dtype, torch.float32)))
+            problem.outputs.append(_output(draw, weights, normal, problem, r, where.width(draw), threshold, number + i, lay))
+        rest = problem.behind()
+        problem.x[rest] = torch.nan
+        problem.x = placed(problem.x, lay())
+        return problem if where.device.type == "cpu" else problem.on(where.device)
+
+    def on(self, device: torch.device) -> "Problem":
+        """Return the same problem, in the same places of memory, on another device."""
+
+        def there(t: Tensor | None) -> Tensor | None:
+            if t is None:
+                return None
+            return memory_of(t).to(device).as_strided(t.shape, t.stride(), t.storage_offset())
+
+        tensors = ("a", "b", "alpha_t", "base", "dy")
+        outputs = [replace(o, **{name: there(getattr(o, name)) for name in tensors}) for o in self.outputs]
+        return replace(
+            self, x=there(self.x), outputs=outputs, rows=None if self.rows is None else Rows(*map(there, self.rows))
+        )  # fmt: skip
+
+    # --- whose rows are whose
+
+    def behind(self) -> slice:
+        """Return the rows that no owner has."""
+        return slice(len(self.x) if self.rows is None else int(self.rows.offsets[-1]), len(self.x))
+
+    def branches(self) -> Iterator[tuple[int, int, slice, Tensor, Tensor, float, float]]:
+        """Yield each branch: its output, its owner (0 for a lone one), its rows, A and B of its rank, alpha_t and the
+        scaling."""
+        for i, o in enumerate(self.outputs):
+            alphas = torch.zeros(1) if o.alpha_t is None else o.alpha_t.reshape(-1)
+            if self.rows is None:
+                yield i, 0, slice(len(self.x)), o.a, o.b, alphas[0].item(), o.spec.scaling
+                continue
+            offsets, ranks, scaling = self.rows
+            start = 0
+            for g, end in enumerate(offsets.tolist()):
+                rank = o.a.shape[1] if ranks is None else int(ranks[g])
+                own = o.spec.scaling if scaling is None else scaling[g].item()
+                alpha_t = alphas[g if len(alphas) > 1 else 0].item()
+                yield i, g, slice(start, end), o.a[g, :rank], o.b[g, :, :rank], alpha_t, own
+                start = end
+
+    # --- the call
+
+    def run(self, backend: Backend, *, need: set[str] | None = None, dx: Tensor | None = None, save_z: bool = True):
+        """Call both directions on poisoned memory, check that nothing is written but the results, and return these by
+        name; of the gradients (all, or those in ``need``) those that are None too."""
+        held = [self.x, *(t for o in self.outputs for t in (o.a, o.b, o.dy, o.alpha_t) if t is not None)]
+        held += [t for t in self.rows or () if t is not None]
+        held += [o.base for o in self.outputs if o.base is not None]
+        before = [bits(memory_of(t)) for t in held]
+        with poisoned_memory():
+            results = self.forward(backend, save_z)
+            if save_z:
+                results |= self.backward(backend, results, need, dx)
+        for t, old in zip(held, before, strict=True):
+            assert torch.equal(bits(memory_of(t)), old), f"{self}: an operand of shape {tuple(t.shape)} was written"
+        return results
+
+    def forward(self, backend: Backend, save_z: bool = True) -> dict[str, Tensor]:
+        outs = [placed(o.base if o.accumulates else torch.full_like(o.dy, torch.nan), o.layout) for o in self.outputs]
+        bases = [out if o.accumulates else o.base for o, out in zip(self.outputs, outs, strict=True)]
+        around = [_without(out) for out in outs]
+        if self.kind == "shared":
+            zs = backend.forward_shared(self.x, self.members(), bases=bases, outs=outs, save_z=save_z)
+        else:
+            (o,) = self.outputs
+            call = (self.x, o.a, o.b, o.alpha_t, self.seed(), o.spec, self.rows)
+            zs = backend.forward(*call, base=bases[0], out=outs[0], save_z=save_z)
+            zs = [zs] if save_z else zs
+        assert all(map(torch.equal, map(_without, outs), around)), f"{self}: something beside y was written"
+        assert save_z or zs is None
+        named = [(f"y{i}", y) for i, y in enumerate(outs)] + [(f"z{i}", z) for i, z in enumerate(zs or ())]
+        return dict(named)
+
+    def backward(self, backend: Backend, forward, need: set[str] | None = None, dx: Tensor | None = None):
+        every = range(len(self.outputs))
+        need = {"dx", *(f"{what}{i}" for what in ("da", "db") for i in every)} if need is None else need
+        zs = [forward[f"z{i}"] for i in every]
+        if self.kind == "shared":
+            needs = {f"need_{what}": [f"{what}{i}" in need for i in every] for what in ("da", "db")}
+            dys = [o.dy for o in self.outputs]
+            needs |= {} if dx is None else {"dx": dx}
+            dx, das, dbs = backend.backward_shared(dys, self.x, self.members(), zs, need_dx="dx" in need, **needs)
+        else:
+            (o,) = self.outputs
+            needs = {f"need_{what}": f"{what}0" in need for what in ("da", "db")}
+            call = (o.dy, self.x, o.a, o.b, zs[0], o.alpha_t, self.seed(), o.spec, self.rows)
+            needs |= {} if dx is None else {"dx": dx}
+            dx, *found = backend.backward(*call, need_dx="dx" in need, **needs)
+            das, dbs = [[t] for t in found]
+        named = [(f"da{i}", t) for i, t in enumerate(das)] + [(f"db{i}", t) for i, t in enumerate(dbs)]
+        return {"dx": dx} | dict(named)
+
+    def members(self) -> list[Member]:
+        return [Member(o.a, o.b, o.alpha_t, o.spec) for o in self.outputs]
+
+    def seed(self) -> Tensor | None:
+        return torch.tensor(SEED, device=self.x.device) if self.outputs[0].spec.dropout else None
+
+    # --- the same in torch ops
+
+    def plain(self, dtype: torch.dtype | None = None, order=ORDERS[0], rounded=lambda t: t) -> dict[str, Tensor]:
+        """Return what torch gives, in its own dtype or in ``dtype``, with sums in an order of helpers.ORDERS, of
+        operands that ``rounded`` has rounded."""
+        there, back = order
+
+        def leaf(t: Tensor) -> Tensor:
+            return rounded(packed(t.detach())).to(dtype or t.dtype).requires_grad_()
+
+        x, ys, zs = leaf(self.x), [], []
+        weights = [(leaf(o.a), leaf(o.b)) for o in self.outputs]
+        for o in self.outputs:
+            zeros = torch.zeros_like(o.dy, dtype=x.dtype, requires_grad=True)
+            ys.append((zeros if o.base is None else packed(o.base).to(x.dtype).requires_grad_()).clone())
+            zs.append(x.new_zeros(len(x), o.a.shape[-2]))
+        for i, g, rows, own_a, own_b, alpha_t, scaling in self.branches():
+            rank, (a, b), spec = len(own_a), weights[i], self.outputs[i].spec
+            if self.rows is not None:
+                a, b = a[g, :rank], b[g, :, :rank]
+            if rank == 0 or rows.start == rows.stop:
+                continue
+            mask = mask_and_p(spec.dropout / 256, SEED, self.x)
+            mask |= {"mask": there(mask["mask"][rows])} if mask else {}
+            own = [there(t) for t in (x[rows], a, b)]
+            activation = next(iter(ACTIVATIONS)) if spec.activation == IDENTITY else spec.activation
+            y = eager(*own, alpha_t, activation=activation, scaling=scaling, base=there(ys[i][rows]), **mask)
+            dropped = own[0] * mask["mask"] / (1 - mask["p"]) if mask else own[0]
+            z = F.linear(packed(dropped), packed(own[1].to(x.dtype)))
+            ys[i][rows], zs[i][rows, :rank] = back(y), back(z).detach()
+        leaves = [x, *(t for pair in weights for t in pair)]
+        dys = [rounded(packed(o.dy)).to(x.dtype) for o in self.outputs]
+        dx, *gradients = torch.autograd.grad(ys, leaves, dys, allow_unused=True, materialize_grads=True)
+        found = {"dx": dx}
+        for i, (y, z) in enumerate(zip(ys, zs, strict=True)):
+            found |= {f"y{i}": y.detach(), f"z{i}": z, f"da{i}": gradients[2 * i], f"db{i}": gradients[2 * i + 1]}
+        return found
+
+    def check(self, got: dict[str, Tensor]) -> None:
+        """Compare with float64 by the project's rule; z is rounded to the dtype of x."""
+        rounded = _without_13_bits if self.tf32 else lambda t: t
+        truth = self.plain(torch.float64)
+        assert_accurate(got, truth, lambda order: self.plain(None, order, rounded), self.x.dtype, str(self))
+
+    # --- parts of it
+
+    def with_packed_operands(self) -> "Problem":
+        outputs = [
+            replace(
+                o, a=packed(o.a), b=packed(o.b), dy=packed(o.dy), base=None if o.base is None else packed(o.base),
+                layout="packed",
+            ) for o in self.outputs
+        ]  # fmt: skip
+        return replace(self, x=packed(self.x), outputs=outputs)
+
+    def of_rows(self, rows: slice) -> "Problem":
+        """Return the call of some rows of a lone branch, or of layers that share x."""
+        outputs = [
+            replace(o, dy=o.dy[rows], base=None if o.base is None else o.base[rows], layout="packed") for o in self.outputs
+        ]
+        return replace(self, x=self.x[rows], outputs=outputs)
+
+    def parts(self, *, same_r: bool) -> Iterator[tuple["Problem", dict]]:
+        """Yield the lone call of each member, or of each owner that has rows and a rank (with ``same_r`` of A and B as
+        large as those of the whole, with zeros beyond the rank), and where its results are in those of the whole:
+        (name, index) by name."""
+        for i, g, rows, a, b, alpha_t, scaling in self.branches():
+            if len(a) == 0 or rows.start == rows.stop:
+                continue
+            o, rank = self.outputs[i], len(a)
+            if self.kind == "owners" and same_r:
+                a, b = o.a[g].clone(), o.b[g].clone()
+                a[rank:], b[:, rank:] = 0, 0
+            spec = o.spec._replace(scaling=scaling)
+            alpha = None if o.alpha_t is None else torch.tensor(alpha_t, device=self.x.device)
+            base = None if o.base is None else o.base[rows]
+            own = Output(a, b, alpha, spec, base, o.accumulates, o.dy[rows])
+            where = {"y0": (f"y{i}", rows), "z0": (f"z{i}", (rows, slice(rank)))}
+            if self.kind == "owners":
+                where |= {"dx": ("dx", rows), "da0": ("da0", (g, slice(rank))), "db0": ("db0", (g, ..., slice(rank)))}
+            yield Problem("lone", self.x[rows], [own], tf32=self.tf32, title=f"branch {g or i} of {self}"), where
+
+    def with_ranks_of(self, owner: int) -> "Problem":
+        """Return the call in which no other owner has a rank."""
+        ranks = torch.zeros_like(self.rows.offsets)
+        ranks[owner] = self.outputs[0].a.shape[1] if self.rows.ranks is None else self.rows.ranks[owner]
+        return replace(self, rows=self.rows._replace(ranks=ranks))
+
+
+def _without(t: Tensor) -> Tensor:
+    """Return the bits of the memory around a tensor."""
+    memory = memory_of(t).clone()
+    memory.as_strided(t.shape, t.stride(), t.storage_offset()).zero_()
+    return bits(memory)
+
+
+def _without_13_bits(t: Tensor) -> Tensor:
+    """What a tensor core reads of a float32."""
+    return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+class _Normal:
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def to(self, dtype: torch.dtype) -> "_Normal":
+        return _Normal(dtype)
+
+    def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, dtype=torch.float64) * scale).to(self.dtype)
+
+
+class _Layouts:
+    def __init__(self, draw: random.Random, allowed: tuple[str, ...]):
+        self.draw, self.allowed = draw, allowed
+
+    def __call__(self, *, owners: bool = False) -> str:
+        every = [name for name in (OF_OWNERS if owners else LAYOUTS) if name in self.allowed]
+        return self.draw.choice(["packed", *every])
+
+
+def _rows(draw: random.Random, rows: int, owners: int, rank: int) -> Rows:
+    rows -= draw.choice((0, 0, 0, min(rows, 3), rows // 2, rows))
+    kind = draw.choice(("even", "skewed", "random"))
+    ends = [rows // owners * (g + 1) for g in range(owners)]
+    if kind == "skewed":  # one owner has nearly all rows
+        most = draw.randrange(owners)
+        ends = [0 if g < most else rows for g in range(owners)]
+    if kind == "random":  # some have none
+        ends = sorted(draw.randint(0, rows) for _ in range(owners))
+    ranks = torch.tensor([[draw.choice((0, 1, rank, draw.randint(0, rank))), -1] for _ in range(owners)])
+    scaling = torch.tensor([draw.choice((0.5, 1.75, -2.0)) for _ in range(owners)])
+    return Rows(
+        torch.tensor(ends, dtype=torch.int32),
+        ranks.int()[:, 0] if draw.random() < 0.5 else None,
+        scaling if draw.random() < 0.5 else None,
+    )
+
+
+def _output(draw, weights, normal, problem: Problem, r: int, n: int, threshold: int, number: int, lay) -> Output:
+    (m, k), rows = problem.x.shape, problem.rows
+    owners = () if rows is None else (len(rows.offsets),)
+    a, b = weights(*owners, r, k, scale=k**-0.5), weights(*owners, n, r, scale=r**-0.5)
+    if rows is not None and rows.ranks is not None:
+        for g, rank in enumerate(rows.ranks.tolist()):
+            a[g, rank:], b[g, :, rank:] = torch.nan, torch.nan
+    a, b = placed(a, lay(owners=bool(owners))), placed(b, lay(owners=bool(owners)))
+    names = [*sorted(ACTIVATIONS), IDENTITY]
+    activation, alpha_t = names[number % len(names)], None
+    if activation != IDENTITY:
+        alpha_t = torch.tensor([draw.choice((0.0, 0.3, 0.7, 1.0)) for _ in range(*(owners or (1,)))])
+        alpha_t = alpha_t[:1].expand(owners) if owners and draw.random() < 0.5 else alpha_t.view(owners)
+    spec = Spec(activation, draw.choice((0.5, 1.75, -2.0)), threshold)
+    base, dy = normal(m, n), normal(m, n)
+    kind = draw.choice(("none", "matrix", "matrix", "row", "accumulated"))
+    if kind == "row":
+        base = base[:1].clone().expand(m, n)
+    else:
+        base = None if kind == "none" else placed(base, lay())
+    if draw.random() < 0.1 and problem.behind().start == m:
+        dy = dy[:1].clone().expand(m, n)
+    else:
+        dy[problem.behind()] = torch.nan
+        dy = placed(dy, lay())
+    return Output(a, b, alpha_t, spec, base, kind == "accumulated", dy, lay() if draw.random() < 0.3 else "packed")
