@@ -114,8 +114,8 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
 
 
 def allowed_error(same_dtype: Tensor, truth: Tensor, rounding: torch.dtype) -> float:
-    """Return twice torch's error and one rounding: on average half a unit in the last place, a whole one of results with
-    few elements."""
+    """Return twice torch's error and one rounding: half a unit in the last place, on average; a whole one of few
+    elements."""
     few = truth.count_nonzero() < 256
     return 2 * relative_error(same_dtype, truth) + torch.finfo(rounding).eps / (1 if few else 2)
 

@@ -5,15 +5,9 @@ import itertools
 
 import pytest
 import torch
+from conformance.problems import Problem
 from conftest import skip_unless_available
-from helpers import Problem, assert_as_accurate_as_torch, eager, poisoned_memory
-from native_helpers import assert_accurate as assert_call
-from native_helpers import problem as operands_of
-from native_helpers import run, truth_of
-from ptx_cuda import NAME, forward_and_backward, kernel_names, kernels, launches_of, limited
-
-from afa_kernels.backend import torch as torch_ops
-from afa_kernels.operator.options import Spec
+from ptx_cuda import NAME, kernel_names, kernels, launches_of, limited
 
 H100 = (132, 227 << 10, 228 << 10)
 # M, K, N, r; the chunks of rows in the passes over x and over dy.
@@ -54,60 +48,38 @@ def expected_launches(r: int, need: tuple[bool, bool, bool]) -> list[str]:
 def test_a_backward_launches_what_is_needed(which, need):
     """And a gradient has the same bits whatever else is needed."""
     layer, _ = LAYERS[which]
-    problem = Problem.random(*layer, torch.bfloat16)
-    full, got = forward_and_backward(problem), []
-    with poisoned_memory():
-        launches = kernel_names(launches_of(lambda: got.extend(forward_and_backward(problem, need=need))))
+    problem = Problem.of(torch.bfloat16, *layer)
+    full, got = problem.run(kernels), {}
+    needed = {name for name, one in zip(("dx", "da0", "db0"), need, strict=True) if one}
+    launches = kernel_names(launches_of(lambda: got.update(problem.run(kernels, need=needed))))
     backward = [name for name in launches if name not in ("pack", "forward", "project", "expand")]
     assert backward == expected_launches(layer[3], need)
-    for gradient, every, needed in zip(got[2:], full[2:], need, strict=True):
-        assert (gradient is not None) == needed
-        assert not needed or torch.equal(gradient, every)
-
-
-def gradients(problem: Problem, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return dx, dA and dB in torch ops."""
-    x = problem.x.to(dtype).requires_grad_()
-    weights = [w.to(problem.x.dtype).to(dtype).requires_grad_() for w in (problem.lora_a, problem.lora_b)]
-    y = eager(x, *weights, 0.3, scaling=1.5, base=problem.base.to(dtype))
-    y.backward(problem.dy.to(dtype))
-    return [x.grad, *(w.grad for w in weights)]
-
-
-def assert_accurate(problem: Problem, got: list[torch.Tensor]) -> None:
-    truth, torch_ops = (gradients(problem, dtype) for dtype in (torch.float64, torch.bfloat16))
-    for what, value, exact, yardstick in zip(("dx", "da", "db"), got, truth, torch_ops, strict=True):
-        assert_as_accurate_as_torch(value.to(yardstick.dtype), yardstick, exact, what, torch.bfloat16)
+    for name in ("dx", "da0", "db0"):
+        assert (got[name] is not None) == (name in needed)
+        assert name not in needed or torch.equal(got[name], full[name])
 
 
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 @pytest.mark.parametrize("which", LAYERS)
 def test_gradients_against_float64(which, weights):
-    layer, _ = LAYERS[which]
-    problem = Problem.random(*layer, torch.bfloat16, adapter_dtype=weights)
-    with poisoned_memory():
-        _, _, dx, da, db = forward_and_backward(problem)
-    assert da.dtype == db.dtype == weights
-    assert_accurate(problem, [dx, da, db])
+    problem = Problem.of(torch.bfloat16, *LAYERS[which][0], weights=weights)
+    problem.check(problem.run(kernels))
 
 
 @pytest.mark.parametrize("limits", [{"round_limit": 128}, {"chunk_limit": 1, "round_limit": 128}], ids=str)
 @pytest.mark.parametrize("which", ["several", "rank 32", "rank 64, dh by its segments"])
 def test_rounds_of_rows_against_float64(which, limits):
     """dx has the same bits as in one round."""
-    problem = Problem.random(*LAYERS[which][0], torch.bfloat16, adapter_dtype=torch.float32)
-    with poisoned_memory():
-        whole = forward_and_backward(problem)
-        with limited(**limits):
-            got = forward_and_backward(problem)
-    assert torch.equal(got[2], whole[2])
-    assert_accurate(problem, list(got[2:]))
+    problem = Problem.of(torch.bfloat16, *LAYERS[which][0], weights=torch.float32)
+    whole = problem.run(kernels)
+    with limited(**limits):
+        got = problem.run(kernels)
+    assert torch.equal(got["dx"], whole["dx"])
+    problem.check(got)
 
 
 @pytest.mark.parametrize("shape", [(20, 4104, 72, 16), (20, 4104, 4104, 64), (6100, 648, 648, 16)], ids=str)
 def test_blocks_with_more_tiles_than_stages(shape):
     """Of x, dy and y: in a segment of a sum, and where one block makes whole rows."""
-    operands, spec = operands_of(*shape, torch.bfloat16), Spec("silu", 1.5)
-    with poisoned_memory():
-        got = run(*operands, spec, backend=kernels)
-    assert_call(got, run(*operands, spec, backend=torch_ops.BACKEND), truth_of(*operands, spec), torch.bfloat16)
+    problem = Problem.of(torch.bfloat16, *shape)
+    problem.check(problem.run(kernels))

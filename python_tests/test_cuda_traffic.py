@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from conformance.problems import Problem
 from conftest import skip_unless_available
-from cuda_groups import Group
-from helpers import Problem
-from ptx_cuda import NAME, bytes_moved, forward_and_backward, launches_of
+from ptx_cuda import NAME, bytes_moved, launches_of
+from ptx_cuda import kernels as on_ptx
 
 from bench.model import __main__ as command
 from bench.model.cuda_launches import H100, Layer, Range, decoding, kernels, overhead
@@ -41,9 +41,9 @@ def _planned():
     ids=str,
 )
 def test_bytes_of_a_call(shape, weights):
-    problem = Problem.random(*shape, torch.bfloat16, adapter_dtype=weights)
+    problem = Problem.of(torch.bfloat16, *shape, weights=weights)
     base = 2 * shape[0] * shape[2]  # read here; in a layer the frozen GEMM accumulates instead
-    got = bytes_moved(launches_of(lambda: forward_and_backward(problem)))
+    got = bytes_moved(launches_of(lambda: problem.run(on_ptx)))
     assert got == pytest.approx(modelled(Layer(*shape), weights) + base, rel=0.03)
 
 
@@ -58,11 +58,9 @@ def test_bytes_of_a_call(shape, weights):
     ids=str,
 )
 def test_bytes_of_layers_that_share_x(layer, weights):
-    group = Group(*layer, float_weights=weights == torch.float32, layouts=("dense",) * 3)
-    group.bases = [None] * len(layer.n)
-    assert bytes_moved(launches_of(lambda: group.backward(group.forward()[1]))) == pytest.approx(
-        modelled(layer, weights), rel=0.03
-    )
+    problem = Problem.of(torch.bfloat16, *layer, weights=weights, base="none")
+    got = bytes_moved(launches_of(lambda: problem.run(on_ptx)))
+    assert got == pytest.approx(modelled(layer, weights), rel=0.03)
 
 
 def test_a_kernel_with_little_under_way_or_a_short_last_wave_takes_longer():

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conformance.problems import KINDS, placed
+from conformance.problems import Problem as RandomProblem
+from conformance.targets import on_ptx
 from conftest import skip_where_torch_reads_past_rows
-from helpers import Problem, eager, products_that_read_past_rows, run, torch_reads_past_rows
-from ptx_problems import LAYOUTS, RandomProblem, target
-from ragged_calls import random_problem
-from ragged_gpu_problems import RaggedProblem
+from helpers import Problem, eager, products_that_read_past_rows, torch_reads_past_rows
 
 LEFT_BY_OTHERS = {
     "AFA_KERNELS_BACKEND": "reference",
@@ -49,7 +49,7 @@ def test_the_environment_of_the_caller_stays_outside():
 def test_no_product_of_a_baseline_has_gaps_between_its_rows(name):
     """On some processors such a 16-bit product of torch reads the gaps."""
     problem = Problem.random(20, 200, 120, 8, torch.bfloat16)
-    setattr(problem, name, LAYOUTS["rows apart"](getattr(problem, name)))
+    setattr(problem, name, placed(getattr(problem, name), "rows apart"))
     leaves = {n: getattr(problem, n).detach().requires_grad_() for n in ("x", "weight", "bias", "lora_a", "lora_b")}
     with products_that_read_past_rows():
         assert torch_reads_past_rows()
@@ -59,14 +59,13 @@ def test_no_product_of_a_baseline_has_gaps_between_its_rows(name):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("number", range(12))
-def test_nor_has_one_in_the_random_problems(number):
-    by_group = random_problem(number)
-    rows, nvcc = RaggedProblem(number, 40, 40, (5, 16, 33)), RandomProblem(target("nvcc-sm_80"), number)
-    with products_that_read_past_rows():
-        results = [by_group.plain(by_group.x.dtype)]
-        results += [run(p.plain, p.problem, p.names, needed=p.needed) for p in (rows, nvcc)]
-    assert all(torch.isfinite(t).all() for result in results for t in result.values())
+@pytest.mark.parametrize("kind", KINDS)
+def test_nor_has_one_in_the_random_problems(kind):
+    for number in range(12):
+        problem = RandomProblem.random(on_ptx("nvcc-sm_80"), kind, number)
+        with products_that_read_past_rows():
+            result = problem.plain()
+        assert all(torch.isfinite(t).all() for t in result.values()), str(problem)
 
 
 @pytest.mark.fast

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conformance.problems import Problem
 
 import afa_kernels
 from afa_kernels.backend import choice, compiled, cpu
-from afa_kernels.backend.interface import Call
-from afa_kernels.operator.activation import COMPILED_IDS
+from afa_kernels.backend.interface import Call, Rows
+from afa_kernels.operator.activation import COMPILED_IDS, IDENTITY
 from afa_kernels.operator.dropout import keep_mask
+from afa_kernels.operator.options import Spec
 
 pytestmark = [
     pytest.mark.fast,
@@ -142,3 +144,121 @@ def test_the_names_of_the_module_are_those_that_the_package_uses():
     assert used - {"cuda"} | {"use_torch", "activation_ids"} == set(compiled._NAMES)
     cuda = sources["cuda.py"]
     assert set(re.findall(r"\b_?module\.(\w+)", cuda)) == set(compiled._CUDA_NAMES)
+
+
+# --- rows by owner and layers that share x
+
+
+def test_ranks_beyond_the_limit_are_refused():
+    calls = [Call("cpu", torch.float32, 4, 70, 90, r, "silu") for r in (100, 156)]
+    assert cpu.BACKEND.refuses_together(calls) is None
+    calls[0] = calls[0]._replace(r=101)
+    assert cpu.BACKEND.refuses_together(calls) == "takes ranks up to 256 together, got 257"
+
+
+WIDTHS, RANKS = (90, 70, 130), (16, 3, 17)
+
+
+def fields_of(widths, ranks):
+    """Return x and a valid tuple for each layer of cpu_group_forward and of cpu_group_backward."""
+    problem = Problem.of(torch.float32, 7, 70, widths, ranks, weights=torch.float32)
+    second = problem.outputs[1]
+    second.alpha_t, second.spec = None, second.spec._replace(activation=IDENTITY)
+    results, forward, backward = problem.forward(cpu.BACKEND), [], []
+    for i, o in enumerate(problem.outputs):
+        shared = (o.a, o.b, o.alpha_t, COMPILED_IDS[o.spec.activation], o.spec.scaling)
+        forward.append((*shared, o.base, results[f"y{i}"], results[f"z{i}"]))
+        backward.append((*shared, o.dy, results[f"z{i}"], torch.empty_like(o.a), torch.empty_like(o.b)))
+    return problem.x, forward, backward
+
+
+def broken(fields, i, value):
+    """Return the fields of all members with one of the second member's replaced."""
+    return (fields[0], (*fields[1][:i], value, *fields[1][i + 1 :]), *fields[2:])
+
+
+BAD_MEMBERS = [
+    (0, torch.randn(3, 71), ValueError, r"lora_a: expected shape \(3, 70\)"),
+    (0, None, TypeError, "lora_a"),
+    (1, torch.randn(70, 300), ValueError, "expected N >= 1 and 1 <= r <= 256"),
+    (1, torch.randn(70), ValueError, "lora_a|lora_b"),
+    (3, 99, ValueError, "activation: unknown id"),
+    (3, "silu", (TypeError, RuntimeError), "cast"),
+    (3, COMPILED_IDS["silu"], TypeError, "alpha_t"),  # the second member has no alpha_t
+    (4, None, (TypeError, RuntimeError), "cast"),
+]
+
+
+@pytest.mark.parametrize(("i", "value", "error", "match"), BAD_MEMBERS, ids=lambda v: None)
+def test_a_bad_member_is_an_error(i, value, error, match):
+    x, forward, backward = fields_of(WIDTHS, RANKS)
+    with pytest.raises(error, match=match):
+        compiled._C.cpu_group_forward(x, 2, broken(forward, i, value))
+    with pytest.raises(error, match=match):
+        compiled._C.cpu_group_backward(x, 2, broken(backward, i, value), None, False)
+
+
+def test_bad_groups_are_errors():
+    x, forward, backward = fields_of(WIDTHS, RANKS)
+    calls = (
+        (lambda: compiled._C.cpu_group_forward(x, 2, ()), "at least one"),
+        (lambda: compiled._C.cpu_group_forward(x, 2, (forward[0][:7],)), "tuples of 8"),
+        (lambda: compiled._C.cpu_group_forward(x, 2, (7,)), "tuples of 8"),
+        (lambda: compiled._C.cpu_group_forward(x, 2, 7), "incompatible"),
+        (lambda: compiled._C.cpu_group_forward(x.double(), 2, tuple(forward)), "do not take float64"),
+        (lambda: compiled._C.cpu_group_forward(x, 2, broken(forward, 6, None)), "out: expected a torch.Tensor"),
+        (lambda: compiled._C.cpu_group_forward(x, 2, broken(forward, 6, x[:, :3])), r"out: expected shape \(7, 70\)"),
+        (lambda: compiled._C.cpu_group_forward(x, 2, broken(forward, 7, x[:, :3])), "z: expected a contiguous tensor"),
+        (lambda: compiled._C.cpu_group_forward(x, 2, broken(forward, 5, x.double())), "base: expected the dtype"),
+        (lambda: compiled._C.cpu_group_backward(x, 2, broken(backward, 8, x)), r"incompatible"),
+        (lambda: compiled._C.cpu_group_backward(x, 2, broken(backward, 8, x), None, False), r"db: expected shape"),
+        (lambda: compiled._C.cpu_group_backward(x, 2, broken(backward, 5, None), None, False), "dy: expected"),
+        (
+            lambda: compiled._C.cpu_group_backward(x, 2, broken(backward, 6, None), None, False),
+            "z: expected a torch.Tensor, got None",
+        ),
+        (
+            lambda: compiled._C.cpu_group_backward(x, 2, tuple(backward), x[:, :3], False),
+            r"dx: expected shape \(7, 70\)",
+        ),
+        (lambda: compiled._C.cpu_group_backward(x, 2, tuple(backward), x.T.contiguous().T, False), "contiguous"),
+    )
+    for call, match in calls:
+        with pytest.raises((TypeError, ValueError), match=match):
+            call()
+    wide = fields_of((9, 9), (100, 100))[1]
+    with pytest.raises(ValueError, match="ranks of at most 256 together"):
+        compiled._C.cpu_group_forward(x, 2, (*wide, *wide))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"offsets": torch.tensor([4, 2, 9]).int()}, "offsets"),
+        ({"offsets": torch.tensor([4, 5, 90]).int()}, "offsets"),
+        ({"offsets": torch.tensor([-4, 5, 9]).int()}, "offsets"),
+        ({"offsets": torch.tensor([4, 5, 9])}, "offsets"),
+        ({"ranks": torch.tensor([1, 9, 1]).int()}, "ranks"),
+        ({"alpha_t": torch.ones(4)}, "alpha_t"),
+        ({"scaling": torch.ones(3).double()}, "scaling"),
+    ],
+)
+def test_the_module_leaves_no_tensor_whoever_calls(change, message):
+    x, a, b, out = torch.randn(9, 8), torch.randn(3, 2, 8), torch.randn(3, 5, 2), torch.empty(9, 5)
+    given = {
+        "offsets": torch.tensor([4, 5, 9]).int(),
+        "ranks": None,
+        "scaling": None,
+        "alpha_t": torch.ones(3),
+    } | change
+    call = (given.pop("alpha_t"), None, Spec("silu", 1.0), Rows(**given))
+    with pytest.raises(ValueError, match=message):
+        cpu.BACKEND.forward(x, a, b, *call, base=None, out=out, save_z=False)
+
+
+def test_all_shapes_are_checked_by_the_module():
+    x, a, b, out = torch.randn(9, 8), torch.randn(3, 2, 8), torch.randn(3, 5, 2), torch.empty(9, 5)
+    call = (torch.ones(3), None, Spec("silu", 1.0), Rows(torch.tensor([4, 5, 9]).int(), None, None))
+    for operands in ((x, a[:2], b), (x, a[:, :1], b), (x, a[..., :7], b), (x, a[0], b), (x, a, b[0])):
+        with pytest.raises(ValueError, match="expected"):
+            cpu.BACKEND.forward(*operands, *call, base=None, out=out, save_z=False)

@@ -10,44 +10,31 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from unittest import mock
 
-import ptx_problems
+import conformance.problems
 import pytest
 import torch
+from conformance.targets import tf32
 from conftest import SIMULATED_GPU
 from helpers import Problem, poisoned_memory, relative_error, run
-from ptx_ragged_problems import RandomRaggedProblem
-from ragged_calls import assert_rounded_with_dx, random_problem
 
 pytest.importorskip("triton")
 _ptx = pytest.importorskip("afa_kernels._ptx", reason="built with AFA_BUILD_PTX_MACHINE=1 only")
 
 import afa_kernels as afa  # noqa: E402
-from afa_kernels.backend.triton import configs  # noqa: E402
+from afa_kernels.backend import choice  # noqa: E402
+from afa_kernels.backend.triton import autotune, configs  # noqa: E402
 
 here = pytest.mark.skipif(not SIMULATED_GPU, reason="run by test_on_simulated_gpus")
 LORA = ("x", "lora_a", "lora_b", "base")
-BY_OWNER_COUNT = 12
-COUNT = 16  # random problems: each dtype with each class of ranks; make ptx-check runs more
 
 
 # Among them what Triton's interpreter cannot show of bfloat16.
 TESTS_OF_OTHER_FILES = (
+    "conformance/test_conformance.py",
     "test_triton_traffic.py::test_the_model_counts_every_byte",
     "test_triton_traffic.py::test_the_model_counts_every_byte_of_rows_by_owner",
-    "test_row_invariance.py::test_triton_rows_by_one_program_or_several",
-    *(f"test_numerics.py::test_shapes[triton-{shape}-bf16]" for shape in (
-        "M1-K64-N48-r8", "M5-K16-N24-r1", "M37-K130-N51-r8", "M16-K128-N136-r33", "M19-K264-N72-r128",
-    )),
-    "test_numerics.py::test_dropout[triton-0.5-bf16]",
-    "test_numerics.py::test_identity[triton-48-bf16]",
-    "test_numerics.py::test_16_bit_adapters_beside_float32_x[triton-bf16]",
     "test_operator.py::test_autocast[triton-bf16]",
-    *(f"test_triton_interpreter.py::test_nothing_beside_the_operands_is_read_or_written[{shape}-dropout-bf16]"
-      for shape in ("(37, 70, 67, 5)", "(65, 97, 35, 40)")),
-    "test_triton_interpreter.py::test_a_and_b_are_rounded_and_padded_where_they_are_read["
-    "37-70-67-5-rows at odd places-f32-bf16]",
 )  # fmt: skip
 
 
@@ -55,7 +42,7 @@ TESTS_OF_OTHER_FILES = (
 @pytest.mark.skipif(bool(SIMULATED_GPU), reason="this process simulates a GPU")
 def test_on_simulated_gpus():
     others = (os.path.join(os.path.dirname(__file__), test) for test in TESTS_OF_OTHER_FILES)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *others]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *others, __file__]
     runs = {}
     for arch in ("sm_80", "sm_90"):
         # One thread each: they run side by side, and torch's threads wait for each other.
@@ -69,43 +56,16 @@ def test_on_simulated_gpus():
 
 
 @here
-@pytest.mark.parametrize("number", range(COUNT))
-def test_random_problems(number, simulated_gpu):
-    where = ptx_problems.TritonTarget(SIMULATED_GPU, simulated_gpu)
-    ptx_problems.RandomProblem(where, number).check_or_known()
-
-
-@here
-@pytest.mark.parametrize("number", range(BY_OWNER_COUNT))
-def test_random_problems_by_owner(number, simulated_gpu):
-    where = ptx_problems.TritonTarget(SIMULATED_GPU, simulated_gpu)
-    RandomRaggedProblem(where, number).check_or_known()
-
-
-@here
-@pytest.mark.parametrize("number", range(8))
-def test_random_problems_by_owner_that_add_to_dx(number, simulated_gpu):
-    simulated_gpu.seed = number
-    random_problem(number, sizes=(0, 1, 17, 65)).check_adding("triton")
-
-
-@here
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-def test_what_is_added_to_dx_is_rounded_with_it(dtype, simulated_gpu):
-    assert_rounded_with_dx("triton", dtype)
-
-
-@here
 def test_every_kernel_has_run(simulated_gpu):
-    """Together with the random problems; each product takes tensor cores in 16 bits."""
+    """In the tests of conformance/, which come first; each product takes tensor cores in 16 bits."""
     kernels = {
         "pack_kernel", "project_partial_kernel", "phi_hb_forward_kernel", "xa_phi_hb_forward_kernel",
         "dy_pass_backward_kernel", "dyb_dphi_backward_kernel", "dphi_backward_kernel", "x_pass_backward_kernel",
         "weight_gradients_kernel",
     }  # fmt: skip
     ran = {(name, "ends_ptr" in counters["traffic"]) for name, counters in simulated_gpu.launched}
-    if len(simulated_gpu.launched) < 8 * COUNT:
-        pytest.skip(f"the random problems were left out: {len(simulated_gpu.launched)} launches")
+    if len(simulated_gpu.launched) < 1000:
+        pytest.skip(f"the tests of conformance/ were left out: {len(simulated_gpu.launched)} launches")
     assert ran == {(name, by_owner) for name in kernels for by_owner in (False, True)}
     total = simulated_gpu.counters()
     assert total["multiply_adds"] > 0 and total["async_copies"] > 0
@@ -128,13 +88,15 @@ def test_the_result_of_a_misaligned_view(simulated_gpu):
 @here
 @pytest.mark.skipif(SIMULATED_GPU == "sm_80", reason="wgmma is an instruction of sm_90")
 @pytest.mark.xfail(strict=True, raises=_ptx.ExecutionError, reason="Triton gives dz one buffer too few")
-def test_buffers_of_dz_on_sm_90(simulated_gpu):
-    """Passes once Triton, or the kernel, is mended: then ptx_problems.RACE goes, and configs.py may give the x pass its
-    pipeline back."""
-    rows = configs.TABLE["sm_90"]
-    pipelined = {key: replace(rows[key], x_pass=replace(rows[key].x_pass, stages=3)) for key in ((4, 64), (4, 128))}
-    with mock.patch.dict(rows, pipelined):
-        ptx_problems.RandomProblem(ptx_problems.TritonTarget("sm_90", simulated_gpu), 11).check()
+def test_buffers_of_dz_on_sm_90(monkeypatch, simulated_gpu):
+    """Passes once Triton, or the kernel, is mended: then RACE of conformance/targets.py goes, and configs.py may give
+    the x pass its pipeline back."""
+    tiles = configs.table_tiles("sm_90", 4, 64)
+    tiles = replace(tiles, x_pass=replace(tiles.x_pass, stages=3))
+    problem = conformance.problems.Problem.of(torch.float32, 200, 264, 136, 64)
+    monkeypatch.setattr(autotune, "tiles", lambda *_: tiles)
+    with tf32(True):
+        problem.run(choice.get("triton"))
 
 
 # --- Faults planted in the PTX; make mutation has many more ---

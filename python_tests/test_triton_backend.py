@@ -312,3 +312,11 @@ def test_tuning_leaves_the_random_numbers_of_the_caller_alone(timer, monkeypatch
     assert autotune._tuned
     for one, other in zip(cold, two_calls(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_segment_is_a_whole_number_of_tiles():
+    for rows in configs.TABLE.values():
+        for tiles in rows.values():
+            for tile in autotune.candidates(tiles.project):
+                for width in (1, 257, 5000):
+                    assert launch.segment_columns(width) % tile.cols == 0

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conformance.problems import Problem
 from conftest import SIMULATED_GPU
-from ragged_calls import Ragged
 
 pytest.importorskip("triton")
 
@@ -68,12 +68,11 @@ def test_the_model_counts_every_byte_of_rows_by_owner(
     """But for those by which a program finds the owner of its rows."""
     device = replace(configs.device_of(torch.device("cpu")), multiprocessors=multiprocessors)
     monkeypatch.setattr(configs, "device_of", lambda _: device)
-    p = Ragged(sizes, k, n, r, dtype, behind=behind, ranks=ranks, weights=weight_dtype)
+    p = Problem.of_owners(dtype, sizes, k, n, r, behind=behind, ranks=ranks, weights=weight_dtype, alphas=(0.3, 0.6))
     counted = counting(monkeypatch, simulated_gpu)
-    _, z = p.forward("triton")
-    p.backward("triton", z)
-    p.backward("triton", z, need=(True, False, False))
-    p.backward("triton", z, dx=torch.zeros_like(p.x))
+    results = p.run(backend.BACKEND)
+    p.backward(backend.BACKEND, results, {"dx"})
+    p.backward(backend.BACKEND, results, dx=torch.zeros_like(p.x))
     assert len(counted) >= 12
     for entry, made in counted:
         assert_counted(entry, made, traffic.FINDING)

@@ -19,7 +19,7 @@ from afa_kernels.operator.activation import ACTIVATIONS, IDENTITY
 from afa_kernels.operator.options import Spec
 
 KINDS = ("lone", "owners", "shared")
-SEED = 77  # of dropout
+SEEDS = (77, 0, -1, 2**63 - 1, -(2**63), 123456789012345)  # of dropout
 
 # How a matrix, or those of all owners, may lie in memory: the shape of the memory, and which of it they are.
 LAYOUTS = {
@@ -73,11 +73,13 @@ class Problem:
     rows: Rows | None = None
     tf32: bool = False
     number: int = 0
+    dropout_seed: int = SEEDS[0]
     title: str = ""
 
     def __str__(self) -> str:
         shapes = "; ".join(
-            f"N={o.dy.shape[1]} r={o.a.shape[-2]} of {o.a.dtype} {o.spec} base={o.base is not None}" for o in self.outputs
+            f"N={o.dy.shape[1]} r={o.a.shape[-2]} of {o.a.dtype} {o.spec} base={o.base is not None}"
+            for o in self.outputs
         )
         return f"{self.title}: {self.kind} {self.x.dtype} {tuple(self.x.shape)} {shapes} {self.rows or ''}"
 
@@ -92,21 +94,60 @@ class Problem:
         masked = kind != "shared" and (number % 3 == 0 if dropout is None else dropout)
         if masked and not where.takes(dtype, rank, True):
             rank = min(rank, where.rank_classes[0])
-        threshold = draw.choice((13, 77, 230)) if masked else 0
-        lay = _Layouts(draw, where.layouts(dtype))
-        normal = _Normal(dtype)
-        problem = cls(kind, normal(m, k), [], tf32=name == "tf32", number=number, title=f"problem {number} on {where.name}")
-        count = {"lone": 1, "owners": draw.choice(where.owners), "shared": draw.choice((1, 2, 3))}[kind]
+        layouts = ["packed", *where.layouts(dtype)]
+        of_matrices = [name for name in layouts if name in LAYOUTS]
+        rows, ranks = None, [rank]
         if kind == "owners":
-            problem.rows = _rows(draw, m, count, rank)
-        ranks = where.shared_ranks(draw, count) if kind == "shared" else [rank]
+            rows = _random_rows(draw, m, draw.choice(where.owners), rank)
+        if kind == "shared":
+            ranks = where.shared_ranks(draw, draw.choice((1, 2, 3)))
+        names, outputs = [*sorted(ACTIVATIONS), IDENTITY], []
         for i, r in enumerate(ranks):
-            weights = normal.to(draw.choice((dtype, torch.float32)))
-            problem.outputs.append(_output(draw, weights, normal, problem, r, where.width(draw), threshold, number + i, lay))
-        rest = problem.behind()
-        problem.x[rest] = torch.nan
-        problem.x = placed(problem.x, lay())
+            of_weights = of_matrices if rows is None else layouts
+            outputs.append(output(
+                dtype, m, k, where.width(draw), r, rows,
+                weights=draw.choice((dtype, torch.float32, *where.wide_weights)),
+                dropout=draw.choice((13, 77, 230)) if masked else 0, activation=names[(number + i) % len(names)],
+                alphas=[draw.choice((0.0, 0.3, 0.7, 1.0)) for _ in range(1 if draw.random() < 0.5 else 9)],
+                scaling=draw.choice((0.5, 1.75, -2.0)),
+                base=draw.choice(("none", "matrix", "matrix", "row", "accumulated")), one_dy=draw.random() < 0.1,
+                layouts=[draw.choice(names) for names in (of_weights, of_weights, *[of_matrices] * 3)],
+            ))  # fmt: skip
+        # Small enough that an activation is nearly linear, and so large that each branch of it is reached.
+        scale = draw.choice((1.0, 1.0, 2.0, 1e-4 if dtype == torch.float32 else 1.0))
+        x = placed(_normal(dtype, m, k, scale=scale), draw.choice(of_matrices))
+        title = f"problem {number} on {where.name}"
+        problem = cls(kind, x, outputs, rows, name == "tf32", number, draw.choice(SEEDS), title)
+        x[problem.behind()] = torch.nan
         return problem if where.device.type == "cpu" else problem.on(where.device)
+
+    @classmethod
+    def of(cls, dtype, m: int, k: int, widths, ranks, *, weights=None, **options) -> "Problem":
+        """Return the call of one layer (``widths``, its N, and ``ranks`` are numbers), or of several that share x, with
+        weights of several dtypes and layouts unless one is given."""
+        x = _normal(dtype, m, k)
+        if isinstance(widths, int):
+            return cls("lone", x, [output(dtype, m, k, widths, ranks, None, weights=weights or dtype, **options)])
+        outputs = []
+        for i, (n, r) in enumerate(zip(widths, ranks, strict=True)):
+            own, layout = weights or (torch.float32, dtype)[i % 2], "packed"
+            if weights is None:
+                layout = ("packed", "columns apart", "rows at odd places")[i % 3]
+            varied = {"activation": ("silu", "gelu", IDENTITY)[i % 3], "alphas": [(0.3, 0.8, 0.3)[i % 3]]}
+            varied |= {"base": ("none", "row", "matrix")[i % 3], "layouts": [layout, layout, *["packed"] * 3]}
+            outputs.append(output(dtype, m, k, n, r, None, weights=own, scaling=1.5 - i, **(varied | options)))
+        return cls("shared", x, outputs)
+
+    @classmethod
+    def of_owners(cls, dtype, sizes, k: int, n: int, r: int, *, behind=0, ranks=None, weights=None, **options):
+        """Return a call whose owners have so many rows each, with rows ``behind`` them that no owner has."""
+        ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        rows = Rows(ends, None if ranks is None else torch.tensor(ranks, dtype=torch.int32), None)
+        m = sum(sizes) + behind
+        problem = cls("owners", _normal(dtype, m, k), [], rows)
+        problem.outputs = [output(dtype, m, k, n, r, rows, weights=weights or dtype, **options)]
+        problem.x[problem.behind()] = torch.nan
+        return problem
 
     def on(self, device: torch.device) -> "Problem":
         """Return the same problem, in the same places of memory, on another device."""
@@ -201,7 +242,11 @@ class Problem:
         return [Member(o.a, o.b, o.alpha_t, o.spec) for o in self.outputs]
 
     def seed(self) -> Tensor | None:
-        return torch.tensor(SEED, device=self.x.device) if self.outputs[0].spec.dropout else None
+        return torch.tensor(self.dropout_seed, device=self.x.device) if self.outputs[0].spec.dropout else None
+
+    def mask(self) -> dict:
+        """Return the mask of dropout and its rounded probability, if there is one."""
+        return mask_and_p(self.outputs[0].spec.dropout / 256, self.dropout_seed, self.x)
 
     # --- the same in torch ops
 
@@ -219,16 +264,16 @@ class Problem:
             zeros = torch.zeros_like(o.dy, dtype=x.dtype, requires_grad=True)
             ys.append((zeros if o.base is None else packed(o.base).to(x.dtype).requires_grad_()).clone())
             zs.append(x.new_zeros(len(x), o.a.shape[-2]))
-        for i, g, rows, own_a, own_b, alpha_t, scaling in self.branches():
-            rank, (a, b), spec = len(own_a), weights[i], self.outputs[i].spec
+        for i, g, rows, own_a, _, alpha_t, scaling in self.branches():
+            rank, (a, b), activation = len(own_a), weights[i], self.outputs[i].spec.activation
             if self.rows is not None:
                 a, b = a[g, :rank], b[g, :, :rank]
             if rank == 0 or rows.start == rows.stop:
                 continue
-            mask = mask_and_p(spec.dropout / 256, SEED, self.x)
+            mask = self.mask()
             mask |= {"mask": there(mask["mask"][rows])} if mask else {}
             own = [there(t) for t in (x[rows], a, b)]
-            activation = next(iter(ACTIVATIONS)) if spec.activation == IDENTITY else spec.activation
+            activation = next(iter(ACTIVATIONS)) if activation == IDENTITY else activation
             y = eager(*own, alpha_t, activation=activation, scaling=scaling, base=there(ys[i][rows]), **mask)
             dropped = own[0] * mask["mask"] / (1 - mask["p"]) if mask else own[0]
             z = F.linear(packed(dropped), packed(own[1].to(x.dtype)))
@@ -242,10 +287,12 @@ class Problem:
         return found
 
     def check(self, got: dict[str, Tensor]) -> None:
-        """Compare with float64 by the project's rule; z is rounded to the dtype of x."""
-        rounded = _without_13_bits if self.tf32 else lambda t: t
-        truth = self.plain(torch.float64)
-        assert_accurate(got, truth, lambda order: self.plain(None, order, rounded), self.x.dtype, str(self))
+        """Compare with float64 by the project's rule."""
+        assert_accurate(got, self.plain(torch.float64), self.in_order, self.x.dtype, str(self))
+
+    def in_order(self, order) -> dict[str, Tensor]:
+        """Return what torch gives in the dtype of the problem, which is what its accuracy is measured by."""
+        return self.plain(None, order, _without_13_bits if self.tf32 else lambda t: t)
 
     # --- parts of it
 
@@ -261,7 +308,8 @@ class Problem:
     def of_rows(self, rows: slice) -> "Problem":
         """Return the call of some rows of a lone branch, or of layers that share x."""
         outputs = [
-            replace(o, dy=o.dy[rows], base=None if o.base is None else o.base[rows], layout="packed") for o in self.outputs
+            replace(o, dy=o.dy[rows], base=None if o.base is None else o.base[rows], layout="packed")
+            for o in self.outputs
         ]
         return replace(self, x=self.x[rows], outputs=outputs)
 
@@ -304,27 +352,7 @@ def _without_13_bits(t: Tensor) -> Tensor:
     return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
-class _Normal:
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
-
-    def to(self, dtype: torch.dtype) -> "_Normal":
-        return _Normal(dtype)
-
-    def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, dtype=torch.float64) * scale).to(self.dtype)
-
-
-class _Layouts:
-    def __init__(self, draw: random.Random, allowed: tuple[str, ...]):
-        self.draw, self.allowed = draw, allowed
-
-    def __call__(self, *, owners: bool = False) -> str:
-        every = [name for name in (OF_OWNERS if owners else LAYOUTS) if name in self.allowed]
-        return self.draw.choice(["packed", *every])
-
-
-def _rows(draw: random.Random, rows: int, owners: int, rank: int) -> Rows:
+def _random_rows(draw: random.Random, rows: int, owners: int, rank: int) -> Rows:
     rows -= draw.choice((0, 0, 0, min(rows, 3), rows // 2, rows))
     kind = draw.choice(("even", "skewed", "random"))
     ends = [rows // owners * (g + 1) for g in range(owners)]
@@ -342,29 +370,38 @@ def _rows(draw: random.Random, rows: int, owners: int, rank: int) -> Rows:
     )
 
 
-def _output(draw, weights, normal, problem: Problem, r: int, n: int, threshold: int, number: int, lay) -> Output:
-    (m, k), rows = problem.x.shape, problem.rows
-    owners = () if rows is None else (len(rows.offsets),)
-    a, b = weights(*owners, r, k, scale=k**-0.5), weights(*owners, n, r, scale=r**-0.5)
+def _normal(dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
+
+
+def output(
+    dtype: torch.dtype, m: int, k: int, n: int, r: int, rows: Rows | None, *, weights: torch.dtype, dropout: int = 0,
+    activation: str = "silu", alphas=(0.3,), scaling: float = 1.5, base: str = "matrix", one_dy: bool = False,
+    layouts=("packed",) * 5,
+) -> Output:  # fmt: skip
+    """Return what makes one result, with the layouts of A, B, the base, dy and the result. ``alphas`` go round the
+    owners; A and B are never 0, with which any kernel is right, and ``one_dy`` is for all rows."""
+    owners, behind = (), slice(m, m)
+    if rows is not None:
+        owners, behind = (len(rows.offsets),), slice(int(rows.offsets[-1]), m)
+    a, b = _normal(weights, *owners, r, k, scale=k**-0.5), _normal(weights, *owners, n, r, scale=r**-0.5)
     if rows is not None and rows.ranks is not None:
         for g, rank in enumerate(rows.ranks.tolist()):
             a[g, rank:], b[g, :, rank:] = torch.nan, torch.nan
-    a, b = placed(a, lay(owners=bool(owners))), placed(b, lay(owners=bool(owners)))
-    names = [*sorted(ACTIVATIONS), IDENTITY]
-    activation, alpha_t = names[number % len(names)], None
+    alpha_t = None
     if activation != IDENTITY:
-        alpha_t = torch.tensor([draw.choice((0.0, 0.3, 0.7, 1.0)) for _ in range(*(owners or (1,)))])
-        alpha_t = alpha_t[:1].expand(owners) if owners and draw.random() < 0.5 else alpha_t.view(owners)
-    spec = Spec(activation, draw.choice((0.5, 1.75, -2.0)), threshold)
-    base, dy = normal(m, n), normal(m, n)
-    kind = draw.choice(("none", "matrix", "matrix", "row", "accumulated"))
-    if kind == "row":
-        base = base[:1].clone().expand(m, n)
-    else:
-        base = None if kind == "none" else placed(base, lay())
-    if draw.random() < 0.1 and problem.behind().start == m:
+        alpha_t = torch.tensor(alphas[0])
+        if owners:
+            each = [alphas[g % len(alphas)] for g in range(*owners)]
+            alpha_t = alpha_t.expand(owners) if len(alphas) == 1 else torch.tensor(each)
+    whole, dy = _normal(dtype, m, n), _normal(dtype, m, n)
+    if one_dy and behind.start == m:
         dy = dy[:1].clone().expand(m, n)
     else:
-        dy[problem.behind()] = torch.nan
-        dy = placed(dy, lay())
-    return Output(a, b, alpha_t, spec, base, kind == "accumulated", dy, lay() if draw.random() < 0.3 else "packed")
+        dy[behind] = torch.nan
+        dy = placed(dy, layouts[3])
+    whole = whole[:1].clone().expand(m, n) if base == "row" else placed(whole, layouts[2])
+    return Output(
+        placed(a, layouts[0]), placed(b, layouts[1]), alpha_t, Spec(activation, scaling, dropout),
+        None if base == "none" else whole, base == "accumulated", dy, layouts[4],
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """All that the PTX machine proves of the compiled kernels: random problems, and faults planted in PTX and in source.
 
-``python python_tests/ptx_machine/tests/check.py --problems 300 --by-owner 100 --planted 144``, for each compiler and
-architecture (or for those that are named; rows by owner are Triton's alone). ``--only`` runs one of the two. Ends with
+``python python_tests/ptx_machine/tests/check.py --problems 300 --others 100 --planted 144``, for each compiler and
+architecture (or for those that are named). ``--only`` runs one of the two. Ends with
 figures; exit status 1 if anything was wrong.
 """
 
@@ -19,6 +19,7 @@ from mutants import MUTANTS
 HERE = Path(__file__).resolve().parent
 TARGETS = ("triton-sm_90", "triton-sm_80", "nvcc-sm_90", "nvcc-sm_80")  # the slow ones first
 PART = 100  # problems of one process
+KINDS = {"nvcc": "shared", "triton": "owners"}  # beside lone calls
 SOURCE_FAULTS, SOURCE_PART = len(MUTANTS), 14  # of one process
 
 
@@ -46,10 +47,9 @@ def run(script: str, *arguments: str) -> tuple[bool, dict]:
 def commands(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
     """Return the processes to run."""
     problems = [
-        ("problems.py", target, "--first", str(first), "--count", str(min(PART, count - first)), *kind)
+        ("problems.py", target, "--first", str(first), "--count", str(min(PART, count - first)), "--kind", kind)
         for target in arguments.targets
-        for count, *kind in ((arguments.problems,), (arguments.by_owner, "--by-owner"))
-        if not kind or target.startswith("triton")
+        for kind, count in (("lone", arguments.problems), (KINDS[target.partition("-")[0]], arguments.others))
         for first in range(0, count, PART)
     ]
     faults = [
@@ -70,10 +70,12 @@ def main() -> int:
     targets = present()
     parser.add_argument("targets", nargs="*", default=targets, help="of " + ", ".join(TARGETS))
     parser.add_argument("--problems", type=int, default=300, help="per target")
-    parser.add_argument("--by-owner", type=int, default=100, help="problems of rows by owner, per target of Triton")
+    parser.add_argument(
+        "--others", type=int, default=100, help="problems of rows by owner (Triton), of layers that share x (nvcc)"
+    )
     parser.add_argument("--planted", type=int, default=144, help="per target")
     parser.add_argument(
-        "--quick", action="store_true", help="20 problems, 8 by owner and 12 faults per target, 8 in the source"
+        "--quick", action="store_true", help="20 problems, 8 others and 12 faults per target, 8 in the source"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the places of faults")
     parser.add_argument("--only", choices=("", "problems", "mutation"), default="")
@@ -83,7 +85,7 @@ def main() -> int:
         if target not in targets:
             print(f"{target}: not part of this build, which found no nvcc")
     if arguments.quick:
-        arguments.problems, arguments.by_owner, arguments.planted = 20, 8, 12
+        arguments.problems, arguments.others, arguments.planted = 20, 8, 12
     with ThreadPoolExecutor(arguments.jobs) as pool:
         done = list(pool.map(lambda command: run(*command), commands(arguments)))
     every = [figures for _, figures in done]

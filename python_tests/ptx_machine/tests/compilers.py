@@ -12,13 +12,12 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[3] / folder) for folder in ("", "python_tests")]
 
 import ptx_cuda  # noqa: E402
-from cuda_groups import Group  # noqa: E402
-from helpers import Problem, poisoned_memory  # noqa: E402
+from conformance.problems import Problem  # noqa: E402
+from conformance.targets import tf32  # noqa: E402
+from helpers import poisoned_memory  # noqa: E402
 from ptx_cuda import _cuda_on_ptx  # noqa: E402
-from ragged_calls import Ragged  # noqa: E402
 
 from afa_kernels.backend import choice  # noqa: E402
-from afa_kernels.operator.options import Spec  # noqa: E402
 
 Results = list[torch.Tensor]
 
@@ -46,20 +45,13 @@ class Kernel:
         return [tensor for call in self.calls for tensor in call()]
 
 
-def call(backend: str, shape: tuple[int, int, int], rank: int, dtype: torch.dtype, adapter: torch.dtype, dropout: int):
+def call(
+    backend: str, shape: tuple[int, int, int], rank: int, dtype: torch.dtype, adapter: torch.dtype, dropout: int
+) -> Callable[[], Results]:
     """Return a forward and backward of a backend as a function without arguments."""
     torch.manual_seed(1)
-    p = Problem.random(*shape, rank, dtype, adapter_dtype=adapter)
-    alpha_t, seed, spec = torch.tensor(0.3), torch.tensor(5), Spec("silu", 1.5, dropout)
-    operands = (p.x, p.lora_a, p.lora_b)
-
-    def run() -> Results:
-        kernels, y = choice.get(backend), torch.full_like(p.base, torch.nan)
-        z = kernels.forward(*operands, alpha_t, seed, spec, base=p.base, out=y, save_z=True)
-        gradients = kernels.backward(p.dy, *operands, z, alpha_t, seed, spec, need_dx=True, need_da=True, need_db=True)
-        return [y, *gradients]
-
-    return run
+    problem = Problem.of(dtype, *shape, rank, weights=adapter, dropout=dropout)
+    return lambda: list(problem.run(choice.get(backend)).values())
 
 
 def call_by_owner(
@@ -70,30 +62,24 @@ def call_by_owner(
     own."""
     torch.manual_seed(1)
     ranks = [max(1, rank // (1 + g)) for g in range(len(sizes))] if dropout else None
-    given = {"behind": 3, "ranks": ranks, "weights": adapter, "dropout": dropout / 256, "activation": "relu"}
-    p = Ragged(sizes, *width, rank, dtype, **given)
+    given = {"behind": 3, "ranks": ranks, "weights": adapter, "dropout": dropout, "activation": "relu"}
+    p = Problem.of_owners(dtype, sizes, *width, rank, alphas=(0.2, 0.7, 0.9), **given)
     old_dx = torch.randn_like(p.x)  # no two elements alike, so that one in another's place shows
 
     def run() -> Results:
+        results = p.run(choice.get(backend))
         with poisoned_memory():
-            y, z = p.forward(backend)
-            return [y, *p.backward(backend, z), *p.backward(backend, z, dx=old_dx.clone())]
+            added = p.backward(choice.get(backend), results, dx=old_dx.clone())
+        return [*results.values(), *added.values()]
 
     return run
 
 
-def group_call(dtype: torch.dtype, ranks: tuple[int, ...]) -> Callable[[], Results]:
+def shared_call(dtype: torch.dtype, ranks: tuple[int, ...]) -> Callable[[], Results]:
     """Return a forward and backward of layers that share x, on nvcc's kernels."""
     torch.manual_seed(1)
-    group = Group(75, 136, (136, 264, 72)[: len(ranks)], ranks, dtype)
-
-    def run() -> Results:
-        with poisoned_memory():
-            ys, zs = group.forward()
-            dx, das, dbs = group.backward(zs)
-        return [*ys, dx, *das, *dbs]
-
-    return run
+    problem = Problem.of(dtype, 75, 136, (136, 264, 72)[: len(ranks)], ranks)
+    return lambda: list(problem.run(ptx_cuda.kernels).values())
 
 
 class Nvcc:
@@ -125,7 +111,7 @@ class Nvcc:
                 full, padded = (rank, dtype, dtype), (rank - 3, dtype, torch.float32)
                 for *shape, dropout in self.shapes:
                     calls.append(call(ptx_cuda.NAME, *shape, *(padded if dropout else full), dropout))
-            calls += [group_call(dtype, ranks) for ranks in ((16, 7), (16, 16, 13))]
+            calls += [shared_call(dtype, ranks) for ranks in ((16, 7), (16, 16, 13))]
         _cuda_on_ptx.take_launches()
         reached: dict[str, list] = {}
         needed: dict[str, dict[str, set[int]]] = {}
@@ -162,7 +148,7 @@ class Triton:
     A tile that an owner does not fill has rows in each 16 of 64, the step of a product: a step with none is all zeros,
     and no fault in it shows.
 
-    Where Triton's pipeline has a race (ptx_problems.RACE), no kernel is sound, and no such tiles are taken.
+    Where Triton's pipeline has a race (conformance/targets.py), no kernel is sound, and no such tiles are taken.
     """
 
     shapes = (((64, 256, 256), 0), ((330, 528, 272), 0), ((75, 137, 200), 77))
@@ -185,23 +171,21 @@ class Triton:
     def __exit__(self, *exception):
         self.simulation.__exit__(*exception)
 
-    def _in_tiles(self, run: Callable[[], Results], tf32: bool, rank: int, itemsize: int, multiprocessors: int):
+    def _in_tiles(
+        self, run: Callable[[], Results], on_tensor_cores: bool, rank: int, itemsize: int, multiprocessors: int
+    ):
         from afa_kernels.backend.triton import autotune, configs
 
         tiles = replace(configs.table_tiles(self.arch, itemsize, rank), chunks=1)
         device = replace(configs.device_of(torch.device("cpu")), multiprocessors=multiprocessors)
 
         def in_tiles() -> Results:
-            matmul = torch.backends.cuda.matmul
-            before, matmul.allow_tf32 = matmul.allow_tf32, tf32
-            try:
-                with (
-                    mock.patch.object(autotune, "tiles", lambda *_: tiles),
-                    mock.patch.object(configs, "device_of", lambda _: device),
-                ):
-                    return run()
-            finally:
-                matmul.allow_tf32 = before
+            with (
+                mock.patch.object(autotune, "tiles", lambda *_: tiles),
+                mock.patch.object(configs, "device_of", lambda _: device),
+                tf32(on_tensor_cores),
+            ):
+                return run()
 
         return in_tiles
 

@@ -15,31 +15,29 @@ os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: it compiles
 sys.path[:0] = [str(Path(__file__).resolve().parents[3] / folder) for folder in ("", "python_tests")]
 
 import ptx_cuda  # noqa: E402
-import ptx_problems  # noqa: E402
 import torch  # noqa: E402
-from ptx_ragged_problems import RandomRaggedProblem  # noqa: E402
+from conformance.properties import PROPERTIES, check  # noqa: E402
+from conformance.targets import ON_PTX, on_ptx  # noqa: E402
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=ptx_problems.TARGETS)
+    parser.add_argument("target", choices=[f"{compiler}-{arch}" for compiler in ON_PTX for arch in ptx_cuda.DEVICES])
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--first", type=int, default=0, help="the number of the first problem")
-    parser.add_argument("--by-owner", action="store_true", help="of rows by owner, for a target of Triton")
+    parser.add_argument("--kind", default="lone", help="owners: rows by owner; shared: layers that share x")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # several of these processes run side by side
     ptx_cuda.register()
-    where = ptx_problems.target(arguments.target)
-    kind = RandomRaggedProblem if arguments.by_owner else ptx_problems.RandomProblem
+    where = on_ptx(arguments.target)
     kernels, schedules, known, wrong = set(), 0, 0, 0
     with where.running():
         for number in range(arguments.first, arguments.first + arguments.count):
-            problem = kind(where, number)
             try:
-                known += problem.check_or_known()
+                known += check(where, arguments.kind, PROPERTIES[0], number)
             except (AssertionError, RuntimeError) as error:
                 wrong += 1
-                print(f"WRONG  {problem}\n    {error}", flush=True)
+                print(f"WRONG  {arguments.kind} problem {number}\n    {error}", flush=True)
             launched = where.take_kernels()
             kernels |= set(launched)
             schedules += len(launched)

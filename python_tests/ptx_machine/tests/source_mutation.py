@@ -21,13 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch  # noqa: E402
 from compilers import Nvcc, Results, entries  # noqa: E402
-from cuda_groups import Group  # noqa: E402
-from helpers import Problem, poisoned_memory  # noqa: E402
+from conformance.problems import Problem  # noqa: E402
 from mutants import MUTANTS, Mutant  # noqa: E402
 from mutation import same  # noqa: E402
-from ptx_cuda import _cuda_on_ptx, forward_and_backward  # noqa: E402
-
-from afa_kernels.operator.options import Spec  # noqa: E402
+from ptx_cuda import _cuda_on_ptx, kernels  # noqa: E402
 
 CSRC = Path(__file__).resolve().parents[3] / "csrc"
 KERNELS = "cuda/kernels"
@@ -68,25 +65,17 @@ class Case:
     """A forward and a backward of one layer, or of several that share x."""
 
     def __init__(self, m, k, n, r, dtype=torch.bfloat16, weights=None, dropout=0, row=False, **limits):
-        self.shape, self.dropout, self.limits = (m, k, n, r), dropout, limits
+        self.shape, self.limits = (m, k, n, r), limits
         self.right: Results = []
         torch.manual_seed(1)
-        if isinstance(n, tuple):
-            self.problem = Group(m, k, n, r, dtype, float_weights=weights == torch.float32)
-        else:
-            self.problem = Problem.random(m, k, n, r, dtype, adapter_dtype=weights or dtype)
-            if row:
-                self.problem.base = self.problem.base[:1].expand(m, n)
+        options = {} if isinstance(n, tuple) else {"dropout": dropout, "base": "row" if row else "matrix"}
+        if isinstance(n, int) or weights is not None:
+            options["weights"] = weights or dtype
+        self.problem = Problem.of(dtype, m, k, n, r, **options)
 
     def run(self) -> Results:
         _cuda_on_ptx.runtime.set_limits(**self.limits)
-        with poisoned_memory():
-            if isinstance(self.problem, Group):
-                ys, zs = self.problem.forward()
-                dx, das, dbs = self.problem.backward(zs)
-                return [*ys, *zs, dx, *das, *dbs]
-            seed, spec = torch.tensor(5) if self.dropout else None, Spec("silu", 1.5, self.dropout)
-            return forward_and_backward(self.problem, seed=seed, spec=spec)
+        return list(self.problem.run(kernels).values())
 
 
 def cases() -> list[Case]:
