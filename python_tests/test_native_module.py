@@ -160,7 +160,7 @@ WIDTHS, RANKS = (90, 70, 130), (16, 3, 17)
 
 
 def fields_of(widths, ranks):
-    """Return x and a valid tuple for each layer of cpu_group_forward and of cpu_group_backward."""
+    """Return x and a valid tuple for each layer of cpu_shared_forward and of cpu_shared_backward."""
     problem = Problem.of(torch.float32, 7, 70, widths, ranks, weights=torch.float32)
     second = problem.outputs[1]
     second.alpha_t, second.spec = None, second.spec._replace(activation=IDENTITY)
@@ -193,42 +193,42 @@ BAD_MEMBERS = [
 def test_a_bad_member_is_an_error(i, value, error, match):
     x, forward, backward = fields_of(WIDTHS, RANKS)
     with pytest.raises(error, match=match):
-        compiled._C.cpu_group_forward(x, 2, broken(forward, i, value))
+        compiled._C.cpu_shared_forward(x, 2, broken(forward, i, value))
     with pytest.raises(error, match=match):
-        compiled._C.cpu_group_backward(x, 2, broken(backward, i, value), None, False)
+        compiled._C.cpu_shared_backward(x, 2, broken(backward, i, value), None, False)
 
 
 def test_bad_groups_are_errors():
     x, forward, backward = fields_of(WIDTHS, RANKS)
     calls = (
-        (lambda: compiled._C.cpu_group_forward(x, 2, ()), "at least one"),
-        (lambda: compiled._C.cpu_group_forward(x, 2, (forward[0][:7],)), "tuples of 8"),
-        (lambda: compiled._C.cpu_group_forward(x, 2, (7,)), "tuples of 8"),
-        (lambda: compiled._C.cpu_group_forward(x, 2, 7), "incompatible"),
-        (lambda: compiled._C.cpu_group_forward(x.double(), 2, tuple(forward)), "do not take float64"),
-        (lambda: compiled._C.cpu_group_forward(x, 2, broken(forward, 6, None)), "out: expected a torch.Tensor"),
-        (lambda: compiled._C.cpu_group_forward(x, 2, broken(forward, 6, x[:, :3])), r"out: expected shape \(7, 70\)"),
-        (lambda: compiled._C.cpu_group_forward(x, 2, broken(forward, 7, x[:, :3])), "z: expected a contiguous tensor"),
-        (lambda: compiled._C.cpu_group_forward(x, 2, broken(forward, 5, x.double())), "base: expected the dtype"),
-        (lambda: compiled._C.cpu_group_backward(x, 2, broken(backward, 8, x)), r"incompatible"),
-        (lambda: compiled._C.cpu_group_backward(x, 2, broken(backward, 8, x), None, False), r"db: expected shape"),
-        (lambda: compiled._C.cpu_group_backward(x, 2, broken(backward, 5, None), None, False), "dy: expected"),
+        (lambda: compiled._C.cpu_shared_forward(x, 2, ()), "at least one"),
+        (lambda: compiled._C.cpu_shared_forward(x, 2, (forward[0][:7],)), "tuples of 8"),
+        (lambda: compiled._C.cpu_shared_forward(x, 2, (7,)), "tuples of 8"),
+        (lambda: compiled._C.cpu_shared_forward(x, 2, 7), "incompatible"),
+        (lambda: compiled._C.cpu_shared_forward(x.double(), 2, tuple(forward)), "do not take float64"),
+        (lambda: compiled._C.cpu_shared_forward(x, 2, broken(forward, 6, None)), "out: expected a torch.Tensor"),
+        (lambda: compiled._C.cpu_shared_forward(x, 2, broken(forward, 6, x[:, :3])), r"out: expected shape \(7, 70\)"),
+        (lambda: compiled._C.cpu_shared_forward(x, 2, broken(forward, 7, x[:, :3])), "z: expected a contiguous tensor"),
+        (lambda: compiled._C.cpu_shared_forward(x, 2, broken(forward, 5, x.double())), "base: expected the dtype"),
+        (lambda: compiled._C.cpu_shared_backward(x, 2, broken(backward, 8, x)), r"incompatible"),
+        (lambda: compiled._C.cpu_shared_backward(x, 2, broken(backward, 8, x), None, False), r"db: expected shape"),
+        (lambda: compiled._C.cpu_shared_backward(x, 2, broken(backward, 5, None), None, False), "dy: expected"),
         (
-            lambda: compiled._C.cpu_group_backward(x, 2, broken(backward, 6, None), None, False),
+            lambda: compiled._C.cpu_shared_backward(x, 2, broken(backward, 6, None), None, False),
             "z: expected a torch.Tensor, got None",
         ),
         (
-            lambda: compiled._C.cpu_group_backward(x, 2, tuple(backward), x[:, :3], False),
+            lambda: compiled._C.cpu_shared_backward(x, 2, tuple(backward), x[:, :3], False),
             r"dx: expected shape \(7, 70\)",
         ),
-        (lambda: compiled._C.cpu_group_backward(x, 2, tuple(backward), x.T.contiguous().T, False), "contiguous"),
+        (lambda: compiled._C.cpu_shared_backward(x, 2, tuple(backward), x.T.contiguous().T, False), "contiguous"),
     )
     for call, match in calls:
         with pytest.raises((TypeError, ValueError), match=match):
             call()
     wide = fields_of((9, 9), (100, 100))[1]
     with pytest.raises(ValueError, match="ranks of at most 256 together"):
-        compiled._C.cpu_group_forward(x, 2, (*wide, *wide))
+        compiled._C.cpu_shared_forward(x, 2, (*wide, *wide))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from afa_kernels.operator.activation import COMPILED_IDS
 OTHER_VERSION = "the compiled module afa_kernels._C is of another version of this package"
 # All that the package uses of the module, and of its CUDA part where it has one.
 _NAMES = (
-    "activation_ids", "are_plain", "build_info", "cpu_features", "cpu_group_backward", "cpu_group_forward",
+    "activation_ids", "are_plain", "build_info", "cpu_features", "cpu_shared_backward", "cpu_shared_forward",
     "cpu_backward", "cpu_backward_by_owner", "cpu_forward", "cpu_forward_by_owner", "cpu_isa", "cpu_isas",
-    "environment", "float_at", "recognizes_group", "recognizes_linear", "recognizes_lora", "use_torch",
+    "environment", "float_at", "recognizes_shared", "recognizes_linear", "recognizes_lora", "use_torch",
 )  # fmt: skip
 _CUDA_NAMES = (
     "backward", "backward_workspace", "device_limits", "forward", "forward_workspace", "kernel_image_failure",
@@ -52,10 +52,10 @@ def _recognizes_nothing(*_operands: object) -> bool:
 
 # Whether operands are ordinary tensors on the CPU or on a CUDA device (None counts as one), and whether they pass the
 # checks of checks.py. False means only: not recognized.
-are_plain = recognizes_lora = recognizes_linear = recognizes_group = _recognizes_nothing
+are_plain = recognizes_lora = recognizes_linear = recognizes_shared = _recognizes_nothing
 if _C is not None:
     are_plain, recognizes_lora = _C.are_plain, _C.recognizes_lora
-    recognizes_linear, recognizes_group = _C.recognizes_linear, _C.recognizes_group
+    recognizes_linear, recognizes_shared = _C.recognizes_linear, _C.recognizes_shared
 
 
 def environment(name: str) -> str | None:

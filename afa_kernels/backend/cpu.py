@@ -111,7 +111,7 @@ class CPUBackend(Backend):
             z = x.new_empty((x.shape[0], a.shape[0])) if save_z else None
             zs.append(z)
             fields.append((a, b, alpha_t, COMPILED_IDS[spec.activation], spec.scaling, base, out, z))
-        compiled._C.cpu_group_forward(x, torch.get_num_threads(), tuple(fields))
+        compiled._C.cpu_shared_forward(x, torch.get_num_threads(), tuple(fields))
         return zs if save_z else None
 
     def backward_shared(self, dys, x, members, zs, *, need_dx, need_da, need_db, dx=None):
@@ -122,7 +122,7 @@ class CPUBackend(Backend):
             das.append(da)
             dbs.append(db)
             fields.append((a, b, alpha_t, COMPILED_IDS[spec.activation], spec.scaling, dys[i], z, da, db))
-        compiled._C.cpu_group_backward(x, torch.get_num_threads(), tuple(fields), dx, accumulate_dx)
+        compiled._C.cpu_shared_backward(x, torch.get_num_threads(), tuple(fields), dx, accumulate_dx)
         return dx, das, dbs
 
 

@@ -79,7 +79,7 @@ def may_be_direct(*operands: Tensor | None) -> bool:
 
 def group(x: Tensor, layers: list[tuple[Tensor, Tensor | None, Tensor, Tensor]]) -> bool:
     """:func:`linear` of x and each of the layers (weight, bias, A, B)."""
-    if not torch_private.operators_are_watched() and compiled.recognizes_group(x, layers):
+    if not torch_private.operators_are_watched() and compiled.recognizes_shared(x, layers):
         return True
     return all([linear(x, *layer) for layer in layers])  # a list, so that every layer is checked
 

@@ -34,7 +34,7 @@ class Calls(NamedTuple):
 def fitting(members: list[LinearCall], x: Tensor) -> tuple[Calls | None, str | None]:
     """Return ``members`` as what computes together on x, or None and the reason why they do not fit."""
     recognized = not autocast_may_be_on() and not operators_are_watched()
-    recognized = recognized and compiled.recognizes_group(x, members)
+    recognized = recognized and compiled.recognizes_shared(x, members)
     first = members[0].options
     for weight, bias, lora_a, lora_b, _, options in members:
         if options.spec.dropout:

@@ -134,7 +134,7 @@ void cpu_backward(py::handle x, py::handle a, py::handle b, py::handle alpha_t, 
     afa::cpu::backward(p);
 }
 
-// The members of a group, from a tuple (a, b, alpha_t, activation, scaling, ...) for each: the
+// The members on one x, from a tuple (a, b, alpha_t, activation, scaling, ...) for each: the
 // fields of member_of, then those of set_results.
 template <class Member, size_t kFields>
 std::vector<Member> members_of(const afa::cpu::CommonParams& p, const py::tuple& tuples) {
@@ -162,7 +162,7 @@ std::vector<Member> members_of(const afa::cpu::CommonParams& p, const py::tuple&
 }
 
 // Members: (a, b, alpha_t, activation, scaling, base, out, z).
-void cpu_group_forward(py::handle x, int threads, const py::tuple& tuples) {
+void cpu_shared_forward(py::handle x, int threads, const py::tuple& tuples) {
     auto p = common<afa::cpu::ForwardParams>(x, py::none(), 0, threads);
     const auto members = members_of<afa::cpu::ForwardMember, 8>(p, tuples);
     p.members = members.data();
@@ -172,7 +172,7 @@ void cpu_group_forward(py::handle x, int threads, const py::tuple& tuples) {
 }
 
 // Members: (a, b, alpha_t, activation, scaling, dy, z, da, db).
-void cpu_group_backward(py::handle x, int threads, const py::tuple& tuples, py::handle dx,
+void cpu_shared_backward(py::handle x, int threads, const py::tuple& tuples, py::handle dx,
                         bool accumulate_dx) {
     auto p = common<afa::cpu::BackwardParams>(x, py::none(), 0, threads);
     const auto members = members_of<afa::cpu::BackwardMember, 9>(p, tuples);
@@ -220,7 +220,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("are_plain", &afa::are_plain);
     module.def("recognizes_lora", &afa::recognizes_lora);
     module.def("recognizes_linear", &afa::recognizes_linear);
-    module.def("recognizes_group", &afa::recognizes_group);
+    module.def("recognizes_shared", &afa::recognizes_shared);
     module.def(
         "float_at", [](py::handle t) { return *scalar<float>(t, "tensor", afa::Element::f32); },
         "The value of a 0-dim float32 CPU tensor.");
@@ -236,8 +236,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("cpu_features", &afa::cpu::machine_features, "Vector features of this machine.");
     module.def("cpu_forward", &cpu_forward);
     module.def("cpu_backward", &cpu_backward);
-    module.def("cpu_group_forward", &cpu_group_forward);
-    module.def("cpu_group_backward", &cpu_group_backward);
+    module.def("cpu_shared_forward", &cpu_shared_forward);
+    module.def("cpu_shared_backward", &cpu_shared_backward);
     bind_by_owner(module);
     module.def("activation_ids", &activation_ids, "Name -> id of every activation.");
     module.def("dropout_mask", &dropout_mask, py::arg("out"), py::arg("rows"), py::arg("cols"),

@@ -68,7 +68,7 @@ bool recognizes_linear(py::handle x, py::handle weight, py::handle bias, py::han
                               biases.dimensions == 1 && biases.sizes[0] == n);
 }
 
-bool recognizes_group(py::handle x, const py::list& layers) {
+bool recognizes_shared(py::handle x, const py::list& layers) {
     return std::all_of(layers.begin(), layers.end(), [&](py::handle layer) {
         PyObject* tuple = layer.ptr();
         if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) < 4)

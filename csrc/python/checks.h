@@ -21,6 +21,6 @@ bool recognizes_linear(pybind11::handle x, pybind11::handle weight, pybind11::ha
                        pybind11::handle a, pybind11::handle b);
 
 // recognizes_linear of x and each layer: tuples that begin with weight, bias, A and B.
-bool recognizes_group(pybind11::handle x, const pybind11::list& layers);
+bool recognizes_shared(pybind11::handle x, const pybind11::list& layers);
 
 }  // namespace afa
