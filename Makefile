@@ -194,7 +194,8 @@ mutation: build-tests  ## plants faults in the source of the CUDA kernels and in
 
 .PHONY: ptx-check
 ptx-check: build-tests  ## compiled kernels on the PTX machine: random problems, schedules, faults planted in the PTX
-	$(RUN) -m pytest python_tests/test_ptx_*.py python_tests/test_numerics.py -k ptx
+	$(RUN) -m pytest python_tests/test_ptx_*.py
+	$(RUN) -m pytest python_tests/conformance -k nvcc
 	for arch in sm_80 sm_90; do \
 		OMP_NUM_THREADS=1 AFA_TEST_SIMULATED_GPU=$$arch $(RUN) -m pytest python_tests/test_numerics.py -k triton || exit 1; \
 	done

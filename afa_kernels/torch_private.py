@@ -9,6 +9,7 @@ from operator import or_
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -137,9 +138,20 @@ def has_grouped_mm() -> bool:
     return _grouped_mm is not None
 
 
-def grouped_mm(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
-    """Return torch's ``grouped_mm``."""
-    return _grouped_mm(rows, matrices, offs=offsets)
+def grouped_mm(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """Return torch's ``grouped_mm`` of operands of any size: those whose rows lie in one place, or do not begin at
+    multiples of 16 bytes, which torch refuses, are copied."""
+    return _grouped_mm(_at_16_bytes(left), _at_16_bytes(right), offs=offsets)
+
+
+def _at_16_bytes(t: Tensor) -> Tensor:
+    if t.stride(-1) != 1 and t.stride(-2) == 1:
+        return _at_16_bytes(t.mT).mT
+    unit, columns = 16 // t.element_size(), t.shape[-1]
+    apart = (*t.stride()[:-1], t.storage_offset())
+    if t.stride(-1) == 1 and t.stride(-2) >= columns and not any(distance % unit for distance in apart):
+        return t
+    return F.pad(t, (0, unit - columns % unit))[..., :columns]
 
 
 def has_fast_gemm(dtype: torch.dtype) -> bool:

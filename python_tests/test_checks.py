@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from ragged_helpers import Ragged
+from rows_by_owner import ByOwner
 
 import afa_kernels as afa
 from afa_kernels.backend import compiled
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.fast
 M, K, N, R = 3, 8, 6, 2
 
 
-RECOGNIZERS = ("recognizes_lora", "recognizes_linear", "recognizes_group")
+RECOGNIZERS = ("recognizes_lora", "recognizes_linear", "recognizes_shared")
 
 
 @pytest.fixture(autouse=True, params=["native", "python"])
@@ -246,7 +246,7 @@ def test_what_is_right_passes_and_is_recognized(shape, dtype, recognizer):
     if recognizer == "native" and compiled._C is not None and compiled._C.has_exchange_table():
         assert compiled.recognizes_lora(x, a, b, base) and compiled.recognizes_lora(x, a, b, None)
         assert compiled.recognizes_linear(x, weight, bias, a, b) and compiled.recognizes_linear(x, weight, None, a, b)
-        assert compiled.recognizes_group(x, layers)
+        assert compiled.recognizes_shared(x, layers)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_what_is_right_passes_and_is_recognized(shape, dtype, recognizer):
 )
 def test_transforms_of_torch_func_are_refused(transform):
     """Whether anything requires grad or not; a part of a tangent would be lost in silence."""
-    p = Ragged.random((2, 3), 8, 5, 2)
+    p = ByOwner.random((2, 3), 8, 5, 2)
     stack = afa.AFALinearStack(torch.nn.Linear(8, 5), {"a": {"r": 2}, "b": {"r": 2}})
     with pytest.raises(NotImplementedError, match="rows by owner: not possible inside a transform of"):
         transform(lambda x: afa.afa_lora(x, p.lora_a, p.lora_b, 0.5, offsets=p.offsets), p.x)

@@ -188,9 +188,9 @@ def test_a_group_is_recognized_where_each_layer_is():
             other = (*good[:place], t, *good[place + 1 :])
             recognized = compiled._C.recognizes_linear(x, *other)
             for layers in ([other], [good, other], [other, good]):
-                assert compiled._C.recognizes_group(x, layers) == recognized
+                assert compiled._C.recognizes_shared(x, layers) == recognized
     for odd in (7, (), good[:3], list(good), (1, 2, 3, 4)):
-        assert not compiled._C.recognizes_group(x, [good, odd])
+        assert not compiled._C.recognizes_shared(x, [good, odd])
 
 
 def test_subclasses_are_left_to_python():

@@ -188,6 +188,12 @@ class _Grouped:
     def product(self, rows: Tensor, matrices: Tensor) -> Tensor:
         return grouped_mm(rows, matrices, self.offsets).masked_fill_(self.outside, 0)
 
+    def of_rank(self, t: Tensor) -> Tensor:
+        """Return z or dz with zeros beyond the rank of each owner: an infinity times the zeros there is NaN."""
+        if self.ranks is None:
+            return t
+        return t.masked_fill_(torch.arange(t.shape[1], device=t.device) >= self.ranks[self.owner][:, None], 0)
+
     def sums(self, left: Tensor, right: Tensor) -> Tensor:
         """Return ``left.T @ right`` of each owner's rows."""
         return grouped_mm(left.T, right, self.offsets)
@@ -201,7 +207,7 @@ class _Grouped:
 
 
 def _z_grouped(x_dropped: Tensor, a_transposed: Tensor, own: _Grouped) -> Tensor:
-    z = own.product(x_dropped, a_transposed)
+    z = own.of_rank(own.product(x_dropped, a_transposed))
     return z.mul_(own.spec.inverse_keep) if own.spec.dropout else z
 
 
@@ -219,10 +225,10 @@ def _forward_grouped(x, a, b, alpha_t, seed, spec, rows, base, out, save_z):
 def _backward_grouped(dy, x, a, b, z, alpha_t, seed, spec, rows, dx, need_dx, need_da, need_db):
     own = _Grouped(x, alpha_t, spec, rows)
     da = None
-    db = own.sums(dy, own.h(z)).to(b.dtype) if need_db else None
+    db = own.columns(own.sums(dy, own.h(z)).to(b.dtype)) if need_db else None
     if need_dx or need_da:
         factor = own.scaling * (spec.inverse_keep if spec.dropout else 1.0)
-        dz = own.product(dy, own.columns(b.to(x.dtype))).to(own.wide) * factor
+        dz = own.of_rank(own.product(dy, own.columns(b.to(x.dtype)))).to(own.wide) * factor
         if spec.activation != IDENTITY:
             dz = dz * phi_slope(z.to(own.wide), own.alpha_t, spec.activation)
         dz = dz.to(dy.dtype)
