@@ -40,19 +40,15 @@ TESTS_OF_OTHER_FILES = (
 
 @pytest.mark.long
 @pytest.mark.skipif(bool(SIMULATED_GPU), reason="this process simulates a GPU")
-def test_on_simulated_gpus():
+@pytest.mark.parametrize("part", ["owners or every_kernel", "not owners"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_on_simulated_gpus(arch, part):
     others = (os.path.join(os.path.dirname(__file__), test) for test in TESTS_OF_OTHER_FILES)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *others, __file__]
-    runs = {}
-    for arch in ("sm_80", "sm_90"):
-        # One thread each: they run side by side, and torch's threads wait for each other.
-        environment = os.environ | {"AFA_TEST_SIMULATED_GPU": arch, "OMP_NUM_THREADS": "1"}
-        runs[arch] = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-    for arch, process in runs.items():
-        output, _ = process.communicate()
-        assert process.returncode == 0 and " passed" in output, f"{arch}:\n{output}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, *others, __file__]
+    # One thread: these tests run side by side, and torch's threads wait for each other.
+    environment = os.environ | {"AFA_TEST_SIMULATED_GPU": arch, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
 
 
 @here
@@ -63,10 +59,11 @@ def test_every_kernel_has_run(simulated_gpu):
         "dy_pass_backward_kernel", "dyb_dphi_backward_kernel", "dphi_backward_kernel", "x_pass_backward_kernel",
         "weight_gradients_kernel",
     }  # fmt: skip
-    ran = {(name, "ends_ptr" in counters["traffic"]) for name, counters in simulated_gpu.launched}
-    if len(simulated_gpu.launched) < 1000:
+    if len(simulated_gpu.launched) < 500:
         pytest.skip(f"the tests of conformance/ were left out: {len(simulated_gpu.launched)} launches")
-    assert ran == {(name, by_owner) for name in kernels for by_owner in (False, True)}
+    ran = {(name, "ends_ptr" in counters["traffic"]) for name, counters in simulated_gpu.launched}
+    # A process has run the calls by owner, or the others, or both.
+    assert kernels in [{name for name, owners in ran if owners == by_owner} for by_owner in (False, True)]
     total = simulated_gpu.counters()
     assert total["multiply_adds"] > 0 and total["async_copies"] > 0
     assert (total["group_multiply_adds"] > 0) == (SIMULATED_GPU == "sm_90")
