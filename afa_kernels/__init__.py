@@ -9,7 +9,7 @@ from afa_kernels.backend.choice import backends, use_backend
 from afa_kernels.backend.interface import BackendStatus, BackendUnavailable
 from afa_kernels.experts import AFAExpertLinear, AFAExpertStack
 from afa_kernels.layers.linear import AFALinear
-from afa_kernels.layers.shared_input import AFALinearGroup
+from afa_kernels.layers.shared_input import AFASharedInput
 from afa_kernels.layers.stack import AFALinearStack, adapters_of, add_adapter, delete_adapter
 from afa_kernels.model.checkpoint import load_adapter, save_adapter
 from afa_kernels.model.inject import inject, merge, unload, unmerge
@@ -26,7 +26,7 @@ __all__ = [
     "AFAExpertLinear",
     "AFAExpertStack",
     "AFALinear",
-    "AFALinearGroup",
+    "AFASharedInput",
     "AFALinearStack",
     "AFALoRAFunction",
     "AnnealSchedule",

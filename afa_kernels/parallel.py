@@ -6,7 +6,7 @@ so z must be summed before it.
 
 | style | weight (N, K) | lora_a (r, K) | lora_b (N, r) | communication |
 |---|---|---|---|---|
-| ColwiseAFA | N | whole | N | backward: sum of dx and dA; one dx for all layers of a group |
+| ColwiseAFA | N | whole | N | backward: sum of dx and dA; one dx for layers that share x |
 | RowwiseAFA | K | K | r | forward: reduce-scatter of z over r, sum of y; backward: gather of dz |
 """
 
@@ -59,7 +59,7 @@ class _StyleAFA(ParallelStyle):
                 sharded = nn.Parameter(shards, requires_grad=parameter.requires_grad)
                 owner.register_parameter(name, sharded)
         # distribute_module would also make a DTensor of alpha_t_buffer, which kernels read as a plain tensor, and hooks
-        # would make another DTensor of x for each layer of a group.
+        # would make another DTensor of x for each of the layers that share it.
         module._parallel = _Shards(self, device_mesh)
         return module
 
@@ -190,7 +190,7 @@ class RowwiseAFA(_StyleAFA):
 
 
 class _Shards:
-    """The forward of a layer, or of a group of layers, on the shards of this process: ``AFALinear._parallel``."""
+    """The forward of a layer, or of layers that share x, on the shards of this process: ``AFALinear._parallel``."""
 
     def __init__(self, style: _StyleAFA, mesh: DeviceMesh):
         self.style, self.mesh = style, mesh

@@ -134,7 +134,7 @@ def saved_tensor_hooks() -> object:
 
 
 def has_grouped_mm() -> bool:
-    """Whether torch has a product of rows that are sorted by group (public since 2.10)."""
+    """Whether torch has a product of rows that are sorted by owner (public since 2.10)."""
     return _grouped_mm is not None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import allocator, goals, grouped, step_suite, suite, table
+from bench import allocator, experts, goals, step_suite, suite, table
 from bench.cases import PRESETS, cases
 from bench.environment import available_bytes, environment, roofs
 from bench.providers import Provider, by_default, providers
@@ -20,9 +20,9 @@ from bench.results import Writer, read
 from bench.shapes import DEFAULT_SHAPES, DTYPES, EXPERTS, LAYERS, MODELS, TRANSFORMERS, Case
 
 _OUTPUT = Path("outputs/bench")
-_SECONDS = {"branch": 15.0, "layer": 15.0, "model": 130.0, "grouped": 30.0}  # of timing per case
+_SECONDS = {"branch": 15.0, "layer": 15.0, "model": 130.0, "experts": 30.0}  # of timing per case
 # A model's tax is a difference of long times.
-_PRECISION = {"branch": 0.01, "layer": 0.01, "model": 0.002, "grouped": 0.01}
+_PRECISION = {"branch": 0.01, "layer": 0.01, "model": 0.002, "experts": 0.01}
 _QUICK_SECONDS, _QUICK_BUDGET = 2.0, 75
 # torch.compile takes longer than the rest of a quick run.
 _NOT_IN_QUICK = ("compiled",)
@@ -128,10 +128,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _choose(arguments: argparse.Namespace) -> dict[str, dict[str, Provider]]:
     """Return the providers of each scope."""
-    known = dict.fromkeys(DEFAULT_SHAPES, providers()) | {"grouped": grouped.providers()}
+    known = dict.fromkeys(DEFAULT_SHAPES, providers()) | {"experts": experts.providers()}
     if arguments.providers is None:
         left_out = _NOT_IN_QUICK if arguments.quick else ()
-        default = {scope: by_default(arguments.device, scope) for scope in known} | {"grouped": list(known["grouped"])}
+        default = {scope: by_default(arguments.device, scope) for scope in known} | {"experts": list(known["experts"])}
         return {
             scope: {name: known[scope][name] for name in names if name not in left_out}
             for scope, names in default.items()
@@ -199,7 +199,7 @@ def _why_skip(case: Case, arguments: argparse.Namespace, elapsed: float) -> str 
 
 
 def _records(case, arguments, chosen, roof) -> Iterable[dict[str, object]]:
-    if case.scope in ("model", "grouped"):
+    if case.scope in ("model", "experts"):
         options = suite.Options(*_effort(case, arguments), True, False, clock=arguments.clock)
         yield from step_suite.run_case(case, chosen, options, roof, _say)
         return
@@ -263,10 +263,10 @@ def _list(chosen: dict[str, dict[str, Provider]]) -> None:
     for name, model in TRANSFORMERS.items():
         print(f"{name:20} {model.blocks} blocks, hidden {model.hidden}, intermediate {model.intermediate}, scope model")
     for name, shape in EXPERTS.items():
-        print(f"{name:24} {shape.count} experts, K={shape.k}, N={shape.n}, scope grouped; also {name}.skewed")
+        print(f"{name:24} {shape.count} experts, K={shape.k}, N={shape.n}, scope experts; also {name}.skewed")
     named = {name: provider for of_scope in chosen.values() for name, provider in of_scope.items()}
     for name, provider in named.items():
-        scope = "" if provider.layer else ", scope grouped" if provider.grouped else ", scope model"
+        scope = "" if provider.layer else ", scope experts" if provider.experts else ", scope model"
         print(f"{name:20} {provider.about}{scope}")
 
 

@@ -54,9 +54,9 @@ PRESETS: dict[str, list[dict[str, list]]] = {
         {**_STEP[0], "alphas": [0.5]},
     ],
     # Experts: two models, each with even and with skewed routing, and the picture of the tax against their number.
-    "grouped": [
-        {"scopes": ["grouped"], "shapes": [name + routing for name in EXPERTS for routing in ("", ".skewed")]},
-        {"scopes": ["grouped"], "shapes": [f"{n}x1024x1024{r}" for r in ("", ".skewed") for n in (8, 16, 32, 64)]},
+    "experts": [
+        {"scopes": ["experts"], "shapes": [name + routing for name in EXPERTS for routing in ("", ".skewed")]},
+        {"scopes": ["experts"], "shapes": [f"{n}x1024x1024{r}" for r in ("", ".skewed") for n in (8, 16, 32, 64)]},
     ],
     # The two pictures of the adapter tax.
     "tokens": [{"shapes": ["plain.wide"], "tokens": [256, 512, 1024, 2048, 4096]}],

@@ -37,7 +37,7 @@ _NAMES = _PLAIN | {"compiled": "compiled AFA-LoRA", "afa.torch": "`torch` backen
 # In a training step of a model: this package by what its users call.
 _STEP_NAMES = _PLAIN | {
     "afa.torch": "`torch` backend",
-    "afa.separate": "`group=False`",
+    "afa.separate": "`share_inputs=False`",
     OURS: "`inject`",
     "afa.peft": "`AFALoraConfig`",
     "afa.accelerate": "`accelerate`",

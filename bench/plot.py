@@ -56,7 +56,7 @@ _SWEEPS = (
     _Sweep("r", "layer", "rank r", "K={k}, N={n}, M={m}, {dtype}, {device}", "tax_rank"),
     _Sweep(
         "experts",
-        "grouped",
+        "experts",
         "experts",
         "M={m}, K={k}, N={n}, r={r}, {dtype}, {routing} routing",
         "tax_experts",
@@ -90,7 +90,7 @@ def _panels(rows: list[dict], sweep: _Sweep) -> Iterator[tuple[str, dict[str, li
         if row["pass"] != "both" or row["scope"] != sweep.scope or "tax" not in row:
             continue
         named = {name: row[name] for name in (*Case._fields, "cache", "launch")}
-        if sweep.scope == "grouped":
+        if sweep.scope == "experts":
             shape = experts(named.pop("layer"))
             named |= {"experts": shape.count, "routing": "skewed" if shape.is_skewed else "even"}
         x = named.pop(sweep.variable)

@@ -36,7 +36,7 @@ class Provider:
     layer: Callable[[nn.Linear, Tensor, Tensor, Case], tuple[nn.Module, Adapter]] | None
     branch: Callable[[Case, bool], Branch] | None = None  # the bool: whether to write into base
     model: Callable[[nn.Module, whole_models.Weights, Case], list[nn.Parameter]] | None = None  # None: layer by layer
-    grouped: Callable | None = None  # grouped.py
+    experts: Callable | None = None  # experts.py
     ours: bool = False
 
     def absent(self, case: Case) -> str | None:
@@ -283,7 +283,7 @@ def _afa(backend: str | None) -> Provider:
         )
 
     if backend is None:
-        adapt = whole_models.inject(group=None)
+        adapt = whole_models.inject(share_inputs=None)
         return Provider("afa", "this package, automatic choice", "afa", why_not, layer, branch, adapt, ours=True)
     return Provider(f"afa.{backend}", f"this package, {backend}", "afa", why_not, layer, branch, ours=True)
 
@@ -353,11 +353,11 @@ def providers() -> dict[str, Provider]:
     )
     separate = Provider(
         "afa.separate",
-        "afa without groups, every layer alone",
+        "afa, every layer alone",
         "afa",
         _runs,
         None,
-        model=whole_models.inject(group=False),
+        model=whole_models.inject(share_inputs=False),
         ours=True,
     )
     whole = (through_peft, _again(through_peft), accelerated, _again(accelerated), separate)

@@ -95,7 +95,7 @@ TRANSFORMERS: dict[str, Transformer] = {
 
 
 class Experts(NamedTuple):
-    """The experts of one layer of a mixture: ``weight (count, n, k)``. What the scope "grouped" measures."""
+    """The experts of one layer of a mixture: ``weight (count, n, k)``. What the scope "experts" measures."""
 
     name: str
     count: int
@@ -131,14 +131,14 @@ DEFAULT_SHAPES = {
     "layer": ["plain.square"],
     "branch": ["plain.square"],
     "model": ["llama-block"],
-    "grouped": ["64x1024x1024", "64x1024x1024.skewed"],
+    "experts": ["64x1024x1024", "64x1024x1024.skewed"],
 }
 
 
 class Case(NamedTuple):
     """One measured problem; its fields are the key of a row."""
 
-    scope: str  # "branch": afa_lora into a given base; "layer": with its frozen GEMM; "model"; "grouped": experts
+    scope: str  # "branch": afa_lora into a given base; "layer": with its frozen GEMM; "model"; "experts": experts
     layer: str  # or the model, of which k and n are the hidden and the intermediate size; or the experts
     m: int
     k: int
@@ -156,7 +156,7 @@ class Case(NamedTuple):
         """Return a bound on the memory that measuring this case takes: operands, base and its copy,
         output, gradients and a peer's three float32 temporaries."""
         size = DTYPES[self.dtype].itemsize
-        if self.scope == "grouped":  # the truth in float64, or PEFT's weights of all experts with their gradients
+        if self.scope == "experts":  # the truth in float64, or PEFT's weights of all experts with their gradients
             return experts(self.layer).count * self.n * self.k * (5 * size + 8) + 64 * self.m * (self.k + self.n)
         return size * (4 * self.m * self.k + 6 * self.m * self.n + 2 * self.n * self.k) + 12 * (
             self.m * max(self.k, self.n)
@@ -214,7 +214,7 @@ def experts(name: str) -> Experts:
     found = _sizes(sizes)
     if not count.isdigit() or not int(count) or not found:
         raise ValueError(
-            f"shapes: expected ExKxN or some of {', '.join(EXPERTS)} in scope grouped, with or without {_SKEWED!r} "
+            f"shapes: expected ExKxN or some of {', '.join(EXPERTS)} in scope experts, with or without {_SKEWED!r} "
             f"behind it, got {name!r}"
         )
     return Experts(name, int(count), *found)
@@ -228,7 +228,7 @@ def shapes(scope: str, names: list[str] | None) -> list[Linear]:
         ValueError: a name is unknown there.
     """
     names = names or DEFAULT_SHAPES[scope]
-    if scope == "grouped":
+    if scope == "experts":
         return [Linear(shape.name, shape.k, shape.n, False) for shape in map(experts, dict.fromkeys(names))]
     if scope != "model":
         return layers(names)

@@ -1,9 +1,9 @@
-"""The rows of the scopes "model" and "grouped": forward and backward of each provider, checked against float64 and
+"""The rows of the scopes "model" and "experts": forward and backward of each provider, checked against float64 and
 timed; of a model the optimizer's step too."""
 
 from collections.abc import Callable, Iterator
 
-from bench import grouped, optimizer, rows, transformer
+from bench import experts, optimizer, rows, transformer
 from bench.entrants import Entrant, enter
 from bench.providers import Provider
 from bench.shapes import Case
@@ -25,7 +25,7 @@ def run_case(
 ) -> Iterator[dict[str, object]]:
     """Yield the rows of each provider, and why a provider is absent or wrong."""
     is_model = case.scope == "model"
-    checked = (transformer if is_model else grouped).checking(case)
+    checked = (transformer if is_model else experts).checking(case)
     entrants = yield from enter(case, chosen, checked, lambda step: step.memory(), say)
     del checked  # and the results in float64
     if not entrants:

@@ -13,7 +13,7 @@ def nothing(model: nn.Module, weights: Weights, case: Case) -> list[nn.Parameter
     return []
 
 
-def inject(group: bool | None):
+def inject(share_inputs: bool | None):
     """Return what adapts a model by :func:`afa_kernels.inject`."""
 
     def adapt(model: nn.Module, weights: Weights, case: Case) -> list[nn.Parameter]:
@@ -24,7 +24,7 @@ def inject(group: bool | None):
             lora_alpha=SCALING * case.r,
             activation=case.activation,
             dropout=case.dropout,
-            group=group,
+            share_inputs=share_inputs,
         )
         afa_kernels.set_alpha_t(model, case.alpha_t)
         parameters = []

@@ -42,7 +42,7 @@ def main() -> None:
     set_seed(0)  # the same model on every process
     model = small_llama()
     # The head is drawn at random here, so it trains too; of a pretrained model it would stay frozen.
-    afa.inject(model, r=8, trainable=["lm_head"], group=True)
+    afa.inject(model, r=8, trainable=["lm_head"], share_inputs=True)
     samples = torch.frombuffer(bytearray(arguments.text.read_bytes()), dtype=torch.uint8).long()
     samples = samples[: len(samples) // arguments.length * arguments.length].view(-1, arguments.length)
     loader = DataLoader(samples, batch_size=4, shuffle=True)

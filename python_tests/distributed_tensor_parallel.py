@@ -86,8 +86,8 @@ def check_tensor_parallel_trains_merges_and_is_saved(folder: Path) -> None:
         afa.unload(made)
 
 
-def check_tensor_parallel_under_autocast_and_in_groups(_folder: Path) -> None:
-    made, alone = tensor_parallel(model(group=True)), model()
+def check_tensor_parallel_under_autocast_and_sharing_inputs(_folder: Path) -> None:
+    made, alone = tensor_parallel(model(share_inputs=True)), model()
     x, _ = data()
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(made(x), alone(x), 0.02, "y")
@@ -181,11 +181,11 @@ class Attention(nn.Module):
         return self.o_proj(q * (self.k_proj(other) * self.v_proj(other)).repeat_interleave(2, -1))
 
 
-def attention(group: bool, layouts: dict | None = None, **output) -> tuple[Attention, Attention]:
-    """Return a block split over the processes, its layers in a group or not, and the same block whole."""
+def attention(shared: bool, layouts: dict | None = None, **output) -> tuple[Attention, Attention]:
+    """Return a block split over the processes, its layers sharing x or not, and the same block whole."""
     torch.manual_seed(4)
     alone = Attention()
-    afa.inject(alone, r=4, group=False)
+    afa.inject(alone, r=4, share_inputs=False)
     for i, layer in enumerate(m for m in alone.modules() if isinstance(m, afa.AFALinear)):
         nn.init.normal_(layer.lora_b)
         layer.set_alpha_t(0.7 - 0.2 * i)
@@ -193,7 +193,7 @@ def attention(group: bool, layouts: dict | None = None, **output) -> tuple[Atten
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     plan = {name: ColwiseAFA(input_layouts=(layouts or {}).get(name)) for name in ("q_proj", "k_proj", "v_proj")}
     parallelize_module(made, mesh, plan | {"o_proj": RowwiseAFA(**output)})
-    return afa.share_inputs(made) if group else made, alone
+    return afa.share_inputs(made) if shared else made, alone
 
 
 def gradients(made: Attention, whole: Attention, given, x, part=lambda t: t, **options) -> tuple[Counter, Counter]:
@@ -217,30 +217,30 @@ def gradients(made: Attention, whole: Attention, given, x, part=lambda t: t, **o
     return forward.counts, backward.counts
 
 
-def check_tensor_parallel_groups_reduce_dx_once(_folder: Path) -> None:
+def check_tensor_parallel_shared_inputs_reduce_dx_once(_folder: Path) -> None:
     torch.manual_seed(6)
     x = torch.randn(3, 4, FEATURES)
-    for group, members in ((False, 3), (True, 1)):
-        _, backward = gradients(*attention(group), x, x)
-        assert backward["all_reduce"] == members, (group, backward)
+    for shared, members in ((False, 3), (True, 1)):
+        _, backward = gradients(*attention(shared), x, x)
+        assert backward["all_reduce"] == members, (shared, backward)
 
 
-def check_tensor_parallel_groups_gather_a_split_sequence_once(_folder: Path) -> None:
+def check_tensor_parallel_shared_inputs_gather_a_split_sequence_once(_folder: Path) -> None:
     def part(t: torch.Tensor) -> torch.Tensor:
         return t.chunk(2, 1)[dist.get_rank()]
 
     torch.manual_seed(6)
     x = torch.randn(3, 4, FEATURES)
     layouts = dict.fromkeys(("q_proj", "k_proj", "v_proj"), Shard(1))
-    for group, members in ((False, 3), (True, 1)):
-        blocks = attention(group, layouts, output_layouts=Shard(1))
+    for shared, members in ((False, 3), (True, 1)):
+        blocks = attention(shared, layouts, output_layouts=Shard(1))
         forward, backward = gradients(*blocks, part(x), x, part)
-        assert forward["all_gather_into_tensor"] == members, (group, forward)
+        assert forward["all_gather_into_tensor"] == members, (shared, forward)
         # o_proj, too, scatters: z in the forward.
-        assert backward["reduce_scatter_tensor"] == members, (group, backward)
+        assert backward["reduce_scatter_tensor"] == members, (shared, backward)
 
 
-def check_tensor_parallel_groups_keep_to_what_is_shared(_folder: Path) -> None:
+def check_tensor_parallel_shared_inputs_keep_to_what_is_shared(_folder: Path) -> None:
     """Members compute by themselves where x is not the same for all, or was written between them."""
     torch.manual_seed(6)
     x, other = torch.randn(3, 4, FEATURES), torch.randn(3, 4, FEATURES)
@@ -283,7 +283,7 @@ def check_tensor_parallel_members_that_do_not_share(_folder: Path) -> None:
     assert not shared(v_proj=merged) and not shared(v_proj=hooked)
 
 
-def check_tensor_parallel_groups_of_a_dtensor(_folder: Path) -> None:
+def check_tensor_parallel_shared_inputs_of_a_dtensor(_folder: Path) -> None:
     torch.manual_seed(6)
     x = torch.randn(3, 4, FEATURES)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -292,7 +292,7 @@ def check_tensor_parallel_groups_of_a_dtensor(_folder: Path) -> None:
     assert backward["all_reduce"] == 1, backward
     afa.unshare_inputs(made)
     layers = [made.q_proj, made.k_proj, made.v_proj]
-    ys = afa.AFALinearGroup(layers)(x.requires_grad_())
+    ys = afa.AFASharedInput(layers)(x.requires_grad_())
     for y, layer in zip(ys, layers, strict=True):
         assert torch.equal(y, layer(x))
     with Collectives() as backward:

@@ -40,8 +40,8 @@ import afa_kernels as afa
 
 
 def check_ddp(_folder: Path) -> None:
-    for group in (False, True):
-        made = model(group=group)
+    for share_inputs in (False, True):
+        made = model(share_inputs=share_inputs)
         train(DistributedDataParallel(made), *map(mine, data()))
         assert_parameters(made, trained_alone())
         assert_alpha_is_the_same_everywhere(made)
@@ -66,8 +66,8 @@ def sharded(**options) -> nn.Module:
 
 
 def check_fsdp2(_folder: Path) -> None:
-    for group in (False, True):
-        made = sharded(group=group)
+    for share_inputs in (False, True):
+        made = sharded(share_inputs=share_inputs)
         assert isinstance(made[0].up_proj.lora_a, DTensor)
         train(made, *map(mine, data()))
         assert_parameters(made, trained_alone())
@@ -75,8 +75,8 @@ def check_fsdp2(_folder: Path) -> None:
 
 
 def check_fsdp2_around_single_layers(_folder: Path) -> None:
-    """Siblings in a group are sharded while one of them computes: the group has to stand back."""
-    made = model(group=True)
+    """Layers that share x are sharded while one of them computes: each has to compute alone."""
+    made = model(share_inputs=True)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in made:
         for layer in block.children():

@@ -37,10 +37,10 @@ def test_a_named_backend_says_what_it_takes():
         afa.afa_lora(x, a, b, 0.5, backend="cpu")
 
 
-def test_layers_models_and_groups():
+def test_layers_models_and_shared_inputs():
     model = nn.ModuleDict({name: nn.Linear(40, 24) for name in ("q_proj", "k_proj", "v_proj")})
     model.forward = lambda x: model["q_proj"](x) + model["k_proj"](x) * model["v_proj"](x)
-    afa.inject(model, r=300, group=True)
+    afa.inject(model, r=300, share_inputs=True)
     for layer in model.values():
         nn.init.normal_(layer.lora_b, std=0.1)
     x = torch.randn(3, 40)

@@ -120,7 +120,7 @@ def test_pictures_are_drawn_from_rows(tmp_path, monkeypatch):
     writer = Writer(tmp_path / "rows.jsonl")
     writer.write({"kind": "roof", "device": "cpu", "copy_bytes": 1, "gemm_size": {}} | ROOF)
     values = [{"m": 1}, {"m": 2}, {"m": 4}, {"r": 1}, {"r": 2}, {"r": 8}, {"scope": "branch"}]
-    values += [{"scope": "grouped", "layer": f"{e}x24x56{how}"} for e in (2, 4, 8) for how in ("", ".skewed")]
+    values += [{"scope": "experts", "layer": f"{e}x24x56{how}"} for e in (2, 4, 8) for how in ("", ".skewed")]
     for changes in values:
         for row in rows_of({"eager": 0.2, "afa": 0.1}, {}, **changes)[1:]:
             writer.write(row)

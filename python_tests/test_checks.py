@@ -242,7 +242,7 @@ def test_what_is_right_passes_and_is_recognized(shape, dtype, recognizer):
     for right in (None, bias):
         assert checks.linear(x, weight, right, a, b)
     layers = [(weight, bias, a, b), (weight, None, a, b)]
-    assert checks.group(x, layers)
+    assert checks.shared_input(x, layers)
     if recognizer == "native" and compiled._C is not None and compiled._C.has_exchange_table():
         assert compiled.recognizes_lora(x, a, b, base) and compiled.recognizes_lora(x, a, b, None)
         assert compiled.recognizes_linear(x, weight, bias, a, b) and compiled.recognizes_linear(x, weight, None, a, b)

@@ -41,14 +41,14 @@ def loss_of(problem: Problem, alpha_t=0.5, **options) -> torch.Tensor:
     return afa.afa_linear(*operands, alpha_t, **options).sum()
 
 
-def group_loss(problem: Problem, alpha_t=0.5) -> torch.Tensor:
+def shared_loss(problem: Problem, alpha_t=0.5) -> torch.Tensor:
     layers = [afa.AFALinear(torch.nn.Linear(24, n), r=4) for n in (16, 20)]
     for layer in layers:
         layer.set_alpha_t(alpha_t)
-    return sum(y.sum() for y in afa.AFALinearGroup(layers)(problem.x))
+    return sum(y.sum() for y in afa.AFASharedInput(layers)(problem.x))
 
 
-@pytest.mark.parametrize("loss", [loss_of, group_loss])
+@pytest.mark.parametrize("loss", [loss_of, shared_loss])
 @pytest.mark.parametrize("alpha_t", [0.5, 0.0])
 def test_use_backend_holds_for_the_backward_after_its_block(calls, loss, alpha_t):
     with afa.use_backend("reference"):
@@ -58,7 +58,7 @@ def test_use_backend_holds_for_the_backward_after_its_block(calls, loss, alpha_t
     assert {name for _, name in calls} == {"reference"}
 
 
-@pytest.mark.parametrize("loss", [loss_of, group_loss])
+@pytest.mark.parametrize("loss", [loss_of, shared_loss])
 def test_use_backend_around_the_backward_alone_changes_nothing(calls, loss):
     y = loss(Problem.random(5, 24, 20, 4))
     expected = {name for _, name in calls}

@@ -32,12 +32,12 @@ def test_z_may_be_columns_of_a_wider_matrix(r, rows):
     assert same(kernels.backward(*operands, z, *rest, **needs), expected)
 
 
-def test_a_group_of_odd_and_even_ranks_trains_on_one_token():
+def test_shared_input_of_odd_and_even_ranks_trains_on_one_token():
     layers = [afa.AFALinear(nn.Linear(64, 32, dtype=torch.bfloat16), r) for r in (3, 8)]
-    group = afa.AFALinearGroup(layers)
+    shared = afa.AFASharedInput(layers)
     x = torch.randn(1, 64).bfloat16()
     with afa.use_backend(NAME):
-        sum(y.float().sum() for y in group(x)).backward()
+        sum(y.float().sum() for y in shared(x)).backward()
     for member in layers:
         assert member.lora_b.grad.abs().sum() > 0
 

@@ -317,7 +317,7 @@ def test_the_products_of_a_gpu_on_cpu_tensors(promise, monkeypatch):
     where = TorchTarget("torch")
     if promise.exact or "owners" not in promise.kinds:
         pytest.skip("of bits, or of other calls")
-    monkeypatch.setattr(torch_ops, "_forward_in_loop", torch_ops._forward_grouped)
-    monkeypatch.setattr(torch_ops, "_backward_in_loop", torch_ops._backward_grouped)
+    monkeypatch.setattr(torch_ops, "_forward_in_loop", torch_ops._forward_together)
+    monkeypatch.setattr(torch_ops, "_backward_in_loop", torch_ops._backward_together)
     for number in range(12):
         check(where, "owners", promise, number)

@@ -15,7 +15,7 @@ import afa_kernels as afa
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY = 48
-GROUPS = pytest.mark.parametrize("group", [False, True], ids=["separate", "grouped"])
+SHARING = pytest.mark.parametrize("share_inputs", [False, True], ids=["separate", "shared"])
 
 
 def llama(layers=2) -> nn.Module:
@@ -59,9 +59,9 @@ def assert_same(got, want) -> None:
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 7), reason="torch 2.6 cannot trace the forward of transformers' models")
-@GROUPS
-def test_a_whole_model_compiles_once_while_it_anneals(group):
-    model = adapted(layers=1, group=group)
+@SHARING
+def test_a_whole_model_compiles_once_while_it_anneals(share_inputs):
+    model = adapted(layers=1, share_inputs=share_inputs)
     plain = copy.deepcopy(model)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -80,9 +80,9 @@ def test_a_whole_model_compiles_once_while_it_anneals(group):
     assert frames == [1, 1, 1, 2, 2]  # identity, from step 3 on, is the one other graph
 
 
-@GROUPS
-def test_autocast(group, monkeypatch):
-    model = adapted(group=group)
+@SHARING
+def test_autocast(share_inputs, monkeypatch):
+    model = adapted(share_inputs=share_inputs)
     _, truth = loss_and_gradients(model)
     with torch.autocast("cpu", torch.bfloat16):
         _, got = loss_and_gradients(model)
@@ -101,7 +101,7 @@ def in_plain_torch(layer, x):
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-@pytest.mark.parametrize("options", [{"dropout": 0.3}, {"group": True}], ids=["dropout", "grouped"])
+@pytest.mark.parametrize("options", [{"dropout": 0.3}, {"share_inputs": True}], ids=["dropout", "shared"])
 def test_gradient_checkpointing(options, reentrant):
     """With dropout the gradients agree only if the recomputation draws the same masks."""
     model = adapted(**options).train()
@@ -116,9 +116,9 @@ def test_gradient_checkpointing(options, reentrant):
         assert not torch.equal(other[0], want[0])
 
 
-@GROUPS
-def test_functional_call(group):
-    model = adapted(group=group)
+@SHARING
+def test_functional_call(share_inputs):
+    model = adapted(share_inputs=share_inputs)
     parameters = {n: p.detach() * 2 for n, p in model.named_parameters() if p.requires_grad}
     arguments = ((), {"input_ids": ids(), "labels": ids()})
     got = torch.func.functional_call(model, parameters, *arguments).loss
@@ -135,10 +135,10 @@ def pickled(model):
     return torch.load(stream, weights_only=False)
 
 
-@GROUPS
+@SHARING
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
-def test_copies_compute_the_same_and_train_alone(duplicate, group):
-    model = adapted(group=group)
+def test_copies_compute_the_same_and_train_alone(duplicate, share_inputs):
+    model = adapted(share_inputs=share_inputs)
     afa.set_alpha_t(model, 0.25)
     want = loss_and_gradients(model)
     other = duplicate(model)
@@ -150,9 +150,9 @@ def test_copies_compute_the_same_and_train_alone(duplicate, group):
     assert_same(loss_and_gradients(model), want)
 
 
-@GROUPS
-def test_state_dict(group):
-    model = adapted(group=group)
+@SHARING
+def test_state_dict(share_inputs):
+    model = adapted(share_inputs=share_inputs)
     afa.set_alpha_t(model, 0.25)
     state = copy.deepcopy(model.state_dict())
     fresh = afa.inject(llama(), r=4)
@@ -160,9 +160,9 @@ def test_state_dict(group):
     assert_same(loss_and_gradients(fresh), loss_and_gradients(model))
 
 
-@GROUPS
-def test_export_of_a_merged_model(group):
-    model = adapted(group=group).eval()
+@SHARING
+def test_export_of_a_merged_model(share_inputs):
+    model = adapted(share_inputs=share_inputs).eval()
     afa.set_alpha_t(model, 0.0)
     with torch.no_grad():
         unmerged = model(ids()).logits
@@ -182,15 +182,15 @@ def test_export_of_a_merged_model(group):
     torch.testing.assert_close(exported.module()(ids()), merged)
 
 
-@GROUPS
-def test_construction_on_the_meta_device(group):
-    model = adapted(group=group).eval()
+@SHARING
+def test_construction_on_the_meta_device(share_inputs):
+    model = adapted(share_inputs=share_inputs).eval()
     afa.set_alpha_t(model, 0.25)
     state = model.state_dict()
     with torch.no_grad():
         want = model(ids()).logits
     with torch.device("meta"):
-        skeletons = [afa.inject(llama(), r=4, group=group).eval() for _ in range(2)]
+        skeletons = [afa.inject(llama(), r=4, share_inputs=share_inputs).eval() for _ in range(2)]
     assert all(p.is_meta for m in skeletons for p in m.parameters())
     # The buffers of the rotary embedding are in no state dict: what a loader has to make anew.
     rotary = copy.deepcopy(model.model.rotary_emb)

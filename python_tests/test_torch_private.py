@@ -94,8 +94,8 @@ assert model[0].lora_a.grad.abs().sum() > 0
 z = x @ model[0].lora_a.T
 want = model[0].base_layer(x) + 8 * torch.nn.functional.silu(z) @ model[0].lora_b.T
 torch.testing.assert_close(model(x), want)
-group = afa.AFALinearGroup([afa.AFALinear(torch.nn.Linear(6, 4), r=2) for _ in range(2)])
-sum(y.sum() for y in group(x)).backward()
+shared = afa.AFASharedInput([afa.AFALinear(torch.nn.Linear(6, 4), r=2) for _ in range(2)])
+sum(y.sum() for y in shared(x)).backward()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

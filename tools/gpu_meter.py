@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from afa_kernels import AFALinear, AFALinearGroup
+from afa_kernels import AFALinear, AFASharedInput
 from bench.model.cuda_launches import Layer
 from tools.gpu_figures import medians
 from tools.gpu_steps import Context
@@ -145,7 +145,7 @@ class CardMeter:
             nn.init.normal_(member.lora_b)
             member.set_alpha_t(alpha_t)
             members.append(member)
-        group = AFALinearGroup(members) if len(members) > 1 else lambda x: (members[0](x),)
+        group = AFASharedInput(members) if len(members) > 1 else lambda x: (members[0](x),)
         x = self._half(layer.m, layer.k).requires_grad_()
         dys = [self._half(layer.m, n) for n, _ in layer.members]
         leaves = [x, *(p for member in members for p in (member.lora_a, member.lora_b))]

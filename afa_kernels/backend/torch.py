@@ -161,7 +161,7 @@ def owner_of_rows(offsets: Tensor, rows: int) -> Tensor:
     return torch.searchsorted(offsets, row, right=True).clamp_(max=offsets.shape[0] - 1)
 
 
-class _Grouped:
+class _ByOwner:
     """What the rows of a call get from their owners, for torch's ``grouped_mm``, whose offsets stay on the device.
 
     Rows behind the last offset are undefined in what ``grouped_mm`` returns; here they are zeros.
@@ -206,14 +206,14 @@ class _Grouped:
         return (self.scaling * wide).to(z.dtype)
 
 
-def _z_grouped(x_dropped: Tensor, a_transposed: Tensor, own: _Grouped) -> Tensor:
+def _z_by_owner(x_dropped: Tensor, a_transposed: Tensor, own: _ByOwner) -> Tensor:
     z = own.of_rank(own.product(x_dropped, a_transposed))
     return z.mul_(own.spec.inverse_keep) if own.spec.dropout else z
 
 
-def _forward_grouped(x, a, b, alpha_t, seed, spec, rows, base, out, save_z):
-    own = _Grouped(x, alpha_t, spec, rows)
-    z = _z_grouped(drop(x, seed, spec.dropout), own.columns(a.to(x.dtype).transpose(1, 2)), own)
+def _forward_together(x, a, b, alpha_t, seed, spec, rows, base, out, save_z):
+    own = _ByOwner(x, alpha_t, spec, rows)
+    z = _z_by_owner(drop(x, seed, spec.dropout), own.columns(a.to(x.dtype).transpose(1, 2)), own)
     y = own.product(own.h(z), own.columns(b.to(x.dtype)).transpose(1, 2))
     if base is None:
         out.copy_(y)
@@ -222,8 +222,8 @@ def _forward_grouped(x, a, b, alpha_t, seed, spec, rows, base, out, save_z):
     return z if save_z else None
 
 
-def _backward_grouped(dy, x, a, b, z, alpha_t, seed, spec, rows, dx, need_dx, need_da, need_db):
-    own = _Grouped(x, alpha_t, spec, rows)
+def _backward_together(dy, x, a, b, z, alpha_t, seed, spec, rows, dx, need_dx, need_da, need_db):
+    own = _ByOwner(x, alpha_t, spec, rows)
     da = None
     db = own.columns(own.sums(dy, own.h(z)).to(b.dtype)) if need_db else None
     if need_dx or need_da:
@@ -254,14 +254,14 @@ class TorchBackend(Backend):
     def forward(self, x, a, b, alpha_t, seed, spec, rows=None, *, base, out, save_z):
         if rows is None:
             return _forward(x, a, b, alpha_t, seed, spec, base, out, save_z, 0)
-        by_owner = _forward_in_loop if x.is_cpu else _forward_grouped
+        by_owner = _forward_in_loop if x.is_cpu else _forward_together
         return by_owner(x, a, b, alpha_t, seed, spec, rows, base, out, save_z)
 
     def backward(self, dy, x, a, b, z, alpha_t, seed, spec, rows=None, *, need_dx, need_da, need_db, dx=None):
         needs = (need_dx, need_da, need_db)
         if rows is None:
             return _backward(dy, x, a, b, z, alpha_t, seed, spec, 0, *needs)
-        by_owner = _backward_in_loop if x.is_cpu else _backward_grouped
+        by_owner = _backward_in_loop if x.is_cpu else _backward_together
         return by_owner(dy, x, a, b, z, alpha_t, seed, spec, rows, dx, *needs)
 
     def forward_shared(self, x, members, *, bases, outs, save_z):

@@ -1,4 +1,4 @@
-"""What layers, groups and the variant for PEFT ask of the frozen layer beside a branch."""
+"""What layers, those that share x and the variant for PEFT ask of the frozen layer beside a branch."""
 
 import copy
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """Layers that read the same x (q, k and v of an attention, gate and up of an MLP), computed together.
 
-:class:`AFALinearGroup` says it in code; model/sharing.py does it for model code that calls the layers one by one.
+:class:`AFASharedInput` says it in code; model/sharing.py does it for model code that calls the layers one by one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from afa_kernels.operator.shared_input import Calls, fitting, linear_shared
 
 
-class AFALinearGroup(nn.Module):
+class AFASharedInput(nn.Module):
     """Several :class:`AFALinear` layers applied to the same x, in one pass over it.
 
-    ``group(x) == tuple(layer(x) for layer in layers)``, with the same gradients. dx is one sum over
-    all members, which agrees with that of separate layers to a rounding (docs/groups.md says what
+    ``shared(x) == tuple(layer(x) for layer in layers)``, with the same gradients. dx is one sum over
+    all members, which agrees with that of separate layers to a rounding (docs/shared_input.md says what
     agrees to the bit). Ranks, scalings, activations, alpha_t and the dtypes of A and B may differ
     from member to member.
 

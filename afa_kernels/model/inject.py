@@ -19,7 +19,7 @@ from afa_kernels.layers.branch import BranchOptions
 from afa_kernels.layers.linear import AFALinear
 from afa_kernels.layers.stack import AdapterStack, AFALinearStack, check_name
 from afa_kernels.model.adapted import ADAPTED, LAYERS, TRAINABLE_MARK, named_layers
-from afa_kernels.model.sharing import attach_groups, groups_of, nothing_to_share, unshare_inputs
+from afa_kernels.model.sharing import attach_shared_inputs, nothing_to_share, siblings_of, unshare_inputs
 from afa_kernels.model.targets import (
     ALL_LINEAR,
     Candidate,
@@ -46,7 +46,7 @@ def inject(
     exclude_modules: str | Iterable[str] = (),
     dtype: torch.dtype | None = None,
     backend: str | None = None,
-    group: bool | None = None,
+    share_inputs: bool | None = None,
     adapters: Mapping[str, Mapping[str, Any]] | None = None,
     expert_rank: str = "same",
 ) -> nn.Module:
@@ -68,9 +68,9 @@ def inject(
             for example. No layer inside them is adapted; :func:`save_adapter` saves them (PEFT's
             ``modules_to_save``).
         exclude_modules: names or regular expression of modules not to adapt.
-        group: let q, k and v, and gate and up, of the common transformer blocks share their passes over x where a
-            backend takes them together (see :func:`afa_kernels.share_inputs`). None: where there are such layers and no
-            dropout; True: it is an error if there are none; False: not at all.
+        share_inputs: let q, k and v, and gate and up, of the common transformer blocks share their passes over x where
+            a backend takes them together (see :func:`afa_kernels.share_inputs`). None: where there are such layers and
+            no dropout; True: it is an error if there are none; False: not at all.
         adapters: give each layer a stack of adapters (:class:`AFALinearStack`, :class:`AFAExpertStack`): their names,
             and for each the options of the next line in which it differs. :func:`adapters_of` says which one computes
             which sample.
@@ -84,8 +84,8 @@ def inject(
         TypeError: a named module or parameter is of another kind.
         ValueError: nothing matches, ``"all-linear"`` would leave out quantized layers, the model has AFA layers or
             adapters of PEFT already, or a named module shares its weight, is registered twice, or is read by its
-            parent without being called; ``group=True`` with nothing to group, or with dropout, which leaves nothing to
-            share. The model is then unchanged.
+            parent without being called; ``share_inputs=True`` with nothing to share, or with dropout, which leaves
+            nothing to share. The model is then unchanged.
     """
     options = {
         "r": r,
@@ -111,10 +111,12 @@ def inject(
         wanted = ALL_LINEAR if target_modules is None else target_modules
         targets = find_targets(model, wanted, exclude_modules, trained)
     of_experts = [_of_experts(target, adapters, options, expert_rank) for target in parameters]
-    if group:
+    if share_inputs:
         if adapters is not None:
-            raise ValueError("group: layers with a stack of adapters compute on their own; got group=True")
-        _check_group(model, targets, dropout)
+            raise ValueError(
+                "share_inputs: layers with a stack of adapters compute on their own; got share_inputs=True"
+            )
+        _check_sharing(model, targets, dropout)
 
     def make(_name: str, module: nn.Module) -> nn.Module:
         return AFALinear(module, **options) if adapters is None else AFALinearStack(module, adapters)
@@ -122,8 +124,8 @@ def inject(
     replace(model, targets, trained, make)
     for target, own in zip(parameters, of_experts, strict=True):
         add_to_experts(model, target, own, stack=adapters is not None)
-    if adapters is None and group is not False and not dropout:
-        attach_groups(model, AFALinear)
+    if adapters is None and share_inputs is not False and not dropout:
+        attach_shared_inputs(model, AFALinear)
     return model
 
 
@@ -155,16 +157,17 @@ def _of_experts(
     return {**options, "r": rank_of_expert(target.experts, options["r"], expert_rank)}
 
 
-def _check_group(model: nn.Module, targets: list[Candidate], dropout: float) -> None:
+def _check_sharing(model: nn.Module, targets: list[Candidate], dropout: float) -> None:
     if dropout > 0.0:
         raise ValueError(
-            f"group: dropout draws one mask for each layer, so no product over x can be shared; got dropout={dropout}"
+            "share_inputs: dropout draws one mask for each layer, so no product over x can be shared; got "
+            f"dropout={dropout}"
         )
     children: dict[nn.Module, dict[str, int]] = {}
     for target in targets:
         in_features = target.module.weight.shape[0 if is_conv1d(target.module) else 1]
         children.setdefault(target.parent, {})[target.attribute] = in_features
-    if not any(list(groups_of(sizes)) for sizes in children.values()):
+    if not any(list(siblings_of(sizes)) for sizes in children.values()):
         raise ValueError(nothing_to_share(model))
 
 

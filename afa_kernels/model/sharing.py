@@ -1,4 +1,4 @@
-"""Model code that calls the layers of a group one by one: the first member that is called computes all of them.
+"""Model code that calls layers that share their input one by one: the first one that is called computes all of them.
 
 Within one call of their block, that is, and for the members that are called with the same tensor. Neither the code of
 the model nor its checkpoints change.
@@ -32,11 +32,11 @@ def share_inputs(model: nn.Module) -> nn.Module:
     too; return ``model``.
 
     Layers that are children of one module under names such as q_proj, k_proj and v_proj (see
-    ``PATTERNS``) and of the same ``in_features`` become a group. The code of the model does not
+    ``PATTERNS``) and of the same ``in_features`` are computed together. The code of the model does not
     change: within one call of that module, the first member that is called computes all of them,
     and the others hand out their part if they are called with the same tensor, unchanged, in the
     same modes (gradients, autocast). Otherwise they compute as ever. Parameters, names and
-    checkpoints do not change. Members run separately in the cases that :class:`AFALinearGroup`
+    checkpoints do not change. Members run separately in the cases that :class:`AFASharedInput`
     lists, where no backend takes them together, under ``torch.inference_mode``, and where a traced graph records no
     gradient.
 
@@ -49,32 +49,32 @@ def share_inputs(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no module of ``model`` has two AFA layers that can share.
     """
-    if not attach_groups(model, nn.Module):
+    if not attach_shared_inputs(model, nn.Module):
         raise ValueError(nothing_to_share(model))
     return model
 
 
-def attach_groups(model: nn.Module, kind: type) -> bool:
-    """Form the groups of the layers of a class, and leave those of others as they are; return whether there are any."""
-    detach_groups(model, kind)
+def attach_shared_inputs(model: nn.Module, kind: type) -> bool:
+    """Let the layers of a class share their inputs, and leave others as they are; return whether any do."""
+    detach_shared_inputs(model, kind)
     found = False
     for parent in model.modules():
         children = {n: m for n, m in parent._modules.items() if isinstance(m, kind) and hasattr(m, "linear_call")}
-        for names in groups_of({n: m.in_features for n, m in children.items()}):
+        for names in siblings_of({n: m.in_features for n, m in children.items()}):
             SharedInput({name: children[name] for name in names}).attach(parent)
             found = True
     return found
 
 
 def unshare_inputs(model: nn.Module) -> nn.Module:
-    """Undo :func:`share_inputs`; return ``model``. What forms groups by itself forms them again when it is called
-    again, a schedule that is attached to a PEFT model for example."""
-    detach_groups(model, nn.Module)
+    """Undo :func:`share_inputs`; return ``model``. What lets layers share by itself does so again when it is
+    called again, a schedule that is attached to a PEFT model for example."""
+    detach_shared_inputs(model, nn.Module)
     return model
 
 
-def detach_groups(model: nn.Module, kind: type) -> None:
-    """Dissolve the groups of the layers of a class."""
+def detach_shared_inputs(model: nn.Module, kind: type) -> None:
+    """Let the layers of a class compute on their own."""
     for parent in model.modules():
         for hook in list(parent._forward_pre_hooks.values()):
             owner = getattr(hook, "__self__", None)
@@ -82,7 +82,7 @@ def detach_groups(model: nn.Module, kind: type) -> None:
                 owner.detach()
 
 
-def groups_of(in_features: dict[str, int]) -> Iterator[list[str]]:
+def siblings_of(in_features: dict[str, int]) -> Iterator[list[str]]:
     """Yield the names, of the children of one module, that share an input: two or more of a
     pattern."""
     for pattern in PATTERNS:
@@ -95,7 +95,7 @@ def groups_of(in_features: dict[str, int]) -> Iterator[list[str]]:
 
 def nothing_to_share(model: nn.Module) -> str:
     patterns = "; ".join(", ".join(pattern) for pattern in PATTERNS)
-    return f"group: {type(model).__name__} has no module with two AFA layers that share an input ({patterns})"
+    return f"share_inputs: {type(model).__name__} has no module with two AFA layers that share an input ({patterns})"
 
 
 class _Pending(NamedTuple):
@@ -106,7 +106,7 @@ class _Pending(NamedTuple):
 
 
 class SharedInput:
-    """The group of one block, open from the start of a call of the block to its end.
+    """The layers of one block that share their input, open from the start of a call of the block to its end.
 
     Nothing outlives the call: outputs that nobody took are dropped at its end, also where it ends
     by an exception (an early stop of activation checkpointing is one).

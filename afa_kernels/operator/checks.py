@@ -77,7 +77,7 @@ def may_be_direct(*operands: Tensor | None) -> bool:
     return not torch_private.operators_are_watched() and torch_private.are_ordinary(operands)
 
 
-def group(x: Tensor, layers: list[tuple[Tensor, Tensor | None, Tensor, Tensor]]) -> bool:
+def shared_input(x: Tensor, layers: list[tuple[Tensor, Tensor | None, Tensor, Tensor]]) -> bool:
     """:func:`linear` of x and each of the layers (weight, bias, A, B)."""
     if not torch_private.operators_are_watched() and compiled.recognizes_shared(x, layers):
         return True
@@ -111,7 +111,7 @@ def no_transform(what: str) -> None:
     if torch_private.in_transform():
         raise NotImplementedError(
             f"{what}: not possible inside a transform of torch.func (grad, vmap, jvp, ...) or forward-mode "
-            "differentiation; use torch.autograd.grad, or afa_lora for the rows of each group"
+            "differentiation; use torch.autograd.grad, or afa_lora for the rows of each owner"
         )
 
 

@@ -55,7 +55,7 @@ def begin_backward(backend: Backend, spec: Spec, dy: Tensor, weight: Tensor, row
         return torch.mm(dy, weight) if gemm_first else None
     offsets = ends_of(rows.offsets, weight.shape[0])
     if _on_device(dy):
-        return _grouped(dy, offsets, weight, None)
+        return _product_by_owner(dy, offsets, weight, None)
     if not gemm_first:
         return None
     dx = dy.new_empty(dy.shape[0], weight.shape[2])
@@ -123,7 +123,7 @@ def _begin_by_owner(
     if weight.dim() == 3:
         offsets = ends_of(offsets, weight.shape[0])
     if _on_device(x):
-        y = _grouped(x, offsets, matrices, bias)
+        y = _product_by_owner(x, offsets, matrices, bias)
         return y, y, False
     y = x.new_empty(x.shape[0], weight.shape[-2])
     if bias is not None:
@@ -179,7 +179,7 @@ def _write_bias(y: Tensor, offsets: Tensor, bias: Tensor) -> None:
     y[end:] = 0
 
 
-def _grouped(rows: Tensor, offsets: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+def _product_by_owner(rows: Tensor, offsets: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``rows @ matrices[g] + bias[g]``; undefined for rows behind the last offset."""
     if way_of(rows, matrices) is SHARED:
         y = rows @ matrices

@@ -25,7 +25,7 @@ from afa_kernels.torch_private import (
 
 
 class Calls(NamedTuple):
-    """What the members of a group compute with on one x."""
+    """What the members compute with on one x."""
 
     members: list[LinearCall]
     recognized: bool  # all operands are ordinary and fit: nothing is left to check
@@ -83,10 +83,10 @@ def linear_shared(x: Tensor, calls: Calls) -> list[Tensor] | None:
     direct = calls.recognized
     if not direct:
         weights = [autocast("weight", weight) for weight in weights]
-        direct = checks.group(x, list(zip(weights, biases, a, b, strict=True)))
+        direct = checks.shared_input(x, list(zip(weights, biases, a, b, strict=True)))
     direct = direct and (compiled.are_plain(*alpha_t) or are_ordinary(alpha_t))
     identities = [alpha is None for alpha in alpha_t]
-    # Base layers train in no group.
+    # No base layer trains here.
     differentiated = torch.is_grad_enabled() and (
         x.requires_grad or any([t.requires_grad for t in a]) or any([t.requires_grad for t in b])
     )

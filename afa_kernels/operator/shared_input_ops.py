@@ -29,8 +29,8 @@ _MEMBERS = "Tensor[] lora_a, Tensor[] lora_b, Tensor?[] alpha_t, str[] activatio
 
 
 class Choice(NamedTuple):
-    """Who computes a group, in both directions: the backend that takes all members at once, or None and each by itself
-    with its own options. In a trace the operators choose when they run, from what was requested."""
+    """Who computes the members, in both directions: the backend that takes all of them at once, or None and each by
+    itself with its own options. In a trace the operators choose when they run, from what was requested."""
 
     requested: str | None
     together: str | None

@@ -8,7 +8,7 @@ from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from afa_kernels.model.sharing import attach_groups, detach_groups
+from afa_kernels.model.sharing import attach_shared_inputs, detach_shared_inputs
 from afa_kernels.peft import experts
 from afa_kernels.peft.config import AFALoraConfig
 from afa_kernels.peft.layer import AFALoraLayer, install, release, why_not
@@ -124,7 +124,7 @@ def install_annealed(model: nn.Module) -> None:
 
 def _prepare(model: nn.Module) -> None:
     """Do what needs a whole model."""
-    attach_groups(model, AFALoraLayer)
+    attach_shared_inputs(model, AFALoraLayer)
     adopt_tuners(model)
 
 
@@ -136,7 +136,7 @@ def restore(model: nn.Module) -> nn.Module:
     Returns:
         ``model``, changed in place.
     """
-    detach_groups(model, AFALoraLayer)
+    detach_shared_inputs(model, AFALoraLayer)
     for layer in _lora_layers(model):
         if isinstance(layer, experts.ParamWrapper):
             experts.release(layer)

@@ -1,4 +1,5 @@
-"""Blocks whose code calls the layers of a group one by one: they share, or run apart where they must; whole models."""
+"""Blocks whose code calls layers that share their input one by one: they share, or run apart where they must; whole
+models."""
 
 import copy
 import gc
@@ -8,8 +9,8 @@ import weakref
 import pytest
 import torch
 import torch._dynamo.testing
-from group_helpers import Block, K, run, separate
 from helpers import relative_error
+from shared_input_helpers import Block, K, run, separate
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,9 +34,9 @@ def fused(monkeypatch):
     calls = []
     original = shared_input.linear_shared
 
-    def counted(x, group, **how):
-        calls.append(len(group.members))  # now: a recomputation may be stopped in the middle
-        ys = original(x, group, **how)
+    def counted(x, calls_on_x, **how):
+        calls.append(len(calls_on_x.members))  # now: a recomputation may be stopped in the middle
+        ys = original(x, calls_on_x, **how)
         if ys is None:
             calls.pop()
         return ys
@@ -296,11 +297,11 @@ class Mlp(nn.Module):
         return self.down_proj(torch.relu(self.gate_proj(x)) * self.up_proj(x))
 
 
-@pytest.mark.parametrize("group", [None, True])
-def test_inject_groups_and_unload_takes_the_groups_out(fused, group):
+@pytest.mark.parametrize("share_inputs", [None, True])
+def test_inject_shares_inputs_and_unload_undoes_it(fused, share_inputs):
     model = nn.Sequential(Mlp(), Mlp())
-    keys = list(afa.inject(copy.deepcopy(model), r=2, group=False).state_dict())
-    afa.inject(model, r=2, group=group)
+    keys = list(afa.inject(copy.deepcopy(model), r=2, share_inputs=False).state_dict())
+    afa.inject(model, r=2, share_inputs=share_inputs)
     assert list(model.state_dict()) == keys
     x = torch.randn(3, 8)
     model(x)
@@ -313,46 +314,46 @@ def test_inject_groups_and_unload_takes_the_groups_out(fused, group):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_inject_without_groups_or_with_dropout_has_none(fused):
-    for options in ({"group": False}, {"dropout": 0.1}):
+def test_inject_shares_nothing_where_told_or_with_dropout(fused):
+    for options in ({"share_inputs": False}, {"dropout": 0.1}):
         model = afa.inject(nn.Sequential(Mlp()), r=2, **options).train()
         model(torch.randn(3, 8))
         assert not fused and not model[0]._forward_pre_hooks
 
 
-def test_adapters_of_a_grouped_model_are_those_of_any_other(tmp_path):
+def test_adapters_of_a_sharing_model_are_those_of_any_other(tmp_path):
     model = nn.Sequential(Mlp(), Mlp())
-    grouped = afa.inject(copy.deepcopy(model), r=2, group=True)
-    plain = afa.inject(copy.deepcopy(model), r=2, group=False)
-    for p in grouped.parameters():
+    sharing = afa.inject(copy.deepcopy(model), r=2, share_inputs=True)
+    plain = afa.inject(copy.deepcopy(model), r=2, share_inputs=False)
+    for p in sharing.parameters():
         torch.nn.init.normal_(p, std=0.3) if p.requires_grad else None
-    plain.load_state_dict(grouped.state_dict())
-    for m, name in ((grouped, "grouped"), (plain, "plain")):
+    plain.load_state_dict(sharing.state_dict())
+    for m, name in ((sharing, "sharing"), (plain, "plain")):
         afa.set_alpha_t(m, 0.0)
         afa.save_adapter(m, tmp_path / name)
-    states = [fmt.read_weights(tmp_path / n / fmt.WEIGHTS_FILE) for n in ("grouped", "plain")]
+    states = [fmt.read_weights(tmp_path / n / fmt.WEIGHTS_FILE) for n in ("sharing", "plain")]
     (tensors, metadata), (want, wanted_metadata) = states
     assert metadata == wanted_metadata and tensors.keys() == want.keys()
     assert all(torch.equal(tensors[key], want[key]) for key in want)
-    configs = [(tmp_path / n / fmt.CONFIG_FILE).read_bytes() for n in ("grouped", "plain")]
+    configs = [(tmp_path / n / fmt.CONFIG_FILE).read_bytes() for n in ("sharing", "plain")]
     assert configs[0] == configs[1]
     x = torch.randn(3, 8)
-    fresh = afa.inject(copy.deepcopy(model), r=2, group=True)
-    # In norm: single elements cancel, and a group sums in another order.
+    fresh = afa.inject(copy.deepcopy(model), r=2, share_inputs=True)
+    # In norm: single elements cancel, and shared input sums in another order.
     assert relative_error(afa.load_adapter(fresh, tmp_path / "plain")(x), plain(x)) < 1.3e-6
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"dropout": 0.1}, "group: dropout draws one mask for each layer"),
-        ({"target_modules": ["down_proj"]}, "group: Sequential has no module with two AFA layers"),
+        ({"dropout": 0.1}, "share_inputs: dropout draws one mask for each layer"),
+        ({"target_modules": ["down_proj"]}, "share_inputs: Sequential has no module with two AFA layers"),
     ],
 )
-def test_a_group_that_cannot_be_is_refused_before_anything_changes(options, match):
+def test_sharing_that_cannot_be_is_refused_before_anything_changes(options, match):
     model = nn.Sequential(Mlp())
     with pytest.raises(ValueError, match=match):
-        afa.inject(model, group=True, **options)
+        afa.inject(model, share_inputs=True, **options)
     assert not any(isinstance(m, afa.AFALinear) for m in model.modules())
 
 
@@ -367,7 +368,7 @@ def test_a_group_that_cannot_be_is_refused_before_anything_changes(options, matc
     ],
 )
 def test_what_shares_an_input(sizes, expected):
-    assert list(shared_input.groups_of(sizes)) == expected
+    assert list(shared_input.siblings_of(sizes)) == expected
 
 
 def test_the_attention_of_real_models(fused):
@@ -381,15 +382,15 @@ def test_the_attention_of_real_models(fused):
     ):  # fmt: skip
         torch.manual_seed(0)
         model = getattr(transformers, name)(config).eval()
-        plain = afa.inject(copy.deepcopy(model), r=2, group=False)
+        plain = afa.inject(copy.deepcopy(model), r=2, share_inputs=False)
         fused.clear()
         torch.manual_seed(0)
-        grouped = afa.inject(model, r=2, group=True)
-        for m in (plain, grouped):
+        sharing = afa.inject(model, r=2, share_inputs=True)
+        for m in (plain, sharing):
             torch.manual_seed(1)
             for p in m.parameters():
                 if p.requires_grad:
                     nn.init.normal_(p, std=0.3)
-        got, want = grouped(ids).last_hidden_state, plain(ids).last_hidden_state
+        got, want = sharing(ids).last_hidden_state, plain(ids).last_hidden_state
         assert fused == expected, name
         torch.testing.assert_close(got, want)

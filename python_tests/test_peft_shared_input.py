@@ -37,8 +37,8 @@ def shared(monkeypatch):
     calls = []
     original = shared_input.linear_shared
 
-    def counted(x, group, **how):
-        ys = original(x, group, **how)
+    def counted(x, of_layers, **how):
+        ys = original(x, of_layers, **how)
         calls.extend([] if ys is None else [len(ys)])
         return ys
 
@@ -55,7 +55,7 @@ def adapted(net: nn.Module, lora) -> nn.Module:
 
 
 def hooked(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that open and close groups."""
+    """Return the modules that open and close a shared input."""
     return [m for m in model.modules() if any(isinstance(getattr(h, "__self__", None), shared_input.SharedInput)
                                               for h in m._forward_pre_hooks.values())]  # fmt: skip
 
@@ -94,7 +94,7 @@ def test_accelerate_shares_inputs_and_restore_ends_it(shared):
     assert shared == [3]
 
 
-def test_a_merged_model_is_left_without_groups():
+def test_a_merged_model_is_left_without_shared_inputs():
     model = adapted(Attention(), config())
     afa.set_alpha_t(model, 0.0)
     x = torch.randn(5, 24)
@@ -159,11 +159,11 @@ def test_the_base_layer_is_called_only_where_it_has_to_be(monkeypatch, change):
     assert torch.isfinite(got["dx"]).all()
 
 
-@pytest.mark.parametrize("group", [None, False])
-def test_a_schedule_leaves_groups_of_other_layers_as_they_are(group):
+@pytest.mark.parametrize("share_inputs", [None, False])
+def test_a_schedule_leaves_shared_inputs_of_other_layers_as_they_are(share_inputs):
     """With PEFT's integration imported, too: it speaks for PEFT's layers alone."""
-    model = afa.inject(nn.Sequential(Attention()), target_modules=TARGETS, r=2, group=group)
+    model = afa.inject(nn.Sequential(Attention()), target_modules=TARGETS, r=2, share_inputs=share_inputs)
     before = list(model[0]._forward_pre_hooks)
-    assert len(before) == (group is None)
+    assert len(before) == (share_inputs is None)
     afa.set_alpha_t(model, 0.5)
     assert list(model[0]._forward_pre_hooks) == before

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from group_helpers import K, layer, members, run, separate
 from helpers import DTYPES, altered, assert_as_accurate_as_torch
+from shared_input_helpers import K, layer, members, run, separate
 from torch import func, nn
 
 import afa_kernels as afa
 from afa_kernels.backend import choice, interface
 from afa_kernels.backend import torch as torch_ops
-from afa_kernels.layers import shared_input as grouping
+from afa_kernels.layers import shared_input
 
 pytestmark = pytest.mark.fast
 
@@ -28,7 +28,7 @@ def skip_unless_taken(backend, layers, x):
 
 @pytest.mark.parametrize("shape", [(33, K), (2, 17, K)], ids=["2d", "3d"])
 @pytest.mark.parametrize("name", ["f32", "bf16"])
-def test_a_group_computes_what_its_layers_compute(backend, device, name, shape):
+def test_shared_input_computes_what_its_layers_compute(backend, device, name, shape):
     dtype = DTYPES[name]
     layers = [m.to(device) for m in members(dtype, backend=backend)]
     x = torch.randn(shape, device=device, dtype=dtype)
@@ -39,9 +39,9 @@ def test_a_group_computes_what_its_layers_compute(backend, device, name, shape):
     for others in (apart, truth):
         for other, member in zip(others, layers, strict=True):
             other.to(device).load_state_dict(member.state_dict())
-    group = afa.AFALinearGroup(layers)
-    assert grouping.why_separate(layers, x) is None
-    got = run(group, layers, x, dys)
+    shared = afa.AFASharedInput(layers)
+    assert shared_input.why_separate(layers, x) is None
+    got = run(shared, layers, x, dys)
     same = run(separate(apart), apart, x, dys)
     exact = run(separate(truth), truth, x.double(), [dy.double() for dy in dys])
     for g, s, e in zip(got, same, exact, strict=True):
@@ -55,7 +55,7 @@ def test_one_row(backend, device):
     x = torch.randn(1, K, device=device)
     skip_unless_taken(backend, layers, x)
     dys = [torch.randn(1, m.out_features, device=device) for m in layers]
-    got, want = run(afa.AFALinearGroup(layers), layers, x, dys), run(separate(layers), layers, x, dys)
+    got, want = run(afa.AFASharedInput(layers), layers, x, dys), run(separate(layers), layers, x, dys)
     for g, w in zip(got, want, strict=True):
         for what in g:
             torch.testing.assert_close(g[what], w[what])
@@ -69,21 +69,21 @@ def test_where_sums_are_exact_the_bits_are_equal():
             p.copy_(torch.randint(-3, 4, p.shape))
     x = torch.randint(-3, 4, (6, K)).float()
     dys = [torch.randint(-3, 4, (6, m.out_features)).float() for m in layers]
-    got = run(afa.AFALinearGroup(layers), layers, x, dys)
+    got = run(afa.AFASharedInput(layers), layers, x, dys)
     want = run(separate(layers), layers, x, dys)
     for g, w in zip(got, want, strict=True):
         for what in g:
             assert torch.equal(g[what], w[what]), what
 
 
-def test_gradients_of_a_group_are_its_derivatives():
+def test_gradients_of_shared_input_are_its_derivatives():
     layers = [layer(n, 2, dtype=torch.float64, activation=act) for n, act in ((3, "silu"), (4, "gelu"))]
-    group = afa.AFALinearGroup(layers)
+    shared = afa.AFASharedInput(layers)
     leaves = [p for m in layers for p in (m.lora_a, m.lora_b)]
     x = torch.randn(3, K, dtype=torch.float64, requires_grad=True)
 
     def function(x, *_parameters):
-        return group(x)
+        return shared(x)
 
     torch.autograd.gradcheck(function, (x, *leaves), fast_mode=True)
     torch.autograd.gradgradcheck(function, (x, *leaves), fast_mode=True)
@@ -93,7 +93,7 @@ def test_gradients_that_are_differentiated_again_are_the_same():
     layers = members()
     x = torch.randn(5, K, requires_grad=True)
     leaves = [x, *(p for m in layers for p in (m.lora_a, m.lora_b))]
-    y = sum(y.square().sum() for y in afa.AFALinearGroup(layers)(x))
+    y = sum(y.square().sum() for y in afa.AFASharedInput(layers)(x))
     once = torch.autograd.grad(y, leaves, retain_graph=True)
     twice = torch.autograd.grad(y, leaves, create_graph=True)
     for got, want in zip(twice, once, strict=True):
@@ -105,7 +105,7 @@ def test_z_is_saved_for_the_backward_at_identity_too(alpha_t):
     layers = [layer(n, 5, alpha_t=alpha_t) for n in (32, 16)]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        afa.AFALinearGroup(layers)(torch.randn(6, K))
+        afa.AFASharedInput(layers)(torch.randn(6, K))
     assert saved.count((6, 5)) == 2
 
 
@@ -114,7 +114,7 @@ def test_outputs_that_nobody_differentiates(alone):
     layers = members()
     x = torch.randn(5, K)
     dys = [torch.randn(5, m.out_features) for m in layers]
-    _, got = run(afa.AFALinearGroup(layers), layers, x, dys, alone)
+    _, got = run(afa.AFASharedInput(layers), layers, x, dys, alone)
     _, want = run(separate(layers), layers, x, dys, alone)
     for what in want:
         assert (got[what] is None) == (want[what] is None), what
@@ -127,7 +127,7 @@ def test_only_what_needs_a_gradient_gets_one():
     layers[0].lora_a.requires_grad_(False)
     layers[1].lora_b.requires_grad_(False)
     x = torch.randn(5, K)
-    sum(y.sum() for y in afa.AFALinearGroup(layers)(x)).backward()
+    sum(y.sum() for y in afa.AFASharedInput(layers)(x)).backward()
     grads = [(m.lora_a.grad is not None, m.lora_b.grad is not None) for m in layers]
     assert grads == [(False, True), (True, False), (True, True)]
 
@@ -135,7 +135,7 @@ def test_only_what_needs_a_gradient_gets_one():
 def test_backward_twice_gives_the_same():
     layers = members()
     x = torch.randn(5, K, requires_grad=True)
-    y = sum(y.square().sum() for y in afa.AFALinearGroup(layers)(x))
+    y = sum(y.square().sum() for y in afa.AFASharedInput(layers)(x))
     first = torch.autograd.grad(y, [x, layers[0].lora_a], retain_graph=True)
     second = torch.autograd.grad(y, [x, layers[0].lora_a])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -145,8 +145,8 @@ def test_outputs_may_be_changed_in_place():
     layers = members()
     x = torch.randn(2, 5, K)
     dys = [torch.randn(2, 5, m.out_features) for m in layers]
-    group = afa.AFALinearGroup(layers)
-    _, got = run(lambda x: [y.mul_(2) for y in group(x)], layers, x, dys)
+    shared = afa.AFASharedInput(layers)
+    _, got = run(lambda x: [y.mul_(2) for y in shared(x)], layers, x, dys)
     _, want = run(lambda x: [m(x) * 2 for m in layers], layers, x, dys)
     for what in want:
         torch.testing.assert_close(got[what], want[what])
@@ -155,7 +155,7 @@ def test_outputs_may_be_changed_in_place():
 def test_no_rows():
     layers = members()
     x = torch.randn(0, K, requires_grad=True)
-    ys = afa.AFALinearGroup(layers)(x)
+    ys = afa.AFASharedInput(layers)(x)
     assert [y.shape for y in ys] == [(0, m.out_features) for m in layers]
     sum(y.sum() for y in ys).backward()
     assert x.grad.shape == (0, K) and not layers[0].lora_a.grad.any()
@@ -164,14 +164,14 @@ def test_no_rows():
 def test_ranks_beyond_the_limit_of_a_backend_when_stacked():
     layers = [layer(8, 200), layer(8, 200)]
     x = torch.randn(3, K)
-    for y, m in zip(afa.AFALinearGroup(layers)(x), layers, strict=True):
+    for y, m in zip(afa.AFASharedInput(layers)(x), layers, strict=True):
         torch.testing.assert_close(y, m(x))
 
 
 def test_adapters_of_different_dtypes_keep_theirs():
     layers = [layer(8, dtype=torch.bfloat16), layer(8, dtype=torch.bfloat16)]
     layers[1].to(torch.bfloat16)
-    sum(y.float().sum() for y in afa.AFALinearGroup(layers)(torch.randn(4, K).bfloat16())).backward()
+    sum(y.float().sum() for y in afa.AFASharedInput(layers)(torch.randn(4, K).bfloat16())).backward()
     assert [m.lora_a.grad.dtype for m in layers] == [torch.float32, torch.bfloat16]
 
 
@@ -179,7 +179,7 @@ def test_autocast():
     layers = members()
     x = torch.randn(5, K)
     with torch.autocast("cpu", torch.bfloat16):
-        got, want = afa.AFALinearGroup(layers)(x), separate(layers)(x)
+        got, want = afa.AFASharedInput(layers)(x), separate(layers)(x)
     for g, w in zip(got, want, strict=True):
         assert g.dtype == torch.bfloat16
         torch.testing.assert_close(g, w, rtol=2e-2, atol=2e-2)
@@ -188,12 +188,12 @@ def test_autocast():
 # --- one pass over x
 
 
-def test_a_group_reads_x_once_in_each_direction():
+def test_shared_input_reads_x_once_in_each_direction():
     layers = [layer(n, backend="torch") for n in (32, 16, 16)]
     x = torch.randn(6, K, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ys = afa.AFALinearGroup(layers)(x)
+        ys = afa.AFASharedInput(layers)(x)
     assert sum(t.shape == x.shape for t in saved) == 1
     assert len({y.grad_fn for y in ys}) == 1  # one node: its backward sees all gradients at once
 
@@ -221,10 +221,10 @@ PASSES = ("forward", "backward", "forward_shared", "backward_shared")
 
 def step(layers):
     x = torch.randn(6, K, requires_grad=True)
-    sum(y.sum() for y in afa.AFALinearGroup(layers)(x)).backward()
+    sum(y.sum() for y in afa.AFASharedInput(layers)(x)).backward()
 
 
-def test_a_group_is_one_call_of_the_backend_in_each_direction(spies):
+def test_shared_input_is_one_call_of_the_backend_in_each_direction(spies):
     make, seen = spies
     make("spy")
     step([layer(n, backend="spy") for n in (32, 16)])
@@ -234,7 +234,7 @@ def test_a_group_is_one_call_of_the_backend_in_each_direction(spies):
 @pytest.mark.parametrize(
     "fields",
     [{"takes_shared_input": False}, {"refuses_together": lambda calls: f"takes less than {len(calls)} layers"}],
-    ids=["without group passes", "refusing"],
+    ids=["without passes for it", "refusing"],
 )
 def test_members_of_another_backend_are_calls_of_their_own(spies, fields):
     make, seen = spies
@@ -242,7 +242,7 @@ def test_members_of_another_backend_are_calls_of_their_own(spies, fields):
     layers = [layer(n, backend="spy") for n in (32, 16)]
     step(layers)
     assert seen == ["forward"] * 2 + ["backward"] * 2
-    ys = afa.AFALinearGroup(layers)(torch.randn(6, K))
+    ys = afa.AFASharedInput(layers)(torch.randn(6, K))
     assert len({y.grad_fn for y in ys}) == 2  # each layer's own
 
 
@@ -266,11 +266,11 @@ def test_members_whose_backends_differ_run_one_by_one():
     together, reason = choice.select_together(calls, None)
     assert together is None and reason == "the members run on different backends (cpu, torch)"
     layers, x = [layer(8, 4), layer(8, 300)], torch.randn(4, K)
-    for y, m in zip(afa.AFALinearGroup(layers)(x), layers, strict=True):
+    for y, m in zip(afa.AFASharedInput(layers)(x), layers, strict=True):
         assert torch.equal(y, m(x))
 
 
-# --- explicit groups: what is refused
+# --- what is refused
 
 
 @pytest.mark.parametrize(
@@ -286,9 +286,9 @@ def test_members_whose_backends_differ_run_one_by_one():
         ),
     ],
 )
-def test_what_is_no_group_is_named(make, error, match):
+def test_what_cannot_share_is_named(make, error, match):
     with pytest.raises(error, match=match):
-        afa.AFALinearGroup(make())
+        afa.AFASharedInput(make())
 
 
 SEPARATE = {
@@ -307,9 +307,9 @@ def test_members_that_cannot_share_run_one_by_one(obstacle):
     layers = members()
     SEPARATE[obstacle](layers[1])
     x = torch.randn(5, K, requires_grad=True)
-    assert grouping.why_separate(layers, x)
+    assert shared_input.why_separate(layers, x)
     torch.manual_seed(0)
-    got = afa.AFALinearGroup(layers)(x)
+    got = afa.AFASharedInput(layers)(x)
     torch.manual_seed(0)
     for g, w in zip(got, separate(layers)(x), strict=True):
         assert torch.equal(g, w)
@@ -317,20 +317,20 @@ def test_members_that_cannot_share_run_one_by_one(obstacle):
 
 def test_an_input_that_does_not_fit_gets_the_error_of_the_layer():
     with pytest.raises(ValueError, match="lora_a: expected shape"):
-        afa.AFALinearGroup(members())(torch.randn(3, K + 1))
+        afa.AFASharedInput(members())(torch.randn(3, K + 1))
     with pytest.raises(TypeError, match="dtype of x"):
-        afa.AFALinearGroup(members())(torch.randn(3, K).bfloat16())
+        afa.AFASharedInput(members())(torch.randn(3, K).bfloat16())
 
 
-def test_members_of_a_group_in_transforms_of_torch_func():
+def test_members_in_transforms_of_torch_func():
     """They compute one by one there; gradients that are asked for in a batch are those of separate layers."""
     layers, x = members(), torch.randn(6, K)
-    group = afa.AFALinearGroup(layers)
+    shared = afa.AFASharedInput(layers)
     for transform in (lambda f: func.jacrev(f)(x), lambda f: func.vmap(f)(x), lambda f: func.jvp(f, (x,), (x.cos(),))):
-        for got, want in zip(transform(group), transform(separate(layers)), strict=True):
+        for got, want in zip(transform(shared), transform(separate(layers)), strict=True):
             torch.testing.assert_close(got, want)
     leaf = x.clone().requires_grad_()
-    for i, (one, other) in enumerate(zip(group(leaf), separate(layers)(leaf), strict=True)):
+    for i, (one, other) in enumerate(zip(shared(leaf), separate(layers)(leaf), strict=True)):
         batch = torch.randn(3, *one.shape)
         got, want = (
             torch.autograd.grad(y, leaf, batch, retain_graph=True, is_grads_batched=True)[0] for y in (one, other)

@@ -1,4 +1,4 @@
-"""The scope "grouped": frozen experts with an adapter each, on rows that are sorted by expert.
+"""The scope "experts": frozen experts with an adapter each, on rows that are sorted by expert.
 
 A provider turns the operands into a function of x, A and B. ``frozen``, over which taxes are counted, is torch's
 ``grouped_mm`` with the frozen weights.
@@ -135,9 +135,9 @@ def checking(case: Case) -> Callable[[Provider], tuple[Step, Check]]:
         return truth, {name: relative_error(same[name], value) for name, value in truth.items()}
 
     def checked(provider: Provider) -> tuple[Step, Check]:
-        got = Step(unmasked, provider.grouped(unmasked), provider.function).results()
+        got = Step(unmasked, provider.experts(unmasked), provider.function).results()
         check = compared(got, *reference(provider.function), o.x.dtype)
-        return Step(o, provider.grouped(o), provider.function), check
+        return Step(o, provider.experts(o), provider.function), check
 
     return checked
 
@@ -220,7 +220,7 @@ def _runs(case: Case) -> str | None:
 
 
 def providers() -> dict[str, Provider]:
-    """Return the providers of this scope by name; ``grouped`` of each makes its function from the operands."""
+    """Return the providers of this scope by name; ``experts`` of each makes its function from the operands."""
     rows = (
         ("frozen", "grouped_mm with the frozen weights", "frozen", _grouped_mm_why_not, _frozen, False),
         ("frozen.again", "frozen measured again", "frozen", _grouped_mm_why_not, _frozen, False),
@@ -233,6 +233,6 @@ def providers() -> dict[str, Provider]:
         ("afa.again", "afa measured again", "afa", _runs, _afa(None), True),
     )
     return {
-        name: Provider(name, about, function, why_not, None, grouped=make, ours=ours)
+        name: Provider(name, about, function, why_not, None, experts=make, ours=ours)
         for name, about, function, why_not, make, ours in rows
     }

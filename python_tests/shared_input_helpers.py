@@ -1,4 +1,4 @@
-"""Layers on one x, and a block that calls them one by one, for the tests of groups."""
+"""Layers on one x, and a block that calls them one by one, for the tests of shared input."""
 
 import torch
 from torch import nn

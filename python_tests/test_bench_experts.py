@@ -1,4 +1,4 @@
-"""The scope "grouped" of the benchmarks: its shapes, its providers, and its rows."""
+"""The scope "experts" of the benchmarks: its shapes, its providers, and its rows."""
 
 import dataclasses
 import importlib.util
@@ -8,7 +8,7 @@ import pytest
 from bench_rows import ROOF
 
 from bench import __main__ as command
-from bench import grouped, shapes, step_suite, timing
+from bench import experts, shapes, step_suite, timing
 from bench.results import read
 from bench.shapes import Case
 
@@ -25,18 +25,18 @@ def test_rows_are_shared_out_to_the_last():
 
 
 def test_every_provider_is_right_and_a_wrong_one_is_not_timed(monkeypatch, tmp_path):
-    known = grouped.providers()
+    known = experts.providers()
     here = {name for name, provider in known.items() if provider.absent(next(cases_of("2x24x16"))) is None}
 
     def zeros(o):
-        call = known["afa"].grouped(o)
+        call = known["afa"].experts(o)
         return lambda *operands: call(*operands) * 0
 
-    wrong = {"zeros": dataclasses.replace(known["afa"], name="zeros", grouped=zeros)}
-    monkeypatch.setattr(grouped, "providers", lambda: known | wrong)
+    wrong = {"zeros": dataclasses.replace(known["afa"], name="zeros", experts=zeros)}
+    monkeypatch.setattr(experts, "providers", lambda: known | wrong)
     # Rounds enough for an interval, however long they take, and no more.
     monkeypatch.setitem(timing.measure.__kwdefaults__, "most", 8)
-    flags = ["--scopes", "grouped", "--device", "cpu", "--tokens", "60", "--ranks", "4", "--seconds", "600"]
+    flags = ["--scopes", "experts", "--device", "cpu", "--tokens", "60", "--ranks", "4", "--seconds", "600"]
     flags += ["--shapes", "2x24x16,4x24x16,8x24x16,4x24x16.skewed", "--out", str(tmp_path), "--allocator", "system"]
     assert command.main([*flags, "--providers", ",".join([*known, "zeros"])]) == 1
     records = read(tmp_path / "custom.jsonl")
@@ -53,7 +53,7 @@ def test_every_provider_is_right_and_a_wrong_one_is_not_timed(monkeypatch, tmp_p
 
 def test_peft_stays_out_with_dropout():
     case = next(cases_of("4x24x16"))._replace(dropout=0.1)
-    chosen = {name: provider for name, provider in grouped.providers().items() if name in ("frozen", "peft", "afa")}
+    chosen = {name: provider for name, provider in experts.providers().items() if name in ("frozen", "peft", "afa")}
     options = command.suite.Options(0.01, 0.1, True, False)
     records = list(step_suite.run_case(case, chosen, options, ROOF))
     assert [r["provider"] for r in records if r["kind"] == "absent"] == ["peft"]
@@ -66,8 +66,8 @@ def test_a_peer_that_raises_stays_out_and_one_of_ours_does_not():
     def raises(o):
         raise RuntimeError("no kernel for this shape")
 
-    known = grouped.providers()
-    peer, own = (dataclasses.replace(known[name], grouped=raises) for name in ("grouped_mm", "afa"))
+    known = experts.providers()
+    peer, own = (dataclasses.replace(known[name], experts=raises) for name in ("grouped_mm", "afa"))
     options = command.suite.Options(0.01, 0.1, True, False)
     records = list(step_suite.run_case(case, {"grouped_mm": peer}, options, ROOF))
     if known["grouped_mm"].absent(case) is None:
@@ -77,5 +77,5 @@ def test_a_peer_that_raises_stays_out_and_one_of_ours_does_not():
 
 
 def cases_of(names: str) -> Iterator[Case]:
-    flags = ["--scopes", "grouped", "--shapes", names, "--tokens", "60", "--ranks", "4", "--device", "cpu"]
+    flags = ["--scopes", "experts", "--shapes", names, "--tokens", "60", "--ranks", "4", "--device", "cpu"]
     yield from command.cases(command.parser().parse_args(flags))
