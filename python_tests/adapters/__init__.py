@@ -1,0 +1,1 @@
+"""What every layer with adapters promises, tested on every kind of layer: subjects and their contract."""
