@@ -58,18 +58,6 @@ def gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     return {"logits": logits.detach()} | named
 
 
-def assert_checkpointing_recomputes_the_same(model: nn.Module) -> None:
-    """Check it with the dropout that the branches of all experts of ``model`` have."""
-    ids = tokens()
-    model.train()
-    torch.manual_seed(5)
-    want = gradients(model, ids)
-    model.gradient_checkpointing_enable()
-    torch.manual_seed(5)
-    got = gradients(model, ids)
-    assert len(got) == 9 and all(torch.equal(got[name], value) for name, value in want.items())
-
-
 def fill(model: nn.Module, seed: int = 1) -> nn.Module:
     """Draw every A and B anew: with B = 0 any branch is right."""
     generator = torch.Generator().manual_seed(seed)
@@ -78,32 +66,6 @@ def fill(model: nn.Module, seed: int = 1) -> nn.Module:
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
     return model
-
-
-def in_torch_ops(experts: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The forward of an adapted experts module as a user would write it, one token and one expert at a time."""
-
-    def project(row, parameter, expert):
-        weight = getattr(experts, parameter)[expert]
-        y = row @ (weight if experts.is_transposed else weight.T)
-        if experts.has_bias:
-            y = y + getattr(experts, f"{parameter}_bias")[expert]
-        if parameter in experts.afa:
-            layer = experts.afa[parameter]
-            z = row @ layer.lora_a[expert].T.to(row.dtype)
-            h = (1 - layer.alpha_t_buffer.item()) * z + layer.alpha_t_buffer.item() * nn.functional.silu(z)
-            y = y + layer.scaling * h @ layer.lora_b[expert].T.to(row.dtype)
-        return y
-
-    tokens = []
-    for token in range(x.shape[0]):
-        outputs = []
-        for expert, weight in zip(index[token].tolist(), weights[token], strict=True):
-            if expert < experts.num_experts:
-                gated = experts._apply_gate(project(x[token][None], "gate_up_proj", expert))
-                outputs.append(weight * project(gated, "down_proj", expert)[0])
-        tokens.append(sum(outputs, torch.zeros_like(x[token])))
-    return torch.stack(tokens)
 
 
 def routing(experts: nn.Module, tokens: int, top_k: int = 2) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,10 @@
 """AFALinearStack: one batch for many adapters, each with its rank, scaling, activation, dropout and alpha_t."""
 
-import copy
-import io
 from functools import partial
 
 import pytest
 import torch
-from helpers import assert_as_accurate_as_torch, eager, mask_and_p
-from layer_helpers import BASES
+from helpers import eager, mask_and_p
 from torch import nn
 
 import afa_kernels as afa
@@ -85,52 +82,12 @@ def test_a_mixed_step_has_the_bits_of_separate_steps(order, dtype):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("base", [*BASES, "hooked"])
-def test_every_sample_gets_the_branch_of_its_adapter(base, order):
-    made = BASES.get(base, BASES["linear"])()
-    if base == "hooked":
-        made.register_forward_hook(lambda *_: None)
-    layer, names = stack_of(made), ORDERS[order]
+def test_a_base_that_has_to_be_called_computes_the_same(order):
+    layer, names = stack_of(), ORDERS[order]
     x, dy = torch.randn(7, 3, 12), torch.randn(7, 3, 10)
-    got = step(layer, names, x, dy)
-
-    def plain(dtype):
-        leaf = x.detach().clone().to(dtype).requires_grad_()
-        weight = made.weight if isinstance(made, nn.Linear) else made.weight.T
-        frozen = (weight.detach().to(dtype), None if made.bias is None else made.bias.detach().to(dtype))
-        leaves, ys = {}, []
-        for name, sample in zip(names, leaf, strict=True):
-            if name == "__base__":
-                ys.append(nn.functional.linear(sample, *frozen))
-                continue
-            branch = layer.adapters[name]
-            if name not in leaves:
-                pair = (branch.lora_a, branch.lora_b)
-                leaves[name] = tuple(p.detach().to(dtype).requires_grad_() for p in pair)
-            options = {"activation": branch.activation, "scaling": branch.scaling}
-            ys.append(eager(sample, *leaves[name], branch.alpha_t, weight=frozen[0], bias=frozen[1], **options))
-        y = torch.stack(ys)
-        y.backward(dy.to(dtype))
-        return y.detach(), leaf.grad, {name: (a.grad, b.grad) for name, (a, b) in leaves.items()}
-
-    same, truth = plain(torch.float32), plain(torch.float64)
-    for what in (0, 1):
-        assert_as_accurate_as_torch(got[what], same[what], truth[what], ("y", "dx")[what], torch.float32)
-    for name, pair in truth[2].items():
-        for half in (0, 1):
-            what = f"{name}, lora_{'ab'[half]}"
-            assert_as_accurate_as_torch(got[2][name][half], same[2][name][half], pair[half], what, torch.float32)
-
-
-def test_an_absent_adapter_is_left_alone_by_the_optimizer():
-    layer = stack_of()
-    optimizer = torch.optim.AdamW(layer.adapters.parameters(), lr=0.1, weight_decay=0.1)
-    before = copy.deepcopy(layer.adapters["c"].state_dict())
-    with afa.adapters_of(layer, ["a", "b", "d"]):
-        layer(torch.randn(3, 12)).sum().backward()
-    optimizer.step()
-    assert all(torch.equal(value, before[name]) for name, value in layer.adapters["c"].state_dict().items())
-    assert layer.adapters["c"].lora_a not in optimizer.state and layer.adapters["a"].lora_a in optimizer.state
+    wanted = step(layer, names, x, dy)
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(step(layer, names, x, dy), wanted)
 
 
 def test_names_may_be_given_for_rows_or_for_all():
@@ -222,14 +179,6 @@ def test_float64_keeps_the_scaling_of_each_adapter():
         torch.testing.assert_close(y[i], wanted, rtol=1e-13, atol=1e-13)
 
 
-def test_16_bit_models_have_float32_adapters():
-    layer = stack_of(nn.Linear(12, 10, dtype=torch.bfloat16))
-    with afa.adapters_of(layer, ["a", "b"]):
-        y = layer(torch.randn(2, 12, dtype=torch.bfloat16))
-    y.float().sum().backward()
-    assert y.dtype == torch.bfloat16 and layer.adapters["a"].lora_b.grad.dtype == torch.float32
-
-
 @pytest.mark.parametrize("hooked", [False, True])
 def test_autocast_and_inference_mode(hooked):
     base = nn.Linear(12, 10)
@@ -313,36 +262,6 @@ def test_adapters_come_and_go():
     layer.delete_adapter("e")
     with pytest.raises(ValueError, match="expected one of a, b, c, d, got 'e'"):
         layer.delete_adapter("e")
-
-
-def test_alpha_t_is_that_of_each_adapter():
-    layer = stack_of()
-    layer.set_alpha_t(0.25, "b")
-    assert {name: branch.alpha_t for name, branch in layer.adapters.items()} == {**ALPHAS, "b": 0.25}
-    layer.set_alpha_t(0.75)
-    assert {branch.alpha_t for branch in layer.adapters.values()} == {0.75} and layer.alpha_t == 0.75
-    with pytest.raises(ValueError, match="adapter: expected one of a, b, c, d, got 'x'"):
-        layer.set_alpha_t(0.5, "x")
-    with pytest.raises(ValueError, match="alpha_t"):
-        layer.set_alpha_t(1.5, "a")
-
-
-def test_the_state_has_alpha_t_and_copies_are_whole():
-    layer, x = stack_of(), torch.randn(4, 12)
-    saved = io.BytesIO()
-    torch.save(layer, saved)
-    saved.seek(0)
-    other = stack_of(copy.deepcopy(layer.base_layer))
-    other.set_alpha_t(1.0)
-    other.load_state_dict(layer.state_dict())
-    copies = (copy.deepcopy(layer), torch.load(saved, weights_only=False), other)
-    for each in copies:
-        assert {name: branch.alpha_t for name, branch in each.adapters.items()} == ALPHAS
-        with afa.adapters_of(layer, list("abcd")), afa.adapters_of(each, list("abcd")):
-            assert torch.equal(each(x), layer(x))
-    bad = {**layer.state_dict(), "adapters.a.alpha_t_buffer": torch.tensor(2.0)}
-    with pytest.raises(RuntimeError, match="alpha_t_buffer"):
-        other.load_state_dict(bad)
 
 
 def test_second_derivatives():

@@ -63,7 +63,7 @@ def test_inject_makes_stacks(model):
         ({"adapters": {"a": {"rank": 4}}}, "adapters: 'a' has rank; expected some of r, lora_alpha"),
         ({"adapters": {"a": {}, "b": {"r": 0}}}, "adapters: 'b': r: expected a rank of at least 1, got 0"),
         ({"adapters": {"a.b": {}}}, "name: 'a.b' cannot be the name of an adapter"),
-        ({"adapters": {"a": {}}, "group": True}, "group: layers with a stack of adapters"),
+        ({"adapters": {"a": {}}, "share_inputs": True}, "share_inputs: layers with a stack of adapters"),
     ],
 )
 def test_inject_refuses(options, message):
@@ -97,13 +97,6 @@ def test_adapters_come_and_go(model):
     assert [list(m.adapters) for m in model.modules() if isinstance(m, afa.AFALinearStack)] == [["a", "c"]] * 4
     with pytest.raises(ValueError, match="no adapter 'b'; it has a, c"):
         afa.delete_adapter(model, "b")
-
-
-def test_unload_gives_the_frozen_model_back(model):
-    x = torch.randn(2, 8)
-    with afa.adapters_of(model, "__base__"):
-        wanted = model(x)
-    assert torch.equal(afa.unload(model)(x), wanted) and type(model.blocks[0].query) is nn.Linear
 
 
 def test_a_schedule_of_one_adapter_leaves_the_others(model):
@@ -262,20 +255,6 @@ def test_an_adapter_of_some_layers(model, tmp_path):
     assert {name for name in grads if ".small." in name} == {
         f"blocks.0.query.adapters.small.lora_{half}" for half in "ab"
     }
-
-
-def test_stock_peft_loads_one_of_them(model, tmp_path):
-    peft = pytest.importorskip("peft")
-    afa.set_alpha_t(model, 0.0, "a")
-    afa.save_adapter(model, tmp_path, "a")
-    x = torch.randn(2, 8)
-    wanted = logits(model, x, "a")
-    torch.manual_seed(0)
-    stock = peft.PeftModel.from_pretrained(Classifier(), tmp_path)
-    torch.testing.assert_close(stock(x).detach(), wanted)
-    stock.save_pretrained(tmp_path / "stock")
-    afa.load_adapter(model, tmp_path / "stock", "again")
-    assert torch.equal(logits(model, x, "again"), wanted)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

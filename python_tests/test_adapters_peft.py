@@ -108,27 +108,6 @@ def test_a_model_trains_each_adapter_as_if_alone(bias):
         assert_same(got | {n: together[n] for n in wanted if n not in got}, wanted)
 
 
-def test_an_absent_adapter_is_left_alone():
-    model = mixed()
-    got = step(model, torch.randn(3, 16), ["a", "c", "__base__"], torch.randn(3, 3))
-    assert {n.split(".")[-2] for n in got if "lora_" in n} == {"a", "c"}
-    step(model, torch.randn(2, 16), ["__base__"] * 2, torch.randn(2, 3))
-    assert all(p.grad is None for n, p in model.named_parameters() if "lora_" in n)
-
-
-def test_dropout_is_that_of_each_adapter():
-    model = mixed(more=[("d", config(r=4, lora_dropout=0.5))])
-    x, names = torch.randn(4, 16), ["d", "a", "d", "a"]
-    y = model(x, adapter_names=names)
-    without = copy.deepcopy(model).eval()(x, adapter_names=names)
-    torch.testing.assert_close(y[1::2], without[1::2])
-    assert not torch.allclose(y[::2], without[::2])
-    torch.manual_seed(1)
-    first = model(x, adapter_names=names)
-    torch.manual_seed(1)
-    assert torch.equal(model(x, adapter_names=names), first) and not torch.equal(first, y)
-
-
 def test_a_layer_with_hooks_or_a_view_for_its_output_is_not_written():
     """As quantized layers have it; PEFT's own layer may return a view of a buffer."""
     model = mixed()

@@ -64,16 +64,6 @@ def test_what_was_saved_comes_back(tmp_path, make, injected):
     assert {n for n, p in other.named_parameters() if p.requires_grad} == trains
 
 
-def test_annealing_goes_on_where_it_was(tmp_path):
-    model = wake(afa.inject(net()), alpha_t=0.3)
-    with pytest.warns(UserWarning, match="alpha_t = 0.3"):
-        afa.save_adapter(model, tmp_path)
-    other = afa.load_adapter(net(), tmp_path)
-    assert {layer.alpha_t for _, layer in named_layers(other)} == {0.3}
-    assert torch.equal(outputs(other), outputs(model))
-    assert not torch.allclose(outputs(other), outputs(wake(other, alpha_t=0.0)))
-
-
 def test_layers_of_different_kinds(tmp_path):
     def build():
         model = net().requires_grad_(False)
@@ -91,14 +81,6 @@ def test_layers_of_different_kinds(tmp_path):
         assert torch.equal(outputs(other), outputs(model))
         assert [m.alpha_t for _, m in named_layers(other)] == [0.5, 0.0, 0.0]
         assert [m.activation for _, m in named_layers(other)] == ["relu", "silu", "sin"]
-
-
-def test_16_bit_models(tmp_path):
-    model = wake(afa.inject(net().to(torch.bfloat16)))
-    afa.save_adapter(model, tmp_path)
-    other = afa.load_adapter(net().to(torch.bfloat16), tmp_path)
-    for (_, a), (_, b) in zip(named_layers(model), named_layers(other), strict=True):
-        assert torch.equal(a.lora_b, b.lora_b) and b.lora_b.dtype == torch.float32
 
 
 def test_a_module_unfrozen_by_hand_is_saved_too(tmp_path):
@@ -166,16 +148,6 @@ def outputs_of_peft(model):
         if isinstance(getattr(inner, "model", inner), Net):
             return model(X)
         return model(torch.arange(10).view(2, 5)).logits
-
-
-def test_stock_peft_refuses_before_identity(tmp_path):
-    model = wake(afa.inject(net()), alpha_t=0.5)
-    with pytest.warns(UserWarning, match="stock PEFT"):
-        afa.save_adapter(model, tmp_path)
-    assert "alpha_t = 0.5" in json.loads((tmp_path / CONFIG).read_text())["afa_lora"]["note"]
-    pytest.importorskip("peft")
-    with pytest.warns(UserWarning, match="afa_lora"), pytest.raises(ValueError, match="saved .* at alpha_t = 0.5"):
-        peft_model(net(), tmp_path)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

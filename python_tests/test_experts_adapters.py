@@ -1,16 +1,12 @@
 """Adapters by name on the experts of a mixture: a row belongs to a pair of an expert and an adapter."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 import torch._dynamo.testing
 
 pytest.importorskip("transformers", minversion="5.0")
 
-from expert_models import PARAMETERS, copy_of, fill, gradients, mixture, routing, tokens
-from helpers import allowed_error, relative_error
+from expert_models import PARAMETERS, fill, mixture, routing, tokens
 from test_adapters import counted
 from test_experts import Largest, call, experts_of, run
 
@@ -61,43 +57,6 @@ def step(model, ids, dy):
     logits.backward(dy.to(logits.dtype))
     named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach()} | named
-
-
-@pytest.mark.parametrize("modules", [None, ["q_proj", "o_proj"]], ids=["experts", "both kinds"])
-@pytest.mark.parametrize("architecture", ["Qwen3Moe", "GptOss"])
-def test_a_mixed_step_is_the_steps_of_models_with_one_adapter(architecture, modules):
-    def base(dtype):
-        return mixture(architecture, experts_implementation="eager").to(dtype)  # torch's grouped_mm has no float64
-
-    ids, dy = tokens(len(NAMES), 6), torch.randn(len(NAMES), 6, 32)
-    together, separate = {}, {}
-    for dtype in (torch.float32, torch.float64):
-        model = stacked(base(dtype), modules)
-        with afa.adapters_of(model, NAMES):
-            together[dtype] = step(model, ids, dy)
-        assert not any(".idle." in name for name in together[dtype])
-        separate[dtype] = {}
-        for name in USED:
-            rows = rows_of(name)
-            for what, value in step(alone(base(dtype), model, name, modules), ids[rows], dy[rows]).items():
-                where, _, half = what.rpartition(".")
-                own = f"{where}.adapters.{name}.{half}" if where else f"logits {name}"
-                separate[dtype][own] = value
-            together[dtype][f"logits {name}"] = together[dtype]["logits"][rows]
-        free = rows_of("__base__")
-        separate[dtype]["logits free"] = base(dtype)(ids[free]).logits.detach()
-        together[dtype]["logits free"] = together[dtype].pop("logits")[free]
-    truth = separate[torch.float64]
-    assert together[torch.float64].keys() == truth.keys()
-    assert len(truth) == 5 + 4 * 2 * 2 * (2 if modules is None else 4)
-    for what, exact in truth.items():
-        assert relative_error(together[torch.float64][what], exact) < 1e-12, what
-    # All of them come through the same chain of products, whose error depends on the order of sums.
-    got, plain, exact = (
-        torch.cat([results[what].flatten() for what in truth])
-        for results in (together[torch.float32], separate[torch.float32], truth)
-    )
-    assert relative_error(got, exact) <= allowed_error(plain, exact, torch.float32)
 
 
 def of_tokens(t, name, each=3):
@@ -172,36 +131,6 @@ def test_no_tensor_as_large_as_all_experts_is_made(names):
     with Largest() as largest, afa.adapters_of(experts, names):
         experts(*inputs).sum().backward()
     assert 0 < largest.elements < experts.down_proj.numel() // 4
-
-
-def test_dropout_is_that_of_each_adapter_and_acts_in_training():
-    model = stacked(adapters={"a": {"dropout": 0.5}, "b": {}}, alphas={}).train()
-    ids, names = tokens(4, 5), ["b", "a", "b", "a"]
-    with afa.adapters_of(model, names):
-        torch.manual_seed(3)
-        first = model(ids).logits
-        torch.manual_seed(3)
-        assert torch.equal(model(ids).logits, first)
-        other = model(ids).logits
-        without = model.eval()(ids).logits
-        assert torch.equal(model(ids).logits, without)
-    torch.testing.assert_close(first[::2], without[::2])  # b has none
-    torch.testing.assert_close(other[::2], without[::2])
-    assert not torch.allclose(first[1::2], without[1::2]) and not torch.allclose(first[1::2], other[1::2])
-
-
-def test_sixteen_bit_models_and_autocast():
-    model, plain = stacked(mixture().to(torch.bfloat16)), stacked()
-    ids = tokens(len(NAMES))
-    assert experts_of(model).afa["down_proj"].adapters["ann"].lora_a.dtype == torch.float32
-    with afa.adapters_of(plain, NAMES):
-        want = plain(ids).logits
-        with torch.autocast("cpu", torch.bfloat16):
-            got = plain(ids).logits
-    torch.testing.assert_close(got.float(), want, rtol=0.1, atol=0.1)
-    with afa.adapters_of(model, NAMES):
-        model(ids).logits.float().sum().backward()
-    assert experts_of(model).afa["down_proj"].adapters["bob"].lora_b.grad.dtype == torch.float32
 
 
 def test_names_may_be_given_for_tokens_or_for_all():
@@ -286,57 +215,6 @@ def test_the_rank_of_an_expert_of_each_adapter():
         "idle": 4,
     }
     assert stack.adapters["bob"].lora_a.shape == (5, 2, 12) and stack.adapters["ann"].scaling == 5.0
-
-
-def test_adapters_come_and_go_and_are_left_alone():
-    base = mixture()
-    model = stacked(copy_of(base), ["v_proj"])
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        name for name, _ in model.named_parameters() if ".lora_" in name
-    }
-    afa.add_adapter(model, "new", r=1)
-    ids = tokens(3)
-    with afa.adapters_of(model, "new"):
-        torch.testing.assert_close(model(ids).logits, base(ids).logits)  # B is 0
-    afa.delete_adapter(model, "idle")
-    stacks = [module for module in model.modules() if isinstance(module, (afa.AFAExpertStack, afa.AFALinearStack))]
-    assert [list(stack.adapters) for stack in stacks] == [["ann", "bob", "cy", "eve", "new"]] * 6
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
-    before = copy.deepcopy(model.state_dict())
-    with afa.adapters_of(model, ["ann", "new", "ann"]):
-        gradients(model, ids)
-    optimizer.step()
-    moved = {name.split(".")[-2] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {"ann", "new"}
-    with pytest.raises(ValueError, match="no weight equals several branches"):
-        afa.merge(model)
-    assert torch.equal(afa.unload(model)(ids).logits, base(ids).logits)
-    assert model.state_dict().keys() == base.state_dict().keys()
-    assert not any(m._forward_pre_hooks or m._load_state_dict_pre_hooks for m in model.modules())
-
-
-def test_a_schedule_of_one_adapter_leaves_the_others():
-    model = stacked(alphas={})
-    schedules = [afa.AnnealSchedule(steps, end_frac=1.0).attach(model, name) for steps, name in ((4, "ann"), (2, "cy"))]
-    for schedule in schedules:
-        schedule.step()
-    stack = experts_of(model).afa["gate_up_proj"]
-    alphas = {name: branch.alpha_t for name, branch in stack.adapters.items()}
-    assert alphas == {"ann": 0.75, "bob": 1.0, "cy": 0.5, "eve": 1.0, "idle": 1.0} and stack.alpha_t == 1.0
-    afa.set_alpha_t(model, 0.25)
-    assert {branch.alpha_t for branch in stack.adapters.values()} == {0.25}
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_and_states_have_every_adapter(copied):
-    model, ids = stacked(), tokens(len(NAMES))
-    other, third = copied(model), stacked(alphas={})
-    third.load_state_dict(model.state_dict())
-    with afa.adapters_of(model, NAMES), afa.adapters_of(other, NAMES), afa.adapters_of(third, NAMES):
-        want = model(ids).logits
-        assert torch.equal(other(ids).logits, want) and torch.equal(third(ids).logits, want)
-    with pytest.raises(ValueError, match="got 6"), afa.adapters_of(other, NAMES):
-        other(tokens(1, 30))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -62,18 +62,6 @@ def test_we_load_what_stock_peft_wrote(architecture, tmp_path):
     torch.testing.assert_close(afa.load_adapter(again, tmp_path)(ids).logits, stock(ids).logits)
 
 
-def test_alpha_the_activation_and_all_options_come_back(tmp_path):
-    base, ids = mixture("GptOss"), tokens()
-    ours = injected(base, target_modules=["q_proj"], activation="tanh", use_rslora=True, expert_rank="per_active")
-    afa.set_alpha_t(ours, 0.25)
-    with pytest.warns(UserWarning, match="saved at alpha_t = 0.25"):
-        afa.save_adapter(ours, tmp_path)
-    loaded = afa.load_adapter(copy_of(base), tmp_path)
-    assert torch.equal(loaded(ids).logits, ours(ids).logits)
-    layer = loaded.model.layers[0].mlp.experts.afa["down_proj"]
-    assert (layer.r, layer.alpha_t, layer.activation) == (1, 0.25, "tanh")
-
-
 def test_one_parameter_and_dropout(tmp_path):
     """PEFT refuses dropout beside parameters, so a checkpoint has none; a single wrapper is not nested."""
     base, ids = mixture(), tokens()

@@ -1,9 +1,6 @@
 """AFALoraConfig: the branch inside PEFT's layers is the operator, and at alpha_t = 0 it is PEFT's
 LoRA."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 from torch import nn
@@ -12,13 +9,12 @@ pytest.importorskip("peft")
 
 import peft
 import torch._dynamo.testing
-from helpers import assert_as_accurate_as_torch
 from peft import LoraConfig
 from peft_models import TARGETS, Net, adapted, assert_same, gradients
 
 import afa_kernels as afa
 from afa_kernels.operator.activation import ACTIVATIONS
-from afa_kernels.peft import AFALoraConfig, AFALoraLayer
+from afa_kernels.peft import AFALoraConfig
 
 RELEASE = tuple(int(part) for part in peft.__version__.split(".")[:2])
 PASSES_CONFIG = RELEASE >= (0, 19)  # to a layer that exists, for another adapter
@@ -44,38 +40,6 @@ class Branch(nn.Module):
         h = (1 - self.alpha_t) * z + self.alpha_t * ACTIVATIONS[self.activation].value(z)
         y = layer.base_layer(x)
         return (y + b(h) * layer.scaling["default"]).to(y.dtype)
-
-
-@pytest.mark.parametrize("alpha_t", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("activation", ["silu", "relu", "tanh"])
-@pytest.mark.parametrize("leading", [(5,), (2, 3), (0,)], ids=["2d", "3d", "empty"])
-def test_a_layer_is_the_formula(activation, alpha_t, leading):
-    model = adapted(Net(torch.float64), config(activation=activation)).double()
-    afa.set_alpha_t(model, alpha_t)
-    plain = copy.deepcopy(model)
-    for name in TARGETS:
-        setattr(plain.base_model.model, name, Branch(getattr(plain, name), activation))
-    x = torch.randn(*leading, 16, dtype=torch.float64)
-    got, wanted = gradients(model, x), gradients(plain, x)
-    assert len(got) == 6
-    assert_same(got, wanted)
-
-
-@pytest.mark.parametrize("alpha_t", [0.0, 0.5])
-def test_gradients_of_samples_by_torch_func(alpha_t):
-    model, x = adapted(Net(), config()), torch.randn(3, 16)
-    afa.set_alpha_t(model, alpha_t)
-    fixed = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
-    trained = {name: fixed.pop(name) for name, p in model.named_parameters() if p.requires_grad}
-
-    def loss(trained, sample):
-        return torch.func.functional_call(model, fixed | trained, (sample,)).sum()
-
-    got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, x)
-    for i, sample in enumerate(x):
-        want = gradients(model, sample)
-        for name in trained:
-            torch.testing.assert_close(got[name][i], want[name])
 
 
 @pytest.mark.parametrize(
@@ -116,51 +80,6 @@ def test_lora_bias_is_added_and_trained():
     got, wanted = gradients(ours, x), gradients(stock, x)
     assert_same(got, wanted)
     torch.testing.assert_close(ours.merge_and_unload()(x), wanted["y"])
-
-
-@pytest.mark.parametrize("alpha_t", [0.0, 0.5])
-def test_float32_adapters_beside_a_bfloat16_model(alpha_t):
-    """PEFT's usual mix: not less accurate than a model that is bfloat16 throughout."""
-    net = Net(torch.bfloat16)
-    ours = adapted(net, config())
-    layer = ours.q_proj
-    afa.set_alpha_t(ours, alpha_t)
-    assert layer.lora_A["default"].weight.dtype == torch.float32
-    x = torch.randn(2, 5, 16, dtype=torch.bfloat16)
-    dy = torch.randn(2, 5, 24, dtype=torch.bfloat16)
-    got = gradients(layer, x, dy)
-    assert got["y"].dtype == got["dx"].dtype == torch.bfloat16
-    assert got["lora_A.default.weight"].dtype == torch.float32
-    truth = gradients(Branch(copy.deepcopy(layer), "silu").double(), x.double(), dy.double())
-    same = gradients(Branch(copy.deepcopy(layer), "silu").bfloat16(), x, dy)
-    for name, value in got.items():
-        key = name if name in ("y", "dx") else f"layer.{name}"
-        assert_as_accurate_as_torch(value, same[key].to(value.dtype), truth[key], name, torch.bfloat16)
-
-
-def test_autocast_runs_the_branch_in_its_dtype():
-    ours = adapted(Net(), config())
-    afa.set_alpha_t(ours, 0.5)
-    x = torch.randn(2, 5, 16)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = gradients(ours.q_proj, x)
-    wanted = gradients(Branch(copy.deepcopy(ours.q_proj), "silu"), x)
-    assert got["y"].dtype == torch.bfloat16 and got["dx"].dtype == torch.float32
-    torch.testing.assert_close(got["dx"], wanted["dx"], rtol=0.05, atol=0.05)
-
-
-def test_dropout_is_seeded_and_acts_in_training_only():
-    net, x = Net(), torch.randn(2, 5, 16)
-    ours = adapted(net, config(lora_dropout=0.5))
-    torch.manual_seed(3)
-    first = ours.train()(x)
-    torch.manual_seed(3)
-    again = ours(x)
-    other = ours(x)
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    ours.eval()
-    assert torch.equal(ours(x), ours(x))
-    torch.testing.assert_close(ours(x), adapted(net, config())(x))
 
 
 def test_the_base_output_is_accumulated_into(monkeypatch):
@@ -219,84 +138,9 @@ def test_hooks_on_the_adapter_run():
     assert_same(composed, fused)
 
 
-def test_alpha_stays_float32_and_exact_in_any_model_dtype():
-    ours = adapted(Net(), config())
-    afa.set_alpha_t(ours, 0.3)
-    moved = ours.to(torch.bfloat16)
-    state = moved.q_proj.lora_afa["default"]
-    assert state.alpha_t_buffer.dtype == torch.float32
-    assert state.alpha_t_buffer.item() == torch.tensor(0.3).item() and moved.q_proj.alpha_t == 0.3
-    assert state.alpha_t_buffer.item() == moved.float().q_proj.lora_afa["default"].alpha_t_buffer.item()
-
-
 def test_the_state_dict_is_that_of_peft():
     ours, stock = adapted(Net(), config()), adapted(Net(), config(LoraConfig))
     assert ours.state_dict().keys() == stock.state_dict().keys()
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_model_can_be_copied_and_pickled(copied):
-    ours = adapted(Net(), config())
-    afa.set_alpha_t(ours, 0.25)
-    other = copied(ours)
-    x = torch.randn(3, 16)
-    assert torch.equal(ours(x), other(x)) and isinstance(other.q_proj, AFALoraLayer)
-    afa.set_alpha_t(other, 0.0)
-    assert other.peft_config["default"].alpha_t == 0.0
-    assert ours.q_proj.alpha_t == ours.peft_config["default"].alpha_t == 0.25
-
-
-def test_annealing_compiles_once_and_identity_once_more():
-    ours = adapted(Net(), config())
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    # torch 2.6 can trace the adapted layers, but not the forward of PeftModel around them.
-    traced = ours.base_model.model if torch.__version__ < (2, 7) else ours
-    compiled = torch.compile(traced, backend=counter, fullgraph=True)
-    x = torch.randn(2, 5, 16)
-    schedule = afa.AnnealSchedule(20, end_frac=0.5).attach(ours)
-    for _ in range(20):
-        torch.testing.assert_close(compiled(x), ours(x))
-        compiled(x).sum().backward()
-        schedule.step()
-    assert schedule.alpha_t == 0.0 and counter.frame_count == 2
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_recomputes_the_same_mask(use_reentrant):
-    ours = adapted(Net(), config(lora_dropout=0.3)).train()
-    x = torch.randn(4, 16)
-
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = ours
-
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=use_reentrant)
-
-    torch.manual_seed(1)
-    wanted = gradients(ours, x)
-    torch.manual_seed(1)
-    got = gradients(Checkpointed(), x)
-    for name, value in wanted.items():
-        other = got[name if name in ("y", "dx") else f"net.{name}"]
-        assert torch.equal(other, value), name
-
-
-def test_conv1d_layers():
-    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
-    net = nn.Sequential()
-    net.q_proj = conv1d(24, 16)
-    ours = adapted(net, config(target_modules=["q_proj"], fan_in_fan_out=True))
-    x = torch.randn(2, 5, 16)
-    afa.set_alpha_t(ours, 0.5)
-    layer = ours.base_model.model.q_proj
-    torch.testing.assert_close(layer(x), Branch(layer, "silu")(x))
-    afa.set_alpha_t(ours, 0.0)
-    y = layer(x)
-    ours.merge_adapter()
-    torch.testing.assert_close(layer(x), y)
 
 
 @pytest.mark.parametrize(
@@ -344,14 +188,6 @@ def test_layers_that_cannot_run_it_are_refused(module, options, message):
     net.target = module
     with pytest.raises(ValueError, match=message):
         adapted(net, config(target_modules=["target"], **options))
-
-
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
-def test_alpha_outside_its_range_is_refused(value):
-    layer = adapted(Net(), config()).q_proj
-    with pytest.raises(ValueError, match="alpha_t: expected a value"):
-        layer.set_alpha_t(value)
-    assert layer.alpha_t == 1.0
 
 
 def test_a_configuration_that_was_trained_starts_anew_in_another_model():

@@ -65,20 +65,6 @@ def test_the_configuration_comes_back(tmp_path):
     assert loaded.schedule(10)(5) == 0.0 and loaded.schedule(10)(0) == 1.0
 
 
-def test_an_adapter_saved_on_the_way_keeps_alpha_and_stock_peft_refuses_it(tmp_path):
-    net, x = Net(), torch.randn(3, 16)
-    model = adapted(net, config(activation="tanh"))
-    afa.set_alpha_t(model, 0.4)
-    model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="afa_lora"), pytest.raises(ValueError, match="saved .* at alpha_t = 0.4"):
-        PeftModel.from_pretrained(copy.deepcopy(net), tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        loaded = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path, config=AFALoraConfig.from_pretrained(tmp_path))
-    assert loaded.q_proj.alpha_t == loaded.v_proj.alpha_t == 0.4
-    torch.testing.assert_close(loaded(x), model(x))
-
-
 def test_training_continues_from_a_saved_adapter(tmp_path):
     net = Net()
     model = adapted(net, config())
@@ -122,15 +108,6 @@ def test_every_adapter_is_saved_with_its_own_alpha(tmp_path):
     assert AFALoraConfig.from_pretrained(tmp_path / "other").activation == "tanh"
 
 
-def test_a_stock_adapter_loads_as_a_plain_lora(tmp_path):
-    net, x = Net(), torch.randn(3, 16)
-    stock = adapted(net, config(LoraConfig))
-    stock.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(net, tmp_path, config=AFALoraConfig.from_pretrained(tmp_path))
-    assert loaded.q_proj.alpha_t == 0.0
-    torch.testing.assert_close(loaded(x), stock(x))
-
-
 def test_modules_to_save_come_back(tmp_path):
     net, x = Net(), torch.randn(3, 16)
     model = adapted(net, config(modules_to_save=["head"]))
@@ -139,31 +116,6 @@ def test_modules_to_save_come_back(tmp_path):
     afa.set_alpha_t(model, 0.0)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(PeftModel.from_pretrained(net, tmp_path)(x), model(x))
-
-
-def test_checkpoints_of_the_two_integrations_are_interchangeable_at_identity(tmp_path):
-    net, x = Net(), torch.randn(3, 16)
-    model = adapted(net, config())
-    afa.set_alpha_t(model, 0.0)
-    model.save_pretrained(tmp_path / "peft")
-    injected = afa.load_adapter(copy.deepcopy(net), tmp_path / "peft")
-    torch.testing.assert_close(injected(x), model(x))
-    afa.save_adapter(injected, tmp_path / "afa")
-    loaded = PeftModel.from_pretrained(net, tmp_path / "afa", config=AFALoraConfig.from_pretrained(tmp_path / "afa"))
-    torch.testing.assert_close(loaded(x), model(x))
-
-
-@pytest.mark.filterwarnings("ignore:.*saved at alpha_t")
-def test_an_unfinished_checkpoint_of_save_adapter_loads_into_peft(tmp_path):
-    net, x = Net(), torch.randn(3, 16)
-    injected = afa.inject(copy.deepcopy(net), TARGETS, r=4, activation="tanh")
-    for layer in (injected.q_proj, injected.v_proj):
-        nn.init.normal_(layer.lora_b)
-    afa.set_alpha_t(injected, 0.4)
-    afa.save_adapter(injected, tmp_path)
-    loaded = PeftModel.from_pretrained(net, tmp_path, config=AFALoraConfig.from_pretrained(tmp_path))
-    assert loaded.q_proj.alpha_t == 0.4
-    torch.testing.assert_close(loaded(x), injected(x))
 
 
 def test_configurations_that_are_no_lora_are_refused(tmp_path):
@@ -330,13 +282,3 @@ def test_a_configuration_goes_through_its_dictionary(tmp_path):
     afa.set_alpha_t(model, 0.4)
     again = AFALoraConfig(**model.peft_config["default"].to_dict())
     assert (again.activation, again.anneal, again.anneal_end_frac, again.alpha_t) == ("gelu", "cosine", 0.5, 0.4)
-
-
-def test_load_adapter_of_the_package_reads_what_peft_wrote_unfinished(tmp_path):
-    net, x = Net(), torch.randn(3, 16)
-    model = adapted(net, config(activation="tanh"))
-    afa.set_alpha_t(model, 0.4)
-    model.save_pretrained(tmp_path)
-    loaded = afa.load_adapter(copy.deepcopy(net), tmp_path)
-    assert (loaded.q_proj.alpha_t, loaded.v_proj.activation) == (0.4, "tanh")
-    torch.testing.assert_close(loaded(x), model(x))

@@ -43,6 +43,7 @@ class LinearLayers:
 
     name = "linear"
     targets = {"target_modules": list(TARGETS)}
+    options_of_peft: dict = {}
 
     def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(0)
@@ -55,6 +56,23 @@ class LinearLayers:
         """Return ``net`` with ``branches`` in plain torch."""
         for branch in branches:
             setattr(net, branch.where, PlainLinear(getattr(net, branch.where), branch))
+        return net
+
+
+class Conv1DLayers(LinearLayers):
+    """The same with transposed weights, as GPT-2 has them."""
+
+    name = "conv1d"
+    options_of_peft = {"fan_in_fan_out": True}
+
+    def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        layer_of = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        net = super().base(dtype)
+        for name in TARGETS:
+            linear = getattr(net, name)
+            conv1d = layer_of(linear.out_features, linear.in_features).to(dtype)
+            conv1d.weight.data.copy_(linear.weight.T)
+            setattr(net, name, conv1d.eval())
         return net
 
 
@@ -83,6 +101,7 @@ class Experts:
         self.name = f"experts-{architecture}"
 
     targets = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    options_of_peft = {"target_modules": []}
 
     def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         from expert_models import mixture  # skips where transformers is missing
@@ -129,9 +148,12 @@ class PlainExperts(nn.Module):
     def forward(self, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         outputs = []
         for row, chosen, factors in zip(rows, index.tolist(), weights, strict=True):
-            up = [self.experts._apply_gate(self.project(row[None], "gate_up_proj", expert)) for expert in chosen]
-            down = [self.project(h, "down_proj", expert)[0] for h, expert in zip(up, chosen, strict=True)]
-            outputs.append(sum(factor * y for factor, y in zip(factors, down, strict=True)))
+            y = torch.zeros_like(row)
+            for expert, factor in zip(chosen, factors, strict=True):
+                if expert < self.num_experts:  # else it is in another process
+                    gated = self.experts._apply_gate(self.project(row[None], "gate_up_proj", expert))
+                    y = y + factor * self.project(gated, "down_proj", expert)[0]
+            outputs.append(y)
         return torch.stack(outputs)
 
     def project(self, row: Tensor, parameter: str, expert: int) -> Tensor:
@@ -264,7 +286,7 @@ class Peft(Subject):
 
         names = {"dropout": "lora_dropout"}
         options = {"lora_alpha": 16} | {names.get(name, name): value for name, value in options.items()}
-        return AFALoraConfig(**{"target_modules": []} | self.frozen.targets | options)
+        return AFALoraConfig(**self.frozen.targets, **self.frozen.options_of_peft, **options)
 
     def fresh(self, dtype=torch.float32, **options):
         config = self.config(**options)
@@ -336,19 +358,19 @@ def _peft():
 _NO_TORCH_FUNC = {"torch.func": (NotImplementedError, "not possible inside a transform of torch.func")}
 # PEFT's own error: its wrappers of parameters see tokens, and no samples.
 _NO_SAMPLES = {"mixed batches": (ValueError, "does not support mixed adapter batches")}
-_LINEAR, _EXPERTS = LinearLayers(), [Experts("Qwen3Moe"), Experts("GptOss")]
+_LAYERS, _EXPERTS = [LinearLayers(), Conv1DLayers()], [Experts("Qwen3Moe"), Experts("GptOss")]
 SUBJECTS = [
-    Injected(_LINEAR),
+    *map(Injected, _LAYERS),
     *(Injected(experts, _NO_TORCH_FUNC) for experts in _EXPERTS),
-    Peft(_LINEAR),
+    *map(Peft, _LAYERS),
     *(Peft(experts, _NO_TORCH_FUNC | _NO_SAMPLES) for experts in _EXPERTS),
 ]
 
 # Options and alpha_t of several adapters. The name of one must not be found in PEFT's prefix "lora_".
 ADAPTERS = {
-    "ann": {"r": 4},
+    "ann": {"r": 4, "lora_alpha": 4},
     "bob": {"r": 3, "lora_alpha": 2, "activation": "tanh", "use_rslora": True},
-    "cy": {"r": 2, "activation": "relu"},
+    "cy": {"r": 2, "lora_alpha": 1, "activation": "relu"},
     "idle": {"r": 5},
 }
 ALPHAS = {"ann": 0.5, "bob": 0.25, "cy": 0.0, "idle": 1.0}

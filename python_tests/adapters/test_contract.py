@@ -189,6 +189,9 @@ def test_merging_before_identity_is_refused_and_changes_nothing(subject):
         for attempt in (subject.merge, lambda m: subject.unload(m, merge=True)):
             with pytest.raises(ValueError, match=f"merge: alpha_t .*is {stands:g}.*anneal"):
                 attempt(model)
+        for place in places_of(model):
+            with pytest.raises(ValueError, match=f"merge: alpha_t .*is {stands:g}"):
+                place.layer.merge()
     last = places_of(model)[-1]
     afa.set_alpha_t(model, 0.0)
     last.set_alpha_t(0.5)
@@ -201,7 +204,7 @@ def test_merging_before_identity_is_refused_and_changes_nothing(subject):
 
 
 @pytest.mark.filterwarnings("ignore:All adapters are already merged", "ignore:Already unmerged")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_merging_keeps_the_function_and_unmerging_undoes_it(subject, dtype):
     model, x = subject.adapted(dtype), subject.inputs(dtype)
     afa.set_alpha_t(model, 0.0)
@@ -238,10 +241,12 @@ def test_a_merge_that_would_overflow_changes_nothing(subject):
     before = [p.clone() for p in subject.frozen_parameters(model)]
     with torch.no_grad():
         subject.branches(model)[-1].lora_a.fill_(3e38)
+    injected = isinstance(subject, Injected)  # PEFT merges one layer after the other, and checks if it is told to
     with pytest.raises(ValueError, match="finite|NaNs detected"):
-        subject.merge(model, **({} if isinstance(subject, Injected) else {"safe_merge": True}))
-    if isinstance(subject, Injected):  # PEFT merges one layer after the other
+        subject.merge(model, **({"keep_original": True} if injected else {"safe_merge": True}))
+    if injected:
         assert all(map(torch.equal, subject.frozen_parameters(model), before)) and not subject.merged(model)
+        assert all(place.layer._original_weight is None for place in places_of(model))
 
 
 def test_merged_and_unloaded_it_is_a_plain_model(subject):

@@ -120,3 +120,13 @@ def test_a_state_has_every_adapter(injected):
     for each in (model, other):
         assert torch.equal(injected.call(each, x, NAMES), injected.call(model, x, NAMES))
     assert [place.state.alpha_t for place in places_of(other)] == [place.state.alpha_t for place in places_of(model)]
+
+
+def test_no_weight_equals_several_branches(injected):
+    model, x, base = injected.several(ADAPTERS, dict.fromkeys(ADAPTERS, 0.0)), injected.inputs(), injected.base()
+    for action in (injected.merge, injected.unmerge):
+        with pytest.raises(ValueError, match="no weight equals several branches"):
+            action(model)
+    plain = injected.unload(model)
+    assert torch.equal(plain(x), base(x)) and plain.state_dict().keys() == base.state_dict().keys()
+    assert not any(m._load_state_dict_pre_hooks or m._forward_pre_hooks for m in plain.modules())

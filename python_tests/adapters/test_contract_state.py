@@ -167,7 +167,7 @@ def test_on_the_way_alpha_t_comes_back_and_stock_peft_refuses(subject, tmp_path)
 @pytest.mark.long  # it imports PEFT
 def test_what_stock_peft_saved_is_at_identity(subject, tmp_path):
     peft = pytest.importorskip("peft", minversion="0.19")
-    options = {"target_modules": [], "r": 3, "lora_alpha": 5} | subject.frozen.targets
+    options = {"r": 3, "lora_alpha": 5} | subject.frozen.targets | subject.frozen.options_of_peft
     stock, x = peft.get_peft_model(subject.base(), peft.LoraConfig(**options)).eval(), subject.inputs()
     fill_adapters(stock).save_pretrained(tmp_path)
     loaded = subject.load(subject.base(), tmp_path)
@@ -175,6 +175,7 @@ def test_what_stock_peft_saved_is_at_identity(subject, tmp_path):
     assert alphas_of(loaded) == {0.0}
 
 
+@pytest.mark.long  # it imports PEFT
 @pytest.mark.filterwarnings("ignore:.*saved at alpha_t")
 def test_one_adapter_is_saved_and_loaded_by_its_name(subject, tmp_path):
     model, x = subject.several(ADAPTERS, ALPHAS), subject.inputs()
@@ -183,6 +184,8 @@ def test_one_adapter_is_saved_and_loaded_by_its_name(subject, tmp_path):
     alone = subject.load(subject.base(), folder)
     close(alone(x), wanted)
     assert alphas_of(alone) == {ALPHAS["bob"]}
+    finished = readers(subject)["stock"](subject.save(model, tmp_path / "finished", "cy"))
+    close(finished(x), others["cy"])
     subject.load_as(model, folder, "again")
     assert torch.equal(subject.call(model, x, "again"), wanted)
     for name, y in others.items():

@@ -1,8 +1,7 @@
-"""AFALinear: its function, and the calls that really happen."""
+"""What is special to AFALinear beside the contract: its bases, the calls that really happen, its weight."""
 
 import collections
 import contextlib
-import math
 
 import pytest
 import torch
@@ -37,14 +36,6 @@ def gemms(calls):
     return sum(calls[name] for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm"))
 
 
-def test_starts_as_its_base(base):
-    layer = afa.AFALinear(base)
-    x = torch.randn(3, 5, 12)
-    torch.testing.assert_close(layer(x), base(x))
-    assert layer.alpha_t == 1.0 and not layer.merged
-    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"lora_a", "lora_b"}
-
-
 @pytest.mark.parametrize("alpha_t", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("shape", [(12,), (7, 12), (2, 3, 12), (0, 12)], ids=str)
 def test_forward_and_gradients_are_the_formula(base, alpha_t, shape):
@@ -60,39 +51,6 @@ def test_forward_and_gradients_are_the_formula(base, alpha_t, shape):
     wanted = torch.autograd.grad(expected, inputs, dy)
     for g, w in zip(got, wanted, strict=True):
         torch.testing.assert_close(g, w, atol=1e-6, rtol=1e-6)
-
-
-def test_activation_and_scaling_take_effect():
-    layer = trained(nn.Linear(12, 10), activation="tanh", lora_alpha=6, use_rslora=True)
-    assert layer.scaling == 6 / math.sqrt(4)
-    x = torch.randn(7, 12)
-    torch.testing.assert_close(layer(x), composed(layer, x, torch.tanh))
-    assert afa.AFALinear(nn.Linear(12, 10), r=4, lora_alpha=6).scaling == 1.5
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_adapters_stay_float32_beside_a_16_bit_base(dtype):
-    layer = trained(nn.Linear(12, 10, dtype=dtype))
-    assert layer.lora_a.dtype == layer.lora_b.dtype == torch.float32
-    x = torch.randn(7, 12, dtype=dtype)
-    layer(x).float().sum().backward()
-    assert layer(x).dtype == dtype
-    assert layer.lora_a.grad.dtype == torch.float32
-    assert afa.AFALinear(nn.Linear(12, 10, dtype=dtype), dtype=dtype).lora_a.dtype == dtype
-
-
-def test_dropout_acts_in_training_only():
-    layer = trained(nn.Linear(12, 10), dropout=0.5)
-    x = torch.randn(64, 12)
-    layer.eval()
-    torch.testing.assert_close(layer(x), composed(layer, x))
-    layer.train()
-    torch.manual_seed(1)
-    first = layer(x)
-    torch.manual_seed(1)
-    assert torch.equal(first, layer(x))
-    assert not torch.equal(first, layer(x))
-    assert not torch.allclose(first, composed(layer, x))
 
 
 @pytest.mark.parametrize("kind", ["hook", "backward hook", "pre-hook", "parametrized", "overridden", "subclass"])
@@ -137,6 +95,11 @@ def test_inspecting_code_finds_weight_and_bias(base):
     assert (layer.in_features, layer.out_features) == (12, 10)
 
 
+def test_the_dtype_of_the_adapter_can_be_chosen():
+    layer = afa.AFALinear(nn.Linear(12, 10), dtype=torch.bfloat16)
+    assert layer.lora_a.dtype == layer.lora_b.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
@@ -172,24 +135,6 @@ def test_wrong_arguments_are_named_and_leave_the_base_alone(options, error, name
     with pytest.raises(error, match=named):
         afa.AFALinear(base, **options)
     assert base.weight.requires_grad
-
-
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
-def test_a_wrong_alpha_is_refused(value):
-    layer = afa.AFALinear(nn.Linear(12, 10))
-    layer.set_alpha_t(0.5)
-    with pytest.raises(ValueError, match="alpha_t"):
-        layer.set_alpha_t(value)
-    with pytest.raises(TypeError, match="alpha_t"):
-        layer.set_alpha_t("0.5")
-    assert layer.alpha_t == 0.5 and layer.alpha_t_buffer.item() == 0.5
-
-
-def test_an_alpha_that_float32_cannot_hold_is_identity():
-    layer = afa.AFALinear(nn.Linear(12, 10))
-    layer.set_alpha_t(1e-50)
-    assert layer.alpha_t == 0.0
-    layer.merge()
 
 
 # --- the calls that really happen -----------------------------------------------------------------
@@ -253,53 +198,6 @@ def test_a_merged_layer_runs_one_gemm(base):
     assert gemms(calls) == 1
 
 
-def test_a_changing_alpha_compiles_once_and_identity_once_more():
-    torch._dynamo.reset()
-    model = nn.Sequential(trained(nn.Linear(12, 12)), nn.ReLU(), trained(nn.Linear(12, 10)))
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    x = torch.randn(7, 12)
-    for step in range(100):
-        for layer in (model[0], model[2]):
-            layer.set_alpha_t(1.0 - step / 100)
-        y = compiled(x)
-        torch.testing.assert_close(y, model(x))
-        y.sum().backward()
-    assert counter.frame_count == 1
-    for layer in (model[0], model[2]):
-        layer.set_alpha_t(0.0)
-    for _ in range(3):
-        torch.testing.assert_close(compiled(x), model(x))
-    assert counter.frame_count == 2
-    torch._dynamo.reset()
-
-
-def test_setting_alpha_writes_in_place():
-    layer = trained(nn.Linear(12, 10))
-    pointer = layer.alpha_t_buffer.data_ptr()
-    for value in (0.5, 0.0, 1.0):
-        layer.set_alpha_t(value)
-        assert layer.alpha_t_buffer.data_ptr() == pointer
-        assert layer.alpha_t_buffer.item() == value
-
-
-def test_gradients_of_samples_by_torch_func():
-    layer, x = trained(nn.Linear(12, 10)), torch.randn(4, 3, 12)
-    names = [name for name, p in layer.named_parameters() if p.requires_grad]
-    fixed = {name: t.detach() for name, t in (*layer.named_parameters(), *layer.named_buffers()) if name not in names}
-
-    def loss(trained, sample):
-        return torch.func.functional_call(layer, fixed | trained, (sample,)).square().sum()
-
-    leaves = {name: dict(layer.named_parameters())[name].detach() for name in names}
-    got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(leaves, x)
-    for i, sample in enumerate(x):
-        layer.zero_grad()
-        layer(sample).square().sum().backward()
-        for name in names:
-            torch.testing.assert_close(got[name][i], layer.get_parameter(name).grad)
-
-
 def test_layers_side_by_side_by_torch_func():
     """As torch.func.stack_module_state makes them: their alpha_t is a tensor of several values then."""
     layers = [trained(nn.Linear(12, 10)) for _ in range(3)]
@@ -309,3 +207,52 @@ def test_layers_side_by_side_by_torch_func():
     call = lambda *state: torch.func.functional_call(skeleton, state, (x,))  # noqa: E731
     ys = torch.func.vmap(call)(*torch.func.stack_module_state(layers))
     torch.testing.assert_close(ys, torch.stack([layer(x) for layer in layers]))
+
+
+# --- the weight and the state
+
+
+def test_a_computed_weight_is_not_merged():
+    layer = trained(parametrizations.weight_norm(nn.Linear(12, 10)))
+    layer.set_alpha_t(0.0)
+    with pytest.raises(ValueError, match="parametrization"):
+        layer.merge()
+
+
+def test_an_offloaded_weight_is_not_merged():
+    """accelerate leaves an empty weight on the meta device between two calls."""
+    accelerate = pytest.importorskip("accelerate")
+    layer = trained(nn.Linear(12, 10))
+    layer.set_alpha_t(0.0)
+    merged = layer.merged_weight()
+    accelerate.cpu_offload(layer)
+    with pytest.raises(ValueError, match="merge: accelerate has offloaded.*remove_hook_from_submodules"):
+        layer.merge()
+    accelerate.hooks.remove_hook_from_submodules(layer)
+    layer.merge()
+    assert torch.equal(layer.weight, merged)
+
+
+def test_merging_ignores_autocast():
+    layer = trained(nn.Linear(12, 10))
+    layer.set_alpha_t(0.0)
+    expected = layer.merged_weight()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.merged_weight(), expected)
+
+
+def test_alpha_survives_meta_and_to_empty():
+    with torch.device("meta"):
+        layer = afa.AFALinear(nn.Linear(12, 10))
+    layer.set_alpha_t(0.3)
+    layer = layer.to_empty(device="cpu")
+    assert layer.alpha_t_buffer.item() == pytest.approx(0.3)
+    assert layer.lora_a.shape == (8, 12) and layer.lora_a.device.type == "cpu"
+
+
+def test_a_state_with_another_dtype_of_alpha_is_assigned_as_float32():
+    layer = afa.AFALinear(nn.Linear(12, 10))
+    state = layer.state_dict()
+    state["alpha_t_buffer"] = torch.tensor(0.5, dtype=torch.bfloat16)
+    layer.load_state_dict(state, assign=True)
+    assert layer.alpha_t_buffer.dtype == torch.float32 and layer.alpha_t == 0.5
