@@ -99,21 +99,6 @@ def test_adapters_come_and_go(model):
         afa.delete_adapter(model, "b")
 
 
-def test_a_schedule_of_one_adapter_leaves_the_others(model):
-    of_a = afa.AnnealSchedule(4, end_frac=1.0).attach(model, "a")
-    of_b = afa.AnnealSchedule(2, end_frac=1.0).attach(model, "b")
-    of_a.step()
-    assert alphas(model) == {"a": 0.75, "b": 1.0}
-    of_b.step()
-    of_b.step()
-    assert alphas(model) == {"a": 0.75, "b": 0.0}
-    afa.set_alpha_t(model, 1.0)  # b was finished
-    both = afa.AnnealSchedule(10).attach(model)
-    assert alphas(model) == {"a": 1.0, "b": 1.0} and both.alpha_t == 1.0
-    with pytest.raises(ValueError, match="no layer of Classifier has an adapter 'x' that can be annealed"):
-        of_a.attach(model, "x")
-
-
 def test_one_schedule_may_drive_two_adapters(model):
     afa.add_adapter(model, "c")
     schedule = afa.AnnealSchedule(2, end_frac=1.0).attach(model, "a").attach(model, "b")

@@ -267,50 +267,10 @@ def test_the_fused_encoder_of_torch_does_not_skip_the_branches(padded):
 # --- anneal, merge, unload ------------------------------------------------------------------------
 
 
-def test_set_alpha_t_reaches_every_layer(model):
-    afa.inject(model)
-    afa.set_alpha_t(model, 0.25)
-    assert {layer.alpha_t for _, layer in named_layers(model)} == {0.25}
-    with pytest.raises(ValueError, match="alpha_t"):
-        afa.set_alpha_t(model, 2.0)
-
-
 @pytest.mark.parametrize("action", [lambda m: afa.set_alpha_t(m, 0.0), afa.merge, afa.unmerge, afa.unload])
 def test_a_model_without_layers_is_refused(model, action):
     with pytest.raises(ValueError, match="inject"):
         action(model)
-
-
-def test_merge_and_unmerge(model):
-    wake(afa.inject(model))
-    afa.set_alpha_t(model, 0.0)
-    x = torch.randn(5, 8)
-    annealed = model(x)
-    assert afa.merge(model, keep_original=True) is model
-    assert all(layer.merged for _, layer in named_layers(model))
-    torch.testing.assert_close(model(x), annealed)
-    with pytest.raises(ValueError, match="merged"):
-        afa.set_alpha_t(model, 0.5)
-    afa.unmerge(model)
-    assert torch.equal(model(x), annealed)
-
-
-@pytest.mark.parametrize("obstacle", ["alpha_t", "overflow"])
-def test_a_merge_that_fails_changes_no_layer(model, obstacle):
-    wake(afa.inject(model))
-    afa.set_alpha_t(model, 0.0)
-    last = names(model)[-1]
-    with torch.no_grad():
-        if obstacle == "alpha_t":
-            model.get_submodule(last).set_alpha_t(0.5)
-        else:
-            model.get_submodule(last).lora_b.fill_(float("inf"))
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=f"{last}: merge"):
-        afa.merge(model)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key])
-    assert not any(layer.merged for _, layer in named_layers(model))
 
 
 def test_a_merge_whose_sum_a_weight_does_not_take_changes_no_layer(model, monkeypatch):
@@ -345,14 +305,6 @@ def test_unload_after_merge_keeps_what_was_learned(model):
     torch.testing.assert_close(model(x), annealed)
     assert model.state_dict().keys() == plain.state_dict().keys()
     afa.inject(model)  # and it can be injected again
-
-
-def test_unload_without_merge_drops_the_branches(model):
-    x = torch.randn(5, 8)
-    before = model(x)
-    wake(afa.inject(model))
-    assert not torch.allclose(model(x), before)
-    assert torch.equal(afa.unload(model)(x), before)
 
 
 def test_unload_of_a_half_merged_model_is_refused(model):

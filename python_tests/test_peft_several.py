@@ -1,7 +1,6 @@
 """Several adapters, switching between them, mixed batches, merging; accelerate and restore."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -285,18 +284,6 @@ def test_adapters_that_are_not_linear_are_not_combined(combination):
     with pytest.raises(ValueError, match="add_weighted_adapter: alpha_t of adapter 'default' is 1, .*q_proj"):
         model.add_weighted_adapter(["other", "default"], [0.5, 0.5], "both", combination_type=combination, density=0.5)
     assert "both" not in model.peft_config and [name for name, _ in model.named_parameters()] == names
-
-
-def test_no_layer_is_merged_where_one_is_not_linear():
-    model = several()
-    afa.set_alpha_t(model, 0.0)
-    model.v_proj.set_alpha_t(0.5)
-    weights = {name: p.clone() for name, p in model.named_parameters()}
-    for merge, names in itertools.product((model.merge_adapter, model.merge_and_unload), (None, ["default"])):
-        with pytest.raises(ValueError, match="merge: alpha_t of adapter 'default' is 0.5, .*v_proj"):
-            merge(adapter_names=names)
-    assert {name for name, _ in model.named_parameters()} == weights.keys()
-    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("function", [afa.merge, afa.unmerge, afa.unload])

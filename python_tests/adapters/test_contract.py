@@ -193,10 +193,13 @@ def test_merging_before_identity_is_refused_and_changes_nothing(subject):
             with pytest.raises(ValueError, match=f"merge: alpha_t .*is {stands:g}"):
                 place.layer.merge()
     last = places_of(model)[-1]
+    where = next(branch.where for branch in subject.branches(model) if branch.state is last.state)
     afa.set_alpha_t(model, 0.0)
     last.set_alpha_t(0.5)
-    with pytest.raises(ValueError, match=r"merge: alpha_t .*is 0\.5"):
-        subject.merge(model)
+    for attempt in (subject.merge, lambda m: subject.unload(m, merge=True)):
+        with pytest.raises(ValueError, match=r"merge: alpha_t .*is 0\.5") as refused:
+            attempt(model)
+        assert any(name in str(refused.value) for name in (where, last.name.removeprefix("base_model.model.")))
     last.set_alpha_t(0.1)
     assert not subject.merged(model)
     for name, value in model.state_dict().items():
@@ -239,14 +242,17 @@ def test_a_merge_that_would_overflow_changes_nothing(subject):
     model = subject.adapted()
     afa.set_alpha_t(model, 0.0)
     before = [p.clone() for p in subject.frozen_parameters(model)]
+    *_, last = subject.branches(model)
     with torch.no_grad():
-        subject.branches(model)[-1].lora_a.fill_(3e38)
-    injected = isinstance(subject, Injected)  # PEFT merges one layer after the other, and checks if it is told to
-    with pytest.raises(ValueError, match="finite|NaNs detected"):
-        subject.merge(model, **({"keep_original": True} if injected else {"safe_merge": True}))
-    if injected:
-        assert all(map(torch.equal, subject.frozen_parameters(model), before)) and not subject.merged(model)
-        assert all(place.layer._original_weight is None for place in places_of(model))
+        last.lora_a.fill_(3e38)
+    if not isinstance(subject, Injected):  # PEFT merges one layer after the other, and checks if it is told to
+        with pytest.raises(ValueError, match="NaNs detected"):
+            subject.merge(model, safe_merge=True)
+        return
+    with pytest.raises(ValueError, match=f"{last.where}: merge: the merged weight would not be finite"):
+        subject.merge(model, keep_original=True)
+    assert all(map(torch.equal, subject.frozen_parameters(model), before)) and not subject.merged(model)
+    assert all(place.layer._original_weight is None for place in places_of(model))
 
 
 def test_merged_and_unloaded_it_is_a_plain_model(subject):
