@@ -176,7 +176,7 @@ def logits(model, x, name=None):
             return model(x)
 
 
-def test_one_adapter_is_saved_and_loaded_by_its_name(model, tmp_path):
+def test_an_adapter_is_loaded_over_the_one_that_is_there(model, tmp_path):
     pytest.importorskip("safetensors")
     x = torch.randn(2, 5, 8)
     afa.set_alpha_t(model, 0.5, "b")
@@ -190,15 +190,6 @@ def test_one_adapter_is_saved_and_loaded_by_its_name(model, tmp_path):
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert config["r"] == 2 and config["target_modules"] == sorted(LAYERS)
 
-    torch.manual_seed(0)
-    single = afa.load_adapter(Classifier(), tmp_path / "b")
-    torch.testing.assert_close(logits(single, x), wanted)  # an ordinary adapter elsewhere
-    torch.manual_seed(0)
-    fresh = afa.load_adapter(Classifier(), tmp_path / "b", "mine")
-    assert torch.equal(logits(fresh, x, "mine"), wanted)
-    before = logits(model, x, "a")
-    afa.load_adapter(model, tmp_path / "b", "c")
-    assert torch.equal(logits(model, x, "c"), wanted) and torch.equal(logits(model, x, "a"), before)
     with torch.no_grad():
         model.blocks[0].query.adapters["b"].lora_b.zero_()
     afa.set_alpha_t(model, 0.0, "b")

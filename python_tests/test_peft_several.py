@@ -62,20 +62,6 @@ def test_two_active_adapters_add_up():
     torch.testing.assert_close(layer(x), wanted)
 
 
-@pytest.mark.parametrize("alpha_t", [0.0, 0.5])
-def test_a_mixed_batch_runs_each_row_with_its_adapter(alpha_t):
-    model = several().eval()
-    afa.set_alpha_t(model, alpha_t)
-    names = ["other", "__base__", "default", "plain", "default"]
-    x = torch.randn(5, 3, 16)
-    y = model(x, adapter_names=names)
-    base = copy.deepcopy(model).unload()
-    for i, name in enumerate(names):
-        row = x[i : i + 1]
-        wanted = base(row) if name == "__base__" else alone(model, name)(row)
-        torch.testing.assert_close(y[i : i + 1], wanted, msg=name)
-
-
 def test_a_mixed_batch_of_plain_adapters_is_left_to_peft():
     model = several().eval()
     x = torch.randn(2, 16)

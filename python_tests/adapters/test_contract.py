@@ -229,6 +229,8 @@ def test_merging_keeps_the_function_and_unmerging_undoes_it(subject, dtype):
         with pytest.raises(ValueError, match="merged.*unmerge"):
             place.set_alpha_t(0.5)
     subject.merge(model)
+    for place in places_of(model):
+        place.layer.merge()
     assert all(map(torch.equal, subject.frozen_parameters(model), once)), "twice is once"
     subject.unmerge(model)
     assert not subject.merged(model)
