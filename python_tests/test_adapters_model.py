@@ -120,26 +120,6 @@ def test_an_annealer_of_one_adapter_leaves_the_others(model):
         Annealer(None, "force", False, {}, "x").begin(model, 4, 0)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_transformers_recomputes_with_the_names_of_the_forward(reentrant):
-    """Of each forward: the backward of two comes after both, and after their contexts."""
-    model = filled(afa.inject(llama(), adapters=ADAPTERS), {}).train()
-    ids = torch.randint(40, (3, 6))
-
-    def two_losses():
-        with afa.adapters_of(model, ["b", "a", "b"]):
-            first = model(input_ids=ids, labels=ids).loss
-        with afa.adapters_of(model, ["a", "__base__", "b"]):
-            return first + model(input_ids=ids, labels=ids).loss
-
-    wanted = gradients(model, two_losses)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
-    assert_equal(gradients(model, two_losses), wanted)
-    assert all(m._assignment is None for m in model.modules() if isinstance(m, afa.AFALinearStack))
-
-
 def test_a_model_that_recomputes_by_itself_needs_its_backward_in_the_context(model):
     x = torch.randn(2, 8)
 

@@ -190,26 +190,6 @@ def llama_with(*names, **options):
     return fill_adapters(model).train()
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_recomputes_with_the_names_of_the_forward(reentrant):
-    model = llama_with("a", "b")
-    ids = torch.randint(3, 30, (3, 6))
-
-    def gradients():
-        model.zero_grad()
-        first = model(input_ids=ids, labels=ids, adapter_names=["b", "a", "b"]).loss
-        second = model(input_ids=ids, labels=ids, adapter_names=["a", "__base__", "b"]).loss
-        (first + second).backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-    wanted = gradients()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    got = gradients()
-    assert got.keys() == wanted.keys() and all(torch.equal(got[n], wanted[n]) for n in wanted)
-
-
 @pytest.mark.parametrize("names", [["a", "b", "a"], ["a", "a", "a"]], ids=["mixed", "one"])
 def test_a_model_that_recomputes_by_itself_is_noticed(names):
     model = mixed()

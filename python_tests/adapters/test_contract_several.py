@@ -1,13 +1,14 @@
 """What every layer with several adapters promises (subjects.py): whose sample, whose gradient, whose alpha_t."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import afa_kernels as afa
 from adapters.comparing import assert_accurate, close, in_plain_torch, results
-from adapters.subjects import ADAPTERS, ALPHAS, COPIES, Injected
+from adapters.subjects import ADAPTERS, ALPHAS, COPIES, Injected, Peft
 from afa_kernels.alpha_t import places_of
 
 pytestmark = pytest.mark.fast
@@ -132,3 +133,44 @@ def test_no_weight_equals_several_branches(injected):
     plain = injected.unload(model)
     assert torch.equal(plain(x), base(x)) and plain.state_dict().keys() == base.state_dict().keys()
     assert not any(m._load_state_dict_pre_hooks or m._forward_pre_hooks for m in plain.modules())
+
+
+def language_model(kind):
+    """Return a subject of transformers."""
+    if kind == "experts":
+        from expert_models import PARAMETERS, mixture
+
+        frozen = SimpleNamespace(base=lambda: mixture(), targets={"target_parameters": list(PARAMETERS)})
+    else:
+        pytest.importorskip("transformers")
+        from hf_models import llama
+
+        frozen = SimpleNamespace(base=lambda: llama(), targets={"target_modules": ["q_proj", "v_proj"]})
+    vars(frozen).update(name=kind, inputs=None, options_of_peft={})
+    return Peft(frozen) if kind == "peft" else Injected(frozen)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "experts", "peft"])
+def test_transformers_recomputes_with_the_names_of_the_forward(kind, reentrant):
+    """Of each forward: the backward of two comes after both."""
+    subject = language_model(kind)
+    model = subject.several({"ann": {"r": 4, "dropout": 0.3}, "bob": {"r": 2, "activation": "tanh"}}, {}).train()
+    ids = torch.randint(3, 30, (3, 6))
+
+    def two_steps():
+        model.zero_grad()
+        torch.manual_seed(5)
+        ys = [subject.call(model, ids, names).logits for names in (["bob", "ann", "bob"], ["ann", "__base__", "bob"])]
+        sum(y.square().sum() for y in ys).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    wanted = two_steps()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    got = two_steps()
+    assert got.keys() == wanted.keys() and len(got) == 8 * (2 if kind == "experts" else 1)
+    assert all(torch.equal(got[name], value) for name, value in wanted.items())
+    assert all(getattr(module, "_assignment", None) is None for module in model.modules())
