@@ -14,9 +14,9 @@ pytest.importorskip("peft")
 
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft_models import TARGETS, Net, adapted, fill_adapters
-from test_peft_adapter import config
 
 import afa_kernels as afa
+from adapters.test_peft_adapter import config
 from afa_kernels.peft import AFALoraConfig, load_adapter
 
 LOAD_IN_STOCK_PEFT = """

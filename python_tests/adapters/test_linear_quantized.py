@@ -10,9 +10,9 @@ from layer_helpers import composed
 from peft import get_peft_model
 from peft_models import TARGETS, assert_same, gradients
 from quantized_models import QUANTIZED, WIDTHS, WRAPPED, dense, library, made, weights
-from test_peft_adapter import config
 
 import afa_kernels as afa
+from adapters.test_peft_adapter import config
 
 
 @pytest.fixture(params=QUANTIZED)

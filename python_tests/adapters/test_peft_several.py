@@ -10,9 +10,9 @@ pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
 from peft_models import TARGETS, Net, adapted, assert_same, fill_adapters, gradients
-from test_peft_adapter import MARKS_VARIANTS, PASSES_CONFIG, config
 
 import afa_kernels as afa
+from adapters.test_peft_adapter import MARKS_VARIANTS, PASSES_CONFIG, config
 from afa_kernels.peft import AFALoraConfig, AFALoraLayer, accelerate, restore
 
 

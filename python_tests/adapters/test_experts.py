@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("transformers", minversion="5.0")
 
 import torch._dynamo.testing
-from adapters.subjects import Branch, PlainExperts
 from expert_models import (
     PARAMETERS,
     fill,
@@ -22,6 +21,7 @@ from expert_models import (
 from helpers import run_python
 
 import afa_kernels as afa
+from adapters.subjects import Branch, PlainExperts
 from afa_kernels.layers import mixed
 
 

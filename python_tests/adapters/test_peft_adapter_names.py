@@ -12,10 +12,10 @@ from hf_models import llama, token_rows
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraModel
 from peft_models import TARGETS, Net, assert_same, fill_adapters
-from test_peft_adapter import PASSES_CONFIG, config
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import afa_kernels as afa
+from adapters.test_peft_adapter import PASSES_CONFIG, config
 from afa_kernels.callbacks import AnnealCallback
 from afa_kernels.peft import AFALoraConfig, accelerate, install_annealed, restore
 from afa_kernels.peft.tuner import AFALoraModel

@@ -8,10 +8,10 @@ pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("safetensors")
 
 from expert_models import PARAMETERS, copy_of, fill, mixture, routing, tokens
-from test_adapters import counted
-from test_experts import Largest, call, experts_of, run
 
 import afa_kernels as afa
+from adapters.test_experts import Largest, call, experts_of, run
+from adapters.test_linear_stack import counted
 from afa_kernels.layers import mixed
 from afa_kernels.model.adapted import named_layers
 
