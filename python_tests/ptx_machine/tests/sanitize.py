@@ -16,7 +16,7 @@ BUILD = ROOT / "build" / "sanitize-ptx"
 TESTS = [
     f"python_tests/test_ptx_{name}.py" for name in ("instructions", "floats", "memory", "hazards", "overlap", "wgmma")
 ]
-ON_A_GPU = ["python_tests/test_ptx_triton.py", "-k", "random_problems or removed"]
+ON_A_GPU = ["python_tests/conformance", "python_tests/test_ptx_triton.py", "-k", "is_accurate or removed"]
 
 
 def build() -> None:
