@@ -125,7 +125,7 @@ WORKERS ?= 2
 test: lint reports-quick  ## lint, the tests of the package, machine code: 11 minutes; .ci/run has what takes longer
 	$(SAY) 'Tests of the package'
 	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-$(REQUIRED)} \
-		$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --benchmark-disable python_tests bench $(ARGS)
+		$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --durations=10 --benchmark-disable python_tests bench $(ARGS)
 
 test-experiments: build-tests  ## the tests of experiments/, which train small models
 	$(SAY) 'Tests of the experiments'
@@ -137,10 +137,11 @@ test-fast: build-tests  ## the operator, the layers and the CPU kernels in 90 se
 	$(SAY) 'Tests marked fast (pyproject.toml says what that means)'
 	AFA_KERNELS_REQUIRE=cpu $(RUN) -m pytest -m "fast and not (long or simulated or slow)" $(FAST_FILES) $(ARGS)
 
-lint: build-tests  ## ruff and clang-format, check only
+lint: build-tests  ## ruff, import-linter and clang-format, check only
 	$(SAY) 'Lint'
 	$(BIN)/ruff check $(PYTHON_CODE)
 	$(BIN)/ruff format --check $(PYTHON_CODE)
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(CPP_CODE) | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/.tests  ## rewrite the sources as lint wants them
@@ -214,11 +215,11 @@ triton-report: build-tests  ## the same for every row of the Triton tile table
 
 .PHONY: ptx-report
 ptx-report: build-tests  ## what every compiled kernel does in a call, counted: bytes, conflicts, barriers, products
-	$(RUN) -m tools.ptx_report $(ARGS)
+	PYTHONPATH=python_tests $(RUN) -m ptx_machine.ptx_report $(ARGS)
 
 .PHONY: host-time
 host-time: build-tests  ## processor time of a call of the cuda backend before its kernels run, without a GPU
-	$(RUN) -m tools.host_time $(ARGS)
+	PYTHONPATH=python_tests $(RUN) -m ptx_machine.host_time $(ARGS)
 
 gpu-check: build-tests  ## on a machine with a GPU: everything that the tests cannot run without one
 	$(RUN) -m tools.gpu_check $(ARGS)

@@ -1,8 +1,8 @@
 """gpu_check without a GPU: it says what it would do, and the same code runs on the PTX machine."""
 
-import dataclasses
 import json
 
+import ptx_cuda
 import pytest
 import torch
 from conftest import skip_unless_available
@@ -23,14 +23,13 @@ def test_without_a_gpu_it_lists_every_step_and_has_its_own_status(capsys, tmp_pa
 def test_an_unknown_step_is_an_error(capsys):
     with pytest.raises(SystemExit):
         gpu_check.main(["--only", "nonsense"])
-    assert "expected some of backends, primitives" in capsys.readouterr().err
+    assert "expected some of backends, kernels" in capsys.readouterr().err
 
 
 def test_the_rehearsal_runs_the_steps_on_the_machine(capsys, tmp_path):
-    skip_unless_available(gpu_steps.MACHINE)
+    skip_unless_available(ptx_cuda.NAME)
     steps = [
         "backends",
-        "primitives",
         "kernels",
         "graphs",
         "streams",
@@ -40,7 +39,7 @@ def test_the_rehearsal_runs_the_steps_on_the_machine(capsys, tmp_path):
         "beta",
     ]
     steps += ["bandwidth", "launches", "choice", "model"]
-    assert gpu_check.main(["--rehearse", "--only", ",".join(steps), "--out", str(tmp_path)]) == 0
+    assert gpu_check.main(["--rehearse", ptx_cuda.NAME, "--only", ",".join(steps), "--out", str(tmp_path)]) == 0
     head, *records = map(json.loads, (tmp_path / "gpu-rehearsal-cpu.jsonl").read_text().splitlines())
     assert head["kind"] == "environment"
     assert [record["step"] for record in records] == steps
@@ -54,12 +53,12 @@ def test_a_step_that_raises_fails_alone():
     def broken(context):
         raise RuntimeError("no such kernel")
 
-    outcome = gpu_check.run_step(gpu_steps.Step("broken", "raises", broken), gpu_steps.Context.rehearsal())
+    outcome = gpu_check.run_step(gpu_steps.Step("broken", "raises", broken), gpu_steps.Context.rehearsal("cpu"))
     assert outcome.status == "failed" and "no such kernel" in outcome.message
 
 
 def test_a_ragged_call_that_is_less_accurate_than_torch_fails(monkeypatch):
-    context = dataclasses.replace(gpu_steps.Context.rehearsal(), backends=("reference",))
+    context = gpu_steps.Context.rehearsal("reference")
     right = gpu_ragged.step
 
     def wrong(case, device, backend, dtype, frozen):

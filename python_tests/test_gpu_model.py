@@ -19,7 +19,7 @@ CARD = "NVIDIA H100 80GB HBM3"
 RANGES = ("memory", "l2", "latency", "launch", "hidden", "unhidden")
 # In the middle of every range: the model is right there.
 SOUND = H100._replace(**{name: Range(*[sum(getattr(H100, name)) / 2] * 2) for name in RANGES})
-SMALL = Context("cpu", ("cuda_ptx",), small=True)
+SMALL = Context.rehearsal("cuda_ptx")
 
 
 class Synthetic:
@@ -70,7 +70,7 @@ def checked(meter: Synthetic, folder: Path, monkeypatch, card: str = CARD) -> tu
     """Run the step on ``meter``; return the exit status, the step's record and its page."""
     monkeypatch.setattr(gpu_check, "card_name", lambda context: "synthetic")
     step = Step("model", "", lambda context: gpu_model.outcome_of(gpu_model.compare(meter), card))
-    status = gpu_check.run_all([step], Context.rehearsal(), folder)
+    status = gpu_check.run_all([step], SMALL, folder)
     record = json.loads((folder / "gpu-synthetic.jsonl").read_text().splitlines()[1])
     page = folder / "gpu-synthetic-model.md"
     return status, record, page.read_text() if page.exists() else ""
@@ -181,7 +181,7 @@ def test_the_kernels_of_a_profile_have_the_names_of_the_model(layer):
             launched = enumerate(_cuda_on_ptx.take_launches())
             return result, [gpu_meter.Event(launch["kernel"], at, at + 1) for at, launch in launched]
 
-    taken = OnPtx(Context("cpu", ("cuda_ptx",), small=True)).kernels(layer)
+    taken = OnPtx(SMALL).kernels(layer)
     assert [set(each) for each in taken] == [set(each) for each in gpu_model.durations(layer, H100)]
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers import Problem
 from ptx_cuda import forward_and_backward, same
+from ptx_machine import ptx_report
 
 from afa_kernels.operator.options import Spec
-from tools import ptx_report
 
 _cuda_on_ptx = pytest.importorskip(
     "afa_kernels._cuda_on_ptx", reason="built with nvcc and AFA_BUILD_PTX_MACHINE=1 only"

@@ -10,14 +10,13 @@ import argparse
 import os
 import sys
 from collections import Counter, defaultdict
-from pathlib import Path
 
+import ptx_cuda
 import torch
 
 from afa_kernels.backend import choice
 from afa_kernels.operator.options import Spec
 
-TESTS = Path(__file__).resolve().parents[1] / "python_tests"  # where the simulated GPUs are
 COLUMNS = ("kernel", "launches", "instr.", "loads by width", "stores by width", "copied", "sectors", "wanted",
            "conflicts", "barriers", "mma")  # fmt: skip
 
@@ -36,8 +35,6 @@ def call(backend: str, m: int, k: int, n: int, r: int) -> None:
 
 
 def of_nvcc(arch: str, shape: tuple[int, int, int, int]) -> list[tuple[str, dict]]:
-    import ptx_cuda
-
     ptx_cuda.register()
     if not ptx_cuda.kernels.status():
         return []
@@ -94,7 +91,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=value)
     arguments = parser.parse_args(argv)
     os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: it compiles
-    sys.path.insert(0, str(TESTS))
     shape = (arguments.m, arguments.k, arguments.n, arguments.r)
     print("COUNTED on the PTX machine, not measured: M={} K={} N={} r={}, bfloat16".format(*shape))
     for compiler, count in (("nvcc", of_nvcc), ("Triton", of_triton)):

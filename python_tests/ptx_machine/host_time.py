@@ -1,8 +1,8 @@
 """``make host-time``: the processor time of a call of the ``cuda`` backend before its kernels run, without a GPU.
 
-    python -m tools.host_time [--json FILE]
+    make host-time ARGS="--json FILE"
 
-A layer is called on the simulated CUDA runtime of the tests (python_tests/ptx_machine/cuda). Its launches are counted
+A layer is called on the simulated CUDA runtime of this folder (cuda/). Its launches are counted
 and do nothing, and its device memory is the CPU's. So these figures leave out what a GPU adds: the driver's part of
 each launch, the look-up of the current stream, and what torch's CUDA allocator takes longer than its CPU one. Each
 figure is the median of repetitions, in microseconds of this thread's processor time.
@@ -11,11 +11,11 @@ figure is the median of repetitions, in microseconds of this thread's processor 
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import ptx_cuda
 import torch
 
 import afa_kernels as afa
@@ -23,7 +23,6 @@ from afa_kernels.backend import choice
 from afa_kernels.backend.interface import Backend
 from afa_kernels.operator.options import Spec
 
-TESTS = Path(__file__).resolve().parents[1] / "python_tests"  # where the simulated GPUs are
 # So small that torch's GEMMs take next to no time.
 M, K, N, R = 8, 64, 64, 16
 H100 = 1  # its number among the simulated devices
@@ -150,9 +149,6 @@ def of_launches(kernels, runtime) -> dict[str, int]:
 
 def measure() -> dict[str, dict[str, float]]:
     """Return the rows of the table."""
-    sys.path.insert(0, str(TESTS))
-    import ptx_cuda
-
     ptx_cuda.register()
     if not ptx_cuda.kernels.status():
         raise SystemExit("host-time: needs nvcc and the PTX machine (AFA_BUILD_PTX_MACHINE=1) in the build")
