@@ -21,9 +21,8 @@ from triton.backends.driver import DriverBase, expand_signature
 from afa_kernels import _ptx
 from afa_kernels.backend import choice
 from afa_kernels.backend.triton import backend, configs
+from bench.model.gpus import CARDS
 
-# Shared memory of one block and multiprocessors, from the compute-capability table of NVIDIA's programming guide.
-DEVICES = {"sm_80": (163 * 1024, 108), "sm_90": (227 * 1024, 132)}
 _SCALARS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I",
             "u64": "Q", "fp32": "f", "f32": "f", "fp64": "d"}  # fmt: skip
 
@@ -115,8 +114,12 @@ class _Utils:
         self.machine = machine
 
     def get_device_properties(self, device: str) -> dict[str, int]:
-        shared, multiprocessors = DEVICES[self.machine.arch]
-        return {"max_shared_mem": shared, "multiprocessor_count": multiprocessors, "warpSize": 32}
+        card = CARDS[self.machine.arch]
+        return {
+            "max_shared_mem": card.shared_per_block,
+            "multiprocessor_count": card.multiprocessors,
+            "warpSize": 32,
+        }
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: str):
         return None, Loaded(self.machine, name, cubin.decode()), 0, 0, 1024
@@ -176,7 +179,7 @@ def simulated(arch: str, seed: int = 0) -> Iterator[Machine]:
     record, device_of, device_type = choice.get("triton"), configs.device_of, backend._device_type
     config.set_active(PtxDriver(machine))
     triton.knobs.runtime.add_stages_inspection_hook = _keep_ptx
-    configs.device_of = lambda device: configs.Device(arch, DEVICES[arch][1], f"simulated {arch}")
+    configs.device_of = lambda device: configs.Device(arch, CARDS[arch].multiprocessors, f"simulated {arch}")
     backend._device_type = lambda: "cpu"
     choice.register(altered(record, devices=frozenset({"cpu"}), automatic=False))
     try:

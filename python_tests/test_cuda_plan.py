@@ -12,6 +12,7 @@ from helpers import Problem
 from ptx_cuda import NAME, kernels, launches_of
 
 import afa_kernels as afa
+from bench.model.gpus import CARDS
 
 RANKS = (5, 16, 32, 64)
 
@@ -23,8 +24,7 @@ def native():
     return kernels._module
 
 
-# Multiprocessors, and bytes of shared memory of a block and of a multiprocessor.
-H100, A100, RTX = (132, 227 << 10, 228 << 10), (108, 163 << 10, 164 << 10), (170, 99 << 10, 100 << 10)
+H100, A100, RTX = (CARDS[arch].planned_for for arch in ("sm_90", "sm_80", "sm_120"))
 
 
 @pytest.mark.parametrize("device", [H100, A100, RTX], ids=["H100", "A100", "RTX-5090"])

@@ -12,6 +12,7 @@ from ptx_cuda import NAME, kernel_names, kernels, launches_of
 
 from afa_kernels.backend import cuda
 from afa_kernels.backend.interface import Call
+from bench.model.gpus import CARDS
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +75,9 @@ def test_limits_are_those_of_the_kernels():
     limits = (module.MAX_RANK, module.MAX_MEMBERS, module.MAX_MEMBER_RANK)
     assert limits == (cuda._MAX_RANK, cuda._MAX_MEMBERS, cuda._MAX_MEMBER_RANK)
     with pytest.raises(ValueError, match="layers that share x have ranks up to 32: M=64, K=64, N=64,64, r=16,33"):
-        module.launch_plan((64, 64, (64, 64), (16, 33)), 132, 227 << 10, 228 << 10)
+        module.launch_plan((64, 64, (64, 64), (16, 33)), *CARDS["sm_90"].planned_for)
     with pytest.raises(ValueError, match="up to 64 together, .*: M=64, K=64, N=64,64,64, r=17,8,30"):
-        module.launch_plan((64, 64, (64,) * 3, (17, 8, 30)), 132, 227 << 10, 228 << 10)
+        module.launch_plan((64, 64, (64,) * 3, (17, 8, 30)), *CARDS["sm_90"].planned_for)
 
 
 @pytest.mark.parametrize("r", [8, 16, 32])

@@ -9,7 +9,9 @@ from conformance.problems import Problem
 from conftest import skip_unless_available
 from ptx_cuda import NAME, kernel_names, kernels, launches_of, limited
 
-H100 = (132, 227 << 10, 228 << 10)
+from bench.model.gpus import CARDS
+
+H100 = CARDS["sm_90"].planned_for
 # M, K, N, r; the chunks of rows in the passes over x and over dy.
 LAYERS = {
     "one chunk": ((40, 136, 264, 5), (1, 1)),

@@ -23,8 +23,8 @@ from afa_kernels.backend.interface import Call
 from afa_kernels.backend.triton import configs
 from afa_kernels.backend.triton.backend import BACKEND
 from afa_kernels.backend.triton.launch import Launch
+from bench.model.gpus import CARDS
 from tools.triton_aot import (
-    SHARED_MEMORY,
     MachineCode,
     Problem,
     compile_launch,
@@ -140,7 +140,7 @@ def faults(variant: Variant, launch: Launch, code: MachineCode) -> list[str]:
     found = []
     if code.spills:
         found.append(f"{code.spills} spills")
-    limit = _DEFAULT_SHARED if variant.row == configs.DEFAULT else SHARED_MEMORY[variant.arch]
+    limit = _DEFAULT_SHARED if variant.row == configs.DEFAULT else CARDS[variant.arch].shared_per_block
     if code.shared > limit:
         found.append(f"{code.shared} bytes of shared memory, {limit} available")
     if variant.dtype in ("bf16", "fp16") and launch.name.startswith(_PRODUCTS) and not code.tensor_core:
