@@ -195,10 +195,10 @@ mutation: build-tests  ## plants faults in the source of the CUDA kernels and in
 
 .PHONY: ptx-check
 ptx-check: build-tests  ## compiled kernels on the PTX machine: random problems, schedules, faults planted in the PTX
-	$(RUN) -m pytest python_tests/test_ptx_*.py
+	$(RUN) -m pytest python_tests/ptx_machine
 	$(RUN) -m pytest python_tests/conformance -k nvcc
 	for arch in sm_80 sm_90; do \
-		OMP_NUM_THREADS=1 AFA_TEST_SIMULATED_GPU=$$arch $(RUN) -m pytest python_tests/test_numerics.py -k triton || exit 1; \
+		OMP_NUM_THREADS=1 AFA_TEST_SIMULATED_GPU=$$arch $(RUN) -m pytest python_tests/operator/test_numerics.py -k triton || exit 1; \
 	done
 	$(RUN) python_tests/ptx_machine/tests/check.py $(ARGS)
 
@@ -215,11 +215,11 @@ triton-report: build-tests  ## the same for every row of the Triton tile table
 
 .PHONY: ptx-report
 ptx-report: build-tests  ## what every compiled kernel does in a call, counted: bytes, conflicts, barriers, products
-	PYTHONPATH=python_tests $(RUN) -m ptx_machine.ptx_report $(ARGS)
+	PYTHONPATH=.:python_tests $(RUN) python_tests/ptx_machine/ptx_report.py $(ARGS)
 
 .PHONY: host-time
 host-time: build-tests  ## processor time of a call of the cuda backend before its kernels run, without a GPU
-	PYTHONPATH=python_tests $(RUN) -m ptx_machine.host_time $(ARGS)
+	PYTHONPATH=.:python_tests $(RUN) python_tests/ptx_machine/host_time.py $(ARGS)
 
 gpu-check: build-tests  ## on a machine with a GPU: everything that the tests cannot run without one
 	$(RUN) -m tools.gpu_check $(ARGS)
@@ -230,19 +230,19 @@ wheel: build-tests  ## a wheel for any Linux that torch runs on, into dist/ (AFA
 
 wheel-check: build-tests  ## builds the wheel, tests it and trains with it in fresh environments with other versions of torch
 	$(SAY) 'Building the wheel, which takes minutes'
-	$(RUN) -m pytest -m slow python_tests/test_wheel.py python_tests/test_release.py $(ARGS)
+	$(RUN) -m pytest -m slow python_tests/project/test_wheel.py python_tests/project/test_release.py $(ARGS)
 
 .PHONY: stacks-check
 stacks-check: build-tests  ## axolotl, LLaMA-Factory, litgpt, torchtune and Lightning, each in an environment with the wheel
 	$(SAY) 'Installing each stack, which takes gigabytes in turn, and training in it'
-	$(RUN) -m pytest -m slow python_tests/test_stacks.py $(ARGS)
+	$(RUN) -m pytest -m slow python_tests/training/test_stacks.py $(ARGS)
 
 .PHONY: hub-kernel hub-check
 hub-kernel: build-tests  ## the Triton and torch paths as a kernel of the Hugging Face hub, into build/hub
 	$(RUN) -m tools.hub_kernel $(ARGS)
 
 hub-check: build-tests  ## the hub kernel, loaded in a process that has not the package
-	$(RUN) -m pytest python_tests/test_hub_kernel.py $(ARGS)
+	$(RUN) -m pytest python_tests/project/test_hub_kernel.py $(ARGS)
 
 .PHONY: docs
 docs: build-tests  ## the documentation as a site, into build/site (ARGS=--serve: on localhost)

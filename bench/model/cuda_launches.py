@@ -2,7 +2,7 @@
 follows. MODELLED, nothing here was measured.
 
 The launches are those that the backend plans, for the dtypes of PEFT: x in 16 bits, A and B in float32. The bytes are
-those that the compiled kernels move, as counted on the PTX machine (python_tests/test_cuda_traffic.py).
+those that the compiled kernels move, as counted on the PTX machine (python_tests/gpu/test_cuda_traffic.py).
 
     time of a kernel = gap before it + the longest of
         memory      HBM bytes / memory rate

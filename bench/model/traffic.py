@@ -1,7 +1,7 @@
 """A model of memory traffic: bytes and FLOPs of every Triton launch from its shapes, and the time that follows.
 
 Every figure here is modelled, none was measured. The bytes of our launches are those that the compiled kernels move for
-sm_80 and sm_90, as counted on the PTX machine (python_tests/test_triton_traffic.py holds the formulas to the counts).
+sm_80 and sm_90, as counted on the PTX machine; python_tests/gpu/test_triton_traffic.py holds the formulas to them.
 
     time of a kernel = max(HBM / 3.0 TB/s, (HBM + L2) / 5.5 TB/s, FLOP / 450 TFLOP/s) + 2 us
     overhead         = time of all that is not the frozen layer's GEMM / time of that GEMM

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NVCC, CMAKE = shutil.which("nvcc"), shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 pytestmark = pytest.mark.skipif(not NVCC or not CMAKE, reason="needs nvcc and CMake")

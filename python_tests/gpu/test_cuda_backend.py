@@ -178,7 +178,7 @@ def test_without_a_device_the_status_says_what_is_missing():
 
 # --- The source keeps its rules ---
 
-KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "kernels"
+KERNELS = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "kernels"
 DEVICE_ONLY = re.compile(r"\basm\b|__shared__|__sync|__ldg|__shfl|threadIdx|blockIdx|blockDim|<<<|cuda_fp16|cuda_bf16")
 
 

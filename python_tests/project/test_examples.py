@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 
 from afa_kernels.peft import AFALoraConfig
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def run(monkeypatch, script: str, *options: object) -> dict[str, object]:

@@ -32,9 +32,9 @@ LORA = ("x", "lora_a", "lora_b", "base")
 # Among them what Triton's interpreter cannot show of bfloat16.
 TESTS_OF_OTHER_FILES = (
     "conformance/test_conformance.py",
-    "test_triton_traffic.py::test_the_model_counts_every_byte",
-    "test_triton_traffic.py::test_the_model_counts_every_byte_of_rows_by_owner",
-    "test_operator.py::test_autocast[triton-bf16]",
+    "gpu/test_triton_traffic.py::test_the_model_counts_every_byte",
+    "gpu/test_triton_traffic.py::test_the_model_counts_every_byte_of_rows_by_owner",
+    "operator/test_operator.py::test_autocast[triton-bf16]",
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ TESTS_OF_OTHER_FILES = (
 @pytest.mark.parametrize("part", ["owners or every_kernel", "lone or every_kernel", "not owners and not lone"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_on_simulated_gpus(arch, part):
-    others = (os.path.join(os.path.dirname(__file__), test) for test in TESTS_OF_OTHER_FILES)
+    others = (os.path.join(os.path.dirname(__file__), "..", "..", test) for test in TESTS_OF_OTHER_FILES)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, *others, __file__]
     # One thread: these tests run side by side, and torch's threads wait for each other.
     environment = os.environ | {"AFA_TEST_SIMULATED_GPU": arch, "OMP_NUM_THREADS": "1"}

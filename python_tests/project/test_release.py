@@ -49,8 +49,13 @@ def test_two_source_distributions_are_the_same_bytes(checkouts):
     assert {entry.mtime for entry in entries} == {int(EPOCH["SOURCE_DATE_EPOCH"])}
     names = {entry.name.partition("/")[2] for entry in entries}
     wanted = {"CMakeLists.txt", "LICENSE", "README.md", "csrc/cuda/kernels/forward.cuh", "afa_kernels/__init__.py"}
-    tests = {"test_release.py", "cpu_kernels/driver.cpp", "cpu_kernels/aarch64.cmake", "ptx_machine/CMakeLists.txt"}
-    tests |= {"ptx_machine/machine.h", "ptx_machine/cuda/runtime.cpp", "ptx_machine/tests/check.py"}
+    tests = {"project/test_release.py", "cpu_kernels/driver.cpp", "cpu_kernels/aarch64.cmake"}
+    tests |= {
+        "ptx_machine/CMakeLists.txt",
+        "ptx_machine/machine.h",
+        "ptx_machine/cuda/runtime.cpp",
+        "ptx_machine/tests/check.py",
+    }
     assert wanted | {f"python_tests/{name}" for name in tests} <= names
 
 

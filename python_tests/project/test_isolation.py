@@ -31,7 +31,7 @@ def test_the_environment_of_the_caller_stays_outside():
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | LEFT_BY_OTHERS | CHOSEN,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         check=True,

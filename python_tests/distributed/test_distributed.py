@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-WORKER = ROOT / "python_tests" / "distributed_worker.py"
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = ROOT / "python_tests" / "distributed" / "distributed_worker.py"
 TIMEOUT = 1800  # seconds: ends a deadlock; a busy machine takes minutes
 CHECKS = [
     node.name
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def launch(*command: object, **variables: str) -> str:
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(ROOT / "python_tests"), os.environ.get("PYTHONPATH", "")]
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     done = subprocess.run(
         [sys.executable, "-m", *map(str, command)],

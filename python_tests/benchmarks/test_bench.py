@@ -265,5 +265,5 @@ def test_the_benchmarks_import_neither_tools_nor_tests():
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 found.add(node.module.partition(".")[0])
-    tests = {path.stem for path in (root.parent / "python_tests").glob("*.py")}
+    tests = {path.stem for path in (root.parent / "python_tests").rglob("*.py")}
     assert "bench" in found and not found & (tests | {"tools", "python_tests"})

@@ -14,7 +14,7 @@ from bench.model.cuda_launches import H100, Gpu, Layer, Range, decoding, overhea
 from tools import gpu_check, gpu_meter, gpu_model
 from tools.gpu_steps import Context, Step
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CARD = "NVIDIA H100 80GB HBM3"
 RANGES = ("memory", "l2", "latency", "launch", "hidden", "unhidden")
 # In the middle of every range: the model is right there.

@@ -57,7 +57,7 @@ def past_the_cache() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("isa", ISAS)
 def test_results_that_are_written_past_the_cache(isa):
-    run_on_isa(isa, "import test_cpu_kernels\ntest_cpu_kernels.past_the_cache()")
+    run_on_isa(isa, "from cpu import test_cpu_kernels\ntest_cpu_kernels.past_the_cache()")
 
 
 def test_a_rank_below_r_leaves_gaps_in_db():

@@ -48,7 +48,7 @@ class Stack:
         """Run a command of the environment."""
         variables = {
             "PATH": f"{self.python.parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT / "python_tests"),
+            "PYTHONPATH": os.pathsep.join(str(ROOT / "python_tests" / folder) for folder in ("", "training")),
             "AXOLOTL_DO_NOT_TRACK": "1",
             "DO_NOT_TRACK": "1",
         }

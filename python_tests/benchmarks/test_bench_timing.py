@@ -10,7 +10,7 @@ import torch
 
 from bench import timing
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Clock(timing.CpuClock):

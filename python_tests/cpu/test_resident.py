@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import skip_unless_available
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 pytestmark = pytest.mark.skipif(
