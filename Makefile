@@ -77,6 +77,10 @@ $(VENV)/.tests: $(VENV)/.demo
 	$(PIP) install --no-deps "torchtune>=0.6.1,<0.7"
 	touch $@
 
+$(VENV)/.wheel: $(VENV)/.torch
+	$(INSTALL) ".[wheel]"
+	touch $@
+
 # ninja compiles what has changed. An environment variable named as an option of $(1) wins over it.
 define BUILD
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(BUILD_FOLDER) -G Ninja -DPython_EXECUTABLE=$(abspath $(RUN)) $(1)
@@ -224,7 +228,7 @@ host-time: build-tests  ## processor time of a call of the cuda backend before i
 gpu-check: build-tests  ## on a machine with a GPU: everything that the tests cannot run without one
 	$(RUN) -m tools.gpu_check $(ARGS)
 
-wheel: build-tests  ## a wheel for any Linux that torch runs on, into dist/ (AFA_BUILD_CUDA=0: without CUDA kernels)
+wheel: $(VENV)/.wheel $(NVCC_OF_TESTS)  ## a wheel for any Linux that torch runs on, into dist/ (AFA_BUILD_CUDA=0: CPU kernels only)
 	$(SAY) 'Building the wheel, which takes minutes'
 	$(RUN) -m tools.portable_wheel $(ARGS)
 

@@ -262,9 +262,8 @@ def main() -> int:
     if shutil.which("nvcc") is None:
         print("cuda-report: nvcc is not on PATH; nothing was checked", file=sys.stderr)
         return 2
-    architectures = (
-        options.arch.split(",") if options.arch else list(QUICK_ARCHITECTURES if options.quick else ARCHITECTURES)
-    )
+    by_default = QUICK_ARCHITECTURES if options.quick else ARCHITECTURES
+    architectures = options.arch.split(",") if options.arch else by_default
     if unknown := [arch for arch in architectures if arch not in ARCHITECTURES]:
         parser.error(f"--arch: expected some of {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}")
     tool, plans = find_tool("cuobjdump"), launch_plans(architectures)
