@@ -84,7 +84,7 @@ def test_every_provider_of_this_machine_is_right(scope, dtype):
 
 def test_a_provider_that_cannot_run_says_why():
     reasons = {name: provider.absent(TINY) for name, provider in providers().items()}
-    assert all(reason is None or len(reason) > 5 for reason in reasons.values()), reasons
+    assert all(reason is None or reason for reason in reasons.values()), reasons
     assert "GPU" in reasons["unsloth"]
     if importlib.util.find_spec("torchtune"):  # pyproject.toml lists what it imports: nothing may be missing
         assert reasons["torchtune"] is None

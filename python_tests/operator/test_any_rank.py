@@ -56,13 +56,14 @@ def test_layers_models_and_shared_inputs():
 
 def test_an_adapter_of_peft():
     peft = pytest.importorskip("peft")
+    from peft_models import TARGETS, Net, adapted, assert_same, gradients
+
     from afa_kernels.peft import AFALoraConfig, accelerate
 
-    def net():
-        return nn.Sequential(nn.Linear(40, 24))
-
-    annealed = peft.get_peft_model(net(), AFALoraConfig(r=300, target_modules=["0"]))
-    plain = accelerate(peft.get_peft_model(net(), peft.LoraConfig(r=300, target_modules=["0"])))
-    for model in (annealed, plain):
-        model(torch.randn(3, 40)).sum().backward()
-        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    net, options = Net(widths=(40, 24, 12)), {"r": 300, "target_modules": list(TARGETS)}
+    x = torch.randn(3, 40)
+    plain = gradients(adapted(net, peft.LoraConfig(**options)), x)
+    annealed = adapted(net, AFALoraConfig(**options))
+    afa.set_alpha_t(annealed, 0.0)
+    for model in (annealed, accelerate(adapted(net, peft.LoraConfig(**options)))):
+        assert_same(gradients(model, x), plain)

@@ -1,5 +1,4 @@
-"""The parts of the demo: splits without leaks, the methods, and the whole command on a tiny
-model."""
+"""The parts of the demo: splits without leaks, the methods, and the whole command on a tiny model."""
 
 import json
 import sys
@@ -91,17 +90,10 @@ def test_held_out_texts_overlap_little_with_every_other(splits):
 def test_every_module_is_trained_and_tested(splits):
     assert set(splits.labels) == {e.label for e in splits.train}
     assert set(splits.labels) == {e.label for e in splits.test}
-    assert len(splits.labels) >= 18
-    assert len(splits.train) > 2000 and len(splits.test) > 600
 
 
 def test_splits_are_the_same_in_every_run(splits):
     assert data.load() == splits
-
-
-def test_another_seed_holds_out_others(splits):
-    one, two = (data.split_by_group(splits.train, seed)["test"] for seed in (0, 1))
-    assert one and {e.text for e in one} != {e.text for e in two}
 
 
 def test_near_duplicates_are_dropped_and_others_kept():
@@ -112,13 +104,6 @@ def test_near_duplicates_are_dropped_and_others_kept():
     copy = example(function("second", "alpha"))
     other = example(function("first", "beta"))
     assert data.without_near_duplicates([copy, other], [trained]) == [other]
-
-
-def test_a_text_of_two_modules_is_no_example(tmp_path):
-    same = function("f", "same")
-    write_modules(tmp_path, a=same + function("g", "only_a"), b=same + function("h", "only_b"))
-    examples = data.without_duplicates(e for label in "ab" for e in data.functions(tmp_path, label))
-    assert [e.group for e in examples] == [("a.py", "g"), ("b.py", "h")]
 
 
 def test_a_class_stays_on_one_side(tmp_path):
@@ -135,11 +120,6 @@ def test_a_class_stays_on_one_side(tmp_path):
     groups = [{e.group for e in part} for part in parts.values()]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 24
     assert all(groups)
-
-
-def test_a_folder_without_sources_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="root: expected sources of modules"):
-        data.load(root=tmp_path)
 
 
 def test_annealing_ends_when_the_learning_rate_starts_to_fall():
@@ -200,38 +180,19 @@ def test_all_methods_start_alike_and_see_the_same_batches(splits, encoded, tiny_
         assert torch.equal(one.input_ids, two.input_ids) and torch.equal(one.labels, two.labels)
 
 
-def test_no_example_repeats_before_all_were_used(encoded):
-    batches = list(encoded["train"].training_batches(25, 8, seed=0))  # 200 examples: one pass
-    drawn = sorted(label for batch in batches for label in batch.labels.tolist())
-    assert drawn == sorted(encoded["train"].batch(range(200)).labels.tolist())
-
-
 def test_accuracy_counts_right_answers(splits, encoded, tiny_model):
     torch.manual_seed(0)
     model = Classifier(tiny_model, len(splits.labels))
     batches = list(encoded["test"].evaluation_batches(limit=50))
     predicted = torch.cat([checks.logits_of(model, [b]).argmax(1) for b in batches])
     labels = torch.cat([b.labels for b in batches])
-    assert accuracy(model, batches) == pytest.approx((predicted == labels).float().mean().item())
-    with torch.no_grad():
-        model.head.weight.zero_()
-        model.head.bias.zero_()
-        model.head.bias[3] = 1.0
-    assert accuracy(model, batches) == pytest.approx((labels == 3).float().mean().item())
+    assert 0 < accuracy(model, batches) == pytest.approx((predicted == labels).float().mean().item())
 
 
 def test_tuning_picks_the_best_validation_accuracy():
-    def row(method, rate, score, loss):
-        return {
-            "method": method,
-            "learning_rate": rate,
-            "validation_accuracy": score,
-            "final_loss": loss,
-        }
-
-    rows = [row("a", 1.0, 0.5, 2.0), row("a", 2.0, 0.6, 9.0), row("b", 3.0, 0.4, 2.0)]
-    rows.append(row("b", 4.0, 0.4, 1.0))
-    assert tuning.best_rates(rows) == {"a": 2.0, "b": 4.0}
+    fields = ("method", "learning_rate", "validation_accuracy", "final_loss")
+    runs = [("a", 1.0, 0.5, 2.0), ("a", 2.0, 0.6, 9.0), ("b", 3.0, 0.4, 2.0), ("b", 4.0, 0.4, 1.0)]
+    assert tuning.best_rates([dict(zip(fields, run, strict=True)) for run in runs]) == {"a": 2.0, "b": 4.0}
 
 
 @pytest.fixture
