@@ -12,7 +12,6 @@ nvdisasm come from PATH, from the CUDA toolkit or from the triton package.
 """
 
 import argparse
-import importlib
 import importlib.util
 import json
 import os
@@ -25,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from bench.model.cuda_launches import planner
 from bench.model.gpus import CARDS
 from tools.sass import main_loops
 
@@ -92,18 +92,6 @@ def find_tool(name: str) -> str:
         if place and os.access(place, os.X_OK):
             return place
     raise SystemExit(f"cuda-report: {name} was not found on PATH, beside nvcc, or in the triton package")
-
-
-def planner():
-    """Return the module whose launch_plan says how a kernel is launched."""
-    for name, attribute in (("afa_kernels._C", "cuda"), ("afa_kernels._cuda_on_ptx", None)):
-        try:
-            module = importlib.import_module(name)
-        except ImportError:
-            continue
-        if attribute is None or hasattr(module, attribute):
-            return module if attribute is None else getattr(module, attribute)
-    raise SystemExit("cuda-report: this build has no CUDA kernels; build the package where nvcc is")
 
 
 def identify(mangled: str) -> tuple[str, int, str] | None:

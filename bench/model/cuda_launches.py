@@ -151,7 +151,7 @@ def planner():
     try:
         return importlib.import_module("afa_kernels._cuda_on_ptx")
     except ImportError:
-        raise SystemExit("bench.model: this build has no CUDA kernels; run make build-tests where nvcc is") from None
+        raise SystemExit("this build has no CUDA kernels; run make build-tests where nvcc is") from None
 
 
 def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tuple[list[Kernel], list[Kernel]]:

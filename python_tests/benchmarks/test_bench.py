@@ -1,6 +1,5 @@
 """The benchmarks are right before they are fast: truth, records, cases and costs."""
 
-import ast
 import dataclasses
 import importlib.util
 from pathlib import Path
@@ -10,7 +9,6 @@ import torch
 from bench_rows import ROOF, TINY, example_row
 from helpers import eager
 
-import bench
 from bench import __main__ as command
 from bench import cost, problem, suite, timing
 from bench import rows as row_fields
@@ -254,16 +252,3 @@ def test_a_tax_is_compared_with_pefts_within_the_round():
     assert got == {"peft_share": pytest.approx(0.5), "peft_share_interval": [pytest.approx(0.5), pytest.approx(0.6)]}
     assert not row_fields.peft_share(peft[:5], peft[:5], frozen[:5])  # too few rounds
     assert not row_fields.peft_share(peft, frozen, frozen)  # of a tax of 0
-
-
-def test_the_benchmarks_import_neither_tools_nor_tests():
-    """tools and python_tests import bench, so that the other way would be a ring."""
-    root, found = Path(bench.__file__).parent, set()
-    for path in root.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                found |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                found.add(node.module.partition(".")[0])
-    tests = {path.stem for path in (root.parent / "python_tests").rglob("*.py")}
-    assert "bench" in found and not found & (tests | {"tools", "python_tests"})
