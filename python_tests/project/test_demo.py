@@ -106,6 +106,13 @@ def test_near_duplicates_are_dropped_and_others_kept():
     assert data.without_near_duplicates([copy, other], [trained]) == [other]
 
 
+def test_a_text_of_two_modules_is_no_example(tmp_path):
+    same = function("f", "same")
+    write_modules(tmp_path, a=same + function("g", "only_a"), b=same + function("h", "only_b"))
+    examples = data.without_duplicates(e for label in "ab" for e in data.functions(tmp_path, label))
+    assert [e.group for e in examples] == [("a.py", "g"), ("b.py", "h")]
+
+
 def test_a_class_stays_on_one_side(tmp_path):
     def source(word: str) -> str:
         def methods(c: int) -> str:
@@ -120,6 +127,11 @@ def test_a_class_stays_on_one_side(tmp_path):
     groups = [{e.group for e in part} for part in parts.values()]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 24
     assert all(groups)
+
+
+def test_a_folder_without_sources_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="root: expected sources of modules"):
+        data.load(root=tmp_path)
 
 
 def test_annealing_ends_when_the_learning_rate_starts_to_fall():
@@ -178,6 +190,12 @@ def test_all_methods_start_alike_and_see_the_same_batches(splits, encoded, tiny_
     passes = [list(encoded["train"].training_batches(30, 8, seed=3)) for _ in range(2)]
     for one, two in zip(*passes, strict=True):
         assert torch.equal(one.input_ids, two.input_ids) and torch.equal(one.labels, two.labels)
+
+
+def test_no_example_repeats_before_all_were_used(encoded):
+    batches = list(encoded["train"].training_batches(25, 8, seed=0))  # 200 examples: one pass
+    drawn = sorted(label for batch in batches for label in batch.labels.tolist())
+    assert drawn == sorted(encoded["train"].batch(range(200)).labels.tolist())
 
 
 def test_accuracy_counts_right_answers(splits, encoded, tiny_model):
