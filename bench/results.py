@@ -29,13 +29,7 @@ FIELDS: dict[str, dict[str, object]] = {
         "isa": dict,
         "load": _NUMBER,
     },
-    "roof": {
-        "device": str,
-        "copy_bytes": int,
-        "copy_gb_s": _NUMBER,
-        "gemm_size": dict,
-        "gemm_gflop_s": dict,
-    },
+    "roof": {"device": str, "copy_bytes": int, "copy_gb_s": _NUMBER, "gemm_size": dict, "gemm_gflop_s": dict},
     "row": {
         **_CASE,
         **_PROVIDER,

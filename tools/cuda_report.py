@@ -139,9 +139,7 @@ def compile_one(source: str, arch: str, folder: Path, tool: str) -> list[Row]:
     cubin = folder / f"{source}.{arch}.cubin"
     command = ["nvcc", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", f"-I{CSRC}"]
     done = subprocess.run(
-        [*command, str(CSRC / "cuda" / "kernels" / f"{source}.cu"), "-o", str(cubin)],
-        capture_output=True,
-        text=True,
+        [*command, str(CSRC / "cuda" / "kernels" / f"{source}.cu"), "-o", str(cubin)], capture_output=True, text=True
     )
     if done.returncode:
         raise SystemExit(f"cuda-report: nvcc failed for {source}.cu, sm_{arch}\n{done.stderr}")
@@ -165,11 +163,7 @@ def add_launch(row: Row, plans: dict[tuple[str, str, int], dict]) -> None:
         row.threads, row.register_budget = SMALL_THREADS, SMALL_KERNELS[row.kernel]
     else:
         plan = plans[row.arch, row.kernel, row.rank]
-        row.threads, row.stages, row.shared_bytes = (
-            plan["threads"],
-            plan["stages"],
-            plan["shared_bytes"],
-        )
+        row.threads, row.stages, row.shared_bytes = (plan["threads"], plan["stages"], plan["shared_bytes"])
         row.register_budget = plan["registers"]
         issued = card.multiprocessors * SCHEDULERS * ISSUED * card.clock / (row.threads // 32)
         rates = [

@@ -30,13 +30,7 @@ from tools.gpu_steps import Context, Outcome, Step
 NO_GPU = 77
 _OUTPUT = Path("bench/results")
 
-STEPS: tuple[Step, ...] = (
-    *gpu_steps.STEPS,
-    *gpu_ragged.STEPS,
-    *gpu_figures.STEPS,
-    *gpu_choice.STEPS,
-    *gpu_model.STEPS,
-)
+STEPS: tuple[Step, ...] = (*gpu_steps.STEPS, *gpu_ragged.STEPS, *gpu_figures.STEPS, *gpu_choice.STEPS, *gpu_model.STEPS)
 
 
 def run_step(step: Step, context: Context) -> Outcome:

@@ -165,17 +165,7 @@ def check_tests(context: Context) -> Outcome:
     """Run the tests with the backends of the device required, so that none of them is skipped."""
     names = ",".join(context.backends)
     select = f"{names} and test_shapes and bf16" if context.small else "cuda or triton"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "python_tests",
-        "-k",
-        select,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "python_tests", "-k", select]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -268,15 +258,7 @@ def check_sanitizer(context: Context) -> Outcome:
             script.write(_ONCE)
             script.flush()
             done = subprocess.run(
-                [
-                    tool,
-                    "--tool",
-                    name,
-                    "--error-exitcode",
-                    str(_SANITIZER_ERROR),
-                    sys.executable,
-                    script.name,
-                ],
+                [tool, "--tool", name, "--error-exitcode", str(_SANITIZER_ERROR), sys.executable, script.name],
                 cwd=ROOT,
                 capture_output=True,
                 text=True,
