@@ -141,7 +141,7 @@ test-fast: build-tests  ## the operator, the layers and the CPU kernels in 90 se
 	$(SAY) 'Tests marked fast (pyproject.toml says what that means)'
 	AFA_KERNELS_REQUIRE=cpu $(RUN) -m pytest -m "fast and not (long or simulated or slow)" $(FAST_FILES) $(ARGS)
 
-lint: build-tests  ## ruff, import-linter and clang-format, check only
+lint: $(VENV)/.tests  ## ruff, import-linter and clang-format, check only
 	$(SAY) 'Lint'
 	$(BIN)/ruff check $(PYTHON_CODE)
 	$(BIN)/ruff format --check $(PYTHON_CODE)
