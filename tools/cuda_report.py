@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bench.model.cuda_launches import planner
-from bench.model.gpus import CARDS
+from bench.model.gpus import CARDS, SCHEDULERS
 from tools.sass import main_loops
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
@@ -35,7 +35,7 @@ ARCHITECTURES, QUICK_ARCHITECTURES = ("80", "90", "100", "120"), ("80", "90")
 
 
 SMALL_THREADS = 128
-SCHEDULERS, ISSUED = 4, 0.5  # of an SM; instructions of each per cycle
+ISSUED = 0.5  # instructions of a scheduler per cycle
 # How often the bytes of a tile pass in a turn of a main loop: y is read and written, and of the x kernel x and dx are
 # one tile each. The forward kernel has a loop of each kind.
 PASSES = {"forward": (1, 2), "project": (1,), "expand": (2,), "dy": (1,), "project_dy": (1,), "db": (1,), "x": (2,)}

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 REGISTERS = 65536  # of a multiprocessor
 RESIDENT_BLOCKS = 32  # on a multiprocessor
+SCHEDULERS = 4  # of a multiprocessor, each of which issues at most one instruction per cycle
 RESERVED_SHARED = 1024  # bytes that a resident block takes beside its own
 
 
