@@ -77,6 +77,10 @@ $(VENV)/.tests: $(VENV)/.demo
 	$(PIP) install --no-deps "torchtune>=0.6.1,<0.7"
 	touch $@
 
+$(VENV)/.wheel: $(VENV)/.torch
+	$(INSTALL) ".[wheel]"
+	touch $@
+
 # ninja compiles what has changed. An environment variable named as an option of $(1) wins over it.
 define BUILD
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(BUILD_FOLDER) -G Ninja -DPython_EXECUTABLE=$(abspath $(RUN)) $(1)
@@ -125,22 +129,23 @@ WORKERS ?= 2
 test: lint reports-quick  ## lint, the tests of the package, machine code: 11 minutes; .ci/run has what takes longer
 	$(SAY) 'Tests of the package'
 	AFA_KERNELS_REQUIRE=$${AFA_KERNELS_REQUIRE:-$(REQUIRED)} \
-		$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --benchmark-disable python_tests bench $(ARGS)
+		$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --durations=10 --benchmark-disable python_tests bench $(ARGS)
 
 test-experiments: build-tests  ## the tests of experiments/, which train small models
 	$(SAY) 'Tests of the experiments'
 	$(RUN) -m pytest -m "not slow" experiments/tests $(ARGS)
 
 # Named, because looking for marked tests in every file would import TRL, Lightning and others.
-FAST_FILES = $(shell grep -l pytest.mark.fast python_tests/test_*.py)
+FAST_FILES = $(shell grep -rl --include='test_*.py' pytest.mark.fast python_tests)
 test-fast: build-tests  ## the operator, the layers and the CPU kernels in 90 seconds: no processes, no training
 	$(SAY) 'Tests marked fast (pyproject.toml says what that means)'
 	AFA_KERNELS_REQUIRE=cpu $(RUN) -m pytest -m "fast and not (long or simulated or slow)" $(FAST_FILES) $(ARGS)
 
-lint: build-tests  ## ruff and clang-format, check only
+lint: $(VENV)/.tests  ## ruff, import-linter and clang-format, check only
 	$(SAY) 'Lint'
 	$(BIN)/ruff check $(PYTHON_CODE)
 	$(BIN)/ruff format --check $(PYTHON_CODE)
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(CPP_CODE) | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(VENV)/.tests  ## rewrite the sources as lint wants them
@@ -194,10 +199,10 @@ mutation: build-tests  ## plants faults in the source of the CUDA kernels and in
 
 .PHONY: ptx-check
 ptx-check: build-tests  ## compiled kernels on the PTX machine: random problems, schedules, faults planted in the PTX
-	$(RUN) -m pytest python_tests/test_ptx_*.py
+	$(RUN) -m pytest python_tests/ptx_machine
 	$(RUN) -m pytest python_tests/conformance -k nvcc
 	for arch in sm_80 sm_90; do \
-		OMP_NUM_THREADS=1 AFA_TEST_SIMULATED_GPU=$$arch $(RUN) -m pytest python_tests/test_numerics.py -k triton || exit 1; \
+		OMP_NUM_THREADS=1 AFA_TEST_SIMULATED_GPU=$$arch $(RUN) -m pytest python_tests/operator/test_numerics.py -k triton || exit 1; \
 	done
 	$(RUN) python_tests/ptx_machine/tests/check.py $(ARGS)
 
@@ -214,34 +219,34 @@ triton-report: build-tests  ## the same for every row of the Triton tile table
 
 .PHONY: ptx-report
 ptx-report: build-tests  ## what every compiled kernel does in a call, counted: bytes, conflicts, barriers, products
-	$(RUN) -m tools.ptx_report $(ARGS)
+	PYTHONPATH=.:python_tests $(RUN) python_tests/ptx_machine/ptx_report.py $(ARGS)
 
 .PHONY: host-time
 host-time: build-tests  ## processor time of a call of the cuda backend before its kernels run, without a GPU
-	$(RUN) -m tools.host_time $(ARGS)
+	PYTHONPATH=.:python_tests $(RUN) python_tests/ptx_machine/host_time.py $(ARGS)
 
 gpu-check: build-tests  ## on a machine with a GPU: everything that the tests cannot run without one
 	$(RUN) -m tools.gpu_check $(ARGS)
 
-wheel: build-tests  ## a wheel for any Linux that torch runs on, into dist/ (AFA_BUILD_CUDA=0: without CUDA kernels)
+wheel: $(VENV)/.wheel $(NVCC_OF_TESTS)  ## a wheel for any Linux that torch runs on, into dist/ (AFA_BUILD_CUDA=0: CPU kernels only)
 	$(SAY) 'Building the wheel, which takes minutes'
 	$(RUN) -m tools.portable_wheel $(ARGS)
 
 wheel-check: build-tests  ## builds the wheel, tests it and trains with it in fresh environments with other versions of torch
 	$(SAY) 'Building the wheel, which takes minutes'
-	$(RUN) -m pytest -m slow python_tests/test_wheel.py python_tests/test_release.py $(ARGS)
+	$(RUN) -m pytest -m slow python_tests/project/test_wheel.py python_tests/project/test_release.py $(ARGS)
 
 .PHONY: stacks-check
 stacks-check: build-tests  ## axolotl, LLaMA-Factory, litgpt, torchtune and Lightning, each in an environment with the wheel
 	$(SAY) 'Installing each stack, which takes gigabytes in turn, and training in it'
-	$(RUN) -m pytest -m slow python_tests/test_stacks.py $(ARGS)
+	$(RUN) -m pytest -m slow python_tests/training/test_stacks.py $(ARGS)
 
 .PHONY: hub-kernel hub-check
 hub-kernel: build-tests  ## the Triton and torch paths as a kernel of the Hugging Face hub, into build/hub
 	$(RUN) -m tools.hub_kernel $(ARGS)
 
 hub-check: build-tests  ## the hub kernel, loaded in a process that has not the package
-	$(RUN) -m pytest python_tests/test_hub_kernel.py $(ARGS)
+	$(RUN) -m pytest python_tests/project/test_hub_kernel.py $(ARGS)
 
 .PHONY: docs
 docs: build-tests  ## the documentation as a site, into build/site (ARGS=--serve: on localhost)

@@ -28,16 +28,12 @@ _QUICK_SECONDS, _QUICK_BUDGET = 2.0, 75
 _NOT_IN_QUICK = ("compiled",)
 
 
-def _numbers(convert):
+def _list_of(convert):
     return lambda text: [convert(part) for part in text.split(",") if part]
 
 
 def _by_scope(values: dict[str, float]) -> str:
     return ", ".join(f"{scope} {value:g}" for scope, value in values.items())
-
-
-def _words(text: str) -> list[str]:
-    return [part for part in text.split(",") if part]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,20 +45,20 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--quick", action="store_true", help="a small preset that ends within two minutes")
     add("--preset", choices=[*PRESETS], help="a named set of cases (default: standard)")
-    add("--scopes", type=_words, help=", ".join(DEFAULT_SHAPES))
+    add("--scopes", type=_list_of(str), help=", ".join(DEFAULT_SHAPES))
     add(
         "--shapes",
-        type=_words,
+        type=_list_of(str),
         help=f"KxN, layers or models: {', '.join(MODELS)}; in the scope model {', '.join(TRANSFORMERS)}",
     )
-    add("--tokens", type=_numbers(int), help="M, such as 1,16,2048")
-    add("--ranks", type=_numbers(int), help="r, such as 8,64")
-    add("--dtypes", type=_words, help=", ".join(DTYPES))
+    add("--tokens", type=_list_of(int), help="M, such as 1,16,2048")
+    add("--ranks", type=_list_of(int), help="r, such as 8,64")
+    add("--dtypes", type=_list_of(str), help=", ".join(DTYPES))
     add("--adapter-dtype", choices=[*DTYPES], help="dtype of A and B (default: as x)")
-    add("--alphas", type=_numbers(float), help="alpha_t, such as 1,0.5,0")
+    add("--alphas", type=_list_of(float), help="alpha_t, such as 1,0.5,0")
     add("--activation", default="silu")
     add("--dropout", type=float, default=0.0)
-    add("--providers", type=_words, help="see --list (default: each that differs)")
+    add("--providers", type=_list_of(str), help="see --list (default: each that differs)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--inference", action="store_true", help="time inference alone, whatever M is")
     add("--training", action="store_true", help="time training alone, whatever M is")

@@ -24,13 +24,7 @@ _GOALS = [
 ]
 _DECODE = [{**_BOTH, "shapes": ["plain.deep"], "tokens": [1, 4, 16]}]
 _STEP = [
-    {
-        "scopes": ["model"],
-        "shapes": ["llama-block"],
-        "tokens": [512],
-        "dtypes": ["f32", "bf16"],
-        "alphas": [0.5, 0.0],
-    },
+    {"scopes": ["model"], "shapes": ["llama-block"], "tokens": [512], "dtypes": ["f32", "bf16"], "alphas": [0.5, 0.0]}
 ]
 PRESETS: dict[str, list[dict[str, list]]] = {
     # Every scope and every kind of result within two minutes on two slow cores.

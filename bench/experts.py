@@ -18,7 +18,7 @@ from afa_kernels.operator.activation import ACTIVATIONS
 from bench.cost import Cost
 from bench.memory import Memory, memory_of
 from bench.problem import SCALING, relative_error
-from bench.providers import Provider
+from bench.providers import Provider, runs
 from bench.runner import Check, compared
 from bench.shapes import DTYPES, Case, experts
 
@@ -215,22 +215,18 @@ def _peft_why_not(case: Case) -> str | None:
     return "refuses dropout on expert weights" if case.dropout else _grouped_mm_why_not(case)
 
 
-def _runs(case: Case) -> str | None:
-    return None
-
-
 def providers() -> dict[str, Provider]:
     """Return the providers of this scope by name; ``experts`` of each makes its function from the operands."""
     rows = (
         ("frozen", "grouped_mm with the frozen weights", "frozen", _grouped_mm_why_not, _frozen, False),
         ("frozen.again", "frozen measured again", "frozen", _grouped_mm_why_not, _frozen, False),
         ("grouped_mm", "a pair of grouped_mm beside it", "lora", _grouped_mm_why_not, _pair, False),
-        ("baddbmm", "batched products of padded rows", "lora", _runs, _padded, False),
+        ("baddbmm", "batched products of padded rows", "lora", runs, _padded, False),
         ("peft", "PEFT's way for experts: W + dW of all of them", "lora", _peft_why_not, _peft, False),
-        ("afa.loop", "afa_linear, expert by expert", "afa", _runs, _loop, True),
-        ("afa.torch", "afa_linear by owner, backend torch", "afa", _runs, _afa("torch"), True),
-        ("afa", "afa_linear by owner", "afa", _runs, _afa(None), True),
-        ("afa.again", "afa measured again", "afa", _runs, _afa(None), True),
+        ("afa.loop", "afa_linear, expert by expert", "afa", runs, _loop, True),
+        ("afa.torch", "afa_linear by owner, backend torch", "afa", runs, _afa("torch"), True),
+        ("afa", "afa_linear by owner", "afa", runs, _afa(None), True),
+        ("afa.again", "afa measured again", "afa", runs, _afa(None), True),
     )
     return {
         name: Provider(name, about, function, why_not, None, experts=make, ours=ours)

@@ -61,10 +61,7 @@ def cuda_allocations(call: Callable[[], object]) -> tuple[int, int]:
 
 
 def memory_of(
-    forward: Callable[[], Tensor],
-    call: Callable[[], object],
-    operands: Iterable[Tensor],
-    device: str,
+    forward: Callable[[], Tensor], call: Callable[[], object], operands: Iterable[Tensor], device: str
 ) -> Memory:
     on_gpu = torch.device(device).type == "cuda"
     peak, allocated = (cuda_allocations if on_gpu else allocations)(call)

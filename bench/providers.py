@@ -79,7 +79,7 @@ def _import(module: str) -> str | None:
     return None
 
 
-def _runs(case: Case) -> str | None:
+def runs(case: Case) -> str | None:
     return None
 
 
@@ -238,19 +238,11 @@ def _afa(backend: str | None) -> Provider:
         if backend is None:
             return None
         device = torch.device(case.device)
-        return choice.get(backend).why_not(
-            interface.Call(
-                device.type,
-                DTYPES[case.dtype],
-                case.m,
-                case.k,
-                case.n,
-                case.r,
-                case.activation,
-                case.dropout > 0,
-                device.index,
-            )
-        )
+        call = interface.Call(
+            device.type, DTYPES[case.dtype], case.m, case.k, case.n, case.r, case.activation, case.dropout > 0,
+            device.index,
+        )  # fmt: skip
+        return choice.get(backend).why_not(call)
 
     def layer(linear, a, b, case):
         module = afa_kernels.AFALinear(
@@ -270,17 +262,9 @@ def _afa(backend: str | None) -> Provider:
         # A tensor, as a layer passes it while alpha_t moves; the float 0 is known identity.
         alpha_t = _alpha_tensor(case) if case.alpha_t else 0.0
         return lambda x, a, b, base: afa_kernels.afa_lora(
-            x,
-            a,
-            b,
-            alpha_t,
-            activation=case.activation,
-            scaling=SCALING,
-            base=base,
-            inplace=inplace,
-            dropout_p=case.dropout,
-            backend=backend,
-        )
+            x, a, b, alpha_t, activation=case.activation, scaling=SCALING, base=base, inplace=inplace,
+            dropout_p=case.dropout, backend=backend,
+        )  # fmt: skip
 
     if backend is None:
         adapt = whole_models.inject(share_inputs=None)
@@ -319,7 +303,7 @@ def _needs_peft(case: Case) -> str | None:
 def providers() -> dict[str, Provider]:
     """Return every provider by name, peers first. ``afa.torch`` is the best composition of torch
     ops, RunLoRA's idea: every intermediate of rank r, large results accumulated in place."""
-    frozen = Provider("frozen", "the frozen layer alone", "frozen", _runs, _frozen_layer, model=whole_models.nothing)
+    frozen = Provider("frozen", "the frozen layer alone", "frozen", runs, _frozen_layer, model=whole_models.nothing)
     peers = (
         frozen,
         _again(frozen, layer=None),
@@ -333,7 +317,7 @@ def providers() -> dict[str, Provider]:
             _on_gpu_only("lorafusion.ops.lora_v1"),
             _lorafusion_layer,
         ),
-        Provider("eager", "AFA-LoRA in PyTorch code, as in PEFT", "afa", _runs, _eager_layer, _eager_branch),
+        Provider("eager", "AFA-LoRA in PyTorch code, as in PEFT", "afa", runs, _eager_layer, _eager_branch),
         Provider(
             "compiled",
             "the same code, compiled by torch.compile",
@@ -355,7 +339,7 @@ def providers() -> dict[str, Provider]:
         "afa.separate",
         "afa, every layer alone",
         "afa",
-        _runs,
+        runs,
         None,
         model=whole_models.inject(share_inputs=False),
         ours=True,

@@ -4,23 +4,11 @@ import json
 import math
 from pathlib import Path
 
+from bench.shapes import Case
+
 RESULTS = Path(__file__).parent / "results"
 _NUMBER = (int, float)
-_CASE = {
-    "scope": str,
-    "layer": str,
-    "m": int,
-    "k": int,
-    "n": int,
-    "r": int,
-    "bias": bool,
-    "dtype": str,
-    "adapter_dtype": str,
-    "alpha_t": _NUMBER,
-    "activation": str,
-    "dropout": _NUMBER,
-    "device": str,
-}
+_CASE = {name: _NUMBER if kind is float else kind for name, kind in Case.__annotations__.items()}
 _PROVIDER = {"provider": str, "ours": bool}
 FIELDS: dict[str, dict[str, object]] = {
     "environment": {
@@ -41,13 +29,7 @@ FIELDS: dict[str, dict[str, object]] = {
         "isa": dict,
         "load": _NUMBER,
     },
-    "roof": {
-        "device": str,
-        "copy_bytes": int,
-        "copy_gb_s": _NUMBER,
-        "gemm_size": dict,
-        "gemm_gflop_s": dict,
-    },
+    "roof": {"device": str, "copy_bytes": int, "copy_gb_s": _NUMBER, "gemm_size": dict, "gemm_gflop_s": dict},
     "row": {
         **_CASE,
         **_PROVIDER,

@@ -78,12 +78,7 @@ def _memory(runner: Runner) -> Memory:
 
 
 def _row(
-    case: Case,
-    step: str,
-    name: str,
-    entrant: Entrant,
-    works: dict[str, Work],
-    roof: dict[str, object],
+    case: Case, step: str, name: str, entrant: Entrant, works: dict[str, Work], roof: dict[str, object]
 ) -> dict[str, object]:
     provider = entrant.provider
     is_frozen = provider.function == "frozen"

@@ -281,7 +281,7 @@ def torch_reads_past_rows() -> bool:
 def run_python(script: str, **environment: str) -> None:
     """Run ``script`` in a process of its own that finds this package and the tests' modules; fail if it fails."""
     here = Path(__file__).parent
-    path = os.pathsep.join((str(here), str(here.parent), os.environ.get("PYTHONPATH", "")))
+    path = os.pathsep.join((str(here), str(here / "ptx_machine"), str(here.parent), os.environ.get("PYTHONPATH", "")))
     environment = os.environ | {"PYTHONPATH": path} | environment
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

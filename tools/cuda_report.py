@@ -12,7 +12,6 @@ nvdisasm come from PATH, from the CUDA toolkit or from the triton package.
 """
 
 import argparse
-import importlib
 import importlib.util
 import json
 import os
@@ -25,36 +24,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from bench.model.cuda_launches import planner
+from bench.model.gpus import CARDS, SCHEDULERS
 from tools.sass import main_loops
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 RANKS = (16, 32, 64)
 SOURCES = (*(f"rank{rank}" for rank in RANKS), "small")
-QUICK_ARCHITECTURES = ("80", "90")
+ARCHITECTURES, QUICK_ARCHITECTURES = ("80", "90", "100", "120"), ("80", "90")
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Limits of one SM, for occupancy; the card is the one whose SM count the table uses."""
-
-    card: str
-    sm_count: int
-    shared_per_block: int
-    shared_per_sm: int
-    threads_per_sm: int
-    clock: float  # Hz, with boost
-
-
-GPUS = {
-    "80": Gpu("A100", 108, 163 << 10, 164 << 10, 2048, 1.410e9),
-    "90": Gpu("H100", 132, 227 << 10, 228 << 10, 2048, 1.755e9),
-    "100": Gpu("B200", 148, 227 << 10, 228 << 10, 2048, 1.850e9),
-    "120": Gpu("RTX 5090", 170, 99 << 10, 100 << 10, 1536, 2.407e9),
-}
-REGISTERS_PER_SM = 65536
-RESERVED_SHARED = 1024
 SMALL_THREADS = 128
-SCHEDULERS, ISSUED = 4, 0.5  # of an SM; instructions of each per cycle
+ISSUED = 0.5  # instructions of a scheduler per cycle
 # How often the bytes of a tile pass in a turn of a main loop: y is read and written, and of the x kernel x and dx are
 # one tile each. The forward kernel has a loop of each kind.
 PASSES = {"forward": (1, 2), "project": (1,), "expand": (2,), "dy": (1,), "project_dy": (1,), "db": (1,), "x": (2,)}
@@ -113,18 +94,6 @@ def find_tool(name: str) -> str:
     raise SystemExit(f"cuda-report: {name} was not found on PATH, beside nvcc, or in the triton package")
 
 
-def planner():
-    """Return the module whose launch_plan says how a kernel is launched."""
-    for name, attribute in (("afa_kernels._C", "cuda"), ("afa_kernels._cuda_on_ptx", None)):
-        try:
-            module = importlib.import_module(name)
-        except ImportError:
-            continue
-        if attribute is None or hasattr(module, attribute):
-            return module if attribute is None else getattr(module, attribute)
-    raise SystemExit("cuda-report: this build has no CUDA kernels; build the package where nvcc is")
-
-
 def identify(mangled: str) -> tuple[str, int, str] | None:
     """Return kernel, rank class and dtype of a mangled entry name."""
     match = _ENTRY.search(mangled)
@@ -170,9 +139,7 @@ def compile_one(source: str, arch: str, folder: Path, tool: str) -> list[Row]:
     cubin = folder / f"{source}.{arch}.cubin"
     command = ["nvcc", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", f"-I{CSRC}"]
     done = subprocess.run(
-        [*command, str(CSRC / "cuda" / "kernels" / f"{source}.cu"), "-o", str(cubin)],
-        capture_output=True,
-        text=True,
+        [*command, str(CSRC / "cuda" / "kernels" / f"{source}.cu"), "-o", str(cubin)], capture_output=True, text=True
     )
     if done.returncode:
         raise SystemExit(f"cuda-report: nvcc failed for {source}.cu, sm_{arch}\n{done.stderr}")
@@ -191,42 +158,33 @@ def compile_one(source: str, arch: str, folder: Path, tool: str) -> list[Row]:
 
 def add_launch(row: Row, plans: dict[tuple[str, str, int], dict]) -> None:
     """Add threads, shared memory and occupancy."""
-    gpu = GPUS[row.arch]
+    card = CARDS[f"sm_{row.arch}"]
     if row.kernel in SMALL_KERNELS:
         row.threads, row.register_budget = SMALL_THREADS, SMALL_KERNELS[row.kernel]
     else:
         plan = plans[row.arch, row.kernel, row.rank]
-        row.threads, row.stages, row.shared_bytes = (
-            plan["threads"],
-            plan["stages"],
-            plan["shared_bytes"],
-        )
+        row.threads, row.stages, row.shared_bytes = (plan["threads"], plan["stages"], plan["shared_bytes"])
         row.register_budget = plan["registers"]
-        issued = gpu.sm_count * SCHEDULERS * ISSUED * gpu.clock / (row.threads // 32)
+        issued = card.multiprocessors * SCHEDULERS * ISSUED * card.clock / (row.threads // 32)
         rates = [
             passes * plan["tile_bytes"] * issued / count
             for passes, count in zip(PASSES[row.kernel], row.instructions, strict=False)
         ]
         row.rate = min(rates, default=0.0)
-    registers = -(-row.registers // 8) * 8 * row.threads
-    row.blocks_per_sm = min(
-        REGISTERS_PER_SM // max(registers, 1),
-        gpu.shared_per_sm // (row.shared_bytes + RESERVED_SHARED),
-        gpu.threads_per_sm // row.threads,
-    )
-    row.occupancy = row.blocks_per_sm * row.threads / gpu.threads_per_sm
+    row.blocks_per_sm = card.blocks_per_multiprocessor(row.threads, row.registers, row.shared_bytes)
+    row.occupancy = row.blocks_per_sm * row.threads / card.resident_threads
 
 
 def check(row: Row) -> None:
-    gpu = GPUS[row.arch]
+    card = CARDS[f"sm_{row.arch}"]
     if row.spill_bytes:
         row.faults.append(f"{row.spill_bytes} bytes of spills")
     if row.registers > row.register_budget:
         row.faults.append(f"{row.registers} registers, budget {row.register_budget}")
     if row.stack > STACK_BUDGET:
         row.faults.append(f"{row.stack} bytes of stack, budget {STACK_BUDGET}")
-    if row.shared_bytes > gpu.shared_per_block:
-        row.faults.append(f"{row.shared_bytes} bytes of shared memory, the block gets {gpu.shared_per_block}")
+    if row.shared_bytes > card.shared_per_block:
+        row.faults.append(f"{row.shared_bytes} bytes of shared memory, the block gets {card.shared_per_block}")
     if row.blocks_per_sm < 1:
         row.faults.append("no block fits an SM")
     if int(row.arch) >= FIRST_OVERLAPPED and (not row.opcodes.get(WAIT) or row.opcodes.get(EARLY)):
@@ -244,8 +202,7 @@ def launch_plans(architectures: list[str]) -> dict[tuple[str, str, int], dict]:
     native = planner()
     plans = {}
     for arch in architectures:
-        gpu = GPUS[arch]
-        limits = (gpu.sm_count, gpu.shared_per_block, gpu.shared_per_sm)
+        limits = CARDS[f"sm_{arch}"].planned_for
         for rank in RANKS:
             for m in (8192, 256):
                 for plan in native.launch_plan((m, 4096, 4096, rank), *limits):
@@ -287,9 +244,10 @@ def main() -> int:
     if shutil.which("nvcc") is None:
         print("cuda-report: nvcc is not on PATH; nothing was checked", file=sys.stderr)
         return 2
-    architectures = options.arch.split(",") if options.arch else list(QUICK_ARCHITECTURES if options.quick else GPUS)
-    if unknown := [arch for arch in architectures if arch not in GPUS]:
-        parser.error(f"--arch: expected some of {', '.join(GPUS)}, got {', '.join(unknown)}")
+    by_default = QUICK_ARCHITECTURES if options.quick else ARCHITECTURES
+    architectures = options.arch.split(",") if options.arch else by_default
+    if unknown := [arch for arch in architectures if arch not in ARCHITECTURES]:
+        parser.error(f"--arch: expected some of {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}")
     tool, plans = find_tool("cuobjdump"), launch_plans(architectures)
     os.environ["PATH"] += os.pathsep + str(Path(tool).parent)  # cuobjdump calls nvdisasm
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -303,7 +261,7 @@ def main() -> int:
     rows.sort(key=lambda row: (int(row.arch), row.kernel, row.rank, row.dtype))
     print_table(rows)
     faulty = [row for row in rows if row.faults]
-    on = ", ".join(f"sm_{arch} ({GPUS[arch].card})" for arch in architectures)
+    on = ", ".join(f"sm_{arch} ({CARDS[f'sm_{arch}'].name})" for arch in architectures)
     print(f"{len(rows) // len(architectures)} kernels on each of {on}: {len(faulty)} faulty")
     if options.json:
         options.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGE = ROOT / "build/docs"
 PAGES = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "examples/README.md", "bench/README.md",
     "experiments/README.md", "experiments/results/*.md",
@@ -37,19 +36,19 @@ def _defined(module: str, name: str) -> str:
     return f"{value.__module__}.{value.__qualname__}"
 
 
-def collect() -> None:
-    """Write the pages, the files that they link to and the API reference into build/docs."""
-    shutil.rmtree(STAGE, ignore_errors=True)
+def collect(stage: Path) -> None:
+    """Write the pages, the files that they link to and the API reference into ``stage``."""
+    shutil.rmtree(stage, ignore_errors=True)
     for pattern in PAGES:
         for page in sorted(ROOT.glob(pattern)):
-            target = STAGE / page.relative_to(ROOT)
+            target = stage / page.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             text = _BADGES.sub("", page.read_text())
-            target.write_text(_LINK.sub(lambda link, page=page: _staged(link, page), text))
-    (STAGE / "api.md").write_text(reference())
+            target.write_text(_LINK.sub(lambda link, page=page: _staged(link, page, stage), text))
+    (stage / "api.md").write_text(reference())
 
 
-def _staged(link: re.Match, page: Path) -> str:
+def _staged(link: re.Match, page: Path, stage: Path) -> str:
     """Return a link of a page as the site has it, and bring the file along that it names."""
     _, text, address, _ = link.groups()
     if "://" in address:
@@ -58,7 +57,7 @@ def _staged(link: re.Match, page: Path) -> str:
     if file.is_dir():
         return text
     if file.is_file() and file.suffix != ".md":
-        target = STAGE / file.relative_to(ROOT)
+        target = stage / file.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)
     return link[0]  # mkdocs checks it
@@ -75,16 +74,19 @@ def reference() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.docs_site", description="builds the site into build/site")
+    parser = argparse.ArgumentParser(prog="python -m tools.docs_site", description="builds the site")
     parser.add_argument("--serve", action="store_true", help="serve it on localhost instead")
+    parser.add_argument("--into", type=Path, default=ROOT / "build", help="folder of the site (default: build)")
     arguments = parser.parse_args(argv)
-    collect()
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # of the theme, about its successor
+    stage = arguments.into / "docs"
+    collect(stage)
+    environment = os.environ | {"DOCS": str(stage), "NO_MKDOCS_2_WARNING": "1"}  # of the theme, about its successor
     mkdocs = [sys.executable, "-m", "mkdocs"]
     if arguments.serve:
         return subprocess.run([*mkdocs, "serve"], cwd=ROOT, env=environment).returncode
     # Not --quiet: with it mkdocs does not count the warnings that --strict makes errors of.
-    done = subprocess.run([*mkdocs, "build", "--clean"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [*mkdocs, "build", "--clean", "--site-dir", str(arguments.into / "site")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         print(done.stdout + done.stderr)
     return done.returncode

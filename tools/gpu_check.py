@@ -1,14 +1,14 @@
 """``python -m tools.gpu_check``: on a machine with a GPU, everything that could not run without
 one.
 
-    python -m tools.gpu_check [--only STEPS] [--rehearse] [--out FOLDER]
+    python -m tools.gpu_check [--only STEPS] [--rehearse [BACKEND]] [--out FOLDER]
 
 Runs the steps in order, prints one line for each, and writes one file named after the card with
 what was checked and measured. The step ``model`` holds bench.model to the card: it fails where a
 figure is outside of its modelled range, and writes the table of all as Markdown beside that file.
 A step that cannot run (a tool or a peer that is not installed) is listed as absent with the reason,
 never passed over. Without a GPU it prints what it would have done. ``--rehearse`` runs the same
-code on the CPU, small, with the PTX machine in the place of the device.
+code on the CPU, small, with another backend in the place of the device's.
 
 Exit status: 0 all right, 1 a step failed, 77 no GPU.
 """
@@ -30,13 +30,7 @@ from tools.gpu_steps import Context, Outcome, Step
 NO_GPU = 77
 _OUTPUT = Path("bench/results")
 
-STEPS: tuple[Step, ...] = (
-    *gpu_steps.STEPS,
-    *gpu_ragged.STEPS,
-    *gpu_figures.STEPS,
-    *gpu_choice.STEPS,
-    *gpu_model.STEPS,
-)
+STEPS: tuple[Step, ...] = (*gpu_steps.STEPS, *gpu_ragged.STEPS, *gpu_figures.STEPS, *gpu_choice.STEPS, *gpu_model.STEPS)
 
 
 def run_step(step: Step, context: Context) -> Outcome:
@@ -80,7 +74,7 @@ def print_plan(steps: list[Step]) -> None:
     print("gpu-check: torch sees no CUDA device. With one, these steps would have run:")
     for number, step in enumerate(steps, 1):
         print(f"{number:3}. {step.name:12} {step.what}")
-    print("Nothing was checked. `--rehearse` runs the same code on the CPU and the PTX machine.")
+    print("Nothing was checked. `--rehearse` runs the same code on the CPU.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     names = [step.name for step in STEPS]
     parser.add_argument("--only", help=f"comma-separated steps out of {', '.join(names)}")
-    parser.add_argument("--rehearse", action="store_true", help="run on the CPU and the PTX machine")
+    parser.add_argument("--rehearse", nargs="?", const="cpu", metavar="BACKEND", help="run on the CPU (default: cpu)")
     parser.add_argument("--out", type=Path, default=_OUTPUT, help="folder of the results file")
     options = parser.parse_args(argv)
     wanted = options.only.split(",") if options.only else names
@@ -96,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--only: expected some of {', '.join(names)}, got {', '.join(unknown)}")
     steps = [step for step in STEPS if step.name in wanted]
     if options.rehearse:
-        return run_all(steps, Context.rehearsal(), options.out)
+        return run_all(steps, Context.rehearsal(options.rehearse), options.out)
     if not torch.cuda.is_available():
         print_plan(steps)
         return NO_GPU

@@ -121,14 +121,7 @@ def measure_peers(context: Context) -> Outcome:
         command += ["--quick", "--shapes", "minilm.attention", "--tokens", "16", "--dtypes", "f32"]
         command += ["--providers", "eager,afa", "--scopes", "layer", "--alphas", "0.5"]
     else:
-        command += [
-            "--scopes",
-            "branch,layer",
-            "--shapes",
-            "plain.square,plain.wide",
-            "--tokens",
-            "1,1024,8192",
-        ]
+        command += ["--scopes", "branch,layer", "--shapes", "plain.square,plain.wide", "--tokens", "1,1024,8192"]
         command += ["--ranks", "16,64", "--dtypes", "bf16", "--alphas", "0.5,0", "--seconds", "2"]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([*command, "--out", folder, "--name", "peers"], cwd=ROOT, capture_output=True, text=True)
@@ -141,20 +134,8 @@ def measure_peers(context: Context) -> Outcome:
 
 
 STEPS = (
-    Step(
-        "beta",
-        "mm against in-place addmm_ and a K-extended GEMM: what does beta = 1 cost?",
-        measure_beta,
-    ),
-    Step(
-        "bandwidth",
-        "GB/s of forward and backward by rank, against the reordered torch ops",
-        measure_bandwidth,
-    ),
+    Step("beta", "mm against in-place addmm_ and a K-extended GEMM: what does beta = 1 cost?", measure_beta),
+    Step("bandwidth", "GB/s of forward and backward by rank, against the reordered torch ops", measure_bandwidth),
     Step("launches", "a step at few rows, with and without CUDA graphs", measure_launches),
-    Step(
-        "peers",
-        "timings against eager, PEFT, torch.compile and, where installed, Unsloth and Liger",
-        measure_peers,
-    ),
+    Step("peers", "timings against eager, PEFT, torch.compile and, where installed, Unsloth and Liger", measure_peers),
 )

@@ -184,7 +184,7 @@ def table(figures: list[Figure], card: str) -> str:
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *(list(row.values()) for row in rows)]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"# bench.model of an {H100.name} beside what was measured on {card}\n\n{text}"
+    return f"# bench.model of an {H100.card.name} beside what was measured on {card}\n\n{text}"
 
 
 def outcome_of(figures: list[Figure], card: str) -> Outcome:
@@ -192,8 +192,8 @@ def outcome_of(figures: list[Figure], card: str) -> Outcome:
     off = [figure for figure in figures if figure.off]
     told = f"{len(figures) - len(off)} of {len(figures)} figures within their modelled range"
     page, rows = table(figures, card), [figure.row for figure in figures]
-    if H100.name not in card:
-        return Outcome("absent", f"the model is of an {H100.name}, no verdict on {card}; {told}", rows, page=page)
+    if H100.card.name not in card:
+        return Outcome("absent", f"the model is of an {H100.card.name}, no verdict on {card}; {told}", rows, page=page)
     return Outcome("failed" if off else "ok", told, rows, page=page)
 
 

@@ -1,5 +1,4 @@
-"""The steps of gpu_check that are right or wrong: primitives, numerics, graphs, streams,
-sanitizers."""
+"""The steps of gpu_check that are right or wrong: numerics, graphs, streams, sanitizers."""
 
 import os
 import shutil
@@ -15,10 +14,9 @@ import torch
 from torch import Tensor
 
 import afa_kernels as afa
-from afa_kernels.backend import cuda as cuda_backend
+from afa_kernels.backend import choice
 
 ROOT = Path(__file__).resolve().parents[1]
-MACHINE = "cuda_ptx"  # the backend that executes the PTX of the cuda backend's kernels, of the tests
 _SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _SANITIZER_ERROR = 86
 
@@ -46,39 +44,24 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Context:
-    """Where the steps run: on the GPU, or in rehearsal on the CPU with the PTX machine as the device."""
+    """Where the steps run: on the GPU, or in rehearsal on the CPU."""
 
     device: str
     backends: tuple[str, ...]
-    small: bool  # shapes that a simulated device can take
+    small: bool  # shapes that a CPU or a simulated device can take
 
     @staticmethod
     def on_gpu() -> "Context":
         return Context("cuda", ("cuda", "triton"), small=False)
 
     @staticmethod
-    def rehearsal() -> "Context":
-        _machine()
-        return Context("cpu", (MACHINE,), small=True)
+    def rehearsal(backend: str) -> "Context":
+        return Context("cpu", (backend,), small=True)
 
     @property
     def native(self):
-        """The module with the compiled kernels of the device."""
-        module, reason = cuda_backend._device_module() if self.device == "cuda" else (_machine(), "no PTX machine")
-        if module is None:
-            raise RuntimeError(reason)
-        return module
-
-
-def _machine():
-    """Register the backend of the PTX machine and return its module, or None where it is not part of the build."""
-    tests = str(ROOT / "python_tests")
-    if tests not in sys.path:
-        sys.path.insert(0, tests)
-    import ptx_cuda
-
-    ptx_cuda.register()
-    return ptx_cuda._cuda_on_ptx
+        """The module with the compiled kernels of the ``cuda`` backend, or of the one in its place."""
+        return choice.get(self.backends[0])._module
 
 
 class Step(NamedTuple):
@@ -157,45 +140,8 @@ def check_backends(context: Context) -> Outcome:
     return Outcome.ok(f"{', '.join(context.backends)} available", rows)
 
 
-def _primitives(module, device: str, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    matrices = torch.randn(32, 16, generator=generator).to(device, dtype)
-    values = torch.randn(128, generator=generator).to(device)
-    out = torch.zeros(608, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
-    module.primitive_check(
-        int(dtype == torch.float16),
-        matrices.data_ptr(),
-        values.data_ptr(),
-        out.data_ptr(),
-        0,
-        stream,
-    )
-    return out.cpu()
-
-
-def check_primitives(context: Context) -> Outcome:
-    """Compare ldmatrix, mma, cp.async and the conversions of the device with those of the PTX machine."""
-    machine = _machine()
-    if machine is None:
-        return Outcome.absent("the PTX machine is not part of this build (AFA_BUILD_PTX_MACHINE=1)")
-    for dtype in (torch.bfloat16, torch.float16):
-        got = _primitives(context.native, context.device, dtype)
-        expected = _primitives(machine, "cpu", dtype)
-        # The tensor cores group and truncate their sums; everything else must agree bit for bit.
-        product = slice(256, 384)
-        error = (got[product].view(torch.float32) - expected[product].view(torch.float32)).abs().max()
-        got[product] = expected[product]
-        if error > 1e-4:
-            return Outcome.failed(f"multiply_add differs by {error:.2e} in {dtype}")
-        if not torch.equal(got, expected):
-            first = (got != expected).nonzero()[0].item()
-            return Outcome.failed(f"word {first} of prim_check.cuh's output differs in {dtype}")
-    return Outcome.ok("the device and the PTX machine agree")
-
-
 def check_kernels(context: Context) -> Outcome:
-    """Compare every backend with torch and with itself, and ``cuda`` with the same kernels on the PTX machine."""
+    """Compare every backend with torch and with itself."""
     rows = []
     for shape in shapes(context):
         layer = Layer.random(shape, context.device)
@@ -210,10 +156,6 @@ def check_kernels(context: Context) -> Outcome:
                     "same bits twice": equal(first, layer.step(backend)),
                 }
             )
-    if not context.small and _machine() is not None:
-        layer = Layer.random((100, 136, 264, 16), context.device)
-        difference = worst_difference(layer.step("cuda"), layer.to("cpu").step(MACHINE))
-        rows.append({"shape": "PTX machine", "backend": "cuda", "difference": difference, "same bits twice": True})
     wrong = [row for row in rows if row["difference"] > 2e-2 or not row["same bits twice"]]
     message = f"{len(rows) - len(wrong)} of {len(rows)} agree and repeat"
     return Outcome.failed(message, wrong) if wrong else Outcome.ok(message, rows)
@@ -222,18 +164,8 @@ def check_kernels(context: Context) -> Outcome:
 def check_tests(context: Context) -> Outcome:
     """Run the tests with the backends of the device required, so that none of them is skipped."""
     names = ",".join(context.backends)
-    select = f"{MACHINE} and test_shapes and bf16" if context.small else "cuda or triton"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "python_tests",
-        "-k",
-        select,
-    ]
+    select = f"{names} and test_shapes and bf16" if context.small else "cuda or triton"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "python_tests", "-k", select]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -326,15 +258,7 @@ def check_sanitizer(context: Context) -> Outcome:
             script.write(_ONCE)
             script.flush()
             done = subprocess.run(
-                [
-                    tool,
-                    "--tool",
-                    name,
-                    "--error-exitcode",
-                    str(_SANITIZER_ERROR),
-                    sys.executable,
-                    script.name,
-                ],
+                [tool, "--tool", name, "--error-exitcode", str(_SANITIZER_ERROR), sys.executable, script.name],
                 cwd=ROOT,
                 capture_output=True,
                 text=True,
@@ -348,12 +272,7 @@ def check_sanitizer(context: Context) -> Outcome:
 
 STEPS = (
     Step("backends", "cuda and triton are available on this machine", check_backends),
-    Step("primitives", "each PTX wrapper on the device against the PTX machine", check_primitives),
-    Step(
-        "kernels",
-        "every kernel against torch and the PTX machine, twice for the same bits",
-        check_kernels,
-    ),
+    Step("kernels", "every kernel against torch, twice for the same bits", check_kernels),
     Step("tests", "all numeric tests on the real cuda and triton backends, none skipped", check_tests),
     Step("graphs", "CUDA-graph capture: replays follow alpha_t and the dropout seed", check_graphs),
     Step("streams", "several streams at once", check_streams),

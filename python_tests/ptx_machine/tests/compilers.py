@@ -9,7 +9,8 @@ from unittest import mock
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[3] / folder) for folder in ("", "python_tests")]
+TESTS = Path(__file__).resolve().parents[2]
+sys.path[:0] = map(str, (TESTS.parent, TESTS, TESTS / "ptx_machine"))
 
 import ptx_cuda  # noqa: E402
 from conformance.problems import Problem  # noqa: E402

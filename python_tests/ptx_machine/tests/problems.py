@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: it compiles
-sys.path[:0] = [str(Path(__file__).resolve().parents[3] / folder) for folder in ("", "python_tests")]
+TESTS = Path(__file__).resolve().parents[2]
+sys.path[:0] = map(str, (TESTS.parent, TESTS, TESTS / "ptx_machine"))
 
 import ptx_cuda  # noqa: E402
 import torch  # noqa: E402

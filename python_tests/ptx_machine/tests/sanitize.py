@@ -13,10 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 BUILD = ROOT / "build" / "sanitize-ptx"
-TESTS = [
-    f"python_tests/test_ptx_{name}.py" for name in ("instructions", "floats", "memory", "hazards", "overlap", "wgmma")
-]
-ON_A_GPU = ["python_tests/test_ptx_triton.py", "-k", "random_problems or removed"]
+HERE = "python_tests/ptx_machine/tests"
+TESTS = [f"{HERE}/test_ptx_{name}.py" for name in ("instructions", "floats", "memory", "hazards", "overlap", "wgmma")]
+ON_A_GPU = ["python_tests/conformance", f"{HERE}/test_ptx_triton.py", "-k", "is_accurate or removed"]
 
 
 def build() -> None:
