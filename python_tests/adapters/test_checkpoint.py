@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
-from checkpoint_helpers import CONFIG, Net, X, net, outputs, wake
 from torch import nn
 
 import afa_kernels as afa
+from adapters.checkpoint_helpers import CONFIG, Net, X, net, outputs, wake
 from afa_kernels.model.adapted import named_layers
 
 safetensors_torch = pytest.importorskip("safetensors.torch")

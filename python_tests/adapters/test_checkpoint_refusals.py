@@ -6,10 +6,10 @@ import os
 
 import pytest
 import torch
-from checkpoint_helpers import CONFIG, WEIGHTS, net, outputs, wake
 from torch import nn
 
 import afa_kernels as afa
+from adapters.checkpoint_helpers import CONFIG, WEIGHTS, net, outputs, wake
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 

@@ -9,9 +9,9 @@ pytest.importorskip("peft")
 from layer_helpers import composed
 from peft import get_peft_model
 from peft_models import TARGETS, assert_same, gradients
-from quantized_models import QUANTIZED, WIDTHS, WRAPPED, dense, library, made, weights
 
 import afa_kernels as afa
+from adapters.quantized_models import QUANTIZED, WIDTHS, WRAPPED, dense, library, made, weights
 from adapters.test_peft_adapter import config
 
 

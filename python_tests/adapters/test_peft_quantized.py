@@ -9,8 +9,8 @@ pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
 from peft_models import TARGETS, assert_same, fill_adapters, gradients
-from quantized_models import QUANTIZED, REQUANTIZED, WIDTHS, bnb_4bit, dense, library, made, weights
 
+from adapters.quantized_models import QUANTIZED, REQUANTIZED, WIDTHS, bnb_4bit, dense, library, made, weights
 from adapters.test_peft_adapter import PASSES_CONFIG, Branch, config
 from afa_kernels import set_alpha_t
 from afa_kernels.peft import AFALoraConfig, AFALoraLayer

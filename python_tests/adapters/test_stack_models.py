@@ -5,12 +5,12 @@ import warnings
 
 import pytest
 import torch
-from test_model import Classifier, llama
 from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import afa_kernels as afa
 from adapters.test_linear_stack import filled
+from adapters.test_model import Classifier, llama
 from afa_kernels.callbacks.annealer import Annealer
 from afa_kernels.model.adapted import named_layers
 
