@@ -96,12 +96,12 @@ def plain_branch(x: Tensor, lora_a: Tensor, lora_b: Tensor, branch: Branch) -> T
 class Experts:
     """The experts of a model of transformers, with a routing in which one expert meets no token."""
 
+    targets = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    options_of_peft = {"target_modules": []}
+
     def __init__(self, architecture: str):
         self.architecture = architecture
         self.name = f"experts-{architecture}"
-
-    targets = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-    options_of_peft = {"target_modules": []}
 
     def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         from expert_models import mixture  # skips where transformers is missing
@@ -123,7 +123,7 @@ class Routed(nn.Module):
 
     def __init__(self, experts: nn.Module):
         super().__init__()
-        self.experts = experts.requires_grad_(True)
+        self.experts = experts
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
@@ -274,7 +274,7 @@ class Injected(Subject):
         return afa.load_adapter(net, folder)
 
     def load_as(self, model, folder, name):
-        afa.load_adapter(model, folder, name)
+        assert afa.load_adapter(model, folder, name) is model
 
 
 class Peft(Subject):
@@ -348,7 +348,8 @@ class Peft(Subject):
     def load_as(self, model, folder, name):
         from afa_kernels.peft import load_adapter
 
-        load_adapter(model, folder, name)
+        active = model.active_adapters
+        assert load_adapter(model, str(folder), name) is model and model.active_adapters == active
 
 
 def _peft():

@@ -13,11 +13,11 @@ from torch import nn
 pytest.importorskip("peft")
 
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from peft_models import TARGETS, Net, adapted, fill_adapters
+from peft_models import TARGETS, Net, adapted
 
 import afa_kernels as afa
 from adapters.test_peft_adapter import config
-from afa_kernels.peft import AFALoraConfig, load_adapter
+from afa_kernels.peft import AFALoraConfig
 
 LOAD_IN_STOCK_PEFT = """
 import sys, warnings
@@ -83,29 +83,6 @@ def test_weights_are_loaded_onto_the_meta_device_first(tmp_path):
     saved = AFALoraConfig.from_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(net, tmp_path, config=saved, low_cpu_mem_usage=True)
     torch.testing.assert_close(loaded(x), model(x))
-
-
-def test_load_adapter_adds_a_second_one(tmp_path):
-    net, x = Net(), torch.randn(3, 16)
-    saved = adapted(net, config(activation="tanh"), seed=5)
-    afa.set_alpha_t(saved, 0.4)
-    saved.save_pretrained(tmp_path)
-    model = adapted(net, config())
-    assert load_adapter(model, str(tmp_path), "second") is model
-    assert model.active_adapter == "default"
-    model.set_adapter("second")
-    assert model.q_proj.alpha_t == 0.4
-    torch.testing.assert_close(model(x), saved(x))
-
-
-def test_every_adapter_is_saved_with_its_own_alpha(tmp_path):
-    model = get_peft_model(Net(), config())
-    model.add_adapter("other", config(activation="tanh"))
-    fill_adapters(model)
-    afa.set_alpha_t(model, 0.0)
-    model.save_pretrained(tmp_path)
-    assert AFALoraConfig.from_pretrained(tmp_path).alpha_t == 0.0
-    assert AFALoraConfig.from_pretrained(tmp_path / "other").activation == "tanh"
 
 
 def test_modules_to_save_come_back(tmp_path):
