@@ -44,6 +44,7 @@ class LinearLayers:
     name = "linear"
     targets = {"target_modules": list(TARGETS)}
     options_of_peft: dict = {}
+    release_of_peft = "0.17"
 
     def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(0)
@@ -98,6 +99,7 @@ class Experts:
 
     targets = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     options_of_peft = {"target_modules": []}
+    release_of_peft = "0.19"
 
     def __init__(self, architecture: str):
         self.architecture = architecture
@@ -280,8 +282,11 @@ class Injected(Subject):
 class Peft(Subject):
     """PEFT with an ``AFALoraConfig``: its own layers, whose branches run on this package."""
 
+    def peft(self):
+        return pytest.importorskip("peft", minversion=self.frozen.release_of_peft)
+
     def config(self, **options):
-        _peft()
+        self.peft()
         from afa_kernels.peft import AFALoraConfig
 
         names = {"dropout": "lora_dropout"}
@@ -290,12 +295,12 @@ class Peft(Subject):
 
     def fresh(self, dtype=torch.float32, **options):
         config = self.config(**options)
-        return _peft().get_peft_model(self.base(dtype), config).eval()
+        return self.peft().get_peft_model(self.base(dtype), config).eval()
 
     def several(self, adapters, alphas):
         (first, options), *others = adapters.items()
         config = self.config(**options)
-        model = _peft().get_peft_model(self.base(), config, adapter_name=first)
+        model = self.peft().get_peft_model(self.base(), config, adapter_name=first)
         for name, own in others:
             self.add(model, name, **own)
         model.base_model.set_adapter(list(adapters))
@@ -304,7 +309,10 @@ class Peft(Subject):
         return fill_adapters(model).eval()
 
     def add(self, model, name, **options):
+        from afa_kernels.peft import install_annealed
+
         model.add_adapter(name, self.config(**options))
+        install_annealed(model)  # PEFT before 0.19 does not tell a layer that exists what its new adapter is
 
     def delete(self, model, name):
         model.delete_adapter(name)
@@ -343,17 +351,13 @@ class Peft(Subject):
 
     def load(self, net, folder):
         config = self.config().from_pretrained(folder)
-        return _peft().PeftModel.from_pretrained(net, folder, config=config).eval()
+        return self.peft().PeftModel.from_pretrained(net, folder, config=config).eval()
 
     def load_as(self, model, folder, name):
         from afa_kernels.peft import load_adapter
 
         active = model.active_adapters
         assert load_adapter(model, str(folder), name) is model and model.active_adapters == active
-
-
-def _peft():
-    return pytest.importorskip("peft", minversion="0.19")
 
 
 _NO_TORCH_FUNC = {"torch.func": (NotImplementedError, "not possible inside a transform of torch.func")}

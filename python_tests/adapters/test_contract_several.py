@@ -146,7 +146,7 @@ def language_model(kind):
         from hf_models import llama
 
         frozen = SimpleNamespace(base=lambda: llama(), targets={"target_modules": ["q_proj", "v_proj"]})
-    vars(frozen).update(name=kind, inputs=None, options_of_peft={})
+    vars(frozen).update(name=kind, inputs=None, options_of_peft={}, release_of_peft="0.17")
     return Peft(frozen) if kind == "peft" else Injected(frozen)
 
 

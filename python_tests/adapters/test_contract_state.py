@@ -111,7 +111,7 @@ def test_a_kept_original_comes_back_bit_for_bit(injected):
 
 def readers(subject):
     """What reads a checkpoint of this package, by name."""
-    peft = pytest.importorskip("peft", minversion="0.19")
+    peft = pytest.importorskip("peft", minversion=subject.frozen.release_of_peft)
     from afa_kernels.peft import AFALoraConfig
 
     def of_peft(folder):
@@ -166,7 +166,7 @@ def test_on_the_way_alpha_t_comes_back_and_stock_peft_refuses(subject, tmp_path)
 
 @pytest.mark.long  # it imports PEFT
 def test_what_stock_peft_saved_is_at_identity(subject, tmp_path):
-    peft = pytest.importorskip("peft", minversion="0.19")
+    peft = pytest.importorskip("peft", minversion=subject.frozen.release_of_peft)
     options = {"r": 3, "lora_alpha": 5} | subject.frozen.targets | subject.frozen.options_of_peft
     stock, x = peft.get_peft_model(subject.base(), peft.LoraConfig(**options)).eval(), subject.inputs()
     fill_adapters(stock).save_pretrained(tmp_path)
