@@ -99,6 +99,41 @@ def test_a_pattern_that_matches_nothing_is_said_to_be_ignored():
         get_peft_model(copy_of(mixture()), config(rank_pattern={"experts.down_proj": 2, "experts.dwon_proj": 4}))
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_with_an_activation_it_is_what_inject_makes(architecture, tmp_path):
+    net, ids = mixture(architecture), tokens()
+    ours = adapted(net, config(activation="tanh"))
+    afa.set_alpha_t(ours, 0.0)
+    ours.save_pretrained(tmp_path)
+    injected = afa.load_adapter(copy_of(net), tmp_path)
+    for m in injected.modules():
+        if isinstance(m, afa.AFAExpertLinear):
+            m.activation = "tanh"
+    for model in (ours, injected):
+        afa.set_alpha_t(model, 0.4)
+    got, want = gradients(ours, ids), gradients(injected, ids)
+    assert torch.equal(got["logits"], want["logits"])
+    assert len(got) == len(want)
+    norms = [sorted(t.norm().item() for name, t in g.items() if "lora" in name) for g in (got, want)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_checkpoints_load_in_stock_peft_and_back(architecture, tmp_path):
+    net, ids = mixture(architecture), tokens()
+    ours = adapted(net, config(lora_dropout=0.1))
+    afa.set_alpha_t(ours, 0.0)
+    ours.save_pretrained(tmp_path / "ours")
+    stock = PeftModel.from_pretrained(copy_of(net), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(stock(ids).logits, ours(ids).logits)
+    stock.save_pretrained(tmp_path / "stock")
+    back = PeftModel.from_pretrained(
+        copy_of(net), str(tmp_path / "stock"), config=AFALoraConfig.from_pretrained(str(tmp_path / "stock"))
+    ).eval()
+    assert len(wrappers(back)) == len(wrappers(ours))
+    torch.testing.assert_close(back(ids).logits, ours(ids).logits)
+
+
 def test_a_scaling_that_is_a_tensor():
     """PEFT makes it one where adapters are to be swapped in a compiled model."""
     model, ids = adapted(mixture(), config()), tokens()

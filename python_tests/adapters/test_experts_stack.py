@@ -8,6 +8,7 @@ pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("safetensors")
 
 from expert_models import PARAMETERS, copy_of, fill, mixture, routing, tokens
+from helpers import allowed_error, relative_error
 
 import afa_kernels as afa
 from adapters.test_experts import Largest, call, experts_of, run
@@ -58,6 +59,43 @@ def step(model, ids, dy):
     logits.backward(dy.to(logits.dtype))
     named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach()} | named
+
+
+@pytest.mark.parametrize("modules", [None, ["q_proj", "o_proj"]], ids=["experts", "both kinds"])
+@pytest.mark.parametrize("architecture", ["Qwen3Moe", "GptOss"])
+def test_a_mixed_step_is_the_steps_of_models_with_one_adapter(architecture, modules):
+    def base(dtype):
+        return mixture(architecture, experts_implementation="eager").to(dtype)  # torch's grouped_mm has no float64
+
+    ids, dy = tokens(len(NAMES), 6), torch.randn(len(NAMES), 6, 32)
+    together, separate = {}, {}
+    for dtype in (torch.float32, torch.float64):
+        model = stacked(base(dtype), modules)
+        with afa.adapters_of(model, NAMES):
+            together[dtype] = step(model, ids, dy)
+        assert not any(".idle." in name for name in together[dtype])
+        separate[dtype] = {}
+        for name in USED:
+            rows = rows_of(name)
+            for what, value in step(alone(base(dtype), model, name, modules), ids[rows], dy[rows]).items():
+                where, _, half = what.rpartition(".")
+                own = f"{where}.adapters.{name}.{half}" if where else f"logits {name}"
+                separate[dtype][own] = value
+            together[dtype][f"logits {name}"] = together[dtype]["logits"][rows]
+        free = rows_of("__base__")
+        separate[dtype]["logits free"] = base(dtype)(ids[free]).logits.detach()
+        together[dtype]["logits free"] = together[dtype].pop("logits")[free]
+    truth = separate[torch.float64]
+    assert together[torch.float64].keys() == truth.keys()
+    assert len(truth) == 5 + 4 * 2 * 2 * (2 if modules is None else 4)
+    for what, exact in truth.items():
+        assert relative_error(together[torch.float64][what], exact) < 1e-12, what
+    # All of them come through the same chain of products, whose error depends on the order of sums.
+    got, plain, exact = (
+        torch.cat([results[what].flatten() for what in truth])
+        for results in (together[torch.float32], separate[torch.float32], truth)
+    )
+    assert relative_error(got, exact) <= allowed_error(plain, exact, torch.float32)
 
 
 def of_tokens(t, name, each=3):

@@ -1,6 +1,8 @@
 """AFALoraConfig: the branch inside PEFT's layers is the operator, and at alpha_t = 0 it is PEFT's
 LoRA."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -40,6 +42,21 @@ class Branch(nn.Module):
         h = (1 - self.alpha_t) * z + self.alpha_t * ACTIVATIONS[self.activation].value(z)
         y = layer.base_layer(x)
         return (y + b(h) * layer.scaling["default"]).to(y.dtype)
+
+
+@pytest.mark.parametrize("alpha_t", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("activation", ["silu", "relu", "tanh"])
+@pytest.mark.parametrize("leading", [(5,), (2, 3), (0,)], ids=["2d", "3d", "empty"])
+def test_a_layer_is_the_formula(activation, alpha_t, leading):
+    model = adapted(Net(torch.float64), config(activation=activation)).double()
+    afa.set_alpha_t(model, alpha_t)
+    plain = copy.deepcopy(model)
+    for name in TARGETS:
+        setattr(plain.base_model.model, name, Branch(getattr(plain, name), activation))
+    x = torch.randn(*leading, 16, dtype=torch.float64)
+    got, wanted = gradients(model, x), gradients(plain, x)
+    assert len(got) == 6
+    assert_same(got, wanted)
 
 
 @pytest.mark.parametrize(

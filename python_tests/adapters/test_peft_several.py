@@ -62,6 +62,20 @@ def test_two_active_adapters_add_up():
     torch.testing.assert_close(layer(x), wanted)
 
 
+@pytest.mark.parametrize("alpha_t", [0.0, 0.5])
+def test_a_mixed_batch_runs_each_row_with_its_adapter(alpha_t):
+    model = several().eval()
+    afa.set_alpha_t(model, alpha_t)
+    names = ["other", "__base__", "default", "plain", "default"]
+    x = torch.randn(5, 3, 16)
+    y = model(x, adapter_names=names)
+    base = copy.deepcopy(model).unload()
+    for i, name in enumerate(names):
+        row = x[i : i + 1]
+        wanted = base(row) if name == "__base__" else alone(model, name)(row)
+        torch.testing.assert_close(y[i : i + 1], wanted, msg=name)
+
+
 def test_a_mixed_batch_of_plain_adapters_is_left_to_peft():
     model = several().eval()
     x = torch.randn(2, 16)
@@ -113,6 +127,26 @@ def test_a_plain_adapter_is_not_merged_alone_where_an_annealed_one_is_active_too
     with pytest.raises(ValueError, match="merge: alpha_t of adapter 'default' is 1"):
         model.merge_adapter()
     assert torch.equal(model.q_proj.base_layer.weight, before) and not model.q_proj.merged
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merge_and_unmerge(safe_merge):
+    model = several()
+    afa.set_alpha_t(model, 0.0)
+    x = torch.randn(2, 5, 16)
+    y = model(x)
+    before = model.q_proj.base_layer.weight.clone()
+    model.merge_adapter(safe_merge=safe_merge)
+    assert model.q_proj.merged and not torch.equal(model.q_proj.base_layer.weight, before)
+    torch.testing.assert_close(model(x), y)
+    with pytest.raises(ValueError, match="q_proj is merged, got 0.5"):
+        afa.set_alpha_t(model, 0.5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model.q_proj.base_layer.weight, before)
+    torch.testing.assert_close(model(x), y)
+    merged = model.merge_and_unload(safe_merge=safe_merge)
+    assert isinstance(merged, Net)
+    torch.testing.assert_close(merged(x), y)
 
 
 def test_a_merge_that_a_weight_does_not_take_is_an_error(monkeypatch):
