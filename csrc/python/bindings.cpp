@@ -173,7 +173,7 @@ void cpu_shared_forward(py::handle x, int threads, const py::tuple& tuples) {
 
 // Members: (a, b, alpha_t, activation, scaling, dy, z, da, db).
 void cpu_shared_backward(py::handle x, int threads, const py::tuple& tuples, py::handle dx,
-                        bool accumulate_dx) {
+                         bool accumulate_dx) {
     auto p = common<afa::cpu::BackwardParams>(x, py::none(), 0, threads);
     const auto members = members_of<afa::cpu::BackwardMember, 9>(p, tuples);
     set_dx(p, dx, accumulate_dx);

@@ -31,8 +31,8 @@ static inline float inverse_keep_of(const CommonParams& p) {
     return kDropoutLevels / static_cast<float>(kDropoutLevels - p.dropout);
 }
 
-// What counts is the largest member: so several members never run on threads that none of them would
-// take alone, and are not slower together for the sake of a barrier.
+// What counts is the largest member: so several members never run on threads that none of them
+// would take alone, and are not slower together for the sake of a barrier.
 template <class Params>
 static inline int threads_for(const Params& p) {
     int64_t most = 0;
