@@ -139,7 +139,8 @@ test-experiments: build-tests  ## the tests of experiments/, which train small m
 FAST_FILES = $(shell grep -rl --include='test_*.py' pytest.mark.fast python_tests)
 test-fast: build-tests  ## the operator, the layers and the CPU kernels in two minutes: no processes, no training
 	$(SAY) 'Tests marked fast (pyproject.toml says what that means)'
-	AFA_KERNELS_REQUIRE=cpu $(RUN) -m pytest -m "fast and not (long or simulated or slow)" $(FAST_FILES) $(ARGS)
+	AFA_KERNELS_REQUIRE=cpu \
+		$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "fast and not (long or simulated or slow)" $(FAST_FILES) $(ARGS)
 
 lint: $(VENV)/.tests  ## ruff, import-linter and clang-format, check only
 	$(SAY) 'Lint'
@@ -167,7 +168,7 @@ sanitize-cpu: $(VENV)/.tests
 	$(SAY) 'CPU kernels, and the host code of the CUDA kernels, under ASan and UBSan'
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DAFA_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --parallel 2
 
 # On Debian in the packages g++-aarch64-linux-gnu and qemu-user.
 AARCH64_TOOLS := aarch64-linux-gnu-g++ qemu-aarch64
