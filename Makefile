@@ -137,7 +137,7 @@ test-experiments: build-tests  ## the tests of experiments/, which train small m
 
 # Named, because looking for marked tests in every file would import TRL, Lightning and others.
 FAST_FILES = $(shell grep -rl --include='test_*.py' pytest.mark.fast python_tests)
-test-fast: build-tests  ## the operator, the layers and the CPU kernels in two minutes: no processes, no training
+test-fast: build-tests  ## the operator, the layers and the CPU kernels in about a minute: no processes, no training
 	$(SAY) 'Tests marked fast (pyproject.toml says what that means)'
 	AFA_KERNELS_REQUIRE=cpu \
 		$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "fast and not (long or simulated or slow)" $(FAST_FILES) $(ARGS)
