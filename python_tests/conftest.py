@@ -103,6 +103,14 @@ def _fast_tests_start_no_process(request, monkeypatch):
         monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
+@pytest.fixture
+def interpreter():
+    """Skip where Triton's kernels do not run in its interpreter."""
+    skip_unless_available("triton")
+    if "triton" not in SIMULATED:
+        pytest.skip("not in the interpreter: TRITON_INTERPRET is not 1")
+
+
 @pytest.fixture(params=choice.names())
 def backend(request) -> str:
     skip_unless_available(request.param)

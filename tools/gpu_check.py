@@ -24,13 +24,19 @@ from pathlib import Path
 import torch
 
 from bench.environment import environment
-from tools import gpu_choice, gpu_figures, gpu_model, gpu_ragged, gpu_steps
+from tools import gpu_by_owner, gpu_choice, gpu_figures, gpu_model, gpu_steps
 from tools.gpu_steps import Context, Outcome, Step
 
 NO_GPU = 77
 _OUTPUT = Path("bench/results")
 
-STEPS: tuple[Step, ...] = (*gpu_steps.STEPS, *gpu_ragged.STEPS, *gpu_figures.STEPS, *gpu_choice.STEPS, *gpu_model.STEPS)
+STEPS: tuple[Step, ...] = (
+    *gpu_steps.STEPS,
+    *gpu_by_owner.STEPS,
+    *gpu_figures.STEPS,
+    *gpu_choice.STEPS,
+    *gpu_model.STEPS,
+)
 
 
 def run_step(step: Step, context: Context) -> Outcome:

@@ -145,11 +145,11 @@ class CardMeter:
             nn.init.normal_(member.lora_b)
             member.set_alpha_t(alpha_t)
             members.append(member)
-        group = AFASharedInput(members) if len(members) > 1 else lambda x: (members[0](x),)
+        together = AFASharedInput(members) if len(members) > 1 else lambda x: (members[0](x),)
         x = self._half(layer.m, layer.k).requires_grad_()
         dys = [self._half(layer.m, n) for n, _ in layer.members]
         leaves = [x, *(p for member in members for p in (member.lora_a, member.lora_b))]
-        return x, dys, leaves, [member.weight for member in members], group
+        return x, dys, leaves, [member.weight for member in members], together
 
     def _half(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device).bfloat16()

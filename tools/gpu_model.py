@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from bench.model import cuda_launches
-from bench.model.__main__ import GROUPS, RANKS
+from bench.model.__main__ import RANKS, SHARED
 from bench.model.cuda_launches import H100, Gpu, Kernel, Layer, Range, decoding
 from tools.gpu_steps import Context, Outcome, Step
 
 M, K, N = 8192, 4096, 4096
 LONE = {f"a layer, r={r}": Layer(M, K, N, r) for r in RANKS}
-TOGETHER = {name: Layer(M, k, n, (16,) * len(n)) for name, (k, n) in GROUPS.items()}
+TOGETHER = {name: Layer(M, k, n, (16,) * len(n)) for name, (k, n) in SHARED.items()}
 # With alpha_t: the model has the same kernels at identity.
 TAXED = (
     ("a layer", LONE["a layer, r=16"], 0.5),

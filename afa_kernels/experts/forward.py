@@ -76,7 +76,7 @@ def _project(
     """Return the frozen product with a fused parameter, with its bias, and the branches beside it."""
     weight = local(weight_of(experts, parameter))
     bias = local(getattr(experts, f"{parameter}_bias")) if experts.has_bias else None
-    x = x.to(weight.dtype)  # as transformers does: a grouped product does not take part in autocast
+    x = x.to(weight.dtype)  # as transformers does: grouped_mm takes no part in autocast
     with torch.autocast(x.device.type, enabled=False):
         passes = [each for together in calls for each in passes_of(x, together)]
         if passes:

@@ -22,8 +22,8 @@ from bench.model.cuda_launches import H100, Gpu, Kernel, Layer, Range, kernels, 
 
 LONE = {"m": 8192, "k": 4096, "n": 4096}
 RANKS = (8, 16, 32, 64)
-# Layers that share x, of Llama 8B and of an attention whose heads are not grouped.
-GROUPS = {
+# Layers that share x, of Llama 8B and of an attention with as many heads for k and v as for q.
+SHARED = {
     "q, k, v": (4096, (4096, 1024, 1024)),
     "q, k, v of one size": (4096, (4096,) * 3),
     "gate, up": (4096, (14336,) * 2),
@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     for r in options.r:
         print(*table(Layer(*shape, r), gpu, not options.half), sep="\n")
     if shape == tuple(LONE.values()):
-        for k, n in GROUPS.values():
+        for k, n in SHARED.values():
             for r in options.r:
                 if takes(len(n), r):
                     print(*table(Layer(options.m, k, n, (r,) * len(n)), gpu, not options.half), sep="\n")

@@ -41,12 +41,12 @@ def test_another_alpha_t_is_found_wrong():
     assert checking(CASE)(ours)[1].right and not checking(CASE)(other)[1].right
 
 
-def test_a_models_layers_have_the_names_that_groups_are_found_by():
+def test_a_models_layers_have_the_names_by_which_they_share_x():
     operands = Operands.of(MODEL, CASE)
     # Open during a call of their parent: q, k and v as one, gate and up as one, in each block.
     qkv, gate_up = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-    groups = {name: qkv for name in qkv} | dict.fromkeys(gate_up, gate_up)
-    for provider, expected in (("afa", groups), ("afa.separate", {})):
+    together = {name: qkv for name in qkv} | dict.fromkeys(gate_up, gate_up)
+    for provider, expected in (("afa", together), ("afa.separate", {})):
         step, found = Step(providers()[provider], CASE, operands), set()
         for name, layer in step.model.named_modules():
             if isinstance(layer, AFALinear):

@@ -17,38 +17,10 @@ from torch import Tensor
 from afa_kernels.backend.interface import Backend, Member, Rows
 from afa_kernels.operator.activation import ACTIVATIONS, IDENTITY
 from afa_kernels.operator.options import Spec
+from conformance.layouts import LAYOUTS, around, bits, memory_of, placed
 
 KINDS = ("lone", "owners", "shared")
 SEEDS = (77, 0, -1, 2**63 - 1, -(2**63), 123456789012345)  # of dropout
-
-# How a matrix, or those of all owners, may lie in memory: the shape of the memory, and which of it they are.
-LAYOUTS = {
-    "packed": lambda n, rows, cols: ((*n, rows, cols), lambda t: t),
-    "rows apart": lambda n, rows, cols: ((*n, rows, cols + 24), lambda t: t[..., :cols]),
-    "rows at odd places": lambda n, rows, cols: ((*n, rows, cols + 3), lambda t: t[..., 3:]),
-    "columns apart": lambda n, rows, cols: ((*n, cols, rows + 5), lambda t: t[..., :rows].mT),
-    "every other row": lambda n, rows, cols: ((*n, 2 * rows, cols), lambda t: t[..., ::2, :]),
-    "every third element": lambda n, rows, cols: ((*n, rows, 3 * cols), lambda t: t[..., ::3]),
-}
-OF_OWNERS = LAYOUTS | {
-    "owners fastest": lambda n, rows, cols: ((rows, cols, *n), lambda t: t.permute(2, 0, 1)),
-    "every other owner": lambda n, rows, cols: ((2 * n[0], rows, cols), lambda t: t[::2]),
-}
-
-
-def placed(t: Tensor, layout: str) -> Tensor:
-    """Return ``t`` in memory of its own that holds NaN around it."""
-    *owners, rows, cols = t.shape
-    shape, of_memory = OF_OWNERS[layout](owners, rows, cols)
-    return of_memory(torch.full(shape, torch.nan, dtype=t.dtype, device=t.device)).copy_(t)
-
-
-def memory_of(t: Tensor) -> Tensor:
-    return t if t._base is None else t._base
-
-
-def bits(t: Tensor) -> Tensor:
-    return packed(t).reshape(-1).view(torch.uint8)
 
 
 @dataclass
@@ -206,7 +178,7 @@ class Problem:
     def forward(self, backend: Backend, save_z: bool = True) -> dict[str, Tensor]:
         outs = [placed(o.base if o.accumulates else torch.full_like(o.dy, torch.nan), o.layout) for o in self.outputs]
         bases = [out if o.accumulates else o.base for o, out in zip(self.outputs, outs, strict=True)]
-        around = [_without(out) for out in outs]
+        before = [around(out) for out in outs]
         if self.kind == "shared":
             zs = backend.forward_shared(self.x, self.members(), bases=bases, outs=outs, save_z=save_z)
         else:
@@ -214,7 +186,7 @@ class Problem:
             call = (self.x, o.a, o.b, o.alpha_t, self.seed(), o.spec, self.rows)
             zs = backend.forward(*call, base=bases[0], out=outs[0], save_z=save_z)
             zs = [zs] if save_z else zs
-        assert all(map(torch.equal, map(_without, outs), around)), f"{self}: something beside y was written"
+        assert all(map(torch.equal, map(around, outs), before)), f"{self}: something beside y was written"
         assert save_z or zs is None
         named = [(f"y{i}", y) for i, y in enumerate(outs)] + [(f"z{i}", z) for i, z in enumerate(zs or ())]
         return dict(named)
@@ -338,13 +310,6 @@ class Problem:
         ranks = torch.zeros_like(self.rows.offsets)
         ranks[owner] = self.outputs[0].a.shape[1] if self.rows.ranks is None else self.rows.ranks[owner]
         return replace(self, rows=self.rows._replace(ranks=ranks))
-
-
-def _without(t: Tensor) -> Tensor:
-    """Return the bits of the memory around a tensor."""
-    memory = memory_of(t).clone()
-    memory.as_strided(t.shape, t.stride(), t.storage_offset()).zero_()
-    return bits(memory)
 
 
 def _without_13_bits(t: Tensor) -> Tensor:

@@ -40,17 +40,16 @@ def past_the_cache() -> None:
     """Results above 12 MB, from which every machine writes them past the cache, have the bits of a few rows, which are
     not. Of two layers one has such a y."""
     for dtype in DTYPES:
-        k = 2048 if dtype == torch.float32 else 3168
-        for widths, ranks in ((k, 4), ((k, 40), (4, 3))):
-            problem = Problem.of(dtype, (13 << 20) // (k * dtype.itemsize), k, widths, ranks)
+        for shape in ((3300, 2048, 2048, 4), (2000, 3168, 3168, 4), (2000, 3168, (3168, 40), (4, 3))):
+            problem = Problem.of(dtype, *shape)
             o = problem.outputs[0]
             for t in (problem.x, o.dy):
                 t[5, 3], t[7, 3] = torch.nan, torch.finfo(dtype).max
-            every = problem.run(cpu.BACKEND, need={"dx"})
+            every = problem.run(cpu.BACKEND)
             assert every["y0"].nbytes > 12 << 20
             for rows in (slice(0, 50), slice(len(problem.x) - 50, None)):
-                for name, t in problem.of_rows(rows).run(cpu.BACKEND, need={"dx"}).items():
-                    if t is not None:
+                for name, t in problem.of_rows(rows).run(cpu.BACKEND).items():
+                    if name[:2] not in ("da", "db"):
                         torch.testing.assert_close(every[name][rows], t, rtol=0, atol=0, equal_nan=True)
             assert every["y0"][5].isnan().all() and not every["y0"][6].isnan().any(), dtype
 

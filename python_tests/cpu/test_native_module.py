@@ -198,7 +198,7 @@ def test_a_bad_member_is_an_error(i, value, error, match):
         compiled._C.cpu_shared_backward(x, 2, broken(backward, i, value), None, False)
 
 
-def test_bad_groups_are_errors():
+def test_bad_calls_of_several_members_are_errors():
     x, forward, backward = fields_of(WIDTHS, RANKS)
     calls = (
         (lambda: compiled._C.cpu_shared_forward(x, 2, ()), "at least one"),

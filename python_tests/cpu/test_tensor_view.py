@@ -180,7 +180,7 @@ def test_nothing_wrong_is_recognized(monkeypatch):
         assert recognized > 0 or not compiled._C.has_exchange_table()
 
 
-def test_a_group_is_recognized_where_each_layer_is():
+def test_layers_on_one_x_are_recognized_where_each_is():
     x = square = torch.ones(4, 4)
     good = (square, None, square, square)
     for place in range(4):

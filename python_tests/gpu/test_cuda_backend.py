@@ -13,8 +13,8 @@ from afa_kernels.backend import choice, cuda
 from afa_kernels.backend.interface import Backend, BackendStatus, Call
 
 
-def call(r=16, k=64, n=64, dtype=torch.bfloat16, m=128, groups=0):
-    return Call("cuda", dtype, m, k, n, r, "silu", device_index=0, owners=groups)
+def call(r=16, k=64, n=64, dtype=torch.bfloat16, m=128, owners=0):
+    return Call("cuda", dtype, m, k, n, r, "silu", device_index=0, owners=owners)
 
 
 def fake_triton(available=True):
@@ -80,7 +80,7 @@ def test_the_choice_does_not_depend_on_the_rows(table, m):
     "changed, reason",
     [
         ({"r": 65}, "cuda: takes ranks up to 64, got 65"),
-        ({"groups": 4}, "cuda: takes no rows by owner"),
+        ({"owners": 4}, "cuda: takes no rows by owner"),
         ({"k": 60}, "cuda: takes K and N that are multiples of 8, got K=60 and N=64"),
         ({"dtype": torch.float32}, "cuda: takes bfloat16 and float16, got float32"),
     ],

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conformance.problems import placed
+from conformance.layouts import placed
 from conftest import skip_unless_available
 from helpers import Problem
 from ptx_cuda import NAME, forward_and_backward, kernel_names, launches_of, same

@@ -6,7 +6,6 @@ from unittest import mock
 import pytest
 import torch
 from conformance.problems import Problem
-from conftest import SIMULATED, skip_unless_available
 
 from afa_kernels.backend.interface import Rows
 from afa_kernels.backend.triton import backend
@@ -15,13 +14,7 @@ pytest.importorskip("triton")
 
 from afa_kernels.backend.triton import configs, launch  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _interpreter():
-    skip_unless_available("triton")
-    if "triton" not in SIMULATED:
-        pytest.skip("not in the interpreter: TRITON_INTERPRET is not 1")
-
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 # Names of the kernels of a forward and a backward, by whether the rows fill the device.
 PATHS = {

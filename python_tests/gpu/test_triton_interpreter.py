@@ -5,41 +5,31 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conformance.problems import Problem, placed
-from conftest import SIMULATED, skip_unless_available
+from conformance.layouts import placed
+from conformance.problems import Problem
 
 import afa_kernels as afa
 from afa_kernels.backend.triton import backend
 
-
-@pytest.fixture(autouse=True)
-def _interpreter():
-    skip_unless_available("triton")
-    if "triton" not in SIMULATED:
-        pytest.skip("not in the interpreter: TRITON_INTERPRET is not 1")
-
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 # (M, K, N, r), and the kernels that one forward and one backward launch there.
 PATHS = {
-    "one pass": ((70, 72, 48, 16), ("xa_phi_hb", "dy_pass", "dphi", "x_pass", "weight_grad")),
-    "segments": ((20, 300, 130, 16), ("project", "phi_hb", "dy_pass", "dphi", "x_pass",
-    "weight_grad")), "padded rank": ((20, 40, 24, 3), ("xa_phi_hb", "dy_pass", "dphi", "x_pass",
-    "weight_grad")), "packed rank": ((20, 40, 24, 40), ("pack", "xa_phi_hb", "pack", "dyb_dphi",
-    "dy_pass", "x_pass", "weight_grad")), "two passes": ((70, 72, 48, 64), ("xa_phi_hb", "dyb_dphi",
-    "dy_pass", "x_pass", "weight_grad")), "two passes, segments": (
-        (20, 300, 270, 128),
-        ("project", "phi_hb", "project", "dphi", "dy_pass", "x_pass", "weight_grad"),
-    ),
-    "chunks of several tiles": ((150, 40, 24, 16), ("xa_phi_hb", "dy_pass", "dphi", "x_pass",
-    "weight_grad")),
-}  # fmt: skip
+    "one pass": ((70, 72, 48, 16), "xa_phi_hb dy_pass dphi x_pass weight_grad"),
+    "segments": ((20, 300, 130, 16), "project phi_hb dy_pass dphi x_pass weight_grad"),
+    "padded rank": ((20, 40, 24, 3), "xa_phi_hb dy_pass dphi x_pass weight_grad"),
+    "packed rank": ((20, 40, 24, 40), "pack xa_phi_hb pack dyb_dphi dy_pass x_pass weight_grad"),
+    "two passes": ((70, 72, 48, 64), "xa_phi_hb dyb_dphi dy_pass x_pass weight_grad"),
+    "two passes, segments": ((20, 300, 270, 128), "project phi_hb project dphi dy_pass x_pass weight_grad"),
+    "chunks of several tiles": ((150, 40, 24, 16), "xa_phi_hb dy_pass dphi x_pass weight_grad"),
+}
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_paths(path):
     from afa_kernels.backend.triton import configs, launch
 
-    shape, names = PATHS[path]
+    shape, names = PATHS[path][0], PATHS[path][1].split()
     problem = Problem.of(torch.float32, *shape)
     with launch.recording(configs.device_of(problem.x.device)) as launches:
         problem.run(backend.BACKEND)

@@ -40,7 +40,7 @@ def test_opcheck_backward(dtype, needed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_opcheck_group(dtype):
+def test_opcheck_shared_input(dtype):
     q, k = Problem.random(6, 16, 8, 4, dtype), Problem.random(6, 16, 12, 2, dtype)
     a, b, alpha_t = [q.lora_a, k.lora_a], [q.lora_b, k.lora_b], [torch.tensor(0.3)] * 2
     options = (a, b, alpha_t, ["gelu", "identity"], [1.5, 2.0])

@@ -1,4 +1,4 @@
-"""The order of the grouped products of a GPU and the branch, on CPU tensors that are taken for those of a GPU."""
+"""The order of a GPU's products by owner and the branch, on CPU tensors that are taken for those of a GPU."""
 
 from types import SimpleNamespace
 

@@ -96,6 +96,11 @@ def test_splits_are_the_same_in_every_run(splits):
     assert data.load() == splits
 
 
+def test_another_seed_holds_out_others(splits):
+    one, two = (data.split_by_group(splits.train, seed)["test"] for seed in (0, 1))
+    assert one and {e.text for e in one} != {e.text for e in two}
+
+
 def test_near_duplicates_are_dropped_and_others_kept():
     def example(text: str) -> data.Example:
         return data.Example(data.shown(text), "a", ("a.py", text))
@@ -205,6 +210,11 @@ def test_accuracy_counts_right_answers(splits, encoded, tiny_model):
     predicted = torch.cat([checks.logits_of(model, [b]).argmax(1) for b in batches])
     labels = torch.cat([b.labels for b in batches])
     assert 0 < accuracy(model, batches) == pytest.approx((predicted == labels).float().mean().item())
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.zero_()
+        model.head.bias[3] = 1.0
+    assert accuracy(model, batches) == pytest.approx((labels == 3).float().mean().item())
 
 
 def test_tuning_picks_the_best_validation_accuracy():

@@ -77,6 +77,11 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
         exec(compile(code, str(page), "exec"), namespace)
 
 
+def test_every_page_of_an_integration_has_an_example():
+    for name in ("peft", "trainer", "trl", "lightning", "stacks"):
+        assert blocks(ROOT / "docs" / f"{name}.md"), name
+
+
 def test_links_lead_somewhere():
     # GitHub shows the README at /OWNER/NAME/blob/BRANCH, so that a badge finds its workflow in whatever fork it stands.
     badge = re.compile(r"\.\./\.\./actions/(workflows/\w+\.yml)(?:/badge\.svg)?")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import skip_unless_available
 
-from tools import gpu_check, gpu_choice, gpu_ragged, gpu_steps
+from tools import gpu_by_owner, gpu_check, gpu_choice, gpu_steps
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -35,7 +35,7 @@ def test_the_rehearsal_runs_the_steps_on_the_machine(capsys, tmp_path):
         "streams",
         "devices",
         "sanitizer",
-        "ragged",
+        "by_owner",
         "beta",
     ]
     steps += ["bandwidth", "launches", "choice", "model"]
@@ -44,7 +44,7 @@ def test_the_rehearsal_runs_the_steps_on_the_machine(capsys, tmp_path):
     assert head["kind"] == "environment"
     assert [record["step"] for record in records] == steps
     status = {record["step"]: record["status"] for record in records}
-    needs_gpu = {"graphs", "streams", "devices", "sanitizer", "ragged", "launches", "choice", "model"}
+    needs_gpu = {"graphs", "streams", "devices", "sanitizer", "by_owner", "launches", "choice", "model"}
     assert {name for name, value in status.items() if value == "absent"} == needs_gpu
     assert all(record["message"] for record in records), "an absent step must say why"
 
@@ -57,18 +57,18 @@ def test_a_step_that_raises_fails_alone():
     assert outcome.status == "failed" and "no such kernel" in outcome.message
 
 
-def test_a_ragged_call_that_is_less_accurate_than_torch_fails(monkeypatch):
+def test_a_call_by_owner_that_is_less_accurate_than_torch_fails(monkeypatch):
     context = gpu_steps.Context.rehearsal("reference")
-    right = gpu_ragged.step
+    right = gpu_by_owner.step
 
     def wrong(case, device, backend, dtype, frozen):
         y, dx, da, db = right(case, device, backend, dtype, frozen=frozen)
         if backend == "reference" and dtype == torch.bfloat16:
-            db[-1] *= 1.02  # of one group
+            db[-1] *= 1.02  # of one owner
         return y, dx, da, db
 
-    monkeypatch.setattr(gpu_ragged, "step", wrong)
-    outcome = gpu_ragged.check_ragged(context)
+    monkeypatch.setattr(gpu_by_owner, "step", wrong)
+    outcome = gpu_by_owner.check_by_owner(context)
     assert outcome.status == "failed" and {row["what"] for row in outcome.rows} == {"dB"}
 
 

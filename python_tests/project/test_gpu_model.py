@@ -146,7 +146,7 @@ def test_noise_that_turns_two_sizes_around_is_no_rate():
     assert {"memory", "l2"} <= wrong
 
 
-@pytest.mark.parametrize("layer", [Layer(8, 16, 24, 4), Layer(8, 16, (24, 8), (4, 4))], ids=["lone", "group"])
+@pytest.mark.parametrize("layer", [Layer(8, 16, 24, 4), Layer(8, 16, (24, 8), (4, 4))], ids=["lone", "shared"])
 def test_the_meter_of_a_card_runs_what_it_times(layer):
     meter = gpu_meter.CardMeter(SMALL)
     times = [

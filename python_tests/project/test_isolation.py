@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conformance.problems import KINDS, placed
+from conformance.layouts import placed
+from conformance.problems import KINDS
 from conformance.problems import Problem as RandomProblem
 from conformance.targets import on_ptx
 from conftest import skip_where_torch_reads_past_rows

@@ -1,4 +1,4 @@
-"""Groups of layers on one x: the numbers of separate layers, one pass over x, and what is refused."""
+"""Layers on one x: the numbers of separate layers, one pass over x, and what is refused."""
 
 import pytest
 import torch

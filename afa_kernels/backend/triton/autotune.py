@@ -37,7 +37,7 @@ _tuned: dict[tuple[str, str], Tiles] = {}  # (device name, key): what this proce
 
 
 def tiles(device: Device, x: Tensor, b: Tensor) -> Tiles:
-    """Return the tiles for a call with input ``x (M, K)`` and ``b (N, r)``, or one for each group."""
+    """Return the tiles for a call with input ``x (M, K)`` and ``b (N, r)``, or one for each owner."""
     n, r = b.shape[-2:]
     row = configs.table_tiles(device.arch, x.element_size(), r)
     if os.environ.get(ENABLE_VARIABLE) != "1":
