@@ -29,6 +29,7 @@ class Property(NamedTuple):
     kinds: tuple[str, ...] = KINDS
     exact: bool = False  # promised by targets with exact bits alone
     draw: dict = {}  # what its problems are like
+    times: int = 1  # as many problems as other promises have
 
     @property
     def name(self) -> str:
@@ -221,7 +222,7 @@ PROPERTIES = (
     Property(gives_y_without_z),
     Property(has_the_bits_of_packed_operands, exact=True),
     Property(reads_weights_as_if_rounded, exact=True),
-    Property(adds_to_dx),
+    Property(adds_to_dx, times=2),
     Property(rounds_dx_once, ("owners",), exact=True),
     Property(keeps_the_bits_of_rows, ("lone", "shared"), exact=True, draw={"dropout": False}),
     Property(is_one_call_for_each_branch, ("owners", "shared"), exact=True, draw={"dropout": False}),

@@ -209,7 +209,7 @@ class TritonTarget(Target):
         self.arch, self.machine, self.interpreted = arch, machine, device == "cpu" and not arch
         self.dtypes = (*_16_BITS, "f32", "tf32") if arch else ("f16", "f32") if self.interpreted else Target.dtypes
         if device == "cpu":
-            self.problems, self.others, self.owners = 16, 8 if arch else 4, (1, 2, 3)
+            self.problems, self.others, self.owners = 16, 4, (1, 2, 3)
         if arch:
             self.wide_weights = ()  # the PTX machine has no conversion to float64
 

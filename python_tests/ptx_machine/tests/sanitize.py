@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -62,6 +63,8 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         sys.exit(inside(sys.argv[1:]))
     build()
-    run(*TESTS)
-    for arch in ("sm_80", "sm_90"):
-        run(*ON_A_GPU, AFA_TEST_SIMULATED_GPU=arch)
+    with ThreadPoolExecutor(2) as pool:
+        each = [pool.submit(run, *ON_A_GPU, AFA_TEST_SIMULATED_GPU=arch) for arch in ("sm_80", "sm_90")]
+        each.append(pool.submit(run, *TESTS))
+        for done in each:
+            done.result()
