@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from afa_kernels.backend.interface import Rows
-from afa_kernels.backend.triton import launch, passes
+from afa_kernels.backend.triton import grouped_gemm, launch, passes
 from afa_kernels.backend.triton.configs import Device, Tiles
 from afa_kernels.backend.triton.launch import Launch
 from afa_kernels.operator.options import Spec
@@ -86,6 +86,7 @@ class Problem:
     weight_dtype: torch.dtype | None = None  # of a and b; None: that of x
     owners: int = 0  # of rows, each with its own a and b, rank, alpha_t and scaling; 0: one owner has all rows
     adds_dx: bool = False  # to a dx that is there
+    matrices: int = 0  # of the frozen layer, each for some owners in a row, whose product is part of the call
 
     def record(
         self, device: Device, *, tiles: Tiles | None = None, forward: bool = True, backward: bool = True
@@ -111,6 +112,16 @@ class Problem:
 
         def context() -> launch.Context:
             return launch.Context(x, a, b, alpha_t, seed, spec, tiles, rows)
+
+        if self.matrices:
+            weight = meta(self.matrices, self.n, self.k)
+            with launch.recording(device) as launches:
+                if forward:
+                    grouped_gemm.forward(context(), weight, meta(self.matrices, self.n), self.save_z)
+                if backward:
+                    needs = {"need_da": True, "need_db": True}
+                    grouped_gemm.backward(context(), weight, dy, z, weight_dtype, weight_dtype, **needs)
+            return launches
 
         with launch.recording(device) as launches:
             if forward:

@@ -35,7 +35,7 @@ _TOKENS = (16384, 512)  # one pass over x, and the split kernels
 # The dtype of a and b (None: that of x), and by how much their rank is below the padded one, which takes masks.
 _OPERANDS = {"f32": (torch.float32, 0), "masked": (torch.float32, 1), "as x": (None, 0)}
 _OWNERS = (0, 8)  # of rows, each with its own a and b
-_PRODUCTS = ("project", "xa_phi", "phi_hb", "dyb", "dy_pass", "x_pass")  # kernels with a matrix product
+_PRODUCTS = ("project", "xa_phi", "phi_hb", "dyb", "dy_pass", "x_pass", "grouped_gemm")  # kernels with a matrix product
 
 
 class Variant(NamedTuple):
@@ -73,6 +73,7 @@ class Variant(NamedTuple):
             if self.owners:
                 adding = replace(problem, adds_dx=True)
                 launches += adding.record(device_for(self.arch), tiles=tiles, forward=False)
+                launches += replace(problem, matrices=self.owners).record(device_for(self.arch), tiles=tiles)
             return launches
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before

@@ -73,9 +73,10 @@ class BackendStatus:
 class Backend:
     """An implementation of the operator: a subclass in a module of its own, registered by builtin.py.
 
-    A backend says what it is (the attributes), what it takes (``status``, ``refuses``, ``leaves``, ``gemm_first``) and
-    computes (``forward``, ``backward`` and, where it takes layers that share x together, ``forward_shared`` and
-    ``backward_shared``).
+    A backend says what it is (the attributes), what it takes (``status``, ``refuses``, ``leaves``, ``gemm_first``,
+    ``multiplies``) and computes: ``forward``, ``backward`` and, where it takes layers that share x together,
+    ``forward_shared`` and ``backward_shared``; where it takes the frozen weights of rows by owner, ``linear_forward``
+    and ``linear_backward``.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Backend:
     automatic = True  # False: only where the caller names it
     takes_owners = True  # whether forward and backward take rows
     takes_shared_input = False  # whether there are forward_shared and backward_shared
+    takes_weights = False  # whether there are linear_forward and linear_backward
 
     def status(self) -> BackendStatus:
         """Return whether this backend can run on this machine. May initialize a driver."""
@@ -106,6 +108,12 @@ class Backend:
         """Return whether the GEMM of a frozen layer runs before the branch, which then accumulates into its result;
         ``dtype`` is that of x. operator/frozen.py explains the two orders."""
         return False
+
+    def multiplies(self, x: Tensor, weight: Tensor) -> str | None:
+        """Of rows by owner with a frozen ``weight (E, N, K)`` or ``(N, K)``: return why :meth:`linear_forward` and
+        :meth:`linear_backward` run, which make its product too. None: torch makes that. ``x`` is x or dy, of which
+        dtype and device count."""
+        return None
 
     def launches(self, call: Call) -> list[dict[str, Any]]:
         """Return the kernels of a forward and a backward with their launch parameters, which ``plan`` shows."""
@@ -190,6 +198,47 @@ class Backend:
 
         A given ``dx`` is accumulated into, as in :meth:`backward`.
         """
+        raise NotImplementedError
+
+    def linear_forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        alpha_t: Tensor | None,
+        seed: Tensor | None,
+        spec: Spec,
+        rows: Rows,
+        *,
+        save_z: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ``y (M, N) = x @ weight[e].T + bias[e]`` with the branch of :meth:`forward`, rounded once, and z if
+        asked for.
+
+        ``weight`` is (E, N, K), each matrix for ``G / E`` owners in a row, or (N, K), and ``bias`` None, (E, N) or
+        (N,). Where each owner has a matrix, y of rows behind the last offset is undefined.
+        """
+        raise NotImplementedError
+
+    def linear_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        z: Tensor,
+        alpha_t: Tensor | None,
+        seed: Tensor | None,
+        spec: Spec,
+        rows: Rows,
+        *,
+        need_da: bool,
+        need_db: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return dx, ``dy @ weight[e]`` and the branch's part, rounded once, and da and db as :meth:`backward` does."""
         raise NotImplementedError
 
     def why_not(self, call: Call) -> str | None:

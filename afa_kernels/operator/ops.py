@@ -111,6 +111,9 @@ def _linear_forward(weight, bias, x, a, b, alpha_t, seed, options, rows):
         return _empty(x, 0, b.shape[-2]), _empty(x, 0, a.shape[-2]) if options.save_z else None
     with plain_precision(x):
         backend, spec = choice.get(options.backend), options.spec
+        if rows is not None and backend.multiplies(x, weight):
+            branch = (a, b, alpha_t, seed, spec, rows)
+            return backend.linear_forward(x, weight, bias, *branch, save_z=options.save_z)
         y, base, product_to_come = frozen.begin(backend, spec, x, weight, bias, rows)
         z = backend.forward(x, a, b, alpha_t, seed, spec, rows, base=base, out=y, save_z=options.save_z)
         if product_to_come:
@@ -131,7 +134,10 @@ def _linear_backward(weight, dy, x, a, b, z, alpha_t, seed, options, rows, need_
         return gradients_of_no_rows(x, a, b, True, need_da, need_db)
     with plain_precision(x):
         backend, spec = choice.get(options.backend), options.spec
-        needs = {"need_dx": True, "need_da": need_da, "need_db": need_db}
+        needs = {"need_da": need_da, "need_db": need_db}
+        if rows is not None and backend.multiplies(dy, weight):
+            return backend.linear_backward(dy, x, weight, a, b, z, alpha_t, seed, spec, rows, **needs)
+        needs["need_dx"] = True
         begun = frozen.begin_backward(backend, spec, dy, weight, rows)
         if begun is not None:
             needs["dx"] = begun

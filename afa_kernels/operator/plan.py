@@ -25,7 +25,7 @@ class Plan:
         launches: the kernels of a forward and a backward with their launch parameters, where the
             backend tells them.
         frozen: of a call by owner with a weight, how the rows of each owner are multiplied with it, and why:
-            "grouped_mm: it reads the offsets on the device".
+            "grouped_mm: it reads the offsets on the device", or "fused" where the backend makes that product too.
     """
 
     backend: str
@@ -69,16 +69,11 @@ def plan(
     x = autocast("x", x.detach())
     checks.by_owner(x, lora_a, lora_b, offsets, ranks)
     alpha_t, options, _ = of_owners(x, alpha_t, scaling, activation, dropout_p, backend, offsets, ranks)
-    way = ""
+    options = at_identity(options) if alpha_t is None else options
     if weight is not None:
         weight = autocast("weight", weight.detach())
         checks.frozen_by_owner(x, weight, None, *lora_b.shape[:2])
-        ways = frozen.way_of(x, weight.mT), frozen.way_of(x, weight)
-        way = ": ".join(ways[0])
-        if ways[1] != ways[0]:
-            way = f"forward {way}; backward {': '.join(ways[1])}"
-    options = at_identity(options) if alpha_t is None else options
-    return _planned(ops.call_of(x, lora_b, options.spec), alpha_t is None, options, way)
+    return _planned(ops.call_of(x, lora_b, options.spec), alpha_t is None, options, x, weight)
 
 
 def plan_of(x: Tensor, lora_a: Tensor, lora_b: Tensor, identity: bool, options: Options) -> Plan:
@@ -90,7 +85,19 @@ def plan_of(x: Tensor, lora_a: Tensor, lora_b: Tensor, identity: bool, options: 
     return _planned(ops.call_of(rows, lora_b, options.spec), identity, options)
 
 
-def _planned(call: interface.Call, identity: bool, options: Options, way: str = "") -> Plan:
+def _planned(
+    call: interface.Call, identity: bool, options: Options, x: Tensor | None = None, weight: Tensor | None = None
+) -> Plan:
     chosen, reason = choice.select(call, choice.requested(options.backend))
     launches = () if call.m == 0 else tuple(chosen.launches(call))
+    way = "" if weight is None else _way(chosen, x, weight)
     return Plan(chosen.name, "gemm" if identity else "fused", reason, launches, way)
+
+
+def _way(backend: interface.Backend, x: Tensor, weight: Tensor) -> str:
+    """Return how the rows of all owners are multiplied with their weights, and why."""
+    fused = backend.multiplies(x, weight)
+    if fused:
+        return f"fused: {fused}"
+    forward, backward = (": ".join(frozen.way_of(x, matrices)) for matrices in (weight.mT, weight))
+    return forward if forward == backward else f"forward {forward}; backward {backward}"

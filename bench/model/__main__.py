@@ -3,7 +3,8 @@
     python -m tools.cuda_report --arch 90 --json report.json
     python -m bench.model --instructions report.json
 
-also holds each kernel to the rate that the instructions of its main loop allow.
+also holds each kernel to the rate that the instructions of its main loop allow. ``--experts`` is about mixtures of
+experts.
 
 Nothing here was measured: it serves to compare designs. ``--write-counts`` is about calls on this machine, and exact.
 """
@@ -143,6 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--r", type=int, nargs="+", default=[16])
     parser.add_argument("--half", action="store_true", help="A and B in 16 bits; by default float32, as PEFT has them")
     parser.add_argument("--backend", choices=["cuda", "triton"], default="cuda", help="whose launches (default: cuda)")
+    parser.add_argument("--experts", action="store_true", help="instead, fused experts in both ways (experts.py)")
     parser.add_argument("--instructions", type=Path, metavar="FILE", help="a report of tools.cuda_report, as JSON")
     parser.add_argument(
         "--write-counts",
@@ -155,6 +157,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     shape = tuple(getattr(options, name) for name in LONE)
     print("MODELLED, not measured")
+    if options.experts:
+        from bench.model import experts  # which imports Triton
+
+        print(*experts.table(options.r), sep="\n")
+        return 0
     if options.backend == "triton":
         for r in options.r:
             print(*triton_table(*shape, r, not options.half), sep="\n")

@@ -57,15 +57,18 @@ class Cost(NamedTuple):
     flops: int
 
     def seconds(self, gpu: Gpu) -> float:
-        return gpu.launch + max(
-            self.hbm / gpu.hbm, (self.hbm + self.l2) / gpu.all_memory, self.flops / gpu.skinny
-        )  # fmt: skip
+        rate = gpu.gemm if self.name == GROUPED_GEMM else gpu.skinny
+        return gpu.launch + max(self.hbm / gpu.hbm, (self.hbm + self.l2) / gpu.all_memory, self.flops / rate)
 
 
+GROUPED_GEMM = "grouped_gemm_kernel"
 Elements = tuple[dict[str, int], dict[str, int]]  # read and written, by argument
-# What a program reads to find its rows, and what they compute with; not counted by owner.
-FINDING = frozenset({"ends_ptr", "ranks_ptr", "alpha_ptr", "scaling_ptr", "seed_ptr"})
-_HBM = frozenset({"x_ptr", "y_ptr", "base_ptr", "dy_ptr", "dx_ptr", "z_ptr", "left_ptr"})
+# What a program reads to find its rows, and what they compute with, and a bias, which each warp reads for itself; not
+# counted by owner.
+FINDING = frozenset({"ends_ptr", "ranks_ptr", "alpha_ptr", "scaling_ptr", "seed_ptr", "bias_ptr"})
+_HBM = frozenset({
+    "x_ptr", "y_ptr", "base_ptr", "dy_ptr", "dx_ptr", "z_ptr", "left_ptr", "weight_ptr", "out_ptr",
+})  # fmt: skip
 
 
 def _bytes(t: Tensor | None, elements: int) -> int:
@@ -91,15 +94,20 @@ def _present(launch: Launch, name: str) -> bool:
     return launch.arguments[name] is not None
 
 
-def _branches(launch: Launch) -> list[tuple[int, int]]:
-    """Return the rows and the rank of each owner that has both."""
+def _owned(launch: Launch) -> list[tuple[int, int]]:
+    """Return the rows and the rank of each owner that has rows."""
     arguments = launch.arguments
     if arguments["ends_ptr"] is None:
         return [(arguments["M"], arguments["r"])]
     ends, ranks = arguments["ends_ptr"].tolist(), arguments["ranks_ptr"]
     ranks = [arguments["r"]] * len(ends) if ranks is None else ranks.tolist()
     each = zip([0, *ends], ends, ranks, strict=False)
-    return [(end - start, rank) for start, end, rank in each if end > start and rank > 0]
+    return [(end - start, rank) for start, end, rank in each if end > start]
+
+
+def _branches(launch: Launch) -> list[tuple[int, int]]:
+    """Return the rows and the rank of each owner that has both."""
+    return [(rows, rank) for rows, rank in _owned(launch) if rank > 0]
 
 
 def _own(launch: Launch) -> int:
@@ -143,6 +151,8 @@ def _scalar(launch: Launch, name: str) -> dict[str, int]:
 
 
 def _y(launch: Launch) -> Elements:
+    if not _present(launch, "y_ptr"):
+        return {}, {}
     m, n = launch.arguments["M"], launch.arguments["N"]
     read = {"b_ptr": _read(launch, _tiles(launch)) * n, "base_ptr": m * n}
     return read | _scalar(launch, "alpha_ptr"), {"y_ptr": m * n}
@@ -231,6 +241,22 @@ def _pack(launch: Launch) -> Elements:
     return {"a_ptr": sum(own) * k, "b_ptr": sum(own) * n}, {"a_padded_ptr": padded * k, "b_padded_ptr": padded * n}
 
 
+def _grouped_gemm(launch: Launch) -> Elements:
+    """Each tile of rows reads the matrix, and B or A; each tile of columns the rows, and z or dz. Rows behind the last
+    offset read nothing where each owner has a matrix."""
+    arguments, constants = launch.arguments, launch.constants
+    length, columns, block = arguments["length"], arguments["columns"], constants["BLOCK_M"]
+    owned = [rows for rows, _ in _owned(launch)]
+    if arguments["stride_matrix"] is None and arguments["M"] > sum(owned):
+        owned.append(arguments["M"] - sum(owned))
+    across, tiles = cdiv(columns, constants["BLOCK_L"]), sum(cdiv(rows, block) for rows in owned)
+    read = {
+        "left_ptr": across * sum(owned) * length, "weight_ptr": tiles * length * columns,
+        "z_ptr": across * _own_ranks(launch), "small_ptr": _read(launch, _tiles(launch)) * columns,
+    }  # fmt: skip
+    return read, {"out_ptr": arguments["M"] * columns}
+
+
 _ELEMENTS: dict[str, Callable[[Launch], Elements]] = {
     "xa_phi_hb_forward_kernel": _forward,
     "project_partial_kernel": _project_partial,
@@ -241,6 +267,7 @@ _ELEMENTS: dict[str, Callable[[Launch], Elements]] = {
     "x_pass_backward_kernel": _x_pass,
     "weight_gradients_kernel": _weight_gradients,
     "pack_kernel": _pack,
+    GROUPED_GEMM: _grouped_gemm,
 }
 
 
@@ -248,6 +275,8 @@ def _flops(launch: Launch) -> int:
     arguments, rank = launch.arguments, launch.constants["R"]
     one = 2 * arguments["M"] * rank  # of one product, per column
     name = launch.name
+    if name == GROUPED_GEMM:
+        return 2 * arguments["M"] * (arguments["length"] + rank) * arguments["columns"]
     if name == "xa_phi_hb_forward_kernel":
         return one * (arguments["K"] + arguments["N"])
     if name == "project_partial_kernel":

@@ -1,8 +1,9 @@
 """Random calls of a backend, each drawn from a number, and the same calls in torch ops.
 
-A problem is of one of three kinds: one branch on all rows (``lone``), a branch for the rows of each owner (``owners``),
-and layers that share x (``shared``). Operands have any strides, with NaN between what belongs to them; where ranks
-differ from owner to owner, with NaN beyond them; and so have rows that no owner has.
+A problem is of one of four kinds: one branch on all rows (``lone``), a branch for the rows of each owner (``owners``),
+with the frozen matrix of each or of several in a row (``experts``), and layers that share x (``shared``). Operands have
+any strides, with NaN between what belongs to them; where ranks differ from owner to owner, with NaN beyond them; and so
+have rows that no owner has.
 """
 
 import random
@@ -17,9 +18,9 @@ from torch import Tensor
 from afa_kernels.backend.interface import Backend, Member, Rows
 from afa_kernels.operator.activation import ACTIVATIONS, IDENTITY
 from afa_kernels.operator.options import Spec
-from conformance.layouts import LAYOUTS, around, bits, memory_of, placed
+from conformance.layouts import LAYOUTS, OF_OWNERS, around, bits, memory_of, placed
 
-KINDS = ("lone", "owners", "shared")
+KINDS = ("lone", "owners", "experts", "shared")
 SEEDS = (77, 0, -1, 2**63 - 1, -(2**63), 123456789012345)  # of dropout
 
 
@@ -47,6 +48,8 @@ class Problem:
     number: int = 0
     dropout_seed: int = SEEDS[0]
     title: str = ""
+    weight: Tensor | None = None  # of experts, (E, N, K), or (N, K) for all
+    bias: Tensor | None = None  # (E, N), or (N,) for all
 
     def __str__(self) -> str:
         shapes = "; ".join(
@@ -69,7 +72,7 @@ class Problem:
         layouts = ["packed", *where.layouts(dtype)]
         of_matrices = [name for name in layouts if name in LAYOUTS]
         rows, ranks = None, [rank]
-        if kind == "owners":
+        if kind in ("owners", "experts"):
             rows = _random_rows(draw, m, draw.choice(where.owners), rank)
         if kind == "shared":
             ranks = where.shared_ranks(draw, draw.choice((1, 2, 3)))
@@ -82,7 +85,8 @@ class Problem:
                 dropout=draw.choice((13, 77, 230)) if masked else 0, activation=names[(number + i) % len(names)],
                 alphas=[draw.choice((0.0, 0.3, 0.7, 1.0)) for _ in range(1 if draw.random() < 0.5 else 9)],
                 scaling=draw.choice((0.5, 1.75, -2.0)),
-                base=draw.choice(("none", "matrix", "matrix", "row", "accumulated")), one_dy=draw.random() < 0.1,
+                base="none" if kind == "experts" else draw.choice(("none", "matrix", "matrix", "row", "accumulated")),
+                one_dy=draw.random() < 0.1,
                 layouts=[draw.choice(names) for names in (of_weights, of_weights, *[of_matrices] * 3)],
             ))  # fmt: skip
         # Small enough that an activation is nearly linear, and so large that each branch of it is reached.
@@ -91,6 +95,8 @@ class Problem:
         title = f"problem {number} on {where.name}"
         problem = cls(kind, x, outputs, rows, name == "tf32", number, draw.choice(SEEDS), title)
         x[problem.behind()] = torch.nan
+        if kind == "experts":
+            problem._draw_weights(draw)
         return problem if where.device.type == "cpu" else problem.on(where.device)
 
     @classmethod
@@ -121,6 +127,23 @@ class Problem:
         problem.x[problem.behind()] = torch.nan
         return problem
 
+    def _draw_weights(self, draw) -> None:
+        (o,), owners = self.outputs, len(self.rows.offsets)
+        n, k, dtype = o.dy.shape[1], self.x.shape[1], self.x.dtype
+        counts = [count for count in range(1, owners + 1) if owners % count == 0]
+        leading = draw.choice([(), *((count,) for count in (owners, *counts))])
+        transposed = draw.random() < 0.4  # as transformers keeps some models'
+        shape = (*leading, k, n) if transposed else (*leading, n, k)
+        layout = draw.choice(list(OF_OWNERS if leading else LAYOUTS))
+        weight = placed(_normal(dtype, *shape, scale=k**-0.5), layout)
+        self.weight = weight.mT if transposed else weight
+        if not leading:  # rows behind the last offset have that one matrix too
+            behind = self.behind()
+            self.x[behind], o.dy[behind] = (_normal(dtype, *t[behind].shape) for t in (self.x, o.dy))
+        bias = draw.choice(("none", "each", "one"))
+        if bias != "none":
+            self.bias = _normal(dtype, *(leading if bias == "each" else ()), n)
+
     def on(self, device: torch.device) -> "Problem":
         """Return the same problem, in the same places of memory, on another device."""
 
@@ -132,7 +155,8 @@ class Problem:
         tensors = ("a", "b", "alpha_t", "base", "dy")
         outputs = [replace(o, **{name: there(getattr(o, name)) for name in tensors}) for o in self.outputs]
         return replace(
-            self, x=there(self.x), outputs=outputs, rows=None if self.rows is None else Rows(*map(there, self.rows))
+            self, x=there(self.x), outputs=outputs, rows=None if self.rows is None else Rows(*map(there, self.rows)),
+            weight=there(self.weight), bias=there(self.bias),
         )  # fmt: skip
 
     # --- whose rows are whose
@@ -165,7 +189,7 @@ class Problem:
         name; of the gradients (all, or those in ``need``) those that are None too."""
         held = [self.x, *(t for o in self.outputs for t in (o.a, o.b, o.dy, o.alpha_t) if t is not None)]
         held += [t for t in self.rows or () if t is not None]
-        held += [o.base for o in self.outputs if o.base is not None]
+        held += [t for t in (*(o.base for o in self.outputs), self.weight, self.bias) if t is not None]
         before = [bits(memory_of(t)) for t in held]
         with poisoned_memory():
             results = self.forward(backend, save_z)
@@ -176,6 +200,8 @@ class Problem:
         return results
 
     def forward(self, backend: Backend, save_z: bool = True) -> dict[str, Tensor]:
+        if self.weight is not None:
+            return self._linear_forward(backend, save_z)
         outs = [placed(o.base if o.accumulates else torch.full_like(o.dy, torch.nan), o.layout) for o in self.outputs]
         bases = [out if o.accumulates else o.base for o, out in zip(self.outputs, outs, strict=True)]
         before = [around(out) for out in outs]
@@ -191,6 +217,14 @@ class Problem:
         named = [(f"y{i}", y) for i, y in enumerate(outs)] + [(f"z{i}", z) for i, z in enumerate(zs or ())]
         return dict(named)
 
+    def _linear_forward(self, backend: Backend, save_z: bool) -> dict[str, Tensor]:
+        (o,) = self.outputs
+        call = (self.x, self.weight, self.bias, o.a, o.b, o.alpha_t, self.seed(), o.spec, self.rows)
+        y, z = backend.linear_forward(*call, save_z=save_z)
+        if self.weight.dim() == 3:
+            y[self.behind()] = 0  # undefined
+        return {"y0": y, "z0": z} if save_z else {"y0": y}
+
     def backward(self, backend: Backend, forward, need: set[str] | None = None, dx: Tensor | None = None):
         every = range(len(self.outputs))
         need = {"dx", *(f"{what}{i}" for what in ("da", "db") for i in every)} if need is None else need
@@ -203,9 +237,15 @@ class Problem:
         else:
             (o,) = self.outputs
             needs = {f"need_{what}": f"{what}0" in need for what in ("da", "db")}
-            call = (o.dy, self.x, o.a, o.b, zs[0], o.alpha_t, self.seed(), o.spec, self.rows)
-            needs |= {} if dx is None else {"dx": dx}
-            dx, *found = backend.backward(*call, need_dx="dx" in need, **needs)
+            call = (o.a, o.b, zs[0], o.alpha_t, self.seed(), o.spec, self.rows)
+            if self.weight is not None:
+                dx, *found = backend.linear_backward(o.dy, self.x, self.weight, *call, **needs)
+                if self.weight.dim() == 3:
+                    dx[self.behind()] = 0  # undefined
+                dx = dx if "dx" in need else None  # which comes always
+            else:
+                needs |= {} if dx is None else {"dx": dx}
+                dx, *found = backend.backward(o.dy, self.x, *call, need_dx="dx" in need, **needs)
             das, dbs = [[t] for t in found]
         named = [(f"da{i}", t) for i, t in enumerate(das)] + [(f"db{i}", t) for i, t in enumerate(dbs)]
         return {"dx": dx} | dict(named)
@@ -236,6 +276,8 @@ class Problem:
             zeros = torch.zeros_like(o.dy, dtype=x.dtype, requires_grad=True)
             ys.append((zeros if o.base is None else packed(o.base).to(x.dtype).requires_grad_()).clone())
             zs.append(x.new_zeros(len(x), o.a.shape[-2]))
+        if self.weight is not None:
+            ys = [self._frozen_product(x, rounded)]
         for i, g, rows, own_a, _, alpha_t, scaling in self.branches():
             rank, (a, b), activation = len(own_a), weights[i], self.outputs[i].spec.activation
             if self.rows is not None:
@@ -258,6 +300,25 @@ class Problem:
             found |= {f"y{i}": y.detach(), f"z{i}": z, f"da{i}": gradients[2 * i], f"db{i}": gradients[2 * i + 1]}
         return found
 
+    def matrices(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Yield the rows of each frozen matrix, the matrix and its bias."""
+        weight, bias, start = self.weight, self.bias, 0
+        ends = [len(self.x)]
+        if weight.dim() == 3:
+            each = len(self.rows.offsets) // len(weight)
+            ends = self.rows.offsets.tolist()[each - 1 :: each]
+        for e, end in enumerate(ends):
+            own_bias = bias if bias is None or bias.dim() == 1 else bias[e]
+            yield slice(start, end), weight if weight.dim() == 2 else weight[e], own_bias
+            start = end
+
+    def _frozen_product(self, x: Tensor, rounded) -> Tensor:
+        y = x.new_zeros(len(x), self.weight.shape[-2])
+        for rows, matrix, bias in self.matrices():
+            matrix, bias = (None if t is None else rounded(packed(t)).to(x.dtype) for t in (matrix, bias))
+            y[rows] = F.linear(x[rows], matrix, bias)
+        return y
+
     def check(self, got: dict[str, Tensor]) -> None:
         """Compare with float64 by the project's rule."""
         assert_accurate(got, self.plain(torch.float64), self.in_order, self.x.dtype, str(self))
@@ -275,7 +336,8 @@ class Problem:
                 layout="packed",
             ) for o in self.outputs
         ]  # fmt: skip
-        return replace(self, x=packed(self.x), outputs=outputs)
+        weight = None if self.weight is None else packed(self.weight)
+        return replace(self, x=packed(self.x), outputs=outputs, weight=weight)
 
     def of_rows(self, rows: slice) -> "Problem":
         """Return the call of some rows of a lone branch, or of layers that share x."""
@@ -293,7 +355,7 @@ class Problem:
             if len(a) == 0 or rows.start == rows.stop:
                 continue
             o, rank = self.outputs[i], len(a)
-            if self.kind == "owners" and same_r:
+            if self.rows is not None and same_r:
                 a, b = o.a[g].clone(), o.b[g].clone()
                 a[rank:], b[:, rank:] = 0, 0
             spec = o.spec._replace(scaling=scaling)
@@ -301,9 +363,19 @@ class Problem:
             base = None if o.base is None else o.base[rows]
             own = Output(a, b, alpha, spec, base, o.accumulates, o.dy[rows])
             where = {"y0": (f"y{i}", rows), "z0": (f"z{i}", (rows, slice(rank)))}
-            if self.kind == "owners":
+            if self.rows is not None:
                 where |= {"dx": ("dx", rows), "da0": ("da0", (g, slice(rank))), "db0": ("db0", (g, ..., slice(rank)))}
-            yield Problem("lone", self.x[rows], [own], tf32=self.tf32, title=f"branch {g or i} of {self}"), where
+            part = Problem("lone", self.x[rows], [own], tf32=self.tf32, title=f"branch {g or i} of {self}")
+            if self.weight is not None:
+                own.a, own.b = own.a[None], own.b[None]
+                own.alpha_t = None if alpha is None else alpha[None]
+                part.kind, part.rows = "experts", Rows(torch.tensor([len(part.x)]).to(self.rows.offsets), None, None)
+                each = len(self.rows.offsets) // len(self.weight) if self.weight.dim() == 3 else 1
+                part.weight = self.weight if self.weight.dim() == 2 else self.weight[g // each][None]
+                part.bias = self.bias if self.bias is None or self.bias.dim() == 1 else self.bias[g // each][None]
+                of_owner = slice(g, g + 1)
+                where |= {"da0": ("da0", (of_owner, slice(rank))), "db0": ("db0", (of_owner, ..., slice(rank)))}
+            yield part, where
 
     def with_ranks_of(self, owner: int) -> "Problem":
         """Return the call in which no other owner has a rank."""

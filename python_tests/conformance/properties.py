@@ -225,7 +225,7 @@ PROPERTIES = (
     Property(adds_to_dx, times=2),
     Property(rounds_dx_once, ("owners",), exact=True),
     Property(keeps_the_bits_of_rows, ("lone", "shared"), exact=True, draw={"dropout": False}),
-    Property(is_one_call_for_each_branch, ("owners", "shared"), exact=True, draw={"dropout": False}),
+    Property(is_one_call_for_each_branch, ("owners", "experts", "shared"), exact=True, draw={"dropout": False}),
     Property(is_one_call_for_each_owner_under_dropout, ("owners",), exact=True, draw={"dropout": True}),
     Property(leaves_what_has_no_branch, ("owners",)),
     Property(lets_infinities_go_where_sums_go, draw={"dropout": False}),

@@ -56,8 +56,16 @@ class Target:
         return None if status.available else f"{self.name}: {status.reason}"
 
     def kinds(self) -> tuple[str, ...]:
-        owners, shared = self.backend.takes_owners, self.backend.takes_shared_input
-        return ("lone", *(("owners",) * owners), *(("shared",) * shared))
+        backend = self.backend
+        taken = {
+            "lone": True, "owners": backend.takes_owners, "experts": backend.takes_weights,
+            "shared": backend.takes_shared_input,
+        }  # fmt: skip
+        return tuple(kind for kind, takes in taken.items() if takes)
+
+    def count(self, kind: str) -> int:
+        """Return how many problems of a kind are solved for their accuracy."""
+        return self.problems
 
     # --- what problems draw
 
@@ -212,6 +220,10 @@ class TritonTarget(Target):
             self.problems, self.others, self.owners = 16, 4, (1, 2, 3)
         if arch:
             self.wide_weights = ()  # the PTX machine has no conversion to float64
+
+    def count(self, kind: str) -> int:
+        # Beside those of owners, whose other kernels they take: each dtype twice.
+        return self.problems // 2 if kind == "experts" and self.device.type == "cpu" else self.problems
 
     def width(self, draw: random.Random) -> int:
         if self.interpreted:

@@ -29,7 +29,7 @@ def test_promise(where, kind, promise, simulated_gpu):
         where.machine = simulated_gpu
     with where.running():
         # Of each dtype and class of ranks, or as many of the same problems: their kernels are compiled by then.
-        count = where.problems if promise is PROPERTIES[0] else where.others * promise.times
+        count = where.count(kind) if promise is PROPERTIES[0] else where.others * promise.times
         numbers = [7 * i % where.problems for i in range(count)]
         for number in numbers:
             check(where, kind, promise, number)

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from afa_kernels.backend.triton import backend, configs, launch  # noqa: E402
 from afa_kernels.operator.options import Spec  # noqa: E402
 from bench.model import __main__ as command  # noqa: E402
-from bench.model import traffic  # noqa: E402
+from bench.model import experts, traffic  # noqa: E402
 
 
 @pytest.mark.skipif(not SIMULATED_GPU, reason="run by test_ptx_triton.py")
@@ -73,7 +73,12 @@ def test_the_model_counts_every_byte_of_rows_by_owner(
     results = p.run(backend.BACKEND)
     p.backward(backend.BACKEND, results, {"dx"})
     p.backward(backend.BACKEND, results, dx=torch.zeros_like(p.x))
-    assert len(counted) >= 12
+    for weights in (len(sizes), 1, 0):  # a matrix for each owner, one for all as a stack of one, and one
+        leading = (weights,) if weights else ()
+        weight, bias = (torch.randn(*leading, *shape).to(dtype) for shape in ((n, k), (n,)))
+        lone = replace(p.outputs[0], base=None, accumulates=False)
+        replace(p, kind="experts", weight=weight, bias=bias, outputs=[lone]).run(backend.BACKEND)
+    assert len(counted) >= 27
     for entry, made in counted:
         assert_counted(entry, made, traffic.FINDING)
 
@@ -102,6 +107,14 @@ def test_launches(r):
     """One launch forward and four backward, at any rank, where rows fill the device."""
     forward, backward = command.triton_launches(8192, 4096, 4096, r, torch.float16)
     assert (len(forward), len(backward)) == (1, 4)
+
+
+def test_experts(capsys):
+    """The grouped GEMM is worth a measurement: it may be slower than torch's before both ways take as long."""
+    assert command.main(["--experts", "--r", "8", "16"]) == 0
+    head, _, _, *lines = capsys.readouterr().out.splitlines()
+    assert head == "MODELLED, not measured"
+    assert len(lines) == 2 * len(experts.PARAMETERS) and all(0.5 < float(line.split()[-2]) < 1 for line in lines)
 
 
 def test_the_command_says_that_it_is_modelled(capsys):

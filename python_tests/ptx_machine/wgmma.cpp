@@ -265,6 +265,7 @@ void add_shapes(Forms& f, const std::string& type) {
     add_shape<kElement, 32>(f, type);
     add_shape<kElement, 64>(f, type);
     add_shape<kElement, 128>(f, type);
+    add_shape<kElement, 256>(f, type);
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime import errors
 
 from afa_kernels.backend.triton import configs, launch, passes
-from afa_kernels.backend.triton.configs import Device, Tile, Tiles
+from afa_kernels.backend.triton.configs import Device, GemmTile, Tile, Tiles
 from afa_kernels.operator.options import Spec
 
 ENABLE_VARIABLE = "AFA_KERNELS_AUTOTUNE"
@@ -136,11 +136,15 @@ def _read(device: Device) -> dict[str, Tiles]:
     try:
         stored = json.loads(cache_file(device).read_text())
         return {
-            key: Tiles(**{name: Tile(**value) if isinstance(value, dict) else value for name, value in row.items()})
+            key: Tiles(**{name: _tile(value) if isinstance(value, dict) else value for name, value in row.items()})
             for key, row in stored.items()
         }
     except (OSError, ValueError, TypeError):
         return {}  # nothing stored yet, or by another version: tuned again
+
+
+def _tile(fields: dict[str, int]) -> Tile:
+    return GemmTile(**fields) if "step" in fields else Tile(**fields)
 
 
 def _store(device: Device, key: str, found: Tiles) -> None:

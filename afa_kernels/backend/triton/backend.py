@@ -14,6 +14,7 @@ from functools import cache
 
 import torch
 
+from afa_kernels import torch_private
 from afa_kernels.backend.interface import Backend, BackendStatus, BackendUnavailable, Call
 from afa_kernels.backend.triton.configs import MAX_RANK
 
@@ -70,8 +71,25 @@ def _context(x, a, b, alpha_t, seed, spec, rows):
     return launch.Context(x, a, b, alpha_t, seed, spec, tiles, rows)
 
 
+def _fuses(device: torch.device, dtype: torch.dtype, tf32: bool) -> str | None:
+    """Return why the product with the weights of owners is made here, unless something was measured: torch's
+    ``grouped_mm`` has kernels for bfloat16 alone, of compute capability 9 and 10 (pytorch issue 186620). Elsewhere it
+    waits for the device to read the offsets, and multiplies in a loop."""
+    from afa_kernels.backend.triton import configs
+
+    arch = configs.device_of(device).arch
+    if arch == configs.INTERPRETER:
+        return "Triton's interpreter"
+    if not arch.startswith("sm_") or (dtype == torch.float32 and not tf32):
+        return None
+    if dtype == torch.bfloat16 and arch[3:-1] in ("9", "10") and torch_private.has_grouped_mm():
+        return None
+    return f"this torch has no grouped_mm for {str(dtype).removeprefix('torch.')} on {arch} that runs without a wait"
+
+
 class TritonBackend(Backend):
     name = "triton"
+    takes_weights = True
     devices = frozenset({"cpu"} if INTERPRETED else {"cuda", "xpu"})
     automatic = not INTERPRETED
 
@@ -109,6 +127,15 @@ class TritonBackend(Backend):
                 return f"needs compute capability 8.0 or later, got {capability[0]}.{capability[1]}"
         return None
 
+    def multiplies(self, x, weight):
+        if weight.dim() == 2:
+            return None  # a GEMM of torch's, which accumulates
+        from afa_kernels.backend.triton import grouped_gemm, launch
+
+        if not grouped_gemm.takes(weight):
+            return None
+        return _fuses(x.device, x.dtype, x.dtype == torch.float32 and launch.allows_tf32())
+
     def forward(self, x, a, b, alpha_t, seed, spec, rows=None, *, base, out, save_z):
         from afa_kernels.backend.triton import passes
 
@@ -122,6 +149,21 @@ class TritonBackend(Backend):
         with _on_device(x):
             context = _context(x, a, b, alpha_t, seed, spec, rows)
             return passes.backward(context, dy, z, a.dtype, b.dtype, **needs, dx=dx)
+
+    def linear_forward(self, x, weight, bias, a, b, alpha_t, seed, spec, rows, *, save_z):
+        from afa_kernels.backend.triton import grouped_gemm
+
+        with _on_device(x):
+            context = _context(x, a, b, alpha_t, seed, spec, rows)
+            return grouped_gemm.forward(context, weight, bias, save_z)
+
+    def linear_backward(self, dy, x, weight, a, b, z, alpha_t, seed, spec, rows, *, need_da, need_db):
+        from afa_kernels.backend.triton import grouped_gemm
+
+        needs = {"need_da": need_da, "need_db": need_db}
+        with _on_device(x):
+            context = _context(x, a, b, alpha_t, seed, spec, rows)
+            return grouped_gemm.backward(context, weight, dy, z, a.dtype, b.dtype, **needs)
 
 
 BACKEND = TritonBackend()

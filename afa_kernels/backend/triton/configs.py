@@ -41,6 +41,13 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class GemmTile(Tile):
+    """The tile of a product with frozen matrices: ``step`` terms of its sums at a time."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class Tiles:
     """The tiles of one (architecture, element size, padded rank)."""
 
@@ -51,6 +58,7 @@ class Tiles:
     x_pass_dropout: Tile  # X under a mask, which takes registers of its own
     # most chunks of rows in D and X: their partial sums, and so their bits, hang on no SM count
     chunks: int = 16
+    gemm: GemmTile = GemmTile(0, 0, 0, 0, 0)  # G
 
 
 @dataclass(frozen=True)
@@ -113,10 +121,23 @@ _SMALL_32BIT = {
 _AMD_32BIT = _SMALL_32BIT | {128: replace(_SMALL_32BIT[128], project=Tile(32, 32, 4, 3), x_pass=Tile(32, 32, 4, 2))}
 
 
-def _rows(rows_16bit: dict[int, Tiles], rows_32bit: dict[int, Tiles]) -> dict[tuple[int, int], Tiles]:
-    return {
-        (itemsize, rank): row for itemsize, rows in ((2, rows_16bit), (4, rows_32bit)) for rank, row in rows.items()
-    }
+def _rows(
+    rows_16bit: dict[int, Tiles], rows_32bit: dict[int, Tiles], gemm_16bit: GemmTile, gemm_32bit: GemmTile
+) -> dict[tuple[int, int], Tiles]:
+    found = {(2, rank): replace(row, gemm=gemm_16bit) for rank, row in rows_16bit.items()}
+    if gemm_16bit is _SMALL_GEMM_16BIT:  # of all ranks the branch's operands take 64 KB and a little
+        found[2, MAX_RANK] = replace(rows_16bit[MAX_RANK], gemm=replace(gemm_16bit, rows=64))
+    for rank, row in rows_32bit.items():
+        found[4, rank] = replace(row, gemm=gemm_32bit if rank <= UNPACKED_RANK else _GEMM_32BIT_HIGH_RANK)
+    return found
+
+
+# 163 KB of shared memory hold three stages of 128 x 128 in steps of 64, 227 KB three of 128 x 256, 64 KB two of
+# 128 x 128 in steps of 32. IEEE products of float32 keep whole rows of their operands in registers, of the branch's
+# operands all ranks.
+_GEMM_16BIT, _GEMM_32BIT = GemmTile(128, 128, 8, 3, 64), GemmTile(64, 64, 8, 3, 16)
+_WIDE_GEMM_16BIT, _GEMM_32BIT_HIGH_RANK = GemmTile(128, 256, 8, 3, 64), GemmTile(32, 32, 8, 3, 32)
+_SMALL_GEMM_16BIT, _SMALL_GEMM_32BIT = GemmTile(128, 128, 8, 2, 32), GemmTile(64, 64, 8, 2, 16)
 
 
 _INTERPRETER_TILE = Tile(32, 64, 4, 2)  # small, so that tiny test shapes have several tiles and tails
@@ -133,6 +154,8 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
             128: replace(_LARGE_16BIT[128], project=Tile(128, 64, 8, 3), x_pass=Tile(32, 128, 8, 3)),
         },
         _LARGE_32BIT | {32: replace(_LARGE_32BIT[32], x_pass=Tile(32, 32, 4, 3))},
+        _GEMM_16BIT,
+        _GEMM_32BIT,
     ),
     # The kernels of `project` have two accumulators, one for a segment and one for their sum. In tf32 at ranks 64 and
     # 128 Triton 3.9 would give the pipelined loop of the x pass a buffer too few (docs/backends.md), so it has none.
@@ -147,6 +170,8 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
             64: replace(_LARGE_32BIT[64], project=Tile(32, 64, 4, 3), x_pass=Tile(32, 64, 8, 1)),
             128: replace(_LARGE_32BIT[128], x_pass=Tile(16, 32, 8, 1)),
         },
+        _WIDE_GEMM_16BIT,
+        _GEMM_32BIT,
     ),
     # With 4 warps D1 spills here at rank 64, as do F2 in float32 and, at rank 32 in tf32, F under a mask in 64 rows. So
     # does X with three stages in float32 at rank 128.
@@ -158,11 +183,15 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
             64: replace(_LARGE_32BIT[64], project=Tile(32, 32, 8, 3)),
             128: replace(_LARGE_32BIT[128], x_pass=Tile(16, 32, 8, 2)),
         },
+        _WIDE_GEMM_16BIT,
+        _GEMM_32BIT,
     ),
-    "gfx942": _rows(_AMD_16BIT, _AMD_32BIT),
-    DEFAULT: _rows(_SMALL_16BIT, _SMALL_32BIT),
+    "gfx942": _rows(_AMD_16BIT, _AMD_32BIT, _SMALL_GEMM_16BIT, _SMALL_GEMM_32BIT),
+    DEFAULT: _rows(_SMALL_16BIT, _SMALL_32BIT, _SMALL_GEMM_16BIT, _SMALL_GEMM_32BIT),
     INTERPRETER: {
-        (itemsize, rank): Tiles(*(_INTERPRETER_TILE, 64, *(_INTERPRETER_TILE,) * 3), chunks=2)
+        (itemsize, rank): Tiles(
+            *(_INTERPRETER_TILE, 64, *(_INTERPRETER_TILE,) * 3), chunks=2, gemm=GemmTile(32, 64, 4, 2, 32)
+        )
         for itemsize in (2, 4)
         for rank in RANKS
     },

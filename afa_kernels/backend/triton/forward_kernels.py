@@ -83,15 +83,16 @@ def store_without_branch(
     """Store what rows of rank 0 have: a z of zeros, and in y's columns from ``first`` to ``end`` the base, or zeros."""
     if z_ptr is not None:
         store_z(z_ptr, tl.zeros((BLOCK_M, R), DTYPE), first_row, z_rows, r, BLOCK_M, R)
-    row = tl.arange(0, BLOCK_M)[:, None]
-    y = tl.zeros((BLOCK_M, BLOCK_N), y_ptr.dtype.element_ty)
-    for start in range(first, end, BLOCK_N):
-        col = (start + tl.arange(0, BLOCK_N))[None, :]
-        mask = (row < rows_left) & (col < N)
-        if base_ptr is not None:
-            base_rows = base_ptr + first_row * stride_base_m + row * stride_base_m
-            y = tl.load(base_rows + col * stride_base_n, mask=mask).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + first_row * stride_ym + row * stride_ym + col * stride_yn, y, mask=mask)
+    if y_ptr is not None:
+        row = tl.arange(0, BLOCK_M)[:, None]
+        y = tl.zeros((BLOCK_M, BLOCK_N), y_ptr.dtype.element_ty)
+        for start in range(first, end, BLOCK_N):
+            col = (start + tl.arange(0, BLOCK_N))[None, :]
+            mask = (row < rows_left) & (col < N)
+            if base_ptr is not None:
+                base_rows = base_ptr + first_row * stride_base_m + row * stride_base_m
+                y = tl.load(base_rows + col * stride_base_n, mask=mask).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + first_row * stride_ym + row * stride_ym + col * stride_yn, y, mask=mask)
 
 
 @triton.jit
@@ -101,30 +102,32 @@ def store_branch(
     stride_scaling, scaling, inverse_keep, DTYPE: tl.constexpr, ACT: tl.constexpr, R: tl.constexpr,
     RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store ``z_rows`` rows of z, and y's columns from ``first`` to ``end``, of a tile whose sum over K is ``z``."""
+    """Store, each if wanted, ``z_rows`` rows of z, and y's columns from ``first`` to ``end``, of a tile whose sum over K
+    is ``z``."""
     # The backward recomputes h from the stored z, so it is rounded first: otherwise y and dB would
     # use two different h.
     z = (z * inverse_keep).to(DTYPE)
     if z_ptr is not None:
         store_z(z_ptr, z, first_row, z_rows, r, BLOCK_M, R)
-    alpha_t = load_alpha(alpha_ptr, owner, stride_alpha, ACT)
-    scaling = own_scaling(scaling_ptr, owner, stride_scaling, scaling)
-    h = phi(z.to(tl.float32), alpha_t, ACT).to(DTYPE)
-    b_ptr = own(b_ptr, owner, stride_bg)
-    for start in range(first, end, BLOCK_N):
-        row, rank_row, col = tl.arange(0, BLOCK_M), tl.arange(0, R), start + tl.arange(0, BLOCK_N)
-        b = load_small(
-            b_ptr, rank_row[:, None], col[None, :], rank, N, stride_br, multiple(stride_bn, RANK_STEP), DTYPE, R,
-            RANK_STEP,
-        )  # fmt: skip
-        y = scaling * tl.dot(h, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), input_precision=PRECISION)
-        mask = (row < rows_left)[:, None] & (col < N)[None, :]
-        if base_ptr is not None:
-            base_rows = base_ptr + first_row * stride_base_m + row[:, None] * stride_base_m
-            y += tl.load(base_rows + col[None, :] * stride_base_n, mask=mask, other=0.0).to(tl.float32)
-        y = y.to(y_ptr.dtype.element_ty)
-        y_rows = y_ptr + first_row * stride_ym + row[:, None] * stride_ym
-        tl.store(y_rows + col[None, :] * stride_yn, y, mask=mask)
+    if y_ptr is not None:
+        alpha_t = load_alpha(alpha_ptr, owner, stride_alpha, ACT)
+        scaling = own_scaling(scaling_ptr, owner, stride_scaling, scaling)
+        h = phi(z.to(tl.float32), alpha_t, ACT).to(DTYPE)
+        b_ptr = own(b_ptr, owner, stride_bg)
+        for start in range(first, end, BLOCK_N):
+            row, rank_row, col = tl.arange(0, BLOCK_M), tl.arange(0, R), start + tl.arange(0, BLOCK_N)
+            b = load_small(
+                b_ptr, rank_row[:, None], col[None, :], rank, N, stride_br, multiple(stride_bn, RANK_STEP), DTYPE, R,
+                RANK_STEP,
+            )  # fmt: skip
+            y = scaling * tl.dot(h, b, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), input_precision=PRECISION)
+            mask = (row < rows_left)[:, None] & (col < N)[None, :]
+            if base_ptr is not None:
+                base_rows = base_ptr + first_row * stride_base_m + row[:, None] * stride_base_m
+                y += tl.load(base_rows + col[None, :] * stride_base_n, mask=mask, other=0.0).to(tl.float32)
+            y = y.to(y_ptr.dtype.element_ty)
+            y_rows = y_ptr + first_row * stride_ym + row[:, None] * stride_ym
+            tl.store(y_rows + col[None, :] * stride_yn, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -138,7 +141,7 @@ def xa_phi_hb_forward_kernel(
     """F: ``y = base + scaling * phi(x a^T) b^T`` and ``z = x a^T`` in one pass over x. Grid: (tiles of rows,).
 
     1. accumulate z over K   2. round and store z, h = phi(z) in registers   3. loop over N for y.
-    ``z_ptr`` None: z is not stored.
+    ``z_ptr`` or ``y_ptr`` None: not wanted.
     """
     owner, rank, first_row, rows_left = find_tile(tl.program_id(0), ends_ptr, ranks_ptr, M, G, r, BLOCK_M)
     if ends_ptr is not None:

@@ -119,7 +119,7 @@ class Context:
         self.padded = padded_rank(self.r)
         self.dtype = x.dtype
         self.tiles = tiles or configs.table_tiles(self.device.arch, x.element_size(), self.r)
-        self.precision = "tf32" if x.dtype == torch.float32 and self.device.has_tf32 and _allow_tf32() else "ieee"
+        self.precision = "tf32" if x.dtype == torch.float32 and self.device.has_tf32 and allows_tf32() else "ieee"
         self.act = spec.activation
         self.spec, self.alpha_t, self.seed = spec, alpha_t, seed if spec.dropout else None
         self.x = addressable(x)
@@ -289,7 +289,7 @@ def addressable(t: Tensor) -> Tensor:
     return t if fits else t.contiguous()
 
 
-def _allow_tf32() -> bool:
+def allows_tf32() -> bool:
     matmul = torch.backends.cuda.matmul
     # torch 2.9 brought fp32_precision; where a caller uses it, reading allow_tf32 raises.
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32

@@ -22,11 +22,11 @@ _REDUCE_ELEMENTS, _REDUCE_MIN_ROWS = 1024, 16
 _REDUCE_RANKS, _REDUCE_COLS = 16, 32
 
 
-def _base_arguments(base: Tensor | None, out: Tensor) -> dict[str, Any]:
-    base_strides = (0, 1) if base is None else base.stride()
+def _base_arguments(base: Tensor | None, out: Tensor | None) -> dict[str, Any]:
+    base_strides, out_strides = ((0, 1) if t is None else t.stride() for t in (base, out))
     return {
         "base_ptr": base, "stride_base_m": base_strides[0], "stride_base_n": base_strides[1],
-        "y_ptr": out, "stride_ym": out.stride(0), "stride_yn": out.stride(1),
+        "y_ptr": out, "stride_ym": out_strides[0], "stride_yn": out_strides[1],
     }  # fmt: skip
 
 
@@ -34,11 +34,11 @@ def _tile_fits(t: Tensor) -> bool:
     return int32_offsets(t, configs.MAX_TILE_ROWS)
 
 
-def forward(ctx: Context, base: Tensor | None, out: Tensor, save_z: bool) -> Tensor | None:
-    """Write y into ``out`` and return z if asked for: F, or F1 and F2 where rows are few."""
+def forward(ctx: Context, base: Tensor | None, out: Tensor | None, save_z: bool) -> Tensor | None:
+    """Write y into ``out``, unless that is None, and return z if asked for: F, or F1 and F2 where rows are few."""
     if base is not None and base is not out and not _tile_fits(base):
         base = base.contiguous()
-    if not _tile_fits(out):
+    if out is not None and not _tile_fits(out):
         y = torch.empty_like(out, memory_format=torch.contiguous_format)
         z = forward(ctx, base.contiguous() if base is out else base, y, save_z)
         out.copy_(y)
@@ -60,7 +60,7 @@ def forward(ctx: Context, base: Tensor | None, out: Tensor, save_z: bool) -> Ten
         return z
     partial = _project_partials(ctx, ctx.x, "a", dropout=ctx.spec.dropout > 0)
     constants["DTYPE"] = _triton_dtype(ctx.dtype)
-    columns, tiles = ctx.spread(triton.cdiv(ctx.n, ctx.tiles.out_cols))
+    columns, tiles = (1, 0) if out is None else ctx.spread(triton.cdiv(ctx.n, ctx.tiles.out_cols))
     arguments = {"partial_ptr": partial, "segments": partial.shape[0], "tiles": tiles, **shared}
     grid = (ctx.row_programs(), columns)
     submit(forward_kernels.phi_hb_forward_kernel, grid, arguments, constants, tile)
@@ -93,23 +93,24 @@ def backward(
     """Return dx, da and db: D, R, X, R for small ranks; D1, D2, X, R for large ones."""
     if not (need_dx or need_da or need_db):
         return None, None, None
-    dy = addressable(dy)
-    z = z.contiguous()
     need_dz = need_dx or need_da
-    one_pass = need_dz and ctx.padded <= configs.ONE_PASS_RANK
-    dz = da_partial = db_partial = None
-    if one_pass:
-        dh_partial, db_partial = _dy_pass(ctx, dy, z, need_dh=True, need_db=need_db)
-        dz = _dz_from_partials(ctx, dh_partial, z)
-    else:
-        if need_dz:
-            dz = _dz(ctx, dy, z)
-        if need_db:
-            _, db_partial = _dy_pass(ctx, dy, z, need_dh=False, need_db=True)
+    dz, db_partial = dz_and_db(ctx, addressable(dy), z.contiguous(), need_dz=need_dz, need_db=need_db)
+    da_partial = None
     if need_dz:
-        dx, da_partial = _x_pass(ctx, dz, dx, need_dx=need_dx, need_da=need_da)
-    da, db = _weight_gradients(ctx, da_partial, db_partial, a_dtype, b_dtype)
-    return dx, da, db
+        dx, da_partial = x_pass(ctx, dz, dx, need_dx=need_dx, need_da=need_da)
+    return dx, *weight_gradients(ctx, da_partial, db_partial, a_dtype, b_dtype)
+
+
+def dz_and_db(
+    ctx: Context, dy: Tensor, z: Tensor, *, need_dz: bool, need_db: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dz (M, R) and partials of db, each if needed: D and R, or D1 and D2."""
+    if need_dz and ctx.padded <= configs.ONE_PASS_RANK:
+        dh_partial, db_partial = _dy_pass(ctx, dy, z, need_dh=True, need_db=need_db)
+        return _dz_from_partials(ctx, dh_partial, z), db_partial
+    dz = _dz(ctx, dy, z) if need_dz else None
+    db_partial = _dy_pass(ctx, dy, z, need_dh=False, need_db=True)[1] if need_db else None
+    return dz, db_partial
 
 
 def _dy_pass(
@@ -159,9 +160,10 @@ def _dz(ctx: Context, dy: Tensor, z: Tensor) -> Tensor:
     return dz
 
 
-def _x_pass(
+def x_pass(
     ctx: Context, dz: Tensor, dx: Tensor | None, *, need_dx: bool, need_da: bool
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Return dx, added to the one that is given, and partials of da, each if needed."""
     tile = ctx.x_tile()
     slabs = triton.cdiv(ctx.k, tile.cols)
     split = ctx.split(tile, slabs)
@@ -180,7 +182,7 @@ def _x_pass(
     return dx, da
 
 
-def _weight_gradients(
+def weight_gradients(
     ctx: Context,
     da_partial: Tensor | None,
     db_partial: Tensor | None,

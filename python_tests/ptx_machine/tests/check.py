@@ -19,7 +19,7 @@ from mutants import MUTANTS
 HERE = Path(__file__).resolve().parent
 TARGETS = ("triton-sm_90", "triton-sm_80", "nvcc-sm_90", "nvcc-sm_80")  # the slow ones first
 PART = 100  # problems of one process
-KINDS = {"nvcc": "shared", "triton": "owners"}  # beside lone calls
+KINDS = {"nvcc": ("shared",), "triton": ("owners", "experts")}  # beside lone calls
 SOURCE_FAULTS, SOURCE_PART = len(MUTANTS), 14  # of one process
 
 
@@ -49,7 +49,8 @@ def commands(arguments: argparse.Namespace) -> list[tuple[str, ...]]:
     problems = [
         ("problems.py", target, "--first", str(first), "--count", str(min(PART, count - first)), "--kind", kind)
         for target in arguments.targets
-        for kind, count in (("lone", arguments.problems), (KINDS[target.partition("-")[0]], arguments.others))
+        for kind in ("lone", *KINDS[target.partition("-")[0]])
+        for count in [arguments.problems if kind == "lone" else arguments.others]
         for first in range(0, count, PART)
     ]
     faults = [
@@ -71,7 +72,10 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", default=targets, help="of " + ", ".join(TARGETS))
     parser.add_argument("--problems", type=int, default=300, help="per target")
     parser.add_argument(
-        "--others", type=int, default=100, help="problems of rows by owner (Triton), of layers that share x (nvcc)"
+        "--others",
+        type=int,
+        default=100,
+        help="problems of rows by owner, and of those with frozen weights (Triton); of layers that share x (nvcc)",
     )
     parser.add_argument("--planted", type=int, default=144, help="per target")
     parser.add_argument(

@@ -76,6 +76,24 @@ def call_by_owner(
     return run
 
 
+def call_with_weights(
+    backend: str, sizes: tuple[int, ...], width: tuple[int, int], rank: int, dtype: torch.dtype, adapter: torch.dtype,
+    dropout: int,
+):  # fmt: skip
+    """Return a forward and backward of rows by owner with a frozen matrix and a bias for each. Under dropout two owners
+    share each matrix, and each has a rank of its own."""
+    torch.manual_seed(1)
+    several = 2 if dropout else 1
+    sizes = [size // several for size in sizes for _ in range(several)]
+    ranks = [max(1, rank // (1 + g)) for g in range(len(sizes))] if dropout else None
+    given = {"behind": 3, "ranks": ranks, "weights": adapter, "dropout": dropout, "activation": "relu"}
+    p = Problem.of_owners(dtype, sizes, *width, rank, alphas=(0.2, 0.7, 0.9), base="none", **given)
+    k, n = width
+    p.kind, p.weight = "experts", (torch.randn(len(sizes) // several, n, k) * k**-0.5).to(dtype)
+    p.bias = torch.randn(len(p.weight), n).to(dtype)
+    return lambda: list(p.run(choice.get(backend)).values())
+
+
 def shared_call(dtype: torch.dtype, ranks: tuple[int, ...]) -> Callable[[], Results]:
     """Return a forward and backward of layers that share x, on nvcc's kernels."""
     torch.manual_seed(1)
@@ -194,6 +212,7 @@ class Triton:
         self.machine.explain = True
         found: dict[str, Kernel] = {}
         uses = [(call, *shape) for shape in self.shapes] + [(call_by_owner, *shape) for shape in self.by_owner]
+        uses += [(call_with_weights, *shape) for shape in self.by_owner]
         for name, dtype, rank in self.types:
             for make, *shape, dropout in uses:
                 for multiprocessors in (1, 108):

@@ -26,7 +26,11 @@ def main() -> int:
     parser.add_argument("target", choices=[f"{compiler}-{arch}" for compiler in ON_PTX for arch in ptx_cuda.DEVICES])
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--first", type=int, default=0, help="the number of the first problem")
-    parser.add_argument("--kind", default="lone", help="owners: rows by owner; shared: layers that share x")
+    parser.add_argument(
+        "--kind",
+        default="lone",
+        help="owners: rows by owner; experts: those and their frozen weights; shared: layers that share x",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # several of these processes run side by side
     ptx_cuda.register()

@@ -47,7 +47,8 @@ TESTS_OF_OTHER_FILES = (
         "owners and is_accurate or every_kernel",
         "lone and is_accurate or every_kernel",
         "owners and not is_accurate",
-        "not owners and not is_accurate and not every_kernel",
+        "experts",
+        "not owners and not experts and not is_accurate and not every_kernel",
     ],
 )
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

@@ -19,7 +19,7 @@ from ptx_helpers import EXECUTED, changed, comments, kernel, launch, one_less  #
 
 ELEMENTS = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
 MODES = {16: 0, 128: 1, 64: 2, 32: 3}  # bits 62 and 63 of a descriptor, by the bytes of a swizzled row
-HALF = 16384  # bytes of shared memory for each matrix
+HALF = 32768  # bytes of shared memory for each matrix
 
 
 def swizzled(address, width):
@@ -123,7 +123,7 @@ def truncated(values, kind):
 
 CASES = [
     (kind, columns, width, (mn_a, mn_b))
-    for kind, columns, width in itertools.product(ELEMENTS, (8, 16, 32, 64, 128), MODES)
+    for kind, columns, width in itertools.product(ELEMENTS, (8, 16, 32, 64, 128, 256), MODES)
     for mn_a, mn_b in ([(False, False)] if kind == "tf32" else itertools.product((False, True), repeat=2))
     if not mn_b or columns * 2 >= width
 ]
