@@ -1,5 +1,5 @@
-"""``python -m afa_kernels``: versions, devices, and each backend, available or why not. ``--self-test`` also runs each
-of them against float64."""
+"""``python -m afa_kernels``: versions, devices, each backend, available or why not, and what was measured.
+``--self-test`` also runs each of them against float64, and ``--tune`` measures (tune.py)."""
 
 import argparse
 import os
@@ -10,7 +10,8 @@ from importlib import metadata
 import torch
 
 import afa_kernels
-from afa_kernels import self_test
+from afa_kernels import self_test, tune
+from afa_kernels.backend import measured
 from afa_kernels.backend.choice import ENVIRONMENT_VARIABLE
 
 _OPTIONAL_PACKAGES = ("triton", "transformers", "peft", "safetensors")
@@ -56,17 +57,34 @@ def _backends() -> list[str]:
     return lines
 
 
+def _measured() -> list[str]:
+    """Return what was measured of each card, or why nothing is known."""
+    found = []
+    for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        for index in range(module.device_count() if module.is_available() else 0):
+            device = torch.device(kind, index)
+            entries, reason = measured.read(device)
+            found.append(f"{device}: {reason or f'{len(entries)} layers, in {measured.file_of(device)}'}")
+    return found or ["no card, so device, dtype and rank decide"]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the report and return the exit status. ``argv``: the arguments, by default those of the command line."""
     parser = argparse.ArgumentParser(prog="python -m afa_kernels", description="what runs here, and why not the rest")
     parser.add_argument("--self-test", action="store_true", help="run every backend against float64, in seconds")
+    tune.arguments(parser)
     arguments = parser.parse_args(argv)
+    if arguments.tune is not None:
+        return tune.main(arguments)
     print(_versions())
     print("devices:")
     for line in _devices():
         print(f"  {line}")
     print("backends, in the order of choice:")
     for line in _backends():
+        print(f"  {line}")
+    print("measured, by python -m afa_kernels --tune:")
+    for line in _measured():
         print(f"  {line}")
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     if forced:

@@ -26,6 +26,7 @@ def _find(path: str) -> Any:
 _autocast_state = _find("_C._is_any_autocast_enabled")
 _hooks_of_saved_tensors = _find("_C._autograd._top_saved_tensors_default_hooks")
 _dispatch_keys = _find("_C._dispatch_keys")
+_driver_version = _find("_C._cuda_getDriverVersion")
 _raw_stream = _find("_C._cuda_getCurrentRawStream")
 _grouped_mm = _find("nn.functional.grouped_mm") or _find("_grouped_mm")
 _library_takes = {
@@ -131,6 +132,12 @@ def saved_tensor_hooks() -> object:
     if _hooks_of_saved_tensors is None or is_compiling():
         return None
     return _hooks_of_saved_tensors(False)
+
+
+def driver_version() -> str:
+    """Return the version of CUDA that the driver is for, such as "13.0"; an empty string where torch does not tell."""
+    version = 0 if _driver_version is None else _driver_version()
+    return f"{version // 1000}.{version % 1000 // 10}" if version else ""
 
 
 def has_grouped_mm() -> bool:

@@ -8,7 +8,7 @@ notebook may have left goes, and nothing is asked of the network or kept in the 
 import os
 import tempfile
 
-_CHANGES_RESULTS = ("AFA_KERNELS_BACKEND", "AFA_KERNELS_AUTOTUNE", "TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+_CHANGES_RESULTS = ("AFA_KERNELS_BACKEND", "TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
 _OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PREFIXES = ("ACCELERATE_", "FSDP_", "HF_", "TRANSFORMERS_", "TORCHELASTIC_")
 _CACHES = tempfile.TemporaryDirectory(prefix="afa-tests-")  # until this process ends

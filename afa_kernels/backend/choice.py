@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from afa_kernels.backend import compiled
+from afa_kernels.backend import compiled, measured
 from afa_kernels.backend.interface import Backend, BackendStatus, BackendUnavailable, Call
 
 ENVIRONMENT_VARIABLE = "AFA_KERNELS_BACKEND"
@@ -108,7 +108,8 @@ def _left(backend: Backend, call: Call) -> str | None:
 
 @remembered
 def select(call: Call, name: str | None) -> Selection:
-    """Return the backend that takes ``call``: the named one, or the first in order that can.
+    """Return the backend that takes ``call``: the named one, the one that was the fastest on this card, or the first in
+    order that can.
 
     Raises:
         BackendUnavailable: ``name`` cannot take the call.
@@ -120,6 +121,11 @@ def select(call: Call, name: str | None) -> Selection:
         if why_not is not None:
             raise BackendUnavailable(f"backend {name!r} cannot take this call: {why_not} (call: {_describe(call)})")
         return Selection(_BACKENDS[name], "requested")
+    fastest = measured.choice_for(call)
+    if fastest is not None:
+        backend = _BACKENDS.get(fastest[0])
+        if backend is not None and backend.why_not(call) is None:
+            return Selection(backend, fastest[1])
     passed_over = []
     for backend in _BACKENDS.values():
         if not backend.automatic:

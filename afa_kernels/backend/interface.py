@@ -109,10 +109,10 @@ class Backend:
         ``dtype`` is that of x. operator/frozen.py explains the two orders."""
         return False
 
-    def multiplies(self, x: Tensor, weight: Tensor) -> str | None:
-        """Of rows by owner with a frozen ``weight (E, N, K)`` or ``(N, K)``: return why :meth:`linear_forward` and
-        :meth:`linear_backward` run, which make its product too. None: torch makes that. ``x`` is x or dy, of which
-        dtype and device count."""
+    def multiplies(self, x: Tensor, weight: Tensor, r: int) -> str | None:
+        """Of rows by owner of rank r with a frozen ``weight (E, N, K)`` or ``(N, K)``: return why
+        :meth:`linear_forward` and :meth:`linear_backward` run, which make its product too. None: torch makes that.
+        ``x`` is x or dy, of which rows, dtype and device count."""
         return None
 
     def launches(self, call: Call) -> list[dict[str, Any]]:

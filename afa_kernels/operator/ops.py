@@ -111,7 +111,7 @@ def _linear_forward(weight, bias, x, a, b, alpha_t, seed, options, rows):
         return _empty(x, 0, b.shape[-2]), _empty(x, 0, a.shape[-2]) if options.save_z else None
     with plain_precision(x):
         backend, spec = choice.get(options.backend), options.spec
-        if rows is not None and backend.multiplies(x, weight):
+        if rows is not None and backend.multiplies(x, weight, a.shape[-2]):
             branch = (a, b, alpha_t, seed, spec, rows)
             return backend.linear_forward(x, weight, bias, *branch, save_z=options.save_z)
         y, base, product_to_come = frozen.begin(backend, spec, x, weight, bias, rows)
@@ -135,7 +135,7 @@ def _linear_backward(weight, dy, x, a, b, z, alpha_t, seed, options, rows, need_
     with plain_precision(x):
         backend, spec = choice.get(options.backend), options.spec
         needs = {"need_da": need_da, "need_db": need_db}
-        if rows is not None and backend.multiplies(dy, weight):
+        if rows is not None and backend.multiplies(dy, weight, a.shape[-2]):
             return backend.linear_backward(dy, x, weight, a, b, z, alpha_t, seed, spec, rows, **needs)
         needs["need_dx"] = True
         begun = frozen.begin_backward(backend, spec, dy, weight, rows)

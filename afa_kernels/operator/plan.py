@@ -90,13 +90,13 @@ def _planned(
 ) -> Plan:
     chosen, reason = choice.select(call, choice.requested(options.backend))
     launches = () if call.m == 0 else tuple(chosen.launches(call))
-    way = "" if weight is None else _way(chosen, x, weight)
+    way = "" if weight is None else _way(chosen, x, weight, call.r)
     return Plan(chosen.name, "gemm" if identity else "fused", reason, launches, way)
 
 
-def _way(backend: interface.Backend, x: Tensor, weight: Tensor) -> str:
+def _way(backend: interface.Backend, x: Tensor, weight: Tensor, r: int) -> str:
     """Return how the rows of all owners are multiplied with their weights, and why."""
-    fused = backend.multiplies(x, weight)
+    fused = backend.multiplies(x, weight, r)
     if fused:
         return f"fused: {fused}"
     forward, backward = (": ".join(frozen.way_of(x, matrices)) for matrices in (weight.mT, weight))

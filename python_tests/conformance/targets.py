@@ -251,14 +251,14 @@ class TritonTarget(Target):
         if not self.arch:
             yield
             return
-        from afa_kernels.backend.triton import autotune, configs
+        from afa_kernels.backend.triton import configs, tuning
 
         draw, rank = random.Random(problem.title), problem.outputs[0].a.shape[-2]
         tiles = configs.table_tiles(draw.choice((self.arch, configs.DEFAULT)), problem.x.itemsize, rank)
         tiles = replace(tiles, chunks=draw.choice((1, 2, tiles.chunks)))
         if not pipelined:
             tiles = replace(tiles, x_pass=replace(tiles.x_pass, stages=1))
-        with mock.patch.object(autotune, "tiles", lambda *_: tiles), tf32(problem.tf32):
+        with mock.patch.object(tuning, "tiles", lambda *_: tiles), tf32(problem.tf32):
             yield
 
     def schedules(self, number: int) -> Iterator[contextlib.AbstractContextManager]:

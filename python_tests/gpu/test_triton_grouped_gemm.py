@@ -36,25 +36,25 @@ def test_it_runs_where_torch_has_no_such_kernel(arch, dtypes, monkeypatch):
         x, weight = torch.zeros(4, 8, dtype=dtype), torch.zeros(2, 16, 8, dtype=dtype)
         monkeypatch.setattr(launch, "allows_tf32", lambda: True)
         with on(arch):
-            assert bool(backend.BACKEND.multiplies(x, weight)) == (name in dtypes.split()), name
-            assert backend.BACKEND.multiplies(x, weight[0]) is None  # torch's GEMM adds to the branch
+            assert bool(backend.BACKEND.multiplies(x, weight, 8)) == (name in dtypes.split()), name
+            assert backend.BACKEND.multiplies(x, weight[0], 8) is None  # torch's GEMM adds to the branch
     monkeypatch.setattr(launch, "allows_tf32", lambda: False)
     with on(arch):
-        assert backend.BACKEND.multiplies(torch.zeros(4, 8), torch.zeros(2, 16, 8)) is None
+        assert backend.BACKEND.multiplies(torch.zeros(4, 8), torch.zeros(2, 16, 8), 8) is None
 
 
 def test_it_runs_with_a_torch_that_has_no_grouped_mm(monkeypatch):
     monkeypatch.setattr(torch_private, "has_grouped_mm", lambda: False)
     with on("sm_90"):
         x, weight = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((4, 8), (2, 16, 8)))
-        assert "grouped_mm" in backend.BACKEND.multiplies(x, weight)
+        assert "grouped_mm" in backend.BACKEND.multiplies(x, weight, 8)
 
 
 def test_matrices_beyond_32_bits_are_left_to_torch():
     x, weight = (torch.empty(shape, dtype=torch.float16, device="meta") for shape in ((4, 2**16), (2, 2**16, 2**16)))
     with on("sm_80"):
-        assert backend.BACKEND.multiplies(x, weight) is None
-        assert backend.BACKEND.multiplies(x, weight[:, : 2**14])
+        assert backend.BACKEND.multiplies(x, weight, 8) is None
+        assert backend.BACKEND.multiplies(x, weight[:, : 2**14], 8)
 
 
 def random_call(matrices: int, dtype: torch.dtype):

@@ -17,7 +17,6 @@ from helpers import Problem, eager, products_that_read_past_rows, torch_reads_pa
 
 LEFT_BY_OTHERS = {
     "AFA_KERNELS_BACKEND": "reference",
-    "AFA_KERNELS_AUTOTUNE": "1",
     "TORCH_COMPILE_DISABLE": "1",
     "WORLD_SIZE": "8",
     "ACCELERATE_MIXED_PRECISION": "fp16",

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 
 from afa_kernels import torch_private
+from afa_kernels.backend import measured
 from afa_kernels.backend.interface import Backend, BackendStatus, BackendUnavailable, Call
 from afa_kernels.backend.triton.configs import MAX_RANK
 
@@ -65,9 +66,9 @@ def _context(x, a, b, alpha_t, seed, spec, rows):
     if INTERPRETED and torch.bfloat16 in (a.dtype, b.dtype):  # of which a Call says nothing
         raise BackendUnavailable(f"backend 'triton' cannot take A and B in bfloat16: {_NO_BFLOAT16}")
     # Here and below: these modules import Triton, which a process that never runs it need not have.
-    from afa_kernels.backend.triton import autotune, launch
+    from afa_kernels.backend.triton import launch, tuning
 
-    tiles = autotune.tiles(launch.device_of(x), x, b)
+    tiles = tuning.tiles(launch.device_of(x), x, b)
     return launch.Context(x, a, b, alpha_t, seed, spec, tiles, rows)
 
 
@@ -127,13 +128,17 @@ class TritonBackend(Backend):
                 return f"needs compute capability 8.0 or later, got {capability[0]}.{capability[1]}"
         return None
 
-    def multiplies(self, x, weight):
+    def multiplies(self, x, weight, r):
         if weight.dim() == 2:
             return None  # a GEMM of torch's, which accumulates
         from afa_kernels.backend.triton import grouped_gemm, launch
 
         if not grouped_gemm.takes(weight):
             return None
+        _, n, k = weight.shape
+        entry = measured.lookup(x.device, measured.EXPERTS, x.dtype, k, n, r, x.shape[0])
+        if entry is not None and entry.fuses is not None:
+            return entry.reason if entry.fuses else None
         return _fuses(x.device, x.dtype, x.dtype == torch.float32 and launch.allows_tf32())
 
     def forward(self, x, a, b, alpha_t, seed, spec, rows=None, *, base, out, save_z):

@@ -102,8 +102,8 @@ def store_branch(
     stride_scaling, scaling, inverse_keep, DTYPE: tl.constexpr, ACT: tl.constexpr, R: tl.constexpr,
     RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store, each if wanted, ``z_rows`` rows of z, and y's columns from ``first`` to ``end``, of a tile whose sum over K
-    is ``z``."""
+    """Store, each if wanted, ``z_rows`` rows of z, and y's columns from ``first`` to ``end``, of a tile whose sum over
+    K is ``z``."""
     # The backward recomputes h from the stored z, so it is rounded first: otherwise y and dB would
     # use two different h.
     z = (z * inverse_keep).to(DTYPE)

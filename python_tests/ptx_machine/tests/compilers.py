@@ -193,14 +193,14 @@ class Triton:
     def _in_tiles(
         self, run: Callable[[], Results], on_tensor_cores: bool, rank: int, itemsize: int, multiprocessors: int
     ):
-        from afa_kernels.backend.triton import autotune, configs
+        from afa_kernels.backend.triton import configs, tuning
 
         tiles = replace(configs.table_tiles(self.arch, itemsize, rank), chunks=1)
         device = replace(configs.device_of(torch.device("cpu")), multiprocessors=multiprocessors)
 
         def in_tiles() -> Results:
             with (
-                mock.patch.object(autotune, "tiles", lambda *_: tiles),
+                mock.patch.object(tuning, "tiles", lambda *_: tiles),
                 mock.patch.object(configs, "device_of", lambda _: device),
                 tf32(on_tensor_cores),
             ):

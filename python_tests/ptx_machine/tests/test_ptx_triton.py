@@ -23,7 +23,7 @@ _ptx = pytest.importorskip("afa_kernels._ptx", reason="built with AFA_BUILD_PTX_
 
 import afa_kernels as afa  # noqa: E402
 from afa_kernels.backend import choice  # noqa: E402
-from afa_kernels.backend.triton import autotune, configs  # noqa: E402
+from afa_kernels.backend.triton import configs, tuning  # noqa: E402
 
 here = pytest.mark.skipif(not SIMULATED_GPU, reason="run by test_on_simulated_gpus")
 LORA = ("x", "lora_a", "lora_b", "base")
@@ -102,7 +102,7 @@ def test_buffers_of_dz_on_sm_90(monkeypatch, simulated_gpu):
     tiles = configs.table_tiles("sm_90", 4, 64)
     tiles = replace(tiles, x_pass=replace(tiles.x_pass, stages=3))
     problem = conformance.problems.Problem.of(torch.float32, 200, 264, 136, 64)
-    monkeypatch.setattr(autotune, "tiles", lambda *_: tiles)
+    monkeypatch.setattr(tuning, "tiles", lambda *_: tiles)
     with tf32(True):
         problem.run(choice.get("triton"))
 
