@@ -31,7 +31,8 @@ class Case(NamedTuple):
     alpha_t: float = 0.5
     dropout_p: float = 0.0
     activation: str = "silu"
-    owners: int = 0
+    owners: int = 0  # or 5
+    weights: torch.dtype = torch.float32  # of A and B, where x is not wider
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -51,10 +52,10 @@ def cases() -> Iterator[Case]:
         yield Case(90, 64, 72, 16, dtype, dropout_p=0.25, owners=5)
 
 
-def _operands(case: Case, device: str) -> list[Tensor]:
-    """Return x, weight, A and B; A and B are float32 beside 16-bit x, as PEFT has them."""
+def _operands(case: Case, device: str | torch.device) -> list[Tensor]:
+    """Return x, weight, A and B; A and B are float32 beside 16-bit x, as PEFT has them, or as a case says."""
     generator = torch.Generator().manual_seed(hash(case[:4]) % 2**31)
-    wide = torch.promote_types(case.dtype, torch.float32)
+    wide = torch.promote_types(case.dtype, case.weights)
     own = (case.owners,) if case.owners else ()
 
     def draw(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -81,11 +82,15 @@ def _errors(case: Case, operands: list[Tensor], backend: str, truth: list[Tensor
     return [float((got.double() - t).norm() / t.norm()) for got, t in zip(results, truth, strict=True)]
 
 
-def _failures(case: Case, backend: str, device: str) -> list[str]:
+def failures_of(case: Case, backend: str, device: str | torch.device) -> list[str]:
+    """Return a line for each result that is too far from float64."""
     operands = _operands(case, device)
     # The operands of the truth have the values that a call in the dtype of x computes with.
     truth = _results(case, [t.to(case.dtype).double() for t in operands], "reference")
-    allowed = [2 * error + torch.finfo(case.dtype).eps for error in _errors(case, operands, "torch", truth)]
+    # Half a unit in the last place, on average; a whole one of few elements.
+    roundings = [torch.finfo(case.dtype).eps / (1 if t.numel() < 256 else 2) for t in truth]
+    plain = _errors(case, operands, "torch", truth)
+    allowed = [2 * error + rounding for error, rounding in zip(plain, roundings, strict=True)]
     found = zip(_RESULTS, _errors(case, operands, backend, truth), allowed, strict=True)
     return [
         f"{case}: {name} is {error:.1e} from float64, allowed {most:.1e}"
@@ -113,7 +118,7 @@ def run() -> int:
                 continue
             begin = time.perf_counter()
             taken = [case for case in cases() if _takes(case, name, device)]
-            failures = [line for case in taken for line in _failures(case, name, device)]
+            failures = [line for case in taken for line in failures_of(case, name, device)]
             failed += len(failures)
             state = f"{len(failures)} results are wrong" if failures else "ok"
             print(f"{name:<10} on {device}: {state}; {len(taken)} calls, {time.perf_counter() - begin:.1f} s")

@@ -140,9 +140,9 @@ def driver_version() -> str:
     return f"{version // 1000}.{version % 1000 // 10}" if version else ""
 
 
-def has_grouped_mm() -> bool:
-    """Whether torch has a product of rows that are sorted by owner (public since 2.10)."""
-    return _grouped_mm is not None
+def has_grouped_mm(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether torch has a product of rows that are sorted by owner (public since 2.10). It takes no float64."""
+    return _grouped_mm is not None and dtype != torch.float64
 
 
 def grouped_mm(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:

@@ -13,23 +13,23 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from afa_kernels import self_test
 from afa_kernels.backend import choice, measured
 from afa_kernels.backend.interface import Call
 from afa_kernels.backend.measured import EXPERTS, FUSED, LAYER, Entry, Key
 from afa_kernels.operator.functional import afa_linear, afa_lora
 
 USUAL = "4096x4096,4096x14336,14336x4096"
-_CHECKED_ROWS = 256
 _SECONDS = 0.4  # of each comparison
 _FLUSHED = 256 << 20  # bytes that are written before each call, more than any cache holds
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+Tiles = tuple[tuple[str, int], ...]  # the number of a candidate for each pass of ``triton``
 Steps = dict[str, Callable[[], object]]
 Clock = Callable[[Steps], dict[str, float]]  # the median time of each in microseconds, taken in turns
 
@@ -126,15 +126,6 @@ class Problem:
             y = afa_lora(x, a, b, self.alpha_t, **given)
         return [y.detach(), *torch.autograd.grad(y, leaves, self.dy)]
 
-    def converted(self, device: str, dtype: torch.dtype) -> "Problem":
-        other = object.__new__(Problem)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                value = value.to(device, dtype if value.is_floating_point() and name != "alpha_t" else value.dtype)
-            setattr(other, name, value)
-        other.rows = {name: t.to(device) for name, t in self.rows.items()}
-        return other
-
 
 def interleaved(device: torch.device) -> Clock:
     """Return a clock of a card: steps in turns, in another order each time, with cold caches."""
@@ -161,27 +152,25 @@ def interleaved(device: torch.device) -> Clock:
     return clock
 
 
-def best_tiles(problem: Problem, case: Case, device: torch.device, clock: Clock) -> dict:
-    """Return tiles of ``triton``, the fastest of each pass in turn."""
+def best_tiles(problem: Problem, case: Case, device: torch.device, clock: Clock) -> Tiles:
+    """Return the tiles of ``triton`` that are the fastest, pass by pass."""
     from afa_kernels.backend.triton import configs, tuning
 
-    backend, call = choice.get("triton"), _call(case, device)
-    tiles = configs.table_tiles(configs.device_of(device).arch, case.dtype.itemsize, case.r)
-    for name in (*tuning.PASSES, *(("gemm",) if case.layer.experts else ())):
-        masked = name.endswith("dropout")
-        if masked and backend.refuses(call._replace(dropout=True)):
+    triton, call = choice.get("triton"), _call(case, device)
+    row, found = configs.table_tiles(configs.device_of(device).arch, case.dtype.itemsize, case.r), ()
+    for name in tuning.PASSES:
+        masked, fused = name.endswith("dropout"), name == "gemm"
+        if (masked and triton.refuses(call._replace(dropout=True))) or (fused and not case.layer.experts):
             continue
-        steps, options = {}, [replace(tiles, **{name: tile}) for tile in tuning.candidates(getattr(tiles, name))]
-        for i, option in enumerate(options):
-            how = {"frozen": name == "gemm", "dropout_p": 0.1 if masked else 0.0}
-            step = _with(_entry(case, {"triton": 2.0, FUSED: 1.0}, option), problem, "triton", **how)
+        how, steps = {"frozen": fused, "dropout_p": 0.1 if masked else 0.0}, {}
+        for number, _ in enumerate(tuning.candidates(getattr(row, name))):
+            step = _trial(case, FUSED, (*found, (name, number)), problem, **how)
             if _runs(step):
-                steps[str(i)] = step
-        if not steps:
-            continue
-        times = clock(steps)
-        tiles = options[int(min(times, key=times.__getitem__))]
-    return asdict(tiles)
+                steps[str(number)] = step
+        if steps:
+            times = clock(steps)
+            found = (*found, (name, int(min(times, key=times.__getitem__))))
+    return found
 
 
 def _runs(step: Callable[[], object]) -> bool:
@@ -197,12 +186,18 @@ def _runs(step: Callable[[], object]) -> bool:
     return True
 
 
-def _entry(case: Case, us: dict[str, float], tiles: object = None, rows: int | None = None) -> Entry:
-    stored = tiles if tiles is None or isinstance(tiles, dict) else asdict(tiles)
-    return Entry(case.key, us, rows, str(case.weights).removeprefix("torch."), stored)
+def _entry(case: Case, us: dict[str, float], tiles: Tiles, rows: int | None) -> Entry:
+    return Entry(case.key, us, rows, str(case.weights).removeprefix("torch."), tiles)
 
 
-def _with(entry: Entry, problem: Problem, backend: str, **how) -> Callable[[], list[Tensor]]:
+def _as_if_fastest(case: Case, way: str, tiles: Tiles) -> Entry:
+    """Return what lets ``way`` run: of the two ways of ``triton``, the one that is said to be faster."""
+    return _entry(case, {"triton": 1.0 + (way == FUSED), FUSED: 1.0 + (way != FUSED)}, tiles, None)
+
+
+def _trial(case: Case, way: str, tiles: Tiles, problem: Problem, **how) -> Callable[[], list[Tensor]]:
+    entry, backend = _as_if_fastest(case, way, tiles), way.partition(",")[0]
+
     def step() -> list[Tensor]:
         with measured.trial(entry):
             return problem.step(backend, **how)
@@ -223,32 +218,22 @@ def _call(case: Case, device: torch.device) -> Call:
     return Call(device.type, case.dtype, *sizes, device_index=device.index, owners=layer.experts)
 
 
-def measure(case: Case, device: torch.device, clock: Clock) -> tuple[Entry, list[str]]:
-    """Return what was measured of a layer, and what was left out, with the reason."""
-    small = Problem(case._replace(rows=min(case.rows, _CHECKED_ROWS)), device)
-    truth = small.converted("cpu", torch.float64).step("reference")
-    plain = _errors(small.step("torch"), truth)
-    problem, tiles, steps, left_out = Problem(case, device), None, {}, []
-    for way in ways(case, device):
-        backend = way.partition(",")[0]
-        if backend == "triton" and tiles is None:
-            tiles = best_tiles(problem, case, device, clock)
-        # Of the two ways of triton the one that is said to be faster runs.
-        entry = _entry(case, {"triton": 2.0, FUSED: 1.0} if way == FUSED else {"triton": 1.0, FUSED: 2.0}, tiles)
-        errors = _errors(_with(entry, small, backend)(), truth)
-        allowed = [2 * error + torch.finfo(case.dtype).eps / 2 for error in plain]
-        wrong = [
-            f"{error:.1e} for {most:.1e}" for error, most in zip(errors, allowed, strict=True) if not error <= most
-        ]
+def measure(case: Case, device: torch.device, clock: Clock, tiles: Tiles | None = None) -> tuple[Entry, list[str]]:
+    """Return what was measured of a layer, with these tiles of ``triton`` or the best ones, and what was left out, with
+    the reason."""
+    problem, steps, left_out, found = Problem(case, device), {}, [], ways(case, device)
+    if tiles is None:
+        tiles = best_tiles(problem, case, device, clock) if "triton" in found else ()
+    (k, n, experts), rows = case.layer, max(case.rows, 64)
+    checked = self_test.Case(rows, k, n, case.r, case.dtype, owners=5 if experts else 0, weights=case.weights)
+    for way in found:
+        with measured.trial(_as_if_fastest(case, way, tiles)):
+            wrong = self_test.failures_of(checked, way.partition(",")[0], device)
         if wrong:
-            left_out.append(f"{way}: less accurate than torch ({', '.join(wrong)})")
+            left_out += [f"{way}: {line}" for line in wrong]
         else:
-            steps[way] = _with(entry, problem, backend)
-    return _entry(case, clock(steps), tiles), left_out
-
-
-def _errors(got: list[Tensor], truth: list[Tensor]) -> list[float]:
-    return [((g.cpu().double() - t).norm() / t.norm()).item() for g, t in zip(got, truth, strict=True)]
+            steps[way] = _trial(case, way, tiles, problem)
+    return _entry(case, clock(steps), tiles, case.rows), left_out
 
 
 def tune(cases: list[Case], device: torch.device, clock: Clock, *, by_tokens: bool = False) -> list[Entry]:
@@ -256,24 +241,23 @@ def tune(cases: list[Case], device: torch.device, clock: Clock, *, by_tokens: bo
     means over its numbers of rows, or with ``by_tokens`` one for each."""
     print(f"{'layer':>16} {'r':>4} {'rows':>7}  {'before':18} {'now':18} us")
     found: dict[Key, list[Entry]] = {}
-    for case in cases:
+    for case in sorted(cases, key=lambda case: -case.rows):
         before = _chosen(case, device)
-        entry, left_out = measure(case, device, clock)
-        found.setdefault(case.key, []).append(entry._replace(rows=case.rows))
+        of_layer = found.setdefault(case.key, [])
+        # One choice for all numbers of rows is one choice of tiles: those of the largest.
+        entry, left_out = measure(case, device, clock, of_layer[0].tiles if of_layer and not by_tokens else None)
+        of_layer.append(entry)
         times = "  ".join(f"{name} {us:.1f}" for name, us in entry.us.items())
         print(f"{case.layer!s:>16} {case.r:>4} {case.rows:>7}  {before:18} {entry.fastest:18} {times}", flush=True)
         for reason in left_out:
             print(f"{'':31}left out: {reason}")
-    if by_tokens:
-        return [entry for entries in found.values() for entry in entries]
-    return [_mean(entries) for entries in found.values()]
+    return [entry for of_layer in found.values() for entry in (of_layer if by_tokens else [_mean(of_layer)])]
 
 
 def _mean(entries: list[Entry]) -> Entry:
     common = [name for name in entries[0].us if all(name in entry.us for entry in entries)]
     us = {name: statistics.geometric_mean(entry.us[name] for entry in entries) for name in common}
-    largest = max(entries, key=lambda entry: entry.rows)
-    return largest._replace(us=us, rows=None)
+    return entries[0]._replace(us=us, rows=None)
 
 
 def _chosen(case: Case, device: torch.device) -> str:
@@ -320,7 +304,14 @@ def main(options: argparse.Namespace) -> int:
     types = _DTYPES[options.dtype], _DTYPES[options.weights]
     cases = [Case(layer, r, m, *types) for layer in layers for r in ranks for m in rows]
     entries = tune(cases, device, interleaved(device), by_tokens=options.by_tokens)
-    print(f"kept in {measured.write(device, entries)}")
+    try:
+        print(f"kept in {measured.write(device, entries)}")
+    except OSError as error:
+        print(
+            f"not kept, so calls do not follow it: {error}; {measured.FOLDER_VARIABLE} names another folder",
+            file=sys.stderr,
+        )
+        return 1
     choice.forget_choices()
     return 0
 

@@ -24,7 +24,6 @@ from afa_kernels.backend.interface import Call
 FOLDER_VARIABLE = "AFA_KERNELS_CACHE_DIR"
 LAYER, EXPERTS = "layer", "experts"  # one owner has all rows, or each has a frozen matrix
 FUSED = "triton, one GEMM"  # the product with the weights of experts in the kernels of ``triton``
-_SMALLEST_RANK = 16
 _CARDS = {"cuda": torch.cuda, "xpu": torch.xpu}
 
 
@@ -33,11 +32,11 @@ class Key(NamedTuple):
     dtype: str
     k: int
     n: int
-    r: int  # a power of two, of at least 16
+    r: int  # the largest of its class: 16, 32, 64, ...
 
     @classmethod
     def of(cls, kind: str, dtype: torch.dtype, k: int, n: int, r: int) -> "Key":
-        return cls(kind, str(dtype).removeprefix("torch."), k, n, max(_SMALLEST_RANK, 1 << (r - 1).bit_length()))
+        return cls(kind, str(dtype).removeprefix("torch."), k, n, max(16, 1 << (r - 1).bit_length()))
 
 
 class Entry(NamedTuple):
@@ -47,7 +46,7 @@ class Entry(NamedTuple):
     us: dict[str, float]  # of a forward and a backward, by what made them
     rows: int | None = None  # it was measured for so many rows alone; None: for any
     weights: str = ""  # dtype of A and B, which the tiles are for
-    tiles: dict[str, Any] | None = None  # of ``triton``; None: those of its table
+    tiles: tuple[tuple[str, int], ...] = ()  # of ``triton``, the number of a candidate for each pass (tuning.py)
 
     @property
     def fastest(self) -> str:
@@ -161,12 +160,12 @@ def _entry(stored: Any) -> Entry | None:
     try:
         key = Key(*(stored[name] for name in Key._fields))
         us = {str(name): float(value) for name, value in stored["us"].items()}
-        rows, tiles = stored["rows"], stored["tiles"]
-        weights = str(stored["weights"])
+        rows, weights, tiles = stored["rows"], stored["weights"], tuple(stored["tiles"].items())
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    sound = rows is None or isinstance(rows, int)
-    sound = sound and (tiles is None or isinstance(tiles, dict)) and us and min(us.values()) > 0
+    sound = isinstance(key.kind, str) and isinstance(key.dtype, str) and isinstance(weights, str)
+    sound = sound and all(isinstance(size, int) for size in (*key[2:], *dict(tiles).values()))
+    sound = sound and (rows is None or isinstance(rows, int)) and us and min(us.values()) > 0
     return Entry(key, us, rows, weights, tiles) if sound else None
 
 
@@ -175,8 +174,10 @@ def write(device: torch.device, entries: list[Entry]) -> Path:
     path = file_of(device)
     new = {(entry.key, entry.rows): entry for entry in entries}
     kept = {(entry.key, entry.rows): entry for entry in read(device)[0]}
-    layers = [entry.key._asdict() | {name: getattr(entry, name) for name in ("us", "rows", "weights", "tiles")}
-              for entry in (kept | new).values()]  # fmt: skip
+    layers = [
+        entry.key._asdict() | {"us": entry.us, "rows": entry.rows, "weights": entry.weights, "tiles": dict(entry.tiles)}
+        for entry in (kept | new).values()
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(identity(device) | {"layers": layers}, indent=1))

@@ -100,7 +100,12 @@ def _zs(x: Tensor, a: list[Tensor]) -> list[Tensor]:
     return [z.contiguous() for z in (x @ torch.cat(a).T).split(ranks, 1)]
 
 
-# --- rows by owner: on a CPU the rows of each owner are one ordinary call
+# --- rows by owner: on a CPU, and in float64, the rows of each owner are one ordinary call
+
+
+def _on_device(x: Tensor) -> bool:
+    """Whether torch reads the offsets itself."""
+    return not x.is_cpu and torch_private.has_grouped_mm(x.dtype)
 
 
 def _forward_in_loop(x, a, b, alpha_t, seed, spec, rows, base, out, save_z):
@@ -254,14 +259,14 @@ class TorchBackend(Backend):
     def forward(self, x, a, b, alpha_t, seed, spec, rows=None, *, base, out, save_z):
         if rows is None:
             return _forward(x, a, b, alpha_t, seed, spec, base, out, save_z, 0)
-        by_owner = _forward_in_loop if x.is_cpu else _forward_together
+        by_owner = _forward_together if _on_device(x) else _forward_in_loop
         return by_owner(x, a, b, alpha_t, seed, spec, rows, base, out, save_z)
 
     def backward(self, dy, x, a, b, z, alpha_t, seed, spec, rows=None, *, need_dx, need_da, need_db, dx=None):
         needs = (need_dx, need_da, need_db)
         if rows is None:
             return _backward(dy, x, a, b, z, alpha_t, seed, spec, 0, *needs)
-        by_owner = _backward_in_loop if x.is_cpu else _backward_together
+        by_owner = _backward_together if _on_device(x) else _backward_in_loop
         return by_owner(dy, x, a, b, z, alpha_t, seed, spec, rows, dx, *needs)
 
     def forward_shared(self, x, members, *, bases, outs, save_z):

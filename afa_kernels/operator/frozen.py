@@ -8,7 +8,7 @@ calls :func:`begin` runs the branch next, and then :func:`finish` where the prod
 
 Rows may have owners with a matrix each, several owners of the branch in a row one together. torch's ``grouped_mm``
 multiplies them on a GPU, where it reads the offsets on the device; it cannot accumulate, so that it always comes first.
-On a CPU, and for a torch without it, it is a loop of GEMMs, whose results go where they belong.
+On a CPU, in float64, and for a torch without it, it is a loop of GEMMs, whose results go where they belong.
 """
 
 from collections.abc import Iterator
@@ -113,7 +113,7 @@ def way_of(rows: Tensor, matrices: Tensor) -> Way:
 
 def _on_device(t: Tensor) -> bool:
     """Whether torch reads the offsets itself."""
-    return not t.is_cpu and torch_private.has_grouped_mm()
+    return not t.is_cpu and torch_private.has_grouped_mm(t.dtype)
 
 
 def _begin_by_owner(

@@ -31,7 +31,7 @@ def on(arch: str):
     ],
 )  # fmt: skip
 def test_it_runs_where_torch_has_no_such_kernel(arch, dtypes, monkeypatch):
-    monkeypatch.setattr(torch_private, "has_grouped_mm", lambda: True)
+    monkeypatch.setattr(torch_private, "has_grouped_mm", lambda *_: True)
     for name, dtype in {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}.items():
         x, weight = torch.zeros(4, 8, dtype=dtype), torch.zeros(2, 16, 8, dtype=dtype)
         monkeypatch.setattr(launch, "allows_tf32", lambda: True)
@@ -44,7 +44,7 @@ def test_it_runs_where_torch_has_no_such_kernel(arch, dtypes, monkeypatch):
 
 
 def test_it_runs_with_a_torch_that_has_no_grouped_mm(monkeypatch):
-    monkeypatch.setattr(torch_private, "has_grouped_mm", lambda: False)
+    monkeypatch.setattr(torch_private, "has_grouped_mm", lambda *_: False)
     with on("sm_90"):
         x, weight = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((4, 8), (2, 16, 8)))
         assert "grouped_mm" in backend.BACKEND.multiplies(x, weight, 8)

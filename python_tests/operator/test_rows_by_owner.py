@@ -311,6 +311,17 @@ def test_a_torch_without_grouped_mm_multiplies_in_loops_on_a_gpu(monkeypatch, gr
 
 
 @pytest.mark.skipif(not torch_private.has_grouped_mm(), reason="needs grouped_mm")
+def test_float64_is_multiplied_in_loops_on_a_gpu():
+    """torch's grouped_mm refuses it."""
+    p = ByOwner.random((4, 5, 6), 24, 16, 8, torch.float64)
+    with pytest.raises(RuntimeError, match="Double"):
+        torch_private.grouped_mm(p.x, p.weight.mT, p.offsets)
+    on_gpu = SimpleNamespace(is_cpu=False, dtype=torch.float64, shape=p.x.shape)
+    assert frozen.way_of(on_gpu, p.weight.mT) is frozen.LOOP and not torch_ops._on_device(on_gpu)
+    assert torch_ops._on_device(SimpleNamespace(is_cpu=False, dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(not torch_private.has_grouped_mm(), reason="needs grouped_mm")
 @pytest.mark.parametrize("promise", PROPERTIES, ids=lambda promise: promise.name)
 def test_the_products_of_a_gpu_on_cpu_tensors(promise, monkeypatch):
     """The ``torch`` backend takes torch's grouped_mm on GPUs; torch runs that on a CPU too."""

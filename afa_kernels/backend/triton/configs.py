@@ -122,24 +122,26 @@ _AMD_32BIT = _SMALL_32BIT | {128: replace(_SMALL_32BIT[128], project=Tile(32, 32
 
 
 def _rows(
-    rows_16bit: dict[int, Tiles], rows_32bit: dict[int, Tiles], gemm_16bit: GemmTile, gemm_32bit: GemmTile
-) -> dict[tuple[int, int], Tiles]:
-    found = {(2, rank): replace(row, gemm=gemm_16bit) for rank, row in rows_16bit.items()}
-    if gemm_16bit is _SMALL_GEMM_16BIT:  # of all ranks the branch's operands take 64 KB and a little
-        found[2, MAX_RANK] = replace(rows_16bit[MAX_RANK], gemm=replace(gemm_16bit, rows=64))
-    for rank, row in rows_32bit.items():
-        found[4, rank] = replace(row, gemm=gemm_32bit if rank <= UNPACKED_RANK else _GEMM_32BIT_HIGH_RANK)
-    return found
+    rows_16bit: dict[int, Tiles], rows_32bit: dict[int, Tiles], gemm_16bit: dict[int, GemmTile],
+    gemm_32bit: dict[int, GemmTile],
+) -> dict[tuple[int, int], Tiles]:  # fmt: skip
+    of_size = {2: (rows_16bit, gemm_16bit), 4: (rows_32bit, gemm_32bit)}
+    return {
+        (itemsize, rank): replace(row, gemm=gemms[rank])
+        for itemsize, (rows, gemms) in of_size.items()
+        for rank, row in rows.items()
+    }
 
 
 # 163 KB of shared memory hold three stages of 128 x 128 in steps of 64, 227 KB three of 128 x 256, 64 KB two of
-# 128 x 128 in steps of 32. IEEE products of float32 keep whole rows of their operands in registers, of the branch's
-# operands all ranks.
-_GEMM_16BIT, _GEMM_32BIT = GemmTile(128, 128, 8, 3, 64), GemmTile(64, 64, 8, 3, 16)
-_WIDE_GEMM_16BIT, _GEMM_32BIT_HIGH_RANK = GemmTile(128, 256, 8, 3, 64), GemmTile(32, 32, 8, 3, 32)
-_SMALL_GEMM_16BIT, _SMALL_GEMM_32BIT = GemmTile(128, 128, 8, 2, 32), GemmTile(64, 64, 8, 2, 16)
-
-
+# 128 x 128 in steps of 32, with the branch's operands at rank 128 of half as many rows. IEEE products of float32 keep
+# whole rows of their operands in registers, of the branch's operands all ranks.
+_GEMM_16BIT = dict.fromkeys(RANKS, GemmTile(128, 128, 8, 3, 64))
+_WIDE_GEMM_16BIT = dict.fromkeys(RANKS, GemmTile(128, 256, 8, 3, 64))
+_SMALL_GEMM_16BIT = dict.fromkeys(RANKS, GemmTile(128, 128, 8, 2, 32)) | {128: GemmTile(64, 128, 8, 2, 32)}
+_HIGH_RANKS_32BIT = dict.fromkeys((64, 128), GemmTile(32, 32, 8, 3, 32))
+_GEMM_32BIT = dict.fromkeys(RANKS, GemmTile(64, 64, 8, 3, 16)) | _HIGH_RANKS_32BIT
+_SMALL_GEMM_32BIT = dict.fromkeys(RANKS, GemmTile(64, 64, 8, 2, 16)) | _HIGH_RANKS_32BIT
 _INTERPRETER_TILE = Tile(32, 64, 4, 2)  # small, so that tiny test shapes have several tiles and tails
 
 TABLE: dict[str, dict[tuple[int, int], Tiles]] = {

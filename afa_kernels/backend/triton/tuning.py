@@ -1,6 +1,7 @@
 """Which tiles a call runs with: what was measured on its card, or a row of the table; and which ones to measure."""
 
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
+from functools import lru_cache
 
 from torch import Tensor
 from triton.compiler.errors import CompilationError
@@ -10,9 +11,7 @@ from afa_kernels.backend import measured
 from afa_kernels.backend.triton import configs
 from afa_kernels.backend.triton.configs import Device, GemmTile, Tile, Tiles
 
-PASSES = ("project", "dy_pass", "x_pass", "x_pass_dropout")
-_SMALLEST = {"rows": 16, "cols": 16, "warps": 1, "stages": 1, "step": 16}
-_LARGEST = {"rows": configs.MAX_TILE_ROWS, "cols": 512, "warps": 16, "stages": 8, "step": 256}
+PASSES = ("project", "dy_pass", "x_pass", "x_pass_dropout", "gemm")
 # What Triton raises where a tile is too much for the device, and how the RuntimeErrors of its compilers begin. In place
 # of PTXASError Triton 3.2 raises one of these.
 _TOO_MUCH = (errors.OutOfResources, CompilationError, getattr(errors, "PTXASError", errors.OutOfResources))
@@ -25,29 +24,21 @@ def tiles(device: Device, x: Tensor, b: Tensor) -> Tiles:
     row = configs.table_tiles(device.arch, x.element_size(), r)
     kind = measured.EXPERTS if b.dim() == 3 else measured.LAYER
     entry = measured.lookup(x.device, kind, x.dtype, x.shape[1], n, r, x.shape[0])
-    if entry is None or not entry.tiles or entry.weights != str(b.dtype).removeprefix("torch."):
+    if entry is None or entry.weights != str(b.dtype).removeprefix("torch."):
         return row
-    return loaded(entry.tiles, row)
+    return chosen(row, entry.tiles)
 
 
-def loaded(stored: dict, row: Tiles) -> Tiles:
-    """Return tiles of a file, or ``row`` where they are none that the kernels take."""
-    try:
-        found = {name: _tile(value) if isinstance(value, dict) else value for name, value in stored.items()}
-        tiles = replace(row, **found)
-    except (TypeError, ValueError):
-        return row
-    same = all(type(getattr(tiles, field.name)) is type(getattr(row, field.name)) for field in fields(Tiles))
-    return tiles if same and (tiles.out_cols, tiles.chunks) == (row.out_cols, row.chunks) else row
-
-
-def _tile(stored: dict) -> Tile:
-    tile = GemmTile(**stored) if "step" in stored else Tile(**stored)
-    for name, value in asdict(tile).items():
-        sound = isinstance(value, int) and _SMALLEST[name] <= value <= _LARGEST[name]
-        if not sound or (name != "stages" and value & (value - 1)):
-            raise ValueError(f"{name}: {value!r}")
-    return tile
+@lru_cache(maxsize=256)
+def chosen(row: Tiles, numbers: tuple[tuple[str, int], ...]) -> Tiles:
+    """Return ``row`` with the candidate of that number for each pass; ``row`` itself where there is none."""
+    found = {}
+    for name, number in numbers:
+        options = candidates(getattr(row, name)) if name in PASSES else []
+        if not 0 <= number < len(options):
+            return row
+        found[name] = options[number]
+    return replace(row, **found)
 
 
 def candidates(tile: Tile) -> list[Tile]:
