@@ -17,25 +17,11 @@ from torch import Tensor
 
 from afa_kernels.backend.interface import Backend, Member, Rows
 from afa_kernels.operator.activation import ACTIVATIONS, IDENTITY
-from afa_kernels.operator.options import Spec
 from conformance.layouts import LAYOUTS, OF_OWNERS, around, bits, memory_of, placed
+from conformance.operands import Output, normal, output, random_rows
 
 KINDS = ("lone", "owners", "experts", "shared")
 SEEDS = (77, 0, -1, 2**63 - 1, -(2**63), 123456789012345)  # of dropout
-
-
-@dataclass
-class Output:
-    """One result and what makes it beside x: the operands of :meth:`Backend.forward`."""
-
-    a: Tensor
-    b: Tensor
-    alpha_t: Tensor | None
-    spec: Spec
-    base: Tensor | None
-    accumulates: bool  # into the base
-    dy: Tensor
-    layout: str = "packed"  # of the result
 
 
 @dataclass
@@ -73,7 +59,7 @@ class Problem:
         of_matrices = [name for name in layouts if name in LAYOUTS]
         rows, ranks = None, [rank]
         if kind in ("owners", "experts"):
-            rows = _random_rows(draw, m, draw.choice(where.owners), rank)
+            rows = random_rows(draw, m, draw.choice(where.owners), rank)
         if kind == "shared":
             ranks = where.shared_ranks(draw, draw.choice((1, 2, 3)))
         names, outputs = [*sorted(ACTIVATIONS), IDENTITY], []
@@ -91,7 +77,7 @@ class Problem:
             ))  # fmt: skip
         # Small enough that an activation is nearly linear, and so large that each branch of it is reached.
         scale = draw.choice((1.0, 1.0, 2.0, 1e-4 if dtype == torch.float32 else 1.0))
-        x = placed(_normal(dtype, m, k, scale=scale), draw.choice(of_matrices))
+        x = placed(normal(dtype, m, k, scale=scale), draw.choice(of_matrices))
         title = f"problem {number} on {where.name}"
         problem = cls(kind, x, outputs, rows, name == "tf32", number, draw.choice(SEEDS), title)
         x[problem.behind()] = torch.nan
@@ -103,7 +89,7 @@ class Problem:
     def of(cls, dtype, m: int, k: int, widths, ranks, *, weights=None, **options) -> "Problem":
         """Return the call of one layer (``widths``, its N, and ``ranks`` are numbers), or of several that share x, with
         weights of several dtypes and layouts unless one is given."""
-        x = _normal(dtype, m, k)
+        x = normal(dtype, m, k)
         if isinstance(widths, int):
             return cls("lone", x, [output(dtype, m, k, widths, ranks, None, weights=weights or dtype, **options)])
         outputs = []
@@ -122,7 +108,7 @@ class Problem:
         ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         rows = Rows(ends, None if ranks is None else torch.tensor(ranks, dtype=torch.int32), None)
         m = sum(sizes) + behind
-        problem = cls("owners", _normal(dtype, m, k), [], rows)
+        problem = cls("owners", normal(dtype, m, k), [], rows)
         problem.outputs = [output(dtype, m, k, n, r, rows, weights=weights or dtype, **options)]
         problem.x[problem.behind()] = torch.nan
         return problem
@@ -135,14 +121,14 @@ class Problem:
         transposed = draw.random() < 0.4  # as transformers keeps some models'
         shape = (*leading, k, n) if transposed else (*leading, n, k)
         layout = draw.choice(list(OF_OWNERS if leading else LAYOUTS))
-        weight = placed(_normal(dtype, *shape, scale=k**-0.5), layout)
+        weight = placed(normal(dtype, *shape, scale=k**-0.5), layout)
         self.weight = weight.mT if transposed else weight
         if not leading:  # rows behind the last offset have that one matrix too
             behind = self.behind()
-            self.x[behind], o.dy[behind] = (_normal(dtype, *t[behind].shape) for t in (self.x, o.dy))
+            self.x[behind], o.dy[behind] = (normal(dtype, *t[behind].shape) for t in (self.x, o.dy))
         bias = draw.choice(("none", "each", "one"))
         if bias != "none":
-            self.bias = _normal(dtype, *(leading if bias == "each" else ()), n)
+            self.bias = normal(dtype, *(leading if bias == "each" else ()), n)
 
     def on(self, device: torch.device) -> "Problem":
         """Return the same problem, in the same places of memory, on another device."""
@@ -387,58 +373,3 @@ class Problem:
 def _without_13_bits(t: Tensor) -> Tensor:
     """What a tensor core reads of a float32."""
     return (t.view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-
-def _random_rows(draw: random.Random, rows: int, owners: int, rank: int) -> Rows:
-    rows -= draw.choice((0, 0, 0, min(rows, 3), rows // 2, rows))
-    kind = draw.choice(("even", "skewed", "random"))
-    ends = [rows // owners * (g + 1) for g in range(owners)]
-    if kind == "skewed":  # one owner has nearly all rows
-        most = draw.randrange(owners)
-        ends = [0 if g < most else rows for g in range(owners)]
-    if kind == "random":  # some have none
-        ends = sorted(draw.randint(0, rows) for _ in range(owners))
-    ranks = torch.tensor([[draw.choice((0, 1, rank, draw.randint(0, rank))), -1] for _ in range(owners)])
-    scaling = torch.tensor([draw.choice((0.5, 1.75, -2.0)) for _ in range(owners)])
-    return Rows(
-        torch.tensor(ends, dtype=torch.int32),
-        ranks.int()[:, 0] if draw.random() < 0.5 else None,
-        scaling if draw.random() < 0.5 else None,
-    )
-
-
-def _normal(dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
-
-
-def output(
-    dtype: torch.dtype, m: int, k: int, n: int, r: int, rows: Rows | None, *, weights: torch.dtype, dropout: int = 0,
-    activation: str = "silu", alphas=(0.3,), scaling: float = 1.5, base: str = "matrix", one_dy: bool = False,
-    layouts=("packed",) * 5,
-) -> Output:  # fmt: skip
-    """Return what makes one result, with the layouts of A, B, the base, dy and the result. ``alphas`` go round the
-    owners; A and B are never 0, with which any kernel is right, and ``one_dy`` is for all rows."""
-    owners, behind = (), slice(m, m)
-    if rows is not None:
-        owners, behind = (len(rows.offsets),), slice(int(rows.offsets[-1]), m)
-    a, b = _normal(weights, *owners, r, k, scale=k**-0.5), _normal(weights, *owners, n, r, scale=r**-0.5)
-    if rows is not None and rows.ranks is not None:
-        for g, rank in enumerate(rows.ranks.tolist()):
-            a[g, rank:], b[g, :, rank:] = torch.nan, torch.nan
-    alpha_t = None
-    if activation != IDENTITY:
-        alpha_t = torch.tensor(alphas[0])
-        if owners:
-            each = [alphas[g % len(alphas)] for g in range(*owners)]
-            alpha_t = alpha_t.expand(owners) if len(alphas) == 1 else torch.tensor(each)
-    whole, dy = _normal(dtype, m, n), _normal(dtype, m, n)
-    if one_dy and behind.start == m:
-        dy = dy[:1].clone().expand(m, n)
-    else:
-        dy[behind] = torch.nan
-        dy = placed(dy, layouts[3])
-    whole = whole[:1].clone().expand(m, n) if base == "row" else placed(whole, layouts[2])
-    return Output(
-        placed(a, layouts[0]), placed(b, layouts[1]), alpha_t, Spec(activation, scaling, dropout),
-        None if base == "none" else whole, base == "accumulated", dy, layouts[4],
-    )  # fmt: skip

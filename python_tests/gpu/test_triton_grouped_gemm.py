@@ -92,6 +92,17 @@ def test_a_layer(dtype, matrices):
 
 
 @pytest.mark.usefixtures("interpreter")
+def test_float32_sums_of_many_terms_stay_as_accurate():
+    """They are summed in segments: in one sum the error grows with the number of terms."""
+    torch.manual_seed(1)
+    x, weight, b = torch.rand(4, 8192), torch.rand(1, 16, 8192), torch.zeros(1, 16, 4)
+    offsets = torch.tensor([4], dtype=torch.int32)
+    y = afa.afa_linear(x, weight, None, torch.zeros(1, 4, 8192), b, 0.0, offsets=offsets, backend="triton")
+    truth = x.double() @ weight[0].double().T
+    assert ((y - truth).norm() / truth.norm()).item() < 1e-7
+
+
+@pytest.mark.usefixtures("interpreter")
 def test_plan_says_so():
     (x, weight, _, a, b), given, _ = random_call(2, torch.float16)
     del given["dropout_seed"]
