@@ -100,7 +100,7 @@ def choice_for(call: Call) -> tuple[str, str] | None:
     kind = EXPERTS if call.owners else LAYER
     device = torch.device(call.device, call.device_index)
     entry = lookup(device, kind, call.dtype, call.k, call.n, call.r, call.m)
-    return (entry.fastest.partition(",")[0], entry.reason) if entry is not None and entry.us else None
+    return (entry.fastest.partition(",")[0], entry.reason) if entry is not None else None
 
 
 # --- the file of a card

@@ -103,6 +103,17 @@ def test_float32_sums_of_many_terms_stay_as_accurate():
 
 
 @pytest.mark.usefixtures("interpreter")
+def test_rows_behind_the_last_offset_are_zero():
+    """Though the contract leaves them undefined: nothing is computed for them, such as those of other processes."""
+    (x, weight, bias, a, b), given, dy = random_call(4, torch.float32)
+    given["offsets"] = given["offsets"].clamp(max=33)
+    x[33:], dy[33:] = torch.nan, torch.nan
+    y = afa.afa_linear(x.requires_grad_(), weight, bias, a, b, 0.5, backend="triton", **given)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert y[:33].all() and dx[:33].isfinite().all() and not y[33:].any() and not dx[33:].any()
+
+
+@pytest.mark.usefixtures("interpreter")
 def test_plan_says_so():
     (x, weight, _, a, b), given, _ = random_call(2, torch.float16)
     del given["dropout_seed"]

@@ -226,6 +226,7 @@ def test_what_a_file_holds_of_other_layers_stays_where_an_entry_is_broken(a_card
     wrong = (
         {"us": {}},
         {"us": {"triton": "fast"}},
+        {"us": {"triton": -1.0}},
         {"rows": "all"},
         {"tiles": 5},
         {"tiles": {"project": []}},
