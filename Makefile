@@ -162,7 +162,7 @@ bench-pytest: build-tests  ## some of its cases under pytest-benchmark (ARGS="-k
 	$(RUN) -m pytest bench --benchmark-only --benchmark-storage=outputs/bench/pytest \
 		--benchmark-columns=min,median,iqr,rounds $(ARGS)
 
-.PHONY: sanitize-cpu sanitize mutation reports-quick cuda-report triton-report gpu-check wheel wheel-check
+.PHONY: sanitize-cpu sanitize mutation reports-quick cuda-report triton-report gpu-check gpu-rehearsal wheel wheel-check
 .PHONY: clean
 sanitize-cpu: $(VENV)/.tests
 	$(SAY) 'CPU kernels, and the host code of the CUDA kernels, under ASan and UBSan'
@@ -226,8 +226,13 @@ ptx-report: build-tests  ## what every compiled kernel does in a call, counted: 
 host-time: build-tests  ## processor time of a call of the cuda backend before its kernels run, without a GPU
 	PYTHONPATH=.:python_tests $(RUN) python_tests/ptx_machine/host_time.py $(ARGS)
 
-gpu-check: build-tests  ## on a machine with a GPU: everything that the tests cannot run without one
-	$(RUN) -m tools.gpu_check $(ARGS)
+# With the environment of the tests if there is one, else with PYTHON as it is: such a machine may have no network. It
+# compiles by itself, for the card that is there.
+gpu-check:  ## on a machine with a GPU: is it right, and what takes how long (ARGS="1 2": of four calls, 9 minutes each)
+	$(if $(wildcard $(VENV)/.tests),$(RUN),$(PYTHON)) -m tools.gpu_check $(ARGS)
+
+gpu-rehearsal: build-tests  ## gpu-check with simulated cards, without network, where only what it needs is installed
+	$(RUN) -m pytest -m slow python_tests/project/test_gpu_check.py $(ARGS)
 
 wheel: $(VENV)/.wheel $(NVCC_OF_TESTS)  ## a wheel for any Linux that torch runs on, into dist/ (AFA_BUILD_CUDA=0: CPU kernels only)
 	$(SAY) 'Building the wheel, which takes minutes'

@@ -242,7 +242,7 @@ def tune(cases: list[Case], device: torch.device, clock: Clock, *, by_tokens: bo
     print(f"{'layer':>16} {'r':>4} {'rows':>7}  {'before':18} {'now':18} us")
     found: dict[Key, list[Entry]] = {}
     for case in sorted(cases, key=lambda case: -case.rows):
-        before = _chosen(case, device)
+        before = chosen(case, device)
         of_layer = found.setdefault(case.key, [])
         # One choice for all numbers of rows is one choice of tiles: those of the largest.
         entry, left_out = measure(case, device, clock, of_layer[0].tiles if of_layer and not by_tokens else None)
@@ -260,7 +260,7 @@ def _mean(entries: list[Entry]) -> Entry:
     return entries[0]._replace(us=us, rows=None)
 
 
-def _chosen(case: Case, device: torch.device) -> str:
+def chosen(case: Case, device: torch.device) -> str:
     """Return what takes a layer as things are."""
     backend, layer = choice.select(_call(case, device), None).backend, case.layer
     if not layer.experts:

@@ -1,10 +1,10 @@
 """Compile every row of the Triton tile table for GPUs that are not here, print what the machine
 code uses, and check it.
 
-Run as ``python -m tools.triton_report`` (``--quick`` for a subset). Exits with 1 if a kernel
-spills, if a product of 16-bit operands has no tensor-core instruction, or if a kernel takes more
-shared memory than its architecture has. Registers, spills and instructions are read from the
-machine code; nothing here says how fast it runs.
+Run as ``python -m tools.triton_report`` (``--quick`` for a subset). Exits with 1 if a kernel spills
+beyond what is tolerated, if a product of 16-bit operands has no tensor-core instruction, or if a
+kernel takes more shared memory than its architecture has. Registers, spills and instructions are
+read from the machine code; nothing here says how fast it runs.
 """
 
 import argparse
@@ -36,6 +36,9 @@ _TOKENS = (16384, 512)  # one pass over x, and the split kernels
 _OPERANDS = {"f32": (torch.float32, 0), "masked": (torch.float32, 1), "as x": (None, 0)}
 _OWNERS = (0, 8)  # of rows, each with its own a and b
 _PRODUCTS = ("project", "xa_phi", "phi_hb", "dyb", "dy_pass", "x_pass", "grouped_gemm")  # kernels with a matrix product
+
+# Of a row's kernel, with the reason in configs.py.
+_TOLERATED_SPILLS = {("sm_90", 2, 128, "dyb_dphi_backward_kernel"): 2}
 
 
 class Variant(NamedTuple):
@@ -119,7 +122,8 @@ def _is_quick(variant: Variant) -> bool:
 def faults(variant: Variant, launch: Launch, code: MachineCode) -> list[str]:
     """Return what is wrong with a kernel; an empty list if nothing is."""
     found = []
-    if code.spills:
+    use = (variant.row, _DTYPES[variant.dtype].itemsize, variant.rank, launch.name)
+    if code.spills > _TOLERATED_SPILLS.get(use, 0):
         found.append(f"{code.spills} spills")
     limit = _DEFAULT_SHARED if variant.row == configs.DEFAULT else CARDS[variant.arch].shared_per_block
     if code.shared > limit:

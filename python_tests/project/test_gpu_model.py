@@ -1,25 +1,28 @@
-"""gpu_check's step ``model`` with a synthetic card in the place of a GPU: fits, table, verdicts, exit status; and the
-meter of a real one as far as a CPU can run it."""
+"""bench.model beside a synthetic card in the place of a GPU: fits, figures, verdicts; and the meter of a real one, as
+far as a CPU can run it."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import skip_unless_available
 
-from bench.model.cuda_launches import H100, Gpu, Layer, Range, decoding, overhead
-from tools import gpu_check, gpu_meter, gpu_model
-from tools.gpu_steps import Context, Step
+pytest.importorskip("triton")
+
+from bench.model import on_card  # noqa: E402
+from bench.model.cuda_launches import H100, Gpu, Layer, Range, decoding, overhead  # noqa: E402
+from tools import gpu_measure  # noqa: E402
+from tools.gpu_right import Card  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 CARD = "NVIDIA H100 80GB HBM3"
 RANGES = ("memory", "l2", "latency", "launch", "hidden", "unhidden")
 # In the middle of every range: the model is right there.
 SOUND = H100._replace(**{name: Range(*[sum(getattr(H100, name)) / 2] * 2) for name in RANGES})
-SMALL = Context.rehearsal("cuda_ptx")
+SMALL = Card("cpu", cuda="cuda_ptx", small=True, dtype=torch.float16)
 
 
 class Synthetic:
@@ -48,7 +51,7 @@ class Synthetic:
     def kernels(self, layer):
         return tuple(
             {name: taken.good * self.factors.get(name, 1.0) for name, taken in direction.items()}
-            for direction in gpu_model.durations(layer, self.gpu)
+            for direction in on_card.durations(layer, self.gpu)
         )
 
     def step(self, layer, alpha_t):
@@ -66,28 +69,21 @@ def _planned():
     skip_unless_available("cuda_ptx")
 
 
-def checked(meter: Synthetic, folder: Path, monkeypatch, card: str = CARD) -> tuple[int, dict, str]:
-    """Run the step on ``meter``; return the exit status, the step's record and its page."""
-    monkeypatch.setattr(gpu_check, "card_name", lambda context: "synthetic")
-    step = Step("model", "", lambda context: gpu_model.outcome_of(gpu_model.compare(meter), card))
-    status = gpu_check.run_all([step], SMALL, folder)
-    record = json.loads((folder / "gpu-synthetic.jsonl").read_text().splitlines()[1])
-    page = folder / "gpu-synthetic-model.md"
-    return status, record, page.read_text() if page.exists() else ""
+def rows(meter: Synthetic, card: str = CARD) -> list[dict]:
+    return list(gpu_measure.rows_of(on_card.compare(meter), card))
 
 
-def off(record: dict) -> set[str]:
-    return {row["figure"] for row in record["rows"] if row["verdict"] != "ok"}
+def off(found: list[dict]) -> set[str]:
+    return {row["figure"] for row in found if row["verdict"] != "ok"}
 
 
-def test_a_card_that_is_as_modelled_passes_and_is_written_down(tmp_path, monkeypatch):
-    status, record, page = checked(Synthetic(), tmp_path, monkeypatch)
-    assert status == 0 and record["status"] == "ok" and not off(record)
-    names = [row["figure"] for row in record["rows"]]
+def test_a_card_that_is_as_modelled_passes():
+    found = rows(Synthetic())
+    assert not off(found) and not any("fault" in row for row in found)
+    names = [row["figure"] for row in found]
     assert len(set(names)) == len(names)
     assert {*RANGES, "gemm", "a layer, r=16: x, backward", "q, k, v: tax", "one token, in a graph"} <= set(names)
-    assert CARD in page and all(name in page for name in names)
-    kernel = next(row for row in record["rows"] if row["figure"] == "a layer, r=64: project_dy, backward")
+    kernel = next(row for row in found if row["figure"] == "a layer, r=64: project_dy, backward")
     assert kernel["with measured assumptions"] == kernel["measured"]
 
 
@@ -95,7 +91,7 @@ def test_a_card_that_is_as_modelled_passes_and_is_written_down(tmp_path, monkeyp
 def test_the_assumptions_are_fitted(name):
     for factor in (0.5, 3.0):
         truth = SOUND._replace(**{name: Range(*(value * factor for value in getattr(SOUND, name)))}, gemm=5e14)
-        got = gpu_model.measured_gpu(Synthetic(truth))
+        got = on_card.measured_gpu(Synthetic(truth))
         for field in (*RANGES, "gemm"):
             value = getattr(truth, field)
             assert getattr(got, field) == pytest.approx(value, rel=1e-6), field
@@ -103,12 +99,12 @@ def test_the_assumptions_are_fitted(name):
 
 @pytest.mark.parametrize("name", [*RANGES, "gemm"])
 @pytest.mark.parametrize("above", [False, True])
-def test_an_assumption_outside_of_its_range_fails(name, above, tmp_path, monkeypatch):
+def test_an_assumption_outside_of_its_range_fails(name, above):
     ends = [H100.gemm] if name == "gemm" else getattr(H100, name)
     value = 1.1 * max(ends) if above else 0.9 * min(ends)
     wrong = value if name == "gemm" else Range(value, value)
-    status, record, _ = checked(Synthetic(SOUND._replace(**{name: wrong})), tmp_path, monkeypatch)
-    assert status == 1 and record["status"] == "failed" and name in off(record)
+    found = rows(Synthetic(SOUND._replace(**{name: wrong})))
+    assert name in off(found) and any(row["figure"] == name and "fault" in row for row in found)
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
@@ -116,39 +112,48 @@ def test_an_assumption_outside_of_its_range_fails(name, above, tmp_path, monkeyp
     "what",
     ["pack", "forward", "dy", "x", "reduce", "project_dy", "db", "tax", "identity", "taxes", "token"],
 )
-def test_a_figure_outside_of_its_range_fails_alone(what, factor, tmp_path, monkeypatch):
-    status, record, page = checked(Synthetic(**{what: factor}), tmp_path, monkeypatch)
-    assert status == 1
+def test_a_figure_outside_of_its_range_fails_alone(what, factor):
+    found = rows(Synthetic(**{what: factor}))
     names = {"tax": "a layer: tax", "identity": "a layer at identity: tax", "taxes": ": tax", "token": "in a graph"}
     said = names.get(what, f": {what}, ")
-    wrong = off(record)
+    wrong = off(found)
     assert wrong and all(said in name for name in wrong), wrong
-    assert "off by +" in page if factor > 1 else "off by -" in page
+    faults = [row["fault"] for row in found if "fault" in row]
+    assert len(faults) == len(wrong) and all(f"off by {'+' if factor > 1 else '-'}" in fault for fault in faults)
 
 
-def test_kernels_that_the_model_does_not_know_are_an_error():
+def test_kernels_that_the_model_does_not_know_cost_their_own_figures_alone():
     meter = Synthetic()
-    meter.kernels = lambda layer: (dict.fromkeys(("pack", "forward"), 1e-5), {"surprise": 1e-5})
-    with pytest.raises(RuntimeError, match="launched were .'surprise'"):
-        gpu_model.compare(meter)
+    known = meter.kernels
+
+    def kernels(layer):
+        forward, backward = known(layer)
+        backward.pop("pack", None)
+        return forward, backward | {"surprise": 1e-5}
+
+    meter.kernels = kernels
+    verdicts = {row["figure"]: row["verdict"] for row in rows(meter)}
+    assert verdicts["a layer, r=16: surprise, backward"] == "not modelled"
+    assert verdicts["a layer, r=16: x, backward"] == "ok"
+    missing = [verdict for name, verdict in verdicts.items() if name.endswith(": pack, backward")]
+    assert missing and set(missing) == {"off by -100%"}
 
 
-def test_a_card_that_the_model_does_not_know_gets_no_verdict(tmp_path, monkeypatch):
-    status, record, page = checked(Synthetic(x=9.0), tmp_path, monkeypatch, card="NVIDIA L4")
-    assert status == 0 and record["status"] == "absent" and "no verdict on NVIDIA L4" in record["message"]
-    assert "NVIDIA L4" in page
+def test_a_card_that_the_model_does_not_know_gets_no_verdict():
+    found = rows(Synthetic(x=9.0), card="NVIDIA L4")
+    assert off(found) and not any("fault" in row for row in found)
 
 
 def test_noise_that_turns_two_sizes_around_is_no_rate():
     meter = Synthetic()
     meter.mapped = lambda nbytes: 1e-3
-    wrong = {figure.name for figure in gpu_model.assumptions(gpu_model.measured_gpu(meter)) if figure.off}
+    wrong = {figure.name for figure in on_card.assumptions(on_card.measured_gpu(meter)) if figure.off}
     assert {"memory", "l2"} <= wrong
 
 
 @pytest.mark.parametrize("layer", [Layer(8, 16, 24, 4), Layer(8, 16, (24, 8), (4, 4))], ids=["lone", "shared"])
 def test_the_meter_of_a_card_runs_what_it_times(layer):
-    meter = gpu_meter.CardMeter(SMALL)
+    meter = gpu_measure.CardMeter(SMALL)
     times = [
         meter.mapped(64),
         meter.launch(),
@@ -174,15 +179,15 @@ def test_the_meter_of_a_card_runs_what_it_times(layer):
 def test_the_kernels_of_a_profile_have_the_names_of_the_model(layer):
     from afa_kernels import _cuda_on_ptx
 
-    class OnPtx(gpu_meter.CardMeter):
+    class OnPtx(gpu_measure.CardMeter):
         def recorded(self, call, *arguments):
             _cuda_on_ptx.take_launches()
             result = call(*arguments)
             launched = enumerate(_cuda_on_ptx.take_launches())
-            return result, [gpu_meter.Event(launch["kernel"], at, at + 1) for at, launch in launched]
+            return result, [gpu_measure.Event(launch["kernel"], at, at + 1) for at, launch in launched]
 
     taken = OnPtx(SMALL).kernels(layer)
-    assert [set(each) for each in taken] == [set(each) for each in gpu_model.durations(layer, H100)]
+    assert [set(each) for each in taken] == [set(each) for each in on_card.durations(layer, H100)]
 
 
 def test_the_time_of_a_kernel_in_a_profile_starts_when_it_no_longer_waits():
@@ -194,13 +199,13 @@ def test_the_time_of_a_kernel_in_a_profile_starts_when_it_no_longer_waits():
         (ours.format("dy", "Dy"), 5_000, 7_000),
         ("void at::native::reduce_kernel<512, 1, float>()", 30_000, 35_000),
     ]
-    taken = gpu_meter.by_kernel(gpu_meter.Event(*event) for event in events)
+    taken = gpu_measure.by_kernel(gpu_measure.Event(*event) for event in events)
     assert taken == pytest.approx({"dy": 5e-6, "x": 7e-6})
 
 
 _CHASE = """
 import torch
-from tools.gpu_chase import chase
+from tools.gpu_measure import chase
 chain = torch.randperm(4096).int()
 place = torch.arange(256)
 for _ in range(5):
@@ -210,6 +215,5 @@ assert torch.equal(chase(chain, 5, 1), place.int())
 
 
 def test_a_chase_follows_the_permutation():
-    pytest.importorskip("triton")
     variables = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", _CHASE], env=variables, cwd=ROOT, check=True)

@@ -114,11 +114,15 @@ _AMD_16BIT = {
 }
 _SMALL_32BIT = {
     16: _row((32, 64, 8, 3), 64, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2)),
-    32: _row((32, 32, 8, 3), 32, (32, 64, 4, 2), (32, 64, 8, 2), (16, 32, 4, 2)),
-    64: _row((32, 32, 8, 3), 32, (32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 3)),
+    32: _row((32, 32, 8, 3), 32, (32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 4, 2)),
+    64: _row((32, 32, 4, 3), 32, (32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 3)),
     128: _row((32, 32, 8, 3), 32, (32, 32, 8, 2), (16, 32, 8, 2), (16, 16, 4, 2)),
 }
-_AMD_32BIT = _SMALL_32BIT | {128: replace(_SMALL_32BIT[128], project=Tile(32, 32, 4, 3), x_pass=Tile(32, 32, 4, 2))}
+_AMD_32BIT = _SMALL_32BIT | {
+    32: replace(_SMALL_32BIT[32], dy_pass=Tile(32, 64, 4, 2)),
+    64: replace(_SMALL_32BIT[64], project=Tile(32, 32, 8, 3)),
+    128: replace(_SMALL_32BIT[128], project=Tile(32, 32, 4, 3), x_pass=Tile(32, 32, 4, 2)),
+}
 
 
 def _rows(
@@ -148,19 +152,25 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
     "sm_80": _rows(
         # Without warp-group products these passes keep more in registers: other tiles spill, or
         # pass 163 KB. A fourth stage with float32 A would leave room for one block alone, here at rank 32 and, under a
-        # mask, 16, on sm_90 at rank 32. With 4 warps F spills here at ranks below 32.
+        # mask, 16, on sm_90 at rank 32. With 4 warps F spills here at ranks below 32, with 8 in tf32.
         _LARGE_16BIT
         | {
             16: replace(_LARGE_16BIT[16], project=Tile(64, 128, 4, 3)),
             32: replace(_LARGE_16BIT[32], project=Tile(64, 128, 8, 3), x_pass=Tile(64, 256, 8, 3)),
-            128: replace(_LARGE_16BIT[128], project=Tile(128, 64, 8, 3), x_pass=Tile(32, 128, 8, 3)),
+            128: replace(_LARGE_16BIT[128], project=Tile(128, 64, 8, 3), x_pass=Tile(32, 128, 8, 2)),
         },
-        _LARGE_32BIT | {32: replace(_LARGE_32BIT[32], x_pass=Tile(32, 32, 4, 3))},
+        _LARGE_32BIT
+        | {
+            16: replace(_LARGE_32BIT[16], project=Tile(64, 64, 4, 3)),
+            32: replace(_LARGE_32BIT[32], x_pass=Tile(32, 32, 4, 3)),
+        },
         _GEMM_16BIT,
         _GEMM_32BIT,
     ),
     # The kernels of `project` have two accumulators, one for a segment and one for their sum. In tf32 at ranks 64 and
-    # 128 Triton 3.9 would give the pipelined loop of the x pass a buffer too few (docs/backends.md), so it has none.
+    # 128 Triton 3.9 would give the pipelined loop of the x pass a buffer too few (docs/backends.md), so it has none. At
+    # rank 128 in 16 bits D1 spills two registers: tiles without a spill have fewer rows, for each of which B is read
+    # again, or fewer bytes under way.
     "sm_90": _rows(
         _LARGE_16BIT
         | {
@@ -169,20 +179,21 @@ TABLE: dict[str, dict[tuple[int, int], Tiles]] = {
         },
         _LARGE_32BIT
         | {
-            64: replace(_LARGE_32BIT[64], project=Tile(32, 64, 4, 3), x_pass=Tile(32, 64, 8, 1)),
+            32: replace(_LARGE_32BIT[32], project=Tile(64, 64, 8, 2)),
+            64: replace(_LARGE_32BIT[64], project=Tile(32, 64, 4, 3), x_pass=Tile(32, 32, 8, 1)),
             128: replace(_LARGE_32BIT[128], x_pass=Tile(16, 32, 8, 1)),
         },
         _WIDE_GEMM_16BIT,
         _GEMM_32BIT,
     ),
-    # With 4 warps D1 spills here at rank 64, as do F2 in float32 and, at rank 32 in tf32, F under a mask in 64 rows. So
-    # does X with three stages in float32 at rank 128.
+    # With 4 warps D1 spills here at rank 64 in 16 bits, with 8 F under a mask in tf32. In float32 at rank 32 F2 does
+    # with three stages, and F with more rows; at rank 128 X with three.
     "sm_100": _rows(
         _LARGE_16BIT | {64: replace(_LARGE_16BIT[64], project=Tile(64, 64, 8, 4))},
         _LARGE_32BIT
         | {
-            32: replace(_LARGE_32BIT[32], project=Tile(32, 32, 8, 3)),
-            64: replace(_LARGE_32BIT[64], project=Tile(32, 32, 8, 3)),
+            32: replace(_LARGE_32BIT[32], project=Tile(32, 32, 8, 2)),
+            64: replace(_LARGE_32BIT[64], project=Tile(32, 32, 4, 3)),
             128: replace(_LARGE_32BIT[128], x_pass=Tile(16, 32, 8, 2)),
         },
         _WIDE_GEMM_16BIT,

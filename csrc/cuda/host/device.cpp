@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "cuda/host/device.h"
+#include "cuda/host/variant.h"
 
 namespace afa {
 namespace {
@@ -128,12 +129,12 @@ cudaError_t prepare(const void* kernel, KernelRecord& record, bool& overlaps) {
                                  device_limits(scope_device).shared_per_block);
         if (error == cudaSuccess)
             error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                         cudaSharedmemCarveoutMaxShared);
+                                         variant().carveout);
         if (error == cudaSuccess)
             error = cudaFuncGetAttributes(&code, kernel);
         if (error != cudaSuccess)
             return error;
-        order = code.ptxVersion >= 90 && cuda_versions().driver >= kCaptured
+        order = code.ptxVersion >= 90 && cuda_versions().driver >= kCaptured && variant().overlap
                     ? KernelRecord::kOverlaps
                     : KernelRecord::kInOrder;
         remember(record, order);
@@ -175,7 +176,8 @@ DeviceLimits device_limits(int device) {
         return found->second;
     const DeviceLimits limits{attribute(cudaDevAttrMultiProcessorCount, device),
                               attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-                              attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
+                              attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+                              variant().chunks};
     return known.emplace(device, limits).first->second;
 }
 

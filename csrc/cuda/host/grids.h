@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "cuda/host/plan.h"
+#include "cuda/host/variant.h"
 #include "cuda/kernels/params.h"
 #include "cuda/kernels/tiles.h"
 
@@ -71,7 +72,7 @@ KernelPlan ring(const char* kernel, int threads, int registers, const DeviceLimi
     KernelPlan best;
     int64_t most = 0;
     double least = 0;
-    for (int stages = 2; stages <= kMaxStages; ++stages) {
+    for (int stages = 2; stages <= variant().stages; ++stages) {
         const int shared = bytes(stages);
         if (shared > device.shared_per_block)
             break;

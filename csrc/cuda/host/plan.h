@@ -19,7 +19,7 @@ struct DeviceLimits {
     int shared_per_block;  // bytes that one block may ask for
     int shared_per_sm;
     // Most chunks of rows, and most rows of a round; 0: no limit. Only tests set them, to reach
-    // long chunks and several rounds with few rows.
+    // long chunks and several rounds with few rows, and measurements (variant.h).
     int chunk_limit = 0, round_limit = 0;
 };
 

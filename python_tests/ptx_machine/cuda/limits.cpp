@@ -9,7 +9,8 @@ afa::DeviceLimits __real__ZN3afa13device_limitsEi(int device);
 
 afa::DeviceLimits __wrap__ZN3afa13device_limitsEi(int device) {
     afa::DeviceLimits limits = __real__ZN3afa13device_limitsEi(device);
-    limits.chunk_limit = ptx::runtime_state().chunk_limit;
+    if (ptx::runtime_state().chunk_limit > 0)
+        limits.chunk_limit = ptx::runtime_state().chunk_limit;
     limits.round_limit = ptx::runtime_state().round_limit;
     return limits;
 }

@@ -216,15 +216,14 @@ cudaError_t CUDARTAPI cudaFuncSetAttribute(const void* function, cudaFuncAttribu
     ptx::RuntimeState& state = runtime_state();
     if (!ptx::image(*kernel, state.current))
         return ends(cudaErrorNoKernelImageForDevice);
-    const int most = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize
-                         ? ptx::model_of(state.current).shared_per_block
-                     : attribute == cudaFuncAttributePreferredSharedMemoryCarveout ? 100
-                                                                                   : -1;
-    if (value < 0 || value > most)
+    const bool granted = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (!granted && attribute != cudaFuncAttributePreferredSharedMemoryCarveout)
         return ends(cudaErrorInvalidValue);
-    (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize
-         ? state.granted
-         : state.carveouts)[{state.current, function}] = value;
+    const int least = granted ? 0 : cudaSharedmemCarveoutDefault;
+    const int most = granted ? ptx::model_of(state.current).shared_per_block : 100;
+    if (value < least || value > most)
+        return ends(cudaErrorInvalidValue);
+    (granted ? state.granted : state.carveouts)[{state.current, function}] = value;
     return cudaSuccess;
 }
 

@@ -1,10 +1,10 @@
-"""The step of gpu_check that holds ``bench.model`` to a card: what the model assumes of an H100, and what it says that
-the kernels, a layer, layers that share x and decoding take on it, against what they take.
+"""What the model says of an H100 beside what a card takes: its assumptions, the kernels, a layer, layers that share x,
+and decoding.
 
-A meter brings the times: gpu_meter.py on a card, a synthetic one in the tests. Each figure is compared with the range
-that the model gives it, on both sides: a kernel that is faster than modelled shows a wrong model, too. Beside the range
-stands what the model says with the measured assumptions in the place of its own: where that agrees with the card, an
-assumption was wrong, and where it does not, the model is.
+A meter brings the times: tools/gpu_measure.py on a card, a synthetic one in the tests. Each figure is compared with the
+range that the model gives it, on both sides: a kernel that is faster than modelled shows a wrong model, too. Beside the
+range stands what the model says with the measured assumptions in the place of its own: where that agrees with the card,
+an assumption was wrong, and where it does not, the model is.
 """
 
 import math
@@ -14,7 +14,6 @@ from typing import NamedTuple, Protocol
 from bench.model import cuda_launches
 from bench.model.__main__ import RANKS, SHARED
 from bench.model.cuda_launches import H100, Gpu, Kernel, Layer, Range, decoding
-from tools.gpu_steps import Context, Outcome, Step
 
 M, K, N = 8192, 4096, 4096
 LONE = {f"a layer, r={r}": Layer(M, K, N, r) for r in RANKS}
@@ -76,6 +75,8 @@ class Figure(NamedTuple):
         """How far the card is outside of the range, relative to its nearer end; 0 inside."""
         low, high = sorted(self.modelled)
         end = min(max(self.measured, low), high)
+        if not end:  # a kernel that the model does not know
+            return math.inf if self.measured else 0.0
         return (self.measured - end) / end
 
     @property
@@ -87,8 +88,14 @@ class Figure(NamedTuple):
             "modelled": f"{low:.3g} to {high:.3g}",
             "with measured assumptions": "" if self.with_measured is None else f"{self.with_measured:.3g}",
             "measured": f"{self.measured:.3g}",
-            "verdict": f"off by {self.off:+.0%}" if self.off else "ok",
+            "verdict": _verdict(self.off),
         }
+
+
+def _verdict(off: float) -> str:
+    if math.isinf(off):
+        return "not modelled"
+    return f"off by {off:+.0%}" if off else "ok"
 
 
 def measured_gpu(meter: Meter, assumed: Gpu = H100) -> Gpu:
@@ -130,7 +137,7 @@ def assumptions(measured: Gpu, assumed: Gpu = H100) -> Iterator[Figure]:
 def durations(layer: Layer, gpu: Gpu) -> tuple[dict[str, Range], dict[str, Range]]:
     """Return what the model gives the kernels of a forward and of a backward from start to end, in seconds.
 
-    A kernel behind one of ours counts from the end of that one, as in gpu_meter.by_kernel.
+    A kernel behind one of ours counts from the end of that one, as in gpu_measure.by_kernel.
     """
 
     def seconds(kernel: Kernel, which: str) -> float:
@@ -151,61 +158,28 @@ def kernel_figures(meter: Meter, name: str, layer: Layer, measured: Gpu) -> Iter
     for direction, modelled, refit, found in zip(
         ("forward", "backward"), durations(layer, H100), durations(layer, measured), taken, strict=True
     ):
-        if found.keys() != modelled.keys():
-            raise RuntimeError(f"{name}, {direction}: modelled are {sorted(modelled)}, launched were {sorted(found)}")
-        for kernel, (good, bad) in modelled.items():
+        # A kernel that is modelled and not launched takes no time, one that is launched and not modelled has none.
+        for kernel in (*modelled, *(found.keys() - modelled.keys())):
+            nothing = Range(0.0, 0.0)
+            good, bad = modelled.get(kernel, nothing)
             yield Figure(
-                f"{name}: {kernel}, {direction}", _US, Range(good * 1e6, bad * 1e6), refit[kernel].good * 1e6,
-                found[kernel] * 1e6,
+                f"{name}: {kernel}, {direction}", _US, Range(good * 1e6, bad * 1e6),
+                refit.get(kernel, nothing).good * 1e6, found.get(kernel, 0.0) * 1e6,
             )  # fmt: skip
 
 
-def compare(meter: Meter) -> list[Figure]:
-    """Return every figure of the model with what the card takes."""
+def compare(meter: Meter) -> Iterator[Figure]:
+    """Yield every figure of the model with what the card takes."""
     measured = measured_gpu(meter)
-    figures = list(assumptions(measured))
+    yield from assumptions(measured)
     for name, layer in (LONE | TOGETHER | {"one token": TOKEN}).items():
-        figures += kernel_figures(meter, name, layer, measured)
+        yield from kernel_figures(meter, name, layer, measured)
     for name, layer, alpha_t in TAXED:
         modelled, refit = (cuda_launches.overhead(layer, gpu).both for gpu in (H100, measured))
-        figures.append(Figure(f"{name}: tax", _PERCENT, modelled, refit.good, _added(*meter.step(layer, alpha_t))))
+        yield Figure(f"{name}: tax", _PERCENT, modelled, refit.good, _added(*meter.step(layer, alpha_t)))
     modelled, refit = decoding(TOKEN), decoding(TOKEN, measured)
-    figures.append(Figure("one token, in a graph", _PERCENT, modelled, refit.good, _added(*meter.token(TOKEN))))
-    return figures
+    yield Figure("one token, in a graph", _PERCENT, modelled, refit.good, _added(*meter.token(TOKEN)))
 
 
 def _added(whole: float, frozen: float) -> float:
     return 100 * (whole / frozen - 1)
-
-
-def table(figures: list[Figure], card: str) -> str:
-    """Return the figures as a page of Markdown."""
-    rows = [figure.row for figure in figures]
-    head = list(rows[0])
-    lines = [head, ["---"] * len(head), *(list(row.values()) for row in rows)]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"# bench.model of an {H100.card.name} beside what was measured on {card}\n\n{text}"
-
-
-def outcome_of(figures: list[Figure], card: str) -> Outcome:
-    """Return the step's outcome: failed where a figure is off, absent of a card that the model does not know."""
-    off = [figure for figure in figures if figure.off]
-    told = f"{len(figures) - len(off)} of {len(figures)} figures within their modelled range"
-    page, rows = table(figures, card), [figure.row for figure in figures]
-    if H100.card.name not in card:
-        return Outcome("absent", f"the model is of an {H100.card.name}, no verdict on {card}; {told}", rows, page=page)
-    return Outcome("failed" if off else "ok", told, rows, page=page)
-
-
-def check_model(context: Context) -> Outcome:
-    """Hold the model to the card of ``context``."""
-    if context.device != "cuda":
-        return Outcome.absent("what the model says of a GPU needs one")
-    import torch
-
-    from tools.gpu_meter import CardMeter
-
-    return outcome_of(compare(CardMeter(context)), torch.cuda.get_device_name(0))
-
-
-STEPS = (Step("model", "bench.model: its assumptions and every modelled figure, measured", check_model),)
