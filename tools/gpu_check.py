@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 ABSENT = 77  # the status of a step that this machine cannot run
-RESULTS = "AFA_GPU_CHECK_RESULTS"  # the file for the rows of a step, and the name of the step
-CARD = "AFA_GPU_CHECK_CARD"  # a module with another card in the place of the machine's (gpu_right.card)
+RESULTS = "GPU_CHECK_RESULTS"  # the file for the rows of a step, and the name of the step
+CARD = "GPU_CHECK_CARD"  # a module with another card in the place of the machine's (gpu_right.card)
 SECONDS = 540  # of a call
 _TAIL = 4000  # characters of the output of a step that did not end well, kept
 
