@@ -271,6 +271,7 @@ def test_a_rehearsal(call, bare_machine, tmp_path):
     variables = {
         "PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(helpers),
         "CMAKE_BUILD_TYPE": "Debug",  # compiles in less time
+        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(Path.home() / ".triton/cache")),
         **SIMULATED,
     }  # fmt: skip
     isolated = ["unshare", "--map-root-user", "--net"]
