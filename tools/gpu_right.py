@@ -271,7 +271,7 @@ def wait(device: str) -> None:
 
 
 def _same(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
-    return all(map(torch.equal, left, right))
+    return len(left) == len(right) and all(map(torch.equal, left, right))
 
 
 def _size(card: Card) -> tuple[int, int, int, int]:
@@ -331,7 +331,7 @@ def _on_streams(layers: list[Layer], backend: str, device: str) -> list[tuple[Te
 
 
 def _in_threads(layers: list[Layer], backend: str, device: str) -> list[tuple[Tensor, ...]]:
-    results: list[tuple[Tensor, ...]] = [()] * len(layers)
+    results: list[tuple[Tensor, ...]] = [()] * len(layers)  # what a thread leaves that raises
 
     def work(i: int) -> None:
         with beside(device):

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -144,6 +145,34 @@ def test_rows_are_there_before_a_step_ends(tmp_path):
 
 
 # --- What the steps read
+
+
+def test_a_thread_that_raises_is_a_fault(monkeypatch):
+    step = gpu_right.Layer.step
+
+    def raises_in_threads(layer, backend):
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("an illegal memory access was encountered")
+        return step(layer, backend)
+
+    monkeypatch.setattr(gpu_right.Layer, "step", raises_in_threads)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    card = gpu_right.Card("cpu", cuda="torch", triton="reference", small=True, in_threads=("torch",))
+    rows = {(row["backend"], row["way"]): row for row in gpu_right.streams(card)}
+    assert "fault" in rows["torch", "in threads"] and "fault" not in rows["torch", "on streams"]
+    assert ("reference", "in threads") not in rows
+
+
+def test_a_replay_that_differs_is_a_fault(monkeypatch):
+    """One that does not follow alpha_t."""
+
+    def at_capture(function, device):
+        results = function()
+        return results, lambda: None
+
+    monkeypatch.setattr(gpu_right, "in_graph", at_capture)
+    card = gpu_right.Card("cpu", cuda="torch", triton="reference", small=True)
+    assert all("fault" in row for row in gpu_right.graphs(card))
 
 
 def test_a_test_that_fails_is_a_row(tmp_path):
