@@ -21,9 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 ABSENT = 77  # the status of a step that this machine cannot run
@@ -102,6 +102,52 @@ CALLS = {
 }
 
 
+def keep(results: Path, record: dict[str, object]) -> None:
+    """Write a record behind the others, so that it is there whatever happens next."""
+    with results.open("a") as file:
+        file.write(json.dumps(record, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# --- In the process of a step
+
+Steps = dict[str, Callable[[Any], Iterator[dict]]]  # from a card to rows
+
+
+class Absent(Exception):
+    """This machine cannot run the step; the message says why."""
+
+
+def run_step(steps: Steps, card: Callable[[], Any]) -> int:
+    """Run the step that the command line names on a card; print its rows, and keep each as soon as it is there.
+
+    A row with a "fault" makes the step fail.
+    """
+    (name,) = sys.argv[1:]
+    results, _, step = os.environ.get(RESULTS, "").rpartition(":")
+    rows, faults = 0, []
+    try:
+        for row in steps[name](card()):
+            rows += 1
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            if results:
+                keep(Path(results), {"kind": "row", "step": step, **row})
+            if "fault" in row:
+                faults.append(row["fault"])
+    except Absent as reason:
+        print(reason)
+        return ABSENT
+    if faults:
+        print(f"{len(faults)} of {rows} rows are wrong, the first: {faults[0]}")
+    elif rows != 1:
+        print(f"{rows} rows")
+    return 1 if faults else 0
+
+
+# --- In the process of the calls
+
+
 class Outcome(NamedTuple):
     status: str  # ok, failed, absent, died, timeout or left out
     seconds: float
@@ -150,14 +196,6 @@ def _end(process: subprocess.Popen) -> None:
     except ProcessLookupError:
         pass
     process.wait()
-
-
-def keep(results: Path, record: dict[str, object]) -> None:
-    """Write a record behind the others, so that it is there whatever happens next."""
-    with results.open("a") as file:
-        file.write(json.dumps(record, default=str) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def run_call(number: int, folder: Path, only: set[str], seconds: float) -> tuple[bool, str]:

@@ -35,8 +35,8 @@ from bench.model.cuda_launches import H100, Layer
 from bench.model.experts import PARAMETERS, TOKENS
 from bench.shapes import Case
 from bench.timing import Work, clock_of, measure
-from tools.gpu_check import RESULTS, ROOT
-from tools.gpu_right import Absent, Card, Steps, beside, in_graph, main, wait
+from tools.gpu_check import RESULTS, ROOT, Absent, Steps, run_step
+from tools.gpu_right import Card, beside, card, in_graph, wait
 
 VARIANT = "AFA_CUDA_VARIANT"  # csrc/cuda/host/variant.h
 _LAUNCHES = ("", "overlap=0", "carveout=-1", "overlap=0 carveout=-1")
@@ -540,4 +540,4 @@ STEPS: Steps = {
 }
 
 if __name__ == "__main__":
-    raise SystemExit(main(STEPS))
+    raise SystemExit(run_step(STEPS, card))

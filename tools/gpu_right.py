@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tools.gpu_check import ABSENT, CARD, RESULTS, ROOT, keep
+from tools.gpu_check import CARD, RESULTS, ROOT, Absent, Steps, run_step
 
 _WORKERS = 12
 _PACKAGES = ("torch", "triton", "pybind11", "ninja", "cmake", "pytest", "pytest-xdist", "numpy", "safetensors", "peft",
@@ -57,36 +57,6 @@ def card() -> Card:
     if name := os.environ.get(CARD):
         return importlib.import_module(name).CARD
     return Card()
-
-
-Steps = dict[str, Callable[[Card], Iterator[dict]]]
-
-
-class Absent(Exception):
-    """This machine cannot run the step; the message says why."""
-
-
-def main(steps: Steps) -> int:
-    """Run the step that the command line names; print its rows, and keep each as soon as it is there."""
-    (name,) = sys.argv[1:]
-    results, _, step = os.environ.get(RESULTS, "").rpartition(":")
-    rows, faults = 0, []
-    try:
-        for row in steps[name](card()):
-            rows += 1
-            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-            if results:
-                keep(Path(results), {"kind": "row", "step": step, **row})
-            if "fault" in row:
-                faults.append(row["fault"])
-    except Absent as reason:
-        print(reason)
-        return ABSENT
-    if faults:
-        print(f"{len(faults)} of {rows} rows are wrong, the first: {faults[0]}")
-    elif rows != 1:
-        print(f"{rows} rows")
-    return 1 if faults else 0
 
 
 # --- The machine
@@ -385,4 +355,4 @@ STEPS: Steps = {
 }
 
 if __name__ == "__main__":
-    raise SystemExit(main(STEPS))
+    raise SystemExit(run_step(STEPS, card))

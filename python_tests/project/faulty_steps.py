@@ -5,7 +5,7 @@ import resource
 import subprocess
 import time
 
-from tools.gpu_right import Absent, main
+from tools.gpu_check import Absent, run_step
 
 _LIMIT = 4 << 30
 
@@ -52,4 +52,4 @@ def absent(card):
 STEPS = {step.__name__: step for step in (fine, wrong, raises, crashes, hangs, fills_the_memory, absent)}
 
 if __name__ == "__main__":
-    raise SystemExit(main(STEPS))
+    raise SystemExit(run_step(STEPS, lambda: None))
