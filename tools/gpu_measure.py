@@ -72,6 +72,7 @@ def products(card: Card) -> Iterator[dict]:
     for m, k, n in [(32, 64, 64)] if card.small else [(8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096)]:
         x, weight, y = half(card, m, k), half(card, n, k), half(card, m, n)
         calls = {"mm": lambda x=x, weight=weight, y=y: torch.mm(x, weight.T, out=y)}
+        # However often y is added to, it stays in range.
         calls["addmm_"] = lambda x=x, weight=weight, y=y: y.addmm_(x, weight.T, beta=0.5, alpha=0.01)
         for more in (16, 64):
             longer = half(card, m, k + more), half(card, n, k + more)
