@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bench.graphs import beside, in_graph, wait
 from tools.gpu_check import CARD, RESULTS, ROOT, Absent, Steps, run_step
 
 _WORKERS = 12
@@ -128,9 +129,11 @@ def self_test(card: Card) -> Iterator[dict]:
     done = subprocess.run(
         [sys.executable, "-m", "afa_kernels", "--self-test"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    for line in done.stdout.partition("self-test, ")[2].splitlines()[1:]:
+    said = done.stdout.partition("self-test, ")[2].splitlines()[1:]
+    for line in said:
         yield {"said": line}
-    missing = [name for name in card.backends if card.device == "cuda" and f"{name} " not in done.stdout]
+    tested = {(line.split()[0], line.split()[2].strip(":")) for line in said if " on " in line}
+    missing = [name for name in card.backends if card.device == "cuda" and (name, "cuda") not in tested]
     if done.returncode or missing:
         yield {"fault": f"exit status {done.returncode}" if done.returncode else f"{missing[0]} was not tested"}
 
@@ -208,36 +211,6 @@ class Layer:
         options = {"scaling": 1.5, "dropout_p": dropout_p, "dropout_seed": self.seed}
         y = afa.afa_linear(x, self.weight, None, a, b, self.alpha_t, backend=backend, **options)
         return (y.detach(), *torch.autograd.grad(y, leaves, self.dy))
-
-
-def in_graph(function: Callable[[], tuple[Tensor, ...]], device: str) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
-    """Capture a function in a CUDA graph; return its results and what replays it. A CPU calls it again."""
-    if device != "cuda":
-        results = function()
-
-        def again() -> None:
-            for kept, new in zip(results, function(), strict=True):
-                kept.copy_(new)
-
-        return results, again
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function()
-    return results, graph.replay
-
-
-def beside(device: str):
-    """A stream of its own, behind what runs on the current one."""
-    if device != "cuda":
-        return contextlib.nullcontext()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    return torch.cuda.stream(stream)
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _same(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:

@@ -1,7 +1,7 @@
 """What the model says of an H100 beside what a card takes: its assumptions, the kernels, a layer, layers that share x,
 and decoding.
 
-A meter brings the times: tools/gpu_measure.py on a card, a synthetic one in the tests. Each figure is compared with the
+A meter brings the times: meter.py on a card, a synthetic one in the tests. Each figure is compared with the
 range that the model gives it, on both sides: a kernel that is faster than modelled shows a wrong model, too. Beside the
 range stands what the model says with the measured assumptions in the place of its own: where that agrees with the card,
 an assumption was wrong, and where it does not, the model is.
@@ -137,7 +137,7 @@ def assumptions(measured: Gpu, assumed: Gpu = H100) -> Iterator[Figure]:
 def durations(layer: Layer, gpu: Gpu) -> tuple[dict[str, Range], dict[str, Range]]:
     """Return what the model gives the kernels of a forward and of a backward from start to end, in seconds.
 
-    A kernel behind one of ours counts from the end of that one, as in gpu_measure.by_kernel.
+    A kernel behind one of ours counts from the end of that one, as in meter.by_kernel.
     """
 
     def seconds(kernel: Kernel, which: str) -> float:

@@ -147,6 +147,19 @@ def test_rows_are_there_before_a_step_ends(tmp_path):
 # --- What the steps read
 
 
+@pytest.mark.parametrize("tested", [("cuda", "triton"), ("cuda",), ()])
+def test_a_backend_that_the_self_test_left_out_is_a_fault(tested, monkeypatch):
+    """The command names every backend in its head, available or not."""
+    said = (
+        "  cuda       not available\n  triton     available\nself-test, against float64:\ncpu        on cpu: ok; 1 s\n"
+    )
+    said += "".join(f"{name:<10} on cuda: ok; 24 calls, 1.0 s\n" for name in tested)
+    done = subprocess.CompletedProcess([], 0, said)
+    monkeypatch.setattr(gpu_right.subprocess, "run", lambda *_, **__: done)
+    faults = [row["fault"] for row in gpu_right.self_test(gpu_right.Card()) if "fault" in row]
+    assert faults == [f"{name} was not tested" for name in ("cuda", "triton") if name not in tested][:1]
+
+
 def test_a_thread_that_raises_is_a_fault(monkeypatch):
     step = gpu_right.Layer.step
 

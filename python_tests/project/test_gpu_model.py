@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from bench.model import on_card  # noqa: E402
 from bench.model.cuda_launches import H100, Gpu, Layer, Range, decoding, overhead  # noqa: E402
+from bench.model.meter import CardMeter, Event, by_kernel  # noqa: E402
 from tools import gpu_measure  # noqa: E402
 from tools.gpu_right import Card  # noqa: E402
 
@@ -153,7 +154,7 @@ def test_noise_that_turns_two_sizes_around_is_no_rate():
 
 @pytest.mark.parametrize("layer", [Layer(8, 16, 24, 4), Layer(8, 16, (24, 8), (4, 4))], ids=["lone", "shared"])
 def test_the_meter_of_a_card_runs_what_it_times(layer):
-    meter = gpu_measure.CardMeter(SMALL)
+    meter = CardMeter(SMALL)
     times = [
         meter.mapped(64),
         meter.launch(),
@@ -179,12 +180,12 @@ def test_the_meter_of_a_card_runs_what_it_times(layer):
 def test_the_kernels_of_a_profile_have_the_names_of_the_model(layer):
     from afa_kernels import _cuda_on_ptx
 
-    class OnPtx(gpu_measure.CardMeter):
+    class OnPtx(CardMeter):
         def recorded(self, call, *arguments):
             _cuda_on_ptx.take_launches()
             result = call(*arguments)
             launched = enumerate(_cuda_on_ptx.take_launches())
-            return result, [gpu_measure.Event(launch["kernel"], at, at + 1) for at, launch in launched]
+            return result, [Event(launch["kernel"], at, at + 1) for at, launch in launched]
 
     taken = OnPtx(SMALL).kernels(layer)
     assert [set(each) for each in taken] == [set(each) for each in on_card.durations(layer, H100)]
@@ -199,13 +200,13 @@ def test_the_time_of_a_kernel_in_a_profile_starts_when_it_no_longer_waits():
         (ours.format("dy", "Dy"), 5_000, 7_000),
         ("void at::native::reduce_kernel<512, 1, float>()", 30_000, 35_000),
     ]
-    taken = gpu_measure.by_kernel(gpu_measure.Event(*event) for event in events)
+    taken = by_kernel(Event(*event) for event in events)
     assert taken == pytest.approx({"dy": 5e-6, "x": 7e-6})
 
 
 _CHASE = """
 import torch
-from tools.gpu_measure import chase
+from bench.model.meter import chase
 chain = torch.randperm(4096).int()
 place = torch.arange(256)
 for _ in range(5):
