@@ -52,10 +52,12 @@ _HEAD = (
 def table(layer: Layer, gpu: Gpu, float_weights: bool) -> Iterator[str]:
     whole = overhead(layer, gpu, float_weights=float_weights)
     n, r = (", ".join(map(str, size)) for size in zip(*layer.members, strict=True))
+    frozen = 2e6 * layer.gemm_flops / H100.gemm
+    branch = " to ".join(f"{frozen * percent / 100:.0f}" for percent in whole.both)
     yield (
         f"\nM={layer.m} K={layer.k} N={n} r={r}, A and B in {_dtype(float_weights)}: "
         f"{shown(whole.forward)} forward, {shown(whole.backward)} backward, {shown(whole.both)} of the frozen GEMMs' "
-        f"{2e6 * layer.gemm_flops / H100.gemm:.0f} us"
+        f"{frozen:.0f} us, or {branch} us"
     )
     yield _HEAD
     for direction in kernels(layer, gpu, float_weights=float_weights):
@@ -127,7 +129,7 @@ def triton_table(m: int, k: int, n: int, r: int, float_weights: bool) -> Iterato
     percent = [f"{100 * value / gemm:.1f}%" for value in (*seconds, sum(seconds) / 2)]
     yield (
         f"\nM={m} K={k} N={n} r={r}, A and B in {_dtype(float_weights)}: {percent[0]} forward, {percent[1]} backward, "
-        f"{percent[2]} of the frozen GEMMs' {2e6 * gemm:.0f} us"
+        f"{percent[2]} of the frozen GEMMs' {2e6 * gemm:.0f} us, or {1e6 * sum(seconds):.0f} us"
     )
     yield f"  {'kernel':30}{'HBM MB':>8}{'L2 MB':>7}{'GFLOP':>7}{'us':>7}"
     for cost in (*forward, *backward):

@@ -259,7 +259,8 @@ with ptx_cuda.kernels.on(ptx_cuda.DEVICES["sm_90"]):
 launches = ptx_cuda._cuda_on_ptx.take_launches()
 print([float(t.double().sum()) for t in results[:2]])
 print(sorted({(l["carveout"], l["overlaps"]) for l in launches}))
-print([l["shared_bytes"] for l in launches], [l["grid"] for l in launches])
+print([l["shared_bytes"] for l in launches])
+print([l["grid"] for l in launches])
 """
 
 
@@ -271,9 +272,13 @@ def test_variants_change_launches_and_no_row():
         variables = os.environ | {"AFA_CUDA_VARIANT": variant, "PYTHONPATH": os.pathsep.join([str(ROOT), *HELPERS])}
         return subprocess.run([sys.executable, "-c", _VARIANT], env=variables, capture_output=True, text=True)
 
-    rows, told, sizes = said("").stdout.splitlines()
-    other_rows, other_told, other_sizes = said("stages=2 chunks=1 overlap=0 carveout=-1").stdout.splitlines()
-    assert rows == other_rows and sizes != other_sizes
+    rows, told, rings, grids = said("").stdout.splitlines()
+    other_rows, other_told, *_ = said("stages=2 chunks=1 overlap=0 carveout=-1").stdout.splitlines()
+    assert rows == other_rows
+    _, _, fewer_stages, same_grids = said("stages=2").stdout.splitlines()
+    assert rings != fewer_stages and grids == same_grids
+    _, _, _, one_chunk = said("chunks=1").stdout.splitlines()
+    assert grids != one_chunk
     assert told == "[(100, True)]" and other_told == "[(-1, False)]"
     wrong = said("stage=2")
     assert wrong.returncode and "expected stages=, chunks=, overlap= or carveout=, got stage=2" in wrong.stderr
