@@ -201,7 +201,7 @@ mutation: build-tests  ## plants faults in the source of the CUDA kernels and in
 .PHONY: ptx-check
 ptx-check: build-tests  ## compiled kernels on the PTX machine: random problems, schedules, faults planted in the PTX
 	$(RUN) -m pytest python_tests/ptx_machine
-	$(RUN) -m pytest python_tests/conformance -k nvcc
+	$(RUN) -m pytest python_tests/conformance -k "nvcc or triton"
 	for arch in sm_80 sm_90; do \
 		OMP_NUM_THREADS=1 AFA_TEST_SIMULATED_GPU=$$arch $(RUN) -m pytest python_tests/operator/test_numerics.py -k triton || exit 1; \
 	done

@@ -36,6 +36,7 @@ class Target:
 
     dtypes: tuple[str, ...] = ("f32", "bf16", "f16")
     rank_classes: tuple[int, ...] = (16, 32, 64, 128)  # the largest rank of each, of which some problems have one each
+    interpreted = False  # by Triton
     exact = True  # a row, and each branch, has the same bits in every call
     tiles_hang_on_r = True  # of all owners, not on the rank of each
     problems, others = 24, 12  # of accuracy, and of each other promise
@@ -214,7 +215,8 @@ class TritonTarget(Target):
 
     def __init__(self, arch: str = "", device: str = "cpu", machine=None):
         super().__init__("triton", f"triton-{arch}" if arch else "triton", device)
-        self.arch, self.machine, self.interpreted = arch, machine, device == "cpu" and not arch
+        self.arch, self.machine = arch, machine
+        self.interpreted = device == "cpu" and not arch
         self.dtypes = (*_16_BITS, "f32", "tf32") if arch else ("f16", "f32") if self.interpreted else Target.dtypes
         if device == "cpu":
             self.problems, self.others, self.owners = 16, 4, (1, 2, 3)

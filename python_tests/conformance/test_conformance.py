@@ -11,8 +11,17 @@ from conformance.properties import PROPERTIES, check, refuses_with_a_reason
 from conformance.targets import of_this_process
 
 TARGETS = {where.name: where for where in of_this_process(SIMULATED_GPU, os.environ.get("TRITON_INTERPRET") == "1")}
+ACCURACY = PROPERTIES[0]
+
+
+def marks(where, promise):
+    """In Triton's interpreter `make test` looks at accuracy alone: the PTX machine keeps the kernels that Triton
+    compiles to every promise, and `make ptx-check` the interpreter too."""
+    return pytest.mark.slow if where.interpreted and promise is not ACCURACY else ()
+
+
 CASES = [
-    pytest.param(where, kind, promise, id=f"{where.name}-{kind}-{promise.name}")
+    pytest.param(where, kind, promise, id=f"{where.name}-{kind}-{promise.name}", marks=marks(where, promise))
     for where in TARGETS.values()
     for promise in PROPERTIES
     for kind in promise.kinds
@@ -29,7 +38,7 @@ def test_promise(where, kind, promise, simulated_gpu):
         where.machine = simulated_gpu
     with where.running():
         # Of each dtype and class of ranks, or as many of the same problems: their kernels are compiled by then.
-        count = where.count(kind) if promise is PROPERTIES[0] else where.others * promise.times
+        count = where.count(kind) if promise is ACCURACY else where.others * promise.times
         numbers = [7 * i % where.problems for i in range(count)]
         for number in numbers:
             check(where, kind, promise, number)

@@ -39,19 +39,28 @@ TESTS_OF_OTHER_FILES = (
 )  # fmt: skip
 
 
+# What a process runs of all tests. The promises beside accuracy are shown for sm_90; those of sm_80 have kernels of the
+# same source, and `make ptx-check` runs them too.
+PARTS = {
+    "owners and is_accurate or every_kernel": ("sm_80", "sm_90"),
+    "lone and is_accurate or every_kernel": ("sm_80", "sm_90"),
+    "experts": ("sm_80", "sm_90"),
+    "owners and not is_accurate": ("sm_90",),
+    "test_promise and lone and not is_accurate": ("sm_90",),
+    "not test_promise and not every_kernel": ("sm_80", "sm_90"),
+}
+
+
 @pytest.mark.long
 @pytest.mark.skipif(bool(SIMULATED_GPU), reason="this process simulates a GPU")
 @pytest.mark.parametrize(
-    "part",
+    "arch, part",
     [
-        "owners and is_accurate or every_kernel",
-        "lone and is_accurate or every_kernel",
-        "owners and not is_accurate",
-        "experts",
-        "not owners and not experts and not is_accurate and not every_kernel",
+        pytest.param(arch, part, marks=() if arch in always else pytest.mark.slow)
+        for part, always in PARTS.items()
+        for arch in ("sm_80", "sm_90")
     ],
 )
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_on_simulated_gpus(arch, part):
     others = (os.path.join(os.path.dirname(__file__), "..", "..", test) for test in TESTS_OF_OTHER_FILES)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part, *others, __file__]
