@@ -83,10 +83,12 @@ def layers_of(what: str) -> list[Layer]:
 
 def _of_model(model: torch.nn.Module) -> Iterator[Layer]:
     from afa_kernels.experts.parameters import projections, weight_of, why_unsupported
+    from afa_kernels.layers.quantized import weight_like
     from afa_kernels.model.targets import ALL_LINEAR, find_targets
 
     for target in find_targets(model, ALL_LINEAR, (), []):
-        yield Layer(target.module.weight.shape[1], target.module.weight.shape[0])
+        n, k = weight_like(target.module).shape
+        yield Layer(k, n)
     for module in model.modules():
         if hasattr(module, "has_gate"):
             for name in projections(module):

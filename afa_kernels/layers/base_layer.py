@@ -31,14 +31,18 @@ def is_plain(module: nn.Module) -> bool:
 
     Sharding, offloading and tensor parallelism hook into a layer; its weight may then be whole during a call only.
     """
+    return (type(module) is nn.Linear or is_conv1d(module)) and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something sees or changes a call of ``module`` on the way."""
     own = module.__dict__
-    return (
-        (type(module) is nn.Linear or is_conv1d(module))
-        and "forward" not in own
-        and not own["_forward_hooks"]
-        and not own["_forward_pre_hooks"]
-        and not own["_backward_hooks"]
-        and not own["_backward_pre_hooks"]
+    return bool(
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
     )
 
 

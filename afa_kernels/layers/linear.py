@@ -1,6 +1,7 @@
 """AFALinear: a frozen linear layer with a trainable branch whose activation anneals away."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +12,16 @@ from afa_kernels.layers.base_layer import (
     is_conv1d,
     is_quantized,
     parameter_of,
-    plain_weight,
-    weight_of,
     why_not_written,
 )
 from afa_kernels.layers.branch import Branch, BranchOptions
 from afa_kernels.layers.merging import Mergeable, plus
+from afa_kernels.layers.quantized import frozen_weight, kind_of, way_of, weight_like
 from afa_kernels.operator.functional import LinearCall, linear, lora
 from afa_kernels.operator.plan import Plan, plan_of
 from afa_kernels.torch_private import is_view
 
-SUPPORTED = "torch.nn.Linear or transformers' Conv1D with a floating-point weight"
+SUPPORTED = "torch.nn.Linear or transformers' Conv1D with a floating-point weight, or a quantized layer that is known"
 
 
 def why_unsupported(module: nn.Module) -> str | None:
@@ -33,6 +33,8 @@ def why_unsupported(module: nn.Module) -> str | None:
     linear = isinstance(module, nn.Linear) or is_conv1d(module)
     kind = f" of {str(module.weight.dtype).removeprefix('torch.')}" if linear else ""
     if is_quantized(module):
+        if kind_of(module) is not None:
+            return None
         return f"{type(module).__name__} has a quantized weight{kind}, which PEFT with an AFALoraConfig can adapt"
     if not linear:
         return f"it is a {type(module).__name__}"
@@ -91,7 +93,7 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
         if reason is not None:
             raise TypeError(f"base_layer: expected {SUPPORTED}; {reason}")
         options = BranchOptions(r, lora_alpha, activation, dropout, use_rslora, dtype, backend)
-        super().__init__(weight_of(base_layer), options, transposed=is_conv1d(base_layer))
+        super().__init__(weight_like(base_layer), options, transposed=is_conv1d(base_layer))
         self.base_layer = base_layer.requires_grad_(False)
         self._shared_input = None  # set by shared_input.SharedInput for the time of a call of the block
         self._parallel = None  # set by the styles of parallel.py: the forward on local shards
@@ -107,20 +109,20 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
             y = self._shared_input.take(self, x)
             if y is not None:
                 return y
-        call = self.linear_call()
+        call = self.linear_call(x)
         if call is not None:
             return linear(x, *call)
         y = self.base_layer(x)
         check_gives_gradient(self.base_layer, x, y)
         return lora(x, *self.call(), base=y, inplace=self._base_output_is_ours(y))
 
-    def linear_call(self) -> LinearCall | None:
+    def linear_call(self, x: Tensor) -> LinearCall | None:
         """Return what ``linear(x, ...)`` takes beside x, or None where the layer computes in another way: it is merged
         or sharded, or its base layer cannot be left out."""
         if self._merged or self._parallel is not None:
             return None
         base = self._modules["base_layer"]
-        weight = plain_weight(base)
+        weight = frozen_weight(base, x)
         if weight is None:
             return None
         bias, a, b = parameter_of(base, "bias"), parameter_of(self, "lora_a"), parameter_of(self, "lora_b")
@@ -130,7 +132,8 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
         """Return what ``self(x)`` would do."""
         if self._merged:
             return Plan("torch", "merged", "the branch is part of the frozen weight")
-        return plan_of(x, self.lora_a, self.lora_b, self.identity, self.options)
+        planned = plan_of(x, self.lora_a, self.lora_b, self.identity, self.options)
+        return replace(planned, frozen=way_of(self.base_layer, x))
 
     def merged_weight(self) -> Tensor:
         """Return the weight that :meth:`merge` would write, checked, in the layout of the base

@@ -56,7 +56,7 @@ def calls_of(layers: Iterable[nn.Module], x: Tensor) -> tuple[Calls | None, str 
         return None, f"x is a {type(x).__name__}"
     members = []
     for layer in layers:
-        call = None if is_hooked(layer) else layer.linear_call()
+        call = None if is_hooked(layer) else layer.linear_call(x)
         if call is None:
             return None, "a member or its base is merged, has hooks or a forward of its own"
         members.append(call)

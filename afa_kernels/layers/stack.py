@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from afa_kernels.alpha_t import normal
-from afa_kernels.layers.base_layer import LikeItsBase, check_gives_gradient, is_conv1d, plain_weight, weight_of
+from afa_kernels.layers.base_layer import LikeItsBase, check_gives_gradient, is_conv1d, plain_weight
 from afa_kernels.layers.branch import AdapterCall, Branch, BranchOptions
 from afa_kernels.layers.linear import SUPPORTED, why_unsupported
 from afa_kernels.layers.mixed import BASE, Assignment, mixed_linear, mixed_lora, recomputed_within
+from afa_kernels.layers.quantized import weight_like
 from afa_kernels.operator import checks
 
 
@@ -113,7 +114,7 @@ class AFALinearStack(LikeItsBase, AdapterStack):
             self.add_adapter(name, **options)
 
     def _branch(self, options: BranchOptions) -> Branch:
-        return Branch(weight_of(self.base_layer), options, transposed=is_conv1d(self.base_layer))
+        return Branch(weight_like(self.base_layer), options, transposed=is_conv1d(self.base_layer))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``base_layer(x)`` plus, for each sample, the branch of its adapter: ``(..., K) -> (..., N)``."""

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from afa_kernels.experts import ExpertBranch
 from afa_kernels.experts.parameters import Target, as_matrices, find_parameters, from_matrices, names_in_peft, weight_of
 from afa_kernels.experts.stack import check_whole
-from afa_kernels.layers.base_layer import is_conv1d
 from afa_kernels.layers.branch import Branch, BranchOptions
 from afa_kernels.layers.linear import AFALinear, why_unsupported
+from afa_kernels.layers.quantized import weight_like
 from afa_kernels.layers.stack import AdapterStack, AFALinearStack, adapters_in, check_name
 from afa_kernels.model import peft_format as fmt
 from afa_kernels.model.adapted import marked_modules, named_layers, named_stacks, named_trainable_modules
@@ -299,7 +299,7 @@ class _Checkpoint:
                 reason = "no such layer in the model" if module is None else why_unsupported(module)
                 if reason is not None:
                     raise self._cannot_be_loaded(name, reason)
-                self._check_shapes(name, *(reversed(module.weight.shape) if is_conv1d(module) else module.weight.shape))
+                self._check_shapes(name, *weight_like(module).shape)
             self._options(name)
 
     def _cannot_be_loaded(self, name: str, reason: str) -> ValueError:

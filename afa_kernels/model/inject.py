@@ -14,9 +14,9 @@ from afa_kernels.experts import AFAExpertLinear, AFAExperts, AFAExpertStack
 from afa_kernels.experts.layer import check_expert_rank, rank_of_expert
 from afa_kernels.experts.parameters import Target, find_parameters
 from afa_kernels.experts.stack import check_names_of, check_no_names_of, check_whole
-from afa_kernels.layers.base_layer import is_conv1d
 from afa_kernels.layers.branch import BranchOptions
 from afa_kernels.layers.linear import AFALinear
+from afa_kernels.layers.quantized import weight_like
 from afa_kernels.layers.stack import AdapterStack, AFALinearStack, check_name
 from afa_kernels.model.adapted import ADAPTED, LAYERS, TRAINABLE_MARK, named_layers
 from afa_kernels.model.sharing import attach_shared_inputs, nothing_to_share, siblings_of, unshare_inputs
@@ -165,7 +165,7 @@ def _check_sharing(model: nn.Module, targets: list[Candidate], dropout: float) -
         )
     children: dict[nn.Module, dict[str, int]] = {}
     for target in targets:
-        in_features = target.module.weight.shape[0 if is_conv1d(target.module) else 1]
+        in_features = weight_like(target.module).shape[1]
         children.setdefault(target.parent, {})[target.attribute] = in_features
     if not any(list(siblings_of(sizes)) for sizes in children.values()):
         raise ValueError(nothing_to_share(model))

@@ -1,6 +1,7 @@
 """AFALoRAFunction: what is saved, which gradients are needed, and double backward. It does no arithmetic of its own.
 
-Saved for the backward: x, A, B and z, plus references to the frozen weight, to the scalars alpha_t and seed, and to
+Saved for the backward: x, A, B and z, plus references to the frozen weight (never what a quantized one was made into),
+to the scalars alpha_t and seed, and to
 whose rows are whose. Never h, act'(z), a mask or a copy of x or y.
 """
 
@@ -11,17 +12,19 @@ from afa_kernels.backend import compiled
 from afa_kernels.backend.interface import Rows
 from afa_kernels.operator import frozen, ops, reference
 from afa_kernels.operator.options import Options
+from afa_kernels.operator.quantized_weight import QuantizedWeight, dense
 
 
 class AFALoRAFunction(torch.autograd.Function):
     """``apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplace, direct, *rows)`` on checked
     operands.
 
-    ``x (M, K)``, ``weight (N, K)`` or None, ``bias (N,)`` or None, ``lora_a (r, K)``, ``lora_b (N, r)``, ``base`` None
-    or ``(M, N)`` (any shape with M * N elements and rows of N where ``inplace``); ``alpha_t`` a 0-dim float32 tensor,
-    None at identity; ``options`` as :func:`afa_kernels.operator.ops.resolved` returns them; ``direct`` whether the
-    forward may skip torch's dispatcher; ``rows`` nothing, or a :class:`~afa_kernels.backend.interface.Rows`, with which
-    the operands have the shapes that :func:`afa_kernels.afa_lora` gives.
+    ``x (M, K)``, ``weight (N, K)``, a ``QuantizedWeight`` of that shape or None, ``bias (N,)`` or None,
+    ``lora_a (r, K)``, ``lora_b (N, r)``, ``base`` None or ``(M, N)`` (any shape with M * N elements and rows of N where
+    ``inplace``); ``alpha_t`` a 0-dim float32 tensor, None at identity; ``options`` as
+    :func:`afa_kernels.operator.ops.resolved` returns them; ``direct`` whether the forward may skip torch's dispatcher;
+    ``rows`` nothing, or a :class:`~afa_kernels.backend.interface.Rows`, with which the operands have the shapes that
+    :func:`afa_kernels.afa_lora` gives.
 
     Returns the layer's output: ``x @ weight.T + bias + branch`` with a weight, ``base + branch`` without.
     :func:`afa_kernels.afa_lora` and :func:`afa_kernels.afa_linear` are the checked ways to call it.
@@ -35,16 +38,17 @@ class AFALoRAFunction(torch.autograd.Function):
             options = Options(options.spec, save_z, options.backend)
         branch = (x, lora_a, lora_b, alpha_t, seed, options, Rows(*rows) if rows else None)
         if weight is not None:
-            y, z = ops.linear_forward(direct, weight, bias, *branch)
+            y, z = ops.linear_forward(direct, weight if direct else dense(weight, x.dtype), bias, *branch)
         elif inplace:
             z = ops.lora_forward_(direct, base.view(-1, lora_b.shape[-2]), *branch)
             ctx.mark_dirty(base)
             y = base
         else:
             y, z = ops.lora_forward(direct, base, *branch)
+        quantized = weight if weight.__class__ is QuantizedWeight else None
         ctx.save_for_backward(
             x if save_z or need_weight else None,
-            weight if need_x else None,
+            weight if need_x and quantized is None else None,
             lora_a,
             lora_b,
             z if save_z else None,
@@ -52,7 +56,7 @@ class AFALoRAFunction(torch.autograd.Function):
             seed,
             *rows,
         )
-        ctx.options, ctx.direct = options, direct
+        ctx.options, ctx.direct, ctx.quantized = options, direct, quantized if need_x else None
         if need_weight:
             ctx.weight = weight.shape, weight.dtype
         if need_bias:
@@ -69,6 +73,7 @@ class AFALoRAFunction(torch.autograd.Function):
         if need_x or need_a or need_b:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 spec = ctx.options.spec
+                weight = weight if ctx.quantized is None else ctx.quantized.dense(dy.dtype)
                 dx, da, db = _differentiable(dy, x, weight, lora_a, lora_b, alpha_t, seed, spec, owned)
             else:
                 saved = (dy, x, lora_a, lora_b, z, alpha_t, seed)
@@ -77,6 +82,8 @@ class AFALoRAFunction(torch.autograd.Function):
                 direct = ctx.direct and not torch_private.operators_are_watched()
                 tensors = (*saved, weight, *rows)
                 direct = direct and (compiled.are_plain(*tensors) or torch_private.are_ordinary(tensors))
+                if ctx.quantized is not None:
+                    weight = ctx.quantized if direct else ctx.quantized.dense(dy.dtype)
                 if weight is not None:
                     dx, da, db = ops.linear_backward(direct, weight, *saved, ctx.options, owned, need_a, need_b)
                 else:

@@ -18,6 +18,7 @@ from afa_kernels.backend.choice import check_name, remembered
 from afa_kernels.operator.activation import ACTIVATIONS
 from afa_kernels.operator.dropout import threshold_of
 from afa_kernels.operator.options import Options, Spec, at_identity
+from afa_kernels.operator.quantized_weight import QuantizedWeight
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FLOATING_NAMES = "float64, float32, bfloat16 or float16"
@@ -68,8 +69,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
     if not watched and compiled.recognizes_linear(x, weight, bias, lora_a, lora_b):
         return True
     branch(x, lora_a, lora_b)
-    _frozen(x, weight, bias, lora_b.shape[0])
-    return not watched and torch_private.are_ordinary((x, weight, bias, lora_a, lora_b))
+    quantized = weight.__class__ is QuantizedWeight
+    _frozen(x, weight, bias, lora_b.shape[0], quantized)
+    return not watched and torch_private.are_ordinary((x, None if quantized else weight, bias, lora_a, lora_b))
 
 
 def may_be_direct(*operands: Tensor | None) -> bool:
@@ -164,12 +166,13 @@ def _overlaps_itself(t: Tensor) -> bool:
     return False
 
 
-def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> None:
-    tensor("weight", weight)
+def _frozen(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, quantized: bool) -> None:
+    if not quantized:
+        tensor("weight", weight)
     k = x.shape[-1]
     if weight.shape != (n, k):
         raise ValueError(f"weight: expected shape ({n}, {k}) to match lora_b and x, got {tuple(weight.shape)}")
-    if weight.dtype != x.dtype:
+    if not quantized and weight.dtype != x.dtype:
         raise TypeError(f"weight: expected {_dtype(x)}, the dtype of x, got {_dtype(weight)}")
     if bias is not None:
         tensor("bias", bias)

@@ -22,37 +22,41 @@ from afa_kernels import torch_private
 from afa_kernels.backend.interface import Backend, Rows
 from afa_kernels.backend.torch import owner_of_rows
 from afa_kernels.operator.options import Spec
+from afa_kernels.operator.quantized_weight import QuantizedWeight, dense
 
 
 def begin(
-    backend: Backend, spec: Spec, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows | None = None
-) -> tuple[Tensor, Tensor | None, bool]:
+    backend: Backend, spec: Spec, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None,
+    rows: Rows | None = None,
+) -> tuple[Tensor, Tensor | None, bool]:  # fmt: skip
     """Return y, the base that the branch is added to in it (y itself, another tensor, or None for zero), and whether
     the product is still to come, by :func:`finish`."""
     bias = None if bias is None else bias.to(x.dtype)
     if rows is not None and (weight.dim() == 3 or (bias is not None and bias.dim() == 2)):
         return _begin_by_owner(backend, spec, x, weight, bias, rows.offsets)
     if backend.gemm_first(spec, x.dtype, False):
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, dense(weight, x.dtype), bias)
         return y, y, False
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     return y, None if bias is None else bias.expand_as(y), True
 
 
-def finish(y: Tensor, x: Tensor, weight: Tensor, rows: Rows | None = None) -> None:
+def finish(y: Tensor, x: Tensor, weight: Tensor | QuantizedWeight, rows: Rows | None = None) -> None:
     """Add the product to y."""
     if weight.dim() == 2:
-        y.addmm_(x, weight.T)
+        y.addmm_(x, dense(weight, x.dtype).T)
     else:
         _multiply(x, ends_of(rows.offsets, weight.shape[0]), weight.mT, y, accumulate=True)
 
 
-def begin_backward(backend: Backend, spec: Spec, dy: Tensor, weight: Tensor, rows: Rows | None = None) -> Tensor | None:
+def begin_backward(
+    backend: Backend, spec: Spec, dy: Tensor, weight: Tensor | QuantizedWeight, rows: Rows | None = None
+) -> Tensor | None:
     """Return the product's part of dx, to which the branch is added; None: the branch comes first, and
     :func:`finish_backward` then."""
     gemm_first = backend.gemm_first(spec, dy.dtype, True)
     if weight.dim() == 2:
-        return torch.mm(dy, weight) if gemm_first else None
+        return torch.mm(dy, dense(weight, dy.dtype)) if gemm_first else None
     offsets = ends_of(rows.offsets, weight.shape[0])
     if _on_device(dy):
         return _product_by_owner(dy, offsets, weight, None)
@@ -63,10 +67,10 @@ def begin_backward(backend: Backend, spec: Spec, dy: Tensor, weight: Tensor, row
     return dx
 
 
-def finish_backward(dx: Tensor, dy: Tensor, weight: Tensor, rows: Rows | None = None) -> None:
+def finish_backward(dx: Tensor, dy: Tensor, weight: Tensor | QuantizedWeight, rows: Rows | None = None) -> None:
     """Add the product's part to dx."""
     if weight.dim() == 2:
-        dx.addmm_(dy, weight)
+        dx.addmm_(dy, dense(weight, dy.dtype))
     else:
         _multiply(dy, ends_of(rows.offsets, weight.shape[0]), weight, dx, accumulate=True)
 

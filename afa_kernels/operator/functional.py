@@ -14,6 +14,7 @@ from afa_kernels.backend.interface import Rows
 from afa_kernels.operator import checks, ops, reference
 from afa_kernels.operator.autograd import AFALoRAFunction
 from afa_kernels.operator.options import Options
+from afa_kernels.operator.quantized_weight import QuantizedWeight, dense
 
 
 def afa_lora(
@@ -174,7 +175,7 @@ def of_owners(
 class LinearCall(NamedTuple):
     """What a layer computes with: the arguments of :func:`linear` beside x."""
 
-    weight: Tensor
+    weight: Tensor | QuantizedWeight
     bias: Tensor | None
     lora_a: Tensor
     lora_b: Tensor
@@ -206,13 +207,14 @@ def lora(
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, alpha_t: float | Tensor | None,
-    options: Options, *, seed: int | Tensor | None = None, rows: Rows | None = None,
+    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
+    alpha_t: float | Tensor | None, options: Options, *, seed: int | Tensor | None = None, rows: Rows | None = None,
 ) -> Tensor:  # fmt: skip
     """:func:`afa_linear` with options that are checked already, and ``alpha_t`` None at identity: what layers call.
     With ``rows``, all tensors are checked too."""
     if torch_private.autocast_may_be_on():
-        x, weight = autocast("x", x), autocast("weight", weight)
+        x = autocast("x", x)
+        weight = weight if weight.__class__ is QuantizedWeight else autocast("weight", weight)
     if rows is None:
         direct = checks.linear(x, weight, bias, lora_a, lora_b)
     else:
@@ -245,7 +247,7 @@ def _apply(x, weight, bias, lora_a, lora_b, base, alpha_t, seed, options, inplac
         )  # fmt: skip
     branch = (flat, lora_a, lora_b, alpha_t, seed, options, rows)
     if weight is not None:
-        return ops.linear_forward(direct, weight, bias, *branch)[0]
+        return ops.linear_forward(direct, weight if direct else dense(weight, x.dtype), bias, *branch)[0]
     if inplace:
         ops.lora_forward_(direct, base.view(-1, lora_b.shape[-2]), *branch)
         return base
@@ -258,7 +260,7 @@ def _in_torch_ops(rows, weight, bias, lora_a, lora_b, base, alpha_t, seed, optio
     with ops.plain_precision(rows):
         before = base.view(-1, lora_b.shape[0]) if inplace else base
         if weight is not None:
-            before = F.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+            before = F.linear(rows, dense(weight, rows.dtype), None if bias is None else bias.to(rows.dtype))
         y, _ = reference.forward(rows, lora_a, lora_b, alpha_t, seed, options.spec, before)
     return base.copy_(y.view(base.shape)) if inplace else y
 

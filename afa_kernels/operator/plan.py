@@ -25,7 +25,8 @@ class Plan:
         launches: the kernels of a forward and a backward with their launch parameters, where the
             backend tells them.
         frozen: of a call by owner with a weight, how the rows of each owner are multiplied with it, and why:
-            "grouped_mm: it reads the offsets on the device", or "fused" where the backend makes that product too.
+            "grouped_mm: it reads the offsets on the device", or "fused" where the backend makes that product too. Of a
+            layer whose weight is quantized, whether it is dequantized for the product, or why not.
     """
 
     backend: str

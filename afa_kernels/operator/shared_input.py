@@ -14,6 +14,7 @@ from afa_kernels import torch_private
 from afa_kernels.backend import compiled
 from afa_kernels.operator import checks, shared_input_ops
 from afa_kernels.operator.functional import LinearCall, as_rows, autocast, like
+from afa_kernels.operator.quantized_weight import QuantizedWeight, apart, dense
 from afa_kernels.torch_private import (
     are_ordinary,
     autocast_may_be_on,
@@ -55,11 +56,11 @@ def _why_unfit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, l
     for t in (weight, bias, lora_a, lora_b):
         if t is None:
             continue
-        if type(t) is not nn.Parameter and type(t) is not Tensor:
+        if type(t) not in (nn.Parameter, Tensor, QuantizedWeight):
             return f"a parameter is a {type(t).__name__}"
         if t.device != x.device:
             return "a parameter is on another device"
-    if weight.dtype != x.dtype and autocast_dtype(x) is None:
+    if type(weight) is not QuantizedWeight and weight.dtype != x.dtype and autocast_dtype(x) is None:
         return "x has another dtype than a weight"
     if x.layout != torch.strided or x.dim() == 0 or x.shape[-1] != lora_a.shape[-1]:
         return f"x has shape {tuple(x.shape)} and layout {x.layout}"
@@ -82,7 +83,7 @@ def linear_shared(x: Tensor, calls: Calls) -> list[Tensor] | None:
     weights, biases, a, b, alpha_t, options = zip(*calls.members, strict=True)
     direct = calls.recognized
     if not direct:
-        weights = [autocast("weight", weight) for weight in weights]
+        weights = [w if type(w) is QuantizedWeight else autocast("weight", w) for w in weights]
         direct = checks.shared_input(x, list(zip(weights, biases, a, b, strict=True)))
     direct = direct and (compiled.are_plain(*alpha_t) or are_ordinary(alpha_t))
     identities = [alpha is None for alpha in alpha_t]
@@ -97,8 +98,14 @@ def linear_shared(x: Tensor, calls: Calls) -> list[Tensor] | None:
     if differentiated:
         ys = torch_private.apply(AFASharedInputFunction, direct, rows, choice, direct, *tensors)
     else:
-        ys, _ = shared_input_ops.forward_shared(direct, rows, *_split(tensors), choice)
+        ys, _ = _forward(direct, rows, *_split(tensors), choice)
     return [like(y, x, y.shape[-1]) for y in ys]
+
+
+def _forward(direct: bool, x: Tensor, weights: list, *rest):
+    """Return every y and every z. An operator of torch takes tensors alone."""
+    weights = weights if direct else [dense(w, x.dtype) for w in weights]
+    return shared_input_ops.forward_shared(direct, x, weights, *rest)
 
 
 def _split(tensors: tuple[Tensor | None, ...]) -> list[list[Tensor | None]]:
@@ -117,7 +124,8 @@ class AFASharedInputFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, choice, direct, *tensors):
         weights, biases, a, b, alpha_t = _split(tensors)
-        ys, zs = shared_input_ops.forward_shared(direct, x, weights, biases, a, b, alpha_t, choice)
+        ys, zs = _forward(direct, x, weights, biases, a, b, alpha_t, choice)
+        weights, ctx.quantized = apart(weights)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *weights, *a, *b, *alpha_t, *(zs if choice.options[0].save_z else ()))
         ctx.choice, ctx.direct = choice, direct
@@ -136,7 +144,11 @@ class AFASharedInputFunction(torch.autograd.Function):
         direct = ctx.direct and not operators_are_watched()
         direct = direct and (compiled.are_plain(*tensors) or are_ordinary(tensors))
         differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if differentiated or (not direct and any([is_batched(dy) for dy in grads])):
+        by_formula = differentiated or (not direct and any([is_batched(dy) for dy in grads]))
+        weights = [w if q is None else q for w, q in zip(weights, ctx.quantized, strict=True)]
+        if not direct or by_formula:
+            weights = [dense(w, x.dtype) for w in weights]
+        if by_formula:
             dx, da, db = shared_input_ops.differentiable_backward(grads, x, weights, a, b, alpha_t, ctx.choice)
         else:
             dx, da, db = shared_input_ops.backward_shared(

@@ -30,6 +30,7 @@ from afa_kernels.layers.base_layer import (
 from afa_kernels.layers.branch import AdapterCall
 from afa_kernels.layers.merging import write
 from afa_kernels.layers.mixed import BASE, Assignment, mixed_linear, mixed_lora
+from afa_kernels.layers.quantized import frozen_weight
 from afa_kernels.operator import checks
 from afa_kernels.operator.activation import phi
 from afa_kernels.operator.functional import LinearCall, linear, lora
@@ -142,13 +143,13 @@ class AFALoraLayer:
                 y = self._shared_input.take(self, x)
                 if y is not None:
                     return y
-            call = self.linear_call()
+            call = self.linear_call(x)
             if call is not None:
                 return linear(x, *call)
         check_gives_gradient(self.get_base_layer(), x)
         return super().forward(x, *args, **kwargs)
 
-    def linear_call(self) -> LinearCall | None:
+    def linear_call(self, x: Tensor) -> LinearCall | None:
         """Return what ``linear(x, ...)`` takes beside x, or None where PEFT's forward has to run: it is merged or
         disabled, another number of adapters than one is active, or a layer cannot be left out."""
         parts = self._modules
@@ -156,7 +157,7 @@ class AFALoraLayer:
         names = [name for name in self.active_adapters if name in adapters]
         if len(names) != 1 or self.merged_adapters or self.disable_adapters:
             return None
-        name, weight = names[0], plain_weight(base)
+        name, weight = names[0], frozen_weight(base, x)
         if weight is None or self.lora_variant.get(name).__class__ is not AFALoraVariant:
             return None
         branch = _branch(self, name)

@@ -325,4 +325,4 @@ def test_a_plain_adapter_has_no_activation():
     model = accelerate(get_peft_model(Net(), config(LoraConfig)))
     layer = model.q_proj
     assert layer.lora_afa["default"].activation == "identity" and "relu" not in repr(layer)
-    assert layer.linear_call().options.spec.activation == "identity"
+    assert layer.linear_call(torch.zeros(1, layer.in_features)).options.spec.activation == "identity"
