@@ -86,6 +86,8 @@ def linear_shared(x: Tensor, calls: Calls) -> list[Tensor] | None:
         weights = [w if type(w) is QuantizedWeight else autocast("weight", w) for w in weights]
         direct = checks.shared_input(x, list(zip(weights, biases, a, b, strict=True)))
     direct = direct and (compiled.are_plain(*alpha_t) or are_ordinary(alpha_t))
+    if not direct and any([type(w) is QuantizedWeight for w in weights]):
+        return None  # an operator of torch takes tensors: all weights would have to be dequantized at once
     identities = [alpha is None for alpha in alpha_t]
     # No base layer trains here.
     differentiated = torch.is_grad_enabled() and (
@@ -98,14 +100,8 @@ def linear_shared(x: Tensor, calls: Calls) -> list[Tensor] | None:
     if differentiated:
         ys = torch_private.apply(AFASharedInputFunction, direct, rows, choice, direct, *tensors)
     else:
-        ys, _ = _forward(direct, rows, *_split(tensors), choice)
+        ys, _ = shared_input_ops.forward_shared(direct, rows, *_split(tensors), choice)
     return [like(y, x, y.shape[-1]) for y in ys]
-
-
-def _forward(direct: bool, x: Tensor, weights: list, *rest):
-    """Return every y and every z. An operator of torch takes tensors alone."""
-    weights = weights if direct else [dense(w, x.dtype) for w in weights]
-    return shared_input_ops.forward_shared(direct, x, weights, *rest)
 
 
 def _split(tensors: tuple[Tensor | None, ...]) -> list[list[Tensor | None]]:
@@ -124,7 +120,7 @@ class AFASharedInputFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, choice, direct, *tensors):
         weights, biases, a, b, alpha_t = _split(tensors)
-        ys, zs = _forward(direct, x, weights, biases, a, b, alpha_t, choice)
+        ys, zs = shared_input_ops.forward_shared(direct, x, weights, biases, a, b, alpha_t, choice)
         weights, ctx.quantized = apart(weights)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *weights, *a, *b, *alpha_t, *(zs if choice.options[0].save_z else ()))

@@ -12,30 +12,30 @@ def library(name):
     return pytest.importorskip(name, exc_type=ImportError)
 
 
-def replaced(net, make, **marks):
-    """``net`` with ``make(layer)`` for each of its target layers, marked as transformers does it."""
-    for name in TARGETS:
+def replaced(net, make, names, **marks):
+    """``net`` with ``make(layer)`` for each of these layers, marked as transformers does it."""
+    for name in names:
         setattr(net, name, make(getattr(net, name)))
     for name, value in marks.items():
         setattr(net, name, value)
     return net
 
 
-def bnb_4bit(net, compress_statistics=True):
+def bnb_4bit(net, compress_statistics=True, names=TARGETS, quant_type="nf4"):
     bnb = library("bitsandbytes")
 
     def make(dense):
         layer = bnb.nn.Linear4bit(
             dense.in_features, dense.out_features, bias=dense.bias is not None, compute_dtype=torch.float32,
-            quant_type="nf4", compress_statistics=compress_statistics,
+            quant_type=quant_type, compress_statistics=compress_statistics,
         )  # fmt: skip
         layer.load_state_dict(dense.state_dict())
         return layer.to("cpu").requires_grad_(False)
 
-    return replaced(net, make, is_loaded_in_4bit=True)
+    return replaced(net, make, names, is_loaded_in_4bit=True)
 
 
-def bnb_8bit(net):
+def bnb_8bit(net, names=TARGETS):
     bnb = library("bitsandbytes")
 
     def make(dense):
@@ -44,28 +44,32 @@ def bnb_8bit(net):
         layer.load_state_dict(dense.state_dict())
         return layer.to("cpu").requires_grad_(False)
 
-    return replaced(net, make, is_loaded_in_8bit=True)
+    return replaced(net, make, names, is_loaded_in_8bit=True)
 
 
-def torchao_int8(net):
+def torchao_int8(net, names=TARGETS):
+    return torchao(net, lambda quantization: quantization.Int8WeightOnlyConfig(), names)
+
+
+def torchao(net, config, names=TARGETS):
     quantization = library("torchao.quantization")
-    quantization.quantize_(net, quantization.Int8WeightOnlyConfig(), lambda m, name: name in TARGETS)
+    quantization.quantize_(net, config(quantization), lambda m, name: name in names)
     return net
 
 
-def hqq_4bit(net):
+def hqq_4bit(net, names=TARGETS):
     core = library("hqq.core.quantize")
 
     def make(dense):
         config = core.BaseQuantizeConfig(nbits=4, group_size=8)
         return core.HQQLinear(dense, config, compute_dtype=torch.float32, device="cpu", initialize=True)
 
-    return replaced(net, make)
+    return replaced(net, make, names)
 
 
-def quanto_int8(net):
+def quanto_int8(net, names=TARGETS, weights="qint8"):
     quanto = library("optimum.quanto")
-    quanto.quantize(net, weights=quanto.qint8, include=list(TARGETS))
+    quanto.quantize(net, weights=getattr(quanto, weights), include=list(names))
     quanto.freeze(net)
     return net
 
@@ -88,8 +92,8 @@ def dense():
     return Net(widths=WIDTHS).requires_grad_(False)
 
 
-def made(kind):
-    return QUANTIZED[kind][0](dense())
+def made(kind, net=None, **options):
+    return QUANTIZED[kind][0](dense() if net is None else net, **options)
 
 
 def weights(model):

@@ -8,7 +8,7 @@ pytest.importorskip("peft")
 
 from layer_helpers import composed
 from peft import get_peft_model
-from peft_models import TARGETS, assert_same, gradients
+from peft_models import TARGETS, assert_same, fill_adapters, gradients
 
 import afa_kernels as afa
 from adapters.quantized_models import QUANTIZED, WIDTHS, WRAPPED, dense, library, made, weights
@@ -66,24 +66,21 @@ def test_a_stack_beside_a_quantized_tensor(kind):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_inject_refuses_to_leave_quantized_layers_out(kind):
-    net = made(kind)
-    if kind in WRAPPED:
-        afa.inject(net, "all-linear")
-        assert all(isinstance(getattr(net, name), afa.AFALinear) for name in TARGETS)
-        return
-    before = {name: type(module) for name, module in net.named_modules()}
-    layer = type(net.q_proj).__name__
-    with pytest.raises(ValueError, match=f"leave out 2 of 3 linear layers. q_proj, v_proj: {layer}.*AFALoraConfig"):
-        afa.inject(net, "all-linear")
-    with pytest.raises(TypeError, match=f"q_proj cannot be adapted: {layer} has a quantized weight.*AFALoraConfig"):
-        afa.inject(net, ["q_proj"])
-    assert {name: type(module) for name, module in net.named_modules()} == before
-    afa.inject(net, "all-linear", exclude_modules=list(TARGETS))
-    assert isinstance(net.head, afa.AFALinear)
+def test_inject_adapts_quantized_layers(kind, tmp_path):
+    """And what it saved is loaded into another model."""
+    net, other, x = made(kind), made(kind), torch.randn(40, WIDTHS[0])
+    afa.inject(net, "all-linear", r=4)
+    assert all(isinstance(getattr(net, name), afa.AFALinear) for name in (*TARGETS, "head"))
+    assert net.q_proj.lora_a.shape == (4, WIDTHS[0]) and net.q_proj.lora_a.dtype == torch.float32
+    fill_adapters(net)
+    afa.save_adapter(net, tmp_path)
+    afa.load_adapter(other, tmp_path)
+    assert torch.equal(other(x), net(x))
+    afa.unload(net)
+    assert type(net.q_proj) is type(made(kind).q_proj)
 
 
-def test_inject_knows_packed_integers_for_a_quantized_layer():
+def test_inject_refuses_to_leave_quantized_layers_out():
     """Layers of GPTQ and AWQ have no class in common, and their libraries need a GPU."""
 
     class QuantLinear(nn.Module):
@@ -92,8 +89,14 @@ def test_inject_knows_packed_integers_for_a_quantized_layer():
             self.in_features, self.out_features = 32, 64
             self.register_buffer("qweight", torch.zeros(4, 64, dtype=torch.int32))
 
-    with pytest.raises(ValueError, match="leave out 1 of 2 linear layers. 0: QuantLinear has a quantized weight"):
-        afa.inject(nn.Sequential(QuantLinear(), nn.Linear(64, 8)))
+    net = nn.Sequential(QuantLinear(), nn.Linear(64, 8))
+    with pytest.raises(ValueError, match="leave out 1 of 2 linear layers. 0: QuantLinear.*quantized.*AFALoraConfig"):
+        afa.inject(net, "all-linear")
+    with pytest.raises(TypeError, match="0 cannot be adapted: QuantLinear has a quantized weight.*AFALoraConfig"):
+        afa.inject(net, ["0"])
+    assert type(net[0]) is QuantLinear and type(net[1]) is nn.Linear
+    afa.inject(net, "all-linear", exclude_modules=["0"])
+    assert isinstance(net[1], afa.AFALinear)
 
 
 @pytest.mark.filterwarnings("ignore")
