@@ -71,7 +71,7 @@ def kept(before: Tensor, after: Tensor, lora_a: Tensor, lora_b: Tensor, factor: 
     """Return how much of ``factor * lora_b @ lora_a`` is in ``after - before``; of experts, with one dimension more,
     summed over them.
 
-    ``<D, B @ A>`` is ``<B.T @ D, A>``, so no matrix of the size of the weight is made beside the difference D.
+    ``<D, B @ A>`` is ``<B.T @ D, A>``, so no matrix of the size of the weight is made.
     """
     if before.is_meta:
         return Kept()
@@ -80,7 +80,10 @@ def kept(before: Tensor, after: Tensor, lora_a: Tensor, lora_b: Tensor, factor: 
     wide = torch.float64 if torch.float64 in (before.dtype, after.dtype, lora_a.dtype) else torch.float32
     with torch.autocast(before.device.type, enabled=False):
         a, b = lora_a.to(wide), lora_b.to(wide)
-        got = (b.T @ after.to(wide).sub(before) * a).sum()
+        # In blocks of rows, which fit into caches; of a sharded weight all rows at once.
+        rows = len(before) if hasattr(before, "device_mesh") else max(1, 2**17 // max(1, before.shape[1]))
+        blocks = zip(b.split(rows), before.split(rows), after.split(rows), strict=True)
+        got = (sum(own.T @ torch.sub(new.to(wide), old) for own, old, new in blocks) * a).sum()
         wanted = ((b.T @ b) * (a @ a.T)).sum()
     return Kept(factor * float(got), factor**2 * float(wanted))
 
