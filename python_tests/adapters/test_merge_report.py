@@ -173,6 +173,11 @@ def test_several_adapters_and_plain_ones_are_reported_together():
         before, wanted = weights(model), wanted_of(model)
         _, warned = merged(lambda model=model: model.merge_adapter(["default", "other"]))
         assert_reported(afa.merge_report(model), warned, before, weights(model), wanted)
+        model.unmerge_adapter()
+        for count, name in enumerate(("default", "other"), 1):  # one after the other they are summed
+            model.merge_adapter([name])
+            norms = [sum_of(model.q_proj, [each]).square().sum().item() for each in ("default", "other")[:count]]
+            assert model.q_proj.kept.wanted == pytest.approx(sum(norms), rel=1e-4)
 
 
 def test_a_layer_alone_and_a_training_that_merges_say_it_too():
@@ -214,6 +219,7 @@ def test_dequantize_merges_into_dense_layers_and_unmerging_brings_the_quantized_
         else (lambda **o: afa.merge(model, **o), lambda: afa.unmerge(model), lambda: afa.unload(model))
     )
     _, warned = merged(lambda: merge(dequantize=True))
+    assert not any(layer.base_layer.training for layer in layers(model).values())
     assert not warned and all(abs(f - 1) < 1e-4 for f in afa.merge_report(model).layers.values())
     tolerance = {"rtol": 3e-3, "atol": 3e-3} if kind == "bnb-8bit" else {}  # computes in float16
     torch.testing.assert_close(model(x), y, **tolerance)
@@ -227,6 +233,19 @@ def test_dequantize_merges_into_dense_layers_and_unmerging_brings_the_quantized_
     report, plain = afa.merge_report(model), unload()
     assert afa.merge_report(plain) == report and all(type(m) is nn.Linear for m in plain.children())
     assert all(layer.weight.dtype == torch.bfloat16 for layer in layers(plain).values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dequantize_adds_the_bias_of_an_adapter_too():
+    model = fill_adapters(get_peft_model(made("bnb-4bit"), config(lora_bias=True))).train()
+    afa.set_alpha_t(model, 0.0)
+    x = torch.randn(5, WIDTHS[0], requires_grad=True)
+    y = model(x)
+    model.merge_adapter(dequantize=True)  # into a layer with a bias, and into one without
+    torch.testing.assert_close(model(x), y)
+    assert model.q_proj.base_layer.training
+    model.unmerge_adapter()
+    assert model.v_proj.base_layer.bias is None and torch.equal(model(x), y)
 
 
 @pytest.mark.filterwarnings("ignore")
