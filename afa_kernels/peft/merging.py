@@ -58,7 +58,7 @@ class Merging:
         """
         check_dequantize(dequantize)
         self.check_merge(adapter_names, dequantize)
-        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
         if self._becomes_dense(dequantize):
@@ -93,7 +93,6 @@ class Merging:
                 raise
 
     def _merge_into_dense(self, names: list[str], dequantize: bool | torch.dtype) -> None:
-        names = [name for name in names if name in self.lora_A]
         dense, self.kept = dense_sum(self.base_layer, *self._factors(names), 1.0, dequantize)
         for name in names:
             own = self.lora_B[name].bias
@@ -129,7 +128,7 @@ class Merging:
 
     def _factors(self, names: list[str]) -> tuple[Tensor, Tensor]:
         """Return A and B whose product is the sum of ``scaling * B @ A`` of these adapters."""
-        each = [(*self._factors_of(name), self.scaling[name]) for name in names if name in self.lora_A]
+        each = [(*self._factors_of(name), self.scaling[name]) for name in names]
         return torch.cat([a for a, _, _ in each], -2), torch.cat([b * scaling for _, b, scaling in each], -1)
 
     def _factors_of(self, name: str) -> tuple[Tensor, Tensor]:

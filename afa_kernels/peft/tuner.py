@@ -54,14 +54,20 @@ class AFALoraModel(LoraModel):
                 self._check_merge_allowed()
                 self._merge_dequantized(adapter_names, safe_merge, dequantize)
 
-    def merge_and_unload(self, *args: Any, dequantize: bool | torch.dtype = False, **kwargs: Any) -> nn.Module:
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        dequantize: bool | torch.dtype = False,
+    ) -> nn.Module:
         """Merge adapters and return the model without PEFT's layers; ``dequantize`` is that of :meth:`merge_adapter`,
         and the dense layers are then those of the model."""
-        if dequantize is False:
-            return super().merge_and_unload(*args, **kwargs)
-        progressbar, safe_merge, names = (*args, *(False, False, None)[len(args) :])
-        self.merge_adapter(kwargs.pop("adapter_names", names), kwargs.pop("safe_merge", safe_merge), dequantize)
-        return self._unload_and_optionally_merge(False, kwargs.pop("progressbar", progressbar), **kwargs)
+        with warnings.catch_warnings():
+            if dequantize is not False:
+                self.merge_adapter(adapter_names, safe_merge, dequantize)
+                warnings.filterwarnings("ignore", "All adapters are already merged")
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any

@@ -236,6 +236,16 @@ def test_dequantize_merges_into_dense_layers_and_unmerging_brings_the_quantized_
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_dequantize_leaves_layers_without_the_adapter_as_they_are():
+    model = peft_model("bnb-4bit", 0.1)
+    model.add_adapter("one", config(target_modules=["q_proj"]))
+    afa.set_alpha_t(model, 0.0, "one")
+    model.merge_adapter(["one"], dequantize=True)
+    assert type(model.q_proj.base_layer) is nn.Linear and type(model.v_proj.base_layer).__name__ == "Linear4bit"
+    assert not model.v_proj.merged and afa.merge_report(model).layers == {"q_proj": 1.0}, "B = 0"
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_dequantize_adds_the_bias_of_an_adapter_too():
     model = fill_adapters(get_peft_model(made("bnb-4bit"), config(lora_bias=True))).train()
     afa.set_alpha_t(model, 0.0)
