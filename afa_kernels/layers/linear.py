@@ -20,7 +20,7 @@ from afa_kernels.layers.base_layer import (
 )
 from afa_kernels.layers.branch import Branch, BranchOptions
 from afa_kernels.layers.kept import Kept
-from afa_kernels.layers.merging import Mergeable, dense_sum, put_dense, put_quantized
+from afa_kernels.layers.merging import Mergeable, dense_sum, put_dense
 from afa_kernels.operator.functional import LinearCall, linear, lora
 from afa_kernels.operator.plan import Plan, plan_of
 from afa_kernels.torch_private import is_view
@@ -163,21 +163,12 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
         super().check_merge()
 
     def merge_checked(self, keep_original: bool, dequantize: bool | torch.dtype = False) -> None:
-        if self._merged and self._quantized is not None:
-            return
         if self._merged or dequantize is False or not is_dequantizable(self.base_layer):
             super().merge_checked(keep_original)
             return
         dense, self.kept = self._dense_sum(dequantize)
         put_dense(self, dense)
         self._merged = True
-
-    def unmerge(self) -> None:
-        if self._quantized is None:
-            super().unmerge()
-            return
-        put_quantized(self)
-        self._merged, self.kept = False, None
 
     def _dense_sum(self, dequantize: bool | torch.dtype) -> tuple[nn.Linear, Kept]:
         return dense_sum(self.base_layer, self.lora_a, self.lora_b, self.scaling, dequantize)

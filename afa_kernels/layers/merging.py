@@ -100,7 +100,7 @@ class Mergeable(Annealed):
     def merge_checked(self, keep_original: bool, dequantize: bool | torch.dtype = False) -> None:
         """Do what :meth:`merge` does after :meth:`check_merge`, but for the warning."""
         if self._merged:
-            if keep_original and self._original_weight is None:
+            if keep_original and self._original_weight is None and self._quantized is None:
                 raise ValueError("keep_original: the layer is merged already and the original weight is gone")
             return
         original = self.weight.detach().clone() if keep_original else None
@@ -109,10 +109,12 @@ class Mergeable(Annealed):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Undo :meth:`merge`: bit for bit if it kept the original, by subtraction otherwise."""
+        """Undo :meth:`merge`: bit for bit if it kept the original or dequantized it, by subtraction otherwise."""
         if not self._merged:
             return
-        if self._original_weight is not None:
+        if self._quantized is not None:
+            put_quantized(self)
+        elif self._original_weight is not None:
             self.weight.copy_(self._original_weight)
         else:
             self._add(-self.scaling)
