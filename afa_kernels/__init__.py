@@ -8,11 +8,12 @@ from afa_kernels.backend import builtin as _builtin  # noqa: F401 - registers th
 from afa_kernels.backend.choice import backends, use_backend
 from afa_kernels.backend.interface import BackendStatus, BackendUnavailable
 from afa_kernels.experts import AFAExpertLinear, AFAExpertStack
+from afa_kernels.layers.kept import MergeReport
 from afa_kernels.layers.linear import AFALinear
 from afa_kernels.layers.shared_input import AFASharedInput
 from afa_kernels.layers.stack import AFALinearStack, adapters_of, add_adapter, delete_adapter
 from afa_kernels.model.checkpoint import load_adapter, save_adapter
-from afa_kernels.model.inject import inject, merge, unload, unmerge
+from afa_kernels.model.inject import inject, merge, merge_report, unload, unmerge
 from afa_kernels.model.sharing import share_inputs, unshare_inputs
 from afa_kernels.operator.activation import activations
 from afa_kernels.operator.autograd import AFALoRAFunction
@@ -32,6 +33,7 @@ __all__ = [
     "AnnealSchedule",
     "BackendStatus",
     "BackendUnavailable",
+    "MergeReport",
     "Plan",
     "activations",
     "adapters_of",
@@ -43,6 +45,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "merge_report",
     "plan",
     "save_adapter",
     "set_alpha_t",

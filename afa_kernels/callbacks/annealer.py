@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from afa_kernels.alpha_t import Place, begin, places_of, takes_alpha_t
+from afa_kernels.layers.kept import told_together
 from afa_kernels.schedule import AnnealSchedule, change_at
 
 FINISH = ("force", "warn")
@@ -57,7 +58,7 @@ class Annealer:
         self._described: dict[str, Any] = {}
         self._found: list[Place] = []  # the adapters
         self._places: list[Place] | None = None  # those that it drives
-        self._layers: list[nn.Module] = []  # what it merges
+        self._layers: dict[str, nn.Module] = {}  # what it merges, by name
 
     @property
     def needs_total_steps(self) -> bool:
@@ -82,7 +83,7 @@ class Annealer:
                 checkpoint, or an adapter is finished or jumps (:meth:`AnnealSchedule.attach`).
         """
         places = places_of(model, self.adapter)
-        self._layers = [module for module in model.modules() if takes_alpha_t(module)]
+        self._layers = {name: module for name, module in model.named_modules() if takes_alpha_t(module)}
         self._schedule = self._given or self._made_for(total_steps)
         planned = getattr(self._schedule, "total_steps", total_steps)
         if planned > total_steps:
@@ -153,8 +154,9 @@ class Annealer:
             )
             self._write(0.0)
         if self.merge:
-            for layer in self._layers:
-                layer.merge()
+            with told_together(self._layers.items()):
+                for layer in self._layers.values():
+                    layer.merge()
 
     def _write(self, alpha_t: float) -> float:
         for place in self._places:
@@ -165,7 +167,7 @@ class Annealer:
         if self._options:
             return AnnealSchedule(total_steps, **self._options)
         # A layer of a PEFT model makes the schedule that its adapter's configuration describes.
-        own = (getattr(layer, "schedule", None) for layer in self._layers)
+        own = (getattr(layer, "schedule", None) for layer in self._layers.values())
         made = (make(total_steps, self.adapter) for make in own if make is not None)
         configured = next((each for each in made if each is not None), None)
         return configured or AnnealSchedule(total_steps)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from afa_kernels.experts.forward import attach, detach
 from afa_kernels.experts.parameters import local, weight_of, why_unsupported
 from afa_kernels.layers.branch import AdapterCall, Branch, BranchOptions
-from afa_kernels.layers.merging import Mergeable, plus
+from afa_kernels.layers.merging import Mergeable
 from afa_kernels.layers.mixed import Assignment
 from afa_kernels.layers.stack import AdapterStack
 
@@ -77,11 +77,10 @@ class AFAExpertLinear(BesideExperts, Mergeable, ExpertBranch):
     def calls(self) -> list[list[AdapterCall]]:
         return [] if self._merged else [[self.call()]]
 
-    def _sums(self, factor: float) -> Iterator[tuple[Tensor, Tensor]]:
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """One expert of this process after the other."""
         weights = local(weight_of(self.experts, self.parameter).detach())
-        for weight, a, b in zip(weights, local(self.lora_a), local(self.lora_b), strict=True):
-            yield weight, plus(weight, a, b, factor)
+        yield from zip(weights, local(self.lora_a), local(self.lora_b), strict=True)
 
     def _brings_weight(self, _state_dict: dict[str, Tensor], _prefix: str) -> bool:
         # A submodule is shown its own part of a state dict alone: AFAExperts looks at the parameters.

@@ -75,7 +75,7 @@ def why_not_written(module: nn.Module) -> str | None:
         return None
     return (
         f"{type(module).__name__} has a quantized weight ({type(weight).__name__}), into which no sum can be written. "
-        f"{IN_FULL_PRECISION}"
+        f"{IN_FULL_PRECISION}, or merge with dequantize=True"
     )
 
 
@@ -122,8 +122,29 @@ def check_gives_gradient(module: nn.Module, x: Tensor, y: Tensor | None = None) 
         )
 
 
+def is_dequantizable(module: nn.Module) -> bool:
+    """Whether the weight of a layer is quantized in a way that :func:`dequantized` knows."""
+    weight = getattr(module, "weight", None)
+    poses = type(weight) not in _ORDINARY and hasattr(weight, "dequantize") and not is_dense(weight)
+    return hasattr(module, "W_q") or poses
+
+
+def dense_dtype(module: nn.Module, model: nn.Module | None = None) -> torch.dtype | None:
+    """Return in which dtype a dense layer stands in for a quantized one, None where it is that of :func:`dequantized`.
+
+    An 8-bit layer of bitsandbytes takes x in any dtype and has forgotten its own. Its bias has it, or ``model``, in the
+    first of its floating-point parameters; else it is float16, in which that layer computes.
+    """
+    if type(getattr(module, "weight", None)).__name__ != "Int8Params":
+        return None
+    if module.bias is not None:
+        return module.bias.dtype
+    own = () if model is None else (p.dtype for p in model.parameters() if p.dtype in checks.FLOATING)
+    return next(iter(own), torch.float16)
+
+
 def dequantized(module: nn.Module) -> Tensor:
-    """Return the weight of a layer of bitsandbytes, HQQ or torchao in floating point."""
+    """Return the weight of a layer of bitsandbytes, HQQ, torchao or quanto in floating point."""
     if hasattr(module, "W_q"):
         return module.dequantize()
     weight = module.weight

@@ -7,15 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from afa_kernels.layers.base_layer import (
+    REPACKED,
     LikeItsBase,
     check_gives_gradient,
     is_conv1d,
+    is_dequantizable,
     is_quantized,
+    is_repacked,
     parameter_of,
     why_not_written,
 )
 from afa_kernels.layers.branch import Branch, BranchOptions
-from afa_kernels.layers.merging import Mergeable, plus
+from afa_kernels.layers.kept import Kept
+from afa_kernels.layers.merging import Mergeable, dense_sum, put_dense
 from afa_kernels.layers.quantized import frozen_weight, kind_of, way_of, weight_like
 from afa_kernels.operator.functional import LinearCall, linear, lora
 from afa_kernels.operator.plan import Plan, plan_of
@@ -53,7 +57,8 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
 
     Args:
         base_layer: ``torch.nn.Linear`` or transformers' ``Conv1D``. Its parameters are frozen; the
-            layer keeps it. Its weight may be a tensor of torchao or quanto; the layer then cannot be merged.
+            layer keeps it. Its weight may be a tensor of torchao or quanto, which :meth:`merge` leaves as it is but
+            with ``dequantize=True``.
         r: rank of the branch, 1 or more.
         lora_alpha: numerator of ``scaling = lora_alpha / r``.
         activation: a name from :func:`afa_kernels.activations`.
@@ -143,10 +148,16 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
             ValueError: as in :meth:`merge`.
         """
         self.check_merge()
-        ((_, merged),) = self._sums(self.scaling)
+        (merged,) = self._sums()
         return merged
 
-    def check_merge(self) -> None:
+    def check_merge(self, dequantize: bool | torch.dtype = False) -> None:
+        if dequantize is not False and is_dequantizable(self.base_layer):
+            self._check_identity()
+            if is_repacked(self.base_layer):
+                raise ValueError(f"merge: {REPACKED}")
+            self._dense_sum(dequantize)
+            return
         if "weight" not in self.base_layer._parameters:
             raise ValueError("merge: the base layer computes its weight (a parametrization); remove that first")
         reason = why_not_written(self.base_layer)
@@ -154,8 +165,19 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
             raise ValueError(f"merge: {reason}")
         super().check_merge()
 
-    def _sums(self, factor: float) -> Iterator[tuple[Tensor, Tensor]]:
-        yield self.weight, plus(self.weight, self.lora_a, self.lora_b, factor, transposed=self.transposed)
+    def merge_checked(self, keep_original: bool, dequantize: bool | torch.dtype = False) -> None:
+        if self._merged or dequantize is False or not is_dequantizable(self.base_layer):
+            super().merge_checked(keep_original)
+            return
+        dense, self.kept = self._dense_sum(dequantize)
+        put_dense(self, dense)
+        self._merged = True
+
+    def _dense_sum(self, dequantize: bool | torch.dtype) -> tuple[nn.Linear, Kept]:
+        return dense_sum(self.base_layer, self.lora_a, self.lora_b, self.scaling, dequantize)
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        yield self.weight, self.lora_a, self.lora_b
 
     def _brings_weight(self, state_dict: dict[str, Tensor], prefix: str) -> bool:
         return prefix + "base_layer.weight" in state_dict

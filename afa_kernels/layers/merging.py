@@ -3,19 +3,25 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afa_kernels.alpha_t import Annealed, normal
+from afa_kernels.layers.base_layer import dense_dtype, dequantized
+from afa_kernels.layers.kept import Kept, kept, tell
 from afa_kernels.operator import checks
 
+NOT_FINITE = "merge: the merged weight would not be finite; the weight is unchanged"
 _MERGED_KEY = "merged"
 
 
 class Mergeable(Annealed):
     """Base of the layers that can be merged: :class:`afa_kernels.AFALinear` and :class:`afa_kernels.AFAExpertLinear`.
 
-    A subclass has ``weight``, ``scaling``, :meth:`_sums` and :meth:`_brings_weight`.
+    A subclass has ``weight``, ``scaling``, :meth:`_parts` and :meth:`_brings_weight`.
     """
+
+    kept: Kept | None = None  # of the branch, in the weight, while it is merged
+    _quantized: nn.Module | None = None  # the base layer, while a dense one with the sum is in its place
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -40,7 +46,7 @@ class Mergeable(Annealed):
             raise ValueError(f"alpha_t: a merged layer has no branch, got {value}; unmerge() first")
         self.write_alpha_t(value)
 
-    def merge(self, *, keep_original: bool = False) -> None:
+    def merge(self, *, keep_original: bool = False, dequantize: bool | torch.dtype = False) -> None:
         """Add ``scaling * lora_b @ lora_a``, of experts that of each, to the weight: afterwards the layer costs what
         the frozen one costs. Merging twice is once.
 
@@ -51,56 +57,84 @@ class Mergeable(Annealed):
             keep_original: keep a copy of the weight (as much memory as the weight) for a bit-exact
                 :meth:`unmerge`; otherwise unmerge subtracts, which costs no memory and leaves about
                 one rounding of the weight's dtype.
+            dequantize: put an ``nn.Linear`` with the dequantized weight and the sum into the place of a quantized base
+                layer; a dtype: in that one. The quantized layer is kept, and :meth:`unmerge` puts it back as it was.
+                Without effect where the weight is dense.
 
         Raises:
-            ValueError: ``alpha_t`` is not 0, the base layer computes its weight, the weight is quantized, or the
-                merged weight is not finite.
+            ValueError: ``alpha_t`` is not 0, the base layer computes its weight, the weight is quantized and
+                ``dequantize`` is not given, or the merged weight is not finite.
             RuntimeError: the weight did not take the sum. The layer is then unmerged and its weight what it was.
-        """
-        if not self._merged:
-            self.check_merge()
-        self.merge_checked(keep_original)
 
-    def check_merge(self) -> None:
+        Warns:
+            UserWarning: less than 0.9 of ``scaling * lora_b @ lora_a`` is in the weight (see
+                :func:`afa_kernels.merge_report`).
+        """
+        check_dequantize(dequantize)
+        if not self._merged:
+            self.check_merge(dequantize)
+        before = self.kept
+        self.merge_checked(keep_original, dequantize)
+        if self.kept is not before:
+            tell(self)
+
+    def check_merge(self, dequantize: bool | torch.dtype = False) -> None:
         """Raise the ValueError that :meth:`merge` would raise."""
+        self._check_identity()
+        if self.weight.device.type == "meta":
+            return
+        finite = [torch.isfinite(merged).all() for merged in self._sums()]
+        if not all(map(bool, finite)):
+            raise ValueError(NOT_FINITE)
+
+    def _sums(self) -> Iterator[Tensor]:
+        return (self._plus(*part, self.scaling) for part in self._parts())
+
+    def _check_identity(self) -> None:
         if not self.identity:
             raise ValueError(
                 f"merge: alpha_t is {self._alpha_t}, so the branch is not linear in x and no "
                 "weight equals it; anneal to alpha_t = 0 first"
             )
-        if self.weight.device.type == "meta":
-            return
-        finite = [torch.isfinite(merged).all() for _, merged in self._sums(self.scaling)]
-        if not all(map(bool, finite)):
-            raise ValueError("merge: the merged weight would not be finite; the weight is unchanged")
 
-    def merge_checked(self, keep_original: bool) -> None:
-        """Do what :meth:`merge` does after :meth:`check_merge`."""
+    def merge_checked(self, keep_original: bool, dequantize: bool | torch.dtype = False) -> None:
+        """Do what :meth:`merge` does after :meth:`check_merge`, but for the warning."""
         if self._merged:
-            if keep_original and self._original_weight is None:
+            if keep_original and self._original_weight is None and self._quantized is None:
                 raise ValueError("keep_original: the layer is merged already and the original weight is gone")
             return
         original = self.weight.detach().clone() if keep_original else None
-        self._add(self.scaling)
+        self.kept = self._add(self.scaling)
         self._original_weight, self._merged = original, True
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Undo :meth:`merge`: bit for bit if it kept the original, by subtraction otherwise."""
+        """Undo :meth:`merge`: bit for bit if it kept the original or dequantized it, by subtraction otherwise."""
         if not self._merged:
             return
-        if self._original_weight is not None:
+        if self._quantized is not None:
+            put_quantized(self)
+        elif self._original_weight is not None:
             self.weight.copy_(self._original_weight)
         else:
             self._add(-self.scaling)
-        self._original_weight, self._merged = None, False
+        self._original_weight, self._merged, self.kept = None, False, None
 
-    def _add(self, factor: float) -> None:
-        for weight, merged in self._sums(factor):
+    def _add(self, factor: float) -> Kept:
+        each = []
+        for weight, a, b in self._parts():
+            merged = self._plus(weight, a, b, factor)
+            if factor == self.scaling:  # what is subtracted is not asked for
+                own = (weight.T, merged.T) if self.transposed else (weight, merged)
+                each.append(kept(*own, a, b, factor))
             write(weight, merged)
+        return Kept.of_all(each) if each else Kept()
 
-    def _sums(self, factor: float) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the weight, or one part of it after the other, and its sum with ``factor`` times the branch."""
+    def _plus(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, factor: float) -> Tensor:
+        return plus(weight, lora_a, lora_b, factor, transposed=self.transposed)
+
+    def _parts(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the weight, or one part of it after the other, with its A and B."""
         raise NotImplementedError
 
     def _brings_weight(self, state_dict: dict[str, Tensor], prefix: str) -> bool:
@@ -131,7 +165,7 @@ class Mergeable(Annealed):
             unexpected_keys.remove(prefix + _MERGED_KEY)
         if brings_branch and len(error_msgs) == errors:
             self._merged = merged
-            self._original_weight = None
+            self._original_weight = self._quantized = self.kept = None
 
 
 @torch.no_grad()
@@ -153,9 +187,56 @@ def write(weight: Tensor, merged: Tensor) -> None:
 
 
 @torch.no_grad()
-def plus(weight: Tensor, lora_a: Tensor, lora_b: Tensor, factor: float, *, transposed: bool = False) -> Tensor:
-    """Return ``weight + factor * lora_b @ lora_a``, rounded once; ``transposed``: the weight is ``(K, N)``."""
+def plus(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    factor: float,
+    *,
+    transposed: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return ``weight + factor * lora_b @ lora_a``, rounded once, by default to the dtype of the weight;
+    ``transposed``: the weight is ``(K, N)``."""
     wide = torch.float64 if torch.float64 in (weight.dtype, lora_a.dtype) else torch.float32
     with torch.autocast(weight.device.type, enabled=False):
         product = lora_b.to(wide) @ lora_a.to(wide)
-    return torch.add(weight.to(wide), product.T if transposed else product, alpha=factor).to(weight.dtype)
+    return torch.add(weight.to(wide), product.T if transposed else product, alpha=factor).to(dtype or weight.dtype)
+
+
+def check_dequantize(value: bool | torch.dtype) -> None:
+    if not isinstance(value, bool) and value not in checks.FLOATING:
+        raise TypeError(f"dequantize: expected a bool or a floating-point dtype, got {value!r}")
+
+
+@torch.no_grad()
+def dense_sum(
+    base: nn.Module, lora_a: Tensor, lora_b: Tensor, factor: float, dequantize: bool | torch.dtype
+) -> tuple[nn.Linear, Kept]:
+    """Return a dense layer with the weight of a quantized one plus ``factor * lora_b @ lora_a``, and what it kept.
+
+    Raises:
+        ValueError: the sum is not finite.
+    """
+    before = dequantized(base).detach()
+    dtype = (dense_dtype(base) or before.dtype) if dequantize is True else dequantize
+    weight = plus(before, lora_a, lora_b, factor, dtype=dtype)
+    if not torch.isfinite(weight).all():
+        raise ValueError(NOT_FINITE)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=base.bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if base.bias is not None:
+        layer.bias = nn.Parameter(base.bias.detach().to(dtype, copy=True), requires_grad=False)
+    return layer.train(base.training), kept(before, weight, lora_a, lora_b, factor)
+
+
+def put_dense(owner: nn.Module, dense: nn.Linear) -> None:
+    """Put a dense layer into the place of the base layer, which is kept in no list of modules: a state dict and what
+    walks over the model see the dense one alone."""
+    owner.__dict__["_quantized"] = owner.base_layer
+    owner.base_layer = dense
+
+
+def put_quantized(owner: nn.Module) -> None:
+    """Undo :func:`put_dense`."""
+    owner.base_layer = owner.__dict__.pop("_quantized")

@@ -6,6 +6,7 @@ from torch import nn
 
 from afa_kernels.experts import AFAExpertLinear, AFAExperts
 from afa_kernels.experts.layer import BesideExperts
+from afa_kernels.layers.base_layer import is_dequantizable, is_quantized
 from afa_kernels.layers.branch import Branch
 from afa_kernels.layers.linear import AFALinear
 from afa_kernels.layers.stack import AdapterStack, AFALinearStack
@@ -29,6 +30,21 @@ def named_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple
 def named_stacks(model: nn.Module) -> Iterator[tuple[str, AdapterStack]]:
     """Yield the stacks of ``model``, named as in :func:`named_layers`."""
     return ((name, module) for name, module in _named_adapted(model) if isinstance(module, AdapterStack))
+
+
+def named_mergeable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the layers of ``model`` that say what a merge kept, with their names; those of PEFT as the model has them
+    that PEFT wraps."""
+    of_peft = (each for each in model.named_modules() if hasattr(each[1], "lora_afa"))
+    yield from ((name.removeprefix("base_model.model."), module) for name, module in of_peft)
+    yield from named_layers(model)
+
+
+def forget_quantization(model: nn.Module, was_dequantized: bool) -> None:
+    """Let transformers save a model as a dense one where a merge has made all of its quantized layers dense."""
+    forget = getattr(getattr(model, "hf_quantizer", None), "remove_quantization_config", None)
+    if was_dequantized and forget and not any(is_quantized(m) or is_dequantizable(m) for m in model.modules()):
+        forget(model)
 
 
 def _named_adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -14,11 +14,21 @@ from afa_kernels.experts import AFAExpertLinear, AFAExperts, AFAExpertStack
 from afa_kernels.experts.layer import check_expert_rank, rank_of_expert
 from afa_kernels.experts.parameters import Target, find_parameters
 from afa_kernels.experts.stack import check_names_of, check_no_names_of, check_whole
+from afa_kernels.layers.base_layer import dense_dtype
 from afa_kernels.layers.branch import BranchOptions
+from afa_kernels.layers.kept import MergeReport, report_of, told_together
 from afa_kernels.layers.linear import AFALinear
+from afa_kernels.layers.merging import check_dequantize
 from afa_kernels.layers.quantized import weight_like
 from afa_kernels.layers.stack import AdapterStack, AFALinearStack, check_name
-from afa_kernels.model.adapted import ADAPTED, LAYERS, TRAINABLE_MARK, named_layers
+from afa_kernels.model.adapted import (
+    ADAPTED,
+    LAYERS,
+    TRAINABLE_MARK,
+    forget_quantization,
+    named_layers,
+    named_mergeable,
+)
 from afa_kernels.model.sharing import attach_shared_inputs, nothing_to_share, siblings_of, unshare_inputs
 from afa_kernels.model.targets import (
     ALL_LINEAR,
@@ -202,38 +212,68 @@ def add_to_experts(model: nn.Module, target: Target, options: Mapping[str, Any],
     target.experts.afa[target.parameter] = layer
 
 
-def merge(model: nn.Module, *, keep_original: bool = False) -> nn.Module:
+def merge(model: nn.Module, *, keep_original: bool = False, dequantize: bool | torch.dtype = False) -> nn.Module:
     """Merge every AFA layer of ``model``: it then costs what the frozen model costs.
+
+    :func:`merge_report` says how much of each branch is in the weights afterwards.
 
     Args:
         keep_original: keep a copy of each weight for a bit-exact :func:`unmerge` (see
             :meth:`AFALinear.merge`).
+        dequantize: put an ``nn.Linear`` with the dequantized weight and the sum into the place of each quantized base
+            layer; a dtype: in that one. The quantized layers are kept until :func:`unload`, and :func:`unmerge` puts
+            them back as they were.
 
     Raises:
-        ValueError: a layer cannot be merged (``alpha_t`` is not 0, say, its weight is quantized, or it has a stack of
-            adapters). No layer is changed then.
+        ValueError: a layer cannot be merged (``alpha_t`` is not 0, say, its weight is quantized and ``dequantize`` is
+            not given, or it has a stack of adapters). No layer is changed then.
         RuntimeError: a weight did not take its sum. No layer is merged then; those before it are unmerged as
             :func:`unmerge` does it.
+
+    Warns:
+        UserWarning: layers keep less than 0.9 of their branch; once, with how many, which the lowest and the total.
     """
+    check_dequantize(dequantize)
     layers = _layers(model)
+    dense = {name: dequantize for name, _ in layers}
+    if dequantize is True:
+        bases = {name: layer.base_layer for name, layer in layers if isinstance(layer, AFALinear)}
+        dense |= {name: dense_dtype(base, model) or True for name, base in bases.items()}
     for name, layer in layers:
         if not layer.merged:
             # Computed here to be checked and again to be written, so that no copy of the whole
             # model is held.
-            _named(name, layer.check_merge)
+            _named(name, lambda name=name, layer=layer: layer.check_merge(dense[name]))
         elif keep_original:
             _named(name, lambda layer=layer: layer.merge(keep_original=True))
     done = []
-    try:
-        for name, layer in layers:
-            if not layer.merged:
-                _named(name, lambda layer=layer: layer.merge_checked(keep_original))
-                done.append(layer)
-    except Exception:
-        for layer in done:
-            layer.unmerge()
-        raise
+    with told_together(layers, model):
+        try:
+            for name, layer in layers:
+                if not layer.merged:
+                    _named(name, lambda name=name, layer=layer: layer.merge_checked(keep_original, dense[name]))
+                    done.append(layer)
+        except Exception:
+            for layer in done:
+                layer.unmerge()
+            raise
     return model
+
+
+def merge_report(model: nn.Module) -> MergeReport:
+    """Return how much of ``scaling * B @ A`` is in the weights of a merged model, per layer and in total.
+
+    Args:
+        model: merged by :func:`merge` or by PEFT with layers of this package (``merge_adapter``), or what
+            :func:`unload` or PEFT's ``merge_and_unload`` or ``unload`` returned then, as long as it lives.
+
+    Raises:
+        ValueError: nothing in ``model`` is merged.
+    """
+    report = report_of(model, named_mergeable(model))
+    if report is None:
+        raise ValueError(f"model: expected one that is merged, got {type(model).__name__} with nothing merged")
+    return report
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -268,6 +308,15 @@ def unload(model: nn.Module) -> nn.Module:
         )
     if isinstance(model, LAYERS):
         return model.base_layer
+    was_dequantized = any(getattr(layer, "_quantized", None) is not None for _, layer in layers)
+    with told_together(named_mergeable(model), model):
+        _take_out(model)
+    forget_quantization(model, was_dequantized)
+    return model
+
+
+def _take_out(model: nn.Module) -> None:
+    """Put the base layers back."""
     unshare_inputs(model)
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):
@@ -281,7 +330,6 @@ def unload(model: nn.Module) -> nn.Module:
             setattr(parent, attribute, value)
         parent.__dict__.pop(TRAINABLE_MARK, None)
     model.__dict__.pop("save_pretrained", None)
-    return model
 
 
 def _layers(model: nn.Module) -> list[tuple[str, AFALinear | AFAExpertLinear]]:

@@ -16,7 +16,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from afa_kernels.experts.forward import attach, detach
-from afa_kernels.experts.parameters import from_matrices, why_unsupported
+from afa_kernels.experts.parameters import from_matrices, local, weight_of, why_unsupported
 from afa_kernels.layers.base_layer import is_conv1d
 from afa_kernels.layers.branch import AdapterCall
 from afa_kernels.operator import checks
@@ -90,8 +90,14 @@ class ParamWrapper(AFALoraLayer, lora.ParamWrapper):
             return []
         return [[self._call(name)] for name in self.active_adapters if name in self.lora_A]
 
+    def _weight_now(self) -> Tensor:
+        return local(weight_of(self.get_base_layer(), self.parameter_name).detach())
+
+    def _factors_of(self, name: str) -> tuple[Tensor, Tensor]:
+        return from_matrices(self.lora_A[name].weight, self.lora_B[name].weight, self.num_experts)
+
     def _call(self, name: str) -> AdapterCall:
-        a, b = from_matrices(self.lora_A[name].weight, self.lora_B[name].weight, self.num_experts)
+        a, b = self._factors_of(name)
         scaling = self.scaling[name]
         if isinstance(scaling, Tensor):  # where adapters are to be swapped in a compiled model
             b, scaling = b * scaling.to(b), 1.0

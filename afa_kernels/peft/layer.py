@@ -11,22 +11,11 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from afa_kernels import torch_private
 from afa_kernels.alpha_t import normal
-from afa_kernels.layers.base_layer import (
-    IN_FULL_PRECISION,
-    REPACKED,
-    check_gives_gradient,
-    dequantized,
-    is_repacked,
-    parameter_of,
-    plain_weight,
-    quantized_anew,
-    why_not_written,
-)
+from afa_kernels.layers.base_layer import check_gives_gradient, parameter_of, plain_weight
 from afa_kernels.layers.branch import AdapterCall
 from afa_kernels.layers.merging import write
 from afa_kernels.layers.mixed import BASE, Assignment, mixed_linear, mixed_lora
@@ -34,8 +23,8 @@ from afa_kernels.layers.quantized import frozen_weight
 from afa_kernels.operator import checks
 from afa_kernels.operator.activation import phi
 from afa_kernels.operator.functional import LinearCall, linear, lora
+from afa_kernels.peft.merging import Merging, stock_class
 from afa_kernels.peft.state import AdapterState, add_state, is_annealed
-from afa_kernels.peft.tuner import not_linear
 from afa_kernels.schedule import AnnealSchedule
 
 # PEFT's layers whose forward goes through variants. The others (AWQ, AQLM, EETQ, Transformer
@@ -49,8 +38,6 @@ ROUTED = (
     "IncLoraLinear",
     "TorchaoLoraLinear",
 )
-# Those of them whose weight PEFT dequantizes, adds to and quantizes anew.
-_QUANTIZED_ANEW = ("Linear8bitLt", "Linear4bit", "HqqLoraLinear", "TorchaoLoraLinear")
 _PREFIX = "AFALora"
 _STATES = "lora_afa"  # where a layer keeps the states of its adapters, among PEFT's own containers
 
@@ -121,7 +108,7 @@ def _composed(module: LoraLayer, name: str, x: Tensor, result: Tensor) -> Tensor
     return result + (lora_b(h) * module.scaling[name]).to(result.dtype)
 
 
-class AFALoraLayer:
+class AFALoraLayer(Merging):
     """Mixed into PEFT's LoRA layers: the branch of some of their adapters runs on the kernels of
     this package.
 
@@ -200,53 +187,9 @@ class AFALoraLayer:
         for state in annealed.values():
             state.write_alpha_t(value)
 
-    def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raise the ValueError with which :meth:`merge` would refuse to begin."""
-        for name in self._ours(adapter_names or self.active_adapters):
-            self._require_identity("merge", name)
-        reason = _why_not_merged(self)
-        if reason is not None:
-            raise ValueError(f"merge: {reason}")
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        self.check_merge(adapter_names)
-        if stock_class(type(self)).__name__ not in _QUANTIZED_ANEW:
-            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            return
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.lora_afa:
-                super().merge(safe_merge=safe_merge, adapter_names=[name])
-                continue
-            merged = AFALoraVariant.merge_safe(self, name, dequantized(self.base_layer))
-            before = list(self.merged_adapters)
-            try:
-                with quantized_anew(self, merged):
-                    super().merge(safe_merge=safe_merge, adapter_names=[name])
-            except RuntimeError:
-                self.merged_adapters = before
-                raise
-
-    def unmerge(self) -> None:
-        if self.merged and is_repacked(self.get_base_layer()):
-            raise ValueError(f"unmerge: {REPACKED}")
-        super().unmerge()
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        if adapter in self.lora_afa:
-            self._require_identity("get_delta_weight", adapter)
-        return super().get_delta_weight(adapter)
-
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.lora_variant.pop(adapter_name, None)
-
-    def _ours(self, names: list[str]) -> list[str]:
-        return [name for name in names if name in self.lora_afa]
-
-    def _require_identity(self, what: str, adapter: str) -> None:
-        state = self.lora_afa[adapter]
-        if not state.identity:
-            raise ValueError(f"{what}: {not_linear(adapter, state.alpha_t)}")
 
     def _cast_input_dtype(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         # The operator rounds the adapter to the dtype of x; a wider copy of x would only cost time.
@@ -298,16 +241,6 @@ class AFALoraLayer:
         return variant.forward(self, active_adapter=name, x=x, result=result)
 
 
-def _why_not_merged(layer: LoraLayer) -> str | None:
-    """Return why no branch can become part of a layer's weight, or None if PEFT can try."""
-    stock, base = stock_class(type(layer)).__name__, layer.get_base_layer()
-    if stock == "GPTQLoraLinear":
-        return f"GPTQ quantizes with data that PEFT has not, so no sum can become GPTQ's. {IN_FULL_PRECISION}"
-    if is_repacked(base):
-        return REPACKED
-    return why_not_written(base) if stock == "Linear" else None
-
-
 def why_not(layer: nn.Module) -> str | None:
     """Return why the branches of a layer's adapters cannot run on this package, or None if they can."""
     stock = stock_class(type(layer))
@@ -317,12 +250,6 @@ def why_not(layer: nn.Module) -> str | None:
             f"modules that become one of {', '.join(ROUTED)}"
         )
     return None
-
-
-def stock_class(cls: type) -> type:
-    """Return PEFT's own class of a layer."""
-    own = (c for c in cls.__mro__ if issubclass(c, LoraLayer) and not issubclass(c, AFALoraLayer))
-    return next(own)
 
 
 @cache

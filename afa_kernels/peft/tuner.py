@@ -12,12 +12,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from afa_kernels.layers.base_layer import dense_dtype, is_dequantizable
+from afa_kernels.layers.kept import told_together
+from afa_kernels.layers.merging import check_dequantize
 from afa_kernels.layers.mixed import BASE, recomputed_within
+from afa_kernels.model.adapted import forget_quantization, named_mergeable
 
 
 class AFALoraModel(LoraModel):
@@ -27,23 +32,86 @@ class AFALoraModel(LoraModel):
         self._require_identity("add_weighted_adapter", adapters)
         super().add_weighted_adapter(adapters, *args, **kwargs)
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        self._check_merge(adapter_names or self.active_adapters)
-        super().merge_adapter(adapter_names, *args, **kwargs)
+    def merge_adapter(
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = False,
+        dequantize: bool | torch.dtype = False,
+    ) -> None:
+        """Merge adapters as PEFT does, and warn once where weights keep less than 0.9 of them (see
+        :func:`afa_kernels.merge_report`).
+
+        Args:
+            dequantize: let dense layers take the places of quantized ones, until ``unmerge_adapter`` puts these back;
+                a dtype: in that one.
+        """
+        check_dequantize(dequantize)
+        self._check_merge(adapter_names, dequantize)
+        with told_together(named_mergeable(self.model), self.model):
+            if dequantize is False:
+                super().merge_adapter(adapter_names, safe_merge=safe_merge)
+            else:
+                self._check_merge_allowed()
+                self._merge_dequantized(adapter_names, safe_merge, dequantize)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        dequantize: bool | torch.dtype = False,
+    ) -> nn.Module:
+        """Merge adapters and return the model without PEFT's layers; ``dequantize`` is that of :meth:`merge_adapter`,
+        and the dense layers are then those of the model."""
+        with warnings.catch_warnings():
+            if dequantize is not False:
+                self.merge_adapter(adapter_names, safe_merge, dequantize)
+                warnings.filterwarnings("ignore", "All adapters are already merged")
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> nn.Module:
         if merge:
-            self._check_merge(adapter_names or self.active_adapters)
-        return super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+            self._check_merge(adapter_names)
+        layers = list(named_mergeable(self.model))
+        with told_together(layers, self.model):
+            model = super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+        forget_quantization(model, any(layer._quantized is not None for _, layer in layers))
+        return model
 
-    def _check_merge(self, adapters: Sequence[str]) -> None:
+    def _merge_dequantized(
+        self, adapters: Sequence[str] | None, safe_merge: bool, dequantize: bool | torch.dtype
+    ) -> None:
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        done = []
+        try:
+            # The quantized ones first: they refuse a sum that is not finite, and are put back as they were.
+            for layer in sorted(layers, key=lambda layer: not is_dequantizable(layer.get_base_layer())):
+                own = {}
+                if hasattr(layer, "lora_afa"):
+                    of_model = dense_dtype(layer.get_base_layer(), self.model) if dequantize is True else None
+                    own = {"dequantize": of_model or dequantize}
+                if not layer.merged:
+                    done.append(layer)
+                with onload_layer(layer):
+                    layer.merge(adapter_names=adapters, safe_merge=safe_merge, **own)
+        except Exception:
+            for layer in done:
+                if layer.merged:
+                    layer.unmerge()
+            raise
+
+    def _check_merge(self, adapters: Sequence[str] | None, dequantize: bool | torch.dtype = False) -> None:
         """Raise where a layer would refuse to be merged, before the first one is changed."""
+        adapters = adapters or self.active_adapters
         self._require_identity("merge", adapters)
-        for layer in self.model.modules():
+        for name, layer in self.model.named_modules():
             if hasattr(layer, "lora_afa"):
-                layer.check_merge(list(adapters))
+                layer.check_merge(list(adapters), dequantize)
+            elif dequantize is not False and isinstance(layer, BaseTunerLayer):
+                if is_dequantizable(layer.get_base_layer()):
+                    raise ValueError(f"merge: {name} is a layer of PEFT alone, to which dequantize=True means nothing")
 
     def _require_identity(self, what: str, adapters: Sequence[str]) -> None:
         for name, layer in self.model.named_modules():
