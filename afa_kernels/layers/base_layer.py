@@ -1,15 +1,11 @@
 """What layers, those that share x and the variant for PEFT ask of the frozen layer beside a branch."""
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
 from afa_kernels.operator import checks
 
-_ORDINARY = (nn.Parameter, Tensor)
+ORDINARY = (nn.Parameter, Tensor)
 IN_FULL_PRECISION = "Save the adapter and merge it into the model in full precision"
 REPACKED = (
     "bitsandbytes repacked its weight for inference on this processor (AVX512-BF16), in an evaluation whose x needed "
@@ -63,7 +59,7 @@ def plain_weight(module: nn.Module) -> Tensor | None:
     """Return the weight as ``(N, K)`` of a layer that computes ``x @ W.T + bias`` from an ordinary tensor, or None
     where the layer has to be called."""
     weight = weight_of(module) if is_plain(module) else None
-    return weight if type(weight) in _ORDINARY else None
+    return weight if type(weight) in ORDINARY else None
 
 
 def why_not_written(module: nn.Module) -> str | None:
@@ -82,7 +78,7 @@ def why_not_written(module: nn.Module) -> str | None:
 def is_dense(weight: Tensor) -> bool:
     """Whether a weight holds floating-point numbers, whole or sharded. What is written into a quantized tensor that
     poses as one of these, as those of torchao and quanto do, is lost or refused."""
-    return weight.dtype in checks.FLOATING and (type(weight) in _ORDINARY or hasattr(weight, "device_mesh"))
+    return weight.dtype in checks.FLOATING and (type(weight) in ORDINARY or hasattr(weight, "device_mesh"))
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -119,89 +115,6 @@ def check_gives_gradient(module: nn.Module, x: Tensor, y: Tensor | None = None) 
         raise RuntimeError(
             f"x: it needs a gradient, and the output of {type(module).__name__} (weight: {weight}) has none: the layer "
             "is for inference only. Train on a base that is quantized in another way"
-        )
-
-
-def is_dequantizable(module: nn.Module) -> bool:
-    """Whether the weight of a layer is quantized in a way that :func:`dequantized` knows."""
-    weight = getattr(module, "weight", None)
-    poses = type(weight) not in _ORDINARY and hasattr(weight, "dequantize") and not is_dense(weight)
-    return hasattr(module, "W_q") or poses
-
-
-def dense_dtype(module: nn.Module, model: nn.Module | None = None) -> torch.dtype | None:
-    """Return in which dtype a dense layer stands in for a quantized one, None where it is that of :func:`dequantized`.
-
-    An 8-bit layer of bitsandbytes takes x in any dtype and has forgotten its own. Its bias has it, or ``model``, in the
-    first of its floating-point parameters; else it is float16, in which that layer computes.
-    """
-    if type(getattr(module, "weight", None)).__name__ != "Int8Params":
-        return None
-    if module.bias is not None:
-        return module.bias.dtype
-    own = () if model is None else (p.dtype for p in model.parameters() if p.dtype in checks.FLOATING)
-    return next(iter(own), torch.float16)
-
-
-def dequantized(module: nn.Module) -> Tensor:
-    """Return the weight of a layer of bitsandbytes, HQQ, torchao or quanto in floating point."""
-    if hasattr(module, "W_q"):
-        return module.dequantize()
-    weight = module.weight
-    if type(weight).__name__ not in ("Params4bit", "Int8Params"):
-        return weight.dequantize()
-    from bitsandbytes import functional
-
-    if type(weight).__name__ == "Params4bit":
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
-    scales = weight.SCB if module.state.SCB is None else module.state.SCB
-    return functional.int8_vectorwise_dequant(weight.data, scales)
-
-
-def quantized_like(module: nn.Module, weight: Tensor) -> Tensor | None:
-    """Return ``weight`` as a layer of bitsandbytes or HQQ would hold it, in floating point; None of other layers."""
-    if hasattr(module, "W_q"):
-        config = copy.deepcopy(module.quant_config)
-        options = {"compute_dtype": module.compute_dtype, "device": module.device}
-        anew = type(module)(None, {**config, "offload_meta": module.offload_meta}, **options)
-        anew.quantize(weight, **config)
-        return anew.dequantize()
-    own = module.weight
-    if type(own).__name__ not in ("Params4bit", "Int8Params"):
-        return None
-    from bitsandbytes import functional
-
-    if type(own).__name__ == "Int8Params":
-        return functional.int8_vectorwise_dequant(*functional.int8_vectorwise_quant(weight.half())[:2])
-    names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-    return functional.dequantize_4bit(*functional.quantize_4bit(weight, **{n: getattr(own, n) for n in names}))
-
-
-@contextmanager
-def quantized_anew(owner: nn.Module, merged: Tensor) -> Iterator[None]:
-    """Check that ``owner.base_layer``, which is quantized anew in the meantime, holds ``merged`` as well as that
-    quantization can.
-
-    Raises:
-        RuntimeError: it does not. The base layer is then what it was.
-    """
-    base, merged = owner.base_layer, merged.detach().float()
-    parts = (base, base._parameters.get("weight"), getattr(base, "state", None))  # bitsandbytes changes all three
-    held = [base._parameters, *(vars(part) for part in parts if part is not None)]
-    before = [dict(each) for each in held]
-    yield
-    best = quantized_like(owner.base_layer, merged)
-    if best is None:
-        return
-    error, least = (torch.dist(weight.float(), merged) for weight in (dequantized(owner.base_layer), best))
-    # The bound of this project's tests: kernels of a GPU may add in another order the second time.
-    if not error <= 2 * least + torch.finfo(torch.float32).eps * merged.norm():
-        owner.base_layer = base
-        for each, values in zip(held, before, strict=True):
-            each.update(values)
-        raise RuntimeError(
-            f"merge: {type(base).__name__} is {error:.2e} away from the sum that it should hold, and the sum quantized "
-            f"anew {least:.2e}; the layer is left as it was. {IN_FULL_PRECISION}"
         )
 
 

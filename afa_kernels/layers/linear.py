@@ -11,7 +11,6 @@ from afa_kernels.layers.base_layer import (
     LikeItsBase,
     check_gives_gradient,
     is_conv1d,
-    is_dequantizable,
     is_quantized,
     is_repacked,
     parameter_of,
@@ -20,7 +19,7 @@ from afa_kernels.layers.base_layer import (
 from afa_kernels.layers.branch import Branch, BranchOptions
 from afa_kernels.layers.kept import Kept
 from afa_kernels.layers.merging import Mergeable, dense_sum, put_dense
-from afa_kernels.layers.quantized import frozen_weight, kind_of, way_of, weight_like
+from afa_kernels.layers.quantized import frozen_weight, is_dequantizable, kind_of, way_of, weight_like
 from afa_kernels.operator.functional import LinearCall, linear, lora
 from afa_kernels.operator.plan import Plan, plan_of
 from afa_kernels.torch_private import is_view

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from afa_kernels.alpha_t import Annealed, normal
-from afa_kernels.layers.base_layer import dense_dtype, dequantized
 from afa_kernels.layers.kept import Kept, kept, tell
+from afa_kernels.layers.quantized import dense_dtype, dequantized
 from afa_kernels.operator import checks
 
 NOT_FINITE = "merge: the merged weight would not be finite; the weight is unchanged"

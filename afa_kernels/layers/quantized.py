@@ -6,14 +6,25 @@ it do only that, in the forward and again in the backward, and to take the path 
 place. What was dequantized lives for one product.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from afa_kernels.layers.base_layer import has_hooks, is_dense, is_quantized, is_repacked, plain_weight, weight_of
+from afa_kernels.layers.base_layer import (
+    IN_FULL_PRECISION,
+    ORDINARY,
+    has_hooks,
+    is_dense,
+    is_quantized,
+    is_repacked,
+    plain_weight,
+    weight_of,
+)
 from afa_kernels.operator.checks import FLOATING
 from afa_kernels.operator.quantized_weight import QuantizedWeight
 
@@ -151,3 +162,80 @@ def weight_like(module: nn.Module) -> Tensor:
 
 def _device(module: nn.Module) -> torch.device:
     return module.W_q.device if hasattr(module, "W_q") else module.weight.device
+
+
+# --- merging into a quantized weight
+
+
+def is_dequantizable(module: nn.Module) -> bool:
+    """Whether the weight of a layer is quantized in a way that :func:`dequantized` knows."""
+    weight = getattr(module, "weight", None)
+    poses = type(weight) not in ORDINARY and hasattr(weight, "dequantize") and not is_dense(weight)
+    return kind_of(module) is not None or poses
+
+
+def dense_dtype(module: nn.Module, model: nn.Module | None = None) -> torch.dtype | None:
+    """Return in which dtype a dense layer stands in for a quantized one, None where it is that of :func:`dequantized`.
+
+    An 8-bit layer of bitsandbytes takes x in any dtype and has forgotten its own. Its bias has it, or ``model``, in the
+    first of its floating-point parameters; else it is float16, in which that layer computes.
+    """
+    if type(getattr(module, "weight", None)).__name__ != "Int8Params":
+        return None
+    if module.bias is not None:
+        return module.bias.dtype
+    own = () if model is None else (p.dtype for p in model.parameters() if p.dtype in FLOATING)
+    return next(iter(own), torch.float16)
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """Return the weight of a quantized layer in floating point, as its library gives it."""
+    kind = kind_of(module)
+    return module.weight.dequantize() if kind is None else kind.maker(module)()
+
+
+def quantized_like(module: nn.Module, weight: Tensor) -> Tensor | None:
+    """Return ``weight`` as a layer of bitsandbytes or HQQ would hold it, in floating point; None of other layers."""
+    if hasattr(module, "W_q"):
+        config = copy.deepcopy(module.quant_config)
+        options = {"compute_dtype": module.compute_dtype, "device": module.device}
+        anew = type(module)(None, {**config, "offload_meta": module.offload_meta}, **options)
+        anew.quantize(weight, **config)
+        return anew.dequantize()
+    own = module.weight
+    if type(own).__name__ not in ("Params4bit", "Int8Params"):
+        return None
+    from bitsandbytes import functional
+
+    if type(own).__name__ == "Int8Params":
+        return functional.int8_vectorwise_dequant(*functional.int8_vectorwise_quant(weight.half())[:2])
+    names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    return functional.dequantize_4bit(*functional.quantize_4bit(weight, **{n: getattr(own, n) for n in names}))
+
+
+@contextmanager
+def quantized_anew(owner: nn.Module, merged: Tensor) -> Iterator[None]:
+    """Check that ``owner.base_layer``, which is quantized anew in the meantime, holds ``merged`` as well as that
+    quantization can.
+
+    Raises:
+        RuntimeError: it does not. The base layer is then what it was.
+    """
+    base, merged = owner.base_layer, merged.detach().float()
+    parts = (base, base._parameters.get("weight"), getattr(base, "state", None))  # bitsandbytes changes all three
+    held = [base._parameters, *(vars(part) for part in parts if part is not None)]
+    before = [dict(each) for each in held]
+    yield
+    best = quantized_like(owner.base_layer, merged)
+    if best is None:
+        return
+    error, least = (torch.dist(weight.float(), merged) for weight in (dequantized(owner.base_layer), best))
+    # The bound of this project's tests: kernels of a GPU may add in another order the second time.
+    if not error <= 2 * least + torch.finfo(torch.float32).eps * merged.norm():
+        owner.base_layer = base
+        for each, values in zip(held, before, strict=True):
+            each.update(values)
+        raise RuntimeError(
+            f"merge: {type(base).__name__} is {error:.2e} away from the sum that it should hold, and the sum quantized "
+            f"anew {least:.2e}; the layer is left as it was. {IN_FULL_PRECISION}"
+        )

@@ -6,9 +6,10 @@ from torch import nn
 
 from afa_kernels.experts import AFAExpertLinear, AFAExperts
 from afa_kernels.experts.layer import BesideExperts
-from afa_kernels.layers.base_layer import is_dequantizable, is_quantized
+from afa_kernels.layers.base_layer import is_quantized
 from afa_kernels.layers.branch import Branch
 from afa_kernels.layers.linear import AFALinear
+from afa_kernels.layers.quantized import is_dequantizable
 from afa_kernels.layers.stack import AdapterStack, AFALinearStack
 
 TRAINABLE_MARK = "_afa_trainable"  # of modules that inject was told to train in full

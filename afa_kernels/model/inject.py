@@ -14,12 +14,11 @@ from afa_kernels.experts import AFAExpertLinear, AFAExperts, AFAExpertStack
 from afa_kernels.experts.layer import check_expert_rank, rank_of_expert
 from afa_kernels.experts.parameters import Target, find_parameters
 from afa_kernels.experts.stack import check_names_of, check_no_names_of, check_whole
-from afa_kernels.layers.base_layer import dense_dtype
 from afa_kernels.layers.branch import BranchOptions
 from afa_kernels.layers.kept import MergeReport, report_of, told_together
 from afa_kernels.layers.linear import AFALinear
 from afa_kernels.layers.merging import check_dequantize
-from afa_kernels.layers.quantized import weight_like
+from afa_kernels.layers.quantized import dense_dtype, weight_like
 from afa_kernels.layers.stack import AdapterStack, AFALinearStack, check_name
 from afa_kernels.model.adapted import (
     ADAPTED,

@@ -9,14 +9,12 @@ from torch import Tensor, nn
 from afa_kernels.layers.base_layer import (
     IN_FULL_PRECISION,
     REPACKED,
-    dequantized,
-    is_dequantizable,
     is_repacked,
-    quantized_anew,
     why_not_written,
 )
 from afa_kernels.layers.kept import Kept, kept, tell
 from afa_kernels.layers.merging import check_dequantize, dense_sum, put_dense, put_quantized
+from afa_kernels.layers.quantized import dequantized, is_dequantizable, quantized_anew
 from afa_kernels.peft.tuner import not_linear
 
 # PEFT's layers whose weight PEFT dequantizes, adds to and quantizes anew.

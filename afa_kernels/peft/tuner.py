@@ -18,10 +18,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from afa_kernels.layers.base_layer import dense_dtype, is_dequantizable
 from afa_kernels.layers.kept import told_together
 from afa_kernels.layers.merging import check_dequantize
 from afa_kernels.layers.mixed import BASE, recomputed_within
+from afa_kernels.layers.quantized import dense_dtype, is_dequantizable
 from afa_kernels.model.adapted import forget_quantization, named_mergeable
 
 
