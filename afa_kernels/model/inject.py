@@ -19,6 +19,7 @@ from afa_kernels.layers.branch import BranchOptions
 from afa_kernels.layers.linear import AFALinear
 from afa_kernels.layers.stack import AdapterStack, AFALinearStack, check_name
 from afa_kernels.model.adapted import ADAPTED, LAYERS, TRAINABLE_MARK, named_layers
+from afa_kernels.model.mlp import attach_mlps, mlps_of, unfuse_mlp
 from afa_kernels.model.sharing import attach_shared_inputs, nothing_to_share, siblings_of, unshare_inputs
 from afa_kernels.model.targets import (
     ALL_LINEAR,
@@ -47,6 +48,7 @@ def inject(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     share_inputs: bool | None = None,
+    fuse_mlp: bool = False,
     adapters: Mapping[str, Mapping[str, Any]] | None = None,
     expert_rank: str = "same",
 ) -> nn.Module:
@@ -71,6 +73,8 @@ def inject(
         share_inputs: let q, k and v, and gate and up, of the common transformer blocks share their passes over x where
             a backend takes them together (see :func:`afa_kernels.share_inputs`). None: where there are such layers and
             no dropout; True: it is an error if there are none; False: not at all.
+        fuse_mlp: run each MLP block ``down(act(gate(x)) * up(x))`` whose layers are adapted as one call that keeps less
+            for the backward (:func:`afa_kernels.fuse_mlp`); it is an error if there are none.
         adapters: give each layer a stack of adapters (:class:`AFALinearStack`, :class:`AFAExpertStack`): their names,
             and for each the options of the next line in which it differs. :func:`adapters_of` says which one computes
             which sample.
@@ -85,7 +89,7 @@ def inject(
         ValueError: nothing matches, ``"all-linear"`` would leave out quantized layers, the model has AFA layers or
             adapters of PEFT already, or a named module shares its weight, is registered twice, or is read by its
             parent without being called; ``share_inputs=True`` with nothing to share, or with dropout, which leaves
-            nothing to share. The model is then unchanged.
+            nothing to share; ``fuse_mlp=True`` with nothing to fuse. The model is then unchanged.
     """
     options = {
         "r": r,
@@ -118,6 +122,12 @@ def inject(
             )
         _check_sharing(model, targets, dropout)
 
+    blocks = {}
+    if fuse_mlp:
+        if adapters is not None:
+            raise ValueError("fuse_mlp: layers with a stack of adapters compute on their own; got fuse_mlp=True")
+        blocks = mlps_of(model, {target.module for target in targets}.__contains__)
+
     def make(_name: str, module: nn.Module) -> nn.Module:
         return AFALinear(module, **options) if adapters is None else AFALinearStack(module, adapters)
 
@@ -126,6 +136,7 @@ def inject(
         add_to_experts(model, target, own, stack=adapters is not None)
     if adapters is None and share_inputs is not False and not dropout:
         attach_shared_inputs(model, AFALinear)
+    attach_mlps(blocks)
     return model
 
 
@@ -268,6 +279,7 @@ def unload(model: nn.Module) -> nn.Module:
         )
     if isinstance(model, LAYERS):
         return model.base_layer
+    unfuse_mlp(model)
     unshare_inputs(model)
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):

@@ -31,27 +31,33 @@ class Calls(NamedTuple):
     recognized: bool  # all operands are ordinary and fit: nothing is left to check
 
 
-def fitting(members: list[LinearCall], x: Tensor) -> tuple[Calls | None, str | None]:
-    """Return ``members`` as what computes together on x, or None and the reason why they do not fit."""
+def fitting(members: list[LinearCall], x: Tensor, *, dropout: bool = False) -> tuple[Calls | None, str | None]:
+    """Return ``members`` as what computes together on x, or None and the reason why they do not fit. ``dropout``: they
+    may drop x."""
     recognized = not autocast_may_be_on() and not operators_are_watched()
     recognized = recognized and compiled.recognizes_shared(x, members)
     first = members[0].options
     for weight, bias, lora_a, lora_b, _, options in members:
-        if options.spec.dropout:
+        if options.spec.dropout and not dropout:
             return None, "dropout draws one mask for each layer"
         if options.backend != first.backend:
             return None, "their backends differ"
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return None, "a base layer trains"
-        reason = None if recognized else _why_unfit(x, weight, bias, lora_a, lora_b)
+        if recognized:
+            continue
+        reason = why_unfit(x, weight, bias, lora_a, lora_b)
         if reason is not None:
             return None, reason
+        if x.layout != torch.strided or x.dim() == 0 or x.shape[-1] != lora_a.shape[-1]:
+            return None, f"x has shape {tuple(x.shape)} and layout {x.layout}"
     if in_forward_mode() or (not recognized and in_transform()):
         return None, "a transform of torch.func or forward-mode differentiation"
     return Calls(members, recognized), None
 
 
-def _why_unfit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> str | None:
+def why_unfit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> str | None:
+    """Return why x and the parameters of a layer cannot be operands of one call, or None if they can."""
     for t in (weight, bias, lora_a, lora_b):
         if t is None:
             continue
@@ -61,8 +67,6 @@ def _why_unfit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, l
             return "a parameter is on another device"
     if weight.dtype != x.dtype and autocast_dtype(x) is None:
         return "x has another dtype than a weight"
-    if x.layout != torch.strided or x.dim() == 0 or x.shape[-1] != lora_a.shape[-1]:
-        return f"x has shape {tuple(x.shape)} and layout {x.layout}"
     return None
 
 
