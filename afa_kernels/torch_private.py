@@ -28,7 +28,6 @@ _hooks_of_saved_tensors = _find("_C._autograd._top_saved_tensors_default_hooks")
 _dispatch_keys = _find("_C._dispatch_keys")
 _driver_version = _find("_C._cuda_getDriverVersion")
 _raw_stream = _find("_C._cuda_getCurrentRawStream")
-_global_module_hooks = _find("nn.modules.module._has_any_global_hook")
 _grouped_mm = _find("nn.functional.grouped_mm") or _find("_grouped_mm")
 _library_takes = {
     torch.bfloat16: _find("ops.mkldnn._is_mkldnn_bf16_supported"),
@@ -166,11 +165,6 @@ def has_fast_gemm(dtype: torch.dtype) -> bool:
     """Whether torch's CPU library has a GEMM in ``dtype`` for this CPU; else torch multiplies in loops of its own,
     which are slow where the columns of the right operand are adjacent. True where torch does not tell."""
     return dtype not in _WITHOUT_GEMM
-
-
-def has_global_module_hooks() -> bool:
-    """Whether hooks are registered for the calls of all modules. False where torch does not tell."""
-    return _global_module_hooks is not None and _global_module_hooks()
 
 
 def is_zero_tensor(t: Tensor) -> bool:

@@ -126,7 +126,7 @@ def inject(
     if fuse_mlp:
         if adapters is not None:
             raise ValueError("fuse_mlp: layers with a stack of adapters compute on their own; got fuse_mlp=True")
-        blocks = mlps_of(model, {target.module for target in targets}.__contains__)
+        blocks = mlps_of(model, nn.Module, {target.module for target in targets})
 
     def make(_name: str, module: nn.Module) -> nn.Module:
         return AFALinear(module, **options) if adapters is None else AFALinearStack(module, adapters)
@@ -136,8 +136,7 @@ def inject(
         add_to_experts(model, target, own, stack=adapters is not None)
     if adapters is None and share_inputs is not False and not dropout:
         attach_shared_inputs(model, AFALinear)
-    attach_mlps(blocks)
-    return model
+    return attach_mlps(model, blocks)
 
 
 def _each(adapters: Mapping[str, Mapping[str, Any]], options: dict[str, Any]) -> dict[str, dict[str, Any]]:

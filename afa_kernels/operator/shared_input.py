@@ -31,14 +31,13 @@ class Calls(NamedTuple):
     recognized: bool  # all operands are ordinary and fit: nothing is left to check
 
 
-def fitting(members: list[LinearCall], x: Tensor, *, dropout: bool = False) -> tuple[Calls | None, str | None]:
-    """Return ``members`` as what computes together on x, or None and the reason why they do not fit. ``dropout``: they
-    may drop x."""
+def fitting(members: list[LinearCall], x: Tensor) -> tuple[Calls | None, str | None]:
+    """Return ``members`` as what computes together on x, or None and the reason why they do not fit."""
     recognized = not autocast_may_be_on() and not operators_are_watched()
     recognized = recognized and compiled.recognizes_shared(x, members)
     first = members[0].options
     for weight, bias, lora_a, lora_b, _, options in members:
-        if options.spec.dropout and not dropout:
+        if options.spec.dropout:
             return None, "dropout draws one mask for each layer"
         if options.backend != first.backend:
             return None, "their backends differ"
@@ -101,11 +100,11 @@ def linear_shared(x: Tensor, calls: Calls) -> list[Tensor] | None:
     if differentiated:
         ys = torch_private.apply(AFASharedInputFunction, direct, rows, choice, direct, *tensors)
     else:
-        ys, _ = shared_input_ops.forward_shared(direct, rows, *_split(tensors), choice)
+        ys, _ = shared_input_ops.forward_shared(direct, rows, *split(tensors), choice)
     return [like(y, x, y.shape[-1]) for y in ys]
 
 
-def _split(tensors: tuple[Tensor | None, ...]) -> list[list[Tensor | None]]:
+def split(tensors: tuple[Tensor | None, ...]) -> list[list[Tensor | None]]:
     """Return weights, biases, A, B and alpha_t of the members."""
     n = len(tensors) // 5
     return [list(tensors[i * n : (i + 1) * n]) for i in range(5)]
@@ -120,7 +119,7 @@ class AFASharedInputFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, choice, direct, *tensors):
-        weights, biases, a, b, alpha_t = _split(tensors)
+        weights, biases, a, b, alpha_t = split(tensors)
         ys, zs = shared_input_ops.forward_shared(direct, x, weights, biases, a, b, alpha_t, choice)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *weights, *a, *b, *alpha_t, *(zs if choice.options[0].save_z else ()))

@@ -8,7 +8,7 @@ from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from afa_kernels.model.mlp import attach_mlps, detach_mlps, mlps_of
+from afa_kernels.model.mlp import attach_mlps, mlps_of, unfuse_mlp
 from afa_kernels.model.sharing import attach_shared_inputs, detach_shared_inputs
 from afa_kernels.peft import experts
 from afa_kernels.peft.config import AFALoraConfig
@@ -36,7 +36,7 @@ def accelerate(model: nn.Module, *, fuse_mlp: bool = False) -> nn.Module:
     Raises:
         ValueError: there is nothing in ``model`` to take over, or with ``fuse_mlp=True`` nothing to fuse.
     """
-    blocks = mlps_of(model, lambda layer: isinstance(layer, LoraLayer)) if fuse_mlp else {}
+    blocks = mlps_of(model, LoraLayer) if fuse_mlp else {}
     install_annealed(model)
     reasons: set[str] = set()
     for layer, name in _plain_adapters(model):
@@ -50,8 +50,7 @@ def accelerate(model: nn.Module, *, fuse_mlp: bool = False) -> nn.Module:
         found = "; ".join(sorted(reasons)) or "it has no plain LoRA layers"
         raise ValueError(f"model: nothing to run on the kernels in {type(model).__name__}: {found}")
     _prepare(model)
-    attach_mlps(blocks)
-    return model
+    return attach_mlps(model, blocks)
 
 
 def add_activation(
@@ -135,7 +134,7 @@ def _prepare(model: nn.Module) -> None:
     attach_shared_inputs(model, AFALoraLayer)
     adopt_tuners(model)
     if any(getattr(config, "fuse_mlp", False) for config in _configs(model).values()):
-        attach_mlps(mlps_of(model, lambda layer: isinstance(layer, AFALoraLayer)))
+        attach_mlps(model, mlps_of(model, AFALoraLayer))
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -146,7 +145,7 @@ def restore(model: nn.Module) -> nn.Module:
     Returns:
         ``model``, changed in place.
     """
-    detach_mlps(model, AFALoraLayer)
+    unfuse_mlp(model, AFALoraLayer)
     detach_shared_inputs(model, AFALoraLayer)
     for layer in _lora_layers(model):
         if isinstance(layer, experts.ParamWrapper):
