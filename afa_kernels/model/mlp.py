@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from afa_kernels.layers.shared_input import is_hooked
 from afa_kernels.operator import checks
+from afa_kernels.operator.activation import ACTIVATIONS
 from afa_kernels.operator.functional import LinearCall, as_rows, autocast
 from afa_kernels.operator.mlp import GATES, choice_of, mlp, why_apart
 from afa_kernels.operator.plan import Plan
@@ -228,8 +229,8 @@ def _parts_of(module: nn.Module, is_adapted: Callable[[nn.Module], bool]) -> Par
     matches = [
         Parts(gate, up, down, activation, next(iter(others), None))
         for gate, y_gate, up, y_up in pairs
-        for activation, act in GATES.items()
-        if _equal(act.value(y_gate) * y_up, h)
+        for activation in GATES
+        if _equal(ACTIVATIONS[activation].value(y_gate) * y_up, h)
     ]
     return matches[0] if len(matches) == 1 else f"it computes no act(gate) * up with one of {', '.join(GATES)}"
 

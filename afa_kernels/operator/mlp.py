@@ -5,6 +5,7 @@ scalars. Never act(gate) or the product h: the backward computes them again, and
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,23 +15,18 @@ from torch import Tensor
 from afa_kernels import torch_private
 from afa_kernels.backend import compiled
 from afa_kernels.operator import checks, ops, reference, shared_input_ops
+from afa_kernels.operator.activation import ACTIVATIONS
 from afa_kernels.operator.functional import LinearCall, as_rows, autocast, like
 from afa_kernels.operator.options import Options
 from afa_kernels.operator.shared_input import fitting, split, why_unfit
 
-
-class Gate(NamedTuple):
-    """The activation of a block, in torch's own functions, so that its bits are torch's."""
-
-    value: Callable[[Tensor], Tensor]
-    backward: Callable[..., Tensor]  # (gradient, gate, **options)
-    options: dict[str, str]
-
-
-GATES = {
-    "silu": Gate(F.silu, torch.ops.aten.silu_backward, {}),
-    "gelu": Gate(F.gelu, torch.ops.aten.gelu_backward, {"approximate": "none"}),
-    "gelu_tanh": Gate(lambda t: F.gelu(t, approximate="tanh"), torch.ops.aten.gelu_backward, {"approximate": "tanh"}),
+# The activations of a block (their values: ACTIVATIONS), with what writes the gradient through them: torch's own
+# functions, so that bits are those of the parts.
+_gelu_backward = torch.ops.aten.gelu_backward.grad_input
+GATES: dict[str, Callable[..., Tensor]] = {
+    "silu": torch.ops.aten.silu_backward.grad_input,
+    "gelu": partial(_gelu_backward, approximate="none"),
+    "gelu_tanh": partial(_gelu_backward, approximate="tanh"),
 }
 
 
@@ -83,7 +79,7 @@ def _forward(direct: bool, x: Tensor, setup: _Setup, tensors: tuple[Tensor | Non
     members = split(tensors)
     weight, bias, a, b, alpha_t = (t[2] for t in members)
     (gate, up), zs = shared_input_ops.forward_shared(direct, x, *(t[:2] for t in members), setup.pair)
-    h = GATES[setup.activation].value(gate).mul_(up)
+    h = ACTIVATIONS[setup.activation].value(gate).mul_(up)
     options = ops.resolved(h, b, setup.down, alpha_t is None, setup.differentiated)
     direct = checks.linear(h, weight, bias, a, b) and direct
     y, z = ops.linear_forward(direct, weight, bias, h, a, b, alpha_t, None, options, None)
@@ -124,8 +120,7 @@ def _backward(direct, dy, x, activations, members, setup, options, need_x, need_
     """Return dx, and dA and dB of each member."""
     gate, up, (*zs, z) = activations
     weights, _, a, b, alpha_t = members
-    act = GATES[setup.activation]
-    value = act.value(gate)
+    value = ACTIVATIONS[setup.activation].value(gate)
     h = value * up
     saved = (dy, h, a[2], b[2], z, alpha_t[2], None, options, None)
     if not (need_x or any(need_a[:2]) or any(need_b[:2])):
@@ -134,7 +129,7 @@ def _backward(direct, dy, x, activations, members, setup, options, need_x, need_
     dh, da, db = ops.linear_backward(direct, weights[2], *saved, need_a[2], need_b[2])
     # All three were made here, and nothing else reads them: gradients take their memory.
     dup = torch.mul(dh, value, out=h)
-    dgate = act.backward.grad_input(dh.mul_(up), gate, **act.options, grad_input=value)
+    dgate = GATES[setup.activation](dh.mul_(up), gate, grad_input=value)
     del dh, saved
     of_pair = ([dgate, dup], x, weights[:2], a[:2], b[:2], zs, alpha_t[:2], setup.pair)
     dx, das, dbs = shared_input_ops.backward_shared(direct, *of_pair, need_x, need_a[:2], need_b[:2])
@@ -144,7 +139,7 @@ def _backward(direct, dy, x, activations, members, setup, options, need_x, need_
 def _differentiable(dy, x, members, setup: _Setup, options: Options):
     """Return the gradients as plain torch ops, for whoever differentiates them once more."""
     weights, biases, a, b, alpha_t = members
-    act, pair = GATES[setup.activation], setup.pair
+    act, pair = ACTIVATIONS[setup.activation], setup.pair
     with ops.plain_precision(x):
         ys = []
         for i in (0, 1):
@@ -154,7 +149,8 @@ def _differentiable(dy, x, members, setup: _Setup, options: Options):
         value = act.value(gate)
         dh, da, db = reference.backward(dy, value * up, a[2], b[2], alpha_t[2], None, options.spec)
         dh = dh + dy @ weights[2]
-        dys = [act.backward(dh * up, gate, **act.options), dh * value]
+        slope = act.slope(gate.to(reference.compute_dtype(x.dtype))).to(x.dtype)
+        dys = [dh * up * slope, dh * value]
         rest = (weights[:2], a[:2], b[:2], alpha_t[:2])
         dx, das, dbs = shared_input_ops.differentiable_backward(dys, x, *rest, pair)
     return dx, [*das, da], [*dbs, db]
