@@ -21,16 +21,18 @@ from afa_kernels.operator.mlp import GATES, choice_of, mlp, why_apart
 from afa_kernels.operator.plan import Plan
 
 MERGED = "a layer is merged or disabled"
+GONE = "is no adapted layer any more"  # it was replaced by its base layer, say
 
 
 class Parts(NamedTuple):
-    """The names of a block's layers, in this order, of the activation among ``GATES``, and of its module, if any."""
+    """The names of a block's layers, in this order, and of the activation among ``GATES`` and its module, if any."""
 
     gate: str
     up: str
     down: str
     activation: str
     child: str | None
+    kind: type  # of that module
 
 
 def fuse_mlp(model: nn.Module) -> nn.Module:
@@ -131,6 +133,8 @@ class FusedMLP:
         if reason is None:
             return mlp(args[0], calls, self._afa_mlp.activation)
         if not torch.compiler.is_compiling() and reason not in _told:
+            if reason.endswith(GONE):
+                return unfuse_mlp(self).forward(*args, **kwargs)
             _told.add(reason)
             warnings.warn(f"fuse_mlp: an MLP block runs as its parts: {reason}", stacklevel=3)
         return super().forward(*args, **kwargs)
@@ -163,9 +167,11 @@ def _calls_of(module: nn.Module, parts: Parts, x: Tensor) -> tuple[list[LinearCa
         if layer is not None and (layer._forward_hooks or is_hooked(layer)):
             return [], f"{name} has hooks or a forward of its own"
         if name == parts.child:
+            if type(layer) is not parts.kind:
+                return [], f"{name} was exchanged"
             break
         if not hasattr(layer, "linear_call"):
-            return [], f"{name} is no adapted layer any more"
+            return [], f"{name} {GONE}"
         call = layer.linear_call()
         if call is None:
             off = getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False)
@@ -226,8 +232,9 @@ def _parts_of(module: nn.Module, is_adapted: Callable[[nn.Module], bool]) -> Par
     if down not in downs or {one, two, down} != {*sizes} or not all(map(_equal, (x_one, x_two, y), (x, x, y_down))):
         return "its forward does not call two layers with x, then the third, and return what that gives"
     pairs = (one, y_one, two, y_two), (two, y_two, one, y_one)
+    child = others[0] if others else None
     matches = [
-        Parts(gate, up, down, activation, next(iter(others), None))
+        Parts(gate, up, down, activation, child, type(children.get(child)))
         for gate, y_gate, up, y_up in pairs
         for activation in GATES
         if _equal(ACTIVATIONS[activation].value(y_gate) * y_up, h)

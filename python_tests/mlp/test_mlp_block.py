@@ -243,10 +243,6 @@ def other_backend(block):
     block[0].w3.backend = "torch"
 
 
-def a_plain_layer(block):
-    block[0].w2 = block[0].w2.base_layer
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -255,7 +251,6 @@ def a_plain_layer(block):
         (hook_of_the_base, "w2 is sharded, or its base layer or its adapters have to be called"),
         (a_base_that_trains, "a base layer trains"),
         (other_backend, "their backends differ"),
-        (a_plain_layer, "w2 is no adapted layer any more"),
     ],
 )
 def test_a_block_steps_aside_and_says_why(fused, monkeypatch, change, reason):
@@ -305,6 +300,16 @@ def test_merging_and_unloading(fused):
     assert len(fused) == 2
     afa.unload(afa.merge(block))
     assert type(block[0]) is MLP and torch.equal(block(x), merged)
+
+
+def test_a_block_without_one_of_its_layers_is_none_any_more():
+    parts, block = pair()
+    for model in (parts, block):
+        model[0].w2 = model[0].w2.base_layer
+    x = torch.randn(5, K)
+    assert afa.plan_mlp(block[0], x).reason == "w2 is no adapted layer any more"
+    assert_equal(step(block, x), step(parts, x))
+    assert type(block[0]) is MLP
 
 
 def test_unfuse_gives_the_module_its_class_back(fused):
@@ -383,7 +388,7 @@ def test_what_computes_something_else_is_left_alone(net, reason):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gate_and_activation_are_found_by_value(fused, dtype, activation):
     parts, block = pair(K, INNER, dtype, activation, net=UpFirst)
-    assert block[0]._afa_mlp == ("w3", "w1", "w2", activation, None)
+    assert block[0]._afa_mlp == ("w3", "w1", "w2", activation, None, type(None))
     x = torch.randn(3, K).to(dtype)
     assert torch.equal(block(x), parts(x)) and fused
     assert set(operator.GATES) == set(ACTIVATIONS)

@@ -66,6 +66,11 @@ def test_the_mlps_of_real_models(fused, name, activation, options, dtype):
     block.gradient_checkpointing_enable()
     assert_equal(hidden_states(block.train()), hidden_states(parts.train()))
     assert len(fused) == 6
+    block.layers[0].mlp.act_fn.register_forward_hook(lambda *_: None)
+    for model in (parts, block):
+        model.layers[1].mlp.act_fn = nn.Tanh()
+    assert_equal(hidden_states(block), hidden_states(parts))
+    assert len(fused) == 6
 
 
 @pytest.mark.parametrize(
