@@ -2,11 +2,13 @@
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import afa_kernels as afa
+from afa_kernels.model import mlp as blocks
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}
 K, INNER = 24, 40
@@ -17,13 +19,21 @@ class MLP(nn.Module):
 
     def __init__(self, k=K, inner=INNER, dtype=torch.float32, activation="silu", bias=True):
         super().__init__()
-        self.w1, self.w3, self.w2 = (
-            nn.Linear(*sizes, bias, dtype=dtype) for sizes in ((k, inner), (k, inner), (inner, k))
-        )
+        sizes = (k, inner), (k, inner), (inner, k)
+        self.w1, self.w3, self.w2 = (nn.Linear(*size, bias, dtype=dtype) for size in sizes)
         self.activation = activation
 
     def forward(self, x):
         return self.w2(ACTIVATIONS[self.activation](self.w1(x)) * self.w3(x))
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Has the activation of each call that computed a whole block."""
+    calls, original = [], blocks.mlp
+    monkeypatch.setattr(blocks, "mlp", lambda *of: calls.append(of[2]) or original(*of))
+    monkeypatch.setattr(blocks, "_told", {blocks.MERGED})
+    return calls
 
 
 def filled(model: nn.Module) -> nn.Module:
@@ -36,16 +46,15 @@ def filled(model: nn.Module) -> nn.Module:
     return model
 
 
-def pair(*sizes, alpha_t=0.5, net=MLP, r=4, share_inputs=None, backend=None, dropout=0.0, **options):
+def pair(*sizes, alpha_t=0.5, net=MLP, options=(), **of_net) -> tuple[nn.Module, nn.Module]:
     """Return the same adapted MLP as its parts and as a block."""
     torch.manual_seed(0)
-    parts = nn.Sequential(net(*sizes, **options))
-    block = copy.deepcopy(parts)
-    afa.inject(parts, r=r, share_inputs=share_inputs, backend=backend, dropout=dropout)
-    afa.inject(block, r=r, share_inputs=share_inputs, backend=backend, dropout=dropout, fuse_mlp=True)
-    for model in (parts, block):
+    parts = nn.Sequential(net(*sizes, **of_net))
+    models = copy.deepcopy(parts), parts
+    for model, fuse_mlp in zip(models, (False, True), strict=True):
+        afa.inject(model, **{"r": 4, **dict(options)}, fuse_mlp=fuse_mlp)
         afa.set_alpha_t(filled(model), alpha_t)
-    return parts, block
+    return models
 
 
 def step(model: nn.Module, x: Tensor, dy: Tensor | None = None, call=None) -> dict[str, Tensor]:
@@ -62,6 +71,7 @@ def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     """Fail unless all bits are equal."""
     assert got.keys() == want.keys()
     for name, value in got.items():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
         assert torch.equal(value, want[name]), name
 
 
@@ -69,12 +79,9 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Return the bytes that the forward keeps for the backward beside the parameters, each memory once."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in own:
-            kept[t.untyped_storage().data_ptr()] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    )
+    with hooks:
         model(x)
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
