@@ -20,6 +20,7 @@ from afa_kernels.operator.functional import LinearCall, as_rows, autocast
 from afa_kernels.operator.mlp import GATES, choice_of, mlp, why_apart
 from afa_kernels.operator.plan import Plan
 
+OTHER_SIZES = "its linear layers are not K -> I, K -> I and I -> K"
 MERGED = "a layer is merged or disabled"
 GONE = "is no adapted layer any more"  # it was replaced by its base layer, say
 
@@ -55,10 +56,11 @@ def fuse_mlp(model: nn.Module) -> nn.Module:
 
 
 def unfuse_mlp(model: nn.Module, kind: type = nn.Module) -> nn.Module:
-    """Undo :func:`fuse_mlp`, for the blocks with layers of the class ``kind``; return ``model``."""
+    """Undo :func:`fuse_mlp`, for the blocks with layers of the class ``kind``; return ``model``. What fuses by itself does
+    so again when it is called again, a schedule that is attached to a model with an ``AFALoraConfig`` for example."""
     for module in model.modules():
         parts = module.__dict__.get("_afa_mlp")
-        if parts is not None and all(isinstance(module._modules[name], kind) for name in parts[:3]):
+        if parts is not None and all(isinstance(module._modules.get(name), kind) for name in parts[:3]):
             del module._afa_mlp
             stock = type(module)._afa_stock
             if type(module) is fused_class(stock):  # sharding may have changed the class since
@@ -97,7 +99,7 @@ def mlps_of(model: nn.Module, kind: type, chosen: set[nn.Module] | None = None) 
         parts = module.__dict__.get("_afa_mlp") or _parts_of(module, is_adapted)
         if isinstance(parts, Parts):
             found[module] = parts
-        elif len(_sizes(module)) == 3:
+        elif len(_sizes(module)) == 3 and parts != OTHER_SIZES:
             left.setdefault(parts, name or type(module).__name__)
     reasons = "; ".join(f"{name}: {reason}" for reason, name in left.items())
     if not found:
@@ -196,7 +198,7 @@ def _parts_of(module: nn.Module, is_adapted: Callable[[nn.Module], bool]) -> Par
         return f"it has {len(sizes)} linear layers as children, not three"
     downs = [n for n, size in sizes.items() if all(sizes[m] == size[::-1] for m in sizes if m != n)]
     if not downs:
-        return "its linear layers are not K -> I, K -> I and I -> K"
+        return OTHER_SIZES
     others = [name for name, child in children.items() if name not in sizes and child is not None]
     for name in others:
         child = children[name]
@@ -246,7 +248,7 @@ def _parts_of(module: nn.Module, is_adapted: Callable[[nn.Module], bool]) -> Par
 def _tried(module: nn.Module, first: nn.Module) -> tuple[Tensor, Tensor]:
     """Return a small x and what the module's own forward gives for it, after a call of its layer ``first``."""
     weight = getattr(first, "base_layer", first).weight
-    dtype = weight.dtype if weight.dtype in checks.FLOATING else next(module.parameters()).dtype
+    dtype = next((p.dtype for p in (weight, *module.parameters()) if p.dtype in checks.FLOATING), torch.float32)
     x = torch.randn(1, 4, first.in_features, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         # Where gate is as large as this, the activations differ in 16 bits, too.
