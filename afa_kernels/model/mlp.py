@@ -56,8 +56,8 @@ def fuse_mlp(model: nn.Module) -> nn.Module:
 
 
 def unfuse_mlp(model: nn.Module, kind: type = nn.Module) -> nn.Module:
-    """Undo :func:`fuse_mlp`, for the blocks with layers of the class ``kind``; return ``model``. What fuses by itself does
-    so again when it is called again, a schedule that is attached to a model with an ``AFALoraConfig`` for example."""
+    """Undo :func:`fuse_mlp`, for the blocks with layers of the class ``kind``; return ``model``. What fuses by itself
+    does so again when it is called again, a schedule that is attached to a model with an ``AFALoraConfig`` say."""
     for module in model.modules():
         parts = module.__dict__.get("_afa_mlp")
         if parts is not None and all(isinstance(module._modules.get(name), kind) for name in parts[:3]):
