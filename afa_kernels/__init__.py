@@ -14,6 +14,7 @@ from afa_kernels.layers.shared_input import AFASharedInput
 from afa_kernels.layers.stack import AFALinearStack, adapters_of, add_adapter, delete_adapter
 from afa_kernels.model.checkpoint import load_adapter, save_adapter
 from afa_kernels.model.inject import inject, merge, merge_report, unload, unmerge
+from afa_kernels.model.mlp import fuse_mlp, plan_mlp, unfuse_mlp
 from afa_kernels.model.sharing import share_inputs, unshare_inputs
 from afa_kernels.operator.activation import activations
 from afa_kernels.operator.autograd import AFALoRAFunction
@@ -42,14 +43,17 @@ __all__ = [
     "afa_lora",
     "backends",
     "delete_adapter",
+    "fuse_mlp",
     "inject",
     "load_adapter",
     "merge",
     "merge_report",
     "plan",
+    "plan_mlp",
     "save_adapter",
     "set_alpha_t",
     "share_inputs",
+    "unfuse_mlp",
     "unload",
     "unmerge",
     "unshare_inputs",

@@ -28,6 +28,7 @@ from afa_kernels.model.adapted import (
     named_layers,
     named_mergeable,
 )
+from afa_kernels.model.mlp import attach_mlps, mlps_of, unfuse_mlp
 from afa_kernels.model.sharing import attach_shared_inputs, nothing_to_share, siblings_of, unshare_inputs
 from afa_kernels.model.targets import (
     ALL_LINEAR,
@@ -56,6 +57,7 @@ def inject(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     share_inputs: bool | None = None,
+    fuse_mlp: bool = False,
     adapters: Mapping[str, Mapping[str, Any]] | None = None,
     expert_rank: str = "same",
 ) -> nn.Module:
@@ -80,6 +82,8 @@ def inject(
         share_inputs: let q, k and v, and gate and up, of the common transformer blocks share their passes over x where
             a backend takes them together (see :func:`afa_kernels.share_inputs`). None: where there are such layers and
             no dropout; True: it is an error if there are none; False: not at all.
+        fuse_mlp: run each MLP block ``down(act(gate(x)) * up(x))`` whose layers are adapted as one call that keeps less
+            for the backward (:func:`afa_kernels.fuse_mlp`); it is an error if there are none.
         adapters: give each layer a stack of adapters (:class:`AFALinearStack`, :class:`AFAExpertStack`): their names,
             and for each the options of the next line in which it differs. :func:`adapters_of` says which one computes
             which sample.
@@ -94,7 +98,7 @@ def inject(
         ValueError: nothing matches, ``"all-linear"`` would leave out quantized layers, the model has AFA layers or
             adapters of PEFT already, or a named module shares its weight, is registered twice, or is read by its
             parent without being called; ``share_inputs=True`` with nothing to share, or with dropout, which leaves
-            nothing to share. The model is then unchanged.
+            nothing to share; ``fuse_mlp=True`` with nothing to fuse. The model is then unchanged.
     """
     options = {
         "r": r,
@@ -127,6 +131,12 @@ def inject(
             )
         _check_sharing(model, targets, dropout)
 
+    blocks = {}
+    if fuse_mlp:
+        if adapters is not None:
+            raise ValueError("fuse_mlp: layers with a stack of adapters compute on their own; got fuse_mlp=True")
+        blocks = mlps_of(model, nn.Module, {target.module for target in targets})
+
     def make(_name: str, module: nn.Module) -> nn.Module:
         return AFALinear(module, **options) if adapters is None else AFALinearStack(module, adapters)
 
@@ -135,7 +145,7 @@ def inject(
         add_to_experts(model, target, own, stack=adapters is not None)
     if adapters is None and share_inputs is not False and not dropout:
         attach_shared_inputs(model, AFALinear)
-    return model
+    return attach_mlps(model, blocks)
 
 
 def _each(adapters: Mapping[str, Mapping[str, Any]], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -307,6 +317,7 @@ def unload(model: nn.Module) -> nn.Module:
         )
     if isinstance(model, LAYERS):
         return model.base_layer
+    unfuse_mlp(model)
     was_dequantized = any(getattr(layer, "_quantized", None) is not None for _, layer in layers)
     with told_together(named_mergeable(model), model):
         _take_out(model)

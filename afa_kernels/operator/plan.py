@@ -20,7 +20,8 @@ class Plan:
             there is.
         path: ``"fused"`` (branch with its activation), ``"gemm"`` (alpha_t is 0: the two products
             alone, by torch's GEMMs or in the kernels of the backend) or ``"merged"`` (the branch is
-            part of the frozen weight: that one GEMM).
+            part of the frozen weight: that one GEMM). Of an MLP (:func:`afa_kernels.plan_mlp`), ``"block"`` (one call)
+            or ``"parts"`` (its layers one by one).
         reason: why this backend and path, with what stood against the ones before it.
         launches: the kernels of a forward and a backward with their launch parameters, where the
             backend tells them.

@@ -37,3 +37,8 @@ def apart(weights: list) -> tuple[list[Tensor | None], list[QuantizedWeight | No
     """Return what autograd may save of weights, and what it may not."""
     quantized = [w if w.__class__ is QuantizedWeight else None for w in weights]
     return [w if q is None else None for w, q in zip(weights, quantized, strict=True)], quantized
+
+
+def together(saved: list[Tensor | None], quantized: list[QuantizedWeight | None]) -> list[Tensor | QuantizedWeight]:
+    """Undo :func:`apart`."""
+    return [w if q is None else q for w, q in zip(saved, quantized, strict=True)]

@@ -14,7 +14,7 @@ from afa_kernels import torch_private
 from afa_kernels.backend import compiled
 from afa_kernels.operator import checks, shared_input_ops
 from afa_kernels.operator.functional import LinearCall, as_rows, autocast, like
-from afa_kernels.operator.quantized_weight import QuantizedWeight, apart, dense
+from afa_kernels.operator.quantized_weight import QuantizedWeight, apart, dense, together
 from afa_kernels.torch_private import (
     are_ordinary,
     autocast_may_be_on,
@@ -44,15 +44,20 @@ def fitting(members: list[LinearCall], x: Tensor) -> tuple[Calls | None, str | N
             return None, "their backends differ"
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return None, "a base layer trains"
-        reason = None if recognized else _why_unfit(x, weight, bias, lora_a, lora_b)
+        if recognized:
+            continue
+        reason = why_unfit(x, weight, bias, lora_a, lora_b)
         if reason is not None:
             return None, reason
+        if x.layout != torch.strided or x.dim() == 0 or x.shape[-1] != lora_a.shape[-1]:
+            return None, f"x has shape {tuple(x.shape)} and layout {x.layout}"
     if in_forward_mode() or (not recognized and in_transform()):
         return None, "a transform of torch.func or forward-mode differentiation"
     return Calls(members, recognized), None
 
 
-def _why_unfit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> str | None:
+def why_unfit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> str | None:
+    """Return why x and the parameters of a layer cannot be operands of one call, or None if they can."""
     for t in (weight, bias, lora_a, lora_b):
         if t is None:
             continue
@@ -62,8 +67,6 @@ def _why_unfit(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, l
             return "a parameter is on another device"
     if type(weight) is not QuantizedWeight and weight.dtype != x.dtype and autocast_dtype(x) is None:
         return "x has another dtype than a weight"
-    if x.layout != torch.strided or x.dim() == 0 or x.shape[-1] != lora_a.shape[-1]:
-        return f"x has shape {tuple(x.shape)} and layout {x.layout}"
     return None
 
 
@@ -100,11 +103,11 @@ def linear_shared(x: Tensor, calls: Calls) -> list[Tensor] | None:
     if differentiated:
         ys = torch_private.apply(AFASharedInputFunction, direct, rows, choice, direct, *tensors)
     else:
-        ys, _ = shared_input_ops.forward_shared(direct, rows, *_split(tensors), choice)
+        ys, _ = shared_input_ops.forward_shared(direct, rows, *split(tensors), choice)
     return [like(y, x, y.shape[-1]) for y in ys]
 
 
-def _split(tensors: tuple[Tensor | None, ...]) -> list[list[Tensor | None]]:
+def split(tensors: tuple[Tensor | None, ...]) -> list[list[Tensor | None]]:
     """Return weights, biases, A, B and alpha_t of the members."""
     n = len(tensors) // 5
     return [list(tensors[i * n : (i + 1) * n]) for i in range(5)]
@@ -119,7 +122,7 @@ class AFASharedInputFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, choice, direct, *tensors):
-        weights, biases, a, b, alpha_t = _split(tensors)
+        weights, biases, a, b, alpha_t = split(tensors)
         ys, zs = shared_input_ops.forward_shared(direct, x, weights, biases, a, b, alpha_t, choice)
         weights, ctx.quantized = apart(weights)
         ctx.set_materialize_grads(False)
@@ -141,7 +144,7 @@ class AFASharedInputFunction(torch.autograd.Function):
         direct = direct and (compiled.are_plain(*tensors) or are_ordinary(tensors))
         differentiated = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         by_formula = differentiated or (not direct and any([is_batched(dy) for dy in grads]))
-        weights = [w if q is None else q for w, q in zip(weights, ctx.quantized, strict=True)]
+        weights = together(weights, ctx.quantized)
         if not direct or by_formula:
             weights = [dense(w, x.dtype) for w in weights]
         if by_formula:

@@ -62,6 +62,10 @@ class AFALoraConfig(LoraConfig):
         alpha_t: where an adapter made from it starts; by default at ``anneal_start``. Of a configuration in a model's
             ``peft_config``, which is the adapter's own copy, it reads where the adapter stands, the largest value of
             its layers: another adapter that is made from it starts there.
+        fuse_mlp: run each MLP block whose layers are adapted as one call that keeps less for the backward
+            (:func:`afa_kernels.fuse_mlp`): from when the callbacks, :meth:`AnnealSchedule.attach` or
+            :func:`accelerate` see the model, and it is an error there if it has none. It is no part of the adapter, and
+            is not saved.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or asks for another kind of branch.
@@ -82,11 +86,14 @@ class AFALoraConfig(LoraConfig):
         default=0.8, metadata={"help": "The fraction of training at which annealing ends."}
     )
     alpha_t: float | None = dataclasses.field(default=None, metadata={"help": "The current blend coefficient."})
+    fuse_mlp: bool = dataclasses.field(default=False, metadata={"help": "Whether MLP blocks run as one call."})
 
     def __post_init__(self):
         super().__post_init__()
         checks.options(self.activation, 1.0, 0.0, None)
         self.schedule(1)
+        if not isinstance(self.fuse_mlp, bool):
+            raise TypeError(f"fuse_mlp: expected True or False, got {type(self.fuse_mlp).__name__}")
         if self._alpha_t is not None:
             self._alpha_t = checks.alpha_value(self._alpha_t)
         self._states: weakref.WeakSet[AdapterState] = weakref.WeakSet()
@@ -160,7 +167,7 @@ class AFALoraConfig(LoraConfig):
             plain.lora_dropout = 0.0  # stock PEFT refuses it beside parameters
         plain.save_pretrained(save_directory, **kwargs)
         state = {"format_version": fmt.FORMAT_VERSION}
-        state |= {name: getattr(self, name) for name in sorted(own_fields() - {"alpha_t"})}
+        state |= {name: getattr(self, name) for name in sorted(own_fields() - {"alpha_t", "fuse_mlp"})}
         if self.target_parameters:
             state["lora_dropout"] = self.lora_dropout
         if alpha_t == 0.0:

@@ -8,6 +8,7 @@ from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from afa_kernels.model.mlp import attach_mlps, mlps_of, unfuse_mlp
 from afa_kernels.model.sharing import attach_shared_inputs, detach_shared_inputs
 from afa_kernels.peft import experts
 from afa_kernels.peft.config import AFALoraConfig
@@ -15,7 +16,7 @@ from afa_kernels.peft.layer import AFALoraLayer, install, release, why_not
 from afa_kernels.peft.tuner import adopt_tuners
 
 
-def accelerate(model: nn.Module) -> nn.Module:
+def accelerate(model: nn.Module, *, fuse_mlp: bool = False) -> nn.Module:
     """Let the LoRA layers of an existing PEFT model run on the kernels of this package.
 
     Every plain LoRA adapter of a layer that has PEFT's seam for it is taken over, and those of fused experts
@@ -24,12 +25,18 @@ def accelerate(model: nn.Module) -> nn.Module:
     before 0.19 added to existing layers get their activation. Everything else (DoRA, embeddings, convolutions) stays
     as it is. :func:`restore` undoes it.
 
+    Args:
+        model: a PEFT model.
+        fuse_mlp: run each MLP block ``down(act(gate(x)) * up(x))`` whose layers are adapted as one call that keeps less
+            for the backward (:func:`afa_kernels.fuse_mlp`).
+
     Returns:
         ``model``, changed in place.
 
     Raises:
-        ValueError: there is nothing in ``model`` to take over.
+        ValueError: there is nothing in ``model`` to take over, or with ``fuse_mlp=True`` nothing to fuse.
     """
+    blocks = mlps_of(model, LoraLayer) if fuse_mlp else {}
     install_annealed(model)
     reasons: set[str] = set()
     for layer, name in _plain_adapters(model):
@@ -43,7 +50,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         found = "; ".join(sorted(reasons)) or "it has no plain LoRA layers"
         raise ValueError(f"model: nothing to run on the kernels in {type(model).__name__}: {found}")
     _prepare(model)
-    return model
+    return attach_mlps(model, blocks)
 
 
 def add_activation(
@@ -126,6 +133,8 @@ def _prepare(model: nn.Module) -> None:
     """Do what needs a whole model."""
     attach_shared_inputs(model, AFALoraLayer)
     adopt_tuners(model)
+    if any(getattr(config, "fuse_mlp", False) for config in _configs(model).values()):
+        attach_mlps(model, mlps_of(model, AFALoraLayer))
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -136,6 +145,7 @@ def restore(model: nn.Module) -> nn.Module:
     Returns:
         ``model``, changed in place.
     """
+    unfuse_mlp(model, AFALoraLayer)
     detach_shared_inputs(model, AFALoraLayer)
     for layer in _lora_layers(model):
         if isinstance(layer, experts.ParamWrapper):

@@ -1,0 +1,193 @@
+"""The MLP block in real models: transformers' by structure, PEFT's layers, and shards."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from mlp_helpers import K, assert_equal, filled, fused, pair, step  # noqa: F401
+from torch import nn
+
+import afa_kernels as afa
+from afa_kernels.callbacks.annealer import Annealer
+from afa_kernels.model import mlp as blocks
+
+SIZES = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 32}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+LINEAR = ["gate_proj", "up_proj", "down_proj"]
+
+
+def transformer(name: str, **options) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **options)
+    return getattr(transformers, f"{name}Model")(config)
+
+
+def hidden_states(model: nn.Module) -> dict:
+    """Return the last hidden state of a fixed text, and the gradient of each trained parameter."""
+    model.zero_grad()
+    out = model(torch.arange(10).view(2, 5)).last_hidden_state
+    out.square().sum().backward()
+    return {"y": out} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "activation", "options"),
+    [
+        ("Llama", "silu", {"mlp_bias": True}),
+        ("Qwen2", "silu", {}),
+        ("Qwen3", "silu", {}),
+        ("Mistral", "silu", {}),
+        ("Gemma", "gelu_tanh", {"head_dim": 8}),
+        ("Llama", "gelu", {"hidden_act": "gelu"}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_mlps_of_real_models(fused, name, activation, options, dtype):  # noqa: F811
+    parts = transformer(name, **options).to(dtype)
+    block = copy.deepcopy(parts)
+    keys = list(afa.inject(parts, r=2).state_dict())
+    afa.inject(block, r=2, fuse_mlp=True)
+    assert list(block.state_dict()) == keys and repr(block) == repr(parts)
+    for model in (parts, block):
+        afa.set_alpha_t(filled(model), 0.5)
+    assert_equal(hidden_states(block), hidden_states(parts))
+    assert fused == [activation] * 2
+    parts.gradient_checkpointing_enable()
+    block.gradient_checkpointing_enable()
+    assert_equal(hidden_states(block.train()), hidden_states(parts.train()))
+    assert len(fused) == 6
+    block.layers[0].mlp.act_fn.register_forward_hook(lambda *_: None)
+    for model in (parts, block):
+        model.layers[1].mlp.act_fn = nn.Tanh()
+    assert_equal(hidden_states(block), hidden_states(parts))
+    assert len(fused) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("Phi3", {"pad_token_id": 0}, "no module has three linear layers"),
+        ("GPT2", {}, "no module has three linear layers"),
+        ("Llama", {"hidden_act": "relu"}, r"layers.0.mlp: it computes no act\(gate\) \* up"),
+    ],
+)
+def test_other_mlps_are_left_alone_with_a_reason(name, options, reason):
+    model = transformer(name, **options)
+    with pytest.raises(ValueError, match=f"fuse_mlp: nothing to fuse in {name}Model: {reason}"):
+        afa.inject(model, fuse_mlp=True)
+    afa.inject(model)
+    layers = model.h if name == "GPT2" else model.layers
+    wanted = "it computes no act" if name == "Llama" else "it has 2 linear layers as children, not three"
+    assert wanted in afa.plan_mlp(layers[0].mlp, torch.randn(1, 16)).reason
+
+
+# --- PEFT
+
+
+def peft_pair(config, **options):
+    peft = pytest.importorskip("peft")
+    base = transformer("Llama")
+    made = [peft.get_peft_model(copy.deepcopy(base), config, **options) for _ in range(2)]
+    return [filled(model) for model in made]
+
+
+def test_accelerate_fuses_plain_lora_and_restore_ends_it(fused):  # noqa: F811
+    peft = pytest.importorskip("peft")
+    from afa_kernels.peft import accelerate, restore
+
+    parts, block = peft_pair(peft.LoraConfig(r=2, target_modules=LINEAR))
+    stock = hidden_states(parts)
+    keys = list(block.state_dict())
+    accelerate(parts)
+    assert accelerate(block, fuse_mlp=True) is block and list(block.state_dict()) == keys
+    want = hidden_states(parts)
+    assert_equal(hidden_states(block), want)
+    assert len(fused) == 2
+    accelerate(block)
+    hidden_states(block)
+    assert len(fused) == 4
+    with block.disable_adapter(), parts.disable_adapter():
+        ids = torch.arange(5).view(1, 5)
+        assert torch.equal(block(ids).last_hidden_state, parts(ids).last_hidden_state)
+    merged = copy.deepcopy(block)
+    merged.merge_adapter()
+    merged(ids)
+    assert len(fused) == 4
+    restore(block)
+    assert not any(isinstance(m, blocks.FusedMLP) for m in block.modules())
+    assert_equal(hidden_states(block), stock)
+    assert len(fused) == 4
+    attention = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(transformer("Llama"), attention)
+    with pytest.raises(ValueError, match="fuse_mlp: nothing to fuse in .*gate_proj is not adapted"):
+        accelerate(model, fuse_mlp=True)
+    assert not any(hasattr(m, "lora_afa") for m in model.modules())
+
+
+def test_an_afa_lora_config_fuses_once_its_model_is_driven(fused, tmp_path):  # noqa: F811
+    pytest.importorskip("peft")
+    from afa_kernels.peft import AFALoraConfig, load_adapter
+
+    config = AFALoraConfig(r=2, target_modules=LINEAR, fuse_mlp=True)
+    parts, block = peft_pair(config)
+    Annealer(None, "force", False, {}).begin(block, 10, 0)
+    afa.set_alpha_t(block, 0.5)
+    afa.set_alpha_t(parts, 0.5)
+    afa.unfuse_mlp(parts)
+    assert_equal(hidden_states(block), hidden_states(parts))
+    assert len(fused) == 2
+    block.save_pretrained(tmp_path)
+    assert not any("fuse_mlp" in file.read_text() for file in tmp_path.glob("*.json"))
+    load_adapter(block, tmp_path, "other", is_trainable=True)
+    block.set_adapter("other")
+    assert torch.equal(hidden_states(block)["y"], hidden_states(parts)["y"])
+    assert len(fused) == 4
+    block.base_model.set_adapter(["default", "other"])
+    with pytest.warns(UserWarning, match="gate_proj is sharded, or its base layer or its adapters have to be called"):
+        hidden_states(block)
+    assert len(fused) == 4
+    unloaded = block.unload()
+    want = transformer("Llama")(torch.arange(5).view(1, 5)).last_hidden_state
+    assert torch.equal(unloaded(torch.arange(5).view(1, 5)).last_hidden_state, want)
+    with pytest.raises(TypeError, match="fuse_mlp: expected True or False, got str"):
+        AFALoraConfig(fuse_mlp="yes")
+
+
+# --- shards
+
+
+@pytest.fixture
+def one_process():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_fsdp2_around_a_block_leaves_it_one(fused, one_process):  # noqa: F811
+    parts, block = pair()
+    dist.fsdp.fully_shard(block[0], mesh=one_process)
+    x = torch.randn(5, K)
+    assert_equal(step(block, x), step(parts, x))
+    assert len(fused) == 1
+
+
+@pytest.mark.filterwarnings("ignore:fuse_mlp")
+def test_fsdp2_around_layers_and_tensor_parallelism_run_the_parts(fused, one_process):  # noqa: F811
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from afa_kernels.parallel import ColwiseAFA, RowwiseAFA
+
+    x = torch.randn(5, K)
+    parts, block = pair()
+    want = parts(x)
+    for layer in (block[0].w1, block[0].w3, block[0].w2):
+        dist.fsdp.fully_shard(layer, mesh=one_process)
+    assert torch.equal(block(x), want)
+    _, block = pair()
+    styles = {"w1": ColwiseAFA(), "w3": ColwiseAFA(), "w2": RowwiseAFA()}
+    parallelize_module(block[0], one_process, styles)
+    torch.testing.assert_close(block(x), want)
+    assert "w1 is sharded" in afa.plan_mlp(block[0], x).reason and not fused
