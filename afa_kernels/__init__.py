@@ -13,7 +13,8 @@ from afa_kernels.layers.linear import AFALinear
 from afa_kernels.layers.shared_input import AFASharedInput
 from afa_kernels.layers.stack import AFALinearStack, adapters_of, add_adapter, delete_adapter
 from afa_kernels.model.checkpoint import load_adapter, save_adapter
-from afa_kernels.model.inject import inject, merge, merge_report, unload, unmerge
+from afa_kernels.model.inject import inject, unload
+from afa_kernels.model.merge import merge, merge_report, unmerge
 from afa_kernels.model.mlp import fuse_mlp, plan_mlp, unfuse_mlp
 from afa_kernels.model.sharing import share_inputs, unshare_inputs
 from afa_kernels.operator.activation import activations

@@ -157,7 +157,7 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
                 raise ValueError(f"merge: {REPACKED}")
             self._dense_sum(dequantize)
             return
-        if "weight" not in self.base_layer._parameters:
+        if "weight" not in self.base_layer._parameters and not is_quantized(self.base_layer):
             raise ValueError("merge: the base layer computes its weight (a parametrization); remove that first")
         reason = why_not_written(self.base_layer)
         if reason is not None:

@@ -86,7 +86,9 @@ def _forward(direct: bool, x: Tensor, setup: _Setup, tensors: tuple[Tensor | Non
     h = ACTIVATIONS[setup.activation].value(gate).mul_(up)
     options = ops.resolved(h, b, setup.down, alpha_t is None, setup.differentiated)
     direct = checks.linear(h, weight, bias, a, b) and direct
-    y, z = ops.linear_forward(direct, weight if direct else dense(weight, h.dtype), bias, h, a, b, alpha_t, None, options, None)
+    y, z = ops.linear_forward(
+        direct, weight if direct else dense(weight, h.dtype), bias, h, a, b, alpha_t, None, options, None
+    )
     return y, (gate, up, *zs, z), options
 
 

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from peft_models import TARGETS, assert_same, fill_adapters, gradients
 
 import afa_kernels as afa
-from adapters.quantized_models import QUANTIZED, WIDTHS, WRAPPED, dense, library, made, weights
+from adapters.quantized_models import QUANTIZED, WIDTHS, dense, library, made, weights
 from adapters.test_peft_adapter import config
 
 
@@ -21,7 +21,6 @@ def kind(request):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", WRAPPED)
 @pytest.mark.parametrize("alpha_t", [0.0, 0.5])
 def test_inject_puts_a_branch_beside_a_quantized_tensor(kind, alpha_t):
     net = made(kind)
@@ -37,7 +36,7 @@ def test_inject_puts_a_branch_beside_a_quantized_tensor(kind, alpha_t):
     afa.set_alpha_t(net, 0.0)
     before, unmerged = weights(net), net(x)
     for action in (lambda: afa.merge(net), layer.merge, layer.merged_weight):
-        with pytest.raises(ValueError, match="merge: (QLinear|Linear) has a quantized weight.*full precision"):
+        with pytest.raises(ValueError, match="merge: \\w+ has a quantized weight.*full precision"):
             action()
     assert torch.equal(net(x), unmerged) and not layer.merged
     assert all(torch.equal(w, before[name]) for name, w in weights(net).items())
@@ -55,7 +54,6 @@ class Composed(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", WRAPPED)
 def test_a_stack_beside_a_quantized_tensor(kind):
     net = made(kind)
     afa.inject(net, list(TARGETS), adapters={"one": {"r": 4}})

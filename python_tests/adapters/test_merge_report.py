@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from peft_models import TARGETS, fill_adapters
 
 import afa_kernels as afa
-from adapters.quantized_models import QUANTIZED, WIDTHS, WRAPPED, dense, library, made
+from adapters.quantized_models import QUANTIZED, WIDTHS, dense, library, made
 from adapters.test_peft_adapter import config
 from afa_kernels.callbacks.annealer import Annealer
 from afa_kernels.peft import AFALoraConfig, accelerate
@@ -207,7 +207,7 @@ def assert_holds(model, before, wanted, rounding):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("share", [0.01, 0.1])
 @pytest.mark.parametrize(
-    "make, kind", [(peft_model, kind) for kind in QUANTIZED] + [(injected, kind) for kind in WRAPPED]
+    "make, kind", [(peft_model, kind) for kind in QUANTIZED] + [(injected, kind) for kind in QUANTIZED]
 )
 def test_dequantize_merges_into_dense_layers_and_unmerging_brings_the_quantized_ones_back(make, kind, share):
     model, x = make(kind, share).eval(), torch.randn(5, WIDTHS[0], requires_grad=True)

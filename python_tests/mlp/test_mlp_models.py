@@ -1,16 +1,19 @@
 """The MLP block in real models: transformers' by structure, PEFT's layers, and shards."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
-from mlp_helpers import K, assert_equal, filled, fused, pair, step  # noqa: F401
+from adapters.quantized_models import QUANTIZED, made
+from mlp_helpers import MLP, K, assert_equal, filled, fused, pair, step  # noqa: F401
 from torch import nn
 
 import afa_kernels as afa
 from afa_kernels.callbacks.annealer import Annealer
 from afa_kernels.model import mlp as blocks
+from afa_kernels.operator.quantized_weight import QuantizedWeight
 
 SIZES = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 32}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -191,3 +194,35 @@ def test_fsdp2_around_layers_and_tensor_parallelism_run_the_parts(fused, one_pro
     parallelize_module(block[0], one_process, styles)
     torch.testing.assert_close(block(x), want)
     assert "w1 is sharded" in afa.plan_mlp(block[0], x).reason and not fused
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_layers(fused, kind, monkeypatch):  # noqa: F811
+    """Each weight is dequantized twice, and one at a time, as those of the parts are; the trial repacks none."""
+    alive, original = [], QuantizedWeight.dense
+
+    def dense(weight, dtype):
+        assert not alive or alive[-1]() is None
+        made = original(weight, dtype)
+        alive.append(weakref.ref(made))
+        return made
+
+    models = []
+    for fuse_mlp in (False, True):
+        torch.manual_seed(0)
+        models.append(model := nn.Sequential(made(kind, MLP(64, 128).requires_grad_(False), names=("w1", "w2", "w3"))))
+        afa.inject(model, r=4, fuse_mlp=fuse_mlp)
+        afa.set_alpha_t(filled(model), 0.5)
+    parts, block = models
+    want = step(parts, x := torch.randn(40, 64))
+    monkeypatch.setattr(QuantizedWeight, "dense", dense)
+    assert_equal(step(block, x), want)
+    assert fused == ["silu"] and len(alive) == 6
+    assert afa.plan_mlp(block[0], x).path == "block"
+    monkeypatch.undo()
+    (dx,) = torch.autograd.grad(block(x.requires_grad_()).square().sum(), x, create_graph=True)
+    assert dx.square().sum().backward() is None and x.grad.abs().max() > 0
+    with torch.no_grad():
+        assert afa.plan_mlp(block[0], x[:4]).path == "parts"
+        torch.testing.assert_close(block(x)[:4], block(x[:4]), rtol=1e-3, atol=1e-3)
