@@ -77,16 +77,18 @@ def _transformers_fp8(module: nn.Module) -> Callable[[], Tensor]:
 
 
 _SLOW = "to dequantize it takes longer than its own product"
-# By the library and the class of the layer; of an nn.Linear, of its weight.
+# By the library and the class of the layer; where that has tensors of its own, of its weight. docs/memory.md has what
+# was measured.
 KINDS = {
     ("bitsandbytes", "Linear4bit"): Kind(_bitsandbytes_4bit),
-    ("bitsandbytes", "Linear8bitLt"): Kind(_bitsandbytes_8bit),
+    ("bitsandbytes", "Linear8bitLt"): Kind(_bitsandbytes_8bit, "its own product, in 8 bits, is faster"),
     ("hqq", "HQQLinear"): Kind(_hqq),
-    ("optimum", "QLinear"): Kind(_tensor),
     ("transformers", "FP8Linear"): Kind(_transformers_fp8),
-    ("torchao", "AffineQuantizedTensor"): Kind(_tensor),
-    ("torchao", "Int4Tensor"): Kind(_tensor),
+    ("optimum", "WeightQBytesTensor"): Kind(_tensor),
+    ("optimum", "WeightQBitsTensor"): Kind(_tensor, _SLOW),
+    ("optimum", "TinyGemmWeightQBitsTensor"): Kind(_tensor, _SLOW),
     ("torchao", "IntxUnpackedToInt8Tensor"): Kind(_tensor),
+    ("torchao", "AffineQuantizedTensor"): Kind(_tensor, _SLOW),
     ("torchao", "Int8Tensor"): Kind(_tensor, _SLOW),
     ("torchao", "Float8Tensor"): Kind(_tensor, _SLOW),
 }
@@ -95,7 +97,7 @@ KINDS = {
 def kind_of(module: nn.Module) -> Kind | None:
     """Return the kind of a layer whose weight is quantized, or None of any other."""
     cls = type(module)
-    if cls is nn.Linear:
+    if cls is nn.Linear or cls.__name__ == "QLinear":
         cls = type(module._parameters.get("weight"))
     return KINDS.get((cls.__module__.partition(".")[0], cls.__name__))
 
@@ -131,7 +133,7 @@ def _is_dense(weight: Tensor) -> bool:
     name = type(weight).__name__
     if name == "Params4bit":
         return weight.quant_state is None
-    return weight.dtype in FLOATING and name in ("Int8Params", "Parameter", "Tensor")
+    return weight.dtype in FLOATING and name in ("Int8Params", "Parameter")
 
 
 def frozen_weight(module: nn.Module, x: Tensor) -> Tensor | QuantizedWeight | None:

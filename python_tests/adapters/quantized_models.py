@@ -1,5 +1,7 @@
 """Networks with layers of quantization libraries, each skipped where its library is missing."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft_models import TARGETS, Net
@@ -51,6 +53,13 @@ def torchao_int8(net, names=TARGETS):
     return torchao(net, lambda quantization: quantization.Int8WeightOnlyConfig(), names)
 
 
+def torchao_int4(net, names=TARGETS):
+    def config(q):
+        return q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.PerGroup(32))
+
+    return torchao(net, config, names)
+
+
 def torchao(net, config, names=TARGETS):
     quantization = library("torchao.quantization")
     quantization.quantize_(net, config(quantization), lambda m, name: name in names)
@@ -82,6 +91,20 @@ QUANTIZED = {
     "hqq": (hqq_4bit, "HqqLoraLinear"),
     "quanto": (quanto_int8, "Linear"),
 }
+# On the path of dense layers, of which one class each would do for other tests; and the others.
+DEQUANTIZED = {
+    "bnb-4bit": bnb_4bit,
+    "bnb-fp4": partial(bnb_4bit, compress_statistics=False, quant_type="fp4"),
+    "hqq": hqq_4bit,
+    "quanto": quanto_int8,
+    "torchao-int4": torchao_int4,
+}
+OWN = {
+    "bnb-8bit": bnb_8bit,
+    "torchao": torchao_int8,
+    "torchao-float8": partial(torchao, config=lambda q: q.Float8WeightOnlyConfig()),
+    "quanto-int4": partial(quanto_int8, weights="qint4"),
+}
 REQUANTIZED = ("bnb-4bit", "bnb-8bit", "hqq")  # by PEFT's merge
 WRAPPED = ("torchao", "quanto")  # an nn.Linear whose weight is a subclass of Tensor
 
@@ -93,7 +116,8 @@ def dense():
 
 
 def made(kind, net=None, **options):
-    return QUANTIZED[kind][0](dense() if net is None else net, **options)
+    make = (DEQUANTIZED | OWN)[kind]
+    return make(dense() if net is None else net, **options)
 
 
 def weights(model):

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from adapters.quantized_models import QUANTIZED, made
+from adapters.quantized_models import DEQUANTIZED, made
 from mlp_helpers import MLP, K, assert_equal, filled, fused, pair, step  # noqa: F401
 from torch import nn
 
@@ -197,7 +197,7 @@ def test_fsdp2_around_layers_and_tensor_parallelism_run_the_parts(fused, one_pro
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("kind", DEQUANTIZED)
 def test_quantized_layers(fused, kind, monkeypatch):  # noqa: F811
     """Each weight is dequantized twice, and one at a time, as those of the parts are; the trial repacks none."""
     alive, original = [], QuantizedWeight.dense
