@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -67,10 +68,33 @@ def extra_bytes(runner: Runner) -> int:
 def _peak(runner: Runner) -> int:
     base = runner.prepare()
     gc.collect()
+    before = present_bytes()
+    return peak_bytes(lambda: runner.backward(runner.forward(base))) - before
+
+
+def present_bytes() -> int:
+    """Return the size of the resident set."""
+    return _status("VmRSS")
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Return the largest size of the resident set during a call."""
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
-    before = _status("VmRSS")
-    runner.backward(runner.forward(base))
-    return _status("VmHWM") - before
+    call()
+    return _status("VmHWM")
+
+
+def count_exactly() -> None:
+    """Give every allocation above a few pages a mapping of its own, without huge pages.
+
+    Raises:
+        OSError: the C library does not do that.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt") or not libc.mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES):
+        raise OSError("the C library does not map large allocations apart: this needs glibc")
+    libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 def _status(name: str) -> int:
@@ -88,10 +112,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--providers", default="eager,afa.torch,afa.cpu")
     add("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args(argv)
-    libc = ctypes.CDLL(None)
-    if not libc.mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES):
-        parser.error("the C library does not map large allocations apart: this needs glibc")
-    libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    try:
+        count_exactly()
+    except OSError as error:
+        parser.error(str(error))
     cpus = sorted(os.sched_getaffinity(0))[: arguments.threads]
     os.sched_setaffinity(0, cpus)
     torch.set_num_threads(arguments.threads)
