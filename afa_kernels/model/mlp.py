@@ -166,7 +166,7 @@ def _calls_of(module: nn.Module, parts: Parts, x: Tensor) -> tuple[list[LinearCa
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return [], f"x is a {type(x).__name__}"
     children, calls = module._modules, []
-    for name in (*parts[:3], parts.child):
+    for name in (parts.gate, parts.up, parts.down, parts.child):
         layer = children.get(name)
         if layer is not None and (layer._forward_hooks or is_hooked(layer)):
             return [], f"{name} has hooks or a forward of its own"

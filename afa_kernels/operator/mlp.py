@@ -23,11 +23,10 @@ from afa_kernels.operator.shared_input import fitting, split, why_unfit
 
 # The activations of a block (their values: ACTIVATIONS), with what writes the gradient through them: torch's own
 # functions, so that bits are those of the parts.
-_gelu_backward = torch.ops.aten.gelu_backward.grad_input
 GATES: dict[str, Callable[..., Tensor]] = {
-    "silu": torch.ops.aten.silu_backward.grad_input,
-    "gelu": partial(_gelu_backward, approximate="none"),
-    "gelu_tanh": partial(_gelu_backward, approximate="tanh"),
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": partial(torch.ops.aten.gelu_backward, approximate="none"),
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
 }
 
 
@@ -47,7 +46,8 @@ def why_apart(x: Tensor, gate: LinearCall, up: LinearCall, down: LinearCall) -> 
         reason = "dropout draws one mask for each layer"
     if reason is None and (down.weight.requires_grad or (down.bias is not None and down.bias.requires_grad)):
         reason = "a base layer trains"
-    return why_unfit(x, *down[:4]) if reason is None else reason
+    # By name: torch.compile of torch 2.6 takes no slice of a named tuple.
+    return why_unfit(x, down.weight, down.bias, down.lora_a, down.lora_b) if reason is None else reason
 
 
 def choice_of(x: Tensor, calls: list[LinearCall], differentiated: bool) -> shared_input_ops.Choice:
@@ -82,14 +82,15 @@ def _forward(direct: bool, x: Tensor, setup: _Setup, tensors: tuple[Tensor | Non
     """Return y, what the backward needs beside x and the tensors, and the resolved options of down."""
     members = split(tensors)
     weight, bias, a, b, alpha_t = (t[2] for t in members)
-    (gate, up), zs = shared_input_ops.forward_shared(direct, x, *(t[:2] for t in members), setup.pair)
+    # Each z has a name: torch.compile of torch 2.6 confuses saved tensors that it has to name itself.
+    (gate, up), (z_gate, z_up) = shared_input_ops.forward_shared(direct, x, *(t[:2] for t in members), setup.pair)
     h = ACTIVATIONS[setup.activation].value(gate).mul_(up)
     options = ops.resolved(h, b, setup.down, alpha_t is None, setup.differentiated)
     direct = checks.linear(h, weight, bias, a, b) and direct
     y, z = ops.linear_forward(
         direct, weight if direct else dense(weight, h.dtype), bias, h, a, b, alpha_t, None, options, None
     )
-    return y, (gate, up, *zs, z), options
+    return y, (gate, up, z_gate, z_up, z), options
 
 
 class MLPFunction(torch.autograd.Function):
@@ -138,9 +139,11 @@ def _backward(direct, dy, x, activations, members, setup, options, need_x, need_
         _, da, db = ops.lora_backward(direct, *saved, False, need_a[2], need_b[2])
         return None, [None, None, da], [None, None, db]
     dh, da, db = ops.linear_backward(direct, weights[2], *saved, need_a[2], need_b[2])
-    # All three were made here, and nothing else reads them: gradients take their memory.
-    dup = torch.mul(dh, value, out=h)
-    dgate = GATES[setup.activation](dh.mul_(up), gate, grad_input=value)
+    if torch.compiler.is_compiling():  # a graph plans its memory itself
+        dup, dgate = dh * value, GATES[setup.activation](dh * up, gate)
+    else:  # all three were made here, and nothing else reads them: gradients take their memory
+        dup = torch.mul(dh, value, out=h)
+        dgate = GATES[setup.activation](dh.mul_(up), gate, grad_input=value)
     del dh, saved
     of_pair = ([dgate, dup], x, weights[:2], a[:2], b[:2], zs, alpha_t[:2], setup.pair)
     dx, das, dbs = shared_input_ops.backward_shared(direct, *of_pair, need_x, need_a[:2], need_b[:2])

@@ -242,6 +242,10 @@ def test_a_graph_that_is_compiled(kind):
     x = torch.randn(40, WIDTHS[0])
     want = results(layer, trained, x, torch.ones(40, WIDTHS[1]))
     torch._dynamo.reset()
+    try:
+        torch.compile(layer.base_layer, backend="aot_eager")(x.clone().requires_grad_()).sum().backward()
+    except Exception as error:
+        pytest.skip(f"this torch does not compile the layer itself: {error}")
     got = results(torch.compile(layer, backend="aot_eager"), trained, x, torch.ones(40, WIDTHS[1]))
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4)

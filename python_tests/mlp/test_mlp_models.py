@@ -169,6 +169,12 @@ def one_process():
     dist.destroy_process_group()
 
 
+fsdp2 = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9), reason="FSDP2 of torch before 2.9 is not for the CPU"
+)
+
+
+@fsdp2
 def test_fsdp2_around_a_block_leaves_it_one(fused, one_process):  # noqa: F811
     parts, block = pair()
     dist.fsdp.fully_shard(block[0], mesh=one_process)
@@ -177,6 +183,7 @@ def test_fsdp2_around_a_block_leaves_it_one(fused, one_process):  # noqa: F811
     assert len(fused) == 1
 
 
+@fsdp2
 @pytest.mark.filterwarnings("ignore:fuse_mlp")
 def test_fsdp2_around_layers_and_tensor_parallelism_run_the_parts(fused, one_process):  # noqa: F811
     from torch.distributed.tensor.parallel import parallelize_module
