@@ -1,7 +1,7 @@
 """``python -m bench.pages``: the measured tables of the documents, and how the project stands beside its goals.
 
-Made from files of results. ``--write`` writes the tables and the outcome into README.md and docs/performance.md, and
-draws the pictures of bench/results again.
+Made from files of results. ``--write`` writes the tables and the outcome into README.md, docs/performance.md and
+docs/memory.md, and draws the pictures of bench/results again.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
+from bench import training
 from bench.goals import (
     BRANCH,
     DECODE,
@@ -30,8 +31,10 @@ from bench.providers import measured_again
 from bench.results import RESULTS, read, recorded
 
 _ROOT = Path(__file__).resolve().parent.parent
-README, PERFORMANCE = _ROOT / "README.md", _ROOT / "docs" / "performance.md"
-FILES = tuple(RESULTS / f"{preset}.jsonl" for preset in ("step", "goals", "decode"))
+README, PERFORMANCE, MEMORY = _ROOT / "README.md", _ROOT / "docs" / "performance.md", _ROOT / "docs" / "memory.md"
+# What bench.training wrote: by the name of the file, the page and the title.
+TRAINING = {"training": (README, "training step"), "formats": (MEMORY, "formats")}
+FILES = tuple(RESULTS / f"{name}.jsonl" for name in ("step", "goals", "decode", *TRAINING))
 _PLAIN = {"peft": "PEFT LoRA", "torchtune": "torchtune LoRA", "eager": "eager AFA-LoRA"}
 _NAMES = _PLAIN | {"compiled": "compiled AFA-LoRA", "afa.torch": "`torch` backend", OURS: "afa_kernels"}
 # In a training step of a model: this package by what its users call.
@@ -67,16 +70,6 @@ def layer_table(rows: list[dict]) -> list[str]:
     return _markdown(["dtype M K N r", "frozen ms", *map(_NAMES.get, names), "floor", "repeat"], lines)
 
 
-def short_layer_table(rows: list[dict]) -> list[str]:
-    """Return the adapter tax without its errors, for the README."""
-    names = ("peft", "eager", "compiled", OURS)
-    lines = []
-    for title, problem in _taxed(rows, LAYER):
-        cells = [*title.split(), f"{problem['frozen']['p50_ms']:.0f} ms", *_tax_cells(problem, names, unit="%")]
-        lines.append([*cells, f"{100 * problem[OURS]['floor_tax']:.1f}%"])
-    return _markdown(["dtype", *"MKNr", "frozen layer", *map(_NAMES.get, names), "floor"], lines)
-
-
 def _taxed(rows: list[dict], table: Table) -> list[tuple[str, Measured]]:
     return [(title, problem) for title, problem in measured(rows, table) if "tax" in problem[OURS]]
 
@@ -85,13 +78,13 @@ def _present(names: Iterable[str], problems: list[tuple[str, Measured]]) -> list
     return [name for name in names if any(name in problem for _, problem in problems)]
 
 
-def _tax_cells(problem: Measured, names: Iterable[str], intervals: Iterable[str] = (), unit: str = "") -> list[str]:
+def _tax_cells(problem: Measured, names: Iterable[str], intervals: Iterable[str] = ()) -> list[str]:
     """Return the taxes of a line in percent, the least one bold, those of ``intervals`` with theirs."""
     taxes = {name: problem[name]["tax"] for name in names if "tax" in problem.get(name, {})}
     least = min(taxes, key=taxes.get)
     cells = []
     for name in names:
-        cell = f"{100 * taxes[name]:.1f}{unit}" if name in taxes else "-"
+        cell = f"{100 * taxes[name]:.1f}" if name in taxes else "-"
         cell = f"**{cell}**" if name == least else cell
         shown = name in intervals and name in taxes
         cells.append(cell + (_interval(problem[name]["tax_interval"], 100, 1) if shown else ""))
@@ -171,7 +164,6 @@ def outcome(rows: list[dict]) -> str:
 
 SECTIONS = (
     (PERFORMANCE, STEP.title, step_table),
-    (README, LAYER.title, short_layer_table),
     (PERFORMANCE, LAYER.title, layer_table),
     (PERFORMANCE, BRANCH.title, branch_table),
     (PERFORMANCE, DECODE.title, decode_table),
@@ -180,7 +172,7 @@ SECTIONS = (
 
 def sections(files: Iterable[Path]) -> dict[Path, dict[str, str]]:
     """Return what stands between the marks of each page: the outcome; how it was measured, and a table."""
-    result: dict[Path, dict[str, str]] = {README: {}, PERFORMANCE: {}}
+    result: dict[Path, dict[str, str]] = {README: {}, PERFORMANCE: {}, MEMORY: {}}
     everything = []
     for path in files:
         environment, rows = read(path)[0], _rows([path])
@@ -190,6 +182,9 @@ def sections(files: Iterable[Path]) -> dict[Path, dict[str, str]]:
             f"{environment['threads']} threads, {environment['isa']['afa_kernels']}, "
             f"torch {environment['packages']['torch']}, commit {environment['commit'][:7]}."
         )
+        if path.stem in TRAINING:
+            page, title = TRAINING[path.stem]
+            result[page][title] = "\n".join([how, "", training.markdown(read(path)[1:])])
         for page, title, make in SECTIONS:
             table = make(rows)
             if table:

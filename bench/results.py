@@ -57,9 +57,18 @@ FIELDS: dict[str, dict[str, object]] = {
     "absent": {**_CASE, **_PROVIDER, "reason": str},
     "wrong": {**_CASE, **_PROVIDER, "error": _NUMBER, "error_ratio": _NUMBER},
     "skipped": {**_CASE, "reason": str},
+    "training": {
+        "model": str,
+        "base": str,
+        "checkpointing": str,
+        "method": str,
+        "peak_mb": _NUMBER,
+        "ms": _NUMBER,
+    },
     "self_check": {"pairs": int, "include_one": int, "largest": _NUMBER},
 }
 OPTIONAL: dict[str, dict[str, object]] = {
+    "training": {"of_peft": _NUMBER},
     "environment": {"gpu": dict, "clock": str, "allocator": str},
     "row": {
         "floor_ms": _NUMBER,

@@ -16,12 +16,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
+from pathlib import Path
 from statistics import median
 
 import torch
 from torch import nn
 
 from bench import quantize, resident
+from bench.environment import environment
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SIZES = {
@@ -137,7 +139,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
         memory = {method: in_a_process(*cell) for method, cell in cells.items()}
         seconds = times({method: Step(*cell) for method, cell in cells.items()}, arguments.rounds)
         for method in cells:
-            row = {"model": model, "base": base, "checkpointing": checkpointing, "method": method}
+            row = {"kind": "training", "model": model, "base": base, "checkpointing": checkpointing, "method": method}
             row |= {"peak_mb": memory[method] / 1e6, "ms": 1e3 * median(seconds[method])}
             if "peft" in seconds:
                 shares = [own / peft for own, peft in zip(seconds[method], seconds["peft"], strict=True)]
@@ -145,8 +147,9 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
             yield row
 
 
-def markdown(found: list[dict[str, object]], methods: list[str]) -> str:
+def markdown(found: list[dict[str, object]]) -> str:
     """Return a table with a row for each cell, and for each method its peak in MB and its time over PEFT's."""
+    methods = [name for name in METHODS if any(row["method"] == name for row in found)]
     by_cell: dict[tuple, dict[str, dict]] = {}
     for row in found:
         by_cell.setdefault((row["model"], row["base"], row["checkpointing"]), {})[row["method"]] = row
@@ -183,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--layers", type=int, default=4)
     add("--tokens", type=int, default=1024)
     add("--rounds", type=int, default=9)
+    add("--out", type=Path, help="a file for the results, as lines of JSON")
     add("--cell", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     warnings.simplefilter("ignore")
@@ -190,11 +194,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.cell:
         print(peak_bytes(*arguments.cell))
         return 0
-    found = []
+    command = " ".join(["python -m bench.training", *(sys.argv[1:] if argv is None else argv)])
+    records = [environment("cpu", command=command)]
     for row in rows(arguments):
         print(json.dumps(row), file=sys.stderr, flush=True)
-        found.append(row)
-    print(markdown(found, arguments.methods))
+        records.append(row)
+    if arguments.out:
+        arguments.out.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    print(markdown(records[1:]))
     return 0
 
 

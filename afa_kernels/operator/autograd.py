@@ -1,8 +1,7 @@
 """AFALoRAFunction: what is saved, which gradients are needed, and double backward. It does no arithmetic of its own.
 
-Saved for the backward: x, A, B and z, plus references to the frozen weight (never what a quantized one was made into),
-to the scalars alpha_t and seed, and to
-whose rows are whose. Never h, act'(z), a mask or a copy of x or y.
+Saved for the backward: x, A, B and z, plus references to the frozen weight, to the scalars alpha_t and seed, and to
+whose rows are whose. Never h, act'(z), a mask, a copy of x or y, or a quantized weight in floating point.
 """
 
 import torch
