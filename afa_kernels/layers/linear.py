@@ -56,8 +56,8 @@ class AFALinear(LikeItsBase, Mergeable, Branch):
 
     Args:
         base_layer: ``torch.nn.Linear`` or transformers' ``Conv1D``. Its parameters are frozen; the
-            layer keeps it. Its weight may be a tensor of torchao or quanto, which :meth:`merge` leaves as it is but
-            with ``dequantize=True``.
+            layer keeps it. Or a quantized layer of bitsandbytes, HQQ, torchao, quanto or transformers' block-FP8, which
+            :meth:`merge` leaves as it is but with ``dequantize=True``.
         r: rank of the branch, 1 or more.
         lora_alpha: numerator of ``scaling = lora_alpha / r``.
         activation: a name from :func:`afa_kernels.activations`.

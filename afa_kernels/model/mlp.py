@@ -139,8 +139,9 @@ class FusedMLP:
         if not torch.compiler.is_compiling() and reason is not None and reason not in _told:
             if reason.endswith(GONE):
                 return unfuse_mlp(self).forward(*args, **kwargs)
-            _told.add(reason)
-            warnings.warn(f"fuse_mlp: an MLP block runs as its parts: {reason}", stacklevel=3)
+            if torch.is_grad_enabled():  # without a gradient a block saves nothing
+                _told.add(reason)
+                warnings.warn(f"fuse_mlp: an MLP block runs as its parts: {reason}", stacklevel=3)
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):
