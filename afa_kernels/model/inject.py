@@ -95,8 +95,8 @@ def inject(
         TypeError: a named module or parameter is of another kind.
         ValueError: nothing matches, ``"all-linear"`` would leave out quantized layers of an unknown kind, the model has
             AFA layers or adapters of PEFT already, or a named module shares its weight, is registered twice, or is read
-            by its parent without being called; ``share_inputs=True`` with nothing to share, or with dropout, which leaves
-            nothing to share; ``fuse_mlp=True`` with nothing to fuse. The model is then unchanged.
+            by its parent without being called; ``share_inputs=True`` with nothing to share, or with dropout, which
+            leaves nothing to share; ``fuse_mlp=True`` with nothing to fuse. The model is then unchanged.
     """
     options = {
         "r": r,
