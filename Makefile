@@ -162,7 +162,7 @@ bench-pytest: build-tests  ## some of its cases under pytest-benchmark (ARGS="-k
 	$(RUN) -m pytest bench --benchmark-only --benchmark-storage=outputs/bench/pytest \
 		--benchmark-columns=min,median,iqr,rounds $(ARGS)
 
-.PHONY: sanitize-cpu sanitize mutation reports-quick cuda-report triton-report gpu-check gpu-rehearsal wheel wheel-check
+.PHONY: sanitize-cpu sanitize-machine sanitize mutation reports-quick cuda-report triton-report gpu-check gpu-rehearsal wheel wheel-check
 .PHONY: clean
 sanitize-cpu: $(VENV)/.tests
 	$(SAY) 'CPU kernels, and the host code of the CUDA kernels, under ASan and UBSan'
@@ -191,7 +191,8 @@ sanitize-aarch64: $(VENV)/.tests  ## CPU kernels for aarch64 under HWASan and UB
 	QEMU_CPU=cortex-a53 $(AARCH64_TESTS) -R neon
 endif
 
-sanitize: sanitize-cpu  ## CPU kernels, host code of the CUDA kernels and PTX machine under ASan and UBSan
+sanitize: sanitize-cpu sanitize-machine  ## CPU kernels, host code of the CUDA kernels and PTX machine under ASan and UBSan
+sanitize-machine: $(VENV)/.tests
 	$(SAY) 'The PTX machine under ASan and UBSan'
 	$(RUN) python_tests/ptx_machine/tests/sanitize.py
 

@@ -48,7 +48,7 @@ def test_every_format(small, base):
     assert all(one != other for one, other in zip(*kinds.values(), strict=True))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of the resident set to reset")
 def test_memory_counts_weights_and_the_state_of_the_optimizer():
     """One layer more of full fine-tuning in 16 bits: its weights, their gradients and two moments of each."""

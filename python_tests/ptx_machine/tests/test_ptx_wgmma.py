@@ -386,7 +386,7 @@ def test_the_fences_of_the_asynchronous_proxy_that_are_needed(sync, proxy, neede
 
 
 def test_no_instruction_is_untested(request):
-    """Runs last of the files that test the machine, where one process runs all of them, as `make sanitize` does."""
+    """Runs last of the files that test the machine, where one process runs all of them, as `make ptx-check` does."""
     names = ("atomics", "floats", "hazards", "instructions", "memory", "overlap", "wgmma")
     whole = {Path(__file__).with_name(f"test_ptx_{name}.py") for name in names}
     if not whole <= {item.path for item in request.session.items} or request.config.option.keyword:
