@@ -227,9 +227,29 @@ def test_quantized_layers(fused, kind, monkeypatch):  # noqa: F811
     assert_equal(step(block, x), want)
     assert fused == ["silu"] and len(alive) == 6
     assert afa.plan_mlp(block[0], x).path == "block"
+    with torch.profiler.profile():  # operators that are watched take tensors: each layer by itself
+        watched = step(block, x)
+    for name, value in want.items():
+        torch.testing.assert_close(watched[name], value, rtol=1e-4, atol=1e-4)
     monkeypatch.undo()
     (dx,) = torch.autograd.grad(block(x.requires_grad_()).square().sum(), x, create_graph=True)
     assert dx.square().sum().backward() is None and x.grad.abs().max() > 0
     with torch.no_grad():
         assert afa.plan_mlp(block[0], x[:4]).path == "parts"
         torch.testing.assert_close(block(x)[:4], block(x[:4]), rtol=1e-3, atol=1e-3)
+
+
+def test_the_trial_of_a_module_records_gradients():
+    """Called with an x that needs none, bitsandbytes may bring a 4-bit weight into a layout that gives x none."""
+    seen = []
+
+    class Recording(nn.Linear):
+        def forward(self, x):
+            seen.append(x.requires_grad and torch.is_grad_enabled())
+            return super().forward(x)
+
+    net = MLP()
+    net.w1, net.w3 = (Recording(K, net.w2.in_features) for _ in range(2))
+    with torch.no_grad():
+        afa.inject(nn.Sequential(net), fuse_mlp=True)
+    assert seen and all(seen)
