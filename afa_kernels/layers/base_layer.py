@@ -7,7 +7,6 @@ from afa_kernels.operator import checks
 
 ORDINARY = (nn.Parameter, Tensor)
 IN_FULL_PRECISION = "Save the adapter and merge it into the model in full precision"
-_INSTEAD = f"{IN_FULL_PRECISION}, or merge with dequantize=True"
 REPACKED = (
     "bitsandbytes repacked its weight for inference on this processor (AVX512-BF16), in an evaluation whose x needed "
     "no gradient. Load the model again, and set support_avx512bf16_for_cpu = False on its Linear4bit layers before the "
@@ -65,16 +64,16 @@ def plain_weight(module: nn.Module) -> Tensor | None:
 
 def why_not_written(module: nn.Module) -> str | None:
     """Return why the weight of a layer cannot be overwritten by a sum, or None if it can."""
-    weight = getattr(module, "weight", None)
-    if weight is None:
-        return f"{type(module).__name__} has a quantized weight, into which no sum can be written. {_INSTEAD}"
-    if weight.is_meta and hasattr(module, "_hf_hook"):
-        return "accelerate has offloaded the weight; accelerate.hooks.remove_hook_from_submodules(model) first"
-    if is_dense(weight):
-        return None
+    weight, kind = getattr(module, "weight", None), ""  # HQQ's has another name
+    if weight is not None:
+        if weight.is_meta and hasattr(module, "_hf_hook"):
+            return "accelerate has offloaded the weight; accelerate.hooks.remove_hook_from_submodules(model) first"
+        if is_dense(weight):
+            return None
+        kind = f" ({type(weight).__name__})"
     return (
-        f"{type(module).__name__} has a quantized weight ({type(weight).__name__}), into which no sum can be written. "
-        f"{_INSTEAD}"
+        f"{type(module).__name__} has a quantized weight{kind}, into which no sum can be written. {IN_FULL_PRECISION}, "
+        "or merge with dequantize=True"
     )
 
 

@@ -36,8 +36,9 @@ _ROWS = 32
 class Kind(NamedTuple):
     """How layers of one class, or with one class of weights, are dequantized."""
 
-    maker: Callable[[nn.Module], Callable[[], Tensor]] | None  # holds what the layer has at the time of the call
+    maker: Callable[[nn.Module], Callable[[], Tensor]]  # what it returns holds what the layer has at that time
     own: str = ""  # why the layer computes its own product
+    weight: str = ""  # the class of the layer's weight; FSDP shards a tensor of another class in its place
 
 
 def _bitsandbytes_4bit(module: nn.Module) -> Callable[[], Tensor]:
@@ -80,10 +81,10 @@ _SLOW = "to dequantize it takes longer than its own product"
 # By the library and the class of the layer; where that has tensors of its own, of its weight. docs/memory.md has what
 # was measured.
 KINDS = {
-    ("bitsandbytes", "Linear4bit"): Kind(_bitsandbytes_4bit),
-    ("bitsandbytes", "Linear8bitLt"): Kind(_bitsandbytes_8bit, "its own product, in 8 bits, is faster"),
+    ("bitsandbytes", "Linear4bit"): Kind(_bitsandbytes_4bit, weight="Params4bit"),
+    ("bitsandbytes", "Linear8bitLt"): Kind(_bitsandbytes_8bit, "its own product, in 8 bits, is faster", "Int8Params"),
     ("hqq", "HQQLinear"): Kind(_hqq),
-    ("transformers", "FP8Linear"): Kind(_transformers_fp8),
+    ("transformers", "FP8Linear"): Kind(_transformers_fp8, weight="Parameter"),
     ("optimum", "WeightQBytesTensor"): Kind(_tensor),
     ("optimum", "WeightQBitsTensor"): Kind(_tensor, _SLOW),
     ("optimum", "TinyGemmWeightQBitsTensor"): Kind(_tensor, _SLOW),
@@ -95,11 +96,18 @@ KINDS = {
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """Return the kind of a layer whose weight is quantized, or None of any other."""
-    cls = type(module)
+    """Return the kind of a layer whose weight is quantized and whole, or None of any other."""
+    cls, weight = type(module), module._parameters.get("weight")
     if cls is nn.Linear or cls.__name__ == "QLinear":
-        cls = type(module._parameters.get("weight"))
-    return KINDS.get((cls.__module__.partition(".")[0], cls.__name__))
+        cls = type(weight)
+    kind = KINDS.get((cls.__module__.partition(".")[0], cls.__name__))
+    if kind is None or not kind.weight:
+        return kind
+    if type(weight).__name__ != kind.weight:
+        return None
+    # Not quantized yet, or left as it is.
+    dense = weight.quant_state is None if kind.weight == "Params4bit" else weight.dtype in FLOATING
+    return None if dense else kind
 
 
 def why_own(module: nn.Module, x: Tensor) -> str | None:
@@ -117,23 +125,11 @@ def why_own(module: nn.Module, x: Tensor) -> str | None:
         return "it has hooks or a forward of its own"
     if is_repacked(module):
         return "its weight is repacked for inference"
-    if kind.maker is _hqq:
-        return None
-    weight = module._parameters["weight"]
-    if _is_dense(weight):
-        return "its weight is not quantized"
+    weight = module._parameters.get("weight")
     marks = (module, "activation_qtype"), (weight, "activation_quantization"), (weight, "act_quant_kwargs")
     if any(getattr(owner, name, None) is not None for owner, name in marks):
         return "it quantizes x too"
     return None
-
-
-def _is_dense(weight: Tensor) -> bool:
-    """Whether a weight that a library is to quantize, or to leave as it is, is not quantized."""
-    name = type(weight).__name__
-    if name == "Params4bit":
-        return weight.quant_state is None
-    return weight.dtype in FLOATING and name in ("Int8Params", "Parameter")
 
 
 def frozen_weight(module: nn.Module, x: Tensor) -> Tensor | QuantizedWeight | None:
@@ -141,10 +137,10 @@ def frozen_weight(module: nn.Module, x: Tensor) -> Tensor | QuantizedWeight | No
     weight = plain_weight(module)
     if weight is not None:
         return weight
-    kind = kind_of(module)
-    if kind is None or why_own(module, x) is not None:
+    if why_own(module, x) is not None:
         return None
-    return QuantizedWeight((module.out_features, module.in_features), _device(module), kind.maker(module))
+    make = kind_of(module).maker(module)
+    return QuantizedWeight((module.out_features, module.in_features), _device(module), make)
 
 
 def way_of(module: nn.Module, x: Tensor) -> str:

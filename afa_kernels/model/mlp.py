@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from afa_kernels.layers.base_layer import has_hooks
 from afa_kernels.layers.quantized import dequantized, is_dequantizable
-from afa_kernels.layers.shared_input import is_hooked
 from afa_kernels.operator import checks
 from afa_kernels.operator.activation import ACTIVATIONS
 from afa_kernels.operator.functional import LinearCall, as_rows, autocast
@@ -169,7 +169,7 @@ def _calls_of(module: nn.Module, parts: Parts, x: Tensor) -> tuple[list[LinearCa
     children, calls = module._modules, []
     for name in (parts.gate, parts.up, parts.down, parts.child):
         layer = children.get(name)
-        if layer is not None and (layer._forward_hooks or is_hooked(layer)):
+        if layer is not None and has_hooks(layer):
             return [], f"{name} has hooks or a forward of its own"
         if name == parts.child:
             if type(layer) is not parts.kind:

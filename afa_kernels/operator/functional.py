@@ -213,8 +213,7 @@ def linear(
     """:func:`afa_linear` with options that are checked already, and ``alpha_t`` None at identity: what layers call.
     With ``rows``, all tensors are checked too."""
     if torch_private.autocast_may_be_on():
-        x = autocast("x", x)
-        weight = weight if weight.__class__ is QuantizedWeight else autocast("weight", weight)
+        x, weight = autocast("x", x), autocast("weight", weight)
     if rows is None:
         direct = checks.linear(x, weight, bias, lora_a, lora_b)
     else:
@@ -285,9 +284,10 @@ def like(rows: Tensor, x: Tensor, n: int) -> Tensor:
     return rows if x.dim() == 2 else rows.view(*x.shape[:-1], n)
 
 
-def autocast(name: str, t: Tensor) -> Tensor:
-    """Round to the autocast dtype where autocast is on; float64 stays, as in torch's own linear."""
-    if not torch_private.autocast_may_be_on():
+def autocast(name: str, t: Tensor | QuantizedWeight) -> Tensor | QuantizedWeight:
+    """Round to the autocast dtype where autocast is on; float64 stays, as in torch's own linear. A quantized weight is
+    made in the dtype of x."""
+    if not torch_private.autocast_may_be_on() or t.__class__ is QuantizedWeight:
         return t
     checks.tensor(name, t)
     device_type = t.device.type

@@ -18,7 +18,7 @@ from afa_kernels.operator import checks, ops, reference, shared_input_ops
 from afa_kernels.operator.activation import ACTIVATIONS
 from afa_kernels.operator.functional import LinearCall, as_rows, autocast, like
 from afa_kernels.operator.options import Options
-from afa_kernels.operator.quantized_weight import QuantizedWeight, apart, dense, together
+from afa_kernels.operator.quantized_weight import any_quantized, apart, dense, together
 from afa_kernels.operator.shared_input import fitting, split, why_unfit
 
 # The activations of a block (their values: ACTIVATIONS), with what writes the gradient through them: torch's own
@@ -63,10 +63,10 @@ def mlp(x: Tensor, calls: list[LinearCall], activation: str) -> Tensor | None:
     x = autocast("x", x)
     rows = as_rows(x)
     weights, biases, a, b, alpha_t, options = zip(*calls, strict=True)
-    weights = [w if type(w) is QuantizedWeight else autocast("weight", w) for w in weights]
+    weights = [autocast("weight", weight) for weight in weights]
     direct = checks.shared_input(x, list(zip(weights, biases, a, b, strict=True))[:2])
     direct = direct and (compiled.are_plain(*alpha_t) or torch_private.are_ordinary(alpha_t))
-    if not direct and any([type(w) is QuantizedWeight for w in weights]):
+    if not direct and any_quantized(weights):
         return None
     differentiated = torch.is_grad_enabled() and any([t.requires_grad for t in (x, *a, *b)])
     setup = _Setup(activation, choice_of(rows, calls, differentiated), options[2], differentiated)

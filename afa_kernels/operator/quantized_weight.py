@@ -33,6 +33,10 @@ def dense(weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return weight.dense(dtype) if weight.__class__ is QuantizedWeight else weight
 
 
+def any_quantized(weights: list) -> bool:
+    return any([weight.__class__ is QuantizedWeight for weight in weights])
+
+
 def apart(weights: list) -> tuple[list[Tensor | None], list[QuantizedWeight | None]]:
     """Return what autograd may save of weights, and what it may not."""
     quantized = [w if w.__class__ is QuantizedWeight else None for w in weights]

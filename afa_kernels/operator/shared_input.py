@@ -14,7 +14,7 @@ from afa_kernels import torch_private
 from afa_kernels.backend import compiled
 from afa_kernels.operator import checks, shared_input_ops
 from afa_kernels.operator.functional import LinearCall, as_rows, autocast, like
-from afa_kernels.operator.quantized_weight import QuantizedWeight, apart, dense, together
+from afa_kernels.operator.quantized_weight import QuantizedWeight, any_quantized, apart, dense, together
 from afa_kernels.torch_private import (
     are_ordinary,
     autocast_may_be_on,
@@ -86,10 +86,10 @@ def linear_shared(x: Tensor, calls: Calls) -> list[Tensor] | None:
     weights, biases, a, b, alpha_t, options = zip(*calls.members, strict=True)
     direct = calls.recognized
     if not direct:
-        weights = [w if type(w) is QuantizedWeight else autocast("weight", w) for w in weights]
+        weights = [autocast("weight", weight) for weight in weights]
         direct = checks.shared_input(x, list(zip(weights, biases, a, b, strict=True)))
     direct = direct and (compiled.are_plain(*alpha_t) or are_ordinary(alpha_t))
-    if not direct and any([type(w) is QuantizedWeight for w in weights]):
+    if not direct and any_quantized(weights):
         return None  # an operator of torch takes tensors: all weights would have to be dequantized at once
     identities = [alpha is None for alpha in alpha_t]
     # No base layer trains here.

@@ -6,12 +6,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from afa_kernels.layers.base_layer import (
-    IN_FULL_PRECISION,
-    REPACKED,
-    is_repacked,
-    why_not_written,
-)
+from afa_kernels.layers.base_layer import IN_FULL_PRECISION, REPACKED, is_repacked, why_not_written
 from afa_kernels.layers.kept import Kept, kept, tell
 from afa_kernels.layers.merging import check_dequantize, dense_sum, put_dense, put_quantized
 from afa_kernels.layers.quantized import dequantized, is_dequantizable, quantized_anew

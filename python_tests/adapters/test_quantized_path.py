@@ -272,7 +272,19 @@ def test_a_weight_that_is_not_quantized_yet():
         library("optimum.quanto").QLinear(64, 64, weights=library("optimum.quanto").qint8),
     ):
         x = torch.randn(40, 64)
-        assert quantized.why_own(base, x) is not None and quantized.frozen_weight(base, x) is None
+        assert quantized.kind_of(base) is None and quantized.frozen_weight(base, x) is None
+
+
+def test_a_weight_that_fsdp_has_put_in_its_place():
+    """FSDP shows a layer of bitsandbytes a view of its own, without the state that only the layer then has."""
+    layer, trained, _ = by_inject(made("bnb-4bit"))
+    x = torch.randn(40, WIDTHS[0])
+    want = layer(x)
+    base = layer.base_layer
+    base.quant_state, weight = base.weight.quant_state, base._parameters.pop("weight")
+    base.weight = weight.data.view_as(weight.data)
+    assert quantized.kind_of(base) is None and quantized.frozen_weight(base, x) is None
+    torch.testing.assert_close(layer(x.requires_grad_()), want, rtol=1e-4, atol=1e-4)
 
 
 def test_activations_that_are_quantized_too():
