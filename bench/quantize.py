@@ -1,5 +1,9 @@
-"""The frozen weights of a model in the formats of quantization libraries."""
+"""The frozen weights of a model in the formats of quantization libraries.
 
+``python -m bench.quantize`` merges an adapter into a layer of each format, and prints how much of it the weight keeps.
+"""
+
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -46,11 +50,19 @@ def _hqq(model: nn.Module, names: Sequence[str]) -> None:
         setattr(parent, attribute, quantize.HQQLinear(dense, config, **options))
 
 
-def _torchao(config: Callable) -> Callable[[nn.Module, Sequence[str]], None]:
+_TORCHAO: dict[str, Callable] = {
+    "torchao-int8": lambda q: q.Int8WeightOnlyConfig(),
+    "torchao-float8": lambda q: q.Float8WeightOnlyConfig(),
+    "torchao-int4": lambda q: q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.PerGroup(32)),
+}
+
+
+def _torchao(base: str) -> Callable[[nn.Module, Sequence[str]], None]:
     def apply(model: nn.Module, names: Sequence[str]) -> None:
         from torchao import quantization
 
-        quantization.quantize_(model, config(quantization), lambda _, name: name.rpartition(".")[2] in names)
+        config = _TORCHAO[base](quantization)
+        quantization.quantize_(model, config, lambda _, name: name.rpartition(".")[2] in names)
 
     return apply
 
@@ -68,8 +80,49 @@ BASES: dict[str, Callable[[nn.Module, Sequence[str]], None]] = {
     "nf4": _nf4,
     "bnb-int8": _bnb_int8,
     "hqq": _hqq,
-    "torchao-int8": _torchao(lambda q: q.Int8WeightOnlyConfig()),
-    "torchao-float8": _torchao(lambda q: q.Float8WeightOnlyConfig()),
-    "torchao-int4": _torchao(lambda q: q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.PerGroup(32))),
+    **{base: _torchao(base) for base in _TORCHAO},
     "quanto-int8": _quanto_int8,
 }
+
+
+def kept(base: str, share: float, **options: object) -> float:
+    """Return how much of an adapter, of ``share`` of the norm of its weight, is in the weight once it is merged; the
+    layer is 1024 by 1024, the rank 16."""
+    from peft import get_peft_model
+
+    import afa_kernels
+    from afa_kernels.peft import AFALoraConfig
+
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    net.layer = nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    nn.init.normal_(net.layer.weight, std=0.02)  # as those of large models are distributed
+    norm = net.layer.weight.float().norm()
+    BASES[base](net, ["layer"])
+    model = get_peft_model(net, AFALoraConfig(target_modules=["layer"], r=16))
+    afa_kernels.set_alpha_t(model, 0.0)
+    layer = model.base_model.model.layer
+    if base in _TORCHAO:
+        from torchao import quantization
+
+        layer.get_apply_tensor_subclass = lambda: _TORCHAO[base](quantization)  # transformers says how, else
+    b = layer.lora_B["default"].weight
+    nn.init.normal_(b)
+    with torch.no_grad():
+        b *= share * norm / layer.get_delta_weight("default").norm()
+    model.merge_adapter(**options)
+    return afa_kernels.merge_report(model).total
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    shares = (0.001, 0.01, 0.1)
+    print(f"| weight | {' | '.join(f'{100 * share:g}%' for share in shares)} |\n|{' --- |' * 4}")
+    cases = [(base, base, {}) for base in BASES if base != "quanto-int8"]  # which takes no sum
+    cases += [(f"{base}, `dequantize=True`", base, {"dequantize": True}) for base in BASES if base != "dense"]
+    for title, base, options in cases:
+        print(f"| {title} | {' | '.join(f'{kept(base, share, **options):.2f}' for share in shares)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,29 +1,28 @@
 """``python -m bench.training``: peak memory and time of a training step, of ways to train and of frozen weights.
 
 A step is forward, backward and AdamW of a small model of transformers, on random tokens. Time: all methods of a cell
-take turns in one process, and each ratio to PEFT is the median over the rounds. Memory: each method runs in a process
+take turns in one process, as in every benchmark here. Memory: each method runs in a process
 of its own, where Linux keeps the peak of the resident set (bench.resident says how). The size of that process before
 the model was made is taken off, so weights, adapters, gradients, the optimizer's state and temporary results count.
 """
 
 import argparse
 import json
-import os
-import random
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import nn
 
-from bench import quantize, resident
+import afa_kernels
+from bench import allocator, memory, quantize, resident
 from bench.environment import environment
+from bench.timing import Work, clock_of, measure, quantile, ratio
+from bench.transformer import MLP
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SIZES = {
@@ -53,18 +52,12 @@ def _afa(model: nn.Module) -> nn.Module:
 
     from afa_kernels.peft import AFALoraConfig
 
-    return get_peft_model(model, AFALoraConfig(r=RANK, target_modules=list(LINEAR)))
+    model = get_peft_model(model, AFALoraConfig(r=RANK, target_modules=list(LINEAR)))
+    return afa_kernels.share_inputs(model)  # as callbacks and schedules do
 
 
 def _block(model: nn.Module) -> nn.Module:
-    from peft import get_peft_model
-
-    import afa_kernels
-    from afa_kernels.peft import AFALoraConfig
-
-    model = get_peft_model(model, AFALoraConfig(r=RANK, target_modules=list(LINEAR)))
-    afa_kernels.share_inputs(model)
-    return afa_kernels.fuse_mlp(model)
+    return afa_kernels.fuse_mlp(_afa(model))
 
 
 METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {"full": _full, "peft": _peft, "afa": _afa, "afa.block": _block}
@@ -88,7 +81,7 @@ class Step:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=False)
 
-    def __call__(self) -> None:
+    def __call__(self, _: object = None) -> None:
         self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -117,34 +110,46 @@ def in_a_process(*cell: object) -> int:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def times(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each step in each round; their order is drawn anew for each."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    for number in range(WARM_UP + rounds):
-        random.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            steps[name]()
-            if number >= WARM_UP:
-                found[name].append(time.perf_counter() - start)
-    return found
-
-
 def rows(arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     for model, base, checkpointing in product(arguments.models, arguments.bases, arguments.checkpointing):
         on, sizes = checkpointing == "on", (arguments.layers, arguments.tokens)
         # A quantized weight cannot be trained.
         cells = {m: (model, base, m, on, *sizes) for m in arguments.methods if base == "dense" or m != "full"}
-        memory = {method: in_a_process(*cell) for method, cell in cells.items()}
-        seconds = times({method: Step(*cell) for method, cell in cells.items()}, arguments.rounds)
+        peaks = {method: in_a_process(*cell) for method, cell in cells.items()}
+        steps = {method: Step(*cell) for method, cell in cells.items()}
+        works = {method: Work(lambda: None, {"step": step}) for method, step in steps.items()}
+        measure(works, clock_of("cpu"), arguments.seconds, arguments.precision)
+        times = {method: work.samples["step"] for method, work in works.items()}
         for method in cells:
             row = {"kind": "training", "model": model, "base": base, "checkpointing": checkpointing, "method": method}
-            row |= {"peak_mb": memory[method] / 1e6, "ms": 1e3 * median(seconds[method])}
-            if "peft" in seconds:
-                shares = [own / peft for own, peft in zip(seconds[method], seconds["peft"], strict=True)]
-                row["of_peft"] = median(shares)
+            row |= {"peak_mb": peaks[method] / 1e6, "ms": quantile(times[method], 0.5)}
+            if "peft" in times:
+                row["of_peft"] = ratio(times[method], times["peft"]).middle
             yield row
+
+
+def saved() -> str:
+    """Return the bytes that an MLP of Llama-3-8B keeps for its backward, of 8192 tokens in bfloat16 and rank 16. All of
+    these sizes are measured at an eighth, of which every product is a 64th."""
+    from peft import LoraConfig, get_peft_model
+
+    def of_peft(mlp: nn.Module, autocast: bool) -> nn.Module:
+        config = LoraConfig(r=RANK // 8, target_modules=list(LINEAR))
+        return get_peft_model(mlp, config, autocast_adapter_dtype=autocast)
+
+    names, lines = ["gate_proj", "up_proj", "down_proj"], ["| | GB |", "| --- | --- |"]
+    ways = {
+        "block": lambda mlp: afa_kernels.inject(nn.Sequential(mlp), names, r=RANK // 8, fuse_mlp=True),
+        "its parts": lambda mlp: afa_kernels.inject(mlp, names, r=RANK // 8),
+        "PEFT, adapters in bfloat16": lambda mlp: of_peft(mlp, False),
+        "PEFT, adapters in float32": lambda mlp: of_peft(mlp, True),
+    }
+    for name, adapted in ways.items():
+        mlp = adapted(MLP(4096 // 8, 14336 // 8).to(torch.bfloat16))
+        x = torch.randn(1, 8192 // 8, 4096 // 8, dtype=torch.bfloat16)
+        kept = memory.saved_bytes(lambda mlp=mlp, x=x: mlp(x), mlp.parameters())
+        lines.append(f"| {name} | {64e-9 * kept:.3f} |")
+    return "\n".join(lines)
 
 
 def markdown(found: list[dict[str, object]]) -> str:
@@ -185,15 +190,20 @@ def main(argv: list[str] | None = None) -> int:
     add("--checkpointing", type=_listed(("off", "on")), default=["off", "on"])
     add("--layers", type=int, default=4)
     add("--tokens", type=int, default=1024)
-    add("--rounds", type=int, default=9)
+    add("--seconds", type=float, default=20.0, help="of timing per cell, at most")
+    add("--precision", type=float, default=0.01, help="of the ratios; a cell ends at it")
+    add("--saved", action="store_true", help="what an MLP of Llama-3-8B keeps for its backward, and nothing else")
     add("--out", type=Path, help="a file for the results, as lines of JSON")
     add("--cell", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     warnings.simplefilter("ignore")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if arguments.cell:
         print(peak_bytes(*arguments.cell))
         return 0
+    if arguments.saved:
+        print(saved())
+        return 0
+    allocator.use("keep")
     command = " ".join(["python -m bench.training", *(sys.argv[1:] if argv is None else argv)])
     records = [environment("cpu", command=command)]
     for row in rows(arguments):
