@@ -83,13 +83,13 @@ def quanto_int8(net, names=TARGETS, weights="qint8"):
     return net
 
 
-# How each is made, and PEFT's layer for it: to PEFT a layer of quanto is a dense one.
+# PEFT's layer for each: to PEFT a layer of quanto is a dense one.
 QUANTIZED = {
-    "bnb-4bit": (bnb_4bit, "Linear4bit"),
-    "bnb-8bit": (bnb_8bit, "Linear8bitLt"),
-    "torchao": (torchao_int8, "TorchaoLoraLinear"),
-    "hqq": (hqq_4bit, "HqqLoraLinear"),
-    "quanto": (quanto_int8, "Linear"),
+    "bnb-4bit": "Linear4bit",
+    "bnb-8bit": "Linear8bitLt",
+    "torchao": "TorchaoLoraLinear",
+    "hqq": "HqqLoraLinear",
+    "quanto": "Linear",
 }
 # On the path of dense layers, of which one class each would do for other tests; and the others.
 DEQUANTIZED = {
@@ -106,7 +106,6 @@ OWN = {
     "quanto-int4": partial(quanto_int8, weights="qint4"),
 }
 REQUANTIZED = ("bnb-4bit", "bnb-8bit", "hqq")  # by PEFT's merge
-WRAPPED = ("torchao", "quanto")  # an nn.Linear whose weight is a subclass of Tensor
 
 
 def dense():

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from peft_models import TARGETS, fill_adapters
 
 import afa_kernels as afa
-from adapters.quantized_models import QUANTIZED, WIDTHS, dense, library, made
+from adapters.quantized_models import QUANTIZED, WIDTHS, dense, library, made, torchao
 from adapters.test_peft_adapter import config
 from afa_kernels.callbacks.annealer import Annealer
 from afa_kernels.peft import AFALoraConfig, accelerate
@@ -33,11 +33,7 @@ def torchao_config(kind):
 def network(kind, dtype=torch.float32):
     if kind == "dense":
         return dense().to(dtype)
-    if not kind.startswith("torchao-"):
-        return made(kind)
-    net = dense()
-    library("torchao.quantization").quantize_(net, torchao_config(kind), lambda m, name: name in TARGETS)
-    return net
+    return torchao(dense(), lambda _: torchao_config(kind)) if kind.startswith("torchao-") else made(kind)
 
 
 def weight_of(base):

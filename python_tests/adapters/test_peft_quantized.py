@@ -29,7 +29,7 @@ def kind(request):
 @pytest.fixture
 def model(kind):
     model = adapted(kind)
-    assert type(model.q_proj).__name__ == f"AFALora{QUANTIZED[kind][1]}"
+    assert type(model.q_proj).__name__ == f"AFALora{QUANTIZED[kind]}"
     return model
 
 
@@ -62,7 +62,7 @@ def assert_holds_the_sum(kind, model, before):
     sums = {name: before[name] + getattr(model, name).get_delta_weight("default").detach() for name in TARGETS}
     for name in TARGETS:
         getattr(net, name).weight.copy_(sums[name])
-    quantized = weights(QUANTIZED[kind][0](net))
+    quantized = weights(made(kind, net))
     for name, merged in weights(model).items():
         error, least = torch.dist(merged, sums[name]), torch.dist(quantized[name], sums[name])
         assert error <= 2 * least + torch.finfo(torch.float32).eps * sums[name].norm()

@@ -60,7 +60,13 @@ def test_memory_counts_weights_and_the_state_of_the_optimizer():
 def test_the_table(monkeypatch, capsys):
     monkeypatch.setattr(training, "in_a_process", lambda *cell: 2_000_000 if cell[2] == "peft" else 1_000_000)
     monkeypatch.setattr(training, "Step", lambda *cell: cell)
-    monkeypatch.setattr(training, "times", lambda steps, rounds: {m: [0.5] if m == "peft" else [0.25] for m in steps})
+
+    def measured(works, *_):
+        for method, work in works.items():
+            work.samples = {"step": [500.0 if method == "peft" else 250.0]}
+
+    monkeypatch.setattr(training, "measure", measured)
+    monkeypatch.setattr(training.allocator, "use", lambda name: None)  # for this process, and for good
     training.main(["--models", "llama", "--bases", "nf4,dense", "--checkpointing", "on", "--methods", "full,peft,afa"])
     out, err = capsys.readouterr()
     assert "| llama | nf4 | on | – | 2 MB, 500 ms (1.00) | 1 MB, 250 ms (0.50) |" in out
@@ -69,3 +75,14 @@ def test_the_table(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         training.main(["--bases", "nf5"])
     assert "expected some of dense, nf4" in capsys.readouterr().err
+
+
+def test_saved_bytes_are_those_of_the_formula():
+    block = 8192 * (4096 + 2 * 14336 + 3 * 16) * 2
+    assert f"| block | {block / 1e9:.3f} |" in training.saved()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_merge_keeps():
+    assert quantize.kept("dense", 0.1) == pytest.approx(1.0, abs=0.01)
+    assert quantize.kept("dense", 1e-4) < 0.3  # less than half a step of bfloat16

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from peft_models import fill_adapters
 from torch import Tensor, nn
 
 import afa_kernels as afa
@@ -36,16 +37,6 @@ def fused(monkeypatch):
     return calls
 
 
-def filled(model: nn.Module) -> nn.Module:
-    """Draw every adapter anew: with B = 0 any branch is right."""
-    generator = torch.Generator().manual_seed(1)
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            with torch.no_grad():
-                p.copy_(torch.randn(p.shape, generator=generator) * p.shape[-1] ** -0.5)
-    return model
-
-
 def pair(*sizes, alpha_t=0.5, net=MLP, options=(), **of_net) -> tuple[nn.Module, nn.Module]:
     """Return the same adapted MLP as its parts and as a block."""
     torch.manual_seed(0)
@@ -53,7 +44,7 @@ def pair(*sizes, alpha_t=0.5, net=MLP, options=(), **of_net) -> tuple[nn.Module,
     models = copy.deepcopy(parts), parts
     for model, fuse_mlp in zip(models, (False, True), strict=True):
         afa.inject(model, **{"r": 4, **dict(options)}, fuse_mlp=fuse_mlp)
-        afa.set_alpha_t(filled(model), alpha_t)
+        afa.set_alpha_t(fill_adapters(model), alpha_t)
     return models
 
 
@@ -73,15 +64,3 @@ def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     for name, value in got.items():
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
         assert torch.equal(value, want[name]), name
-
-
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Return the bytes that the forward keeps for the backward beside the parameters, each memory once."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
-    )
-    with hooks:
-        model(x)
-    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)

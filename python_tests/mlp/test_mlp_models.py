@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from adapters.quantized_models import DEQUANTIZED, made
-from mlp_helpers import MLP, K, assert_equal, filled, fused, pair, step  # noqa: F401
+from mlp_helpers import MLP, K, assert_equal, fused, pair, step  # noqa: F401
+from peft_models import fill_adapters
 from torch import nn
 
 import afa_kernels as afa
@@ -54,7 +55,7 @@ def test_the_mlps_of_real_models(fused, name, activation, options, dtype):  # no
     afa.inject(block, r=2, fuse_mlp=True)
     assert list(block.state_dict()) == keys and repr(block) == repr(parts)
     for model in (parts, block):
-        afa.set_alpha_t(filled(model), 0.5)
+        afa.set_alpha_t(fill_adapters(model), 0.5)
     assert_equal(hidden_states(block), hidden_states(parts))
     assert fused == [activation] * 2
     parts.gradient_checkpointing_enable()
@@ -93,7 +94,7 @@ def peft_pair(config, **options):
     peft = pytest.importorskip("peft")
     base = transformer("Llama")
     made = [peft.get_peft_model(copy.deepcopy(base), config, **options) for _ in range(2)]
-    return [filled(model) for model in made]
+    return [fill_adapters(model) for model in made]
 
 
 def test_accelerate_fuses_plain_lora_and_restore_ends_it(fused):  # noqa: F811
@@ -220,7 +221,7 @@ def test_quantized_layers(fused, kind, monkeypatch):  # noqa: F811
         torch.manual_seed(0)
         models.append(model := nn.Sequential(made(kind, MLP(64, 128).requires_grad_(False), names=("w1", "w2", "w3"))))
         afa.inject(model, r=4, fuse_mlp=fuse_mlp)
-        afa.set_alpha_t(filled(model), 0.5)
+        afa.set_alpha_t(fill_adapters(model), 0.5)
     parts, block = models
     want = step(parts, x := torch.randn(40, 64))
     monkeypatch.setattr(QuantizedWeight, "dense", dense)
