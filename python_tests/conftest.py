@@ -91,6 +91,22 @@ def pytest_itemcollected(item) -> None:
         item.add_marker("simulated")
 
 
+@pytest.hookimpl(trylast=True)  # of those that -m and -k leave
+def pytest_collection_modifyitems(items) -> None:
+    """Let each process of xdist, which deals out the list in pieces, begin with its share of the tests marked
+    ``first``: none is left with a long one when the others are done."""
+    first = [item for item in items if item.get_closest_marker("first")]
+    others = [item for item in items if not item.get_closest_marker("first")]
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    size = -(-len(items) // workers)
+    items.clear()
+    for worker in range(workers):
+        share = first[worker::workers]
+        room = max(0, size - len(share)) if worker + 1 < workers else len(others)
+        items += share + others[:room]
+        del others[:room]
+
+
 @pytest.fixture(autouse=True)
 def _fast_tests_start_no_process(request, monkeypatch):
     """What the marker ``fast`` promises: a test that needs a process has the marker ``long``, which takes it out.

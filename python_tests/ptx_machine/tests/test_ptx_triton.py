@@ -51,6 +51,7 @@ PARTS = {
 }
 
 
+@pytest.mark.first
 @pytest.mark.long
 @pytest.mark.skipif(bool(SIMULATED_GPU), reason="this process simulates a GPU")
 @pytest.mark.parametrize(
