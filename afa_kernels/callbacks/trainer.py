@@ -13,6 +13,8 @@ except ModuleNotFoundError as error:
     raise ImportError("AnnealCallback needs transformers: pip install 'afa-kernels[hf]'") from error
 
 
+# Set on the arguments of a trainer that generates from the adapter instead of merged weights (afa_kernels.vllm.trl).
+SERVES_ADAPTERS = "afa_serves_adapters"
 _SAVED = "afa_kernels"  # where trainer_state.json has what Annealer.state() returns
 
 
@@ -110,14 +112,14 @@ class AnnealCallback(TrainerCallback):
         state.stateful_callbacks.setdefault(_SAVED, {})[self._annealer.key] = self._annealer.state()
 
     def _refuse_vllm(self, args, model) -> None:
-        if not getattr(args, "use_vllm", False):
+        if not getattr(args, "use_vllm", False) or getattr(args, SERVES_ADAPTERS, False):
             return
         above = [place for place in places_of(model, self._annealer.adapter) if place.state.alpha_t != 0.0]
         if above:
             raise ValueError(
                 f"use_vllm: vLLM would generate from merged weights, and at alpha_t = {above[0].state.alpha_t:g} no "
-                "weight equals the branch; train with use_vllm=False until alpha_t is 0, and start the phase that "
-                "uses vLLM then"
+                "weight equals the branch; use afa_kernels.vllm.trl.GRPOTrainer, which gives vLLM the adapter, or "
+                "train with use_vllm=False until alpha_t is 0"
             )
 
     def _add_activation(self, model) -> None:
