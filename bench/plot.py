@@ -1,7 +1,7 @@
 """Pictures of results.
 
-The adapter tax against tokens, rank and the number of experts, per provider, with the intervals of the medians; and a
-roofline with the measured points of the branch.
+The adapter tax against tokens, rank and the number of experts, per provider, with the intervals of the medians; a
+roofline with the measured points of the branch; and the peak memory of training steps.
 """
 
 from collections import defaultdict
@@ -75,6 +75,10 @@ def draw(results: list[Path], folder: Path) -> list[Path]:
         panels = [panel for rows in by_file for panel in _panels(rows, sweep)]
         if panels:
             written.append(_save(_tax_figure(panels, sweep), folder, sweep.picture))
+    for records in files:
+        steps = [record for record in records if record["kind"] == "training"]
+        if any(step["method"] == "full" for step in steps):
+            written.append(_save(_training_memory(steps), folder, "training_memory"))
     points = [row for rows in by_file for row in rows if _on_roofline(row)]
     if points:
         roofs = [record for records in files for record in records if record["kind"] == "roof"]
@@ -185,6 +189,33 @@ def _roofline(roof: dict, rows: list[dict]):
     title = f"the adapter's branch alone on {roof['device']}: training (filled), decoding (hollow)"
     figure.suptitle(title, fontsize=10)
     _legend_beside(figure, axes[0])
+    return figure
+
+
+_METHODS = {
+    "full": ("full fine-tuning", "tab:gray"),
+    "peft": ("PEFT LoRA", "tab:orange"),
+    "afa": ("afa_kernels", "tab:blue"),
+    "afa.block": ("afa_kernels, MLP blocks", "tab:cyan"),
+}
+
+
+def _training_memory(steps: list[dict]):
+    """Draw the peak memory of each method beside those of the others, for every kind of step: a group of bars."""
+    kinds = list(dict.fromkeys((s["model"], s["base"], s["checkpointing"]) for s in steps))
+    width = 0.8 / len(_METHODS)
+    figure, axis = plt.subplots(figsize=(2 + 1.1 * len(kinds), 4.0), layout="constrained")
+    for place, (method, (legend, color)) in enumerate(_METHODS.items()):
+        own = {(s["model"], s["base"], s["checkpointing"]): s["peak_mb"] for s in steps if s["method"] == method}
+        bars = [(i + (place - 1.5) * width, own[kind]) for i, kind in enumerate(kinds) if kind in own]
+        if bars:
+            axis.bar(*zip(*bars, strict=True), width=width, color=color, label=legend)
+    names = [f"{model}\n{base}" + ("\ncheckpointing" if kept == "on" else "") for model, base, kept in kinds]
+    axis.set_xticks(range(len(kinds)), names, fontsize=8)
+    axis.set_ylabel("peak memory of a training step, MB")
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    _legend_beside(figure, [axis])
     return figure
 
 

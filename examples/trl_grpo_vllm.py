@@ -1,8 +1,8 @@
 """GRPO of an AFA-LoRA adapter whose rollouts come from vLLM while alpha_t > 0.
 
-    python examples/trl_grpo_vllm.py [--steps 8] [--output outputs/trl_grpo_vllm] [--server URL]
+    python examples/trl_grpo_vllm.py [--steps 8] [--bf16] [--output outputs/trl_grpo_vllm] [--server URL]
 
-A small Llama with random weights learns to write low numbers; it runs on a CPU in a minute. Each step prints alpha_t and
+A small Llama with random weights is rewarded for low numbers, on a CPU in a minute. For each step it prints alpha_t and
 the gap: how far the log-probabilities of the sampled tokens lie apart between vLLM and the model that trains, in nats.
 Needs vLLM and TRL in one environment (docs/vllm.md).
 """
@@ -54,8 +54,9 @@ def low_numbers(completions: list[str], **_) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps (8)")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16, in which vLLM computes then")
     parser.add_argument("--output", type=Path, default=Path("outputs/trl_grpo_vllm"), help="folder of what is written")
-    parser.add_argument("--server", metavar="URL", help="a vLLM that serves OUTPUT/base; by default one in this process")
+    parser.add_argument("--server", metavar="URL", help="a vLLM that serves OUTPUT/base (default: one in this process)")
     arguments = parser.parse_args()
 
     base = arguments.output / "base"
@@ -74,7 +75,8 @@ def main() -> None:
             max_completion_length=8,
             logging_steps=1,
             report_to="none",
-            bf16=False,
+            bf16=arguments.bf16,
+            use_cpu=not torch.cuda.is_available(),
             seed=0,
             use_vllm=True,
             vllm_max_model_length=32,

@@ -1,8 +1,8 @@
 """The plugin that vLLM loads in each of its processes (entry point group ``vllm.general_plugins``).
 
-vLLM computes a LoRA as two products, *shrink* (``z = x @ A.T``, in float32) and *expand* (``y += z @ (scaling * B).T``).
-Between them, where layers that are sharded have exchanged z, is the place of the activation. The plugin puts it there,
-and reads alpha_t and the activation of an adapter from the same files as this package does.
+vLLM computes a LoRA as two products: *shrink*, ``z = x @ A.T`` in float32, and *expand*, ``y += z @ (scaling * B).T``.
+Between them, where sharded layers have exchanged z, is the place of the activation. The plugin puts it there, and reads
+alpha_t and the activation of an adapter from the files that this package reads.
 
 It fails closed. Stock vLLM refuses the configuration of an adapter at ``alpha_t > 0``, so an engine without the plugin
 does not serve another function; an engine with it refuses what it cannot serve.
@@ -13,8 +13,8 @@ import logging
 
 from afa_kernels.vllm.annealed import Slots, branch_in
 
-# From and below; what is patched has been the same in them.
-SUPPORTED = "0.31", "0.35"
+# From and below: the versions that the tests run.
+SUPPORTED = "0.31", "0.33"
 _log = logging.getLogger("vllm.afa_kernels")  # below vLLM's own logger, which shows it
 
 
@@ -107,7 +107,9 @@ def _add_adapter(stock, manager, lora) -> None:
     reason = _why_not_served(manager, lora)
     if reason is not None:
         manager._registered_adapters.pop(lora.id, None)
-        raise ValueError(f"afa_kernels: the adapter at alpha_t = {lora.afa_branch.alpha_t:g} cannot be served: {reason}")
+        raise ValueError(
+            f"afa_kernels: the adapter at alpha_t = {lora.afa_branch.alpha_t:g} cannot be served: {reason}"
+        )
 
 
 def _activate_adapter(stock, manager, lora_id, *args, **kwargs) -> bool:

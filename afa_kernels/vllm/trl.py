@@ -7,7 +7,6 @@ model stays as vLLM has loaded it, and each optimizer step gives the engine the 
 import contextlib
 import functools
 import os
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 

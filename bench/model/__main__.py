@@ -4,7 +4,7 @@
     python -m bench.model --instructions report.json
 
 also holds each kernel to the rate that the instructions of its main loop allow. ``--experts`` is about mixtures of
-experts.
+experts, ``--mlp`` about MLP blocks as one call.
 
 Nothing here was measured: it serves to compare designs. ``--write-counts`` is about calls on this machine, and exact.
 """
@@ -147,6 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--half", action="store_true", help="A and B in 16 bits; by default float32, as PEFT has them")
     parser.add_argument("--backend", choices=["cuda", "triton"], default="cuda", help="whose launches (default: cuda)")
     parser.add_argument("--experts", action="store_true", help="instead, fused experts in both ways (experts.py)")
+    parser.add_argument("--mlp", action="store_true", help="instead, an MLP block, by its layers or as one call")
     parser.add_argument("--instructions", type=Path, metavar="FILE", help="a report of tools.cuda_report, as JSON")
     parser.add_argument(
         "--write-counts",
@@ -163,6 +164,11 @@ def main(arguments: list[str] | None = None) -> int:
         from bench.model import experts  # which imports Triton
 
         print(*experts.table(options.r), sep="\n")
+        return 0
+    if options.mlp:
+        from bench.model import mlp
+
+        print(*mlp.table(options.r), sep="\n")
         return 0
     if options.backend == "triton":
         for r in options.r:

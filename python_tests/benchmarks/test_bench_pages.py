@@ -122,10 +122,14 @@ def test_pictures_are_drawn_from_rows(tmp_path, monkeypatch):
     for changes in values:
         for row in rows_of({"eager": 0.2, "afa": 0.1}, {}, **changes)[1:]:
             writer.write(row)
+    for method, base in (("full", "dense"), ("peft", "dense"), ("afa", "dense"), ("peft", "nf4"), ("afa", "nf4")):
+        step = {"model": "llama", "base": base, "checkpointing": "on", "method": method}
+        writer.write({"kind": "training", "peak_mb": 300.0, "ms": 1.0, "of_peft": 1.0} | step)
     written = plot.draw([writer.path], tmp_path)
-    assert [path.stem for path in written] == ["tax_tokens", "tax_rank", "tax_experts", "roofline"]
+    assert [path.stem for path in written] == ["tax_tokens", "tax_rank", "tax_experts", "training_memory", "roofline"]
+    assert shown["training_memory.png"][0] == ["full fine-tuning", "PEFT LoRA", "afa_kernels"]
     for path in written:
-        assert "AFA-LoRA in PyTorch code" in shown[path.name][0]
+        assert path.stem == "training_memory" or "AFA-LoRA in PyTorch code" in shown[path.name][0]
         assert path.read_bytes()[:4] == b"\x89PNG"
     routings = shown["tax_experts.png"][1]
     assert len(routings) == 2 and "even" in routings[0] and "skewed" in routings[1]

@@ -10,6 +10,7 @@ from ptx_cuda import NAME, bytes_moved, launches_of
 from ptx_cuda import kernels as on_ptx
 
 from bench.model import __main__ as command
+from bench.model import mlp
 from bench.model.cuda_launches import H100, Layer, Range, decoding, kernels, overhead
 
 
@@ -103,6 +104,14 @@ def test_the_command_prints_every_kernel(capsys):
     assert "MODELLED" in shown and all(
         name in shown for name in ("pack", "project", "expand", "dy", "project_dy", "db", "x", "reduce")
     )
+
+
+def test_an_mlp_block_reads_and_writes_what_it_does_not_keep(capsys):
+    """act(gate), of gate, and h, of act(gate) and up: five tensors of the wide size more than its layers."""
+    assert [mlp.passes(way) for way in mlp.WAYS] == [(3, 14), (0, 14), (0, 19)]
+    assert command.main(["--mlp", "--r", "16"]) == 0
+    shown = capsys.readouterr().out
+    assert "MODELLED" in shown and all(shown.count(way) == len(mlp.BLOCKS) for way in mlp.WAYS)
 
 
 def test_layers_that_share_x_cost_less_than_one_by_one():

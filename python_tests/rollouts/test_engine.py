@@ -3,12 +3,14 @@
 float32 throughout: the noise of 16 bits would hide an activation that is applied to the wrong number.
 """
 
+import inspect
 import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,13 +18,16 @@ pytest.importorskip("vllm")
 pytest.importorskip("peft")
 
 import torch
+import vllm
 from engine import ENVIRONMENT
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
+from vllm.lora.layers import FusedMoEWithLoRA
+from vllm.lora.model_manager import LoRAModelManager
 
 import afa_kernels as afa
 from afa_kernels.peft import AFALoraConfig
-from afa_kernels.vllm import save_rollout
+from afa_kernels.vllm import plugin, save_rollout
 
 pytestmark = pytest.mark.slow
 ENGINE = {"dtype": "float32", "enable_lora": True, "max_lora_rank": 8, "max_loras": 3, "max_num_seqs": 16}
@@ -156,7 +161,7 @@ def test_plain_lora_keeps_stock_vllms_bits(base, tmp_path):
     annealed = adapted("silu", 9)
     afa.set_alpha_t(annealed, 0.0)
     names.append(job.add(annealed))
-    batches = [[[name, prompt] for name, prompt in zip(names[i:] + names[:i], prompts(3), strict=False)] for i in (0, 1)]
+    batches = [[list(pair) for pair in zip(names[first:], prompts(3), strict=False)] for first in (0, 1)]
     steps = [{"batch": batch} for batch in batches]
     ours, stock = job.run(*steps), job.run(*steps, plugin=False)
     assert ours == stock
@@ -214,6 +219,9 @@ def test_what_cannot_be_served_is_refused_with_its_reason(base, tmp_path):
 
     layers = adapted(None).unload()
     afa.inject(layers, ["q_proj", "v_proj"], r=8)
+    for name, parameter in layers.named_parameters():
+        if "lora_b" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
     afa.set_alpha_t(layers, 0.5)
     agreeing = save_rollout(layers, tmp_path / "injected")
     job.add_folder("agreeing", agreeing.path)
@@ -225,8 +233,31 @@ def test_what_cannot_be_served_is_refused_with_its_reason(base, tmp_path):
 
     head = adapted("silu", targets=["lm_head", "q_proj"])
     expected[job.add(head, "head")] = "is no linear layer"
-    results = job.run(*({"load": name} for name in expected), {"batch": [["agreeing", prompts(1)[0]], [None, prompts(1)[0]]]})
+    prompt = prompts(1)[0]
+    results = job.run(*({"load": name} for name in expected), {"batch": [["agreeing", prompt], [None, prompt]]})
     for (name, message), result in zip(expected.items(), results, strict=False):
         assert message in result["error"], name
-    fresh = [gap(job.models[name], prompts(1)[0], *one) for name, one in zip(("agreeing", None), results[-1], strict=True)]
-    assert max(fresh) <= GAP
+    for name, served in zip(("agreeing", None), results[-1], strict=True):
+        assert gap(job.models[name], prompt, *served) <= GAP
+
+
+def test_the_plugin_goes_once_into_versions_that_it_knows(monkeypatch, caplog):
+    stock = inspect.unwrap(LoRAModelManager.__init__)  # an engine in this process has put it in
+    monkeypatch.setattr(LoRAModelManager, "__init__", stock)
+    with monkeypatch.context() as other, caplog.at_level("WARNING", logger="vllm.afa_kernels"):
+        other.setattr(vllm, "__version__", "9.9.0+cpu")
+        plugin.register()
+    assert LoRAModelManager.__init__ is stock
+    assert "adapters at alpha_t > 0 are refused: it knows vLLM from" in caplog.text and "9.9.0" in caplog.text
+    plugin.register()
+    first = LoRAModelManager.__init__
+    assert first is not stock
+    plugin.register()
+    assert LoRAModelManager.__init__ is first
+
+
+def test_experts_that_vllm_fuses_are_refused():
+    experts = SimpleNamespace(
+        modules={"mlp.experts": object.__new__(FusedMoEWithLoRA)}, _get_lora_layer_weights=lambda *_: object()
+    )
+    assert "fused mixture of experts" in plugin._why_not_served(experts, None)
