@@ -136,6 +136,17 @@ def test_bad_arguments(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_files_that_contradict_each_other(tmp_path):
+    model = llama()
+    afa.inject(model, TARGETS, r=4)
+    afa.set_alpha_t(model, 0.5)
+    file = save_rollout(model, tmp_path).path / "adapter_config.json"
+    assert branch_in(str(file.parent)) == (Branch("silu", 0.5), "none")
+    file.write_text(file.read_text().replace('"alpha_t": 0.5', '"alpha_t": 0.25'))
+    with pytest.raises(ValueError, match="says alpha_t = 0.25 and .*says 0.5: they belong to different adapters"):
+        branch_in(str(file.parent))
+
+
 def test_a_folder_that_is_not_of_this_package_is_left_to_vllm(tmp_path):
     get_peft_model(llama(), LoraConfig(target_modules=TARGETS)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -99,6 +99,8 @@ def test_server(base, tmp_path):
         one = trainer(base, tmp_path, **where)
         one.train()
         assert_rolled_out_as_trained(one)
+        listed = one.vllm_generation.vllm_client._get(f"http://127.0.0.1:{port}/v1/models")["data"]
+        assert [entry["id"] for entry in listed] == [str(base), "rollouts-4"]  # and no older version
         missing = Rollout("missing", 1, tmp_path / "missing")
         with pytest.raises(RuntimeError, match=r"/v1/load_lora_adapter: 40\d: .*missing.*GRPOTrainer"):
             one.vllm_generation._post("load", missing, lora_path=str(missing.path))
