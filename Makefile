@@ -133,7 +133,7 @@ test: lint reports-quick  ## lint, the tests of the package, machine code: 11 mi
 
 test-experiments: build-tests  ## the tests of experiments/, which train small models
 	$(SAY) 'Tests of the experiments'
-	$(RUN) -m pytest -m "not slow" experiments/tests $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) -m "not slow" experiments/tests $(ARGS)
 
 # Named, because looking for marked tests in every file would import TRL, Lightning and others.
 FAST_FILES = $(shell grep -rl --include='test_*.py' pytest.mark.fast python_tests)
