@@ -48,6 +48,8 @@ def test_each_row_has_the_activation_of_its_slot(packed):
         assert relative_error(out[..., rows == slot, :], expected) < 1e-6
     assert torch.equal(out[..., rows == plain, :], z[..., rows == plain, :])
     assert not out[..., rows == -1, :].any()
+    padding = torch.tensor([1 << 40, -9])  # what an engine has never written
+    assert torch.isfinite(slots.apply(torch.randn(*packed, 2, 5), padding)).all()
     slots.write(0, None)
     assert torch.equal(slots.apply(z, rows)[..., rows == 0, :], z[..., rows == 0, :])
 
