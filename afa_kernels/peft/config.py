@@ -35,6 +35,8 @@ _OTHER_BRANCHES = {
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+# Of an adapter that is saved at alpha_t > 0.
+UNFINISHED = "where stock PEFT and stock vLLM refuse it, because they would compute a plain LoRA"
 # The arguments of AnnealSchedule that have a field.
 _ARGUMENT_OF = {
     "anneal": "kind",
@@ -157,7 +159,7 @@ class AFALoraConfig(LoraConfig):
                 initialization (PiSSA) into a LoRA, before ``alpha_t = 0``.
 
         Warns:
-            UserWarning: nobody has set alpha_t since the adapter was made; once.
+            UserWarning: once, that the adapter is not at ``alpha_t = 0``, and whether nothing has annealed it.
         """
         folder = Path(save_directory)
         alpha_t = self._alpha_t_to_save(folder / fmt.CONFIG_FILE)
@@ -193,11 +195,11 @@ class AFALoraConfig(LoraConfig):
                 f"path_initial_model_for_weight_conversion: the difference to an adapter that {self._initialized_by!r} "
                 f"began with is a LoRA at alpha_t = 0 only, and alpha_t is {self.alpha_t:g}; anneal it first"
             )
-        if self._states and self.is_fresh and not self._has_warned:
+        if self._states and self.alpha_t != 0.0 and not self._has_warned:
             self._has_warned = True
+            forgotten = "; nothing has annealed it yet: a training takes AnnealCallback() or schedule.attach(model)"
             warnings.warn(
-                f"alpha_t: the adapter is saved at {self.alpha_t:g}, and nothing has annealed it yet; a training takes "
-                "AnnealCallback() or schedule.attach(model)",
+                f"alpha_t: the adapter is saved at {self.alpha_t:g}, {UNFINISHED}{forgotten if self.is_fresh else ''}",
                 stacklevel=4,
             )
         return self.alpha_t

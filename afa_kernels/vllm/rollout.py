@@ -77,12 +77,16 @@ def _versions_in(folder: Path) -> list[int]:
 
 
 def _save(model: nn.Module, folder: Path, adapter: str | None) -> None:
-    if not hasattr(model, "peft_config"):
-        with warnings.catch_warnings():
-            # That others refuse it is what it is for.
-            warnings.filterwarnings("ignore", ".*so stock PEFT refuses this")
+    with warnings.catch_warnings():
+        # That others refuse it is what it is for.
+        warnings.filterwarnings("ignore", ".*(so stock PEFT refuses this|where stock PEFT and stock vLLM refuse it)")
+        if hasattr(model, "peft_config"):
+            _save_peft(model, folder, adapter)
+        else:
             save_adapter(model, folder, adapter)
-        return
+
+
+def _save_peft(model: nn.Module, folder: Path, adapter: str | None) -> None:
     name = adapter or model.active_adapter
     if name not in model.peft_config:
         raise ValueError(f"adapter: the model has no adapter {name!r}; it has {', '.join(model.peft_config)}")

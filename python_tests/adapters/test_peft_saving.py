@@ -223,18 +223,21 @@ def test_stock_readers_refuse_an_unfinished_adapter(tmp_path):
     assert (loaded.bias, loaded.task_type, loaded.alpha_t) == ("none", "FEATURE_EXTRACTION", 0.5)
 
 
-def test_an_adapter_that_nothing_has_annealed_is_saved_with_one_warning(tmp_path):
-    model = adapted(Net(), config())
+def test_an_unfinished_adapter_is_saved_with_one_warning(tmp_path):
+    fresh, driven = adapted(Net(), config()), adapted(Net(), config())
+    driven.peft_config["default"].schedule(10).attach(driven)
     with pytest.warns(
-        UserWarning, match="saved at 1, and nothing has annealed it yet; a training takes AnnealCallback"
+        UserWarning, match="saved at 1, where stock PEFT and stock vLLM refuse it.*nothing has"
     ):
-        model.save_pretrained(tmp_path)
+        fresh.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="saved at 1, where stock PEFT and stock vLLM refuse it, .* a plain LoRA$"):
+        driven.save_pretrained(tmp_path)
+    finished = adapted(Net(), config())
+    afa.set_alpha_t(finished, 0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.save_pretrained(tmp_path)
-        driven = adapted(Net(), config())
-        driven.peft_config["default"].schedule(10).attach(driven)
-        driven.save_pretrained(tmp_path)
+        for model in (fresh, driven, finished):
+            model.save_pretrained(tmp_path)
 
 
 def test_an_adapter_of_pissa_becomes_a_lora_at_identity_only(tmp_path):
