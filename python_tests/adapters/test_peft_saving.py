@@ -226,9 +226,7 @@ def test_stock_readers_refuse_an_unfinished_adapter(tmp_path):
 def test_an_unfinished_adapter_is_saved_with_one_warning(tmp_path):
     fresh, driven = adapted(Net(), config()), adapted(Net(), config())
     driven.peft_config["default"].schedule(10).attach(driven)
-    with pytest.warns(
-        UserWarning, match="saved at 1, where stock PEFT and stock vLLM refuse it.*nothing has"
-    ):
+    with pytest.warns(UserWarning, match="saved at 1, where stock PEFT and stock vLLM refuse it.*nothing has"):
         fresh.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="saved at 1, where stock PEFT and stock vLLM refuse it, .* a plain LoRA$"):
         driven.save_pretrained(tmp_path)
