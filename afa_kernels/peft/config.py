@@ -35,8 +35,6 @@ _OTHER_BRANCHES = {
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-# Of an adapter that is saved at alpha_t > 0.
-UNFINISHED = "where stock PEFT and stock vLLM refuse it, because they would compute a plain LoRA"
 # The arguments of AnnealSchedule that have a field.
 _ARGUMENT_OF = {
     "anneal": "kind",
@@ -199,7 +197,8 @@ class AFALoraConfig(LoraConfig):
             self._has_warned = True
             forgotten = "; nothing has annealed it yet: a training takes AnnealCallback() or schedule.attach(model)"
             warnings.warn(
-                f"alpha_t: the adapter is saved at {self.alpha_t:g}, {UNFINISHED}{forgotten if self.is_fresh else ''}",
+                f"alpha_t: the adapter is saved at {self.alpha_t:g}, where stock PEFT and stock vLLM refuse it, "
+                f"because they would compute a plain LoRA{forgotten if self.is_fresh else ''}",
                 stacklevel=4,
             )
         return self.alpha_t

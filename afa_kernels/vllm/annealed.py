@@ -38,7 +38,7 @@ def branch_in(folder: str) -> tuple[Branch, str] | None:
 
 class Slots:
     """The branch of each adapter slot of an engine, in tensors that stay where they are: compiled models and CUDA
-    graphs read them, so nothing here may depend on their values in Python.
+    graphs read them, which know nothing of Python's decisions.
 
     Args:
         count: the number of slots.
@@ -49,11 +49,13 @@ class Slots:
         # The first row is that of tokens without an adapter, whose index is -1.
         self._alpha_t = torch.zeros(count + 1, dtype=torch.float32, device=device)
         self._activation = torch.zeros(count + 1, dtype=torch.int32, device=device)
+        self._names: list[str | None] = [None] * count  # of the activations
 
     def write(self, slot: int, branch: Branch | None) -> None:
         """Put an adapter into a slot; None: a plain LoRA."""
         self._alpha_t[slot + 1] = branch.alpha_t if branch else 0.0
         self._activation[slot + 1] = ACTIVATIONS[branch.activation].id if branch else 0
+        self._names[slot] = branch.activation if branch else None
 
     def apply(self, z: Tensor, slots: Tensor) -> Tensor:
         """Return phi(z), with the bits of z where the slot has a plain LoRA and 0 where there is no adapter.
@@ -67,6 +69,8 @@ class Slots:
         alpha_t = self._alpha_t[row].unsqueeze(-1)
         activation = self._activation[row].unsqueeze(-1)
         out = torch.where((row == 0).unsqueeze(-1), 0.0, z)
-        for name, entry in ACTIVATIONS.items():
-            out = torch.where(activation == entry.id, phi(z, alpha_t, name), out)
+        # What is compiled or captured once computes all, for adapters that come later.
+        runs_once = torch.compiler.is_compiling() or z.device.type != "cpu"
+        for name in ACTIVATIONS if runs_once else {name for name in self._names if name}:
+            out = torch.where(activation == ACTIVATIONS[name].id, phi(z, alpha_t, name), out)
         return out

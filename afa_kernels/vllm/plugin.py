@@ -76,7 +76,7 @@ def _from_local_dir(stock, cls, lora_path, *args, **kwargs):
 
 def _from_local_checkpoint(stock, cls, *args, peft_helper, **kwargs):
     lora = stock(cls, *args, peft_helper=peft_helper, **kwargs)
-    lora.afa_branch = peft_helper.afa_branch
+    lora.afa_branch = _branch_of(peft_helper)
     return lora
 
 
@@ -120,8 +120,8 @@ def _activate_adapter(stock, manager, lora_id, *args, **kwargs) -> bool:
     return activated
 
 
-def _branch_of(lora):
-    return getattr(lora, "afa_branch", None)  # vLLM makes some for its own warm-up
+def _branch_of(loaded):
+    return getattr(loaded, "afa_branch", None)  # vLLM makes adapters of its own, to warm up
 
 
 def _why_not_served(manager, lora) -> str | None:

@@ -40,7 +40,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         rollout_dir: folder of the versions of the adapter, of which two are kept; by default ``rollouts`` in
             ``args.output_dir``.
         max_logprob_gap: the mean of that difference, in nats, above which training stops: vLLM then generates from
-            another policy than the one that trains. 16-bit models differ by some hundredths, float32 ones by 1e-6.
+            another policy than the one that trains. What rounding alone makes is far below (docs/vllm.md).
 
     Raises:
         ValueError: the arguments ask for something that an engine with adapters does not do.

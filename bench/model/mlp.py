@@ -5,8 +5,10 @@ A step is the frozen products, the branches' kernels (cuda_launches.py), and the
 which each reads or writes a tensor at the rate of HBM. How many these are is counted: all three ways run here, small.
 """
 
+import operator
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import afa_kernels as afa
 from bench.model.cuda_launches import H100, HALF, Gpu, Layer, Range, overhead
+from bench.transformer import MLP
 
 TOKENS = 8192
 BLOCKS = {"Llama-3-8B": (4096, 14336), "Qwen3-8B": (4096, 12288), "Qwen3-1.7B": (2048, 6144)}
 WAYS = ("one by one", "gate and up together", "as one call")
-
-
-class Block(nn.Module):
-    def __init__(self, hidden: int, wide: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, wide, bias=False)
-        self.up_proj = nn.Linear(hidden, wide, bias=False)
-        self.down_proj = nn.Linear(wide, hidden, bias=False)
-        self.act_fn = nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class _Passes(TorchDispatchMode):
@@ -46,11 +37,12 @@ class _Passes(TorchDispatchMode):
         return result
 
 
+@cache
 def passes(way: str) -> tuple[int, int]:
     """Return how many tensors of the hidden and of the wide size a forward and a backward read and write between the
     layers, and before the gradient of x is there."""
     m, hidden, wide = 8, 32, 96
-    model = nn.Sequential(Block(hidden, wide))
+    model = nn.Sequential(MLP(hidden, wide))
     afa.inject(model, "all-linear", r=4, share_inputs=way == WAYS[1], fuse_mlp=way == WAYS[2])
     with _Passes() as mode:
         x = torch.randn(m, hidden, requires_grad=True)
@@ -61,15 +53,15 @@ def passes(way: str) -> tuple[int, int]:
 
 def microseconds(hidden: int, wide: int, r: int, way: str, gpu: Gpu = H100) -> tuple[float, Range, Range]:
     """Return those of the frozen products, of the branches and of the elementwise operations."""
-    down = Layer(TOKENS, wide, hidden, r)
-    pair = [Layer(TOKENS, hidden, (wide, wide), (r, r))] if way != WAYS[0] else [Layer(TOKENS, hidden, wide, r)] * 2
-    products = {layer: 2e6 * layer.gemm_flops / gpu.gemm for layer in (*pair, down)}
-    shares = {layer: overhead(layer, gpu).both for layer in products}
-    branches = Range(*(sum(products[layer] * shares[layer][i] / 100 for layer in (*pair, down)) for i in (0, 1)))
+    layers = [Layer(TOKENS, hidden, (wide, wide), (r, r))] if way != WAYS[0] else [Layer(TOKENS, hidden, wide, r)] * 2
+    layers.append(Layer(TOKENS, wide, hidden, r))
+    products = [2e6 * layer.gemm_flops / gpu.gemm for layer in layers]
+    shares = zip(*(overhead(layer, gpu).both for layer in layers), strict=True)
+    branches = Range(*(sum(map(operator.mul, products, share)) / 100 for share in shares))
     narrow, broad = passes(way)
     elements = TOKENS * (narrow * hidden + broad * wide)
     elementwise = Range(*(1e6 * HALF * elements / rate for rate in gpu.memory))
-    return sum(products[layer] for layer in (*pair, down)), branches, elementwise
+    return sum(products), branches, elementwise
 
 
 def table(ranks: list[int]) -> Iterator[str]:

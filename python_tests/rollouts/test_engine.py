@@ -21,6 +21,7 @@ import torch
 import vllm
 from engine import ENVIRONMENT
 from peft import LoraConfig, get_peft_model
+from peft_models import fill_adapters
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm.lora.layers import FusedMoEWithLoRA
 from vllm.lora.model_manager import LoRAModelManager
@@ -35,12 +36,12 @@ VOCABULARY = 128
 GAP = 1e-4
 
 
-def llama(tied: bool = False) -> LlamaForCausalLM:
+def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     # vLLM's attention on a CPU takes heads of 32 and more.
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
@@ -56,12 +57,7 @@ def adapted(activation: str | None, seed: int = 0, r: int = 8, targets="all-line
     """Return a model whose adapter says something, with an activation or, for None, stock PEFT's LoRA."""
     options = {"target_modules": targets, "r": r, "lora_alpha": 2 * r}
     config = LoraConfig(**options) if activation is None else AFALoraConfig(**options, activation=activation)
-    model = get_peft_model(llama(), config).eval()
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return fill_adapters(get_peft_model(llama(), config).eval(), seed)
 
 
 def prompts(n: int, length: int = 12) -> list[list[int]]:
@@ -73,13 +69,12 @@ class Job:
 
     def __init__(self, folder: Path, base: Path, **engine):
         self.folder, self.engine = folder, ENGINE | {"model": str(base)} | engine
-        self.adapters, self.models, self.steps = [], {None: llama()}, []
+        self.adapters, self.models = [], {None: llama()}
 
     def add(self, model, name: str | None = None) -> str:
         """Save the adapter of ``model`` and return the name it is asked for with."""
         rollout = save_rollout(model, self.folder / "adapters" / f"a{len(self.adapters)}")
         self.add_folder(name or rollout.name, rollout.path)
-        # What it computes now, whatever becomes of the model.
         self.models[name or rollout.name] = model
         return name or rollout.name
 
@@ -219,10 +214,7 @@ def test_what_cannot_be_served_is_refused_with_its_reason(base, tmp_path):
 
     layers = adapted(None).unload()
     afa.inject(layers, ["q_proj", "v_proj"], r=8)
-    for name, parameter in layers.named_parameters():
-        if "lora_b" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    afa.set_alpha_t(layers, 0.5)
+    afa.set_alpha_t(fill_adapters(layers), 0.5)
     agreeing = save_rollout(layers, tmp_path / "injected")
     job.add_folder("agreeing", agreeing.path)
     job.models["agreeing"] = layers

@@ -14,8 +14,8 @@ from engine import ENVIRONMENT
 
 os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
-import torch
 from peft import get_peft_model
+from peft_models import fill_adapters
 from trl import GRPOConfig
 
 import afa_kernels as afa
@@ -46,10 +46,7 @@ def trainer(base, folder, *, adapter=True, max_logprob_gap=1e-4, **arguments):
     model = example.LlamaForCausalLM.from_pretrained(base)
     if adapter:
         config = AFALoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=8, anneal_end_frac=1.0)
-        model = get_peft_model(model, config)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # so that the activation matters from the first step on
-                torch.nn.init.normal_(parameter, std=0.3)
+        model = fill_adapters(get_peft_model(model, config))  # the activation matters from the first step on
     return GRPOTrainer(
         model,
         reward_funcs=example.low_numbers,
