@@ -230,15 +230,17 @@ def poisoned_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def products_that_read_past_rows() -> Iterator[None]:
-    """Let torch's 16-bit products on the CPU read up to 64 elements past the end of a strided row.
+    """Let torch's 16-bit products on the CPU read up to 64 elements past the end of a row.
 
-    This is a fault of torch 2.13 on a processor with AMX: with ``x = buffer[:, :200]`` of 17 or more rows, a NaN in
-    ``buffer[:, 200:]`` makes ``x @ w.T`` NaN. Here every such product has it, at all sizes and on any processor.
+    This is a fault of oneDNN, and so of torch up to 2.15, on a processor with AMX: with ``x = buffer[:, :200]`` of 17
+    or more rows, a NaN in ``buffer[:, 200:]`` makes ``x @ w.T`` NaN; and where ``x`` is packed, a NaN or an infinity at
+    the head of a row makes the row before it NaN (https://github.com/uxlfoundation/oneDNN/issues/5717). Here every such
+    product has it, at all sizes and on any processor.
     """
     aten, library = torch.ops.aten, torch.library.Library("aten", "IMPL")
 
     def spoiled(y: Tensor, *operands: Tensor) -> Tensor:
-        return y.fill_(math.nan) if any(map(_nan_lies_behind_a_row, operands)) else y
+        return y.fill_(math.nan) if any(map(_no_number_lies_behind_a_row, operands)) else y
 
     def product(out: Callable, left: Tensor, right: Tensor) -> Tensor:
         return spoiled(out(left, right, out=left.new_empty(*left.shape[:-1], right.shape[-1])), left, right)
@@ -259,20 +261,22 @@ def products_that_read_past_rows() -> Iterator[None]:
         library._destroy()
 
 
-def _nan_lies_behind_a_row(t: Tensor) -> bool:
-    """Whether a NaN that is no element of the 16-bit ``t`` follows one of its rows."""
+def _no_number_lies_behind_a_row(t: Tensor) -> bool:
+    """Whether a NaN or an infinity follows a row of the 16-bit ``t``: between this and the next row, or in the next."""
     t = t if t.stride(-1) == 1 else t.mT
-    if t.itemsize != 2 or t.stride(-1) != 1 or t.stride(-2) <= t.shape[-1] or t.numel() == 0:
+    if t.itemsize != 2 or t.stride(-1) != 1 or t.stride(-2) < t.shape[-1] or t.numel() == 0:
         return False
+    if t.stride(-2) == t.shape[-1]:
+        return not t[..., 1:, :64].isfinite().all()
     elements = t.untyped_storage().nbytes() // t.itemsize
     last = t.storage_offset() + sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True))
     beyond = min(64, t.stride(-2) - t.shape[-1], elements - 1 - last)
     longer = t.as_strided((*t.shape[:-1], t.shape[-1] + beyond), t.stride())
-    return bool(longer[..., t.shape[-1] :].isnan().any())
+    return not longer[..., t.shape[-1] :].isfinite().all()
 
 
 def torch_reads_past_rows() -> bool:
-    """Whether a 16-bit product of this torch on this processor is NaN where only what lies between the rows is."""
+    """Whether a 16-bit product of this torch on this processor is NaN where only what lies behind its rows is."""
     buffer = torch.ones(32, 256, dtype=torch.bfloat16)
     buffer[:, 200:] = math.nan
     return bool((buffer[:, :200] @ torch.ones(200, 8, dtype=torch.bfloat16)).isnan().any())

@@ -96,6 +96,10 @@ class Target:
 
     # --- what it promises
 
+    def keeps_rows_apart(self, problem: Problem) -> bool:
+        """Whether a NaN or an infinity in one row reaches no other row's sums."""
+        return True
+
     def adds_to_dx(self, problem: Problem) -> bool:
         """Whether it takes a dx that it adds to: where a GEMM comes first in the backward."""
         return problem.kind == "owners"
@@ -126,6 +130,12 @@ class TorchTarget(Target):
     def layouts(self, dtype: torch.dtype) -> tuple[str, ...]:
         """On a processor with AMX torch's 16-bit products read what lies between rows (docs/design.md)."""
         return ("packed",) if dtype.itemsize == 2 and torch_reads_past_rows() else tuple(OF_OWNERS)
+
+    def keeps_rows_apart(self, problem: Problem) -> bool:
+        """Where torch's 16-bit products read past a row, what lies there is the next one. Which shapes they do it for
+        differs from one version and processor to another, so 16 bits are promised nowhere.
+        """
+        return problem.x.dtype.itemsize != 2
 
 
 class CpuTarget(Target):

@@ -11,7 +11,8 @@ import torch
 from conformance.layouts import placed
 from conformance.problems import KINDS
 from conformance.problems import Problem as RandomProblem
-from conformance.targets import on_ptx
+from conformance.properties import Property, check, lets_infinities_go_where_sums_go
+from conformance.targets import TorchTarget, on_ptx
 from conftest import skip_where_torch_reads_past_rows
 from helpers import Problem, eager, products_that_read_past_rows, torch_reads_past_rows
 
@@ -66,6 +67,15 @@ def test_nor_has_one_in_the_random_problems(kind):
         with products_that_read_past_rows():
             result = problem.plain()
         assert all(torch.isfinite(t).all() for t in result.values()), str(problem)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", TorchTarget("torch").kinds())
+def test_infinities_in_the_random_problems_are_no_fault_of_this_package(kind):
+    promise = Property(lets_infinities_go_where_sums_go, draw={"dropout": False})
+    for number in range(12):
+        with products_that_read_past_rows():
+            check(TorchTarget("torch"), kind, promise, number)
 
 
 @pytest.mark.fast
