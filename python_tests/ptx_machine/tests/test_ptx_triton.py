@@ -47,7 +47,8 @@ PARTS = {
     "experts": ("sm_80", "sm_90"),
     "owners and not is_accurate": ("sm_90",),
     "test_promise and lone and not is_accurate": ("sm_90",),
-    "not test_promise and not every_kernel": ("sm_80", "sm_90"),
+    "counts_every_byte": ("sm_80", "sm_90"),
+    "not test_promise and not every_kernel and not counts_every_byte": ("sm_80", "sm_90"),
 }
 
 
